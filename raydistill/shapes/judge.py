@@ -1,0 +1,122 @@
+"""The judge: a small network that reads the attributes of a shapes-world picture back.
+
+It looks at the five positions a grammar object can have and says, for each, whether an object is there
+and of which shape, colour and size; and which background the picture has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raydistill.shapes.captions import ATTRIBUTES, BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, parse
+
+_HEADS = {"shape": 1 + len(SHAPES), "color": len(COLORS), "size": len(SIZES)}
+RESOLUTION = 64
+
+
+class Judge(nn.Module):
+    """Images of any size in [-1, 1] -> logits per position; see `read` and `score`."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        channels = [3, width // 2, width, 2 * width, 2 * width]
+        self.features = nn.Sequential(
+            *[
+                layer
+                for c_in, c_out in zip(channels[:-1], channels[1:], strict=True)
+                for layer in (nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
+            ]
+        )
+        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(2 * width * 16, 128), nn.SiLU())
+        self.head = nn.Linear(128, len(POSITIONS) * sum(_HEADS.values()) + len(BACKGROUNDS))
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, 128] features (also used for Fréchet distances)."""
+        images = images.float()
+        if images.shape[-1] != RESOLUTION:
+            images = F.interpolate(images, size=RESOLUTION, mode="bilinear", antialias=True)
+        return self.hidden(self.features(images))
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits: shape [B, P, 1 + shapes] (class 0: nothing there), color, size [B, P, ·], background [B, ·]."""
+        logits = self.head(self.embed(images))
+        background = logits[:, -len(BACKGROUNDS) :]
+        per_position = logits[:, : -len(BACKGROUNDS)].unflatten(1, (len(POSITIONS), -1))
+        return dict(zip(_HEADS, per_position.split(list(_HEADS.values()), dim=2), strict=True)) | {
+            "background": background
+        }
+
+    def loss(self, images: torch.Tensor, scenes: Sequence[Scene]) -> torch.Tensor:
+        """Cross entropy against the true scenes; colour and size count only where there is an object."""
+        logits = self(images)
+        target = {name: torch.full((len(scenes), len(POSITIONS)), -100) for name in _HEADS}
+        target["shape"][:] = 0
+        for row, scene in enumerate(scenes):
+            for item in scene.objects:
+                column = POSITIONS.index(item.position)
+                target["shape"][row, column] = 1 + SHAPES.index(item.shape)
+                target["color"][row, column] = COLORS.index(item.color)
+                target["size"][row, column] = SIZES.index(item.size)
+        background = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
+        terms = [F.cross_entropy(logits[name].flatten(0, 1), target[name].flatten()) for name in _HEADS]
+        return sum(terms) + F.cross_entropy(logits["background"], background)
+
+    @torch.no_grad()
+    def score(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Per image and attribute: the share of the caption's objects that were drawn as asked, [B] in [0, 1].
+
+        Position: of the asked positions, how many are among the n most likely occupied ones (n objects asked).
+        Shape, colour and size are read where an object was found: at the asked position when it is among
+        those, else at the most likely free one, so that one misplaced object is one error, not four.
+        """
+        logits = self(images)
+        occupied_logit = torch.logsumexp(logits["shape"][:, :, 1:], dim=2) - logits["shape"][:, :, 0]
+        found = {
+            "shape": logits["shape"][:, :, 1:].argmax(2),
+            "color": logits["color"].argmax(2),
+            "size": logits["size"].argmax(2),
+        }
+        names = {"shape": SHAPES, "color": COLORS, "size": SIZES}
+        background = logits["background"].argmax(1)
+        result = {name: torch.zeros(len(captions)) for name in ATTRIBUTES}
+        for row, caption in enumerate(captions):
+            scene = parse(caption)
+            best = occupied_logit[row].topk(len(scene.objects)).indices.tolist()
+            asked = [POSITIONS.index(item.position) for item in scene.objects]
+            free = [position for position in best if position not in asked]
+            for item, position in zip(scene.objects, asked, strict=True):
+                hit = position in best
+                place = position if hit else free.pop(0)
+                result["position"][row] += hit / len(asked)
+                for name, choices in names.items():
+                    right = choices[int(found[name][row, place])] == getattr(item, name)
+                    result[name][row] += right / len(asked)
+            result["background"][row] = float(BACKGROUNDS[int(background[row])] == scene.background)
+        return result
+
+    def accuracy(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
+        """Mean accuracy per attribute, their mean under `mean`, and `all` (every attribute right)."""
+        scores = self.score(images, captions)
+        table = {name: float(scores[name].mean()) for name in ATTRIBUTES}
+        every = torch.stack([scores[name] for name in ATTRIBUTES]).amin(0)
+        return table | {"mean": sum(table.values()) / len(table), "all": float((every > 0.999).float().mean())}
+
+    def save(self, folder: Path) -> None:
+        """Write `judge.safetensors` (fp16) and `config.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "judge.safetensors")
+        (folder / "config.json").write_text(json.dumps({"width": self.features[0].out_channels * 2}))
+
+    @classmethod
+    def load(cls, folder: Path) -> Judge:
+        """Read what `save` wrote; weights become float32."""
+        judge = cls(**json.loads((folder / "config.json").read_text()))
+        judge.load_state_dict({k: v.float() for k, v in load_file(folder / "judge.safetensors").items()})
+        return judge.eval().requires_grad_(False)
