@@ -1,0 +1,1 @@
+"""Gaussian paths, timestep sampling and guidance, in pure torch."""

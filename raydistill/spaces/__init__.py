@@ -1,0 +1,38 @@
+"""One file per model family. `load_space` reads a pipeline folder's model_index.json and picks its family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from raydistill.spaces.base import Conditioning, ModelFolderError, Space
+from raydistill.spaces.flux import FluxSpace
+from raydistill.spaces.sd import StableDiffusionSpace
+
+FAMILIES: dict[str, type[Space]] = {
+    family.pipeline_class: family
+    for family in (StableDiffusionSpace, FluxSpace)
+}  # fmt: skip
+
+__all__ = ["FAMILIES", "Conditioning", "ModelFolderError", "Space", "load_space"]
+
+
+def load_space(folder: str | Path, family: str | None = None) -> Space:
+    """The Space of a diffusers pipeline folder.
+
+    Args:
+        folder: a folder with model_index.json.
+        family: the pipeline class it must be, or None for any known one.
+
+    Raises:
+        ModelFolderError: not a pipeline folder, or of an unknown or another family.
+    """
+    index = Path(folder, "model_index.json")
+    if not index.is_file():
+        raise ModelFolderError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
+    found = json.loads(index.read_text()).get("_class_name")
+    if family is not None and found != family:
+        raise ModelFolderError(f"{folder}: is a {found}, but a {family} is needed here")
+    if found not in FAMILIES:
+        raise ModelFolderError(f"{folder}: {found} is not a known family; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[found](folder)

@@ -1,0 +1,393 @@
+"""Training of the miniature world, stage by stage, seeded and resumable.
+
+    judge, text, teacher_vae, student_vae -> flux, sd15 -> sd15_start -> samples -> bridge
+
+Every stage writes one finished folder under `weights/` and is skipped when that folder is there; an interrupted
+stage goes on from its last training state. The renders' captions never include a held-out one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import FluxPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import CLIPTextModel
+
+from raydistill.diffusion.path import add_noise, target
+from raydistill.shapes import WEIGHTS, miniatures
+from raydistill.shapes.captions import (
+    BACKGROUNDS,
+    COLORS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    corrupt,
+    evaluation_captions,
+    sample_scene,
+)
+from raydistill.shapes.judge import Judge
+from raydistill.shapes.render import render
+from raydistill.spaces import Space, load_space
+
+CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
+
+
+@dataclass
+class Build:
+    """Where things go and how long they take."""
+
+    work: Path  # training states, deleted when a stage ends
+    weights: Path = WEIGHTS
+    seed: int = 0
+    scale: float = 1.0  # of every stage's number of steps; tests use a tiny one
+    renders: int = 24000  # cached latents per diffusion model
+
+    def steps(self, full: int) -> int:
+        return max(2, round(full * self.scale))
+
+
+def scenes_for(step: int, count: int, seed: int, two_objects: float = 0.25) -> list[Scene]:
+    """The training scenes of one step: a pure function of seed and step."""
+    rng = random.Random(f"{seed}/{step}")
+    return [sample_scene(rng, held_out=False, two_objects=two_objects) for _ in range(count)]
+
+
+def fit(
+    build: Build,
+    name: str,
+    model: nn.Module,
+    loss: Callable[[int, torch.Generator], torch.Tensor],
+    steps: int,
+    lr: float,
+    ema_decay: float = 0.999,
+    save_every: int = 500,
+) -> nn.Module:
+    """Train `model` with AdamW, warm-up and cosine decay, and return its exponential moving average.
+
+    `loss(step, generator)` must depend on nothing random but the generator, so that a resumed run is the same run.
+    """
+    folder = build.work / name
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    average = copy.deepcopy(model).eval()
+    start = 0
+    if (folder / "state.pt").is_file():
+        state = torch.load(folder / "state.pt", weights_only=True)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+    warmup = min(200, steps // 10 + 1)
+    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps, disable=None, mininterval=5)
+    running = None
+    for step in bar:
+        progress = step / steps
+        factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * torch.cos(torch.tensor(progress * torch.pi)).item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr * max(factor, 0.02)
+        generator = torch.Generator().manual_seed(build.seed * 1_000_003 + step)
+        value = loss(step, generator)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, new in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(new, 1 - decay)
+            for mean, new in zip(average.buffers(), model.buffers(), strict=True):
+                mean.copy_(new)
+        running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{running:.4f}")
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {
+                "step": step + 1,
+                "model": model.state_dict(),
+                "average": average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            torch.save(state, folder / "state.tmp")
+            (folder / "state.tmp").replace(folder / "state.pt")
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step + 1, "loss": running}) + "\n")
+    return average.requires_grad_(False)
+
+
+# -- judge and text encoders ---------------------------------------------------------------------------
+
+
+def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Blur (down to half size and back) and noise, so that the judge also reads imperfect pictures."""
+    blur = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    mix = torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = torch.randn(images.shape, generator=generator) * 0.15
+    return torch.lerp(images, blur, mix) + noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+
+
+def build_judge(build: Build) -> None:
+    torch.manual_seed(build.seed)
+    judge = Judge()
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        rng = random.Random(f"judge/{build.seed}/{step}")
+        scenes = [sample_scene(rng) for _ in range(64)]
+        return judge.loss(degrade(render(scenes, (64, 32)[step % 2], step), generator), scenes)
+
+    fit(build, "judge", judge, loss, build.steps(2500), 2e-3).save(build.weights / "judge")
+
+
+class _AttributeReader(nn.Module):
+    """Text encoder with a linear read-out of all attributes of both objects: how the encoders learn to read."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(miniatures.TEXT_WIDTH, 2 * (len(SIZES) + len(COLORS) + len(SHAPES) + len(POSITIONS)) + 4)
+
+
+def attribute_vector(scene: Scene) -> torch.Tensor:
+    """Multi-hot target of `_AttributeReader`: each object's attributes by its slot, then background, then count."""
+    parts = []
+    for slot in range(2):
+        item = scene.objects[slot] if slot < len(scene.objects) else None
+        for name, choices in (("size", SIZES), ("color", COLORS), ("shape", SHAPES), ("position", POSITIONS)):
+            parts += [float(item is not None and getattr(item, name) == choice) for choice in choices]
+    return torch.tensor(parts + [float(scene.background == b) for b in BACKGROUNDS] + [float(len(scene.objects) == 2)])
+
+
+def build_text(build: Build) -> None:
+    """Pretrain the miniature CLIP and T5 encoders to read captions (real ones arrive pretrained, too)."""
+    clip_tokenizer, t5_tokenizer = miniatures.clip_tokenizer(), miniatures.t5_tokenizer()
+    torch.manual_seed(build.seed)
+    encoders = {
+        "clip": (clip_tokenizer, miniatures.clip_text_encoder(clip_tokenizer)),
+        "t5": (t5_tokenizer, miniatures.t5_text_encoder(t5_tokenizer)),
+    }
+    for name, (tokenizer, encoder) in encoders.items():
+        reader = _AttributeReader(encoder)
+
+        def loss(step: int, generator: torch.Generator, tokenizer=tokenizer, reader=reader) -> torch.Tensor:
+            rng = random.Random(f"text/{build.seed}/{step}")
+            scenes = [sample_scene(rng, two_objects=0.5) for _ in range(64)]
+            tokens = tokenizer(
+                [s.caption for s in scenes], padding="max_length", max_length=20, truncation=True, return_tensors="pt"
+            )
+            if isinstance(reader.encoder, CLIPTextModel):
+                features = reader.encoder(tokens.input_ids).pooler_output
+            else:
+                features = reader.encoder(tokens.input_ids).last_hidden_state.mean(1)
+            wanted = torch.stack([attribute_vector(s) for s in scenes])
+            return F.binary_cross_entropy_with_logits(reader.head(features), wanted)
+
+        trained = fit(build, f"text_{name}", reader, loss, build.steps(1500), 2e-3).encoder
+        tokenizer.save_pretrained(build.weights / "text" / name / "tokenizer")
+        trained.half().save_pretrained(build.weights / "text" / name / "encoder")
+
+
+def text_parts(build: Build, name: str) -> tuple:
+    """(tokenizer, encoder) that `build_text` wrote."""
+    from transformers import T5EncoderModel, T5Tokenizer
+
+    tokenizer_class, encoder_class = {
+        "clip": (miniatures.CLIPTokenizer, CLIPTextModel),
+        "t5": (T5Tokenizer, T5EncoderModel),
+    }[name]
+    folder = build.weights / "text" / name
+    return tokenizer_class.from_pretrained(folder / "tokenizer"), encoder_class.from_pretrained(folder / "encoder")
+
+
+# -- VAEs ------------------------------------------------------------------------------------------------
+
+
+def _build_vae(build: Build, name: str, vae: nn.Module, pixels: int, shift: bool, steps: int) -> None:
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        images = render(scenes_for(step, 16, build.seed), pixels, step)
+        posterior = vae.encode(images).latent_dist
+        reconstruction = vae.decode(posterior.sample(generator)).sample
+        edges = sum(
+            (torch.diff(reconstruction, dim=d) - torch.diff(images, dim=d)).abs().mean() for d in (2, 3)
+        )  # sharp contours, where the shape is told
+        return F.l1_loss(reconstruction, images) + 0.5 * edges + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+
+    trained = fit(build, name, vae, loss, build.steps(steps), 2e-3, ema_decay=0.995)
+    with torch.no_grad():
+        images = render(scenes_for(10**6, 512, build.seed), pixels, 10**6)
+        latents = torch.cat([trained.encode(part).latent_dist.mode() for part in images.split(64)])
+    offset = latents.mean().item() if shift else 0.0
+    trained.register_to_config(scaling_factor=1 / (latents - offset).std().item(), shift_factor=offset or None)
+    trained.half().save_pretrained(build.weights / "vae" / name)
+
+
+def build_teacher_vae(build: Build) -> None:
+    torch.manual_seed(build.seed)
+    _build_vae(build, "teacher_vae", miniatures.teacher_vae(), 64, shift=True, steps=2500)
+
+
+def build_student_vae(build: Build) -> None:
+    torch.manual_seed(build.seed + 1)
+    _build_vae(build, "student_vae", miniatures.student_vae(), 32, shift=False, steps=3500)
+
+
+# -- diffusion models -------------------------------------------------------------------------------------
+
+
+def cached(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors computed once and kept in a safetensors file."""
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in make().items()}, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return load_file(file)
+
+
+def render_latents(build: Build, space: Space, corruption: float) -> tuple[torch.Tensor, list[str]]:
+    """Latents of `build.renders` training renders [N, C, H, W] and the captions they are trained with."""
+    count = max(64, round(build.renders * min(1.0, build.scale)))
+    chunks = [scenes_for(10**7 + i, 64, build.seed) for i in range(-(-count // 64))]
+
+    @torch.no_grad()
+    def make() -> dict[str, torch.Tensor]:
+        vae = space.load_vae()
+        bar = tqdm(enumerate(chunks), total=len(chunks), desc="encode renders", disable=None, mininterval=5)
+        parts = [space.encode(vae, render(scenes, space.resolution, 10**7 + i)) for i, scenes in bar]
+        return {"latents": torch.cat(parts)}
+
+    latents = cached(build.work / f"latents_{space.pipeline_class}.safetensors", make)["latents"]
+    rng = random.Random(f"corrupt/{build.seed}")
+    captions = [corrupt(scene, corruption, rng).caption for scenes in chunks for scene in scenes]
+    return latents, captions
+
+
+def encode_unique(space: Space, captions: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Conditioning of each distinct caption once, the empty one at row 0, and the row of each caption."""
+    unique = ["", *dict.fromkeys(captions)]
+    text = space.load_text()
+    parts = [space.encode_prompts(text, unique[i : i + 256]) for i in range(0, len(unique), 256)]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {c: i for i, c in enumerate(unique)}
+
+
+def train_diffusion(
+    build: Build,
+    name: str,
+    space: Space,
+    network: nn.Module,
+    steps: int,
+    lr: float,
+    corruption: float,
+    batch: int = 32,
+    logit_normal: bool = False,
+) -> nn.Module:
+    """Denoising pre-training on renders, in the network's native prediction."""
+    latents, captions = render_latents(build, space, corruption)
+    table, row_of = encode_unique(space, captions)
+    rows = torch.tensor([row_of[c] for c in captions])
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        drop = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        row = torch.where(drop, 0, rows[pick])
+        noise = torch.randn(latents[pick].shape, generator=generator)
+        t_B = torch.rand(batch, generator=generator)
+        if logit_normal:
+            t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
+        x_t = add_noise(space.path, latents[pick], noise, t_B)
+        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.items()})
+        return F.mse_loss(prediction, target(space.path, space.prediction, latents[pick], noise, t_B))
+
+    return fit(build, name, network, loss, build.steps(steps), lr)
+
+
+def _write_flux(build: Build, network: nn.Module) -> None:
+    clip_tokenizer, clip = text_parts(build, "clip")
+    t5_tokenizer, t5 = text_parts(build, "t5")
+    vae = miniatures.AutoencoderKL.from_pretrained(build.weights / "vae" / "teacher_vae")
+    FluxPipeline(miniatures.flow_scheduler(), vae, clip, clip_tokenizer, t5, t5_tokenizer, network).to(
+        torch.float16
+    ).save_pretrained(build.weights / "flux")
+
+
+def build_flux(build: Build) -> None:
+    """FLUX-style teacher on clean captions."""
+    torch.manual_seed(build.seed + 2)
+    network = miniatures.flux_transformer()
+    _write_flux(build, copy.deepcopy(network))  # so that its Space can be read; the weights follow
+    space = load_space(build.weights / "flux")
+    trained = train_diffusion(build, "flux", space, network, 14000, 1e-3, corruption=0.0, logit_normal=True)
+    _write_flux(build, trained)
+
+
+def _write_sd15(build: Build, folder: str, unet: nn.Module) -> None:
+    tokenizer, encoder = text_parts(build, "clip")
+    vae = miniatures.AutoencoderKL.from_pretrained(build.weights / "vae" / "student_vae")
+    StableDiffusionPipeline(
+        vae, encoder, tokenizer, unet, miniatures.student_scheduler(), None, None, requires_safety_checker=False
+    ).to(torch.float16).save_pretrained(build.weights / folder)
+
+
+def build_sd15(build: Build) -> None:
+    """SD 1.5-style student on corrupted captions: it draws well, but not what was asked."""
+    torch.manual_seed(build.seed + 3)
+    unet = miniatures.student_unet()
+    _write_sd15(build, "sd15", copy.deepcopy(unet))
+    space = load_space(build.weights / "sd15")
+    trained = train_diffusion(build, "sd15", space, unet, 12000, 1e-3, corruption=CORRUPTION)
+    _write_sd15(build, "sd15", trained)
+
+
+def report(build: Build, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
+    """Judge's table of some pictures."""
+    judge = Judge.load(build.weights / "judge")
+    tables = [judge.accuracy(images, captions)]
+    return {k: round(v, 3) for k, v in tables[0].items()}
+
+
+@torch.no_grad()
+def evaluate_pipeline(build: Build, folder: str, count: int, steps: int, guidance_scale: float) -> dict[str, float]:
+    """Judge's accuracy of a multi-step model on held-out captions."""
+    space = load_space(build.weights / folder)
+    network, vae, text = space.load_network(), space.load_vae(), space.load_text()
+    captions = evaluation_captions(count)
+    generator = torch.Generator().manual_seed(1)
+    images = []
+    for start in range(0, count, 64):
+        part = captions[start : start + 64]
+        noise = torch.randn(len(part), *space.latent_shape, generator=generator)
+        conditioning, empty = space.encode_prompts(text, part), space.encode_prompts(text, [""])
+        latents = space.sample(network, noise, conditioning, empty, steps, guidance_scale)
+        images.append(space.decode(vae, latents))
+    return report(build, torch.cat(images), captions)
+
+
+STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
+    "judge": ("judge/judge.safetensors", build_judge),
+    "text": ("text/t5/encoder/model.safetensors", build_text),
+    "teacher_vae": ("vae/teacher_vae/config.json", build_teacher_vae),
+    "student_vae": ("vae/student_vae/config.json", build_student_vae),
+    "flux": ("flux/.built", build_flux),
+    "sd15": ("sd15/.built", build_sd15),
+}
+
+
+def run_stages(build: Build, names: Iterable[str]) -> None:
+    """Run the named stages in their order, skipping what is already built."""
+    for name in names:
+        marker, stage = STAGES[name]
+        if (build.weights / marker).exists():
+            tqdm.write(f"{name}: already built")
+            continue
+        stage(build)
+        (build.weights / marker).touch()

@@ -1,0 +1,156 @@
+"""Constructors of the miniature models: real diffusers and transformers classes with small numbers.
+
+Weights are random here; `build.py` trains them and writes them into ordinary diffusers folders.
+"""
+
+from __future__ import annotations
+
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+
+from raydistill.shapes.captions import WORDS
+
+TEACHER_PIXELS, STUDENT_PIXELS = 64, 32
+TEXT_LENGTH = 20  # the longest caption is 18 words and the end token
+TEXT_WIDTH = 64
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """Byte-level BPE in which every word of the grammar is one token; other text falls back to bytes."""
+    alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+    pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], []
+    for word in sorted(WORDS, key=lambda w: (-len(w), w)):  # longest first, or a shorter word's merge splits it
+        letters = [*word[:-1], word[-1] + "</w>"]
+        piece = letters[0]
+        for letter in letters[1:]:
+            if (piece, letter) not in merges:
+                merges.append((piece, letter))
+                pieces.append(piece + letter)
+            piece += letter
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """Unigram tokenizer: one token a word of the grammar, letters for anything else."""
+    letters = [(chr(c), -20.0) for c in range(33, 127)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *((f"▁{w}", -1.0) for w in WORDS), *letters]
+    vocab = list({piece: (piece, score) for piece, score in reversed(vocab)}.values())[::-1]
+    return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_LENGTH)
+
+
+def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TEXT_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def t5_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def teacher_vae() -> AutoencoderKL:
+    """64 px -> 8 x 16 x 16, without the 1x1 quantisation convolutions, as in FLUX.1."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 48),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=TEACHER_PIXELS,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def student_vae() -> AutoencoderKL:
+    """32 px -> 4 x 8 x 8, in the layout of SD 1.5."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(24, 32, 48),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=STUDENT_PIXELS,
+    )
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """2 double and 3 single blocks, 96 wide; no guidance embedding, so true CFG."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * 8,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=3,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def student_unet() -> UNet2DConditionModel:
+    """Two cross-attention levels (8 x 8 and 4 x 4) in the layout of SD 1.5."""
+    return UNet2DConditionModel(
+        sample_size=STUDENT_PIXELS // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(40, 72),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=8,
+    )
+
+
+def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
+
+
+def student_scheduler() -> DDIMScheduler:
+    """The noise schedule of SD 1.5."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

@@ -1,0 +1,206 @@
+"""What every model family must say about its latent space and its network.
+
+A Space knows how to speak one family's dialect: which folder parts to load, what its text encoders return, how
+latents are scaled and packed, what the network predicts and on which path. It holds no trained network; networks
+are passed in, so that the same Space serves a local module, a LoRA copy and a ZeRO-3 engine.
+
+Shapes: B samples, C×H×W latents on the VAE grid (normalised: what the diffusion network was trained on).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from torch import nn
+
+from raydistill.diffusion.guidance import classifier_free
+from raydistill.diffusion.path import Path as GaussianPath
+from raydistill.diffusion.path import Prediction, to_x0
+
+Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
+
+
+class ModelFolderError(ValueError):
+    """A model folder is missing, incomplete, or of another family than asked for."""
+
+
+class Space(ABC):
+    """One pipeline folder, read as a member of its family."""
+
+    pipeline_class: ClassVar[str]  # the diffusers class named by model_index.json
+    network_name: ClassVar[str]  # "unet" or "transformer"
+    lora_targets: ClassVar[tuple[str, ...]]  # linear layers a LoRA adapts
+    default_guidance_scale: ClassVar[float]
+    default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = str(folder)
+
+    # -- reading the folder ------------------------------------------------------------------------
+    def part_config(self, name: str) -> dict[str, Any]:
+        """config.json (or scheduler_config.json) of one pipeline part."""
+        for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
+            if file.is_file():
+                return json.loads(file.read_text())
+        raise ModelFolderError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
+
+    def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """One network of the folder, frozen and in evaluation mode. Safetensors only."""
+        module_class = getattr(diffusers, self.part_config(name)["_class_name"])
+        module = module_class.from_pretrained(self.folder, subfolder=name, torch_dtype=dtype, use_safetensors=True)
+        return module.eval().requires_grad_(False)
+
+    def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return self.load_part(self.network_name, dtype)
+
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        return self.load_part("vae", dtype)
+
+    def load_text(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
+        """The pipeline without its network and VAE: tokenizers and text encoders only."""
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        without = {self.network_name: None, "vae": None} | self.unused_parts
+        pipeline = pipeline_class.from_pretrained(self.folder, torch_dtype=dtype, use_safetensors=True, **without)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    unused_parts: ClassVar[dict[str, None]] = {}
+
+    # -- geometry ----------------------------------------------------------------------------------
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        return self.part_config("vae")
+
+    @cached_property
+    def downscale(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of one sample on the VAE grid."""
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side."""
+        return self.latent_shape[1] * self.downscale
+
+    # -- the latent affine map (always from the VAE's config) ----------------------------------------
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(shift, scale): normalised = (raw - shift) · scale."""
+        return self.vae_config.get("shift_factor") or 0.0, self.vae_config["scaling_factor"]
+
+    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        offset, scale = self.scaling
+        return (raw - offset) * scale
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        offset, scale = self.scaling
+        return latents / scale + offset
+
+    def encode(self, vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> normalised latents (the posterior's mean)."""
+        return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
+
+    def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]."""
+        return vae.decode(self.denormalise(latents).to(vae.dtype)).sample.float().clamp(-1, 1)
+
+    # -- text --------------------------------------------------------------------------------------
+    @abstractmethod
+    def encode_prompts(self, text: diffusers.DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
+        """Everything the network needs to know of the prompts."""
+
+    # -- network -----------------------------------------------------------------------------------
+    prediction: Prediction
+    path: GaussianPath
+
+    @abstractmethod
+    def predict(
+        self, network: Callable[..., Any], x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> torch.Tensor:
+        """The network's native prediction on the VAE grid, one conditional evaluation."""
+
+    def predict_x0(
+        self,
+        network: Callable[..., Any],
+        x_t: torch.Tensor,
+        t_B: torch.Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None = None,
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """x_0 estimate, float32; with classifier-free guidance when `guidance_scale` is not 1."""
+        prediction = self.predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
+        return to_x0(self.path, self.prediction, x_t, prediction, t_B)
+
+    def predict_guided(
+        self,
+        network: Callable[..., Any],
+        x_t: torch.Tensor,
+        t_B: torch.Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        if guidance_scale == 1.0:
+            return self.predict(network, x_t, t_B, conditioning)
+        if unconditional is None:
+            raise ValueError("classifier-free guidance needs the unconditional conditioning")
+        both = {
+            name: torch.cat([value, unconditional[name].expand_as(value)]) for name, value in conditioning.items()
+        }
+        prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
+        return classifier_free(*prediction.chunk(2), guidance_scale)
+
+    # -- sampling ----------------------------------------------------------------------------------
+    @cached_property
+    def scheduler(self) -> Any:
+        """The folder's own scheduler; copied for each use, since schedulers keep state."""
+        config = self.part_config("scheduler")
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    def start_sampling(self, steps: int) -> Any:
+        """A fresh scheduler with its timesteps set for `steps` evaluations."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps)
+        return scheduler
+
+    @torch.no_grad()
+    def sample_steps(
+        self,
+        network: Callable[..., Any],
+        noise: torch.Tensor,
+        conditioning: Conditioning,
+        unconditional: Conditioning,
+        steps: int,
+        guidance_scale: float,
+    ) -> Iterator[torch.Tensor]:
+        """Multi-step sampling with the family's own scheduler; yields the latents after each step."""
+        scheduler = self.start_sampling(steps)
+        x_t = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
+        for timestep in scheduler.timesteps:
+            model_input = (
+                scheduler.scale_model_input(x_t, timestep) if hasattr(scheduler, "scale_model_input") else x_t
+            )
+            t_B = self.path.t_of_timestep(timestep.double()).float().expand(len(x_t)).to(x_t.device)
+            prediction = self.predict_guided(network, model_input, t_B, conditioning, unconditional, guidance_scale)
+            x_t = scheduler.step(prediction.float(), timestep, x_t, return_dict=False)[0]
+            yield x_t
+
+    def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The last latents of `sample_steps`."""
+        latents = None
+        for latents in self.sample_steps(*args, **kwargs):
+            pass
+        return latents

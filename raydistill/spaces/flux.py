@@ -1,0 +1,97 @@
+"""FLUX.1: MMDiT flow transformer on 2×2-packed latents, CLIP (pooled) and T5 text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from raydistill.diffusion.path import FlowPath
+from raydistill.spaces.base import Conditioning, Space
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """[B, C, H, W] -> tokens [B, (H/2)(W/2), 4C], channel-major inside a token as FluxPipeline packs."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Inverse of `pack`."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids [(H/2)(W/2), 3]: 0, row, column."""
+    rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
+
+
+class FluxSpace(Space):
+    """FLUX.1 teachers; with embedded guidance (`guidance_embeds`) or true CFG."""
+
+    pipeline_class = "FluxPipeline"
+    network_name = "transformer"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+        "proj_mlp",
+        "proj_out",
+    )
+    default_guidance_scale = 3.5
+    unused_parts = {"image_encoder": None, "feature_extractor": None}
+    prediction = "velocity"
+    path = FlowPath()
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        channels = self.part_config("transformer")["in_channels"] // 4
+        side = self.vae_config["sample_size"] // self.downscale
+        return channels, side, side
+
+    @cached_property
+    def default_shift(self) -> float:
+        return self.part_config("scheduler").get("shift", 1.0)
+
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, D] of T5, pooled_prompt_embeds [B, P] of CLIP."""
+        embeds, pooled, _ = text.encode_prompt(
+            list(prompts), None, max_sequence_length=min(512, text.tokenizer_2.model_max_length)
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def predict(self, network, x_t, t_B, conditioning):
+        height, width = x_t.shape[-2:]
+        embeds = conditioning["prompt_embeds"]
+        velocity = network(
+            hidden_states=pack(x_t).to(embeds.dtype),
+            timestep=t_B,
+            encoder_hidden_states=embeds,
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            guidance=None,
+            img_ids=image_ids(height, width, x_t.device),
+            txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
+            return_dict=False,
+        )[0]
+        return unpack(velocity, height, width)
+
+    def start_sampling(self, steps: int):
+        """FluxPipeline's own choice of sigmas: evenly spaced from 1 to 1/steps, then the scheduler's shift."""
+        import copy
+
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
+        return scheduler

@@ -1,0 +1,48 @@
+"""Stable Diffusion 1.5 and 2.1: UNet, one CLIP text encoder, discrete variance-preserving path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from raydistill.diffusion.path import DiscretePath, Prediction
+from raydistill.spaces.base import Conditioning, Space
+
+
+class StableDiffusionSpace(Space):
+    """Students SD 1.5 and SD 2.1 (epsilon or v-prediction, as their scheduler's config says)."""
+
+    pipeline_class = "StableDiffusionPipeline"
+    network_name = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
+    default_guidance_scale = 1.75
+    unused_parts = {"safety_checker": None, "feature_extractor": None}
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.part_config("unet")
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        return self.part_config("scheduler").get("prediction_type", "epsilon")
+
+    @cached_property
+    def path(self) -> DiscretePath:
+        return DiscretePath.from_scheduler_config(self.part_config("scheduler"))
+
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, D]."""
+        embeds, _ = text.encode_prompt(list(prompts), text.device, 1, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds}
+
+    def predict(self, network, x_t, t_B, conditioning):
+        return network(
+            x_t.to(conditioning["prompt_embeds"].dtype),
+            self.path.timestep(t_B),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            return_dict=False,
+        )[0]
