@@ -103,6 +103,7 @@ class Bridge(Section):
     lr: Positive = Field(1e-4, description="Adam learning rate")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
     checkpoint_every: Count = Field(500, description="steps between checkpoints")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in training: slower, less memory")
 
 
 class Synthesis(Section):
@@ -170,6 +171,7 @@ class Evaluation(Section):
     batch_size: Count = Field(64, description="pictures at once")
     seed: int = Field(1234, ge=0, description="seed of the fixed noise")
     metric: str = Field("mean", description="metric by which the best checkpoint is kept")
+    judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
     grid: Count = Field(32, description="pictures in a sample grid")
 
 

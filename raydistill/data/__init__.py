@@ -1,0 +1,1 @@
+"""Prompts, their conditioning, and data sets of teacher samples."""

@@ -9,9 +9,10 @@ stage goes on from its last training state. The renders' captions never include 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,15 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from raydistill.bridge.model import Bridge
+from raydistill.config import Config, validate
+from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.data.synthesis import LocalTeacher, synthesise
+from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target
+from raydistill.distill.distiller import Distiller, Made
+from raydistill.distill.schedule import distillation_step
+from raydistill.distill.student import one_step_x0
 from raydistill.shapes import WEIGHTS, miniatures
 from raydistill.shapes.captions import (
     BACKGROUNDS,
@@ -35,12 +44,14 @@ from raydistill.shapes.captions import (
     corrupt,
     evaluation_captions,
     sample_scene,
+    single_scenes,
 )
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import Space, load_space
 
 CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
 CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
 
 
@@ -215,13 +226,15 @@ def text_parts(build: Build, name: str) -> tuple:
 
 def _build_vae(build: Build, name: str, vae: nn.Module, pixels: int, shift: bool, steps: int) -> None:
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        images = render(scenes_for(step, 16, build.seed), pixels, step)
+        images = render(scenes_for(step, 8, build.seed), pixels, step)
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample(generator)).sample
         edges = sum(
             (torch.diff(reconstruction, dim=d) - torch.diff(images, dim=d)).abs().mean() for d in (2, 3)
         )  # sharp contours, where the shape is told
-        return F.l1_loss(reconstruction, images) + 0.5 * edges + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        fidelity = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
+        return fidelity + 0.5 * edges + 1e-4 * kl
 
     trained = fit(build, name, vae, loss, build.steps(steps), 2e-3, ema_decay=0.995)
     with torch.no_grad():
@@ -234,12 +247,12 @@ def _build_vae(build: Build, name: str, vae: nn.Module, pixels: int, shift: bool
 
 def build_teacher_vae(build: Build) -> None:
     torch.manual_seed(build.seed)
-    _build_vae(build, "teacher_vae", miniatures.teacher_vae(), 64, shift=True, steps=2500)
+    _build_vae(build, "teacher_vae", miniatures.teacher_vae(), 64, shift=True, steps=2000)
 
 
 def build_student_vae(build: Build) -> None:
     torch.manual_seed(build.seed + 1)
-    _build_vae(build, "student_vae", miniatures.student_vae(), 32, shift=False, steps=3500)
+    _build_vae(build, "student_vae", miniatures.student_vae(), 32, shift=False, steps=4500)
 
 
 # -- diffusion models -------------------------------------------------------------------------------------
@@ -326,7 +339,7 @@ def build_flux(build: Build) -> None:
     network = miniatures.flux_transformer()
     _write_flux(build, copy.deepcopy(network))  # so that its Space can be read; the weights follow
     space = load_space(build.weights / "flux")
-    trained = train_diffusion(build, "flux", space, network, 14000, 1e-3, corruption=0.0, logit_normal=True)
+    trained = train_diffusion(build, "flux", space, network, 9000, 1.5e-3, corruption=0.0, logit_normal=True)
     _write_flux(build, trained)
 
 
@@ -344,7 +357,7 @@ def build_sd15(build: Build) -> None:
     unet = miniatures.student_unet()
     _write_sd15(build, "sd15", copy.deepcopy(unet))
     space = load_space(build.weights / "sd15")
-    trained = train_diffusion(build, "sd15", space, unet, 12000, 1e-3, corruption=CORRUPTION)
+    trained = train_diffusion(build, "sd15", space, unet, 8000, 1e-3, corruption=CORRUPTION)
     _write_sd15(build, "sd15", trained)
 
 
@@ -372,6 +385,136 @@ def evaluate_pipeline(build: Build, folder: str, count: int, steps: int, guidanc
     return report(build, torch.cat(images), captions)
 
 
+# -- prompts, one-step start, teacher samples, Bridge ---------------------------------------------------------
+
+
+def build_prompts(build: Build) -> None:
+    """Prompt files: every training one-object caption and half as many two-object ones; the held-out captions."""
+    singles = [scene.caption for scene in single_scenes(held_out=False)]
+    rng, pairs = random.Random(build.seed), {}
+    while len(pairs) < len(singles) // 2:
+        pairs[sample_scene(rng, held_out=False, two_objects=1.0).caption] = None
+    build.weights.mkdir(parents=True, exist_ok=True)
+    (build.weights / "prompts.txt").write_text("\n".join([*singles, *pairs]) + "\n")
+    held_out = dict.fromkeys(evaluation_captions(len(single_scenes(held_out=True))))
+    (build.weights / "heldout.txt").write_text("\n".join(held_out) + "\n")
+
+
+def training_prompts(build: Build) -> PromptSet:
+    return read_prompts(build.weights / "prompts.txt", "prompt", "fail", 200)
+
+
+def start_config(build: Build) -> Config:
+    """Shared-space DMD of the weak student from itself."""
+    model = str(build.weights / "sd15")
+    return validate(
+        {
+            "student": {"model": model, "unet": None, "lr": 2e-5},
+            "teacher": {"model": model, "guidance_scale": 1.0},
+            "bridge": {"projector": "identity", "checkpoint": None},
+            "fake_score": {"kind": "full", "lr": 1e-4, "updates": 4},
+            "discriminator": {"weight": 0},
+            "evaluation": {"judge": str(build.weights / "judge")},
+        }
+    )
+
+
+def build_sd15_start(build: Build) -> None:
+    """One-step start of the weak student: first its own sampler's pictures by regression, then shared-space DMD."""
+    space = load_space(build.weights / "sd15")
+    prompts = training_prompts(build)
+    table, row_of = encode_unique(space, prompts.prompts)
+    unet = space.load_network()
+    count = max(64, round(4096 * min(1.0, build.scale)))
+    captions = prompts.at(build.seed, range(count))[1]
+    rows = torch.tensor([row_of[c] for c in captions])
+
+    @torch.no_grad()
+    def make() -> dict[str, torch.Tensor]:
+        noises, latents = [], []
+        for start in tqdm(range(0, count, 128), desc="sample weak student", disable=None):
+            ids = range(start, min(start + 128, count))
+            noise = normal(build.seed, ids, space.latent_shape, "start")
+            conditioning = {k: v[rows[list(ids)]] for k, v in table.items()}
+            noises.append(noise)
+            latents.append(space.sample(unet, noise, conditioning, {}, 20, 1.0))
+        return {"noise": torch.cat(noises), "latents": torch.cat(latents)}
+
+    pairs = cached(build.work / "sd15_ode.safetensors", make)
+    start = copy.deepcopy(unet).train().requires_grad_(True)
+    last = space.path.num_train_timesteps - 1
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        pick = torch.randint(count, (32,), generator=generator)
+        conditioning = {k: v[rows[pick]] for k, v in table.items()}
+        return F.mse_loss(one_step_x0(space, start, pairs["noise"][pick], conditioning, last), pairs["latents"][pick])
+
+    regressed = fit(build, "sd15_regression", start, loss, build.steps(1500), 3e-4)
+    distiller = Distiller(
+        start_config(build),
+        space,
+        space,
+        regressed,
+        Bridge.create(space, space, start_config(build).bridge),
+        space.load_network(),
+        None,
+        _local_batches(build, prompts, table, row_of),
+    )
+    for _ in tqdm(range(build.steps(60)), desc="sd15_start", disable=None):
+        distillation_step(distiller, LocalScores(space, unet), 4, overlap=False)
+    distiller.student.half().save_pretrained(build.weights / "sd15-onestep" / "unet")
+
+
+def _local_batches(build: Build, prompts: PromptSet, table: dict, row_of: dict[str, int]) -> Iterator[dict]:
+    """What `conditioned_batches` gives, without Ray, for a student that is its own teacher."""
+    for slot in itertools.count():
+        positions = range(slot * 32, slot * 32 + 32)
+        rows = [row_of[c] for c in prompts.at(build.seed, positions)[1]]
+        columns = {f"{role}.{k}": v[rows].numpy() for role in ("student", "teacher") for k, v in table.items()}
+        yield {"sample_id": list(positions)} | columns
+
+
+class LocalScores:
+    """Teacher in this process, with the interface of the service's client."""
+
+    def __init__(self, space: Space, network: nn.Module, guidance_scale: float = 1.0) -> None:
+        self.space, self.network, self.guidance_scale = space, network, guidance_scale
+
+    def __call__(self, made: Made) -> LocalScores:
+        self._made = made
+        return self
+
+    @torch.no_grad()
+    def result(self) -> torch.Tensor:
+        made = self._made
+        return self.space.predict_x0(self.network, made.x_t, made.t_B, made.teacher_conditioning)
+
+
+def build_samples(build: Build) -> None:
+    """Teacher-sampled sets: a small one that is shipped, and a larger one to train the Bridge on."""
+    teacher, student = load_space(build.weights / "flux"), load_space(build.weights / "sd15")
+    heldout = {scene.caption for scene in single_scenes(held_out=True)}
+    local = LocalTeacher(teacher, teacher.load_network())
+    for folder, count, seed in (
+        (build.weights / "samples" / "flux", 512, build.seed),
+        (build.work / "pairs_flux", max(64, round(2048 * min(1.0, build.scale))), build.seed + 1),
+    ):
+        synthesise(
+            local,
+            teacher,
+            student,
+            training_prompts(build),
+            folder,
+            count=count,
+            batch_size=64,
+            shard_size=256,
+            steps=16,
+            guidance_scale=SAMPLE_GUIDANCE,
+            seed=seed,
+            forbidden=heldout,
+        )
+
+
 STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
     "judge": ("judge/judge.safetensors", build_judge),
     "text": ("text/t5/encoder/model.safetensors", build_text),
@@ -379,6 +522,9 @@ STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
     "student_vae": ("vae/student_vae/config.json", build_student_vae),
     "flux": ("flux/.built", build_flux),
     "sd15": ("sd15/.built", build_sd15),
+    "prompts": ("heldout.txt", build_prompts),
+    "sd15_start": ("sd15-onestep/.built", build_sd15_start),
+    "samples": ("samples/.built", build_samples),
 }
 
 

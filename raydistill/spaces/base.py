@@ -163,6 +163,15 @@ class Space(ABC):
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
         return classifier_free(*prediction.chunk(2), guidance_scale)
 
+    # -- features for the discriminator --------------------------------------------------------------
+    @abstractmethod
+    def feature_block(self, network: nn.Module, depth_fraction: float) -> nn.Module:
+        """The block whose output is read, at this share of the network's depth."""
+
+    @abstractmethod
+    def feature_map(self, output: Any, x_t: torch.Tensor) -> torch.Tensor:
+        """That block's output as an image [B, D, h, w]."""
+
     # -- sampling ----------------------------------------------------------------------------------
     @cached_property
     def scheduler(self) -> Any:

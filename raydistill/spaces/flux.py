@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -88,10 +89,19 @@ class FluxSpace(Space):
         )[0]
         return unpack(velocity, height, width)
 
+    def feature_block(self, network, depth_fraction):
+        """Double blocks, then single ones."""
+        blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
+        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
+
+    def feature_map(self, output, x_t):
+        """Image tokens of a block that returns (text, image) tokens."""
+        _, tokens = output
+        height, width = x_t.shape[-2:]
+        return tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+
     def start_sampling(self, steps: int):
         """FluxPipeline's own choice of sigmas: evenly spaced from 1 to 1/steps, then the scheduler's shift."""
-        import copy
-
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
         return scheduler

@@ -46,3 +46,11 @@ class StableDiffusionSpace(Space):
             encoder_hidden_states=conditioning["prompt_embeds"],
             return_dict=False,
         )[0]
+
+    def feature_block(self, network, depth_fraction):
+        """Down blocks, then the middle: a depth of 1/2 or more is the middle block."""
+        blocks = [*network.down_blocks, network.mid_block]
+        return blocks[min(len(blocks), max(1, round(2 * depth_fraction * len(blocks)))) - 1]
+
+    def feature_map(self, output, x_t):
+        return output[0] if isinstance(output, tuple) else output

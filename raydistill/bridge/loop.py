@@ -1,0 +1,241 @@
+"""Bridge training on Ray Train: what one worker does, and how the driver launches it. The training is in trainer.py."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raydistill.bridge.attention import AttentionProbe
+from raydistill.bridge.model import Bridge, doublings, read_description
+from raydistill.bridge.trainer import BridgeTrainer, Captions
+from raydistill.config import Config, resolve, validate
+from raydistill.data.pairs import Pairs, read_pairs
+from raydistill.progress import ProgressWatcher, write_progress
+from raydistill.spaces import load_space
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BRIDGE_FOLDER, STATE_FILE = "bridge", "trainer.pt"
+LOG_EVERY = 10
+
+
+class BridgeTrainingFailed(RuntimeError):
+    """The training ended without a Bridge; the message says why."""
+
+
+@dataclass(frozen=True)
+class TrainedBridge:
+    """A saved Bridge and its quality on held-out pairs (keys of `BridgeTrainer.validation`)."""
+
+    folder: Path
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What every worker is told."""
+
+    config: dict[str, Any]
+    pairs: str
+    progress: str  # file that the driver shows
+    tracking_uri: str | None
+    tracking_run: str | None
+
+
+def train_bridge(
+    config: Config,
+    run_dir: str | Path,
+    pairs_folder: str | Path,
+    tracking_uri: str | None = None,
+    tracking_run: str | None = None,
+) -> TrainedBridge:
+    """Train the Bridge of the configured student and teacher, or go on from this folder's last checkpoint.
+
+    Workers and their resources are those of the `distill` section; `bridge.batch_size` is divided between them.
+
+    Args:
+        config: whole configuration.
+        run_dir: absolute folder on storage that every node sees; the result is `run_dir/bridge`.
+        pairs_folder: parquet shards of pairs, on such storage too.
+        tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
+
+    Raises:
+        BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
+        BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    run_dir = Path(run_dir)
+    _check(config, pairs_folder)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    distill = config.distill
+    progress = run_dir / "bridge-progress.json"
+    settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
+    resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(settings),
+        scaling_config=ScalingConfig(
+            num_workers=distill.workers, use_gpu=distill.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="bridge-checkpoints",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=distill.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        with ProgressWatcher(progress, "bridge"):
+            result = trainer.fit()
+    except TrainingFailedError as error:
+        reasons = getattr(error, "worker_failures", None) or {"": error}
+        texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
+        raise BridgeTrainingFailed(f"bridge: {'; '.join(sorted(texts))}") from error
+    return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
+
+
+def _check(config: Config, pairs_folder: str | Path) -> None:
+    """Refuse what no worker could train on, before any is started."""
+    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
+    doublings(student, teacher)
+    read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    if config.bridge.projector == "identity":
+        raise BridgeTrainingFailed("bridge.projector identity has nothing to train")
+
+
+def _collect(checkpoint: Any, folder: Path) -> TrainedBridge:
+    """Copy the last checkpoint's Bridge to where the next stage looks for it."""
+    with checkpoint.as_directory() as source, tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        copied = Path(shutil.copytree(Path(source, BRIDGE_FOLDER), Path(unfinished, BRIDGE_FOLDER)))
+        shutil.rmtree(folder, ignore_errors=True)
+        copied.replace(folder)
+    return TrainedBridge(folder, read_description(folder)["metrics"])
+
+
+# -- the worker -------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """Rank 0's curves and pictures in MLflow; the other ranks', and an untracked run's, go nowhere."""
+
+    def __init__(self, settings: _Settings, rank: int) -> None:
+        self._tracker = None
+        if rank == 0 and settings.tracking_uri and settings.tracking_run:
+            from raydistill.tracking import Tracker
+
+            self._tracker = Tracker(settings.tracking_uri, settings.tracking_run)
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        if self._tracker:
+            self._tracker.metrics(values, step)
+
+    def image(self, picture: Image.Image, name: str, step: int) -> None:
+        if self._tracker:
+            self._tracker.image(picture, name, step)
+
+    def close(self) -> None:
+        if self._tracker:
+            self._tracker.close()
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Body of every Ray Train worker."""
+    import ray.train
+
+    told = _Settings(**settings)
+    config = validate(told.config)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config.distill.threads)
+    trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
+    _restore(trainer)
+    log, last = _Log(told, rank), config.bridge.steps
+    started, first = time.monotonic(), trainer.step_count
+    try:
+        for batch in _batches(trainer, first, last):
+            losses = trainer.step(batch)
+            step = trainer.step_count
+            if step % LOG_EVERY == 0 or step == last:
+                rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
+                log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
+                if rank == 0:
+                    write_progress(Path(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"])
+            if step % config.bridge.checkpoint_every == 0 or step == last:
+                _checkpoint(trainer, log)
+    finally:
+        log.close()
+
+
+def _device(config: Config) -> torch.device:
+    from ray.train.torch import get_device
+
+    return get_device() if config.distill.gpus_per_worker else torch.device("cpu")
+
+
+def build_trainer(
+    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1
+) -> BridgeTrainer:
+    """The trainer that a configuration describes; also for use without Ray. Errors as in `train_bridge`."""
+    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
+    pairs = read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        bridge = Bridge.create(student, teacher, config.bridge)
+    probe = captions = None
+    if config.bridge.attention.weight > 0:
+        network = teacher.load_network(getattr(torch, config.teachers.dtype))
+        probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
+        del network
+        captions = Captions(teacher, pairs.prompts(), device)
+    if config.bridge.gradient_checkpointing:
+        bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
+        if probe:
+            probe.network.enable_gradient_checkpointing()
+    return BridgeTrainer(bridge, pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions)
+
+
+def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
+    """Batches of steps first … stop - 1; the next one is read while the last one is trained on."""
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(trainer.batch, first) if first < stop else None
+        for step in range(first, stop):
+            batch = ahead.result()
+            ahead = reader.submit(trainer.batch, step + 1) if step + 1 < stop else None
+            yield batch
+
+
+def _restore(trainer: BridgeTrainer) -> None:
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            trainer.load_state_dict(torch.load(Path(folder, STATE_FILE), map_location="cpu", weights_only=True))
+
+
+def _checkpoint(trainer: BridgeTrainer, log: _Log) -> None:
+    """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
+    import ray.train
+
+    if trainer.rank:
+        ray.train.report({})
+        return
+    step = trainer.step_count
+    metrics, picture = trainer.validation()
+    log.metrics(metrics, step)
+    log.image(picture, "reconstruction", step)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer.bridge.save(Path(folder, BRIDGE_FOLDER), metrics | {"step": step})
+        torch.save(trainer.state_dict(), Path(folder, STATE_FILE))
+        ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

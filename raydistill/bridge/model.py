@@ -1,0 +1,266 @@
+"""The Bridge B(z_S) = g(D_S^(n)(z_S)): frozen first blocks of the student's decoder, then a trained projector.
+
+Shapes: z_S [B, Cs, h, w] and ẑ_T [B, Ct, H, W], both normalised latents on the VAE grids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from raydistill import config as configuration
+from raydistill.bridge.projectors import MlpProjector, UNetProjector
+from raydistill.bridge.swinir import SwinIR
+from raydistill.spaces.base import ModelFolderError, Space
+
+WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
+ARCHITECTURE_KEYS = ("projector", "prior", "embed_dim", "depths", "heads", "window")
+
+
+class BridgeError(ValueError):
+    """A Bridge that cannot be built for a pair of spaces, or a saved one that belongs to another pair."""
+
+
+def doublings(student: Space, teacher: Space) -> int:
+    """n with teacher side = 2^n · student side. Raises BridgeError where there is none."""
+    (_, h, w), (_, H, W) = student.latent_shape, teacher.latent_shape
+    factor = H // h
+    if H != factor * h or W != factor * w or factor < 1 or factor & (factor - 1):
+        raise BridgeError(
+            f"teacher latents ({H}x{W}, {teacher.folder}) must be 1, 2, 4, … times the student's "
+            f"({h}x{w}, {student.folder}) on both sides"
+        )
+    return factor.bit_length() - 1
+
+
+def vae_fingerprint(space: Space) -> str:
+    """sha256 of the VAE's tensors (name, dtype, shape, bytes) and of its latent scaling.
+
+    File metadata and the order of tensors do not matter. Raises ModelFolderError where the weights are missing.
+    """
+    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(_scaling(space)))
+
+
+def _scaling(space: Space) -> list[float | None]:
+    return [space.vae_config.get("scaling_factor"), space.vae_config.get("shift_factor")]
+
+
+@cache
+def _fingerprint(folder: str, scaling: str) -> str:
+    name = "diffusion_pytorch_model"
+    files = sorted({*Path(folder).glob(f"{name}.safetensors"), *Path(folder).glob(f"{name}-*-of-*.safetensors")})
+    if not files:
+        raise ModelFolderError(f"{folder}: no {name}.safetensors")
+    digest = hashlib.sha256(scaling.encode())
+    where = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            where |= dict.fromkeys(tensors.keys(), file)
+    for key in sorted(where):
+        with safe_open(where[key], framework="pt") as tensors:
+            tensor = tensors.get_tensor(key).contiguous()
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class SpatialPrior(nn.Module):
+    """D_S^(n): denormalise -> post_quant_conv -> conv_in -> mid_block -> up_blocks[:n] of the student's decoder.
+
+    Frozen and always in evaluation mode; gradients flow through it to its input.
+
+    Raises:
+        BridgeError: the decoder has fewer than n up-sampling blocks.
+    """
+
+    def __init__(self, space: Space, vae: nn.Module, n: int) -> None:
+        super().__init__()
+        decoder = vae.decoder
+        upsampling = [block for block in decoder.up_blocks if block.upsamplers is not None]
+        if n > len(upsampling):
+            raise BridgeError(f"{space.folder}: its decoder doubles {len(upsampling)} times, but {n} are needed")
+        self.space = space
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
+        self.conv_in, self.mid_block = decoder.conv_in, decoder.mid_block
+        self.up_blocks = nn.ModuleList(decoder.up_blocks[:n])
+        widths = list(reversed(vae.config.block_out_channels))
+        self.out_channels: int = widths[max(n - 1, 0)]
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> SpatialPrior:
+        """Stay in evaluation mode whatever the surrounding module does."""
+        return super().train(False)
+
+    def forward(self, z_S: torch.Tensor) -> torch.Tensor:
+        x = self.space.denormalise(z_S)
+        if self.post_quant_conv is not None:
+            x = self.post_quant_conv(x)
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return x
+
+
+def _projector(architecture: configuration.Bridge, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+    a = architecture
+    if a.projector == "unet":
+        return UNetProjector(in_channels, out_channels, a.embed_dim, upscale)
+    if a.projector == "mlp":
+        return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
+    try:
+        return SwinIR(in_channels, out_channels, a.embed_dim, a.depths, a.heads, a.window, upscale=upscale)
+    except ValueError as error:
+        raise BridgeError(f"bridge: {error}") from None
+
+
+class Bridge(nn.Module):
+    """From the student's latent space to the teacher's. Build with `create` or `load`."""
+
+    def __init__(
+        self,
+        student: Space,
+        teacher: Space,
+        architecture: configuration.Bridge,
+        prior: SpatialPrior | None,
+        projector: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher, self.architecture = student, teacher, architecture
+        self.prior, self.projector = prior, projector
+
+    @classmethod
+    def create(cls, student_space: Space, teacher_space: Space, architecture: configuration.Bridge) -> Bridge:
+        """A Bridge with fresh projector weights (from torch's global random state).
+
+        Args:
+            student_space, teacher_space: the pair; the grids decide how many decoder blocks the prior takes.
+            architecture: the `bridge` section of the configuration.
+
+        Raises:
+            BridgeError: the grids or the identity projector do not fit the pair.
+        """
+        n = doublings(student_space, teacher_space)
+        (c_S, *_), (c_T, *_) = student_space.latent_shape, teacher_space.latent_shape
+        if architecture.projector == "identity":
+            if student_space.latent_shape != teacher_space.latent_shape:
+                raise BridgeError(
+                    f"bridge.projector identity needs equal latent shapes, not {student_space.latent_shape} "
+                    f"({student_space.folder}) and {teacher_space.latent_shape} ({teacher_space.folder})"
+                )
+            return cls(student_space, teacher_space, architecture, None, nn.Identity())
+        if architecture.prior:
+            prior = SpatialPrior(student_space, student_space.load_vae(), n)
+            projector = _projector(architecture, prior.out_channels, c_T, upscale=1)
+        else:
+            prior, projector = None, _projector(architecture, c_S, c_T, upscale=2**n)
+        return cls(student_space, teacher_space, architecture, prior, projector)
+
+    def forward(self, z_S: torch.Tensor) -> torch.Tensor:
+        """Student latents [B, Cs, h, w] -> teacher latents [B, Ct, H, W], both normalised.
+
+        Raises:
+            ValueError: not latents of the student's space.
+        """
+        if z_S.ndim != 4 or z_S.shape[1] != self.student.latent_shape[0]:
+            raise ValueError(f"latents must be [B, {self.student.latent_shape[0]}, h, w], not {list(z_S.shape)}")
+        return self.projector(z_S if self.prior is None else self.prior(z_S))
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The projector's; none for the identity."""
+        return list(self.projector.parameters())
+
+    # -- files -------------------------------------------------------------------------------------
+    def description(self, metrics: dict[str, float] | None = None) -> dict[str, Any]:
+        """What bridge.json says."""
+        architecture = {key: getattr(self.architecture, key) for key in ARCHITECTURE_KEYS}
+        sides = {
+            role: {
+                "family": space.pipeline_class,
+                "model": Path(space.folder).name,
+                "latent_shape": list(space.latent_shape),
+                "vae_sha256": vae_fingerprint(space),
+            }
+            for role, space in (("student", self.student), ("teacher", self.teacher))
+        }
+        return {"architecture": architecture, **sides, "metrics": metrics or {}}
+
+    def save(
+        self, folder: str | Path, metrics: dict[str, float] | None = None, dtype: torch.dtype = torch.float32
+    ) -> Path:
+        """Write the projector (the prior is the student's own) and bridge.json; an existing Bridge is replaced.
+
+        Args:
+            folder: appears only when complete.
+            metrics: measured quality, kept in bridge.json.
+            dtype: of the stored weights (float16 halves the file).
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            unfinished.mkdir()
+            weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.projector.state_dict().items()}
+            save_file(weights, unfinished / WEIGHTS_FILE)
+            (unfinished / DESCRIPTION_FILE).write_text(json.dumps(self.description(metrics), indent=2) + "\n")
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, student_space: Space, teacher_space: Space) -> Bridge:
+        """A saved Bridge, frozen and in evaluation mode.
+
+        Raises:
+            BridgeError: the folder is no Bridge, or belongs to another pair of VAEs.
+        """
+        saved = read_description(folder)
+        for role, space in (("student", student_space), ("teacher", teacher_space)):
+            _check_side(folder, role, saved[role], space)
+        bridge = cls.create(student_space, teacher_space, configuration.Bridge(**saved["architecture"]))
+        try:
+            bridge.projector.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise BridgeError(f"{folder}: {WEIGHTS_FILE} is missing or damaged: {error}") from None
+        return bridge.eval().requires_grad_(False)
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """bridge.json of a saved Bridge. Raises BridgeError where it is missing or incomplete."""
+    file = Path(folder, DESCRIPTION_FILE)
+    try:
+        saved = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise BridgeError(f"{folder}: not a saved Bridge ({DESCRIPTION_FILE}: {error})") from None
+    missing = [key for key in ("architecture", "student", "teacher") if key not in saved]
+    if missing:
+        raise BridgeError(f"{file}: lacks {', '.join(missing)}")
+    return saved
+
+
+def _check_side(folder: str | Path, role: str, saved: dict[str, Any], space: Space) -> None:
+    found = vae_fingerprint(space)
+    if found != saved["vae_sha256"]:
+        raise BridgeError(
+            f"{folder}: this Bridge was trained for another {role} VAE ({saved['family']} {saved['model']}, sha256 "
+            f"{saved['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
+            "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
+        )
+    if list(space.latent_shape) != saved["latent_shape"]:
+        raise BridgeError(
+            f"{folder}: this Bridge was trained for {role} latents {saved['latent_shape']}, "
+            f"but {space.folder} has {list(space.latent_shape)}"
+        )

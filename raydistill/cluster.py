@@ -1,0 +1,36 @@
+"""Connecting a job to Ray: the cluster it was submitted to, or a local one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
+    machine and takes it down again.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray
+
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    ray.init(
+        address="auto" if joins else "local",
+        include_dashboard=None if joins else False,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+    )
+    try:
+        yield
+    finally:
+        from ray import serve
+
+        if not joins:
+            serve.shutdown()
+        ray.shutdown()

@@ -1,0 +1,294 @@
+"""Conditioning for trainers: text encoders in Ray Data actors, streamed in an order that can be resumed anywhere.
+
+The cursor is a slot number. Slot s is one batch for every worker: worker r of W takes the positions
+(s W + r) B … (s W + r) B + B - 1 of the prompt set's endless order (`PromptSet.at`). Each position is read exactly
+once by construction, whatever the number of restarts, and a resume encodes nothing that was consumed before.
+
+Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), and one
+"role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such tensors travel as uint16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from ray.util.debug import log_once
+
+from raydistill.data.prompts import PromptSet
+from raydistill.spaces import Conditioning, Space, load_space
+
+CACHE_BYTES = 256 << 20  # encoded prompts each text encoder keeps
+MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
+CHUNK = 16  # prompts per forward of a text encoder
+
+Batch = dict[str, np.ndarray]
+
+
+# -- encoding -------------------------------------------------------------------------------------------
+
+
+class TextEncoder:
+    """The text encoders of one pipeline folder.
+
+    Prompts are encoded in chunks of one fixed size, filled up with empty prompts, so that a prompt's numbers do not
+    depend on how many others came with it.
+
+    Args:
+        space: whose text encoders to load.
+        dtype: of the text encoders and of what they return.
+        device: where they run; the conditioning is always returned on the CPU.
+        chunk: prompts per forward.
+    """
+
+    def __init__(
+        self, space: Space, dtype: torch.dtype = torch.float32, device: str = "cpu", chunk: int = CHUNK
+    ) -> None:
+        self.space = space
+        self.chunk = chunk
+        self._text = space.load_text(dtype).to(device)
+        self._rows: OrderedDict[str, Conditioning] = OrderedDict()  # least recently used first
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning tensors [B, …] on the CPU; a prompt that occurs twice is encoded once."""
+        if not prompts:
+            raise ValueError("no prompts to encode")
+        rows = {prompt: self._rows[prompt] for prompt in dict.fromkeys(prompts) if prompt in self._rows}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in rows]
+        for start in range(0, len(missing), self.chunk):
+            rows |= self._encode_chunk(missing[start : start + self.chunk])
+        self._remember(rows)
+        return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def _encode_chunk(self, prompts: list[str]) -> dict[str, Conditioning]:
+        filled = prompts + [""] * (self.chunk - len(prompts))
+        with _without_truncation_warnings():
+            encoded = {name: value.cpu() for name, value in self.space.encode_prompts(self._text, filled).items()}
+        # cloned: a view would keep the whole chunk in memory for as long as one of its rows is remembered
+        return {prompt: {name: value[i].clone() for name, value in encoded.items()} for i, prompt in enumerate(prompts)}
+
+    def _remember(self, rows: dict[str, Conditioning]) -> None:
+        row_bytes = sum(value.nbytes for value in next(iter(rows.values())).values())
+        for prompt, row in rows.items():
+            self._rows[prompt] = row
+            self._rows.move_to_end(prompt)
+        while len(self._rows) * row_bytes > CACHE_BYTES:
+            self._rows.popitem(last=False)
+
+
+@contextlib.contextmanager
+def _without_truncation_warnings() -> Iterator[None]:
+    """diffusers prints every chunk in which one prompt exceeds the text encoder's length: thousands of lines a run."""
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def encode_prompt_list(
+    space: Space,
+    prompts: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    chunk: int = CHUNK,
+) -> Conditioning:
+    """Conditioning [B, …] of a few prompts, on the CPU; loads the text encoders and drops them again.
+
+    Bit for bit what `TextEncoder` and `PromptEncoder` of the same chunk return for these prompts.
+    """
+    return TextEncoder(space, dtype, device, chunk).encode(prompts)
+
+
+class PromptEncoder:
+    """Adds the conditioning columns of every role to a batch; made for an actor pool of Ray Data.
+
+    Args:
+        folders: pipeline folder of each role, for example {"student": …, "teacher": …}.
+        dtype: name of a torch dtype, for all roles or per role.
+        device: where the text encoders run.
+        chunk: prompts per forward.
+        threads: CPU threads of this process; None leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        folders: Mapping[str, str],
+        dtype: str | Mapping[str, str] = "float32",
+        device: str = "cpu",
+        chunk: int = CHUNK,
+        threads: int | None = None,
+    ) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        dtypes = {role: dtype if isinstance(dtype, str) else dtype[role] for role in folders}
+        shared: dict[tuple[str, str], TextEncoder] = {}  # roles of one folder share its text encoders
+        self.encoders: dict[str, TextEncoder] = {}
+        for role, folder in folders.items():
+            key = (str(folder), dtypes[role])
+            if key not in shared:
+                shared[key] = TextEncoder(load_space(folder), getattr(torch, dtypes[role]), device, chunk)
+            self.encoders[role] = shared[key]
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Batch with a "prompt" column -> the same with "role.name" columns."""
+        prompts = [str(prompt) for prompt in batch["prompt"]]
+        columns = dict(batch)
+        for role, encoder in self.encoders.items():
+            for name, value in encoder.encode(prompts).items():
+                columns[f"{role}.{name}"] = _to_numpy(value)
+        return columns
+
+
+def _to_numpy(value: torch.Tensor) -> np.ndarray:
+    return (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
+
+
+def _to_torch(column: np.ndarray) -> torch.Tensor:
+    # what Ray hands out lies read-only in the object store, and torch has no read-only tensors
+    value = torch.from_numpy(column if column.flags.writeable else column.copy())
+    return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+
+
+def conditioning(batch: Mapping[str, Any], role: str) -> Conditioning:
+    """The conditioning tensors of one role, by the names its Space gave them.
+
+    Raises:
+        KeyError: the batch has no columns of this role.
+    """
+    found = {
+        name.removeprefix(f"{role}."): _to_torch(column)
+        for name, column in batch.items()
+        if name.startswith(f"{role}.")
+    }
+    if not found:
+        raise KeyError(f"no conditioning of {role!r} in the batch; its columns are {', '.join(batch)}")
+    return found
+
+
+# -- streaming ------------------------------------------------------------------------------------------
+
+
+def slot_positions(slot: int, rank: int, world: int, batch_size: int) -> np.ndarray:
+    """Positions [B] of a slot's rows for one worker, int64."""
+    return np.arange(batch_size, dtype=np.int64) + (slot * world + rank) * batch_size
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch(prompts: ray.ObjectRef) -> PromptSet:
+    """One copy of the prompt set per process."""
+    return ray.get(prompts)
+
+
+def _rows_of_slots(
+    slots: Batch, prompts: ray.ObjectRef, seed: int, rank: int, world: int, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Slot numbers -> sample_id, prompt_id and prompt of their rows."""
+    positions = np.concatenate([slot_positions(slot, rank, world, batch_size) for slot in slots["slot"].tolist()])
+    ids, texts = _fetch(prompts).at(seed, positions)
+    return {"sample_id": positions, "prompt_id": ids, "prompt": np.array(texts, dtype=object)}
+
+
+def conditioned_batches(
+    prompts: PromptSet,
+    folders: Mapping[str, str],
+    *,
+    seed: int,
+    first: int,
+    stop: int,
+    rank: int,
+    world: int,
+    batch_size: int,
+    dtype: str | Mapping[str, str] = "float32",
+    chunk: int = CHUNK,
+    encoders: int = 1,
+    cpus_per_encoder: float = 0.1,
+    gpus_per_encoder: float = 0.0,
+    threads: int = 1,
+    prefetch: int = 2,
+    in_flight_bytes: int = 256 << 20,
+) -> Iterator[Batch]:
+    """Batches of the slots first … stop - 1 for one worker, in order; see the top of this file for the columns.
+
+    Call it inside the worker that consumes the batches; closing the generator ends the encoders.
+
+    Args:
+        prompts: the prompt set; stored once in the object store.
+        folders, dtype, chunk, threads: see `PromptEncoder`. Folders must exist on every node.
+        seed: of the order of prompts.
+        first, stop: slots to read; a resume starts at the first slot that was not consumed.
+        rank, world: this worker, and the number of workers.
+        batch_size: rows B per slot and worker.
+        encoders: actors of this worker that encode.
+        cpus_per_encoder, gpus_per_encoder: Ray resources of each; with a GPU share they encode on "cuda".
+        prefetch: batches fetched ahead into this process.
+        in_flight_bytes: object store memory within which the encoders run ahead.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be 0 … world - 1, not {rank} of {world}")
+    if not 0 <= first <= stop or batch_size < 1:
+        raise ValueError(f"need 0 <= first <= stop and batch_size >= 1, not {first}, {stop} and {batch_size}")
+    if first == stop:
+        return
+    _quiet()
+    slots = ray.data.from_items(
+        [{"slot": slot} for slot in range(first, stop)], override_num_blocks=min(stop - first, MAX_BLOCKS)
+    )
+    _configure(slots.context, in_flight_bytes)
+    encoder = {
+        "folders": {role: str(folder) for role, folder in folders.items()},
+        "dtype": dtype,
+        "device": "cuda" if gpus_per_encoder else "cpu",
+        "chunk": chunk,
+        "threads": threads,
+    }
+    rows_of_slots = functools.partial(
+        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rank=rank, world=world, batch_size=batch_size
+    )
+    conditioned = slots.map_batches(
+        rows_of_slots, batch_size=None, batch_format="numpy", num_cpus=cpus_per_encoder, num_gpus=gpus_per_encoder
+    ).map_batches(
+        PromptEncoder,
+        fn_constructor_kwargs=encoder,
+        batch_size=batch_size,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_encoder,
+        num_gpus=gpus_per_encoder,
+    )
+    batches = iter(conditioned.iter_batches(batch_size=batch_size, prefetch_batches=prefetch, batch_format="numpy"))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _configure(context: ray.data.DataContext, in_flight_bytes: int) -> None:
+    """Settings of this data set alone: its order is part of the maths, and it must not fill the object store."""
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
+        object_store_memory=in_flight_bytes
+    )
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def _quiet() -> None:
+    """Keep Ray Data's lines about every execution out of the trainers' logs; its own log file still has them."""
+    log_once("ray_data_progress_manager_disabled")  # or it warns that `enable_progress_bars` is off
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.WARNING)

@@ -1,0 +1,280 @@
+"""Pairs of latents of one picture, in both spaces: sharded parquet of (prompt, prompt_id, seed, z_T, z_S, preview).
+
+A shard is one file, pairs-NNNNN.parquet, written under another name and renamed when complete; whatever carries the
+final name is whole, so an interrupted writer goes on with the shards that `existing_shards` lacks.
+
+Shapes: N rows, C×H×W normalised latents on the VAE grids, float16.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+
+from raydistill.diffusion.noise import uniform
+
+SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
+LATENT_COLUMNS = ("z_T", "z_S")
+
+
+class PairsError(ValueError):
+    """A folder of pairs that cannot be used; the message names file and column."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a pair set; `ids` are their positions in the whole set."""
+
+    ids: np.ndarray  # [N] int64
+    prompts: list[str]
+    prompt_ids: torch.Tensor  # [N] int64
+    seeds: torch.Tensor  # [N] int64
+    z_T: torch.Tensor  # [N, Ct, H, W] float16
+    z_S: torch.Tensor  # [N, Cs, h, w] float16
+    previews: list[bytes | None]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def shard_file(folder: str | Path, shard_index: int) -> Path:
+    return Path(folder, f"pairs-{shard_index:05d}.parquet")
+
+
+def existing_shards(folder: str | Path) -> list[int]:
+    """Indices of the complete shards, ascending; empty for a folder that does not exist."""
+    folder = Path(folder)
+    names = (SHARD_NAME.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def png(image: Image.Image) -> bytes:
+    """A preview's bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _latent_column(latents: torch.Tensor, name: str, count: int) -> pa.Array:
+    if latents.ndim != 4 or len(latents) != count:
+        raise ValueError(f"{name} must be [{count}, C, H, W], not {list(latents.shape)}")
+    values = np.ascontiguousarray(latents.detach().to("cpu", torch.float16).numpy())
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} has values that are not finite in float16")
+    return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+
+
+def write_pairs(
+    folder: str | Path,
+    shard_index: int,
+    prompts: Sequence[str],
+    prompt_ids: Sequence[int] | torch.Tensor,
+    seeds: Sequence[int] | torch.Tensor,
+    z_T: torch.Tensor,
+    z_S: torch.Tensor,
+    previews: Sequence[bytes | None] | None = None,
+) -> Path:
+    """Write one shard atomically, replacing an older one of this index.
+
+    Args:
+        prompts, prompt_ids, seeds: N of each.
+        z_T, z_S: [N, C, H, W] normalised latents, stored as float16.
+        previews: PNG bytes of the pictures, or None.
+
+    Raises:
+        ValueError: lengths differ, a latent is not finite, or the shard is empty.
+    """
+    count = len(prompts)
+    if not count or len(prompt_ids) != count or len(seeds) != count or len(previews or prompts) != count:
+        raise ValueError(f"a shard needs as many prompt_ids, seeds and previews as prompts ({count}, at least 1)")
+    columns = {
+        "prompt": pa.array(list(prompts), pa.string()),
+        "prompt_id": pa.array(np.asarray(prompt_ids, dtype=np.int64)),
+        "seed": pa.array(np.asarray(seeds, dtype=np.int64)),
+        "z_T": _latent_column(z_T, "z_T", count),
+        "z_S": _latent_column(z_S, "z_S", count),
+    }
+    if previews is not None:
+        columns["preview"] = pa.array(list(previews), pa.binary())
+    file = shard_file(folder, shard_index)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        pq.write_table(pa.table(columns), unfinished, compression="zstd")
+        os.replace(unfinished, file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return file
+
+
+# -- reading --------------------------------------------------------------------------------------------
+
+
+def _open(file: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise PairsError(f"{file}: not a readable parquet file: {error}") from None
+
+
+def _tensor_shape(file: Path, schema: pa.Schema, column: str) -> tuple[int, ...]:
+    kind = schema.field(column).type
+    if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
+        raise PairsError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
+    return tuple(kind.shape)
+
+
+class PairSet:
+    """All shards of a folder as one sequence of rows, read shard by shard when needed.
+
+    Args:
+        folder: holds pairs-*.parquet.
+        z_T_shape, z_S_shape: C, H, W each latent must have, or None for any (but the same in all shards).
+        cached_shards: shards kept in memory; also the window within which `order` mixes rows.
+
+    Raises:
+        PairsError: no shards, or one with a missing column or another shape; names file and column.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        z_T_shape: tuple[int, int, int] | None = None,
+        z_S_shape: tuple[int, int, int] | None = None,
+        cached_shards: int = 16,
+    ) -> None:
+        self.folder = Path(folder)
+        self.files = [shard_file(folder, index) for index in existing_shards(folder)]
+        if not self.files:
+            raise PairsError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
+        expected: dict[str, tuple[int, ...] | None] = {"z_T": z_T_shape, "z_S": z_S_shape}
+        lengths = [self._check(file, expected) for file in self.files]
+        self.shapes = expected
+        self.cached_shards = cached_shards
+        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._shard = lru_cache(maxsize=cached_shards)(self._read)
+
+    @staticmethod
+    def _check(file: Path, expected: dict[str, tuple[int, ...] | None]) -> int:
+        parquet = _open(file)
+        schema = parquet.schema_arrow
+        missing = [c for c in ("prompt", "prompt_id", "seed", *LATENT_COLUMNS) if c not in schema.names]
+        if missing:
+            raise PairsError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
+        for column in LATENT_COLUMNS:
+            shape = _tensor_shape(file, schema, column)
+            if expected[column] is None:
+                expected[column] = shape
+            elif shape != tuple(expected[column]):
+                raise PairsError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
+        return parquet.metadata.num_rows
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _read(self, shard: int) -> pa.Table:
+        return pq.read_table(self.files[shard]).combine_chunks()
+
+    def _column(self, name: str) -> list:
+        """One small column of all rows."""
+        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+
+    def prompts(self) -> list[str]:
+        """The prompts of all rows."""
+        return self._column("prompt")
+
+    def prompt_ids(self) -> np.ndarray:
+        """The prompt ids of all rows, int64."""
+        return np.asarray(self._column("prompt_id"), dtype=np.int64)
+
+    def rows(self, ids: Sequence[int] | np.ndarray) -> Pairs:
+        """The rows at these positions, in this order."""
+        ids = np.asarray(ids, dtype=np.int64)
+        if not ids.size or ids.min() < 0 or ids.max() >= len(self):
+            raise IndexError(f"{self.folder}: rows must be 0 … {len(self) - 1}, at least one")
+        shards = np.searchsorted(self._starts, ids, side="right") - 1
+        parts, positions = [], []
+        for shard in np.unique(shards):
+            (where,) = np.nonzero(shards == shard)
+            parts.append(self._shard(int(shard)).take(pa.array(ids[where] - self._starts[shard])))
+            positions.append(where)
+        back = np.argsort(np.concatenate(positions))
+        table = pa.concat_tables(parts, promote_options="default").combine_chunks().take(pa.array(back))
+        return self._pairs(ids, table.combine_chunks())
+
+    @staticmethod
+    def _pairs(ids: np.ndarray, table: pa.Table) -> Pairs:
+        def latents(name: str) -> torch.Tensor:
+            return torch.from_numpy(table[name].combine_chunks().to_numpy_ndarray().copy())
+
+        has_preview = "preview" in table.column_names
+        return Pairs(
+            ids=ids,
+            prompts=table["prompt"].to_pylist(),
+            prompt_ids=torch.tensor(table["prompt_id"].to_numpy().copy()),
+            seeds=torch.tensor(table["seed"].to_numpy().copy()),
+            z_T=latents("z_T"),
+            z_S=latents("z_S"),
+            previews=table["preview"].to_pylist() if has_preview else [None] * len(table),
+        )
+
+    def order(self, ids: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of `ids` (ascending positions) that depends on seed and epoch only.
+
+        Shards are shuffled, and rows among `cached_shards` neighbouring shards: a set that does not fit into memory is
+        still read file by file; one of at most that many shards is shuffled completely.
+        """
+        draws = uniform(seed, [epoch], "pair_order", shape=(len(ids),))[0].numpy()
+        ranks = uniform(seed, [epoch], "shard_order", shape=(len(self.files),))[0].numpy().argsort(kind="stable").argsort()
+        windows = ranks[np.searchsorted(self._starts, ids, side="right") - 1] // self.cached_shards
+        return ids[np.lexsort((draws, windows))]
+
+
+def read_pairs(
+    folder: str | Path,
+    z_T_shape: tuple[int, int, int] | None = None,
+    z_S_shape: tuple[int, int, int] | None = None,
+) -> PairSet:
+    """Open a folder of pairs and check every shard's columns and shapes. See `PairSet`."""
+    return PairSet(folder, z_T_shape, z_S_shape)
+
+
+def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) positions, ascending. No prompt is in both.
+
+    Sets with fewer distinct prompts than 1 / share (all captions empty, say) are split by row instead.
+
+    Raises:
+        PairsError: fewer than two rows.
+    """
+    if len(pairs) < 2:
+        raise PairsError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
+    _, group = np.unique(pairs.prompt_ids(), return_inverse=True)
+    if group.max() + 1 < 1 / share:
+        group = np.arange(len(pairs))
+    count = int(group.max()) + 1
+    held_out = max(1, min(count - 1, round(share * count)))
+    rank = uniform(seed, [0], "pair_split", shape=(count,))[0].numpy().argsort(kind="stable").argsort()
+    is_held_out = rank[group] < held_out
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def load_pairs(folder: str | Path, z_T_shape: tuple[int, int, int] | None = None) -> Pairs:
+    """All rows of a folder in memory. See `PairSet` for the errors."""
+    pairs = read_pairs(folder, z_T_shape)
+    return pairs.rows(np.arange(len(pairs)))

@@ -1,0 +1,70 @@
+"""The fake score: a trainable copy of the teacher that follows the student's own distribution.
+
+Either a LoRA on a frozen copy (starting at zero, so that it starts as the teacher) or a full copy. Its features at one
+block also feed the discriminator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.spaces import Conditioning, Space
+
+
+class _FeaturesReached(Exception):
+    """Ends a forward pass once the wanted block has answered; carries nothing, never leaves `features`."""
+
+
+class FakeScore(nn.Module):
+    """Network with trainable part, its denoising prediction and its features."""
+
+    def __init__(self, space: Space, network: nn.Module, config: FakeScoreConfig, depth_fraction: float) -> None:
+        super().__init__()
+        self.space = space
+        if config.kind == "lora":
+            network.requires_grad_(False)
+            lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(space.lora_targets))
+            network = inject_adapter_in_model(lora, network)
+        else:
+            network.requires_grad_(True)
+        self.network = network.eval()
+        self._features: Any = None
+        self._stop = False
+        block = space.feature_block(self.network, depth_fraction)
+        block.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._features = output
+        if self._stop:
+            raise _FeaturesReached
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of what is trained and checkpointed."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def forward(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(native prediction [B, C, H, W], features [B, D, h, w]) of one conditional evaluation."""
+        prediction = self.space.predict(self.network, x_t, t_B, conditioning)
+        return prediction, self._take(x_t)
+
+    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """Features only [B, D, h, w]; the blocks behind the one that gives them do not run."""
+        self._stop = True
+        try:
+            self.space.predict(self.network, x_t, t_B, conditioning)
+        except _FeaturesReached:
+            return self._take(x_t)
+        finally:
+            self._stop = False
+        raise RuntimeError("the feature block did not run")
+
+    def _take(self, x_t: torch.Tensor) -> torch.Tensor:
+        output, self._features = self._features, None
+        return self.space.feature_map(output, x_t)

@@ -1,0 +1,385 @@
+"""Distillation on Ray Train: what one worker does, and how the driver launches it.
+
+A stage is one distillation (the main one or a control). Its whole behaviour follows from its Config, so a control is
+the same code with another configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+
+from raydistill.config import Config, resolve, validate
+from raydistill.progress import ProgressWatcher, write_progress
+
+
+class DistillationFailed(RuntimeError):
+    """A stage ended without a result; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One distillation, as shipped to its workers."""
+
+    name: str
+    config: dict[str, Any]
+    folder: str  # of this stage, on storage that every node sees
+    bridge: str | None  # trained Bridge; None for the identity
+    real: str | None  # parquet of teacher samples
+    service: str | None  # name of the teacher service; None when VSD is off
+    mlflow_uri: str
+    mlflow_run: str
+
+    def path(self, *parts: str) -> Path:
+        return Path(self.folder, *parts)
+
+
+def launch(stage: Stage) -> dict[str, Any]:
+    """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
+
+    Raises:
+        DistillationFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
+            cannot mend.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    config = validate(stage.config)
+    if stage.path("result.json").is_file():
+        return json.loads(stage.path("result.json").read_text())
+    stage.path().mkdir(parents=True, exist_ok=True)
+    distill = config.distill
+    resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=asdict(stage),
+        scaling_config=ScalingConfig(
+            num_workers=distill.workers, use_gpu=distill.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=str(stage.path()),
+            failure_config=FailureConfig(max_failures=distill.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
+            ),
+        ),
+    )
+    try:
+        with ProgressWatcher(stage.path("progress.json"), stage.name):
+            trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        reasons = getattr(error, "worker_failures", None) or {"": error}
+        texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
+        raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
+    return json.loads(stage.path("result.json").read_text())
+
+
+# -- the worker -------------------------------------------------------------------------------------------
+
+
+def train_worker(settings: dict[str, Any]) -> None:
+    """Body of every Ray Train worker."""
+    from raydistill.tracking import Tracker
+
+    stage = Stage(**settings)
+    config = validate(stage.config)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(config.distill.threads)
+    distiller, submit, batches = _assemble(stage, config, rank, world)
+    first, best = _restore(distiller, config)
+    prompts_from = _batches_from(stage, config, first, rank, world)
+    batches.source = prompts_from
+    tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
+    observer = Observer(stage, config, distiller, tracker, best) if rank == 0 else None
+    from raydistill.distill.schedule import distillation_step
+
+    try:
+        if observer and first == 0:
+            observer.before()
+        for step in range(first, config.distill.steps):
+            distillation_step(distiller, submit, config.fake_score.updates, config.distill.overlap)
+            if observer:
+                observer.after_step(step + 1, world)
+            _checkpoint(distiller, config, observer, step + 1)
+        if observer:
+            observer.finish()
+    finally:
+        prompts_from.close()
+        if tracker:
+            tracker.close()
+
+
+class _Batches:
+    """The stream of conditioned batches; its source is set once the first step is known."""
+
+    def __init__(self) -> None:
+        self.source: Any = iter(())
+
+    def __iter__(self) -> _Batches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return next(self.source)
+
+
+def _batches_from(stage: Stage, config: Config, first: int, rank: int, world: int) -> Any:
+    from raydistill.data.encode import conditioned_batches
+    from raydistill.data.prompts import read_prompts
+
+    per_step = 1 + config.fake_score.updates
+    prompts = read_prompts(
+        resolve(config.prompts.path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
+    )
+    return conditioned_batches(
+        prompts,
+        {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
+        seed=config.run.seed,
+        first=first * per_step,
+        stop=config.distill.steps * per_step,
+        rank=rank,
+        world=world,
+        batch_size=config.distill.batch_size,
+    )
+
+
+def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any, Any, _Batches]:
+    """Load every network of a worker and connect it to its teachers."""
+    from raydistill.bridge.model import Bridge
+    from raydistill.data.encode import encode_prompt_list
+    from raydistill.distill.distiller import Distiller
+    from raydistill.spaces import load_space
+    from raydistill.teachers.client import ScoreRequest, TeacherClient
+
+    device = ray.train.torch.get_device() if config.distill.gpus_per_worker else torch.device("cpu")
+    student_space = load_space(resolve(config.student.model))
+    teacher_space = load_space(resolve(config.teacher.model))
+    unet = load_unet(student_space, config.student.unet)
+    if stage.bridge:
+        bridge = Bridge.load(Path(stage.bridge), student_space, teacher_space)
+    else:
+        bridge = Bridge.create(student_space, teacher_space, config.bridge)
+    real = load_real(Path(stage.real), teacher_space) if stage.real and config.discriminator.weight > 0 else None
+    batches = _Batches()
+    distiller = Distiller(
+        config,
+        student_space,
+        teacher_space,
+        unet,
+        bridge,
+        teacher_space.load_network(),
+        real,
+        batches,
+        average_over_workers if world > 1 else lambda gradients: None,
+        device,
+    )
+    submit = None
+    if stage.service:
+        client = TeacherClient(stage.service, config.teachers)
+        scale = guidance_scale(config, teacher_space)
+        empty = encode_prompt_list(teacher_space, [""])
+
+        def submit(made):  # noqa: ANN001, ANN202
+            cpu = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
+            return client.submit(ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), cpu, empty, scale))
+
+    return distiller, submit, batches
+
+
+def guidance_scale(config: Config, teacher_space: Any) -> float:
+    """The configured guidance, else the teacher family's default."""
+    configured = config.teacher.guidance_scale
+    return teacher_space.default_guidance_scale if configured is None else configured
+
+
+def load_unet(space: Any, folder: str | None) -> torch.nn.Module:
+    """The student's starting network: a folder with a UNet (diffusers layout), or the pipeline's own."""
+    from diffusers import UNet2DConditionModel
+
+    if folder is None:
+        return space.load_network()
+    path = resolve(folder)
+    path = path / "unet" if (path / "unet").is_dir() else path
+    return UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
+
+
+def load_real(folder: Path, teacher_space: Any) -> Any:
+    """Teacher samples with the conditioning of their own captions."""
+    from raydistill.data.pairs import read_pairs
+    from raydistill.distill.distiller import Real
+    from raydistill.evaluation.evaluator import encode_table
+
+    pairs = read_pairs(folder, z_T_shape=teacher_space.latent_shape)
+    pairs = pairs.rows(range(len(pairs)))
+    table, row = encode_table(teacher_space, pairs.prompts)
+    return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))
+
+
+def average_over_workers(gradients: list[torch.Tensor]) -> None:
+    """Mean over all workers, in place, by one flat all-reduce."""
+    flat = torch._utils._flatten_dense_tensors(gradients)
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for gradient, mean in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+        gradient.copy_(mean)
+
+
+def _restore(distiller: Any, config: Config) -> tuple[int, float]:
+    """(steps done, best score) of the last checkpoint, or a fresh start."""
+    from raydistill.distill.state import load_state
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0, float("-inf")
+    with checkpoint.as_directory() as folder:
+        state, about = load_state(Path(folder))
+    distiller.load_state_dict(state)
+    return about["step"], about["best"]
+
+
+def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step: int) -> None:
+    """Report every `checkpoint_every` steps and at the end; a barrier for all workers."""
+    if step % config.distill.checkpoint_every and step != config.distill.steps:
+        return
+    from raydistill.distill.state import save_state
+
+    if observer is None:
+        ray.train.report({})
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        about = {"step": step, "best": observer.best, "score": observer.score, "mlflow_run": observer.stage.mlflow_run}
+        save_state(Path(folder), distiller.state_dict(), about)
+        ray.train.report({"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class Observer:
+    """Rank 0's evaluation, logging and export."""
+
+    def __init__(self, stage: Stage, config: Config, distiller: Any, tracker: Any, best: float) -> None:
+        from raydistill.data.prompts import read_prompts
+        from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+
+        self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
+        self.best, self.score = best, 0.0
+        self.started = time.monotonic()
+        self.samples = config.distill.batch_size * config.distill.steps
+        evaluation, device = config.evaluation, distiller.device
+
+        def evaluator(path: str, count: int, seed: int) -> StudentEvaluator:
+            prompts = read_prompts(
+                resolve(path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
+            )
+            return StudentEvaluator(
+                distiller.student_space, FixedPrompts(prompts, count, seed), evaluation, device
+            )
+
+        self.final = evaluator(evaluation.prompts, evaluation.count, evaluation.seed)
+        # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
+        self.periodic = evaluator(config.prompts.path, evaluation.periodic_count, evaluation.seed + 1)
+
+    def _evaluate(self, evaluator: Any) -> tuple[torch.Tensor, dict[str, float]]:
+        pictures = evaluator.draw(self.distiller.evaluated, self.config.student.start_timestep)
+        return pictures, evaluator.accuracy(pictures)
+
+    def before(self) -> None:
+        """The start, on the held-out prompts; kept for the summary."""
+        pictures, table = self._evaluate(self.final)
+        self._keep("before", pictures, table, 0)
+
+    def _keep(self, name: str, pictures: torch.Tensor, table: dict[str, float], step: int) -> None:
+        from raydistill.evaluation.evaluator import save_pictures
+        from raydistill.evaluation.grids import grid
+
+        count = self.config.evaluation.grid
+        save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
+        self.stage.path(f"{name}.json").write_text(json.dumps(table))
+        self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
+        self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
+
+    def after_step(self, step: int, world: int) -> None:
+        metrics = self.distiller.pop_metrics()
+        seconds = metrics["time/step"]
+        metrics["throughput/samples_per_s"] = world * self.config.distill.batch_size / seconds
+        if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:
+            pictures, table = self._evaluate(self.periodic)
+            metrics |= {f"eval/periodic_{key}": value for key, value in table.items()}
+            self.score = table.get(self.config.evaluation.metric, float(step))
+            self._guard(step)
+            from raydistill.evaluation.grids import grid
+
+            count = self.config.evaluation.grid
+            self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
+        self.tracker.metrics(metrics, step)
+        write_progress(
+            self.stage.path("progress.json"),
+            step=step,
+            total=self.config.distill.steps,
+            samples_per_s=float(metrics["throughput/samples_per_s"]),
+            wait_teacher_s=float(metrics.get("time/wait_teacher", 0.0)),
+            score=float(self.score),
+        )
+
+    def _guard(self, step: int) -> None:
+        """Alarm on collapse: the evaluation falls well below its best."""
+        if self.score < self.best - 0.1:
+            message = f"step {step}: evaluation fell to {self.score:.3f} from {self.best:.3f}"
+            print(f"collapse alarm: {message}", flush=True)
+            self.tracker.tags({"collapse_alarm": message})
+        if self.score > self.best:
+            self.best = self.score
+            from raydistill.distill.state import save_state
+
+            folder = self.stage.path("best")
+            folder.mkdir(exist_ok=True)
+            save_state(folder, {"student": self.distiller.evaluated.state_dict()}, {"step": step, "score": self.score})
+
+    def _card(self, step: int, table: dict[str, float]) -> Any:
+        from raydistill.config import config_hash
+        from raydistill.export.pipeline import ModelCard
+
+        return ModelCard(
+            teacher=self.config.teacher.model,
+            teacher_class=self.distiller.teacher_space.pipeline_class,
+            student=self.config.student.unet or self.config.student.model,
+            steps=step,
+            run_id=self.stage.mlflow_run,
+            config_hash=config_hash(self.config),
+            metrics=table,
+        )
+
+    def finish(self) -> None:
+        """Evaluate the best student on the held-out prompts, export it, write the result."""
+        from raydistill.distill.state import load_state
+        from raydistill.export.pipeline import export_student
+
+        unet = self.distiller.evaluated
+        state, about = load_state(self.stage.path("best"))
+        unet.load_state_dict(state["student"])
+        pictures, table = self._evaluate(self.final)
+        self._keep("after", pictures, table, self.config.distill.steps)
+        space = self.distiller.student_space
+        export_student(
+            space,
+            unet,
+            self.config.student.start_timestep,
+            self.stage.path("export"),
+            self._card(about["step"], table),
+        )
+        self.tracker.artifact(self.stage.path("export"))
+        result = {
+            "before": json.loads(self.stage.path("before.json").read_text()),
+            "after": table,
+            "steps": self.config.distill.steps,
+            "best_step": about["step"],
+        }
+        temporary = self.stage.path("result.tmp")
+        temporary.write_text(json.dumps(result, indent=1))
+        temporary.replace(self.stage.path("result.json"))

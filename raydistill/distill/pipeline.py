@@ -1,0 +1,297 @@
+"""The story of one run, told by the driver: teachers, Bridge, distillation, controls, summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+from raydistill.config import Config, flatten, resolve, validate
+from raydistill.preflight import Inputs, RunFolder
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; what was reached is kept and can be continued."""
+
+
+class Pipeline:
+    """State of the driver: where the run keeps things, its MLflow runs, how long its stages took."""
+
+    def __init__(self, config: Config, run: RunFolder, inputs: Inputs) -> None:
+        from raydistill.tracking import open_run, run_tags, tracking_uri
+
+        self.config, self.run, self.inputs = config, run, inputs
+        self.uri = tracking_uri(config, run.storage)
+        self.seconds: dict[str, float] = run.recall().get("seconds", {})
+        self._open = lambda config, name, stage, **more: open_run(
+            self.uri,
+            config.tracking.experiment,
+            name,
+            storage=run.storage,
+            params=flatten(config),
+            tags=run_tags(config, stage),
+            **more,
+        )
+        self.parent = self._mlflow_run(config, run.name, "pipeline", None)
+
+    def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
+        """Open a run, or the same one again on a resume."""
+        known = self.run.recall().get("mlflow", {})
+        run_id = self._open(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
+        self.run.remember(mlflow=known | {stage: run_id})
+        return run_id
+
+    def stage_run(self, config: Config, stage: str) -> str:
+        return self._mlflow_run(config, f"{self.run.name}/{stage}", stage, self.parent)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Measure a stage; a resumed stage adds to what it took before."""
+        print(f"— {stage}", flush=True)
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+            self.run.remember(seconds=self.seconds)
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        from raydistill.tracking import Tracker
+
+        Tracker(self.uri, run_id).finish(status)
+
+
+def distil(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Everything from the first teacher rank to the summary.
+
+    Raises:
+        RunFailed: with the reason; the run can be continued.
+    """
+    from raydistill.bridge.loop import BridgeTrainingFailed
+    from raydistill.distill.loop import DistillationFailed
+    from raydistill.teachers.client import TeacherError
+
+    pipeline = Pipeline(config, run, inputs)
+    print(f"run {run.name} in {run.path}", flush=True)
+    try:
+        results = _stages(pipeline)
+    except (DistillationFailed, BridgeTrainingFailed, TeacherError) as error:
+        pipeline.finish(pipeline.parent, "FAILED")
+        raise RunFailed(str(error)) from error
+    except KeyboardInterrupt:
+        pipeline.finish(pipeline.parent, "KILLED")
+        raise RunFailed("interrupted") from None
+    summary = _summarise(pipeline, results)
+    pipeline.finish(pipeline.parent)
+    return summary
+
+
+def _stages(pipeline: Pipeline) -> dict[str, Any]:
+    config, run = pipeline.config, pipeline.run
+    service = f"teacher-{run.name}"
+    needs_bridge = config.bridge.checkpoint is None and config.bridge.projector != "identity"
+    needs_samples = needs_bridge or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
+    results: dict[str, Any] = {}
+    with _teachers(pipeline, config, service):
+        with pipeline.timed("teacher evaluation"):
+            results["teacher"] = _evaluate_teacher(pipeline, service)
+        pairs = _synthesise(pipeline, service) if needs_samples else None
+        bridge = _bridge(pipeline, pairs) if needs_bridge else config.bridge.checkpoint
+        real = config.discriminator.real_data
+        real_folder = str(resolve(real)) if real else pairs
+        results["distill"] = _distillation(
+            pipeline, "distill", config, str(resolve(bridge)) if bridge else None, real_folder, service
+        )
+        if "no_vsd" in config.controls:
+            control = _changed(config, {"vsd": {"weight": 0.0}})
+            results["no_vsd"] = _distillation(
+                pipeline, "no_vsd", control, str(resolve(bridge)) if bridge else None, real_folder, None
+            )
+    if "shared_space" in config.controls:
+        control = shared_space(config)
+        with _teachers(pipeline, control, f"{service}-shared"):
+            results["shared_space"] = _distillation(
+                pipeline, "shared_space", control, None, None, f"{service}-shared"
+            )
+    return results
+
+
+def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+    tree = config.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return validate(tree)
+
+
+def shared_space(config: Config) -> Config:
+    """Plain DMD2 from the student's own multi-step model: identity Bridge, VSD only, the family's default guidance."""
+    return _changed(
+        config,
+        {
+            "teacher": {"model": config.student.model, "guidance_scale": None},
+            "bridge": {"checkpoint": None, "projector": "identity"},
+            "discriminator": {"weight": 0.0, "real_data": None},
+            "vsd": {"shift": None},
+        },
+    )
+
+
+@contextmanager
+def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[None]:
+    """The teacher service for the length of the block."""
+    from raydistill.teachers import service
+
+    try:
+        with pipeline.timed(f"start {name.removesuffix(pipeline.run.name).rstrip('-') or name}"):
+            service.start(str(resolve(config.teacher.model)), config.teachers, name)
+        yield
+    finally:
+        service.stop(name)
+
+
+def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
+    """The teacher's row of the table; drawn once a run."""
+    import json
+
+    from raydistill.distill.loop import guidance_scale
+    from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
+    from raydistill.evaluation.teacher import draw_teacher
+    from raydistill.teachers.client import TeacherClient
+
+    config, folder = pipeline.config, pipeline.run.path
+    if (folder / "teacher.json").is_file():
+        return json.loads((folder / "teacher.json").read_text())
+    space = pipeline.inputs.teacher
+    fixed = FixedPrompts(pipeline.inputs.held_out, config.evaluation.count, config.evaluation.seed)
+    client = TeacherClient(service, config.teachers)
+    pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
+    save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
+    (folder / "teacher.json").write_text(json.dumps(table))
+    return table
+
+
+def _synthesise(pipeline: Pipeline, service: str) -> str:
+    """Teacher samples for the Bridge and the discriminator; goes on where it stopped."""
+    from raydistill.data.synthesis import synthesise
+    from raydistill.distill.loop import guidance_scale
+    from raydistill.teachers.client import TeacherClient
+
+    config, inputs = pipeline.config, pipeline.inputs
+    folder = pipeline.run.path / "pairs"
+    if config.bridge.pairs is not None:
+        return str(resolve(config.bridge.pairs))
+    with pipeline.timed("synthesis"):
+        synthesise(
+            TeacherClient(service, config.teachers),
+            inputs.teacher,
+            inputs.student,
+            inputs.prompts,
+            folder,
+            count=config.synthesis.count,
+            batch_size=config.synthesis.batch_size,
+            shard_size=config.synthesis.shard_size,
+            steps=config.teacher.sampling_steps,
+            guidance_scale=guidance_scale(config, inputs.teacher),
+            seed=config.run.seed,
+            forbidden=set(inputs.held_out.prompts),
+        )
+    return str(folder)
+
+
+def _bridge(pipeline: Pipeline, pairs: str) -> str:
+    from raydistill.bridge.loop import train_bridge
+
+    config = pipeline.config
+    with pipeline.timed("bridge"):
+        run_id = pipeline.stage_run(config, "bridge")
+        folder, metrics = train_bridge(
+            config, pipeline.run.path / "bridge", Path(pairs), mlflow_uri=pipeline.uri, mlflow_run=run_id
+        )
+        pipeline.finish(run_id)
+    print("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True)
+    return str(folder)
+
+
+def _distillation(
+    pipeline: Pipeline, name: str, config: Config, bridge: str | None, real: str | None, service: str | None
+) -> dict[str, Any]:
+    from raydistill.distill.loop import Stage, launch
+
+    with pipeline.timed(name):
+        stage = Stage(
+            name,
+            config.model_dump(),
+            str(pipeline.run.path / name),
+            bridge,
+            real,
+            service,
+            pipeline.uri,
+            pipeline.stage_run(config, name),
+        )
+        result = launch(stage)
+        pipeline.finish(stage.mlflow_run)
+    return result
+
+
+# -- the end ----------------------------------------------------------------------------------------------
+
+
+def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
+    """Table on screen, grid, summary.json, and all of it in MLflow."""
+    import shutil
+
+    from rich.console import Console
+
+    from raydistill.evaluation.evaluator import FixedPrompts, load_pictures
+    from raydistill.evaluation.grids import before_after
+    from raydistill.evaluation.summary import table, write_summary
+    from raydistill.tracking import Tracker, ui_command
+
+    run, config = pipeline.run, pipeline.config
+    main = results["distill"]
+    rows = {"student before": main["before"], "student after": main["after"]}
+    controls = {"no_vsd": "control: VSD off", "shared_space": "control: shared space"}
+    rows |= {label: results[name]["after"] for name, label in controls.items() if name in results}
+    rows["teacher"] = results["teacher"]
+
+    count = config.evaluation.grid
+    captions = FixedPrompts(pipeline.inputs.held_out, count, config.evaluation.seed).captions
+    stage = run.path / "distill"
+    pictures = [load_pictures(file) for file in (stage / "before.safetensors", stage / "after.safetensors")]
+    sheet = before_after(*pictures, load_pictures(run.path / "teacher.safetensors"), captions)
+    (run.path / "grids").mkdir(exist_ok=True)
+    sheet.save(run.path / "grids" / "before_after.png")
+    if (stage / "export").is_dir():
+        shutil.copytree(stage / "export", run.path / "export", dirs_exist_ok=True)
+        shutil.rmtree(stage / "export")
+
+    summary = {
+        "student_before": main["before"],
+        "student_after": main["after"],
+        "teacher": results["teacher"],
+        "controls": {name: results[name]["after"] for name in controls if name in results},
+        "stages": {name: round(seconds, 1) for name, seconds in pipeline.seconds.items()},
+        "steps": main["steps"],
+        "best_step": main["best_step"],
+        "mlflow_run_id": pipeline.parent,
+    }
+    tracker = Tracker(pipeline.uri, pipeline.parent)
+    tracker.metrics(
+        {f"{who}/{key}": value for who in ("student_before", "student_after", "teacher") for key, value in summary[who].items()},
+        step=main["steps"],
+    )
+    tracker.image(sheet, "before_after", main["steps"])
+    tracker.artifact(run.path / "config.yaml")
+    tracker.close()
+    write_summary(run.path / "summary.json", summary)
+
+    console = Console()
+    console.print(table(rows, title=f"{run.name}: attribute accuracy on held-out prompts"))
+    console.print("stages: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in pipeline.seconds.items()))
+    print(f"pictures  {run.path / 'grids' / 'before_after.png'}")
+    print(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
+    print(f"MLflow    {ui_command(pipeline.uri)}")
+    return summary

@@ -1,0 +1,46 @@
+"""The one-step student: a single network evaluation at its start timestep, read as x_0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from raydistill.diffusion.path import add_noise, to_x0
+from raydistill.spaces.base import Conditioning, Space
+
+
+def one_step_x0(
+    space: Space,
+    unet: Callable[..., Any],
+    noise: torch.Tensor,
+    conditioning: Conditioning,
+    start_timestep: int,
+) -> torch.Tensor:
+    """The student's picture of `noise`, differentiable in the network's weights.
+
+    A student that starts at the last step of its path (t = 999, as DMD2's) sees plain unit noise; one that starts
+    earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (METHOD.md section 5).
+
+    Args:
+        space: the student's Space, on a discrete path.
+        unet: the student's network.
+        noise: [B, C, H, W], standard normal.
+        conditioning: what `space.encode_prompts` returned, [B, …] each.
+        start_timestep: 1 … N - 1 of the path's N steps.
+
+    Returns:
+        x_0 in the student's normalised latent space, [B, C, H, W] float32.
+
+    Raises:
+        ValueError: the start timestep is not on the path.
+    """
+    last = space.path.num_train_timesteps - 1
+    if not 0 < start_timestep <= last:
+        raise ValueError(f"start_timestep {start_timestep} is outside 1 … {last}, the steps of {space.folder}")
+    timestep_B = torch.full((len(noise),), start_timestep, dtype=torch.float64, device=noise.device)
+    t_B = space.path.t_of_timestep(timestep_B)
+    noise = noise.float()
+    x_t = noise if start_timestep == last else add_noise(space.path, torch.zeros_like(noise), noise, t_B)
+    return to_x0(space.path, space.prediction, x_t, space.predict(unet, x_t, t_B, conditioning), t_B)

@@ -1,0 +1,167 @@
+"""Pictures of pictures: sample grids with captions, and rows that compare before, after and teacher. Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN, GAP = 8, 6
+INK, PALE, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+SMALLEST_CELL = 96  # pixels a picture is enlarged to at least, so that its caption can be read
+
+
+def to_pil(image: torch.Tensor, scale: int = 1) -> Image.Image:
+    """One image [3, H, W] in [-1, 1], enlarged `scale` times without smoothing."""
+    pixels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().contiguous()
+    picture = Image.fromarray(pixels.numpy(), "RGB")
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
+    """Break text into at most `lines` lines no wider than `width` pixels; what does not fit ends in …"""
+    result: list[str] = []
+    words = text.split()
+    while words:
+        count = max((n for n in range(1, len(words) + 1) if font.getlength(" ".join(words[:n])) <= width), default=0)
+        if count == 0:  # a single word wider than the line
+            letters = max((n for n in range(1, len(words[0])) if font.getlength(words[0][:n]) <= width), default=1)
+            result.append(words[0][:letters])
+            words[0] = words[0][letters:]
+            words = words if words[0] else words[1:]
+        else:
+            result.append(" ".join(words[:count]))
+            words = words[count:]
+    if len(result) > lines:
+        result = result[:lines]
+        while result[-1] and font.getlength(result[-1] + "…") > width:
+            result[-1] = result[-1][:-1]
+        result[-1] = result[-1].rstrip() + "…"
+    return result
+
+
+def _check(images: torch.Tensor, captions: Sequence[str] | None, what: str = "images") -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"{what} must be [N, 3, H, W] with N > 0, got {list(images.shape)}")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} {what}")
+
+
+def _scale(images: torch.Tensor, scale: int | None) -> int:
+    if scale is not None and scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    return scale or max(1, -(-SMALLEST_CELL // images.shape[-1]))
+
+
+def grid(
+    images: torch.Tensor,
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+    scale: int | None = None,
+    title: str | None = None,
+    caption_lines: int = 4,
+) -> Image.Image:
+    """Pictures in rows, each with its caption below.
+
+    Args:
+        images: [N, 3, H, W] in [-1, 1].
+        captions: N texts, or None.
+        columns: pictures a row at most.
+        scale: whole-number enlargement; None: as much as makes a picture 96 pixels wide.
+        title: a line above the grid.
+        caption_lines: longer captions are cut with an ellipsis.
+
+    Raises:
+        ValueError: shapes or counts that do not fit together.
+    """
+    _check(images, captions)
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    pictures = [to_pil(image, _scale(images, scale)) for image in images]
+    cell_width, cell_height = pictures[0].size
+    font = ImageFont.load_default(size=min(13, max(10, cell_width // 10)))
+    line_height = sum(font.getmetrics())
+    texts = [wrap(text, font, cell_width, caption_lines) for text in captions or [""] * len(pictures)]
+    columns = min(columns, len(pictures))
+    starts = range(0, len(pictures), columns)
+    # each row is as high as its longest caption needs
+    text_heights = [line_height * max(map(len, texts[start : start + columns])) for start in starts]
+    title_font = ImageFont.load_default(size=16)
+    width = 2 * MARGIN + columns * cell_width + (columns - 1) * GAP
+    heading = wrap(title, title_font, width - 2 * MARGIN, 2) if title else []
+    top = MARGIN + len(heading) * sum(title_font.getmetrics()) + (GAP if heading else 0)
+    height = top + sum(cell_height + text + GAP for text in text_heights) - GAP + MARGIN
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((MARGIN, MARGIN), "\n".join(heading), INK, font=title_font)
+    for start, text_height in zip(starts, text_heights, strict=True):
+        for column, index in enumerate(range(start, min(start + columns, len(pictures)))):
+            left = MARGIN + column * (cell_width + GAP)
+            sheet.paste(pictures[index], (left, top))
+            for number, line in enumerate(texts[index]):
+                draw.text((left, top + cell_height + number * line_height), line, INK, font=font)
+        top += cell_height + text_height + GAP
+    return sheet
+
+
+def before_after(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    teacher: torch.Tensor | None,
+    captions: Sequence[str],
+    scale: int | None = None,
+    columns: int = 8,
+) -> Image.Image:
+    """One column a prompt: before, after and, if given, teacher below each other, and the caption.
+
+    Args:
+        before: [N, 3, H, W] in [-1, 1], the student at the start.
+        after: the student at the end, same prompts and noise.
+        teacher: [N, 3, H', W'] or None; scaled to the student's size.
+        captions: N texts.
+        scale: whole-number enlargement of the student's pictures; None: to 96 pixels.
+        columns: prompts side by side; more prompts make more bands.
+
+    Raises:
+        ValueError: shapes or counts that do not fit together.
+    """
+    rows = {"before": before, "after": after} | ({"teacher": teacher} if teacher is not None else {})
+    for label, images in rows.items():
+        _check(images, captions, label)
+    scale = _scale(before, scale)
+    bands = [
+        _band({label: images[start : start + columns] for label, images in rows.items()}, captions[start:], scale)
+        for start in range(0, len(before), columns)
+    ]
+    sheet = Image.new("RGB", (max(b.width for b in bands), sum(b.height for b in bands)), PAPER)
+    top = 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
+    return sheet
+
+
+def _band(rows: dict[str, torch.Tensor], captions: Sequence[str], scale: int) -> Image.Image:
+    """Labelled rows of pictures over one line of captions."""
+    size = to_pil(rows["before"][0], scale).size
+    font, label_font = ImageFont.load_default(size=min(13, max(10, size[0] // 10))), ImageFont.load_default(size=14)
+    indent = MARGIN + round(max(label_font.getlength(label) for label in rows)) + GAP
+    count = len(rows["before"])
+    texts = [wrap(text, font, size[0], 4) for text in captions[:count]]
+    line_height = sum(font.getmetrics())
+    height = MARGIN + len(rows) * (size[1] + GAP) + line_height * max(map(len, texts)) + MARGIN
+    band = Image.new("RGB", (indent + count * (size[0] + GAP) - GAP + MARGIN, height), PAPER)
+    draw, top = ImageDraw.Draw(band), MARGIN
+    for label, images in rows.items():
+        draw.text((MARGIN, top + size[1] // 2), label, PALE, font=label_font, anchor="lm")
+        for column, image in enumerate(images):
+            picture = to_pil(image, 1)
+            exact = size[0] % picture.width == 0  # whole-number enlargement keeps pixels crisp
+            picture = picture.resize(size, Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
+            band.paste(picture, (indent + column * (size[0] + GAP), top))
+        top += size[1] + GAP
+    for column, lines in enumerate(texts):
+        for number, line in enumerate(lines):
+            draw.text((indent + column * (size[0] + GAP), top + number * line_height), line, INK, font=font)
+    return band

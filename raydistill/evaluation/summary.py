@@ -1,0 +1,61 @@
+"""The end of a run in numbers: a table for people, a JSON file for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+
+def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
+    """Who (student before, student after, teacher, controls) × metric; `first` leads, then order of appearance.
+
+    A value that a row lacks shows as –.
+    """
+    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    columns.sort(key=lambda name: name != first)
+    result = Table(title=title)
+    result.add_column("")
+    for name in columns:
+        result.add_column(name, justify="right", style="bold" if name == first else None)
+    for who, scores in rows.items():
+        result.add_row(who, *(f"{scores[name]:.3f}" if name in scores else "–" for name in columns))
+    return result
+
+
+def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Write JSON in one move: a reader sees the old file or the new one, whole.
+
+    Numbers of torch and NumPy become plain ones, paths become text; NaN and infinities become null, which JSON lacks.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            json.dump(_plain(summary), file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # tensors and arrays of any size
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value

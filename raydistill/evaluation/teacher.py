@@ -1,0 +1,43 @@
+"""The teacher's own pictures of the held-out prompts, drawn through its service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+from raydistill.config import Config, resolve
+from raydistill.evaluation.evaluator import FixedPrompts, encode_table
+from raydistill.shapes.judge import Judge
+from raydistill.spaces import Space
+
+Generate = Callable[..., "object"]  # TeacherClient.generate
+
+
+@torch.no_grad()
+def draw_teacher(
+    generate: Generate, space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """(pictures [N, 3, S, S], the judge's table). Two requests are under way at any time."""
+    table, row = encode_table(space, ["", *fixed.captions])
+    empty = {name: value[:1] for name, value in table.items()}
+    vae = space.load_vae()
+
+    def request(start: int, stop: int, captions: list[str]) -> object:
+        rows = torch.tensor([row[caption] for caption in captions])
+        conditioning = {name: value[rows] for name, value in table.items()}
+        noise = fixed.noise(space, start, stop)
+        return generate(noise, conditioning, empty, config.teacher.sampling_steps, guidance_scale)
+
+    pictures, waiting = [], []
+    batches = list(fixed.batches(config.evaluation.batch_size))
+    for index in tqdm(range(len(batches) + 1), desc="teacher draws", disable=None):
+        if index < len(batches):
+            waiting.append(request(*batches[index]))
+        if len(waiting) == 2 or index == len(batches):
+            while waiting and (len(waiting) == 2 or index == len(batches)):
+                pictures.append(space.decode(vae, waiting.pop(0).result()))
+    images = torch.cat(pictures)
+    judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
+    return images, judge.accuracy(images, fixed.captions) if judge else {}

@@ -1,0 +1,279 @@
+"""Write the student as a plain StableDiffusionPipeline folder that draws in one step, anywhere diffusers runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from raydistill.spaces.base import Space
+
+
+class ExportError(ValueError):
+    """The student cannot be written as a working pipeline."""
+
+
+@dataclass(frozen=True)
+class Licence:
+    """Terms that a model's own page states, in short; the page is what counts."""
+
+    model: str
+    name: str
+    identifier: str  # of the Hugging Face hub
+    terms: str
+
+
+_RAIL = "Use restrictions (Attachment A) bind the model and everything derived from it, and must be passed on."
+LICENCES: Mapping[str, Licence] = {  # pipeline class -> licence of the family's usual weights
+    "FluxPipeline": Licence(
+        "FLUX.1 [dev]",
+        "FLUX.1 [dev] Non-Commercial License",
+        "other",
+        "Non-commercial: the weights and models distilled from them may not be used commercially without a licence "
+        "from Black Forest Labs.",
+    ),
+    "Flux2KleinPipeline": Licence(
+        "FLUX.2 [klein] base 4B", "Apache License 2.0", "apache-2.0", "Permissive; keep the notices. (9B differs.)"
+    ),
+    "StableDiffusion3Pipeline": Licence(
+        "Stable Diffusion 3.5 Medium",
+        "Stability AI Community License",
+        "other",
+        "Free below 1 million US dollars of annual revenue, an enterprise licence above; derivatives carry the "
+        "licence and the notice 'Powered by Stability AI'.",
+    ),
+    "StableDiffusionXLPipeline": Licence("SDXL base 1.0", "CreativeML Open RAIL++-M", "openrail++", _RAIL),
+    "PixArtSigmaPipeline": Licence("PixArt-Sigma", "CreativeML Open RAIL++-M", "openrail++", _RAIL),
+    "KolorsPipeline": Licence(
+        "Kolors",
+        "Kolors model licence",
+        "other",
+        "Open for academic research; commercial use needs registration with the Kuaishou Kolors team.",
+    ),
+    "StableDiffusionPipeline": Licence("Stable Diffusion 1.5 / 2.1", "CreativeML Open RAIL(++)-M", "openrail++", _RAIL),
+}
+_EMBEDDED = Licence("embedded miniature model", "the project's own licence", "other", "No third-party weights.")
+_SCHNELL = Licence("FLUX.1 [schnell]", "Apache License 2.0", "apache-2.0", "Permissive; keep the notices.")
+
+
+def licence_of(model: str, pipeline_class: str) -> Licence:
+    """Licence terms of a teacher, by its name and the diffusers class of its folder."""
+    if model.startswith("shapes:"):
+        return _EMBEDDED
+    if pipeline_class == "FluxPipeline" and "schnell" in model.lower():
+        return _SCHNELL
+    unknown = Licence(model, "unknown", "other", "Look up the terms of this model before sharing anything.")
+    return LICENCES.get(pipeline_class, unknown)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Where an exported student comes from."""
+
+    teacher: str  # as configured: a hub id or folder
+    teacher_class: str  # diffusers class of the teacher's folder
+    student: str
+    steps: int
+    run_id: str = ""
+    config_hash: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
+        """README.md: front matter, how to use it, provenance, scores, licence."""
+        licence = licence_of(self.teacher, self.teacher_class)
+        front = {
+            "library_name": "diffusers",
+            "pipeline_tag": "text-to-image",
+            "license": licence.identifier,
+            "tags": ["stable-diffusion", "one-step", "distillation"],
+        }
+        if licence.identifier == "other":
+            front["license_name"] = licence.name
+        provenance = {
+            "Teacher": self.teacher,
+            "Student": self.student,
+            "Student updates": self.steps,
+            "Start timestep": start_timestep,
+            "MLflow run": self.run_id or "–",
+            "Configuration": self.config_hash or "–",
+        }
+        name = str(dtype).removeprefix("torch.")
+        return _CARD.format(
+            front=yaml.safe_dump(front, sort_keys=False).strip(),
+            teacher=self.teacher,
+            dtype=name,
+            provenance=_rows(provenance),
+            scores=_scores(self.metrics),
+            licence=licence,
+        )
+
+
+_CARD = """---
+{front}
+---
+# One-step text-to-image student
+
+A Stable Diffusion UNet that draws in **one** network evaluation, distilled from {teacher} with raydistill.
+The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to run it.
+
+```python
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", torch_dtype=torch.{dtype})
+image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
+```
+
+Pass both arguments: the pipeline's defaults (50 steps, guidance 7.5) do not suit this model. The scheduler's
+configuration belongs to the model too; its single step returns exactly the student's estimate of the picture.
+The folder has no safety checker.
+
+## Provenance
+
+| | |
+|---|---|
+{provenance}
+{scores}
+## Licence
+
+The student inherits the terms of its teacher **and** of the model it started from.
+
+- Teacher, {licence.model}: {licence.name}. {licence.terms}
+- Student base: Stable Diffusion 1.5 is under CreativeML Open RAIL-M, 2.1 under CreativeML Open RAIL++-M.
+
+This is a summary and may be out of date; the licence texts of the models decide.
+"""
+
+
+def _rows(values: Mapping[str, object]) -> str:
+    return "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items())
+
+
+def _scores(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return ""
+    return "\n## Scores\n\n| metric | value |\n|---|---|\n" + _rows({k: f"{v:.4g}" for k, v in metrics.items()}) + "\n"
+
+
+def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
+    """The scheduler whose single step (`set_timesteps(1)`) is exactly x_0 of the prediction at `start_timestep`.
+
+    Last step of the path: DDIM feeds the network plain noise at t = N - 1 and, with the final alpha at one, returns
+    x_0. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
+    (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise.
+
+    Raises:
+        ExportError: the start timestep is not on the path, or the student is no diffusion model on discrete steps.
+    """
+    if space.prediction not in ("epsilon", "v_prediction"):
+        raise ExportError(f"{space.folder}: no one-step scheduler for a network that predicts {space.prediction}")
+    steps = space.path.num_train_timesteps
+    if not 0 < start_timestep < steps:
+        raise ExportError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {space.folder}")
+    config = space.part_config("scheduler")
+    common = {"prediction_type": space.prediction, "timestep_spacing": "trailing", "steps_offset": 1}
+    if start_timestep == steps - 1:
+        names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+        betas = {name: config[name] for name in names if config.get(name) is not None}
+        return DDIMScheduler(num_train_timesteps=steps, clip_sample=False, set_alpha_to_one=True, **betas, **common)
+    alphas_cumprod = space.path.alphas_cumprod[: start_timestep + 1]
+    previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+    betas = (1 - alphas_cumprod / previous).tolist()
+    return EulerDiscreteScheduler(num_train_timesteps=start_timestep + 1, trained_betas=betas, **common)
+
+
+def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A copy on the CPU in `dtype`; the one that trains stays as it is."""
+    state = {name: value.detach().to("cpu", dtype) for name, value in unet.state_dict().items()}
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise ExportError(f"{len(broken)} weights of the student are not finite in {dtype}, the first is {broken[0]}")
+    copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
+    copy.load_state_dict(state)
+    return copy.eval()
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place at the end; removed again if anything fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    old = fresh.with_name(fresh.name + ".old")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def export_student(
+    space: Space,
+    unet: UNet2DConditionModel,
+    start_timestep: int,
+    folder: Path,
+    card: ModelCard,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write a one-step pipeline: VAE, text encoder and tokenizer of the student's folder, and the trained UNet.
+
+    Args:
+        space: the student's Space (its folder provides all other parts).
+        unet: the trained student (or its EMA); not changed.
+        start_timestep: timestep of its single evaluation.
+        folder: where to write; an earlier export there is replaced once the new one is complete.
+        card: provenance for README.md.
+        dtype: float16 or float32, of all weights.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        ExportError: weights that are not finite in `dtype`, another dtype, or a start that no scheduler can express.
+    """
+    if dtype not in (torch.float16, torch.float32):
+        raise ExportError(f"export dtype {dtype}: float16 or float32")
+    scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        space.folder,
+        unet=network,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+        torch_dtype=dtype,
+        use_safetensors=True,
+    )
+    with _replacing(folder) as fresh:
+        pipeline.save_pretrained(fresh, safe_serialization=True)
+        (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
+        _forget_origin(fresh)
+    return folder
+
+
+def _forget_origin(folder: Path) -> None:
+    """Remove `_name_or_path`, which names a folder of the machine that trained."""
+    for file in folder.rglob("*.json"):
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(tree, dict) and tree.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")

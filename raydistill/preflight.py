@@ -1,0 +1,133 @@
+"""What is checked before a job starts anything: files, families, spaces, prompt sets, the run's folder."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydistill.config import (
+    Config,
+    ConfigError,
+    check_paths,
+    check_storage,
+    mathematical,
+    resolve,
+    to_yaml,
+    validate,
+)
+from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.spaces import Space, load_space
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<storage>/<run.name>/`: everything a run keeps."""
+
+    storage: Path
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return self.storage / self.name
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def recall(self) -> dict[str, Any]:
+        """MLflow run ids and stage times of this run so far."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def remember(self, **values: Any) -> None:
+        temporary = self.path / "run.tmp"
+        temporary.write_text(json.dumps(self.recall() | values, indent=1))
+        temporary.replace(self.path / "run.json")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks have opened."""
+
+    student: Space
+    teacher: Space
+    prompts: PromptSet
+    held_out: PromptSet
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """Folder of this run; an existing name is resumed unless a key that decides its numbers has changed."""
+    storage = check_storage(config)
+    name = config.run.name
+    if name is None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{now}-{secrets.token_hex(2)}"
+    run = RunFolder(storage, name)
+    saved = run.path / "config.yaml"
+    if saved.is_file():
+        before, now_ = mathematical(validate(yaml.safe_load(saved.read_text()))), mathematical(config)
+        changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
+        if changed:
+            raise ConfigError(
+                f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(changed)}. "
+                "Use another run.name, or the old settings"
+            )
+    return run
+
+
+def create_run_folder(run: RunFolder, config: Config) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / "config.yaml").write_text(to_yaml(config.model_copy(update={"storage": str(run.storage)})))
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Open everything the configuration names. Raises an error naming key, file or row; starts nothing."""
+    check_paths(
+        config,
+        [
+            "student.model",
+            "student.unet",
+            "teacher.model",
+            "bridge.checkpoint",
+            "bridge.pairs",
+            "discriminator.real_data",
+            "prompts.path",
+            "evaluation.prompts",
+            "evaluation.judge",
+        ],
+    )
+    student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
+    teacher = load_space(resolve(config.teacher.model))
+    if config.bridge.checkpoint is not None:
+        from raydistill.bridge.model import check_pair
+
+        check_pair(resolve(config.bridge.checkpoint), student, teacher)
+    last = student.path.num_train_timesteps - 1
+    if config.student.start_timestep > last:
+        raise ConfigError(f"student.start_timestep: at most {last} for {config.student.model}")
+    rules = (config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters)
+    prompts, held_out = (
+        read_prompts(resolve(path), *rules) for path in (config.prompts.path, config.evaluation.prompts)
+    )
+    _check_disjoint("prompts.path", prompts.prompts, held_out)
+    if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
+        from raydistill.data.pairs import read_pairs
+
+        pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
+        _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
+    return Inputs(student, teacher, prompts, held_out)
+
+
+def _check_disjoint(key: str, training: list[str], held_out: PromptSet) -> None:
+    common = set(training) & set(held_out.prompts)
+    if common:
+        raise ConfigError(
+            f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
+            "held-out prompts must occur in no training set"
+        )

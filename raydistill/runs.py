@@ -1,0 +1,231 @@
+"""MLflow runs: where they are kept, what describes them, opening and resuming them. The driver's side of tracking.
+
+Use it through `raydistill.tracking`. MLflow takes seconds to import, so it is imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydistill.config import Config, config_hash
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MASK = "***"
+MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
+_SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
+_USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
+_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+class TrackingError(RuntimeError):
+    """The tracking store or a run in it cannot be used; raised before training starts, never during it."""
+
+
+# -- where runs are kept ----------------------------------------------------------------------------------
+
+
+def tracking_uri(config: Config, storage: Path) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
+
+    SQLite paths are made absolute: every process of a cluster has its own working directory.
+    """
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or path.startswith(("/", ":memory:", "file:")):
+        return uri
+    return f"sqlite:///{Path(path).absolute()}"
+
+
+def ui_command(uri: str) -> str:
+    """The shell command that opens the MLflow UI (a server's own address if the URI is one)."""
+    if uri.startswith(("http://", "https://")):
+        return f"python -m webbrowser {shlex.quote(mask('uri', uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(mask('uri', uri))}"
+
+
+def client_of(uri: str) -> MlflowClient:
+    """An MLflow client with quiet loggers and short retries."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 block a caller for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    # Table creation and migration narrate at INFO, failing database calls print a traceback before they raise.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING if name == "alembic" else logging.CRITICAL)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Hold a lock file beside a SQLite store: MLflow's own guard lets two first users collide."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or not path.startswith("/"):
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+        yield
+
+
+def prepare(uri: str) -> None:
+    """Create or migrate the store once, before any worker opens it: parallel first uses race on migration.
+
+    Raises:
+        TrackingError: the store cannot be reached or created.
+    """
+    try:
+        with _alone(uri):
+            client_of(uri).search_experiments(max_results=1)
+    except Exception as error:  # sqlalchemy, requests and mlflow all have their own
+        raise TrackingError(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+
+
+# -- what a run is described by ---------------------------------------------------------------------------
+
+
+def mask(key: str, value: Any) -> str:
+    """`value` as text without secrets: whole values of secret-looking keys, passwords and tokens inside URIs."""
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if _SECRET_KEY.search(key) and value not in (None, ""):
+        return MASK
+    return _SECRET_QUERY.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
+
+
+def reason(error: BaseException) -> str:
+    """One line of an error, without secrets."""
+    return mask("reason", " ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def source_version() -> str:
+    """Git commit of the source tree (« -dirty» if tracked files changed), else the installed package's version."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # not a checkout that holds our virtualenv
+            return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        return metadata.version("raydistill")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run_tags(config: Config, stage: str) -> dict[str, str]:
+    """The tags by which runs are found and compared."""
+    return {
+        "git_commit": source_version(),
+        "config_hash": config_hash(config),
+        "teacher": config.teacher.model,
+        "student": config.student.unet or config.student.model,
+        "stage": stage,
+    }
+
+
+def open_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    *,
+    storage: Path,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    parent_run_id: str | None = None,
+    resume_run_id: str | None = None,
+) -> str:
+    """Create or resume a run and describe it.
+
+    Args:
+        uri: tracking URI.
+        experiment: MLflow experiment, created if missing (unless a server decides, artifacts go to `storage`).
+        name: display name of a new run.
+        storage: folder that roots everything a run writes.
+        params: flat parameters; secrets are masked, long values cut. On resume, those logged before with another
+            value become tags `changed.<key>`: MLflow's parameters cannot be changed.
+        tags: tags of the run.
+        parent_run_id: run to nest under.
+        resume_run_id: continue this run instead of creating one.
+
+    Returns:
+        The run id.
+
+    Raises:
+        TrackingError: unreachable store, deleted experiment or run, or no such run.
+    """
+    prepare(uri)
+    client = client_of(uri)
+    from mlflow.exceptions import MlflowException
+
+    tags = {key: mask(key, value)[:MAX_TAG] for key, value in tags.items()}
+    if parent_run_id:
+        tags["mlflow.parentRunId"] = parent_run_id
+    if commit := tags.get("git_commit"):
+        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": Path(sys.argv[0]).name or "raydistill"}
+    params = {key: mask(key, value)[:MAX_PARAM] for key, value in params.items()}
+    try:
+        if resume_run_id is None:
+            run = client.create_run(_experiment_id(client, uri, experiment, storage), tags=tags, run_name=name)
+        else:
+            run = client.get_run(resume_run_id)
+            if run.info.lifecycle_stage != "active":
+                raise TrackingError(f"run {resume_run_id} was deleted; `mlflow runs restore` brings it back")
+            client.update_run(resume_run_id, status="RUNNING")
+        known = run.data.params
+        changed = {f"changed.{k}": v[:MAX_TAG] for k, v in params.items() if k in known and known[k] != v}
+        fresh = {key: value for key, value in params.items() if key not in known}
+        describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
+    except MlflowException as error:
+        raise TrackingError(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
+    return run.info.run_id
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Path) -> str:
+    """Id of the experiment; made with an absolute artifact location, unless a server has its own."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        served = uri.startswith(("http://", "https://", "databricks"))
+        location = None if served else (storage.absolute() / "mlartifacts").as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another driver was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} was deleted; use another tracking.experiment, or "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return found.experiment_id
+
+
+def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    """Log texts that are masked and short enough already."""
+    from mlflow.entities import Param, RunTag
+
+    entries = [("params", Param(k, v)) for k, v in params.items()] + [("tags", RunTag(k, v)) for k, v in tags.items()]
+    for start in range(0, len(entries), 100):  # MLflow's limit per request
+        part = entries[start : start + 100]
+        client.log_batch(run_id, **{kind: [e for k, e in part if k == kind] for kind in ("params", "tags")})

@@ -1,0 +1,191 @@
+"""Ask a teacher service for scores or samples, from any driver, task or actor of the cluster.
+
+A score is a pure function of its request, so a lost replica costs time, never a number: the client asks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+
+from raydistill.config import Teachers
+from raydistill.teachers.request import (
+    GenerateRequest,
+    NonFiniteScores,
+    ReplicaBroken,
+    ScoreRequest,
+    TeacherError,
+    TeacherUnavailable,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+__all__ = ["NonFiniteScores", "PendingScores", "ScoreRequest", "TeacherClient", "TeacherError", "TeacherUnavailable"]
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 10.0  # while an answer is awaited: is the service still there?
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
+
+
+class TeacherClient:
+    """Speaks to the service `name` (see service.start). Holds no connection until it is used."""
+
+    def __init__(self, name: str, config: Teachers) -> None:
+        self.name, self.config = name, config
+        self._handle: Any = None
+
+    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers]]:
+        return TeacherClient, (self.name, self.config)
+
+    def submit(self, request: ScoreRequest) -> PendingScores:
+        """Send a request and return at once. Raises TeacherError if the request itself is wrong."""
+        times = request.t.tolist()
+        return self._send("predict_x0", request, lambda i: f"sample {i} (t={times[i]:.4f})")
+
+    def generate(
+        self,
+        noise: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        unconditional: dict[str, torch.Tensor] | None,
+        steps: int,
+        guidance_scale: float,
+    ) -> PendingScores:
+        """Ask for multi-step samples, latents [B, C, H, W], and return at once. Fields as in GenerateRequest."""
+        request = GenerateRequest(noise, conditioning, unconditional, steps, guidance_scale)
+        return self._send("sample", request, lambda i: f"sample {i}")
+
+    def describe(self) -> list[dict[str, Any]]:
+        """What the ranks of one replica say of themselves: rank, pid, node, numel, full_numel, load_s."""
+        return self.handle().describe.remote().result()
+
+    def handle(self) -> Any:
+        """The Serve handle. Raises RayServeException while there is no such service."""
+        if self._handle is None:
+            self._handle = serve.get_app_handle(self.name)
+        return self._handle
+
+    def forget_handle(self) -> None:
+        """Look the service up again at the next call."""
+        self._handle = None
+
+    def _send(self, method: str, request: ScoreRequest | GenerateRequest, label: Callable[[int], str]) -> PendingScores:
+        payload = request.payload()
+        return PendingScores(self, method, ray.put(payload), payload["latents"].shape, label)
+
+
+class PendingScores:
+    """An answer on its way. Keeps the request alive until it is here."""
+
+    def __init__(
+        self,
+        client: TeacherClient,
+        method: str,
+        payload: ray.ObjectRef,
+        shape: tuple[int, ...],
+        label: Callable[[int], str],
+    ) -> None:
+        self._client, self._method, self._payload, self._shape, self._label = client, method, payload, shape, label
+        self._scores: torch.Tensor | None = None
+        self._response: Any = None
+        try:
+            self._ask()
+        except (RayError, RayServeException) as error:
+            log.warning("teacher %s cannot be reached yet: %s", client.name, _short(error))
+
+    def result(self) -> torch.Tensor:
+        """Wait for the scores [B, C, H, W], float32.
+
+        Raises:
+            TeacherUnavailable: the service stayed away for `retry_for_s`.
+            NonFiniteScores: the teacher answered with NaN or infinity; names the samples and their t.
+            TeacherError: the request cannot be answered.
+        """
+        if self._scores is None:
+            self._scores = self._checked(self._await_answer())
+            self._response = self._payload = None
+        return self._scores
+
+    def _ask(self) -> None:
+        self._response = getattr(self._client.handle(), self._method).remote([self._payload])
+
+    def _await_answer(self) -> np.ndarray:
+        failing_since, pause = None, FIRST_PAUSE_S
+        while True:
+            try:
+                if self._response is None:
+                    self._ask()
+                answer = self._wait_once()
+                if failing_since is not None:
+                    log.warning("teacher %s is back after %.1f s", self._client.name, time.monotonic() - failing_since)
+                return answer
+            except Exception as error:
+                if not _worth_retrying(error):
+                    raise TeacherError(f"teacher {self._client.name}: {getattr(error, 'cause', error)}") from None
+                self._response = None
+                self._client.forget_handle()
+                now = time.monotonic()
+                failing_since = failing_since or now
+                left = self._client.config.retry_for_s - (now - failing_since)
+                if left <= 0:
+                    raise TeacherUnavailable(
+                        f"teacher {self._client.name} did not answer for teachers.retry_for_s="
+                        f"{self._client.config.retry_for_s:g} s; last failure: {_short(error)}"
+                    ) from error
+                log.warning("teacher %s stalls, asking again (%.0f s left): %s", self._client.name, left, _short(error))
+                time.sleep(min(pause, left))
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _wait_once(self) -> np.ndarray:
+        """Wait for the answer of the current attempt, up to request_timeout_s, looking after the service meanwhile."""
+        asked = time.monotonic()
+        while True:
+            left = self._client.config.request_timeout_s - (time.monotonic() - asked)
+            try:
+                return self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
+            except TimeoutError:
+                waited = time.monotonic() - asked
+                if waited >= self._client.config.request_timeout_s:
+                    self._response.cancel()
+                    raise TimeoutError(f"no answer within teachers.request_timeout_s={waited:.0f} s") from None
+                serve.get_app_handle(self._client.name)  # raises if the service is gone
+                log.info("teacher %s: waiting for an answer, %.0f s so far", self._client.name, waited)
+
+    def _checked(self, answer: np.ndarray) -> torch.Tensor:
+        import torch
+
+        if answer.shape != self._shape:
+            raise TeacherError(f"teacher {self._client.name} answered with shape {answer.shape}, not {self._shape}")
+        scores = torch.from_numpy(answer.copy())  # what Ray hands out is read-only shared memory
+        finite = torch.isfinite(scores).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = (~finite).nonzero().flatten().tolist()
+            more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+            raise NonFiniteScores(
+                f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "
+                f"{', '.join(map(self._label, bad[:8]))}{more}"
+            )
+        return scores
+
+
+def _worth_retrying(error: Exception) -> bool:
+    """Losses of replicas, ranks, nodes and time are; errors raised by the teacher's own code are not."""
+    if isinstance(error, TeacherError):
+        return False
+    if isinstance(error, RayTaskError):
+        return isinstance(error, ReplicaBroken) or isinstance(error.cause, RayError | RayServeException | TimeoutError)
+    return isinstance(error, RayError | RayServeException | TimeoutError)
+
+
+def _short(error: Exception) -> str:
+    lines = str(getattr(error, "cause", error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

@@ -1,0 +1,157 @@
+"""What travels between a client and a teacher, and what can go wrong on the way.
+
+Shapes: B samples, C×H×W latents on the teacher's VAE grid (normalised), L text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # the coordinator of a replica handles these without importing torch
+    import torch
+
+Wire = np.ndarray | tuple[str, np.ndarray]
+Payload = dict[str, Any]
+
+
+class TeacherError(RuntimeError):
+    """The teacher cannot answer this request; asking again would not help."""
+
+
+class NonFiniteScores(TeacherError):
+    """The teacher answered with NaN or infinity."""
+
+
+class TeacherUnavailable(TeacherError):
+    """The service did not come (back) within the time the configuration allows."""
+
+
+class TeacherStartError(TeacherError):
+    """The service could not be started or placed."""
+
+
+class ReplicaBroken(RuntimeError):
+    """This replica lost a rank and is about to be replaced; another one gives the same answer."""
+
+
+def to_wire(tensor: torch.Tensor) -> Wire:
+    """A contiguous CPU array, which Ray ships without a copy. numpy has no bfloat16: its bits travel as uint16."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return "bfloat16", tensor.view(torch.uint16).numpy()
+    return tensor.numpy()
+
+
+def rows_from_wire(wire: Wire, rows: np.ndarray) -> torch.Tensor:
+    """Some rows of an array from `to_wire`, as a tensor of its own."""
+    import torch
+
+    if isinstance(wire, tuple):
+        return torch.from_numpy(wire[1][rows]).view(getattr(torch, wire[0]))
+    return torch.from_numpy(wire[rows])
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """One batch of noised latents to score. The answer is a pure function of these fields.
+
+    Args:
+        x_t: [B, C, H, W] float32.
+        t: [B] float32, diffusion time from 0 (data) to 1 (noise).
+        conditioning: what `Space.encode_prompts` returns, [B, …] each.
+        unconditional: the same names, one row [1, …] each; may be None when guidance_scale is 1.
+        guidance_scale: classifier-free guidance; 1 is none.
+    """
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    unconditional: dict[str, torch.Tensor] | None
+    guidance_scale: float
+
+    def payload(self) -> Payload:
+        """Checked and ready to ship. Raises TeacherError naming the field that is wrong."""
+        batch = _check_latents("x_t", self.x_t)
+        if tuple(self.t.shape) != (batch,):
+            raise TeacherError(f"t has shape {tuple(self.t.shape)}, not ({batch},) as x_t has {batch} samples")
+        _check_finite("t", self.t)
+        if bool((self.t < 0).any() | (self.t > 1).any()):
+            raise TeacherError(f"t must lie between 0 and 1, found {self.t.min().item():g} … {self.t.max().item():g}")
+        shipped = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
+        return {"latents": to_wire(self.x_t.float()), "t": to_wire(self.t.float()), **shipped}
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One batch of pictures to sample, from noise to latents [B, C, H, W]. Fields as in ScoreRequest."""
+
+    noise: torch.Tensor
+    conditioning: dict[str, torch.Tensor]
+    unconditional: dict[str, torch.Tensor] | None
+    steps: int
+    guidance_scale: float
+
+    def payload(self) -> Payload:
+        """Checked and ready to ship. Raises TeacherError naming the field that is wrong."""
+        batch = _check_latents("noise", self.noise)
+        if self.steps < 1:
+            raise TeacherError(f"steps must be at least 1, not {self.steps}")
+        shipped = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
+        return {"latents": to_wire(self.noise.float()), "steps": int(self.steps), **shipped}
+
+
+def _conditioning_payload(
+    batch: int,
+    conditioning: dict[str, torch.Tensor],
+    unconditional: dict[str, torch.Tensor] | None,
+    guidance_scale: float,
+) -> Payload:
+    if not np.isfinite(guidance_scale):
+        raise TeacherError(f"guidance_scale must be a finite number, not {guidance_scale}")
+    for name, value in conditioning.items():
+        if value.ndim == 0 or len(value) != batch:
+            raise TeacherError(f"conditioning[{name!r}] has shape {tuple(value.shape)}, but there are {batch} samples")
+        _check_finite(f"conditioning[{name!r}]", value)
+    guided = guidance_scale != 1.0
+    if guided:
+        _check_unconditional(conditioning, unconditional, guidance_scale)
+    return {
+        "conditioning": {name: to_wire(value) for name, value in conditioning.items()},
+        "unconditional": {name: to_wire(unconditional[name]) for name in conditioning} if guided else None,
+        "guidance_scale": float(guidance_scale),
+    }
+
+
+def _check_latents(name: str, latents: torch.Tensor) -> int:
+    if latents.ndim != 4 or len(latents) == 0:
+        raise TeacherError(f"{name} has shape {tuple(latents.shape)}, not [B, C, H, W] with at least one sample")
+    _check_finite(name, latents)
+    return len(latents)
+
+
+def _check_unconditional(
+    conditioning: dict[str, torch.Tensor], unconditional: dict[str, torch.Tensor] | None, guidance_scale: float
+) -> None:
+    if unconditional is None or set(unconditional) != set(conditioning):
+        found = "nothing" if unconditional is None else sorted(unconditional)
+        raise TeacherError(
+            f"guidance_scale {guidance_scale:g} needs unconditional rows for {sorted(conditioning)}, found {found}"
+        )
+    for name, value in unconditional.items():
+        expected = (1, *conditioning[name].shape[1:])
+        if tuple(value.shape) != expected:
+            raise TeacherError(f"unconditional[{name!r}] has shape {tuple(value.shape)}, not {expected}")
+        _check_finite(f"unconditional[{name!r}]", value)
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    import torch
+
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        bad = (~torch.isfinite(value)).reshape(len(value), -1).any(1).nonzero().flatten().tolist()
+        raise TeacherError(f"the request itself is not finite: {name} has NaN or infinity in samples {bad[:20]}")

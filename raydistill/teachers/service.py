@@ -1,0 +1,214 @@
+"""The teacher service: a Ray Serve deployment whose replicas are ZeRO-3 groups.
+
+A replica is one placement group: this coordinator and `shards` ranks. The coordinator never touches the tensors of a
+request; it passes the reference on to every rank and joins their answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raydistill.config import Teachers
+from raydistill.teachers import placement
+from raydistill.teachers.request import ReplicaBroken, TeacherError, TeacherStartError
+from raydistill.teachers.shard import TeacherRank
+
+log = logging.getLogger(__name__)
+
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 1.0, 60.0
+PING_TIMEOUT_S = 30.0  # below HEALTH_TIMEOUT_S, so that the replica itself names the silent rank
+STRAGGLER_S = 30.0  # once one rank has failed, how long the others may take to answer
+ONGOING_REQUESTS = 16  # per replica; they run one by one, waiting here costs less than in the callers' routers
+LOG_EVERY_S, PLACEMENT_PATIENCE_S = 10.0, 60.0
+
+
+@serve.deployment(
+    max_ongoing_requests=ONGOING_REQUESTS,
+    health_check_period_s=HEALTH_PERIOD_S,
+    health_check_timeout_s=HEALTH_TIMEOUT_S,
+    graceful_shutdown_wait_loop_s=0.2,
+    graceful_shutdown_timeout_s=20,
+    max_constructor_retry_count=3,
+    logging_config={"log_level": "WARNING", "enable_access_log": False},
+)
+class TeacherReplica:
+    """Coordinator of one ZeRO-3 group. Losing any rank ends the whole group; Serve starts another."""
+
+    async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
+        self._config = config = Teachers.model_validate(config)
+        self._broken: str | None = None
+        self._lock = asyncio.Lock()
+        group = ray.util.get_current_placement_group()
+        environment = {
+            "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
+            "OMP_NUM_THREADS": str(config.threads_per_rank),
+            "MKL_NUM_THREADS": str(config.threads_per_rank),
+        }
+        self._ranks = [
+            TeacherRank.options(
+                num_cpus=config.cpus_per_rank,
+                num_gpus=config.gpus_per_rank,
+                runtime_env={"env_vars": environment},
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
+            ).remote(rank, config.shards)
+            for rank in range(config.shards)
+        ]
+        address = await self._ranks[0].open_store.remote()
+        load = (model_folder, config.dtype, config.slice, config.threads_per_rank, address)
+        await asyncio.gather(*(rank.load.remote(*load) for rank in self._ranks))
+
+    async def predict_x0(self, payload: list[ray.ObjectRef]) -> np.ndarray:
+        """x0 estimates [B, C, H, W] float32; the payload's reference comes in a list so that it is not fetched here."""
+        return await self._answer("predict_x0", payload[0])
+
+    async def sample(self, payload: list[ray.ObjectRef]) -> np.ndarray:
+        """Multi-step samples [B, C, H, W] float32."""
+        return await self._answer("sample", payload[0])
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """What each rank says of itself."""
+        return await asyncio.gather(*(rank.describe.remote() for rank in self._ranks))
+
+    async def check_health(self) -> None:
+        """Called by Serve; raises once a rank is lost or silent."""
+        if self._broken is None:
+            try:
+                await asyncio.wait_for(self.describe(), PING_TIMEOUT_S)
+            except Exception as error:
+                self._give_up(f"a rank does not answer pings ({type(error).__name__})")
+        if self._broken is not None:
+            raise ReplicaBroken(self._broken)
+
+    async def _answer(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
+        # A caller that goes away must not release the lock while the ranks still compute.
+        return await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
+
+    async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
+        """One request to all ranks. The lock keeps the order of requests the same on every rank."""
+        async with self._lock:
+            if self._broken is not None:
+                raise ReplicaBroken(self._broken)
+            answers = [asyncio.wrap_future(getattr(r, method).remote(payload).future()) for r in self._ranks]
+            limit = self._config.request_timeout_s
+            done, pending = await asyncio.wait(answers, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+            failed = any(answer.exception() for answer in done)
+            if failed and pending:
+                _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
+            errors = [answer.exception() for answer in answers if answer.done()]
+            if pending:
+                late = "after another failed" if failed else f"within request_timeout_s={limit:g} s"
+                self._give_up(f"{len(pending)} of {len(answers)} ranks did not answer {late}: {_first(errors)}")
+            elif all(isinstance(error, TeacherError) for error in errors):
+                raise TeacherError(str(getattr(errors[0], "cause", errors[0])))
+            elif any(errors):
+                lost = any(isinstance(error, RayActorError) for error in errors)
+                self._give_up(f"{'a rank died' if lost else 'ranks failed differently'}: {_first(errors)}")
+            if self._broken is not None:
+                raise ReplicaBroken(self._broken)
+            return np.concatenate([answer.result() for answer in answers])
+
+    def _give_up(self, reason: str) -> None:
+        """Mark the replica broken and end its ranks; the next health checks fail, and Serve replaces it."""
+        if self._broken is None:
+            self._broken = reason
+            log.warning("teacher replica gives up: %s", reason)
+            self._kill_ranks()
+
+    def _kill_ranks(self) -> None:
+        for rank in self._ranks:
+            ray.kill(rank)
+
+    def __del__(self) -> None:
+        """Serve calls this when it stops the replica."""
+        self._kill_ranks()
+
+
+def _first(errors: list[BaseException | None]) -> str:
+    found = [error for error in errors if error is not None]
+    return f"{type(found[0]).__name__}: {str(found[0]).strip().splitlines()[-1]}" if found else "no error reported"
+
+
+def start(model_folder: str, config: Teachers, name: str) -> None:
+    """Start the service `name` and wait until every replica is ready. A running service of that name is replaced.
+
+    Raises:
+        TeacherStartError: it cannot be placed (requested against available resources), a replica failed to load, or
+            `start_timeout_s` passed. Nothing is left running.
+    """
+    if not Path(model_folder, "model_index.json").is_file():
+        raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
+    if config.shards > 1 and config.gpus_per_rank != int(config.gpus_per_rank):
+        raise TeacherStartError(f"teachers.gpus_per_rank={config.gpus_per_rank}: NCCL needs a whole GPU for each rank")
+    if not placement.fits(config) and not placement.autoscaler_present():
+        raise TeacherStartError(f"teacher {name} cannot be placed: {placement.requested_against_available(config)}")
+    application = TeacherReplica.options(
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
+        placement_group_bundles=placement.bundles(config),
+        placement_group_strategy="PACK",
+    ).bind(model_folder, config.model_dump())
+    started = time.monotonic()
+    try:
+        serve.start(proxy_location="Disabled")
+        target = serve.RunTarget(application, name=name, route_prefix=None)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        _wait_until_ready(config, name, started)
+    except BaseException:
+        stop(name)
+        raise
+    log.info("teacher %s: %d replica(s) ready after %.1f s", name, config.replicas, time.monotonic() - started)
+
+
+def _wait_until_ready(config: Teachers, name: str, started: float) -> None:
+    logged = pending_since = started
+    while True:
+        time.sleep(0.2)
+        now = time.monotonic()
+        application = serve.status().applications.get(name)
+        state = application.status if application else "NOT_STARTED"
+        if state == "RUNNING":
+            return
+        if state == "DEPLOY_FAILED":
+            details = [application.message, *(d.message for d in application.deployments.values())]
+            raise TeacherStartError(
+                f"teacher {name} failed to start:\n" + "\n".join(dict.fromkeys(filter(None, details)))
+            )
+        waiting = placement.pending_groups(name)
+        if not waiting:
+            pending_since = now
+        patience = config.start_timeout_s if placement.autoscaler_present() else PLACEMENT_PATIENCE_S
+        if now - pending_since > patience:
+            raise TeacherStartError(
+                f"teacher {name}: {waiting} replica(s) waited {patience:g} s for resources: "
+                f"{placement.requested_against_available(config)}"
+            )
+        if now - started > config.start_timeout_s:
+            raise TeacherStartError(
+                f"teacher {name} was not ready within teachers.start_timeout_s={config.start_timeout_s:g} s ({state}): "
+                f"{placement.requested_against_available(config)}"
+            )
+        if now - logged > LOG_EVERY_S:
+            logged = now
+            why = f"; {waiting} wait for resources" if waiting else ""
+            log.info("teacher %s: starting, %.0f s so far (%s%s)", name, now - started, state, why)
+
+
+def stop(name: str) -> None:
+    """Stop the service `name`, if it runs; the last one takes Serve's own actors with it."""
+    if name in serve.status().applications:
+        serve.delete(name)
+    if not serve.status().applications:
+        serve.shutdown()
+    deadline = time.monotonic() + 20
+    while placement.groups(name) and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -1,0 +1,144 @@
+"""One rank of a ZeRO-3 group, as a Ray actor.
+
+All ranks of a group must be called in the same order with the same request: a forward on one waits for the others.
+A request is cut into slices of `teachers.slice` samples; the last is filled up by repeating the last sample, and a
+rank without a slice of its own runs one of repeats. So every rank runs equally many forwards, all of one size, and a
+sample's bits depend on its request alone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from raydistill.teachers.request import Payload, TeacherError, rows_from_wire
+
+if TYPE_CHECKING:  # torch must be imported after the environment is set
+    import torch
+
+Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
+
+
+@ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
+class TeacherRank:
+    """Rank `rank` of `world`; answers pings while it computes."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+        self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+    def open_store(self) -> tuple[str, int]:
+        """On rank 0: the address at which the group meets, on a port the system just gave."""
+        from torch.distributed import TCPStore
+
+        host = ray.util.get_node_ip_address()
+        self.store = TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False)
+        return host, self.store.port
+
+    def load(self, model_folder: str, dtype: str, slice_size: int, threads: int, address: tuple[str, int]) -> None:
+        """Join the group and load this rank's part of the network. Raises ModelFolderError on every rank alike."""
+        started = time.monotonic()
+        host, port = address
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK="0",  # Ray shows each rank its own GPU only
+            MASTER_ADDR=host,
+            MASTER_PORT=str(port),
+        )
+        import torch
+        from torch.distributed import TCPStore
+
+        from raydistill.spaces import load_space
+        from raydistill.teachers import zero3
+
+        torch.set_num_threads(threads)
+        self.device = torch.device("cuda:0" if os.environ["DS_ACCELERATOR"] == "cuda" else "cpu")
+        store = self.store if self.rank == 0 else TCPStore(host, port, self.world, is_master=False)
+        zero3.init_process_group(self.rank, self.world, store, self.device)
+        self.dtype, self.slice_size = getattr(torch, dtype), slice_size
+        self.space = load_space(model_folder)
+        self.engine = zero3.load_partitioned(self.space, self.dtype, self.device, self.rank, self.world)
+        self.facts |= {
+            "numel": zero3.partition_numel(self.engine),
+            "full_numel": zero3.full_numel(self.engine),
+            "load_s": time.monotonic() - started,
+        }
+
+    @ray.method(concurrency_group="health")
+    def describe(self) -> dict[str, Any]:
+        """rank, pid, node, parameter elements held and in all, seconds to load. Doubles as the ping."""
+        return self.facts
+
+    def predict_x0(self, payload: Payload) -> np.ndarray:
+        """x0 estimates of this rank's samples, [b, C, H, W] float32 (b may be 0). Raises TeacherError."""
+        return self._slices(payload, self._predict_rows)
+
+    def sample(self, payload: Payload) -> np.ndarray:
+        """Multi-step samples of this rank's noise, [b, C, H, W] float32 (b may be 0). Raises TeacherError."""
+        return self._slices(payload, self._sample_rows)
+
+    def _slices(self, payload: Payload, forward: Forward) -> np.ndarray:
+        import torch
+
+        batch, size = len(payload["latents"]), self.slice_size
+        rounds = -(-batch // (size * self.world))
+        first = self.rank * rounds * size
+        results = []
+        try:
+            self._check(payload)
+            with torch.no_grad():
+                for start in range(first, first + rounds * size, size):
+                    rows = np.minimum(np.arange(start, start + size), batch - 1)
+                    results.append(forward(payload, rows)[: max(0, batch - start)].float().cpu())
+        except Exception as error:
+            self._recover()
+            text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
+            raise TeacherError(text) from None
+        return torch.cat(results).numpy()
+
+    def _check(self, payload: Payload) -> None:
+        found, expected = payload["latents"].shape[1:], tuple(self.space.latent_shape)
+        if found != expected:
+            raise TeacherError(f"latents have shape {found} a sample; {self.space.folder} works on {expected}")
+
+    def _recover(self) -> None:
+        """After a forward that failed on every rank alike: free what it left gathered, and see that all ranks are here.
+
+        A lost rank makes the barrier raise, or wait until the coordinator gives this group up.
+        """
+        import torch
+
+        from raydistill.teachers import zero3
+
+        zero3.release(self.engine)
+        torch.distributed.barrier()
+
+    def _predict_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
+        x_t, t_B = (rows_from_wire(payload[name], rows).to(self.device) for name in ("latents", "t"))
+        conditioning, unconditional = self._conditioning(payload, rows)
+        return self.space.predict_x0(self.engine, x_t, t_B, conditioning, unconditional, payload["guidance_scale"])
+
+    def _sample_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
+        noise = rows_from_wire(payload["latents"], rows).to(self.device)
+        conditioning, unconditional = self._conditioning(payload, rows)
+        steps, guidance_scale = payload["steps"], payload["guidance_scale"]
+        return self.space.sample(self.engine, noise, conditioning, unconditional, steps, guidance_scale)
+
+    def _conditioning(
+        self, payload: Payload, rows: np.ndarray
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
+        def load(wires: dict[str, Any], rows: np.ndarray) -> dict[str, torch.Tensor]:
+            tensors = {name: rows_from_wire(wire, rows).to(self.device) for name, wire in wires.items()}
+            return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+        unconditional = payload["unconditional"]
+        return (
+            load(payload["conditioning"], rows),
+            None if unconditional is None else load(unconditional, np.zeros(1, dtype=np.int64)),
+        )

@@ -1,0 +1,195 @@
+"""Load a frozen diffusion network cut into ZeRO-3 shards: each of S ranks keeps 1/S of every parameter.
+
+The whole network never sits on one rank: `zero.Init` cuts each layer as it is built, and the weights are copied from
+the safetensors one parameter at a time. The forward pass gathers a layer just before it runs and frees it after.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydistill.spaces.base import ModelFolderError, Space
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# Layers no larger than this stay gathered on every rank, up to 1/200 of the network in all: a norm or a bias costs
+# more to gather than to keep.
+PERSISTENT_NUMEL, PERSISTENT_SHARE = 100_000, 1 / 200
+
+
+def init_process_group(rank: int, world: int, store: torch.distributed.Store, device: torch.device) -> None:
+    """Join the group of `world` ranks that meet in `store`: NCCL on CUDA, gloo elsewhere.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment: DeepSpeed reads them too.
+    """
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Only `inference_all_reduce` uses this op, which ZeRO-3 never calls; building it needs a compiler and 40 s.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(minutes=30)
+        )
+    deepspeed.init_distributed(verbose=False)
+
+
+def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, rank: int, world: int) -> Any:
+    """The network of `space`, partitioned over the ranks of the initialised process group.
+
+    Every rank must call this; `space.folder` must be readable by all of them.
+
+    Returns:
+        a DeepSpeed engine: call it like the network, under `torch.no_grad`, in the same order on every rank.
+
+    Raises:
+        ModelFolderError: weights missing, or not those of the network that config.json describes.
+    """
+    import deepspeed
+    import diffusers
+
+    group = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+    if group != (rank, world):
+        raise ValueError(
+            f"asked to load as rank {rank} of {world}, but the process group says {group[0]} of {group[1]}"
+        )
+    config = space.part_config(space.network_name)
+    network_class = getattr(diffusers, config["_class_name"])
+    settings = _deepspeed_config(dtype, numel=0)
+    # zero.Init takes the dtype from the configuration; its own `dtype` argument overrides float32 with float16.
+    with deepspeed.zero.Init(config_dict_or_path=settings, remote_device=device.type):
+        network = network_class.from_config(config)
+    network.eval().requires_grad_(False)
+
+    files = _safetensors(Path(space.folder, space.network_name))
+    _check_names(network, files, space)
+    _fill_parameters(network, files, rank)
+    _fill_buffers(network, network_class, config, files, dtype, device)
+    numel = sum(parameter.ds_numel for parameter in network.parameters())
+    engine, *_ = deepspeed.initialize(model=network, config=_deepspeed_config(dtype, numel), dist_init_required=False)
+    engine.eval()
+    return engine
+
+
+def partition_numel(engine: Any) -> int:
+    """Parameter elements this rank holds between forwards: its partitions and whatever stays gathered."""
+    return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in engine.parameters())
+
+
+def full_numel(engine: Any) -> int:
+    """Parameter elements of the whole network."""
+    return sum(parameter.ds_numel for parameter in engine.parameters())
+
+
+def release(engine: Any) -> None:
+    """Give back what an interrupted forward left gathered, so that the next one starts from a clean state."""
+    engine.empty_partition_cache()
+
+
+def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+            "stage3_model_persistence_threshold": int(numel * PERSISTENT_SHARE),
+        },
+    }
+
+
+def _safetensors(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it; single-file and sharded folders."""
+    from safetensors import safe_open
+
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if index.is_file():
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files = {name: folder / file for name, file in weight_map.items()}
+        missing = sorted({file.name for file in files.values() if not file.is_file()})
+        if missing:
+            raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
+        return files
+    file = folder / WEIGHTS_NAME
+    if not file.is_file():
+        raise ModelFolderError(f"{folder}: no {WEIGHTS_NAME} (or {index.name})")
+    with safe_open(file, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), file)
+
+
+def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:
+    """Every rank checks before any copies: one that failed alone would leave the others waiting."""
+    from safetensors import safe_open
+
+    shapes = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
+    buffers = set(network.state_dict()) - set(shapes)
+    wrong = [f"{name} is missing" for name in sorted((set(shapes) | buffers) - set(files))]
+    wrong += [f"{name} is unknown" for name in sorted(set(files) - set(shapes) - buffers)]
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(set(opened.keys()) & set(shapes)):
+                found = tuple(opened.get_slice(name).get_shape())
+                if found != shapes[name]:
+                    wrong.append(f"{name} has shape {found}, not {shapes[name]}")
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ModelFolderError(f"{space.folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+
+
+def _fill_parameters(network: nn.Module, files: dict[str, Path], rank: int) -> None:
+    """Rank 0 reads each parameter and hands every rank its part."""
+    import deepspeed
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in network.named_parameters():
+        by_file.setdefault(files[name], []).append((name, parameter))
+    for file, parameters in by_file.items():
+        with safe_open(file, framework="pt") as opened:
+            for name, parameter in parameters:
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if rank == 0:
+                        parameter.data.copy_(opened.get_tensor(name))
+
+
+def _fill_buffers(
+    network: nn.Module,
+    network_class: type[nn.Module],
+    config: dict[str, Any],
+    files: dict[str, Path],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Buffers as `from_pretrained(torch_dtype=dtype)` has them.
+
+    `zero.Init` casts what the constructor computes at other places than `from_pretrained` does, so the buffers are
+    computed again by a parameterless copy built the way diffusers builds it; persistent ones come from the file.
+    """
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    if not any(True for _ in network.buffers()):
+        return
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            buffers = dict(network_class.from_config(config).named_buffers())
+    finally:
+        torch.set_default_dtype(default)
+    for name, buffer in buffers.items():
+        if name in files:
+            with safe_open(files[name], framework="pt") as opened:
+                stored = opened.get_tensor(name)
+            buffer = stored.to(dtype) if stored.is_floating_point() else stored
+        owner, _, leaf = name.rpartition(".")
+        network.get_submodule(owner)._buffers[leaf] = buffer.to(device)

@@ -1,0 +1,97 @@
+"""Shared fixtures: miniature pipeline folders with random weights, and one local Ray cluster for the `ray` lane."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def miniature_parts():
+    """Random-weight VAEs, text encoders and tokenizers."""
+    from raydistill.shapes import miniatures
+
+    torch.manual_seed(0)
+    clip_tokenizer, t5_tokenizer = miniatures.clip_tokenizer(), miniatures.t5_tokenizer()
+    return {
+        "clip_tokenizer": clip_tokenizer,
+        "t5_tokenizer": t5_tokenizer,
+        "clip": miniatures.clip_text_encoder(clip_tokenizer),
+        "t5": miniatures.t5_text_encoder(t5_tokenizer),
+        "teacher_vae": miniatures.teacher_vae(),
+        "student_vae": miniatures.student_vae(),
+    }
+
+
+def _randomise_zero_layers(network: torch.nn.Module) -> torch.nn.Module:
+    """Give zero-initialised output layers small random weights, so that nothing is trivially zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        if not parameter.any():
+            parameter.data.normal_(std=0.02, generator=generator)
+    return network
+
+
+@pytest.fixture(scope="session")
+def flux_folder(miniature_parts, tmp_path_factory) -> Path:
+    """A FluxPipeline folder."""
+    from diffusers import FluxPipeline
+
+    from raydistill.shapes import miniatures
+
+    p = copy.deepcopy(miniature_parts)
+    torch.manual_seed(2)
+    network = _randomise_zero_layers(miniatures.flux_transformer())
+    p["teacher_vae"].register_to_config(scaling_factor=0.8, shift_factor=0.1)
+    folder = tmp_path_factory.mktemp("flux")
+    FluxPipeline(
+        miniatures.flow_scheduler(),
+        p["teacher_vae"],
+        p["clip"],
+        p["clip_tokenizer"],
+        p["t5"],
+        p["t5_tokenizer"],
+        network,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_folder(miniature_parts, tmp_path_factory) -> Path:
+    """A StableDiffusionPipeline folder."""
+    from diffusers import StableDiffusionPipeline
+
+    from raydistill.shapes import miniatures
+
+    p = copy.deepcopy(miniature_parts)
+    torch.manual_seed(3)
+    unet = _randomise_zero_layers(miniatures.student_unet())
+    p["student_vae"].register_to_config(scaling_factor=0.9)
+    folder = tmp_path_factory.mktemp("sd")
+    StableDiffusionPipeline(
+        p["student_vae"],
+        p["clip"],
+        p["clip_tokenizer"],
+        unet,
+        miniatures.student_scheduler(),
+        None,
+        None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One local Ray cluster for the whole session, of more logical CPUs than the machine has."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

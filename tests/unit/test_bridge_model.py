@@ -1,0 +1,153 @@
+"""The Bridge: its prior, its projectors, and saved Bridges that refuse another pair of VAEs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raydistill.bridge.model import Bridge, BridgeError, SpatialPrior, doublings, vae_fingerprint
+from raydistill.config import Bridge as Settings
+from raydistill.spaces import load_space
+
+SMALL = {"embed_dim": 8, "depths": [2], "heads": 2, "window": 4}
+
+
+@pytest.fixture(scope="module")
+def spaces(sd_folder, flux_folder):
+    return load_space(sd_folder), load_space(flux_folder)
+
+
+def other_vae(folder, destination, **change):
+    """A copy of a pipeline folder with one VAE weight changed."""
+    shutil.copytree(folder, destination)
+    file = destination / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.bias"][0] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    return load_space(destination)
+
+
+def test_prior_is_the_start_of_the_students_own_decoder(spaces):
+    """The rest of the decoder, run on the prior's features, gives the VAE's own picture."""
+    student, _ = spaces
+    vae, z_S = student.load_vae(), torch.randn(2, 4, 8, 8)
+    decoder = vae.decoder
+    for n in (0, 1, 2):
+        x = SpatialPrior(student, vae, n)(z_S)
+        for block in decoder.up_blocks[n:]:
+            x = block(x)
+        picture = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
+        assert torch.allclose(picture.clamp(-1, 1), student.decode(vae, z_S), atol=1e-6)
+
+
+def test_prior_announces_its_channels_and_grid(spaces):
+    student, _ = spaces
+    for n in (0, 1, 2):
+        prior = SpatialPrior(student, student.load_vae(), n)
+        assert prior(torch.randn(1, 4, 8, 8)).shape == (1, prior.out_channels, 8 * 2**n, 8 * 2**n)
+    with pytest.raises(BridgeError, match="doubles 2 times, but 3"):
+        SpatialPrior(student, student.load_vae(), 3)
+
+
+@pytest.mark.parametrize("projector", ["swinir", "unet", "mlp"])
+@pytest.mark.parametrize("prior", [True, False])
+def test_every_variant_maps_grid_to_grid_and_gradients_reach_the_student(spaces, projector, prior):
+    bridge = Bridge.create(*spaces, Settings(projector=projector, prior=prior, **SMALL)).train()
+    z_S = torch.randn(2, 4, 8, 8, requires_grad=True)
+    z_hat = bridge(z_S)
+    assert z_hat.shape == (2, 8, 16, 16)
+    z_hat.square().mean().backward()
+    assert z_S.grad.abs().sum() > 0
+    trainable = {id(p) for p in bridge.trainable_parameters()}
+    assert all((p.grad is not None and p.requires_grad) == (id(p) in trainable) for p in bridge.parameters())
+    assert trainable and (bridge.prior is None or not any(m.training for m in bridge.prior.modules()))
+
+
+def test_mlp_sees_one_pixel_only_and_unet_more(spaces):
+    for projector, reach in (("mlp", 1), ("unet", 2)):
+        bridge = Bridge.create(*spaces, Settings(projector=projector, **SMALL))
+        features = torch.randn(1, bridge.prior.out_channels, 16, 16, requires_grad=True)
+        bridge.projector(features)[0, :, 8, 8].sum().backward()
+        touched = features.grad[0].abs().sum(0).nonzero()
+        assert (len(touched) == 1) == (reach == 1)
+
+
+def test_identity_passes_equal_spaces_through_and_refuses_others(spaces):
+    student, teacher = spaces
+    bridge, z = Bridge.create(student, student, Settings(projector="identity")), torch.randn(2, 4, 8, 8)
+    assert torch.equal(bridge(z), z) and not bridge.trainable_parameters()
+    with pytest.raises(BridgeError, match=r"identity needs equal latent shapes.*\(4, 8, 8\).*\(8, 16, 16\)"):
+        Bridge.create(student, teacher, Settings(projector="identity"))
+
+
+def test_grids_that_no_doubling_joins_are_refused(spaces, sd_folder, tmp_path):
+    student, teacher = spaces
+    assert (doublings(student, teacher), doublings(student, student)) == (1, 0)
+    with pytest.raises(BridgeError, match="1, 2, 4"):
+        doublings(teacher, student)
+    shutil.copytree(sd_folder, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/unet/config.json").read_text())
+    (tmp_path / "odd/unet/config.json").write_text(json.dumps(config | {"sample_size": 5}))
+    with pytest.raises(BridgeError, match="5x5"):
+        Bridge.create(load_space(tmp_path / "odd"), teacher, Settings(**SMALL))
+
+
+def test_latents_of_another_space_are_refused(spaces):
+    with pytest.raises(ValueError, match=r"\[B, 4, h, w\]"):
+        Bridge.create(*spaces, Settings(**SMALL))(torch.randn(1, 8, 8, 8))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0), (torch.float16, 1e-3)])
+def test_saved_bridge_comes_back_frozen_and_equal(spaces, tmp_path, dtype, tolerance):
+    bridge, z = Bridge.create(*spaces, Settings(**SMALL)), torch.randn(2, 4, 8, 8)
+    bridge.save(tmp_path / "bridge", {"eval/psnr": 30.0}, dtype)
+    loaded = Bridge.load(tmp_path / "bridge", *spaces)
+    assert (loaded(z) - bridge(z)).abs().max() <= tolerance
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert json.loads((tmp_path / "bridge/bridge.json").read_text())["metrics"] == {"eval/psnr": 30.0}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bridge"]
+    stored = load_file(tmp_path / "bridge/projector.safetensors")
+    assert set(stored) == set(bridge.projector.state_dict()) and {t.dtype for t in stored.values()} == {dtype}
+
+
+def test_saving_again_replaces_the_old_bridge(spaces, tmp_path):
+    first, second = (Bridge.create(*spaces, Settings(**SMALL)) for _ in range(2))
+    first.save(tmp_path / "bridge")
+    second.save(tmp_path / "bridge")
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(Bridge.load(tmp_path / "bridge", *spaces)(z), second(z))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_bridge_of_another_vae_is_refused_by_name(spaces, sd_folder, flux_folder, tmp_path, role):
+    Bridge.create(*spaces, Settings(**SMALL)).save(tmp_path / "bridge")
+    changed = other_vae(sd_folder if role == "student" else flux_folder, tmp_path / "other")
+    pair = (changed, spaces[1]) if role == "student" else (spaces[0], changed)
+    with pytest.raises(BridgeError, match=f"{tmp_path / 'bridge'}: .*another {role} VAE.*{tmp_path / 'other'}"):
+        Bridge.load(tmp_path / "bridge", *pair)
+
+
+def test_fingerprint_follows_tensors_and_scaling_but_not_file_metadata(spaces, sd_folder, tmp_path):
+    student, _ = spaces
+    copied = tmp_path / "copy"
+    shutil.copytree(sd_folder, copied)
+    file = copied / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file(dict(reversed(load_file(file).items())), file, metadata={"format": "pt", "note": "another day"})
+    assert vae_fingerprint(load_space(copied)) == vae_fingerprint(student)
+    config = json.loads((copied / "vae/config.json").read_text())
+    (copied / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert vae_fingerprint(load_space(copied)) != vae_fingerprint(student)
+    assert vae_fingerprint(other_vae(sd_folder, tmp_path / "other")) != vae_fingerprint(student)
+
+
+def test_folders_that_are_no_bridge_say_so(spaces, tmp_path):
+    with pytest.raises(BridgeError, match="not a saved Bridge"):
+        Bridge.load(tmp_path, *spaces)
+    Bridge.create(*spaces, Settings(**SMALL)).save(tmp_path / "bridge")
+    (tmp_path / "bridge/projector.safetensors").write_bytes(b"cut short")
+    with pytest.raises(BridgeError, match="missing or damaged"):
+        Bridge.load(tmp_path / "bridge", *spaces)

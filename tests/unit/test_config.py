@@ -1,0 +1,124 @@
+"""The configuration tells whoever typed it what was wrong, before anything starts."""
+
+import pytest
+import yaml
+
+from raydistill.config import (
+    CONFIGS,
+    Config,
+    ConfigError,
+    check_storage,
+    config_hash,
+    fields,
+    from_command_line,
+    load,
+    to_yaml,
+    validate,
+)
+
+
+def test_defaults_and_every_shipped_config_are_valid():
+    assert validate({}) == Config()
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert files
+    for file in files:
+        load(file)
+
+
+def test_every_key_is_documented():
+    assert [key for key, _, _, description in fields() if not description] == []
+
+
+def test_overrides_reach_their_key_and_scientific_notation_is_a_number():
+    config = load(overrides=["student.lr=1e-5", "run.name=mine", "student.ema_decay=null", "bridge.depths=[2, 2]"])
+    assert (config.student.lr, config.run.name, config.student.ema_decay) == (1e-5, "mine", None)
+    assert config.bridge.depths == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("studnet.lr=1e-5", "unknown key studnet"),
+        ("teachers.shard=2", "did you mean teachers.shards"),
+        ("distill.steps=abc", "distill.steps: .*integer"),
+        ("vsd.t_min=3", "vsd.t_min: .*less than or equal to 1"),
+        ("student.lr=-1", "student.lr: .*greater than 0"),
+        ("student.lr=.inf", "student.lr"),
+        ("fake_score.kind=lore", "fake_score.kind: .*'lora'"),
+        ("run.name=../../etc", "run.name"),
+        ("just-a-word", "section.key=value"),
+        ("vsd=3", "vsd"),
+    ],
+)
+def test_a_wrong_override_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides=[override])
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        load(overrides=["teachers.shard=2", "distill.steps=0"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_reversed_time_range_and_nothing_to_learn_from_are_refused():
+    with pytest.raises(ConfigError, match="t_min .* must be below t_max"):
+        load(overrides=["vsd.t_min=0.9", "vsd.t_max=0.1"])
+    with pytest.raises(ConfigError, match="nothing would teach"):
+        load(overrides=["vsd.weight=0", "discriminator.weight=0"])
+
+
+def test_command_line_mistakes_end_with_code_two(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        from_command_line("x", ["--config", "no/such.yaml"])
+    assert stopped.value.code == 2
+    assert "no/such.yaml: no such file" in capsys.readouterr().err
+
+
+def test_print_config_reads_back_the_same(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        from_command_line("x", ["student.lr=3e-6", "--print-config"])
+    assert stopped.value.code == 0
+    assert validate(yaml.safe_load(capsys.readouterr().out)) == load(overrides=["student.lr=3e-6"])
+
+
+def test_help_lists_every_key(capsys):
+    with pytest.raises(SystemExit):
+        from_command_line("Purpose here.", ["--help"])
+    text = capsys.readouterr().out
+    assert "Purpose here." in text
+    assert all(f"  {key} (" in text for key, *_ in fields())
+
+
+def test_hash_follows_the_maths_only():
+    base = load()
+    assert config_hash(base) == config_hash(load(overrides=["run.name=other", "distill.overlap=false"]))
+    assert config_hash(base) != config_hash(load(overrides=["student.lr=1e-3"]))
+
+
+def test_yaml_files_extend_each_other(tmp_path):
+    (tmp_path / "base.yaml").write_text("student: {lr: 1.0e-3}\ndistill: {steps: 7}\n")
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\ndistill: {batch_size: 3}\n")
+    config = load(tmp_path / "child.yaml")
+    assert (config.student.lr, config.distill.steps, config.distill.batch_size) == (1e-3, 7, 3)
+
+
+def test_broken_yaml_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    with pytest.raises(ConfigError, match="bad.yaml: not valid YAML"):
+        load(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must be a mapping"):
+        load(tmp_path / "list.yaml")
+
+
+def test_relative_storage_under_job_submission_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(ConfigError, match="name an absolute folder"):
+        check_storage(load())
+    assert check_storage(load(overrides=[f"storage={tmp_path}"])) == tmp_path.resolve()
+
+
+def test_config_round_trips_through_yaml():
+    config = load()
+    assert validate(yaml.safe_load(to_yaml(config))) == config

@@ -1,0 +1,111 @@
+"""Sample grids show the right pixels in the right places, and captions that can be read."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import ImageFont
+
+from raydistill.evaluation.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
+from raydistill.evaluation.summary import table, write_summary
+
+
+def flat(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor:
+    return torch.tensor(colours)[:, :, None, None].expand(-1, 3, size, size)
+
+
+RED, GREEN, BLUE = (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0)
+
+
+def test_pixels_are_exact():
+    image = torch.linspace(-1, 1, 3 * 4 * 4).reshape(3, 4, 4)
+    expected = np.round((image.numpy().transpose(1, 2, 0) + 1) / 2 * 255)
+    assert np.abs(np.asarray(to_pil(image)).astype(float) - expected).max() <= 1
+    assert np.array_equal(np.asarray(to_pil(image, 3))[::3, ::3], np.asarray(to_pil(image)))
+
+
+def test_grid_puts_every_picture_in_its_cell_and_captions_below():
+    sheet = grid(flat(RED, GREEN, BLUE), ["one", "two", "three"], columns=2, scale=3)
+    step = 96 + GAP
+    assert sheet.width == 2 * MARGIN + 2 * 96 + GAP
+    assert sheet.getpixel((MARGIN + 48, MARGIN + 48)) == (255, 0, 0)
+    assert sheet.getpixel((MARGIN + step + 48, MARGIN + 48)) == (0, 255, 0)
+    below = np.asarray(sheet.crop((MARGIN, MARGIN + 97, MARGIN + 96, MARGIN + 96 + GAP + 8)))
+    assert below.min() < 100  # ink
+    second_row = np.asarray(sheet)[MARGIN + 96 + GAP :, MARGIN + 48]
+    assert (second_row == (0, 0, 255)).all(-1).sum() == 96
+    assert sheet.getpixel((MARGIN + step + 48, sheet.height - MARGIN - 40)) == PAPER  # the empty cell
+
+
+def test_title_takes_its_own_space():
+    plain, titled = grid(flat(RED), ["a"]), grid(flat(RED), ["a"], title="step 100")
+    assert titled.height > plain.height
+    assert titled.width == plain.width
+
+
+@pytest.mark.parametrize("text", ["", "word", "a large red circle in the top left of a blue background", "x" * 200])
+def test_wrapped_lines_fit_and_lose_nothing(text):
+    font = ImageFont.load_default(size=11)
+    lines = wrap(text, font, 96, 1000)
+    assert all(font.getlength(line) <= 96 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
+def test_caption_that_does_not_fit_ends_in_an_ellipsis():
+    font = ImageFont.load_default(size=11)
+    lines = wrap("a large red circle " * 20, font, 96, 3)
+    assert len(lines) == 3
+    assert lines[-1].endswith("…")
+    assert all(font.getlength(line) <= 96 for line in lines)
+
+
+def test_before_after_rows_have_one_size_whatever_the_teachers():
+    sheet = before_after(flat(RED, RED), flat(GREEN, GREEN), flat(BLUE, BLUE, size=64), ["a", "b"], scale=3)
+    colours = np.asarray(sheet).reshape(-1, 3)
+    for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
+        assert (colours == colour).all(-1).sum() == 2 * 96 * 96
+    rows = [np.flatnonzero((np.asarray(sheet) == c).all(-1).any(1))[0] for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    assert rows == sorted(rows)
+    assert before_after(flat(RED), flat(GREEN), None, ["a"], scale=3).height < sheet.height
+
+
+def test_many_prompts_make_several_bands():
+    images = flat(*[RED] * 5)
+    assert before_after(images, images, None, list("abcde"), columns=2).height == pytest.approx(
+        3 * before_after(images[:2], images[:2], None, list("ab"), columns=2).height
+    )
+
+
+def test_mismatched_input_is_refused():
+    with pytest.raises(ValueError, match="2 captions for 1 images"):
+        grid(flat(RED), ["a", "b"])
+    with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\]"):
+        grid(torch.zeros(3, 8, 8), ["a"])
+    with pytest.raises(ValueError, match="2 captions for 1 after"):
+        before_after(flat(RED, RED), flat(RED), None, ["a", "b"])
+
+
+def test_table_shows_all_rows_with_the_mean_first():
+    from rich.console import Console
+
+    result = table({"student before": {"colour": 0.5, "mean": 0.43}, "teacher": {"mean": 0.9, "size": 1.0}})
+    assert [column.header for column in result.columns] == ["", "mean", "colour", "size"]
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 (closed with the process)
+    console.print(result)
+    lines = console.export_text().splitlines()
+    assert any("student before" in line and "0.430" in line and "–" in line for line in lines)
+    assert any("teacher" in line and "0.900" in line and "1.000" in line for line in lines)
+
+
+def test_summary_is_valid_json_and_replaces_whole_files(tmp_path):
+    path = tmp_path / "deep" / "summary.json"
+    write_summary(path, {"old": 1})
+    write_summary(path, {"mean": torch.tensor(0.5), "nan": float("nan"), "list": [np.float32(1.5)], "at": tmp_path})
+    assert json.loads(path.read_text()) == {"mean": 0.5, "nan": None, "list": [1.5], "at": str(tmp_path)}
+    with pytest.raises(TypeError):
+        write_summary(path, {"bad": object()})
+    assert json.loads(path.read_text())["mean"] == 0.5
+    assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
