@@ -39,9 +39,7 @@ def sample_rows(seed: int, step: int, count: int) -> RowSampler:
     return rows
 
 
-def log_probabilities(
-    q_BRhd: torch.Tensor, k_BKhd: torch.Tensor, temperature: float, normalize: bool
-) -> torch.Tensor:
+def log_probabilities(q_BRhd: torch.Tensor, k_BKhd: torch.Tensor, temperature: float, normalize: bool) -> torch.Tensor:
     """log softmax(logits / τ) over keys [B, h, R, K], in float32 or better.
 
     Logits are q·k / sqrt(d); with `normalize` each row has zero mean and unit (population) variance.

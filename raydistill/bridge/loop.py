@@ -170,7 +170,9 @@ def train_worker(settings: dict[str, Any]) -> None:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
                 log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
                 if rank == 0:
-                    write_progress(Path(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"])
+                    write_progress(
+                        Path(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
+                    )
             if step % config.bridge.checkpoint_every == 0 or step == last:
                 _checkpoint(trainer, log)
     finally:

@@ -37,9 +37,7 @@ def attention_fidelity(
     """
     if not log_p_hat or len(log_p_hat) != len(log_p_true):
         raise ValueError(f"attention maps of {len(log_p_hat)} and {len(log_p_true)} layers cannot be compared")
-    divergences = [
-        (p.exp() * (p - q)).sum(dim=-1).mean() for p, q in zip(log_p_hat, log_p_true, strict=True)
-    ]
+    divergences = [(p.exp() * (p - q)).sum(dim=-1).mean() for p, q in zip(log_p_hat, log_p_true, strict=True)]
     return temperature**2 * torch.stack(divergences).sum()
 
 

@@ -36,7 +36,8 @@ def doublings(student: Space, teacher: Space) -> int:
     """n with teacher side = 2^n · student side. Raises BridgeError where there is none."""
     (_, h, w), (_, H, W) = student.latent_shape, teacher.latent_shape
     factor = H // h
-    if H != factor * h or W != factor * w or factor < 1 or factor & (factor - 1):
+    fits = (factor * h, factor * w) == (H, W)
+    if not fits or factor < 1 or factor & (factor - 1):
         raise BridgeError(
             f"teacher latents ({H}x{W}, {teacher.folder}) must be 1, 2, 4, … times the student's "
             f"({h}x{w}, {student.folder}) on both sides"
@@ -227,9 +228,7 @@ class Bridge(nn.Module):
         Raises:
             BridgeError: the folder is no Bridge, or belongs to another pair of VAEs.
         """
-        saved = read_description(folder)
-        for role, space in (("student", student_space), ("teacher", teacher_space)):
-            _check_side(folder, role, saved[role], space)
+        saved = check_pair(folder, student_space, teacher_space)
         bridge = cls.create(student_space, teacher_space, configuration.Bridge(**saved["architecture"]))
         try:
             bridge.projector.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
@@ -248,6 +247,14 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     missing = [key for key in ("architecture", "student", "teacher") if key not in saved]
     if missing:
         raise BridgeError(f"{file}: lacks {', '.join(missing)}")
+    return saved
+
+
+def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -> dict[str, Any]:
+    """bridge.json of a Bridge that belongs to these two VAEs. Raises BridgeError otherwise; loads no weights."""
+    saved = read_description(folder)
+    for role, space in (("student", student_space), ("teacher", teacher_space)):
+        _check_side(folder, role, saved[role], space)
     return saved
 
 

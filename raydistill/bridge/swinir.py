@@ -48,7 +48,9 @@ def _region_labels(size: int, window: int, shift: int) -> torch.Tensor:
     return rolled
 
 
-def window_mask(height: int, width: int, window: int, shifts: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+def window_mask(
+    height: int, width: int, window: int, shifts: tuple[int, int], device: torch.device
+) -> torch.Tensor | None:
     """[W, N, N] True where a query may see a key; None where every query of a window sees every key."""
     if not any(shifts) and not height % window and not width % window:
         return None

@@ -119,9 +119,7 @@ class BridgeTrainer:
         self.pairs, self.settings, self.seed, self.device = pairs, settings, seed, device
         self.rank, self.world_size = rank, world_size
         self.probe, self.captions = probe, captions
-        self.optimizer = torch.optim.Adam(
-            bridge.trainable_parameters(), lr=settings.lr, betas=(0.0, 0.999), eps=1e-8
-        )
+        self.optimizer = torch.optim.Adam(bridge.trainable_parameters(), lr=settings.lr, betas=(0.0, 0.999), eps=1e-8)
         self.training_ids, self.held_out_ids = split(pairs, settings.validation_share, seed)
         self._order = lru_cache(maxsize=2)(lambda epoch: pairs.order(self.training_ids, seed, epoch))
         self._vae: nn.Module | None = None
@@ -156,7 +154,9 @@ class BridgeTrainer:
         values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
         wrong = [name for name, value in values.items() if not np.isfinite(value)]
         if wrong:
-            raise TrainingDiverged(f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help")
+            raise TrainingDiverged(
+                f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

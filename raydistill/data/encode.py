@@ -15,16 +15,19 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import diffusers
 import numpy as np
-import ray
-import ray.data
 import torch
-from ray.util.debug import log_once
+import transformers
 
 from raydistill.data.prompts import PromptSet
 from raydistill.spaces import Conditioning, Space, load_space
+
+if TYPE_CHECKING:  # imported where it is used: encoding alone needs no Ray
+    import ray
+    import ray.data
 
 CACHE_BYTES = 256 << 20  # encoded prompts each text encoder keeps
 MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
@@ -86,14 +89,16 @@ class TextEncoder:
 
 @contextlib.contextmanager
 def _without_truncation_warnings() -> Iterator[None]:
-    """diffusers prints every chunk in which one prompt exceeds the text encoder's length: thousands of lines a run."""
-    logger = logging.getLogger("diffusers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Every chunk with a prompt beyond the text encoder's length would print all of it: thousands of lines a run."""
+    loggers = [logging.getLogger("diffusers"), logging.getLogger("transformers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def encode_prompt_list(
@@ -131,6 +136,8 @@ class PromptEncoder:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
         dtypes = {role: dtype if isinstance(dtype, str) else dtype[role] for role in folders}
         shared: dict[tuple[str, str], TextEncoder] = {}  # roles of one folder share its text encoders
         self.encoders: dict[str, TextEncoder] = {}
@@ -187,6 +194,8 @@ def slot_positions(slot: int, rank: int, world: int, batch_size: int) -> np.ndar
 @functools.lru_cache(maxsize=2)
 def _fetch(prompts: ray.ObjectRef) -> PromptSet:
     """One copy of the prompt set per process."""
+    import ray
+
     return ray.get(prompts)
 
 
@@ -243,11 +252,12 @@ def conditioned_batches(
         raise ValueError(f"need 0 <= first <= stop and batch_size >= 1, not {first}, {stop} and {batch_size}")
     if first == stop:
         return
+    import ray.data
+
     _quiet()
-    slots = ray.data.from_items(
-        [{"slot": slot} for slot in range(first, stop)], override_num_blocks=min(stop - first, MAX_BLOCKS)
+    rows_of_slots = functools.partial(
+        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rank=rank, world=world, batch_size=batch_size
     )
-    _configure(slots.context, in_flight_bytes)
     encoder = {
         "folders": {role: str(folder) for role, folder in folders.items()},
         "dtype": dtype,
@@ -255,19 +265,18 @@ def conditioned_batches(
         "chunk": chunk,
         "threads": threads,
     }
-    rows_of_slots = functools.partial(
-        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rank=rank, world=world, batch_size=batch_size
-    )
-    conditioned = slots.map_batches(
-        rows_of_slots, batch_size=None, batch_format="numpy", num_cpus=cpus_per_encoder, num_gpus=gpus_per_encoder
-    ).map_batches(
-        PromptEncoder,
-        fn_constructor_kwargs=encoder,
-        batch_size=batch_size,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
-        num_cpus=cpus_per_encoder,
-        num_gpus=gpus_per_encoder,
+    share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder}
+    conditioned = (
+        _slots(first, stop, in_flight_bytes)
+        .map_batches(rows_of_slots, batch_size=None, batch_format="numpy", **share)  # fused into the encoders
+        .map_batches(
+            PromptEncoder,
+            fn_constructor_kwargs=encoder,
+            batch_size=batch_size,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
+            **share,
+        )
     )
     batches = iter(conditioned.iter_batches(batch_size=batch_size, prefetch_batches=prefetch, batch_format="numpy"))
     try:
@@ -276,18 +285,25 @@ def conditioned_batches(
         batches.close()
 
 
-def _configure(context: ray.data.DataContext, in_flight_bytes: int) -> None:
-    """Settings of this data set alone: its order is part of the maths, and it must not fill the object store."""
-    context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = context.execution_options.resource_limits.copy(
-        object_store_memory=in_flight_bytes
+def _slots(first: int, stop: int, in_flight_bytes: int) -> ray.data.Dataset:
+    """Slot numbers, one a block where they are not too many, with settings for this data set alone."""
+    import ray.data
+
+    slots = ray.data.from_items(
+        [{"slot": slot} for slot in range(first, stop)], override_num_blocks=min(stop - first, MAX_BLOCKS)
     )
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    options = slots.context.execution_options
+    options.preserve_order = True  # the order is part of the maths
+    options.resource_limits = options.resource_limits.copy(object_store_memory=in_flight_bytes)
+    slots.context.enable_progress_bars = False
+    slots.context.print_on_execution_start = False
+    return slots
 
 
 def _quiet() -> None:
     """Keep Ray Data's lines about every execution out of the trainers' logs; its own log file still has them."""
+    from ray.util.debug import log_once
+
     log_once("ray_data_progress_manager_disabled")  # or it warns that `enable_progress_bars` is off
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):

@@ -240,7 +240,9 @@ class PairSet:
         still read file by file; one of at most that many shards is shuffled completely.
         """
         draws = uniform(seed, [epoch], "pair_order", shape=(len(ids),))[0].numpy()
-        ranks = uniform(seed, [epoch], "shard_order", shape=(len(self.files),))[0].numpy().argsort(kind="stable").argsort()
+        ranks = (
+            uniform(seed, [epoch], "shard_order", shape=(len(self.files),))[0].numpy().argsort(kind="stable").argsort()
+        )
         windows = ranks[np.searchsorted(self._starts, ids, side="right") - 1] // self.cached_shards
         return ids[np.lexsort((draws, windows))]
 
@@ -277,4 +279,4 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
 def load_pairs(folder: str | Path, z_T_shape: tuple[int, int, int] | None = None) -> Pairs:
     """All rows of a folder in memory. See `PairSet` for the errors."""
     pairs = read_pairs(folder, z_T_shape)
-    return pairs.rows(np.arange(len(pairs)))
+    return pairs.rows(range(len(pairs)))

@@ -126,7 +126,7 @@ class Distiller:
         return normal(self.config.run.seed, ids, shape, purpose).to(self.device)
 
     def _uniform(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
-        return uniform(self.config.run.seed, ids, (), purpose).to(self.device)
+        return uniform(self.config.run.seed, ids, purpose).to(self.device)
 
     def _full_range_t(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
         """Times for the fake score and the discriminator: the whole range but its ill-conditioned ends."""

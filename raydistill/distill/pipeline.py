@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 
@@ -207,12 +206,10 @@ def _bridge(pipeline: Pipeline, pairs: str) -> str:
     config = pipeline.config
     with pipeline.timed("bridge"):
         run_id = pipeline.stage_run(config, "bridge")
-        folder, metrics = train_bridge(
-            config, pipeline.run.path / "bridge", Path(pairs), mlflow_uri=pipeline.uri, mlflow_run=run_id
-        )
+        trained = train_bridge(config, pipeline.run.path, pairs, pipeline.uri, run_id)
         pipeline.finish(run_id)
-    print("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in metrics.items()), flush=True)
-    return str(folder)
+    print("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()), flush=True)
+    return str(trained.folder)
 
 
 def _distillation(

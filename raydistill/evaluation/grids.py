@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 8, 6
-INK, PALE, PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
-SMALLEST_CELL = 96  # pixels a picture is enlarged to at least, so that its caption can be read
+INK, PALE, PAPER = (30, 30, 30), (90, 90, 90), (238, 238, 238)
+SMALLEST_CELL = 128  # pixels a picture is enlarged to at least, so that its caption can be read
 
 
 def to_pil(image: torch.Tensor, scale: int = 1) -> Image.Image:
@@ -60,7 +60,7 @@ def grid(
     columns: int = 8,
     scale: int | None = None,
     title: str | None = None,
-    caption_lines: int = 4,
+    caption_lines: int = 5,
 ) -> Image.Image:
     """Pictures in rows, each with its caption below.
 
@@ -68,7 +68,7 @@ def grid(
         images: [N, 3, H, W] in [-1, 1].
         captions: N texts, or None.
         columns: pictures a row at most.
-        scale: whole-number enlargement; None: as much as makes a picture 96 pixels wide.
+        scale: whole-number enlargement; None: as much as makes a picture 128 pixels wide.
         title: a line above the grid.
         caption_lines: longer captions are cut with an ellipsis.
 
@@ -120,7 +120,7 @@ def before_after(
         after: the student at the end, same prompts and noise.
         teacher: [N, 3, H', W'] or None; scaled to the student's size.
         captions: N texts.
-        scale: whole-number enlargement of the student's pictures; None: to 96 pixels.
+        scale: whole-number enlargement of the student's pictures; None: to 128 pixels.
         columns: prompts side by side; more prompts make more bands.
 
     Raises:
@@ -148,7 +148,7 @@ def _band(rows: dict[str, torch.Tensor], captions: Sequence[str], scale: int) ->
     font, label_font = ImageFont.load_default(size=min(13, max(10, size[0] // 10))), ImageFont.load_default(size=14)
     indent = MARGIN + round(max(label_font.getlength(label) for label in rows)) + GAP
     count = len(rows["before"])
-    texts = [wrap(text, font, size[0], 4) for text in captions[:count]]
+    texts = [wrap(text, font, size[0], 5) for text in captions[:count]]
     line_height = sum(font.getmetrics())
     height = MARGIN + len(rows) * (size[1] + GAP) + line_height * max(map(len, texts)) + MARGIN
     band = Image.new("RGB", (indent + count * (size[0] + GAP) - GAP + MARGIN, height), PAPER)

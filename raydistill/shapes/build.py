@@ -83,7 +83,7 @@ def fit(
     steps: int,
     lr: float,
     ema_decay: float = 0.999,
-    save_every: int = 500,
+    save_every: int = 250,
 ) -> nn.Module:
     """Train `model` with AdamW, warm-up and cosine decay, and return its exponential moving average.
 
@@ -339,7 +339,7 @@ def build_flux(build: Build) -> None:
     network = miniatures.flux_transformer()
     _write_flux(build, copy.deepcopy(network))  # so that its Space can be read; the weights follow
     space = load_space(build.weights / "flux")
-    trained = train_diffusion(build, "flux", space, network, 9000, 1.5e-3, corruption=0.0, logit_normal=True)
+    trained = train_diffusion(build, "flux", space, network, 6000, 1.5e-3, corruption=0.0, logit_normal=True)
     _write_flux(build, trained)
 
 
@@ -357,7 +357,7 @@ def build_sd15(build: Build) -> None:
     unet = miniatures.student_unet()
     _write_sd15(build, "sd15", copy.deepcopy(unet))
     space = load_space(build.weights / "sd15")
-    trained = train_diffusion(build, "sd15", space, unet, 8000, 1e-3, corruption=CORRUPTION)
+    trained = train_diffusion(build, "sd15", space, unet, 5000, 1e-3, corruption=CORRUPTION)
     _write_sd15(build, "sd15", trained)
 
 

@@ -23,6 +23,7 @@ from raydistill.teachers.request import (
     ScoreRequest,
     TeacherError,
     TeacherUnavailable,
+    one_line,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class TeacherClient:
 
     def describe(self) -> list[dict[str, Any]]:
         """What the ranks of one replica say of themselves: rank, pid, node, numel, full_numel, load_s."""
-        return self.handle().describe.remote().result()
+        return self.handle().describe.remote().result(timeout_s=60)
 
     def handle(self) -> Any:
         """The Serve handle. Raises RayServeException while there is no such service."""
@@ -100,7 +101,7 @@ class PendingScores:
         try:
             self._ask()
         except (RayError, RayServeException) as error:
-            log.warning("teacher %s cannot be reached yet: %s", client.name, _short(error))
+            log.warning("teacher %s cannot be reached yet: %s", client.name, one_line(error))
 
     def result(self) -> torch.Tensor:
         """Wait for the scores [B, C, H, W], float32.
@@ -139,9 +140,11 @@ class PendingScores:
                 if left <= 0:
                     raise TeacherUnavailable(
                         f"teacher {self._client.name} did not answer for teachers.retry_for_s="
-                        f"{self._client.config.retry_for_s:g} s; last failure: {_short(error)}"
+                        f"{self._client.config.retry_for_s:g} s; last failure: {one_line(error)}"
                     ) from error
-                log.warning("teacher %s stalls, asking again (%.0f s left): %s", self._client.name, left, _short(error))
+                log.warning(
+                    "teacher %s stalls, asking again (%.0f s left): %s", self._client.name, left, one_line(error)
+                )
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -151,14 +154,32 @@ class PendingScores:
         while True:
             left = self._client.config.request_timeout_s - (time.monotonic() - asked)
             try:
-                return self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
+                kind, answer = self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
+                break
             except TimeoutError:
                 waited = time.monotonic() - asked
                 if waited >= self._client.config.request_timeout_s:
                     self._response.cancel()
                     raise TimeoutError(f"no answer within teachers.request_timeout_s={waited:.0f} s") from None
-                serve.get_app_handle(self._client.name)  # raises if the service is gone
-                log.info("teacher %s: waiting for an answer, %.0f s so far", self._client.name, waited)
+                self._look_after_service(waited)
+        if kind == "done":
+            return answer
+        raise (TeacherError if kind == "rejected" else ReplicaBroken)(answer)
+
+    def _look_after_service(self, waited: float) -> None:
+        """Say what is awaited. Raises ReplicaBroken if the service is gone, so that the wait counts as a failure."""
+        application = serve.status().applications.get(self._client.name)
+        if application is None:
+            raise ReplicaBroken("there is no such service")
+        well = application.status == "RUNNING"
+        text = "" if well else f"; the service is {application.status.value}, asking again is automatic"
+        log.log(
+            logging.INFO if well else logging.WARNING,
+            "teacher %s: waiting for an answer, %.0f s so far%s",
+            self._client.name,
+            waited,
+            text,
+        )
 
     def _checked(self, answer: np.ndarray) -> torch.Tensor:
         import torch
@@ -179,13 +200,5 @@ class PendingScores:
 
 def _worth_retrying(error: Exception) -> bool:
     """Losses of replicas, ranks, nodes and time are; errors raised by the teacher's own code are not."""
-    if isinstance(error, TeacherError):
-        return False
-    if isinstance(error, RayTaskError):
-        return isinstance(error, ReplicaBroken) or isinstance(error.cause, RayError | RayServeException | TimeoutError)
-    return isinstance(error, RayError | RayServeException | TimeoutError)
-
-
-def _short(error: Exception) -> str:
-    lines = str(getattr(error, "cause", error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    losses = (ReplicaBroken, RayError, RayServeException, TimeoutError)
+    return isinstance(error.cause if isinstance(error, RayTaskError) else error, losses)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the coordinator of a replica handles these without importin
 
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
+Answer = tuple[str, Any]  # ("done", [B, C, H, W] array), ("rejected", why) or ("broken", why)
 
 
 class TeacherError(RuntimeError):
@@ -35,6 +36,12 @@ class TeacherStartError(TeacherError):
 
 class ReplicaBroken(RuntimeError):
     """This replica lost a rank and is about to be replaced; another one gives the same answer."""
+
+
+def one_line(error: BaseException) -> str:
+    """Type and last line of an error, short enough for a log line."""
+    lines = str(getattr(error, "cause", error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1][:200] if lines else ''}"
 
 
 def to_wire(tensor: torch.Tensor) -> Wire:

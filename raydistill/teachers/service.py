@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config import Teachers
 from raydistill.teachers import placement
-from raydistill.teachers.request import ReplicaBroken, TeacherError, TeacherStartError
+from raydistill.teachers.request import Answer, ReplicaBroken, TeacherError, TeacherStartError, one_line
 from raydistill.teachers.shard import TeacherRank
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ LOG_EVERY_S, PLACEMENT_PATIENCE_S = 10.0, 60.0
     health_check_timeout_s=HEALTH_TIMEOUT_S,
     graceful_shutdown_wait_loop_s=0.2,
     graceful_shutdown_timeout_s=20,
-    max_constructor_retry_count=3,
+    max_constructor_retry_count=2,
     logging_config={"log_level": "WARNING", "enable_access_log": False},
 )
 class TeacherReplica:
@@ -67,11 +67,11 @@ class TeacherReplica:
         load = (model_folder, config.dtype, config.slice, config.threads_per_rank, address)
         await asyncio.gather(*(rank.load.remote(*load) for rank in self._ranks))
 
-    async def predict_x0(self, payload: list[ray.ObjectRef]) -> np.ndarray:
+    async def predict_x0(self, payload: list[ray.ObjectRef]) -> Answer:
         """x0 estimates [B, C, H, W] float32; the payload's reference comes in a list so that it is not fetched here."""
         return await self._answer("predict_x0", payload[0])
 
-    async def sample(self, payload: list[ray.ObjectRef]) -> np.ndarray:
+    async def sample(self, payload: list[ray.ObjectRef]) -> Answer:
         """Multi-step samples [B, C, H, W] float32."""
         return await self._answer("sample", payload[0])
 
@@ -89,9 +89,15 @@ class TeacherReplica:
         if self._broken is not None:
             raise ReplicaBroken(self._broken)
 
-    async def _answer(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
-        # A caller that goes away must not release the lock while the ranks still compute.
-        return await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
+    async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
+        """Failures are answers too: raised ones would only fill Serve's log with tracebacks."""
+        try:
+            # A caller that goes away must not release the lock while the ranks still compute.
+            return "done", await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
+        except TeacherError as error:
+            return "rejected", str(error)
+        except ReplicaBroken as error:
+            return "broken", str(error)
 
     async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
         """One request to all ranks. The lock keeps the order of requests the same on every rank."""
@@ -104,18 +110,25 @@ class TeacherReplica:
             failed = any(answer.exception() for answer in done)
             if failed and pending:
                 _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
-            errors = [answer.exception() for answer in answers if answer.done()]
-            if pending:
-                late = "after another failed" if failed else f"within request_timeout_s={limit:g} s"
-                self._give_up(f"{len(pending)} of {len(answers)} ranks did not answer {late}: {_first(errors)}")
-            elif all(isinstance(error, TeacherError) for error in errors):
-                raise TeacherError(str(getattr(errors[0], "cause", errors[0])))
-            elif any(errors):
-                lost = any(isinstance(error, RayActorError) for error in errors)
-                self._give_up(f"{'a rank died' if lost else 'ranks failed differently'}: {_first(errors)}")
+            self._judge([answer.exception() if answer.done() else None for answer in answers], len(pending), failed)
             if self._broken is not None:
                 raise ReplicaBroken(self._broken)
             return np.concatenate([answer.result() for answer in answers])
+
+    def _judge(self, errors: list[BaseException | None], silent: int, failed: bool) -> None:
+        """Ranks that all refuse blame the request (raises TeacherError); any other failure is the group's."""
+        first = next((error for error in errors if error is not None), None)
+        said = f": {one_line(first)}" if first is not None else ""
+        if silent:
+            late = (
+                "after another failed" if failed else f"within request_timeout_s={self._config.request_timeout_s:g} s"
+            )
+            self._give_up(f"{silent} of {len(errors)} ranks did not answer {late}{said}")
+        elif all(isinstance(error, TeacherError) for error in errors):
+            raise TeacherError(str(getattr(first, "cause", first)))
+        elif first is not None:
+            lost = any(isinstance(error, RayActorError) for error in errors)
+            self._give_up(f"{'a rank died' if lost else 'ranks failed differently'}{said}")
 
     def _give_up(self, reason: str) -> None:
         """Mark the replica broken and end its ranks; the next health checks fail, and Serve replaces it."""
@@ -125,17 +138,12 @@ class TeacherReplica:
             self._kill_ranks()
 
     def _kill_ranks(self) -> None:
-        for rank in self._ranks:
+        for rank in getattr(self, "_ranks", ()):
             ray.kill(rank)
 
     def __del__(self) -> None:
         """Serve calls this when it stops the replica."""
         self._kill_ranks()
-
-
-def _first(errors: list[BaseException | None]) -> str:
-    found = [error for error in errors if error is not None]
-    return f"{type(found[0]).__name__}: {str(found[0]).strip().splitlines()[-1]}" if found else "no error reported"
 
 
 def start(model_folder: str, config: Teachers, name: str) -> None:
@@ -145,6 +153,12 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
         TeacherStartError: it cannot be placed (requested against available resources), a replica failed to load, or
             `start_timeout_s` passed. Nothing is left running.
     """
+    launch(model_folder, config, name)
+    wait_until_ready(config, name)
+
+
+def launch(model_folder: str, config: Teachers, name: str) -> None:
+    """First half of `start`: check that the service can be placed and begin to start it. Raises TeacherStartError."""
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
     if config.shards > 1 and config.gpus_per_rank != int(config.gpus_per_rank):
@@ -156,51 +170,51 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
         ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy="PACK",
-    ).bind(model_folder, config.model_dump())
-    started = time.monotonic()
+    ).bind(str(Path(model_folder).resolve()), config.model_dump())
     try:
         serve.start(proxy_location="Disabled")
         target = serve.RunTarget(application, name=name, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-        _wait_until_ready(config, name, started)
+    except BaseException:
+        stop(name)
+        raise
+
+
+def wait_until_ready(config: Teachers, name: str) -> None:
+    """Second half of `start`. Raises TeacherStartError, with nothing left running."""
+    started = logged = pending_since = time.monotonic()
+    patience = config.start_timeout_s if placement.autoscaler_present() else PLACEMENT_PATIENCE_S
+    try:
+        while (state := _state(name)) != "RUNNING":
+            time.sleep(0.2)
+            now = time.monotonic()
+            waiting = placement.pending_groups(name)
+            pending_since = pending_since if waiting else now
+            if now - pending_since > patience or now - started > config.start_timeout_s:
+                why = f"{waiting} replica(s) wait for resources" if waiting else f"state {state}"
+                raise TeacherStartError(
+                    f"teacher {name} is not ready after {now - started:.0f} s (teachers.start_timeout_s="
+                    f"{config.start_timeout_s:g}): {why}; {placement.requested_against_available(config)}"
+                )
+            if now - logged > LOG_EVERY_S:
+                logged = now
+                why = f"{waiting} replica(s) wait for resources" if waiting else "loading"
+                log.info("teacher %s: starting, %.0f s so far, %s", name, now - started, why)
     except BaseException:
         stop(name)
         raise
     log.info("teacher %s: %d replica(s) ready after %.1f s", name, config.replicas, time.monotonic() - started)
 
 
-def _wait_until_ready(config: Teachers, name: str, started: float) -> None:
-    logged = pending_since = started
-    while True:
-        time.sleep(0.2)
-        now = time.monotonic()
-        application = serve.status().applications.get(name)
-        state = application.status if application else "NOT_STARTED"
-        if state == "RUNNING":
-            return
-        if state == "DEPLOY_FAILED":
-            details = [application.message, *(d.message for d in application.deployments.values())]
-            raise TeacherStartError(
-                f"teacher {name} failed to start:\n" + "\n".join(dict.fromkeys(filter(None, details)))
-            )
-        waiting = placement.pending_groups(name)
-        if not waiting:
-            pending_since = now
-        patience = config.start_timeout_s if placement.autoscaler_present() else PLACEMENT_PATIENCE_S
-        if now - pending_since > patience:
-            raise TeacherStartError(
-                f"teacher {name}: {waiting} replica(s) waited {patience:g} s for resources: "
-                f"{placement.requested_against_available(config)}"
-            )
-        if now - started > config.start_timeout_s:
-            raise TeacherStartError(
-                f"teacher {name} was not ready within teachers.start_timeout_s={config.start_timeout_s:g} s ({state}): "
-                f"{placement.requested_against_available(config)}"
-            )
-        if now - logged > LOG_EVERY_S:
-            logged = now
-            why = f"; {waiting} wait for resources" if waiting else ""
-            log.info("teacher %s: starting, %.0f s so far (%s%s)", name, now - started, state, why)
+def _state(name: str) -> str:
+    """Serve's word for the service `name`. Raises TeacherStartError once Serve gave it up."""
+    application = serve.status().applications.get(name)
+    if application is None:
+        raise TeacherStartError(f"teacher {name} was removed while it started")
+    if application.status == "DEPLOY_FAILED":
+        details = [application.message, *(deployment.message for deployment in application.deployments.values())]
+        raise TeacherStartError(f"teacher {name} failed to start:\n" + "\n".join(dict.fromkeys(filter(None, details))))
+    return application.status.value
 
 
 def stop(name: str) -> None:

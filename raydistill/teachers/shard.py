@@ -30,6 +30,12 @@ class TeacherRank:
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+        os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
+        # All ranks import at once, rather than the others after rank 0 has said where to meet.
+        import raydistill.spaces  # noqa: F401
+        import raydistill.teachers.zero3  # noqa: F401
+
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
     def open_store(self) -> tuple[str, int]:
@@ -44,13 +50,7 @@ class TeacherRank:
         """Join the group and load this rank's part of the network. Raises ModelFolderError on every rank alike."""
         started = time.monotonic()
         host, port = address
-        os.environ.update(
-            RANK=str(self.rank),
-            WORLD_SIZE=str(self.world),
-            LOCAL_RANK="0",  # Ray shows each rank its own GPU only
-            MASTER_ADDR=host,
-            MASTER_PORT=str(port),
-        )
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         import torch
         from torch.distributed import TCPStore
 

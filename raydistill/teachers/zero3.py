@@ -12,7 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
+import deepspeed.ops
+import diffusers
 import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import nn
 
 from raydistill.spaces.base import ModelFolderError, Space
@@ -21,6 +26,9 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # Layers no larger than this stay gathered on every rank, up to 1/200 of the network in all: a norm or a bias costs
 # more to gather than to keep.
 PERSISTENT_NUMEL, PERSISTENT_SHARE = 100_000, 1 / 200
+# Modules up to this size, and this share of the network, are gathered in one piece: DeepSpeed's hooks on every small
+# layer cost more than the layers.
+PIECE_NUMEL, PIECE_SHARE = 250_000_000, 1 / 3
 
 
 def init_process_group(rank: int, world: int, store: torch.distributed.Store, device: torch.device) -> None:
@@ -28,9 +36,6 @@ def init_process_group(rank: int, world: int, store: torch.distributed.Store, de
 
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment: DeepSpeed reads them too.
     """
-    import deepspeed
-    import deepspeed.ops
-
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Only `inference_all_reduce` uses this op, which ZeRO-3 never calls; building it needs a compiler and 40 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -53,9 +58,6 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
     Raises:
         ModelFolderError: weights missing, or not those of the network that config.json describes.
     """
-    import deepspeed
-    import diffusers
-
     group = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     if group != (rank, world):
         raise ValueError(
@@ -65,7 +67,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
     network_class = getattr(diffusers, config["_class_name"])
     settings = _deepspeed_config(dtype, numel=0)
     # zero.Init takes the dtype from the configuration; its own `dtype` argument overrides float32 with float16.
-    with deepspeed.zero.Init(config_dict_or_path=settings, remote_device=device.type):
+    with deepspeed.zero.Init(config_dict_or_path=settings):
         network = network_class.from_config(config)
     network.eval().requires_grad_(False)
 
@@ -74,6 +76,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
     _fill_parameters(network, files, rank)
     _fill_buffers(network, network_class, config, files, dtype, device)
     numel = sum(parameter.ds_numel for parameter in network.parameters())
+    _mark_pieces(network, min(PIECE_NUMEL, numel * PIECE_SHARE))
     engine, *_ = deepspeed.initialize(model=network, config=_deepspeed_config(dtype, numel), dist_init_required=False)
     engine.eval()
     return engine
@@ -94,6 +97,17 @@ def release(engine: Any) -> None:
     engine.empty_partition_cache()
 
 
+def _mark_pieces(module: nn.Module, limit: float) -> None:
+    """Mark the largest modules of at most `limit` elements as gathered in one piece."""
+    for child in module.children():
+        # The containers have no forward of their own, so nothing would trigger their gathering.
+        container = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        if not container and sum(parameter.ds_numel for parameter in child.parameters()) <= limit:
+            deepspeed.utils.set_z3_leaf_module(child, True)
+        else:
+            _mark_pieces(child, limit)
+
+
 def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -101,6 +115,7 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
         "fp16": {"enabled": dtype == torch.float16},
         "zero_optimization": {
             "stage": 3,
+            "memory_efficient_linear": False,  # its matmul-then-add is not the bits of torch's own linear
             "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
             "stage3_model_persistence_threshold": int(numel * PERSISTENT_SHARE),
         },
@@ -109,8 +124,6 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
 
 def _safetensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it; single-file and sharded folders."""
-    from safetensors import safe_open
-
     index = folder / f"{WEIGHTS_NAME}.index.json"
     if index.is_file():
         weight_map = json.loads(index.read_text())["weight_map"]
@@ -128,8 +141,6 @@ def _safetensors(folder: Path) -> dict[str, Path]:
 
 def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:
     """Every rank checks before any copies: one that failed alone would leave the others waiting."""
-    from safetensors import safe_open
-
     shapes = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
     buffers = set(network.state_dict()) - set(shapes)
     wrong = [f"{name} is missing" for name in sorted((set(shapes) | buffers) - set(files))]
@@ -147,9 +158,6 @@ def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> No
 
 def _fill_parameters(network: nn.Module, files: dict[str, Path], rank: int) -> None:
     """Rank 0 reads each parameter and hands every rank its part."""
-    import deepspeed
-    from safetensors import safe_open
-
     by_file: dict[Path, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
         by_file.setdefault(files[name], []).append((name, parameter))
@@ -174,9 +182,6 @@ def _fill_buffers(
     `zero.Init` casts what the constructor computes at other places than `from_pretrained` does, so the buffers are
     computed again by a parameterless copy built the way diffusers builds it; persistent ones come from the file.
     """
-    from accelerate import init_empty_weights
-    from safetensors import safe_open
-
     if not any(True for _ in network.buffers()):
         return
     default = torch.get_default_dtype()

@@ -64,7 +64,8 @@ def test_every_variant_maps_grid_to_grid_and_gradients_reach_the_student(spaces,
     assert z_S.grad.abs().sum() > 0
     trainable = {id(p) for p in bridge.trainable_parameters()}
     assert all((p.grad is not None and p.requires_grad) == (id(p) in trainable) for p in bridge.parameters())
-    assert trainable and (bridge.prior is None or not any(m.training for m in bridge.prior.modules()))
+    assert trainable
+    assert bridge.prior is None or not any(m.training for m in bridge.prior.modules())
 
 
 def test_mlp_sees_one_pixel_only_and_unet_more(spaces):
@@ -79,7 +80,8 @@ def test_mlp_sees_one_pixel_only_and_unet_more(spaces):
 def test_identity_passes_equal_spaces_through_and_refuses_others(spaces):
     student, teacher = spaces
     bridge, z = Bridge.create(student, student, Settings(projector="identity")), torch.randn(2, 4, 8, 8)
-    assert torch.equal(bridge(z), z) and not bridge.trainable_parameters()
+    assert torch.equal(bridge(z), z)
+    assert not bridge.trainable_parameters()
     with pytest.raises(BridgeError, match=r"identity needs equal latent shapes.*\(4, 8, 8\).*\(8, 16, 16\)"):
         Bridge.create(student, teacher, Settings(projector="identity"))
 
@@ -106,12 +108,15 @@ def test_saved_bridge_comes_back_frozen_and_equal(spaces, tmp_path, dtype, toler
     bridge, z = Bridge.create(*spaces, Settings(**SMALL)), torch.randn(2, 4, 8, 8)
     bridge.save(tmp_path / "bridge", {"eval/psnr": 30.0}, dtype)
     loaded = Bridge.load(tmp_path / "bridge", *spaces)
-    assert (loaded(z) - bridge(z)).abs().max() <= tolerance
-    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    with torch.no_grad():  # a graph would choose another attention kernel
+        assert (loaded(z) - bridge(z)).abs().max() <= tolerance
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
     assert json.loads((tmp_path / "bridge/bridge.json").read_text())["metrics"] == {"eval/psnr": 30.0}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bridge"]
     stored = load_file(tmp_path / "bridge/projector.safetensors")
-    assert set(stored) == set(bridge.projector.state_dict()) and {t.dtype for t in stored.values()} == {dtype}
+    assert set(stored) == set(bridge.projector.state_dict())
+    assert {t.dtype for t in stored.values()} == {dtype}
 
 
 def test_saving_again_replaces_the_old_bridge(spaces, tmp_path):
@@ -119,7 +124,8 @@ def test_saving_again_replaces_the_old_bridge(spaces, tmp_path):
     first.save(tmp_path / "bridge")
     second.save(tmp_path / "bridge")
     z = torch.randn(1, 4, 8, 8)
-    assert torch.equal(Bridge.load(tmp_path / "bridge", *spaces)(z), second(z))
+    with torch.no_grad():
+        assert torch.equal(Bridge.load(tmp_path / "bridge", *spaces)(z), second(z))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

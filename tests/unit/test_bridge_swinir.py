@@ -77,8 +77,8 @@ def test_gradient_checkpointing_changes_no_number():
     assert all(g.any() for g in gradients[0])
 
 
-def test_every_input_pixel_reaches_far_outputs_through_shifted_windows():
-    """Two shifted groups carry information further than one window: what the shift is for."""
+def test_shifted_layers_carry_information_beyond_a_window():
+    """Four convolutions alone reach four pixels, and unshifted windows would add none but their own."""
     torch.manual_seed(0)
     model = SwinIR(1, 1, embed_dim=8, depths=[4], heads=2, window=4)
     x = torch.zeros(1, 1, 16, 16, requires_grad=True)
@@ -86,7 +86,9 @@ def test_every_input_pixel_reaches_far_outputs_through_shifted_windows():
     assert x.grad[0, 0, 0, 9] != 0
 
 
-@pytest.mark.parametrize(("arguments", "said"), [({"embed_dim": 10, "heads": 4}, "multiple of heads"), ({"upscale": 3}, "power of two")])
+@pytest.mark.parametrize(
+    ("arguments", "said"), [({"embed_dim": 10, "heads": 4}, "multiple of heads"), ({"upscale": 3}, "power of two")]
+)
 def test_impossible_sizes_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         SwinIR(3, 3, **({"embed_dim": 8, "heads": 2} | arguments))

@@ -173,9 +173,13 @@ def test_failed_export_keeps_the_earlier_one_and_leaves_nothing(sd_folder, tmp_p
     assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())  # not cast in place
     written = (target / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
 
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="disk full"):
-        patch.setattr(ModelCard, "markdown", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
-        export_student(space, unet, 999, target, CARD)
+    def fail(*_: object) -> str:
+        raise RuntimeError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCard, "markdown", fail)
+        with pytest.raises(RuntimeError, match="disk full"):
+            export_student(space, unet, 999, target, CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert (target / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == written
 

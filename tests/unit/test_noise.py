@@ -47,13 +47,17 @@ def test_bits_stay_what_they_were():
 
 def test_normal_moments_and_independence_of_neighbours():
     x = normal(1, range(400), (500,), "latents").double()
-    assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01 and abs((x**4).mean() - 3) < 0.1
+    assert abs(x.mean()) < 0.01
+    assert abs(x.std() - 1) < 0.01
+    assert abs((x**4).mean() - 3) < 0.1
     assert abs((x[:-1] * x[1:]).mean()) < 0.01
 
 
 def test_uniform_is_uniform_in_the_half_open_unit_interval():
     u = uniform(1, range(20000), "t").sort().values.double()
-    assert u.shape == (20000,) and u[0] >= 0 and u[-1] < 1
+    assert u.shape == (20000,)
+    assert u[0] >= 0
+    assert u[-1] < 1
     assert (u - torch.linspace(0, 1, 20000).double()).abs().max() < 1.63 / 20000**0.5  # Kolmogorov-Smirnov at 1 %
     assert uniform(1, [0, 1], "t", shape=(3, 2)).shape == (2, 3, 2)
 

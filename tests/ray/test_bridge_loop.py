@@ -1,0 +1,111 @@
+"""Bridge training on Ray Train: the same Bridge from one worker, two workers, and an interrupted run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from raydistill.bridge.loop import BridgeTrainingFailed, build_trainer, train_bridge
+from raydistill.bridge.model import Bridge, BridgeError
+from raydistill.config import load
+from raydistill.data.pairs import PairsError, write_pairs
+from raydistill.spaces import load_space
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
+    z_S = torch.randn(24, 4, 8, 8, generator=generator)
+    z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+    write_pairs(folder, 0, [f"a red circle {i}" for i in range(24)], range(24), range(24), z_T, z_S)
+    return folder
+
+
+@pytest.fixture
+def configure(sd_folder, flux_folder):
+    def configure(*overrides: str):
+        return load(
+            None,
+            [
+                f"student.model={sd_folder}", f"teacher.model={flux_folder}", "bridge.batch_size=4", "bridge.embed_dim=16",
+                "bridge.depths=[2]", "bridge.steps=4", "bridge.checkpoint_every=2", "distill.cpus_per_worker=0.5",
+                "distill.max_failures=0", *overrides,
+            ],
+        )  # fmt: skip
+
+    return configure
+
+
+def weights(folder):
+    return load_file(folder / "projector.safetensors")
+
+
+def largest_difference(a, b):
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.fixture(scope="module")
+def mlflow_run(tmp_path_factory):
+    from mlflow import MlflowClient
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.create_experiment("bridge", artifact_location=str(folder / "artifacts"))
+    return f"sqlite:///{folder}/mlflow.db", client.create_run(experiment).info.run_id
+
+
+def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
+    ray_cluster, configure, pairs_folder, tmp_path, sd_folder, flux_folder, mlflow_run
+):
+    from mlflow import MlflowClient
+
+    plain = build_trainer(configure(), pairs_folder)
+    states = []
+    for _ in range(4):
+        plain.step(plain.batch(plain.step_count))
+        states.append({name: value.clone() for name, value in plain.bridge.projector.state_dict().items()})
+
+    short = train_bridge(configure("bridge.steps=2"), tmp_path, pairs_folder, *mlflow_run)
+    assert largest_difference(weights(short.folder), states[1]) == 0
+    longer = train_bridge(configure(), tmp_path, pairs_folder, *mlflow_run)
+    assert largest_difference(weights(longer.folder), states[3]) == 0
+    assert longer.metrics["step"] == 4
+    assert longer.metrics == plain.validation()[0] | {"step": 4}
+    Bridge.load(longer.folder, load_space(sd_folder), load_space(flux_folder))
+
+    again = train_bridge(configure(), tmp_path, pairs_folder)  # nothing left to do
+    assert again == longer
+    assert again.folder == tmp_path / "bridge"
+
+    client = MlflowClient(mlflow_run[0])
+    history = client.get_metric_history(mlflow_run[1], "eval/psnr")
+    assert [point.step for point in history] == [2, 4]
+    assert history[-1].value == pytest.approx(longer.metrics["eval/psnr"])
+    assert any("reconstruction" in file.path for file in client.list_artifacts(mlflow_run[1], "images"))
+
+
+def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, configure, pairs_folder, tmp_path):
+    one = build_trainer(configure("bridge.attention.weight=0"), pairs_folder)
+    for _ in range(2):
+        one.step(one.batch(one.step_count))
+    overrides = ("bridge.attention.weight=0", "bridge.steps=2", "distill.workers=2")
+    two = train_bridge(configure(*overrides), tmp_path, pairs_folder)
+    # Adam divides by the size of tiny gradients, so rounding may show; a wrong mean would change every weight by lr.
+    changed = [(weights(two.folder)[n] - v).abs().flatten() for n, v in one.bridge.projector.state_dict().items()]
+    assert float(torch.cat(changed).median()) < 1e-6
+
+
+def test_mistakes_are_told_before_any_worker_starts(
+    ray_cluster, configure, pairs_folder, tmp_path, sd_folder, flux_folder
+):
+    with pytest.raises(PairsError, match="no pairs-"):
+        train_bridge(configure(), tmp_path / "run", tmp_path)
+    swapped = (f"student.model={flux_folder}", f"teacher.model={sd_folder}")
+    with pytest.raises(BridgeError, match="1, 2, 4"):
+        train_bridge(configure(*swapped), tmp_path / "run", pairs_folder)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(BridgeTrainingFailed, match="not finite"):
+        train_bridge(configure("bridge.lr=1e30", "bridge.attention.weight=0"), tmp_path / "diverged", pairs_folder)

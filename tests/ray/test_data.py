@@ -1,0 +1,170 @@
+"""The stream of conditioned batches: every position once, in order, from any slot on, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+
+from raydistill.data import encode
+from raydistill.data.encode import conditioned_batches, conditioning, encode_prompt_list, slot_positions
+from raydistill.data.prompts import PromptSet
+from raydistill.spaces import load_space
+
+PROMPTS = PromptSet([f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")])
+SEED, WORLD, BATCH = 3, 2, 4
+
+
+@pytest.fixture(scope="module")
+def folders(sd_folder, flux_folder):
+    return {"student": str(sd_folder), "teacher": str(flux_folder)}
+
+
+@pytest.fixture
+def stream(ray_cluster, folders):
+    """`stream(first, stop, rank)`; whatever a test leaves open is closed."""
+    opened = []
+
+    def start(first, stop, rank=0, **changes):
+        settings = {"seed": SEED, "world": WORLD, "batch_size": BATCH} | changes
+        opened.append(conditioned_batches(PROMPTS, folders, first=first, stop=stop, rank=rank, **settings))
+        return opened[-1]
+
+    yield start
+    for batches in opened:
+        batches.close()
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """role -> conditioning of all prompts, encoded here."""
+    return {role: encode_prompt_list(load_space(folder), PROMPTS.prompts) for role, folder in folders.items()}
+
+
+def check(batch, slot: int, rank: int, expected) -> None:
+    """Ids, prompts and conditioning of one slot, bit for bit."""
+    positions = slot_positions(slot, rank, WORLD, BATCH)
+    ids, prompts = PROMPTS.at(SEED, positions)
+    assert batch["sample_id"].dtype == np.int64
+    assert batch["sample_id"].tolist() == positions.tolist()
+    assert batch["prompt_id"].tolist() == ids.tolist()
+    assert list(batch["prompt"]) == prompts
+    for role, tables in expected.items():
+        columns = conditioning(batch, role)
+        assert columns.keys() == tables.keys()
+        for name, table in tables.items():
+            assert torch.equal(columns[name], table[ids - 1]), (slot, role, name)
+
+
+def encoders() -> list[psutil.Process]:
+    """Living processes of Ray Data's actor pools in this session's cluster."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "MapWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def wait_for_no_encoders() -> None:
+    deadline = time.monotonic() + 60
+    while encoders() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not encoders()
+
+
+def test_slots_of_all_workers_cover_every_position_once():
+    positions = [slot_positions(slot, rank, 3, 5) for slot in range(4) for rank in range(3)]
+    assert np.concatenate(positions).tolist() == list(range(60))
+
+
+def test_batches_come_in_order_with_the_numbers_of_the_text_encoders(stream, expected):
+    batches = list(stream(5, 11, rank=1, encoders=2))
+    assert len(batches) == 6
+    for slot, batch in enumerate(batches, start=5):
+        check(batch, slot, 1, expected)
+
+
+def test_resume_from_any_slot_gives_the_same_batches(stream, expected):
+    interrupted = stream(0, 6)
+    for slot in range(3):
+        check(next(interrupted), slot, 0, expected)
+    interrupted.close()
+    rest = list(stream(3, 6))
+    assert len(rest) == 3
+    for slot, batch in enumerate(rest, start=3):
+        check(batch, slot, 0, expected)
+
+
+def test_closing_ends_the_encoders(stream):
+    batches = stream(0, 1000)
+    wait_for_no_encoders()  # of earlier tests
+    next(batches)
+    assert len(encoders()) == 1
+    batches.close()
+    wait_for_no_encoders()
+
+
+def test_many_slots_share_blocks_without_changing_the_batches(stream, expected, monkeypatch):
+    monkeypatch.setattr(encode, "MAX_BLOCKS", 3)
+    batches = list(stream(1, 9))
+    assert len(batches) == 8
+    for slot, batch in enumerate(batches, start=1):
+        check(batch, slot, 0, expected)
+
+
+def test_memory_limit_below_one_batch_slows_down_but_does_not_block(stream, expected):
+    batches = list(stream(0, 4, in_flight_bytes=1))
+    assert len(batches) == 4
+    check(batches[3], 3, 0, expected)
+
+
+def test_killed_encoder_loses_and_repeats_no_position(stream, expected):
+    wait_for_no_encoders()  # of earlier tests
+    batches = stream(0, 40, in_flight_bytes=1)
+    check(next(batches), 0, 0, expected)
+    (victim,) = encoders()
+    victim.kill()
+    victim.wait(30)
+    count = 1
+    for slot, batch in enumerate(batches, start=1):
+        check(batch, slot, 0, expected)
+        count += 1
+    assert count == 40
+    assert victim.pid not in [process.pid for process in encoders()]
+
+
+def test_workers_stream_side_by_side_when_most_cpus_are_taken(ray_cluster, folders):
+    """The stages must fit beside trainers that reserve nearly all of the cluster."""
+
+    @ray.remote(num_cpus=3.6)
+    class Worker:
+        def read(self, rank: int) -> list[int]:
+            stream = conditioned_batches(
+                PROMPTS, folders, seed=SEED, first=2, stop=5, rank=rank, world=2, batch_size=BATCH
+            )
+            return [position for batch in stream for position in batch["sample_id"].tolist()]
+
+    workers = [Worker.remote() for _ in range(2)]
+    read = ray.get([worker.read.remote(rank) for rank, worker in enumerate(workers)], timeout=400)
+    for worker in workers:
+        ray.kill(worker)
+    assert sorted(read[0] + read[1]) == list(range(2 * 2 * BATCH, 5 * 2 * BATCH))
+
+
+def test_nothing_to_read_starts_nothing(stream):
+    assert list(stream(7, 7)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"rank": 2}, "rank"), ({"first": 8}, "first"), ({"batch_size": 0}, "1")]
+)
+def test_wrong_numbers_are_refused(stream, changes, said):
+    settings = {"first": 0, "stop": 7} | changes
+    with pytest.raises(ValueError, match=said):
+        next(stream(settings.pop("first"), settings.pop("stop"), **settings))

@@ -1,0 +1,212 @@
+"""Bridge training without Ray: it learns, resumes bit by bit, divides batches, and measures on held-out pairs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from raydistill.bridge.loop import build_trainer
+from raydistill.bridge.model import Bridge
+from raydistill.bridge.trainer import BridgeTrainer, Captions, TrainingDiverged
+from raydistill.config import load
+from raydistill.data.pairs import read_pairs, write_pairs
+from raydistill.evaluation import metrics
+from raydistill.spaces import load_space
+
+
+@pytest.fixture(scope="module")
+def pairs_folder(tmp_path_factory):
+    """Student latents that decide the teacher's: a smooth teacher map, and its mean-pooled first channels."""
+    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
+    for shard in range(2):
+        z_S = torch.randn(24, 4, 8, 8, generator=generator)
+        z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+        ids = range(24 * shard, 24 * shard + 24)
+        write_pairs(folder, shard, [f"a red circle {i}" for i in ids], list(ids), list(ids), z_T, z_S)
+    return folder
+
+
+@pytest.fixture
+def make(sd_folder, flux_folder, pairs_folder):
+    def make(*overrides: str, rank: int = 0, world_size: int = 1) -> BridgeTrainer:
+        config = load(
+            None,
+            [
+                f"student.model={sd_folder}", f"teacher.model={flux_folder}", "bridge.batch_size=8", "bridge.embed_dim=16",
+                "bridge.depths=[2]", "bridge.lr=5e-3", "bridge.attention.weight=0", *overrides,
+            ],
+        )  # fmt: skip
+        trainer = build_trainer(config, pairs_folder)
+        trainer.rank, trainer.world_size = rank, world_size  # batches only; a real group would wrap the module in DDP
+        return trainer
+
+    return make
+
+
+def run(trainer, steps):
+    return [trainer.step(trainer.batch(trainer.step_count)) for _ in range(steps)]
+
+
+def test_thirty_steps_lower_the_l1(make):
+    trainer = make()
+    before, _ = trainer.validation()
+    losses = [m["loss/latent_l1"] for m in run(trainer, 30)]
+    after, picture = trainer.validation()
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert after["eval/latent_l1"] < 0.85 * before["eval/latent_l1"]
+    assert picture.width > 2 * 64
+    assert trainer.bridge.training
+
+
+def test_attention_loss_is_added_and_its_gradient_reaches_the_projector(make):
+    with_attention, without = make("bridge.attention.weight=1"), make()
+    (first,), (plain,) = run(with_attention, 1), run(without, 1)
+    assert first["loss/latent_l1"] == plain["loss/latent_l1"]
+    assert first["loss/bridge"] == pytest.approx(first["loss/latent_l1"] + first["loss/attention"])
+    a, b = (torch.cat([p.grad.flatten() for p in t.bridge.trainable_parameters()]) for t in (with_attention, without))
+    assert (a - b).norm() > 1e-3 * b.norm()
+
+
+def test_resumed_training_equals_uninterrupted_bit_by_bit(make):
+    whole, first = make("bridge.attention.weight=1"), make("bridge.attention.weight=1")
+    run(whole, 4)
+    run(first, 2)
+    resumed = make("bridge.attention.weight=1", "run.seed=0")
+    torch.randn(5)  # global random state must not matter
+    resumed.load_state_dict(first.state_dict())
+    run(resumed, 2)
+    for a, b in zip(whole.bridge.trainable_parameters(), resumed.bridge.trainable_parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_optimizer_is_the_papers(make):
+    group = make().optimizer.param_groups[0]
+    assert (group["betas"], group["eps"], group["lr"]) == ((0.0, 0.999), 1e-8, 5e-3)
+
+
+def test_workers_divide_the_batch_of_one_worker(make):
+    alone = make().batch(5).ids
+    halves = [make(rank=rank, world_size=2).batch(5).ids for rank in (0, 1)]
+    assert np.array_equal(np.concatenate(halves), alone)
+    assert len(halves[0]) == 4
+
+
+def test_every_epoch_visits_each_training_pair_once_and_no_held_out_one(make):
+    trainer = make("bridge.validation_share=0.25")
+    count = len(trainer.training_ids)
+    assert count == 36
+    assert len(trainer.held_out_ids) == 12
+    visited = np.concatenate([trainer.batch(step).ids for step in range(9)])  # 72 = two epochs
+    assert sorted(visited[:36]) == sorted(visited[36:]) == trainer.training_ids.tolist()
+    assert not np.array_equal(visited[:36], visited[36:])
+
+
+def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_folder):
+    """A Bridge that answers with the true latents is perfect; one that adds an offset has that latent L1."""
+    trainer = make()
+    rows, teacher = read_pairs(pairs_folder).rows(range(48)), load_space(flux_folder)
+    truth = {z_S.numpy().tobytes(): z_T.float() for z_S, z_T in zip(rows.z_S, rows.z_T, strict=True)}
+
+    class Oracle(torch.nn.Module):
+        offset = 0.0
+
+        def forward(self, features):
+            return torch.stack([truth[z.half().numpy().tobytes()] for z in self.seen]) + self.offset
+
+    oracle = Oracle()
+    trainer.bridge.projector = oracle
+    trainer.bridge.prior.register_forward_pre_hook(lambda module, args: setattr(oracle, "seen", args[0]))
+    perfect, _ = trainer.validation()
+    assert perfect == {"eval/psnr": 100.0, "eval/ssim": pytest.approx(1.0), "eval/l1": 0.0, "eval/latent_l1": 0.0}
+    oracle.offset = 0.25
+    shifted, _ = trainer.validation()
+    held_out = read_pairs(pairs_folder).rows(trainer.held_out_ids).z_T.float()
+    vae = teacher.load_vae()
+    with torch.no_grad():
+        true, made = teacher.decode(vae, held_out), teacher.decode(vae, held_out + 0.25)
+    assert shifted["eval/latent_l1"] == pytest.approx(0.25, rel=1e-5)
+    assert shifted["eval/l1"] == pytest.approx(float((true - made).abs().mean() / 2), rel=1e-4)
+
+
+def test_divergence_stops_before_the_weights_are_touched(make):
+    trainer = make()
+    batch = trainer.batch(0)
+    batch.z_S[0] = float("nan")
+    before = [p.clone() for p in trainer.bridge.trainable_parameters()]
+    with pytest.raises(TrainingDiverged, match="step 0: .*latent_l1.* not finite"):
+        trainer.step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.bridge.trainable_parameters(), strict=True))
+
+
+def test_unusable_settings_are_refused(make, sd_folder, pairs_folder):
+    good, student = make(), load_space(sd_folder)
+    identity = good.settings.model_copy(update={"projector": "identity"})
+    with pytest.raises(ValueError, match="identity has nothing to train"):
+        BridgeTrainer(Bridge.create(student, student, identity), good.pairs, identity, 0)
+    with pytest.raises(ValueError, match=r"batch_size \(8\) must be a multiple of 3 workers"):
+        BridgeTrainer(good.bridge, good.pairs, good.settings, 0, world_size=3)
+    weighted = good.settings.model_copy(
+        update={"attention": good.settings.attention.model_copy(update={"weight": 1.0})}
+    )
+    with pytest.raises(ValueError, match="needs an attention probe"):
+        BridgeTrainer(good.bridge, good.pairs, weighted, 0)
+
+
+@pytest.mark.parametrize("table_limit", [10, 1])
+def test_captions_equal_the_encoders_own_output(flux_folder, table_limit):
+    space, prompts = load_space(flux_folder), ["a red circle", "a blue square", "a red circle"]
+    conditioning = Captions(space, prompts, table_limit=table_limit)(prompts)
+    expected = space.encode_prompts(space.load_text(), prompts)
+    assert conditioning.keys() == expected.keys()
+    assert all(torch.allclose(conditioning[name], expected[name], atol=1e-5) for name in expected)
+
+
+# -- image metrics ----------------------------------------------------------------------------------------
+
+
+def naive_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """One channel in [0, 1], every window in a loop, float64."""
+    weights = np.array(
+        [[math.exp(-((i - 5) ** 2 + (j - 5) ** 2) / (2 * 1.5**2)) for j in range(11)] for i in range(11)]
+    )
+    weights /= weights.sum()
+    values = []
+    for i in range(x.shape[0] - 10):
+        for j in range(x.shape[1] - 10):
+            a, b = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+            mu_a, mu_b = (weights * a).sum(), (weights * b).sum()
+            var_a, var_b = (weights * (a - mu_a) ** 2).sum(), (weights * (b - mu_b) ** 2).sum()
+            cov = (weights * (a - mu_a) * (b - mu_b)).sum()
+            values.append(
+                (2 * mu_a * mu_b + 1e-4) * (2 * cov + 9e-4) / ((mu_a**2 + mu_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+            )
+    return float(np.mean(values))
+
+
+def test_ssim_equals_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 14, 16, generator=generator) * 2 - 1
+    y = (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+    unit = [((v.double() + 1) / 2).numpy() for v in (x, y)]
+    expected = [np.mean([naive_ssim(unit[0][b, c], unit[1][b, c]) for c in range(3)]) for b in range(2)]
+    assert metrics.ssim(y, x).tolist() == pytest.approx(expected, abs=1e-4)
+    assert metrics.ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_psnr_and_l1_of_a_known_offset():
+    x = torch.zeros(2, 3, 12, 12)
+    y = x + torch.tensor([0.2, 0.02])[:, None, None, None]  # 0.1 and 0.01 of the data range
+    assert metrics.psnr(y, x).tolist() == pytest.approx([20, 40], abs=1e-3)
+    assert metrics.l1(y, x).tolist() == pytest.approx([0.1, 0.01])
+    assert metrics.psnr(x, x).tolist() == [100, 100]
+
+
+@pytest.mark.parametrize("metric", [metrics.l1, metrics.psnr, metrics.ssim])
+def test_different_shapes_are_refused(metric):
+    with pytest.raises(ValueError, match="two equal"):
+        metric(torch.zeros(1, 3, 12, 12), torch.zeros(1, 3, 12, 13))
+    with pytest.raises(ValueError, match="at least 11 pixels"):
+        metrics.ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))

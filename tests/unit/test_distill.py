@@ -1,0 +1,235 @@
+"""Losses against independent float64 arithmetic, and who may and who may not be changed by an update."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+from raydistill.bridge.model import Bridge
+from raydistill.config import load
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.losses import (
+    NonFiniteError,
+    discriminator_loss,
+    generator_loss,
+    require_finite,
+    vsd_gradient,
+    vsd_loss,
+)
+from raydistill.distill.schedule import distillation_step
+from raydistill.spaces import load_space
+
+CAPTIONS = [
+    "a small red circle at the left on a white background",
+    "a large blue square at the top on a black background",
+    "a small green cross at the center on a gray background",
+    "",
+]
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 2, 4, 4, generator=generator) for _ in range(3)]
+
+
+def test_vsd_gradient_and_loss_equal_a_float64_computation():
+    x, real, fake = tensors()
+    gradient = vsd_gradient(x, real, fake)
+    for b in range(3):
+        x_b, real_b, fake_b = (v[b].double().flatten().tolist() for v in (x, real, fake))
+        scale = sum(abs(p - q) for p, q in zip(x_b, real_b, strict=True)) / len(x_b) + 1e-6
+        expected = torch.tensor([(f - r) / scale for f, r in zip(fake_b, real_b, strict=True)])
+        torch.testing.assert_close(gradient[b].flatten(), expected.float(), rtol=1e-5, atol=1e-6)
+    leaf = x.clone().requires_grad_(True)
+    loss = vsd_loss(leaf, gradient)
+    assert loss.item() == pytest.approx(0.5 * gradient.double().square().mean().item(), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, gradient / x.numel(), rtol=1e-4, atol=1e-7)
+
+
+def test_gan_losses_equal_their_closed_forms():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    log = torch.log1p
+    assert generator_loss(fake).item() == pytest.approx(log(torch.exp(-fake)).mean().item(), rel=1e-5)
+    expected = log(torch.exp(-real)).mean() + log(torch.exp(fake)).mean()
+    assert discriminator_loss(real, fake).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("which", "name"), [(1, "teacher's score"), (2, "fake score")])
+def test_a_score_that_is_not_finite_names_its_source_and_sample(which, name):
+    values = tensors()
+    values[which][2, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"{name}: not finite in samples \[2\]"):
+        vsd_gradient(*values)
+    with pytest.raises(NonFiniteError, match="the loss"):
+        require_finite(torch.tensor(float("inf")), "the loss")
+
+
+# -- one worker, in process -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spaces(sd_folder, flux_folder):
+    return load_space(sd_folder), load_space(flux_folder)
+
+
+@pytest.fixture(scope="module")
+def tables(spaces):
+    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
+
+
+def configuration(**changes):
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    small = ["bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "discriminator.width=8"]
+    return load(overrides=[*small, "student.lr=1e-3", "fake_score.lr=1e-3", "discriminator.lr=1e-2", *overrides])
+
+
+def batches(tables, size=4):
+    for slot in itertools.count():
+        ids = list(range(slot * size, slot * size + size))
+        rows = [i % 3 for i in ids]
+        yield {"sample_id": ids} | {
+            f"{role}.{name}": value[rows].numpy()
+            for role, table in zip(("student", "teacher"), tables, strict=True)
+            for name, value in table.items()
+        }
+
+
+def make_distiller(config, spaces, tables):
+    student_space, teacher_space = spaces
+    generator = torch.Generator().manual_seed(5)
+    real = Real(torch.randn(8, *teacher_space.latent_shape, generator=generator), tables[1], torch.arange(8) % 3)
+    torch.manual_seed(7)
+    bridge = Bridge.create(student_space, teacher_space, config.bridge)
+    return Distiller(
+        config,
+        student_space,
+        teacher_space,
+        student_space.load_network(),
+        bridge,
+        teacher_space.load_network(),
+        real,
+        batches(tables),
+    )
+
+
+class LocalTeacher:
+    """Dense teacher; notes the student's weights at submission, which must be those of the update."""
+
+    def __init__(self, space, empty):
+        self.space, self.empty, self.network = space, empty, space.load_network()
+
+    def __call__(self, made):
+        with torch.no_grad():
+            scores = self.space.predict_x0(
+                self.network, made.x_t, made.t_B, made.teacher_conditioning, self.empty, guidance_scale=3.0
+            )
+        return type("Scores", (), {"result": lambda _: scores})()
+
+
+def run(config, spaces, tables, steps=2, overlap=True, distiller=None):
+    distiller = distiller or make_distiller(config, spaces, tables)
+    submit = LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()})
+    for _ in range(steps):
+        distillation_step(distiller, submit, config.fake_score.updates, overlap)
+    return distiller
+
+
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_an_update_changes_the_student_the_fake_score_and_the_head_and_nothing_else(spaces, tables):
+    config = configuration(fake_score__updates=1)
+    distiller = make_distiller(config, spaces, tables)
+    frozen = [p for n, p in distiller.fake.network.named_parameters() if "lora_" not in n]
+    before = {
+        "student": flat(distiller.student).clone(),
+        "bridge": flat(distiller.bridge).clone(),
+        "base": torch.cat([p.detach().flatten() for p in frozen]).clone(),
+        "lora": torch.cat([p.detach().flatten() for p in distiller.fake.trainable().values()]).clone(),
+        "head": flat(distiller.discriminator).clone(),
+    }
+    run(config, spaces, tables, steps=1, distiller=distiller)
+    assert not torch.equal(before["student"], flat(distiller.student))
+    assert not torch.equal(before["lora"], torch.cat([p.flatten() for p in distiller.fake.trainable().values()]))
+    assert not torch.equal(before["head"], flat(distiller.discriminator))
+    assert torch.equal(before["bridge"], flat(distiller.bridge))
+    assert torch.equal(before["base"], torch.cat([p.flatten() for p in frozen]))
+    assert all(p.grad is None for p in distiller.bridge.parameters())
+
+
+def test_overlap_changes_no_bit(spaces, tables):
+    config = configuration(fake_score__updates=2)
+    overlapped = run(config, spaces, tables, overlap=True)
+    sequential = run(config, spaces, tables, overlap=False)
+    assert torch.equal(flat(overlapped.student), flat(sequential.student))
+    other = run(configuration(fake_score__updates=2, run__seed=1), spaces, tables)
+    assert not torch.equal(flat(overlapped.student), flat(other.student))
+
+
+def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
+    config = configuration(fake_score__updates=1, student__ema_decay=0.9)
+    whole = run(config, spaces, tables, steps=3)
+    first = run(config, spaces, tables, steps=2)
+    state = copy.deepcopy(first.state_dict())
+    resumed = make_distiller(config, spaces, tables)
+    for _ in range(2 * 2):
+        next(resumed.batches)
+    resumed.load_state_dict(state)
+    run(config, spaces, tables, steps=1, distiller=resumed)
+    assert torch.equal(flat(whole.student), flat(resumed.student))
+    assert torch.equal(flat(whole.ema), flat(resumed.ema))
+    assert torch.equal(flat(whole.discriminator), flat(resumed.discriminator))
+
+
+def test_without_vsd_only_the_gan_teaches(spaces, tables):
+    config = configuration(vsd__weight=0, fake_score__updates=1)
+    distiller = make_distiller(config, spaces, tables)
+    before = flat(distiller.student).clone()
+    distillation_step(distiller, None, 1, overlap=True)
+    assert not torch.equal(before, flat(distiller.student))
+    assert "loss/vsd" not in distiller.pop_metrics()
+
+
+def test_a_lora_fake_score_starts_as_the_teacher_and_is_all_that_is_checkpointed(spaces, tables):
+    config, (_, space) = configuration(), spaces
+    fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
+    x_t, t_B = torch.randn(4, *space.latent_shape), torch.rand(4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fake(x_t, t_B, tables[1])[0], space.predict(space.load_network(), x_t, t_B, tables[1]), rtol=1e-5, atol=1e-5
+        )
+    assert all("lora_" in name for name in fake.trainable())
+    suffixes = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in fake.trainable()}
+    assert {"to_q", "to_k", "to_v", "proj_mlp", "proj_out"} <= suffixes
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_early_features_equal_those_of_a_whole_forward(spaces, tables, index):
+    space = spaces[index]
+    fake = FakeScore(space, space.load_network(), configuration().fake_score, 0.5)
+    x_t, t_B = torch.randn(4, *space.latent_shape, requires_grad=True), torch.rand(4)
+    features = fake.features(x_t, t_B, tables[index])
+    torch.testing.assert_close(features, fake(x_t, t_B, tables[index])[1])
+    features.square().mean().backward()
+    assert x_t.grad.abs().sum() > 0
+
+
+def test_the_discriminator_learns_to_tell_real_from_fake(spaces, tables):
+    config = configuration(fake_score__updates=40, student__lr=1e-9)
+    distiller = make_distiller(config, spaces, tables)
+    accuracies = []
+    distiller.make()
+    for _ in range(40):
+        distiller.fake_update()
+        accuracies.append(distiller.metrics["discriminator/accuracy"])
+    assert sum(accuracies[-5:]) / 5 > 0.9
+
+
+def test_a_full_fake_score_trains_everything(spaces, tables):
+    config, (_, space) = configuration(fake_score__kind="full"), spaces
+    fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
+    assert sum(p.numel() for p in fake.trainable().values()) == sum(p.numel() for p in fake.network.parameters())

@@ -1,0 +1,101 @@
+"""Conditioning columns: the pipelines' own numbers, whatever else is in the batch."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from raydistill.data import encode
+from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list
+from raydistill.spaces import load_space
+
+PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
+
+
+def batch_of(prompts):
+    return {"prompt": np.array(prompts, dtype=object), "sample_id": np.arange(len(prompts))}
+
+
+@pytest.fixture(scope="module")
+def encoder(sd_folder, flux_folder):
+    return PromptEncoder({"student": str(sd_folder), "teacher": str(flux_folder)}, chunk=4)
+
+
+def test_columns_are_what_the_diffusers_pipelines_encode(encoder, sd_folder, flux_folder):
+    batch = encoder(batch_of(PROMPTS))
+    assert set(batch) == {
+        "prompt",
+        "sample_id",
+        "student.prompt_embeds",
+        "teacher.prompt_embeds",
+        "teacher.pooled_prompt_embeds",
+    }
+    student = diffusers.StableDiffusionPipeline.from_pretrained(sd_folder)
+    expected = student.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(conditioning(batch, "student")["prompt_embeds"], expected)
+    teacher = diffusers.FluxPipeline.from_pretrained(flux_folder)
+    embeds, pooled, _ = teacher.encode_prompt(PROMPTS, None, max_sequence_length=20)
+    torch.testing.assert_close(conditioning(batch, "teacher")["prompt_embeds"], embeds)
+    torch.testing.assert_close(conditioning(batch, "teacher")["pooled_prompt_embeds"], pooled)
+
+
+def test_a_prompt_is_encoded_bit_for_bit_alike_in_any_company(flux_folder):
+    space = load_space(flux_folder)
+    together = encode_prompt_list(space, PROMPTS)
+    for row, prompt in enumerate(PROMPTS):
+        alone = encode_prompt_list(space, [prompt])
+        for name, value in together.items():
+            assert torch.equal(value[row], alone[name][0]), (name, prompt)
+
+
+def test_repeated_prompts_are_encoded_once(sd_folder, monkeypatch):
+    text = TextEncoder(load_space(sd_folder), chunk=2)
+    chunks = []
+    encode_prompts = text.space.encode_prompts
+    monkeypatch.setattr(text.space, "encode_prompts", lambda t, p: chunks.append(list(p)) or encode_prompts(t, p))
+    first = text.encode(["a", "b", "a", "c"])
+    assert chunks == [["a", "b"], ["c", ""]]
+    again = text.encode(["c", "a"])
+    assert len(chunks) == 2  # remembered
+    assert torch.equal(again["prompt_embeds"], first["prompt_embeds"][[3, 0]])
+
+
+def test_memory_of_prompts_is_bounded(sd_folder, monkeypatch):
+    text = TextEncoder(load_space(sd_folder), chunk=2)
+    row_bytes = text.encode(["a"])["prompt_embeds"].nbytes
+    monkeypatch.setattr(encode, "CACHE_BYTES", 3 * row_bytes)
+    for prompt in "abcdef":
+        text.encode([prompt, "a"])
+    assert set(text._rows) == {"e", "f", "a"}  # the least recently used went
+    assert len(text.encode(list("abcdefgh"))["prompt_embeds"]) == 8
+
+
+def test_bfloat16_travels_as_uint16_and_comes_back(sd_folder):
+    batch = PromptEncoder({"student": str(sd_folder)}, dtype={"student": "bfloat16"})(batch_of(PROMPTS))
+    assert batch["student.prompt_embeds"].dtype == np.uint16
+    came_back = conditioning(batch, "student")["prompt_embeds"]
+    expected = encode_prompt_list(load_space(sd_folder), PROMPTS, dtype=torch.bfloat16)["prompt_embeds"]
+    assert came_back.dtype == torch.bfloat16
+    assert torch.equal(came_back, expected)
+
+
+def test_read_only_columns_become_tensors_of_their_own(encoder, recwarn):
+    batch = encoder(batch_of(PROMPTS))
+    column = batch["student.prompt_embeds"]
+    column.flags.writeable = False
+    before = column.copy()
+    conditioning(batch, "student")["prompt_embeds"].zero_()
+    assert (column == before).all()
+    assert not any("writable" in str(w.message) for w in recwarn)
+
+
+def test_unknown_role_is_named(encoder):
+    with pytest.raises(KeyError, match="no conditioning of 'judge'.*sample_id"):
+        conditioning(batch_of(PROMPTS), "judge")
+
+
+def test_no_prompts_is_an_error(sd_folder):
+    with pytest.raises(ValueError, match="no prompts"):
+        encode_prompt_list(load_space(sd_folder), [])

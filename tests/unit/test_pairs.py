@@ -1,0 +1,169 @@
+"""Shards of latent pairs: round trip, atomicity, resumability, order, split, and errors that name file and column."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from raydistill.data.pairs import (
+    PairsError,
+    PairSet,
+    existing_shards,
+    load_pairs,
+    png,
+    read_pairs,
+    shard_file,
+    split,
+    write_pairs,
+)  # fmt: skip
+
+
+def write(folder, shard, first, count, z_T=None, previews=None):
+    ids = torch.arange(first, first + count)
+    z_T = ids[:, None, None, None].expand(-1, 2, 4, 4).float() if z_T is None else z_T
+    z_S = -ids[:, None, None, None].expand(-1, 1, 2, 2).float()
+    return write_pairs(folder, shard, [f"prompt {i}" for i in ids.tolist()], 10 * ids, ids + 7, z_T, z_S, previews)
+
+
+def test_rows_come_back_as_written_across_shards(tmp_path):
+    picture = Image.new("RGB", (3, 2), (250, 0, 10))
+    write(tmp_path, 0, 0, 3, previews=[png(picture), None, b"x"])
+    write(tmp_path, 2, 3, 4)
+    pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
+    assert len(pairs) == 7
+    rows = pairs.rows([6, 0, 4, 0])
+    assert rows.prompts == ["prompt 6", "prompt 0", "prompt 4", "prompt 0"]
+    assert rows.prompt_ids.tolist() == [60, 0, 40, 0]
+    assert rows.seeds.tolist() == [13, 7, 11, 7]
+    assert rows.z_T.dtype == rows.z_S.dtype == torch.float16
+    assert torch.equal(rows.z_T, torch.tensor([6.0, 0, 4, 0]).half()[:, None, None, None].expand(-1, 2, 4, 4))
+    assert torch.equal(rows.z_S[:, 0, 1, 1], -torch.tensor([6.0, 0, 4, 0]).half())
+    assert Image.open(io.BytesIO(rows.previews[1])).getpixel((2, 1)) == (250, 0, 10)
+    assert rows.previews[0] is None
+    everything = load_pairs(tmp_path)
+    assert everything.z_T[:, 0, 0, 0].tolist() == list(range(7))
+    assert everything.ids.tolist() == list(range(7))
+    with pytest.raises(IndexError, match="0 … 6"):
+        pairs.rows([7])
+
+
+def test_latents_keep_their_layout(tmp_path):
+    z_T = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    write(tmp_path, 0, 0, 3, z_T.permute(0, 1, 3, 2))  # not contiguous
+    assert torch.equal(load_pairs(tmp_path).z_T, z_T.permute(0, 1, 3, 2).half())
+
+
+def test_any_parquet_reader_sees_a_tensor_column(tmp_path):
+    table = pq.read_table(write(tmp_path, 0, 0, 2))
+    assert table.schema.field("z_T").type == pa.fixed_shape_tensor(pa.float16(), [2, 4, 4])
+    assert table.column_names == ["prompt", "prompt_id", "seed", "z_T", "z_S"]
+
+
+def test_existing_shards_are_the_complete_ones(tmp_path):
+    assert existing_shards(tmp_path / "nowhere") == []
+    write(tmp_path, 3, 0, 1)
+    write(tmp_path, 0, 1, 1)
+    (tmp_path / ".pairs-00001.parquet.3f2a").write_bytes(b"half a shard")
+    assert existing_shards(tmp_path) == [0, 3]
+    assert len(read_pairs(tmp_path)) == 2
+
+
+def test_failed_write_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch):
+    write(tmp_path, 0, 0, 2)
+
+    def full_disk(table, file, **options):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        write(tmp_path, 0, 5, 2)
+    monkeypatch.undo()
+    assert [f.name for f in tmp_path.iterdir()] == ["pairs-00000.parquet"]
+    assert load_pairs(tmp_path).prompts == ["prompt 0", "prompt 1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"z_T": None}, "column z_T is missing"),
+        ({"z_S": pa.array([[0.0]] * 2)}, "column z_S must be a fixed-shape tensor of float16, not list"),
+        (
+            {"z_S": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 1, 3, 3), "f2"))},
+            r"z_S has shape \(1, 3, 3\)",
+        ),
+    ],
+)
+def test_wrong_shards_are_named_with_their_column(tmp_path, change, said):
+    write(tmp_path, 0, 0, 2)
+    table = pq.read_table(write(tmp_path, 1, 2, 2))
+    for name, column in change.items():
+        table = table.drop_columns(name)
+        table = table if column is None else table.append_column(name, column)
+    pq.write_table(table, shard_file(tmp_path, 1))
+    with pytest.raises(PairsError, match=rf"pairs-00001\.parquet: .*{said}"):
+        read_pairs(tmp_path)
+
+
+def test_unusable_folders_say_why(tmp_path):
+    with pytest.raises(PairsError, match="no pairs-"):
+        read_pairs(tmp_path)
+    shard_file(tmp_path, 0).write_bytes(b"not parquet")
+    with pytest.raises(PairsError, match="pairs-00000.parquet: not a readable parquet"):
+        read_pairs(tmp_path)
+    write(tmp_path, 0, 0, 2)
+    with pytest.raises(PairsError, match=r"z_T has shape \(2, 4, 4\), but \(2, 8, 8\) is needed"):
+        read_pairs(tmp_path, (2, 8, 8))
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="z_T has values that are not finite in float16"):
+        write(tmp_path, 0, 0, 2, torch.full((2, 2, 4, 4), 1e6))
+    with pytest.raises(ValueError, match=r"z_T must be \[2, C, H, W\]"):
+        write(tmp_path, 0, 0, 2, torch.zeros(3, 2, 4, 4))
+    assert existing_shards(tmp_path) == []
+
+
+def test_order_is_a_permutation_that_follows_seed_and_epoch(tmp_path):
+    for shard in range(4):
+        write(tmp_path, shard, 5 * shard, 5)
+    pairs, ids = read_pairs(tmp_path), np.arange(1, 20)
+    orders = [pairs.order(ids, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert all(sorted(order) == ids.tolist() for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+    assert np.array_equal(orders[1], read_pairs(tmp_path).order(ids, 0, 1))
+
+
+def test_order_of_a_large_set_stays_within_the_cached_shards(tmp_path):
+    for shard in range(6):
+        write(tmp_path, shard, 5 * shard, 5)
+    order = PairSet(tmp_path, cached_shards=2).order(np.arange(30), 0, 0)
+    windows = [sorted({int(i) // 5 for i in order[start : start + 10]}) for start in (0, 10, 20)]
+    assert all(len(window) == 2 for window in windows)
+    assert sum(windows, []) != list(range(6))
+    assert any(order[i] // 5 != order[i + 1] // 5 for i in range(9))  # both shards of a window are mixed
+
+
+def test_split_shares_no_prompt_and_holds_out_the_share(tmp_path):
+    z = torch.zeros(100, 1, 2, 2)
+    write_pairs(tmp_path, 0, [f"p{i // 2}" for i in range(100)], torch.arange(100) // 2, range(100), z, z)
+    pairs = read_pairs(tmp_path)
+    training, held_out = split(pairs, 0.1, seed=0)
+    assert sorted([*training, *held_out]) == list(range(100))
+    assert len(held_out) == 10
+    assert not {i // 2 for i in training} & {i // 2 for i in held_out}
+    assert not np.array_equal(held_out, split(pairs, 0.1, seed=1)[1])
+
+
+def test_split_of_one_prompt_is_by_row(tmp_path):
+    z = torch.zeros(10, 1, 2, 2)
+    write_pairs(tmp_path, 0, [""] * 10, [0] * 10, range(10), z, z)
+    training, held_out = split(read_pairs(tmp_path), 0.2, seed=0)
+    assert len(training) == 8
+    assert len(held_out) == 2
