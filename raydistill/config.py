@@ -45,8 +45,12 @@ class Run(Section):
 
 
 class Student(Section):
-    model: str = Field("shapes:sd15", description="diffusers folder of the student family (its VAE, text encoder, UNet)")
-    unet: str | None = Field("shapes:sd15-onestep", description="folder of the one-step starting UNet; null: model's own")
+    model: str = Field(
+        "shapes:sd15", description="diffusers folder of the student family (its VAE, text encoder, UNet)"
+    )
+    unet: str | None = Field(
+        "shapes:sd15-onestep", description="folder of the one-step starting UNet; null: model's own"
+    )
     start_timestep: int = Field(999, ge=1, description="the timestep of the single student evaluation")
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -124,7 +128,9 @@ class Discriminator(Section):
     weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
     lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
     width: Count = Field(64, description="channels of the convolutional head")
-    depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="depth of the block whose features are read")
+    depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="depth of the block whose features are read"
+    )
     real_data: str | None = Field(
         "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
     )
@@ -146,7 +152,9 @@ class Vsd(Section):
 class Distill(Section):
     steps: Count = Field(3000, description="student updates")
     batch_size: Count = Field(32, description="samples per update and worker")
-    overlap: bool = Field(True, description="score the next batch while the fake score updates; same numbers either way")
+    overlap: bool = Field(
+        True, description="score the next batch while the fake score updates; same numbers either way"
+    )
     checkpoint_every: Count = Field(500, description="student updates between checkpoints")
     evaluate_every: Count = Field(500, description="student updates between evaluations")
     workers: Count = Field(1, description="Ray Train workers")
@@ -205,7 +213,9 @@ class Config(Section):
     def _names(self) -> Config:
         name = self.run.name
         if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ValueError(f"run.name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit")
+            raise ValueError(
+                f"run.name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit"
+            )
         if self.vsd.weight == 0 and self.discriminator.weight == 0:
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
         return self
@@ -304,7 +314,9 @@ def validate(tree: dict) -> Config:
     except ValidationError as error:
         lines = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function")))
+            key = ".".join(
+                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
+            )
             if problem["type"] == "extra_forbidden":
                 lines.append(f"unknown key {key}{nearest(key)}")
             else:
@@ -371,7 +383,9 @@ def _type_name(annotation: Any) -> str:
     if origin is Annotated:
         return _type_name(typing.get_args(annotation)[0])
     if origin is Literal:
-        return "|".join(str(value).lower() if isinstance(value, bool) else str(value) for value in typing.get_args(annotation))
+        return "|".join(
+            str(value).lower() if isinstance(value, bool) else str(value) for value in typing.get_args(annotation)
+        )
     if origin in (typing.Union, types.UnionType):
         return "|".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
     if origin is list:
@@ -422,7 +436,7 @@ def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> C
                 overrides.append(argument)
         config = load(file, overrides)
     except ConfigError as error:
-        print(f"configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
+        print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
         raise SystemExit(2) from None
     if show_help:
         print(help_text(purpose, config))

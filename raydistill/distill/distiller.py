@@ -114,9 +114,7 @@ class Distiller:
                     latents.to(self.device), torch.full((1,), 0.5, device=self.device), self._to(conditioning)
                 )
             self.discriminator = Discriminator(features.shape[1], config.discriminator.width).to(self.device)
-            self.optimizers["discriminator"] = adamw(
-                list(self.discriminator.parameters()), config.discriminator.lr
-            )
+            self.optimizers["discriminator"] = adamw(list(self.discriminator.parameters()), config.discriminator.lr)
 
     def _to(self, conditioning: Conditioning) -> Conditioning:
         return {name: value.to(self.device) for name, value in conditioning.items()}

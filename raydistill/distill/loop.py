@@ -208,7 +208,7 @@ def load_unet(space: Any, folder: str | None) -> torch.nn.Module:
         return space.load_network()
     path = resolve(folder)
     path = path / "unet" if (path / "unet").is_dir() else path
-    return UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
+    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
 
 
 def load_real(folder: Path, teacher_space: Any) -> Any:
@@ -257,7 +257,9 @@ def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step:
     with tempfile.TemporaryDirectory() as folder:
         about = {"step": step, "best": observer.best, "score": observer.score, "mlflow_run": observer.stage.mlflow_run}
         save_state(Path(folder), distiller.state_dict(), about)
-        ray.train.report({"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+        ray.train.report(
+            {"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder)
+        )
 
 
 class Observer:
@@ -277,9 +279,7 @@ class Observer:
             prompts = read_prompts(
                 resolve(path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
             )
-            return StudentEvaluator(
-                distiller.student_space, FixedPrompts(prompts, count, seed), evaluation, device
-            )
+            return StudentEvaluator(distiller.student_space, FixedPrompts(prompts, count, seed), evaluation, device)
 
         self.final = evaluator(evaluation.prompts, evaluation.count, evaluation.seed)
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-
 from raydistill.config import Config, flatten, resolve, validate
 from raydistill.preflight import Inputs, RunFolder
 
@@ -69,23 +68,40 @@ def distil(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     Raises:
         RunFailed: with the reason; the run can be continued.
     """
+    with _pipeline(config, run, inputs) as pipeline:
+        return _summarise(pipeline, _stages(pipeline))
+
+
+def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
+    """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
+    with _pipeline(config, run, inputs) as pipeline:
+        if config.bridge.pairs is not None:
+            return _bridge(pipeline, str(resolve(config.bridge.pairs)))
+        service = f"teacher-{run.name}"
+        with _teachers(pipeline, config, service):
+            pairs = _synthesise(pipeline, service)
+        return _bridge(pipeline, pairs)
+
+
+@contextmanager
+def _pipeline(config: Config, run: RunFolder, inputs: Inputs) -> Iterator[Pipeline]:
+    """Open the run's MLflow parent and close it with the status that the block deserves."""
     from raydistill.bridge.loop import BridgeTrainingFailed
     from raydistill.distill.loop import DistillationFailed
     from raydistill.teachers.client import TeacherError
 
     pipeline = Pipeline(config, run, inputs)
     print(f"run {run.name} in {run.path}", flush=True)
+    print(f"prompts: {inputs.prompts.report}", flush=True)
     try:
-        results = _stages(pipeline)
+        yield pipeline
     except (DistillationFailed, BridgeTrainingFailed, TeacherError) as error:
         pipeline.finish(pipeline.parent, "FAILED")
         raise RunFailed(str(error)) from error
     except KeyboardInterrupt:
         pipeline.finish(pipeline.parent, "KILLED")
         raise RunFailed("interrupted") from None
-    summary = _summarise(pipeline, results)
     pipeline.finish(pipeline.parent)
-    return summary
 
 
 def _stages(pipeline: Pipeline) -> dict[str, Any]:
@@ -112,9 +128,7 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
     if "shared_space" in config.controls:
         control = shared_space(config)
         with _teachers(pipeline, control, f"{service}-shared"):
-            results["shared_space"] = _distillation(
-                pipeline, "shared_space", control, None, None, f"{service}-shared"
-            )
+            results["shared_space"] = _distillation(pipeline, "shared_space", control, None, None, f"{service}-shared")
     return results
 
 
@@ -277,7 +291,11 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     }
     tracker = Tracker(pipeline.uri, pipeline.parent)
     tracker.metrics(
-        {f"{who}/{key}": value for who in ("student_before", "student_after", "teacher") for key, value in summary[who].items()},
+        {
+            f"{who}/{key}": value
+            for who in ("student_before", "student_after", "teacher")
+            for key, value in summary[who].items()
+        },
         step=main["steps"],
     )
     tracker.image(sheet, "before_after", main["steps"])

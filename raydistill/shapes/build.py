@@ -24,8 +24,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextModel
 
+from raydistill.bridge.loop import build_trainer
 from raydistill.bridge.model import Bridge
-from raydistill.config import Config, validate
+from raydistill.config import CONFIGS, Config, load, validate
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.data.synthesis import LocalTeacher, synthesise
 from raydistill.diffusion.noise import normal
@@ -515,6 +516,23 @@ def build_samples(build: Build) -> None:
         )
 
 
+def build_bridge(build: Build) -> None:
+    """The shipped Bridge: configs/shapes.yaml's, on the larger set of teacher samples, by the same trainer as a job."""
+    config = load(CONFIGS / "shapes.yaml").model_dump()
+    config["student"]["model"], config["teacher"]["model"] = str(build.weights / "sd15"), str(build.weights / "flux")
+    config["bridge"]["steps"] = build.steps(config["bridge"]["steps"])
+    settings = validate(config)
+    trainer = build_trainer(settings, build.work / "pairs_flux", torch.device("cpu"), 0, 1)
+    for step in tqdm(range(settings.bridge.steps), desc="bridge", disable=None):
+        parts = trainer.step(trainer.batch(step))
+        if step % 100 == 0:
+            tqdm.write(f"bridge {step}: {parts}")
+    metrics, picture = trainer.validation()
+    tqdm.write(f"bridge: {metrics}")
+    picture.save(build.work / "bridge.png")
+    trainer.bridge.save(build.weights / "bridge" / "sd15-flux", metrics, torch.float16)
+
+
 STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
     "judge": ("judge/judge.safetensors", build_judge),
     "text": ("text/t5/encoder/model.safetensors", build_text),
@@ -525,6 +543,7 @@ STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
     "prompts": ("heldout.txt", build_prompts),
     "sd15_start": ("sd15-onestep/.built", build_sd15_start),
     "samples": ("samples/.built", build_samples),
+    "bridge": ("bridge/sd15-flux/bridge.json", build_bridge),
 }
 
 

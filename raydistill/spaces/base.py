@@ -55,7 +55,7 @@ class Space(ABC):
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only."""
         module_class = getattr(diffusers, self.part_config(name)["_class_name"])
-        module = module_class.from_pretrained(self.folder, subfolder=name, torch_dtype=dtype, use_safetensors=True)
+        module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,7 +68,7 @@ class Space(ABC):
         """The pipeline without its network and VAE: tokenizers and text encoders only."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         without = {self.network_name: None, "vae": None} | self.unused_parts
-        pipeline = pipeline_class.from_pretrained(self.folder, torch_dtype=dtype, use_safetensors=True, **without)
+        pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -157,9 +157,7 @@ class Space(ABC):
             return self.predict(network, x_t, t_B, conditioning)
         if unconditional is None:
             raise ValueError("classifier-free guidance needs the unconditional conditioning")
-        both = {
-            name: torch.cat([value, unconditional[name].expand_as(value)]) for name, value in conditioning.items()
-        }
+        both = {name: torch.cat([value, unconditional[name].expand_as(value)]) for name, value in conditioning.items()}
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
         return classifier_free(*prediction.chunk(2), guidance_scale)
 
@@ -199,9 +197,7 @@ class Space(ABC):
         scheduler = self.start_sampling(steps)
         x_t = noise * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else noise
         for timestep in scheduler.timesteps:
-            model_input = (
-                scheduler.scale_model_input(x_t, timestep) if hasattr(scheduler, "scale_model_input") else x_t
-            )
+            model_input = scheduler.scale_model_input(x_t, timestep) if hasattr(scheduler, "scale_model_input") else x_t
             t_B = self.path.t_of_timestep(timestep.double()).float().expand(len(x_t)).to(x_t.device)
             prediction = self.predict_guided(network, model_input, t_B, conditioning, unconditional, guidance_scale)
             x_t = scheduler.step(prediction.float(), timestep, x_t, return_dict=False)[0]
@@ -209,7 +205,5 @@ class Space(ABC):
 
     def sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The last latents of `sample_steps`."""
-        latents = None
-        for latents in self.sample_steps(*args, **kwargs):
-            pass
+        *_, latents = self.sample_steps(*args, **kwargs)
         return latents

@@ -212,8 +212,9 @@ def _state(name: str) -> str:
     if application is None:
         raise TeacherStartError(f"teacher {name} was removed while it started")
     if application.status == "DEPLOY_FAILED":
-        details = [application.message, *(deployment.message for deployment in application.deployments.values())]
-        raise TeacherStartError(f"teacher {name} failed to start:\n" + "\n".join(dict.fromkeys(filter(None, details))))
+        details = "\n".join(deployment.message for deployment in application.deployments.values())
+        log.error("teacher %s failed to start:\n%s", name, details or application.message)
+        raise TeacherStartError(f"teacher {name} failed to start: {(details or application.message).splitlines()[-1]}")
     return application.status.value
 
 

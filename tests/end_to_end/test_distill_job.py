@@ -115,13 +115,17 @@ def test_the_export_draws_in_a_process_without_raydistill(finished, tmp_path):
 
 
 def ray_processes():
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if any("raylet" in part for part in p.info["cmdline"] or [])}
+    return {
+        p.pid for p in psutil.process_iter(["cmdline"]) if any("raylet" in part for part in p.info["cmdline"] or [])
+    }
 
 
 def test_a_killed_job_goes_on_under_the_same_mlflow_run_with_the_same_numbers(finished, tmp_path):
     storage, _ = finished
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen(command(tmp_path, "run.name=killed"), stdout=log, stderr=log, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(
+        command(tmp_path, "run.name=killed"), stdout=log, stderr=log, cwd=ROOT, start_new_session=True
+    )
     checkpoints = tmp_path / "killed" / "distill" / "checkpoints"
     deadline = time.monotonic() + 300
     while not list(checkpoints.glob("checkpoint_*/state.pt")):
