@@ -18,7 +18,8 @@ def connected() -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for name in ("ray.data", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     joins = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
         address="auto" if joins else "local",

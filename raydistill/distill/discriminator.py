@@ -24,4 +24,5 @@ class Discriminator(nn.Module):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layers(features.float())[:, 0]
+        # contiguous: torch 2.13 crashes in GroupNorm's backward on the strides of transposed tokens
+        return self.layers(features.float().contiguous())[:, 0]

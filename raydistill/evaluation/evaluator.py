@@ -74,7 +74,7 @@ def save_pictures(file: Path, pictures: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8)}, file)
+    save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, file)
 
 
 def load_pictures(file: Path) -> torch.Tensor:

@@ -49,9 +49,11 @@ from raydistill.shapes.captions import (
 )
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
-from raydistill.spaces import Space, load_space
+from raydistill.spaces import Conditioning, Space, load_space
 
 CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+START_GUIDANCE = 4.0  # of the weak student when it distils itself into its one-step start
+SAMPLE_STEPS = 12
 SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
 CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
 
@@ -410,8 +412,8 @@ def start_config(build: Build) -> Config:
     model = str(build.weights / "sd15")
     return validate(
         {
-            "student": {"model": model, "unet": None, "lr": 2e-5},
-            "teacher": {"model": model, "guidance_scale": 1.0},
+            "student": {"model": model, "unet": None, "lr": 5e-5},
+            "teacher": {"model": model, "guidance_scale": START_GUIDANCE},
             "bridge": {"projector": "identity", "checkpoint": None},
             "fake_score": {"kind": "full", "lr": 1e-4, "updates": 4},
             "discriminator": {"weight": 0},
@@ -461,8 +463,9 @@ def build_sd15_start(build: Build) -> None:
         None,
         _local_batches(build, prompts, table, row_of),
     )
-    for _ in tqdm(range(build.steps(60)), desc="sd15_start", disable=None):
-        distillation_step(distiller, LocalScores(space, unet), 4, overlap=False)
+    scores = LocalScores(space, unet, {k: v[:1] for k, v in table.items()}, START_GUIDANCE)
+    for _ in tqdm(range(build.steps(150)), desc="sd15_start", disable=None):
+        distillation_step(distiller, scores, 4, overlap=False)
     distiller.student.half().save_pretrained(build.weights / "sd15-onestep" / "unet")
 
 
@@ -478,8 +481,9 @@ def _local_batches(build: Build, prompts: PromptSet, table: dict, row_of: dict[s
 class LocalScores:
     """Teacher in this process, with the interface of the service's client."""
 
-    def __init__(self, space: Space, network: nn.Module, guidance_scale: float = 1.0) -> None:
-        self.space, self.network, self.guidance_scale = space, network, guidance_scale
+    def __init__(self, space: Space, network: nn.Module, unconditional: Conditioning, guidance_scale: float) -> None:
+        self.space, self.network = space, network
+        self.unconditional, self.guidance_scale = unconditional, guidance_scale
 
     def __call__(self, made: Made) -> LocalScores:
         self._made = made
@@ -488,7 +492,9 @@ class LocalScores:
     @torch.no_grad()
     def result(self) -> torch.Tensor:
         made = self._made
-        return self.space.predict_x0(self.network, made.x_t, made.t_B, made.teacher_conditioning)
+        return self.space.predict_x0(
+            self.network, made.x_t, made.t_B, made.teacher_conditioning, self.unconditional, self.guidance_scale
+        )
 
 
 def build_samples(build: Build) -> None:
@@ -498,7 +504,7 @@ def build_samples(build: Build) -> None:
     local = LocalTeacher(teacher, teacher.load_network())
     for folder, count, seed in (
         (build.weights / "samples" / "flux", 512, build.seed),
-        (build.work / "pairs_flux", max(64, round(2048 * min(1.0, build.scale))), build.seed + 1),
+        (build.work / "pairs_flux", max(64, round(1024 * min(1.0, build.scale))), build.seed + 1),
     ):
         synthesise(
             local,
@@ -509,7 +515,7 @@ def build_samples(build: Build) -> None:
             count=count,
             batch_size=64,
             shard_size=256,
-            steps=16,
+            steps=SAMPLE_STEPS,
             guidance_scale=SAMPLE_GUIDANCE,
             seed=seed,
             forbidden=heldout,

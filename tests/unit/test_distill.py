@@ -219,14 +219,13 @@ def test_early_features_equal_those_of_a_whole_forward(spaces, tables, index):
 
 
 def test_the_discriminator_learns_to_tell_real_from_fake(spaces, tables):
-    config = configuration(fake_score__updates=40, student__lr=1e-9)
-    distiller = make_distiller(config, spaces, tables)
+    distiller = make_distiller(configuration(discriminator__lr=3e-3), spaces, tables)
+    distiller.real.latents += 2  # two distributions that can be told apart at most noise levels
     accuracies = []
-    distiller.make()
-    for _ in range(40):
+    for _ in range(60):
         distiller.fake_update()
         accuracies.append(distiller.metrics["discriminator/accuracy"])
-    assert sum(accuracies[-5:]) / 5 > 0.9
+    assert sum(accuracies[-10:]) / 10 > 0.8
 
 
 def test_a_full_fake_score_trains_everything(spaces, tables):
