@@ -1,0 +1,126 @@
+"""The embedded world keeps its promises: grammar, held-out split, judge, VAEs, start, shipped sizes."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raydistill.data.pairs import read_pairs
+from raydistill.distill.loop import load_unet
+from raydistill.distill.student import one_step_x0
+from raydistill.shapes import WEIGHTS
+from raydistill.shapes.captions import (
+    ATTRIBUTES,
+    corrupt,
+    evaluation_captions,
+    parse,
+    sample_scene,
+    single_scenes,
+)
+from raydistill.shapes.judge import Judge
+from raydistill.shapes.render import render
+from raydistill.spaces import load_space
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge.load(WEIGHTS / "judge")
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return single_scenes(held_out=True)
+
+
+def test_the_grammar_has_at_least_700_single_object_scenes_and_a_held_out_tenth(held_out):
+    assert len({scene.caption for scene in single_scenes()}) == 720
+    assert 50 <= len(held_out) <= 100
+    for name in ("size", "color", "shape", "position"):
+        assert {getattr(s.objects[0], name) for s in held_out} == {getattr(s.objects[0], name) for s in single_scenes()}
+
+
+@given(seed=st.integers(0, 10**6))
+def test_every_caption_parses_back_into_its_scene(seed):
+    scene = sample_scene(random.Random(seed), two_objects=0.5)
+    assert parse(scene.caption) == scene
+    assert parse(corrupt(scene, 0.7, random.Random(seed)).caption)
+
+
+def test_a_caption_of_another_language_is_refused():
+    with pytest.raises(ValueError, match="not a caption of the shapes world"):
+        parse("a photo of a cat")
+
+
+def test_held_out_captions_occur_in_no_training_set(held_out):
+    forbidden = {scene.caption for scene in held_out}
+    assert set((WEIGHTS / "heldout.txt").read_text().splitlines()) == forbidden == set(evaluation_captions(67))
+    assert not forbidden & set((WEIGHTS / "prompts.txt").read_text().splitlines())
+    assert not forbidden & set(read_pairs(WEIGHTS / "samples" / "flux").prompts())
+
+
+def test_renders_are_deterministic_and_the_same_picture_at_both_sizes(held_out):
+    large = render(held_out[:16], 64, seed=3)
+    assert torch.equal(large, render(held_out[:16], 64, seed=3))
+    assert not torch.equal(large, render(held_out[:16], 64, seed=4))
+    shrunk = torch.nn.functional.avg_pool2d(large, 2)
+    assert (shrunk - render(held_out[:16], 32, seed=3)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_the_judge_reads_clean_renders(judge, held_out, size):
+    scenes = held_out * 4
+    table = judge.accuracy(render(scenes, size, seed=11), [scene.caption for scene in scenes])
+    assert min(table[name] for name in ATTRIBUTES) >= 0.99
+
+
+def test_the_judge_sees_what_is_wrong(judge, held_out):
+    """Against the caption of another scene it is as right as the two scenes agree."""
+    others = held_out[1:] + held_out[:1]
+    table = judge.accuracy(render(held_out, 64, seed=5), [scene.caption for scene in others])
+    for name in ("size", "color", "shape", "position"):
+        agree = sum(
+            getattr(a.objects[0], name) == getattr(b.objects[0], name) for a, b in zip(held_out, others, strict=True)
+        )
+        assert table[name] == pytest.approx(agree / len(held_out), abs=0.03)
+
+
+@pytest.mark.parametrize("folder", ["flux", "sd15"])
+def test_reconstructions_keep_their_attributes(judge, held_out, folder):
+    space = load_space(WEIGHTS / folder)
+    vae, scenes = space.load_vae(), held_out * 2
+    with torch.no_grad():
+        latents = space.encode(vae, render(scenes, space.resolution, seed=21))
+        images = space.decode(vae, latents)
+    assert latents.std().item() == pytest.approx(1, abs=0.15)
+    assert judge.accuracy(images, [scene.caption for scene in scenes])["mean"] >= 0.97
+
+
+@torch.no_grad()
+def test_the_one_step_start_is_weak_but_not_broken(judge):
+    space = load_space(WEIGHTS / "sd15")
+    captions = evaluation_captions(268)
+    noise = torch.randn(len(captions), *space.latent_shape, generator=torch.Generator().manual_seed(1))
+    conditioning = space.encode_prompts(space.load_text(), captions)
+    latents = one_step_x0(space, load_unet(space, "shapes:sd15-onestep"), noise, conditioning, 999)
+    assert 0.45 <= judge.accuracy(space.decode(space.load_vae(), latents), captions)["mean"] <= 0.70
+
+
+@torch.no_grad()
+def test_the_teacher_draws_what_is_asked(judge):
+    space = load_space(WEIGHTS / "flux")
+    captions = evaluation_captions(67)
+    noise = torch.randn(len(captions), *space.latent_shape, generator=torch.Generator().manual_seed(1))
+    text = space.load_text()
+    conditioning, empty = space.encode_prompts(text, captions), space.encode_prompts(text, [""])
+    latents = space.sample(space.load_network(), noise, conditioning, empty, 12, 3.0)
+    table = judge.accuracy(space.decode(space.load_vae(), latents), captions)
+    assert table["mean"] >= 0.95
+    assert min(table[name] for name in ATTRIBUTES) >= 0.90
+
+
+def test_the_world_is_small_and_safe():
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 25e6
+    assert not [file for file in files if file.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
