@@ -245,6 +245,9 @@ def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
 def nearest(key: str) -> str:
     """« did you mean …?» for an unknown key, or an empty string."""
     keys = [name for name, *_ in fields()]
+    if "." not in key:  # a section
+        close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
+        return f"; did you mean {close[0]}?" if close else ""
     by_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     close = by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""

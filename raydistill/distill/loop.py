@@ -87,18 +87,18 @@ def launch(stage: Stage) -> dict[str, Any]:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Body of every Ray Train worker."""
-    from raydistill.tracking import Tracker
+    from raydistill.tracking import SystemMetrics, Tracker
 
     stage = Stage(**settings)
     config = validate(stage.config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
-    distiller, submit, batches = _assemble(stage, config, rank, world)
-    first, best = _restore(distiller, config)
-    prompts_from = _batches_from(stage, config, first, rank, world)
-    batches.source = prompts_from
+    distiller, submit = _assemble(stage, config, world)
+    first, best = _restore(distiller)
+    batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
+    system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best) if rank == 0 else None
     from raydistill.distill.schedule import distillation_step
 
@@ -113,25 +113,15 @@ def train_worker(settings: dict[str, Any]) -> None:
         if observer:
             observer.finish()
     finally:
-        prompts_from.close()
+        batches.close()
+        if system:
+            system.stop()
         if tracker:
             tracker.close()
 
 
-class _Batches:
-    """The stream of conditioned batches; its source is set once the first step is known."""
-
-    def __init__(self) -> None:
-        self.source: Any = iter(())
-
-    def __iter__(self) -> _Batches:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        return next(self.source)
-
-
-def _batches_from(stage: Stage, config: Config, first: int, rank: int, world: int) -> Any:
+def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
+    """Conditioned batches from the first step that is not done; a generator."""
     from raydistill.data.encode import conditioned_batches
     from raydistill.data.prompts import read_prompts
 
@@ -151,7 +141,7 @@ def _batches_from(stage: Stage, config: Config, first: int, rank: int, world: in
     )
 
 
-def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any, Any, _Batches]:
+def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
     """Load every network of a worker and connect it to its teachers."""
     from raydistill.bridge.model import Bridge
     from raydistill.data.encode import encode_prompt_list
@@ -168,7 +158,6 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     real = load_real(Path(stage.real), teacher_space) if stage.real and config.discriminator.weight > 0 else None
-    batches = _Batches()
     distiller = Distiller(
         config,
         student_space,
@@ -177,7 +166,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         bridge,
         teacher_space.load_network(),
         real,
-        batches,
+        iter(()),  # replaced once the first step is known
         average_over_workers if world > 1 else lambda gradients: None,
         device,
     )
@@ -191,7 +180,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
             cpu = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
             return client.submit(ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), cpu, empty, scale))
 
-    return distiller, submit, batches
+    return distiller, submit
 
 
 def guidance_scale(config: Config, teacher_space: Any) -> float:
@@ -232,7 +221,7 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any, config: Config) -> tuple[int, float]:
+def _restore(distiller: Any) -> tuple[int, float]:
     """(steps done, best score) of the last checkpoint, or a fresh start."""
     from raydistill.distill.state import load_state
 

@@ -51,7 +51,7 @@ from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import Conditioning, Space, load_space
 
-CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+CORRUPTION = 0.4  # share of attributes redrawn in the captions of weak students
 START_GUIDANCE = 4.0  # of the weak student when it distils itself into its one-step start
 SAMPLE_STEPS = 12
 SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
@@ -360,7 +360,7 @@ def build_sd15(build: Build) -> None:
     unet = miniatures.student_unet()
     _write_sd15(build, "sd15", copy.deepcopy(unet))
     space = load_space(build.weights / "sd15")
-    trained = train_diffusion(build, "sd15", space, unet, 5000, 1e-3, corruption=CORRUPTION)
+    trained = train_diffusion(build, "sd15", space, unet, 7500, 1e-3, corruption=CORRUPTION)
     _write_sd15(build, "sd15", trained)
 
 

@@ -38,7 +38,7 @@ def test_overrides_reach_their_key_and_scientific_notation_is_a_number():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("studnet.lr=1e-5", "unknown key studnet"),
+        ("studnet.lr=1e-5", "unknown key studnet; did you mean student"),
         ("teachers.shard=2", "did you mean teachers.shards"),
         ("distill.steps=abc", "distill.steps: .*integer"),
         ("vsd.t_min=3", "vsd.t_min: .*less than or equal to 1"),

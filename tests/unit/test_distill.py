@@ -11,6 +11,7 @@ from raydistill.config import load
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.loop import load_unet
 from raydistill.distill.losses import (
     NonFiniteError,
     discriminator_loss,
@@ -19,7 +20,6 @@ from raydistill.distill.losses import (
     vsd_gradient,
     vsd_loss,
 )
-from raydistill.distill.loop import load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -225,7 +225,10 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     """Shipped teacher samples against the shipped one-step start, little noised: the head must tell them apart."""
     config = load(overrides=["discriminator.lr=2e-3", "fake_score.updates=1"])
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
-    prompts = ["a small red circle at the left on a white background", "a large blue cross at the top on a gray background"]
+    prompts = [
+        "a small red circle at the left on a white background",
+        "a large blue cross at the top on a gray background",
+    ]
     table = [space.encode_prompts(space.load_text(), prompts * 4) for space in (student, teacher)]
     samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(64))
     rows = torch.zeros(64, dtype=torch.long)
