@@ -428,7 +428,7 @@ def build_sd15_start(build: Build) -> None:
     prompts = training_prompts(build)
     table, row_of = encode_unique(space, prompts.prompts)
     unet = space.load_network()
-    count = max(64, round(4096 * min(1.0, build.scale)))
+    count = max(64, round(2048 * min(1.0, build.scale)))
     captions = prompts.at(build.seed, range(count))[1]
     rows = torch.tensor([row_of[c] for c in captions])
 
@@ -452,7 +452,7 @@ def build_sd15_start(build: Build) -> None:
         conditioning = {k: v[rows[pick]] for k, v in table.items()}
         return F.mse_loss(one_step_x0(space, start, pairs["noise"][pick], conditioning, last), pairs["latents"][pick])
 
-    regressed = fit(build, "sd15_regression", start, loss, build.steps(1500), 3e-4)
+    regressed = fit(build, "sd15_regression", start, loss, build.steps(600), 5e-4)
     distiller = Distiller(
         start_config(build),
         space,
