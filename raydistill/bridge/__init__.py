@@ -1,1 +1,1 @@
-"""The Bridge: a small network from the student's latent space to the teacher's (METHOD.md section 2)."""
+"""The Bridge: a small network from the student's latent space to the teacher's (arXiv 2606.32020)."""

@@ -1,4 +1,4 @@
-"""The teacher's self-attention as a differentiable measure of structure (METHOD.md section 2).
+"""The teacher's self-attention as a differentiable measure of structure (arXiv 2606.32020).
 
 Queries and keys are read where the module itself normalises them, from the first blocks of a frozen copy; the later
 blocks are not kept. Shapes: B samples, h heads, d head width, K image tokens (keys), R sampled query rows.

@@ -1,4 +1,4 @@
-"""The Bridge's objective: alpha L1 + beta attention fidelity (METHOD.md section 2).
+"""The Bridge's objective: alpha L1 + beta attention fidelity (arXiv 2606.32020).
 
 Shapes: B samples, C×H×W teacher latents, h heads, R sampled query rows, K keys.
 """

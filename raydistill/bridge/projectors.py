@@ -1,4 +1,4 @@
-"""The ablation's other projectors: a small convolutional U-Net and a per-pixel MLP (METHOD.md section 2)."""
+"""The ablation's other projectors: a small convolutional U-Net and a per-pixel MLP (arXiv 2606.32020)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Training of a Bridge, in plain torch: one object that takes steps, validates and can be saved at any step.
 
 Noise, sampled rows and the order of batches follow from (seed, step), so a resumed run repeats the numbers of an
-uninterrupted one. METHOD.md section 2: Adam(0, 0.999, 1e-8), alpha = 1.
+uninterrupted one. arXiv 2606.32020: Adam(0, 0.999, 1e-8), alpha = 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Data sets of teacher samples: prompt -> teacher's picture -> the latents of that picture in both spaces.
 
 z_T is the teacher VAE's encoding of the decoded picture and z_S the student VAE's encoding of the same picture at the
-student's resolution (METHOD.md section 2), so both describe one image. Row i of a set is position i of the prompt
+student's resolution (arXiv 2606.32020), so both describe one image. Row i of a set is position i of the prompt
 set's order, its noise is drawn for (seed, i), and requests always have `batch_size` samples: neither an interruption
 nor a larger count changes a row.
 

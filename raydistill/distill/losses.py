@@ -1,4 +1,4 @@
-"""The losses of one-step distillation in teacher space (METHOD: DMD2 protocol), each a few lines.
+"""The losses of one-step distillation in teacher space (DMD2 protocol), each a few lines.
 
 Shapes: B samples of C×H×W teacher latents; everything float32.
 """

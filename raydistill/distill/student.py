@@ -21,7 +21,7 @@ def one_step_x0(
     """The student's picture of `noise`, differentiable in the network's weights.
 
     A student that starts at the last step of its path (t = 999, as DMD2's) sees plain unit noise; one that starts
-    earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (METHOD.md section 5).
+    earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (arXiv 2606.32020).
 
     Args:
         space: the student's Space, on a discrete path.

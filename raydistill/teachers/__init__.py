@@ -1,4 +1,4 @@
-"""Frozen teachers as a service: ZeRO-3 groups behind Ray Serve (DESIGN.md section 3, "Teachers").
+"""Frozen teachers as a service: ZeRO-3 groups behind Ray Serve.
 
 `request.py` is what travels, `zero3.py` and `shard.py` are one rank, `service.py` a replica, `client.py` the caller.
 """

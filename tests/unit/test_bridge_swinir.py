@@ -55,7 +55,7 @@ def test_size_of_the_paper():
     with torch.device("meta"):
         model = SwinIR(512, 16, embed_dim=120, depths=[6] * 5, heads=6, window=8, mlp_ratio=2.0)
     count = sum(p.numel() for p in model.parameters())
-    assert 4.87e6 <= count <= 4.90e6  # METHOD.md section 2
+    assert 4.87e6 <= count <= 4.90e6  # arXiv 2606.32020
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (5, 9), (2, 2)])
