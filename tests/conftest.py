@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread here and in every process that the tests start: equal thread counts give equal bits.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
