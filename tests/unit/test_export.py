@@ -33,7 +33,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
-    given = torch.load(folder + ".pt")
+    given = torch.load(folder + ".pt", weights_only=True)
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=given["dtype"], use_safetensors=True)
     images = pipe(given["prompts"], latents=given["noise"].to(given["dtype"]), num_inference_steps=1,
                   guidance_scale=0, output_type="pt").images
@@ -76,7 +76,10 @@ def exports(sd_folder, tmp_path_factory):
     command = [sys.executable, "-I", "-c", USER, *(str(folder) for folder, _ in results.values())]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    return {name: (folder, ours, torch.load(f"{folder}.out.pt")) for name, (folder, ours) in results.items()}
+    return {
+        name: (folder, ours, torch.load(f"{folder}.out.pt", weights_only=True))
+        for name, (folder, ours) in results.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["t999", "t625", "t999-v", "t625-v"])

@@ -127,7 +127,7 @@ def test_partitioned_networks_equal_from_pretrained(tmp_path):
     port = torch.distributed.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False).port
     torch.multiprocessing.spawn(_rank_process, (port, cases, str(tmp_path)), nprocs=WORLD)
     names = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel")
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for index, (case, name) in enumerate(zip(cases, names, strict=True)):
         dense = getattr(diffusers, name).from_pretrained(case.folder, subfolder="transformer", torch_dtype=case.dtype)
         with torch.no_grad():
