@@ -90,6 +90,16 @@ def sd_folder(miniature_parts, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def diffusion_folders(tmp_path_factory) -> dict[str, Path]:
+    """Pipeline folders of the discrete-path teachers: sdxl, kolors, pixart."""
+    import tiny_diffusion_pipelines as tiny
+
+    root = tmp_path_factory.mktemp("diffusion")
+    savers = {"sdxl": tiny.save_sdxl, "kolors": tiny.save_kolors, "pixart": tiny.save_pixart}
+    return {name: save(root / name) for name, save in savers.items()}
+
+
+@pytest.fixture(scope="session")
 def ray_cluster():
     """One local Ray cluster for the whole session, of more logical CPUs than the machine has."""
     import ray

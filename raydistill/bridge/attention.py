@@ -68,9 +68,10 @@ class _Recording:
     k: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def image_part(self, tokens: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k of the image tokens, which come last, with their positions applied."""
-        q, k = (value if tokens is None else value[:, -tokens:] for value in (self.q, self.k))
+    def image_part(self, tokens: int | None, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k of the image tokens, which come last unless they come `first`, with their positions applied."""
+        place = slice(None) if tokens is None else slice(0, tokens) if first else slice(-tokens, None)
+        q, k = self.q[:, place], self.k[:, place]
         if self.rotary is not None:
             rotary = tuple(table[-q.shape[1] :] for table in self.rotary)
             q, k = (apply_rotary_emb(value, rotary, sequence_dim=1) for value in (q, k))
@@ -84,11 +85,18 @@ class _Family:
     cut: (network, depth_fraction) -> frozen copy without the later blocks, and its self-attentions in order.
     watch: (attention, sink) installs hooks that hand every forward's recording to `sink`.
     image_tokens: latents -> number of image tokens at the end of a sequence; None: all tokens.
+    image_first: they are at its beginning.
     """
 
     cut: Callable[[nn.Module, float], tuple[nn.Module, list[nn.Module]]]
     watch: Callable[[nn.Module, Callable[[_Recording], None]], None]
     image_tokens: Callable[[torch.Tensor], int | None]
+    image_first: bool = False
+
+
+def _patches(x_t: torch.Tensor) -> int:
+    """2×2 patches of latents [B, C, H, W]."""
+    return x_t.shape[-2] // 2 * (x_t.shape[-1] // 2)
 
 
 def _copy_without(network: nn.Module, dropped: list[nn.Module]) -> nn.Module:
@@ -97,7 +105,7 @@ def _copy_without(network: nn.Module, dropped: list[nn.Module]) -> nn.Module:
 
 
 def _cut_flux(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list[nn.Module]]:
-    """Double blocks, then single ones."""
+    """FLUX.1 and FLUX.2: double blocks, then single ones."""
     double, single = network.transformer_blocks, network.single_transformer_blocks
     keep = math.ceil(depth_fraction * (len(double) + len(single)))
     dropped = [*double[keep:], *single[max(0, keep - len(double)) :]]
@@ -113,6 +121,57 @@ def _watch_flux(attention: nn.Module, sink: Callable[[_Recording], None]) -> Non
 
     def finish(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         sink(_Recording(seen.pop("q"), seen.pop("k"), kwargs["image_rotary_emb"]))
+
+    attention.norm_q.register_forward_hook(lambda module, args, output: seen.__setitem__("q", output))
+    attention.norm_k.register_forward_hook(lambda module, args, output: seen.__setitem__("k", output))
+    attention.register_forward_hook(finish, with_kwargs=True)
+
+
+def _cut_joint(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list[nn.Module]]:
+    """SD 3: joint attention of image and text in every block; the second attention of some (attn2) is not read."""
+    keep = math.ceil(depth_fraction * len(network.transformer_blocks))
+    network = _copy_without(network, list(network.transformer_blocks[keep:]))
+    network.transformer_blocks = network.transformer_blocks[:keep]
+    return network, [block.attn for block in network.transformer_blocks]
+
+
+def _watch_joint(attention: nn.Module, sink: Callable[[_Recording], None]) -> None:
+    """Image tokens only, whose projections and norms are their own: [B, h, tokens, d] behind the norms of SD 3.5."""
+    normalised = attention.norm_q is not None
+    seen: dict[str, torch.Tensor] = {}
+
+    def finish(module: nn.Module, args: Any, output: Any) -> None:
+        q, k = (
+            value.transpose(1, 2) if normalised else value.unflatten(-1, (attention.heads, -1))
+            for value in (seen.pop("q"), seen.pop("k"))
+        )
+        sink(_Recording(q, k))
+
+    q, k = (attention.norm_q, attention.norm_k) if normalised else (attention.to_q, attention.to_k)
+    q.register_forward_hook(lambda module, args, output: seen.__setitem__("q", output))
+    k.register_forward_hook(lambda module, args, output: seen.__setitem__("k", output))
+    attention.register_forward_hook(finish)
+
+
+def _cut_z_image(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list[nn.Module]]:
+    """The refiner of image tokens, then the blocks that see image and text."""
+    refiner, layers = network.noise_refiner, network.layers
+    keep = math.ceil(depth_fraction * (len(refiner) + len(layers)))
+    network = _copy_without(network, [*refiner[keep:], *layers[max(0, keep - len(refiner)) :]])
+    network.noise_refiner = network.noise_refiner[:keep]
+    network.layers = network.layers[: max(0, keep - len(refiner))]
+    return network, [block.attention for block in (*network.noise_refiner, *network.layers)]
+
+
+def _watch_z_image(attention: nn.Module, sink: Callable[[_Recording], None]) -> None:
+    """The positions of every token come as unit complex numbers [B, tokens, d/2]."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def finish(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        turn = kwargs["freqs_cis"].unsqueeze(2)
+        pairs = (seen.pop(name).unflatten(-1, (-1, 2)) for name in ("q", "k"))
+        precise = (value.to(torch.promote_types(value.dtype, torch.float32)).contiguous() for value in pairs)
+        sink(_Recording(*(torch.view_as_real(torch.view_as_complex(value) * turn).flatten(-2) for value in precise)))
 
     attention.norm_q.register_forward_hook(lambda module, args, output: seen.__setitem__("q", output))
     attention.norm_k.register_forward_hook(lambda module, args, output: seen.__setitem__("k", output))
@@ -155,7 +214,8 @@ def _cut_unet(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, lis
     return network, [block.attentions[i].transformer_blocks[j].attn1 for block, i, j in places]
 
 
-def _watch_unet(attention: nn.Module, sink: Callable[[_Recording], None]) -> None:
+def _watch_attn1(attention: nn.Module, sink: Callable[[_Recording], None]) -> None:
+    """Self-attention without normalised queries and keys: the projections' outputs are what is multiplied."""
     seen: dict[str, torch.Tensor] = {}
 
     def finish(module: nn.Module, args: Any, output: Any) -> None:
@@ -167,9 +227,21 @@ def _watch_unet(attention: nn.Module, sink: Callable[[_Recording], None]) -> Non
     attention.register_forward_hook(finish)
 
 
+def _cut_dit(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list[nn.Module]]:
+    """Blocks of self-attention (attn1) and cross-attention; the self-attention sees image tokens only."""
+    keep = math.ceil(depth_fraction * len(network.transformer_blocks))
+    network = _copy_without(network, list(network.transformer_blocks[keep:]))
+    network.transformer_blocks = network.transformer_blocks[:keep]
+    return network, [block.attn1 for block in network.transformer_blocks]
+
+
 FAMILIES: dict[str, _Family] = {
-    "FluxTransformer2DModel": _Family(_cut_flux, _watch_flux, lambda x_t: x_t.shape[-2] // 2 * (x_t.shape[-1] // 2)),
-    "UNet2DConditionModel": _Family(_cut_unet, _watch_unet, lambda x_t: None),
+    "FluxTransformer2DModel": _Family(_cut_flux, _watch_flux, _patches),
+    "Flux2Transformer2DModel": _Family(_cut_flux, _watch_flux, _patches),
+    "SD3Transformer2DModel": _Family(_cut_joint, _watch_joint, lambda x_t: None),
+    "ZImageTransformer2DModel": _Family(_cut_z_image, _watch_z_image, _patches, image_first=True),
+    "UNet2DConditionModel": _Family(_cut_unet, _watch_attn1, lambda x_t: None),
+    "PixArtTransformer2DModel": _Family(_cut_dit, _watch_attn1, lambda x_t: None),
 }
 
 
@@ -238,7 +310,7 @@ class AttentionProbe:
         tokens = self._family.image_tokens(x_t)
         result = []
         for layer in self.layers:
-            q, k = recordings.pop(layer).image_part(tokens)
+            q, k = recordings.pop(layer).image_part(tokens, self._family.image_first)
             q = q[:, rows(layer, q.shape[1]).to(q.device)]
             result.append(log_probabilities(q, k, self.temperature, self.normalize))
         return result

@@ -71,6 +71,10 @@ class TextEncoder:
         self._remember(rows)
         return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
 
+    def encode_unconditional(self) -> Conditioning:
+        """One row [1, …] of every conditioning tensor: what classifier-free guidance contrasts prompts with."""
+        return self.space.unconditional(self.encode([""]))
+
     def _encode_chunk(self, prompts: list[str]) -> dict[str, Conditioning]:
         filled = prompts + [""] * (self.chunk - len(prompts))
         with _without_truncation_warnings():
@@ -113,6 +117,13 @@ def encode_prompt_list(
     Bit for bit what `TextEncoder` and `PromptEncoder` of the same chunk return for these prompts.
     """
     return TextEncoder(space, dtype, device, chunk).encode(prompts)
+
+
+def encode_unconditional(
+    space: Space, dtype: torch.dtype = torch.float32, device: str = "cpu", chunk: int = CHUNK
+) -> Conditioning:
+    """As `TextEncoder.encode_unconditional`; loads the text encoders and drops them again."""
+    return TextEncoder(space, dtype, device, chunk).encode_unconditional()
 
 
 class PromptEncoder:

@@ -132,9 +132,14 @@ class PairEncoder:
     @torch.no_grad()
     def __call__(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
         """Latents [B, C, H, W] of the teacher -> z_T and z_S of the decoded pictures on the CPU, and B PNGs."""
+        parts = latents.to(self.device).split(VAE_BATCH)
+        return self.encode(torch.cat([self.teacher.decode(self._teacher_vae, part) for part in parts]))
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
+        """Pictures [B, 3, S, S] at the teacher's resolution -> z_T and z_S on the CPU, and B PNGs."""
         z_T, z_S, pngs = [], [], []
-        for part in latents.to(self.device).split(VAE_BATCH):
-            images = self.teacher.decode(self._teacher_vae, part)
+        for images in pictures.to(self.device).split(VAE_BATCH):
             z_T.append(self.teacher.encode(self._teacher_vae, images).float().cpu())
             z_S.append(self.student.encode(self._student_vae, resized(images, self.student.resolution)).float().cpu())
             pngs += previews(images)
@@ -214,7 +219,7 @@ def synthesise(
     if not requests:
         return 0
     text = TextEncoder(teacher, device=device)
-    empty = text.encode([""])
+    empty = text.encode_unconditional()
 
     def ask(request: _Request) -> Samples:
         positions = np.arange(request.first, request.first + batch_size)

@@ -144,7 +144,7 @@ def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
 def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
     """Load every network of a worker and connect it to its teachers."""
     from raydistill.bridge.model import Bridge
-    from raydistill.data.encode import encode_prompt_list
+    from raydistill.data.encode import encode_unconditional
     from raydistill.distill.distiller import Distiller
     from raydistill.spaces import load_space
     from raydistill.teachers.client import ScoreRequest, TeacherClient
@@ -174,7 +174,7 @@ def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
     if stage.service:
         client = TeacherClient(stage.service, config.teachers)
         scale = guidance_scale(config, teacher_space)
-        empty = encode_prompt_list(teacher_space, [""])
+        empty = encode_unconditional(teacher_space)
 
         def submit(made):  # noqa: ANN001, ANN202
             cpu = {name: value.cpu() for name, value in made.teacher_conditioning.items()}

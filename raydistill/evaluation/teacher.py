@@ -21,7 +21,7 @@ def draw_teacher(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], the judge's table). Two requests are under way at any time."""
     table, row = encode_table(space, ["", *fixed.captions])
-    empty = {name: value[:1] for name, value in table.items()}
+    empty = space.unconditional({name: value[:1] for name, value in table.items()})
     vae = space.load_vae()
 
     def request(start: int, stop: int, captions: list[str]) -> object:

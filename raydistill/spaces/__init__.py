@@ -7,11 +7,20 @@ from pathlib import Path
 
 from raydistill.spaces.base import Conditioning, ModelFolderError, Space
 from raydistill.spaces.flux import FluxSpace
+from raydistill.spaces.flux2 import Flux2KleinSpace
+from raydistill.spaces.kolors import KolorsSpace
+from raydistill.spaces.pixart import PixArtSigmaSpace
 from raydistill.spaces.sd import StableDiffusionSpace
+from raydistill.spaces.sd3 import StableDiffusion3Space
+from raydistill.spaces.sdxl import SDXLSpace
+from raydistill.spaces.z_image import ZImageSpace
 
 FAMILIES: dict[str, type[Space]] = {
     family.pipeline_class: family
-    for family in (StableDiffusionSpace, FluxSpace)
+    for family in (
+        StableDiffusionSpace, SDXLSpace, KolorsSpace, PixArtSigmaSpace,
+        StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace,
+    )
 }  # fmt: skip
 
 __all__ = ["FAMILIES", "Conditioning", "ModelFolderError", "Space", "load_space"]

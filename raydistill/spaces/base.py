@@ -26,6 +26,7 @@ from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
 class ModelFolderError(ValueError):
@@ -45,6 +46,11 @@ class Space(ABC):
         self.folder = str(folder)
 
     # -- reading the folder ------------------------------------------------------------------------
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """model_index.json."""
+        return json.loads(Path(self.folder, "model_index.json").read_text())
+
     def part_config(self, name: str) -> dict[str, Any]:
         """config.json (or scheduler_config.json) of one pipeline part."""
         for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
@@ -55,7 +61,10 @@ class Space(ABC):
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only."""
         module_class = getattr(diffusers, self.part_config(name)["_class_name"])
-        module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
+        try:
+            module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            raise ModelFolderError(f"{self.folder}/{name}: {error}") from error
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,9 +77,25 @@ class Space(ABC):
         """The pipeline without its network and VAE: tokenizers and text encoders only."""
         pipeline_class = getattr(diffusers, self.pipeline_class)
         without = {self.network_name: None, "vae": None} | self.unused_parts
-        pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
+        self._check_text_parts(without)
+        try:
+            pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
+        except OSError as error:
+            raise ModelFolderError(f"{self.folder}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def _check_text_parts(self, without: dict[str, None]) -> None:
+        """Parts of model_index.json have files. transformers makes an empty tokenizer where there is no vocabulary."""
+        for name, kind in self.index.items():
+            if name in without or not isinstance(kind, list) or kind[0] is None:
+                continue
+            if not Path(self.folder, name).is_dir():
+                raise ModelFolderError(f"{self.folder}: model_index.json names {name}, but there is no such folder")
+            if name.startswith("tokenizer") and not any(
+                Path(self.folder, name, file).is_file() for file in VOCABULARIES
+            ):
+                raise ModelFolderError(f"{self.folder}/{name}: no vocabulary ({', '.join(VOCABULARIES)})")
 
     unused_parts: ClassVar[dict[str, None]] = {}
 
@@ -120,6 +145,10 @@ class Space(ABC):
     @abstractmethod
     def encode_prompts(self, text: diffusers.DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
         """Everything the network needs to know of the prompts."""
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """What guidance contrasts a prompt with, made from the conditioning of the empty prompt as the pipeline does."""
+        return empty
 
     # -- network -----------------------------------------------------------------------------------
     prediction: Prediction

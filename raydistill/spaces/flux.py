@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from raydistill.diffusion.path import FlowPath
-from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.base import Conditioning
+from raydistill.spaces.flow import FlowSpace, as_map
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -30,11 +28,10 @@ def image_ids(height: int, width: int, device: torch.device) -> torch.Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
 
 
-class FluxSpace(Space):
-    """FLUX.1 teachers; with embedded guidance (`guidance_embeds`) or true CFG."""
+class FluxSpace(FlowSpace):
+    """FLUX.1 teachers: [dev] takes its guidance scale as an input (`guidance_embeds`), others take true CFG."""
 
     pipeline_class = "FluxPipeline"
-    network_name = "transformer"
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -53,8 +50,6 @@ class FluxSpace(Space):
     )
     default_guidance_scale = 3.5
     unused_parts = {"image_encoder": None, "feature_extractor": None}
-    prediction = "velocity"
-    path = FlowPath()
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -63,8 +58,9 @@ class FluxSpace(Space):
         return channels, side, side
 
     @cached_property
-    def default_shift(self) -> float:
-        return self.part_config("scheduler").get("shift", 1.0)
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an input, in one evaluation without CFG."""
+        return self.part_config("transformer").get("guidance_embeds", False)
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
@@ -74,7 +70,8 @@ class FluxSpace(Space):
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def predict(self, network, x_t, t_B, conditioning):
+    def predict(self, network, x_t, t_B, conditioning, embedded_guidance: float = 1.0):
+        """`embedded_guidance` matters to networks that embed it; 1, no guidance, is what the fake score gets."""
         height, width = x_t.shape[-2:]
         embeds = conditioning["prompt_embeds"]
         velocity = network(
@@ -82,26 +79,24 @@ class FluxSpace(Space):
             timestep=t_B,
             encoder_hidden_states=embeds,
             pooled_projections=conditioning["pooled_prompt_embeds"],
-            guidance=None,
+            guidance=torch.full_like(t_B, embedded_guidance) if self.embeds_guidance else None,
             img_ids=image_ids(height, width, x_t.device),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
             return_dict=False,
         )[0]
         return unpack(velocity, height, width)
 
-    def feature_block(self, network, depth_fraction):
+    def predict_guided(self, network, x_t, t_B, conditioning, unconditional, guidance_scale):
+        """One evaluation with the scale as an input where the network embeds it; `unconditional` is not used then."""
+        if self.embeds_guidance:
+            return self.predict(network, x_t, t_B, conditioning, guidance_scale)
+        return super().predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
+
+    def blocks(self, network):
         """Double blocks, then single ones."""
-        blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
-        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
+        return [*network.transformer_blocks, *network.single_transformer_blocks]
 
     def feature_map(self, output, x_t):
         """Image tokens of a block that returns (text, image) tokens."""
         _, tokens = output
-        height, width = x_t.shape[-2:]
-        return tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
-
-    def start_sampling(self, steps: int):
-        """FluxPipeline's own choice of sigmas: evenly spaced from 1 to 1/steps, then the scheduler's shift."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-        return scheduler
+        return as_map(tokens, x_t)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
-from raydistill.diffusion.path import DiscretePath, Prediction
-from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.base import Conditioning
+from raydistill.spaces.discrete import DiscreteSpace
 
 
-class StableDiffusionSpace(Space):
+class StableDiffusionSpace(DiscreteSpace):
     """Students SD 1.5 and SD 2.1 (epsilon or v-prediction, as their scheduler's config says)."""
 
     pipeline_class = "StableDiffusionPipeline"
@@ -19,19 +18,6 @@ class StableDiffusionSpace(Space):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     default_guidance_scale = 1.75
     unused_parts = {"safety_checker": None, "feature_extractor": None}
-
-    @cached_property
-    def latent_shape(self) -> tuple[int, int, int]:
-        config = self.part_config("unet")
-        return config["in_channels"], config["sample_size"], config["sample_size"]
-
-    @cached_property
-    def prediction(self) -> Prediction:
-        return self.part_config("scheduler").get("prediction_type", "epsilon")
-
-    @cached_property
-    def path(self) -> DiscretePath:
-        return DiscretePath.from_scheduler_config(self.part_config("scheduler"))
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:

@@ -87,6 +87,21 @@ def test_optimizer_is_the_papers(make):
     assert (group["betas"], group["eps"], group["lr"]) == ((0.0, 0.999), 1e-8, 5e-3)
 
 
+def test_a_cosine_decay_ends_at_zero_and_follows_the_step_across_a_resume(make):
+    settings = ("bridge.lr_decay=cosine", "bridge.steps=4")
+    trainer = make(*settings)
+    rates = []
+    for _ in range(4):
+        run(trainer, 1)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([5e-3, 5e-3 * (1 + 0.5**0.5) / 2, 2.5e-3, 5e-3 * (1 - 0.5**0.5) / 2])
+    assert trainer.lr(4) == 0
+    resumed = make(*settings)
+    resumed.load_state_dict(trainer.state_dict() | {"step": 2})
+    run(resumed, 1)
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(2.5e-3)
+
+
 def test_workers_divide_the_batch_of_one_worker(make):
     alone = make().batch(5).ids
     halves = [make(rank=rank, world_size=2).batch(5).ids for rank in (0, 1)]

@@ -1,0 +1,66 @@
+"""What the families on the discrete variance-preserving path share: the scheduler's config names betas and prediction."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+from raydistill.diffusion.path import DiscretePath, Prediction
+from raydistill.spaces.base import ModelFolderError, Space
+
+
+class DiscreteSpace(Space):
+    """SD 1.5 and 2.1, SDXL, Kolors, PixArt-Sigma: epsilon or v-prediction on the betas of a DDPM-like scheduler."""
+
+    network_settings: ClassVar[dict[str, Any]] = {}  # what the config of this family's network must say
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        """config.json of the network. Raises ModelFolderError when it belongs to another family."""
+        config = self.part_config(self.network_name)
+        for key, expected in self.network_settings.items():
+            if config.get(key) != expected:
+                raise ModelFolderError(
+                    f"{self.folder}/{self.network_name}/config.json: {key} is {config.get(key)!r}, but "
+                    f"the network of a {self.pipeline_class} has {expected!r}"
+                )
+        return config
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.network_config
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """scheduler_config.json. Raises ModelFolderError where it has no betas, as flow models, or changes them."""
+        config = self.part_config("scheduler")
+        if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+            raise ModelFolderError(
+                f"{self.folder}/scheduler: {config.get('_class_name')} has no beta_schedule, but "
+                f"a {self.pipeline_class} is read on a discrete diffusion path"
+            )
+        if config.get("rescale_betas_zero_snr"):
+            raise ModelFolderError(f"{self.folder}/scheduler: rescale_betas_zero_snr is not supported")
+        return config
+
+    @cached_property
+    def prediction(self) -> Prediction:
+        prediction = self.scheduler_config.get("prediction_type", "epsilon")
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ModelFolderError(
+                f"{self.folder}/scheduler: prediction_type is {prediction!r}; known are epsilon and v_prediction"
+            )
+        return prediction
+
+    @cached_property
+    def path(self) -> DiscretePath:
+        return DiscretePath.from_scheduler_config(self.scheduler_config)
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        if self.vae_config.get("latents_mean") is not None:
+            raise ModelFolderError(
+                f"{self.folder}/vae/config.json: latents_mean and latents_std, one a channel, are not supported"
+            )
+        return super().scaling

@@ -1,0 +1,75 @@
+"""What the rectified-flow transformers share: velocity prediction, 2×2 patches, shifted sampling schedules.
+
+Shapes: B samples, C×H×W latents on the VAE grid, N = (H/2)(W/2) image tokens, D features a token.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from raydistill.diffusion.path import FlowPath
+from raydistill.spaces.base import Space
+
+
+def as_map(tokens: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
+    """Image tokens [B, N, D], row by row -> [B, D, H/2, W/2] for latents `x_t` [B, C, H, W]."""
+    height, width = x_t.shape[-2:]
+    return tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+
+
+class FlowSpace(Space):
+    """A family whose network predicts the velocity eps - x_0 on the straight path, from 2×2 patches of latents."""
+
+    network_name = "transformer"
+    prediction = "velocity"
+    path = FlowPath()
+    pipeline_steps: ClassVar[int] = 50  # where the schedule's shift depends on the number of steps
+
+    # -- depth -------------------------------------------------------------------------------------
+    @abstractmethod
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The transformer blocks that image tokens pass, in order."""
+
+    def feature_block(self, network: nn.Module, depth_fraction: float) -> nn.Module:
+        blocks = self.blocks(network)
+        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
+
+    # -- schedule ----------------------------------------------------------------------------------
+    @property
+    def image_tokens(self) -> int:
+        """N at this folder's resolution."""
+        _, height, width = self.latent_shape
+        return height // 2 * (width // 2)
+
+    def mu(self, steps: int) -> float:
+        """Argument of the scheduler's dynamic shifting: linear in the number of image tokens (SD 3, FLUX.1)."""
+        config = self.scheduler.config
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return config.base_shift + slope * (self.image_tokens - config.base_image_seq_len)
+
+    def shift_arguments(self, steps: int) -> dict[str, float]:
+        """What `scheduler.set_timesteps` needs besides its sigmas."""
+        return {"mu": self.mu(steps)} if self.scheduler.config.use_dynamic_shifting else {}
+
+    @cached_property
+    def default_shift(self) -> float:
+        """The scheduler's own shift factor; with dynamic shifting, the one it gives at this resolution."""
+        config = self.scheduler.config
+        if not config.use_dynamic_shifting:
+            return config.shift
+        mu = self.mu(self.pipeline_steps)
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+    def start_sampling(self, steps: int) -> Any:
+        """Sigmas evenly spaced from 1 to 1/steps, then the scheduler's shift: the choice of most pipelines."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **self.shift_arguments(steps))
+        return scheduler

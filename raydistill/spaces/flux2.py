@@ -1,0 +1,127 @@
+"""FLUX.2 [klein] base: flow transformer on 2×2-packed, BatchNorm-normalised latents, Qwen3 text encoder.
+
+Latents are exposed on the VAE grid (32×128×128 at 1024 px): packed 2×2, normalised with the VAE's BatchNorm
+statistics, and unpacked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.flux import pack, unpack
+
+
+def position_ids(frames: int, height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
+    """Rotary position ids [frames·height·width·length, 4]: frame, row, column, place in the text."""
+    axes = (torch.arange(count, device=device) for count in (frames, height, width, length))
+    return torch.cartesian_prod(*axes)
+
+
+class Flux2KleinSpace(FlowSpace):
+    """FLUX.2 [klein] base teachers, with true CFG.
+
+    Raises:
+        ModelFolderError: the folder holds a step-distilled [klein]: it samples in four steps, but gives no scores.
+    """
+
+    pipeline_class = "Flux2KleinPipeline"
+    default_guidance_scale = 4.0
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        if self.index.get("is_distilled"):
+            raise ModelFolderError(
+                f"{folder}: is step-distilled (is_distilled in model_index.json); a teacher must be a base model, "
+                "for example FLUX.2-klein-base-4B"
+            )
+
+    @cached_property
+    def lora_targets(self) -> tuple[str, ...]:
+        """`to_out` is a list in double blocks and a linear layer in single ones, so those are named one by one."""
+        single = range(self.part_config("transformer")["num_single_layers"])
+        return (
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+            "ff.linear_in",
+            "ff.linear_out",
+            "ff_context.linear_in",
+            "ff_context.linear_out",
+            "attn.to_qkv_mlp_proj",
+            *(f"single_transformer_blocks.{i}.attn.to_out" for i in single),
+        )
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.vae_config["sample_size"] // self.downscale
+        return self.vae_config["latent_channels"], side, side
+
+    # -- the latent affine map ---------------------------------------------------------------------
+    @cached_property
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation [4C, 1, 1] of 2×2-packed raw latents, from the VAE's BatchNorm layer."""
+        file = Path(self.folder, "vae", "diffusion_pytorch_model.safetensors")
+        if not file.is_file():
+            raise ModelFolderError(f"{self.folder}: no vae/{file.name}, which holds the latents' statistics")
+        with safe_open(file, framework="pt") as weights:
+            mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
+        deviation = (variance + self.vae_config["batch_norm_eps"]).sqrt()
+        return mean[:, None, None], deviation[:, None, None]
+
+    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        mean, deviation = (value.to(raw) for value in self.statistics)
+        return F.pixel_shuffle((F.pixel_unshuffle(raw, 2) - mean) / deviation, 2)
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        mean, deviation = (value.to(latents) for value in self.statistics)
+        return F.pixel_shuffle(F.pixel_unshuffle(latents, 2) * deviation + mean, 2)
+
+    # -- text and network --------------------------------------------------------------------------
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, 3D]: three hidden layers of Qwen3 side by side; padding is part of what was trained."""
+        embeds, _ = text.encode_prompt(list(prompts), max_sequence_length=min(512, text.tokenizer.model_max_length))
+        return {"prompt_embeds": embeds}
+
+    def predict(self, network, x_t, t_B, conditioning):
+        height, width = x_t.shape[-2:]
+        embeds = conditioning["prompt_embeds"]
+        velocity = network(
+            hidden_states=pack(x_t).to(embeds.dtype),
+            timestep=t_B,
+            guidance=None,
+            encoder_hidden_states=embeds,
+            img_ids=position_ids(1, height // 2, width // 2, 1, x_t.device),
+            txt_ids=position_ids(1, 1, 1, embeds.shape[1], x_t.device),
+            return_dict=False,
+        )[0]
+        return unpack(velocity, height, width)
+
+    def blocks(self, network):
+        """Double blocks, then single ones."""
+        return [*network.transformer_blocks, *network.single_transformer_blocks]
+
+    def feature_map(self, output, x_t):
+        """Image tokens: double blocks return (text, image) tokens, single ones text and then image tokens."""
+        tokens = output[1] if isinstance(output, tuple) else output
+        height, width = x_t.shape[-2:]
+        return as_map(tokens[:, -(height // 2) * (width // 2) :], x_t)
+
+    def mu(self, steps: int) -> float:
+        """The pipeline's own fit, in the number of image tokens and of steps."""
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return compute_empirical_mu(self.image_tokens, steps)

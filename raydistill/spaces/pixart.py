@@ -1,0 +1,82 @@
+"""PixArt-Sigma: transformer with cross-attention to T5, on the discrete path, with a learned variance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.spaces.discrete import DiscreteSpace
+
+MAX_TOKENS = 300  # what PixArt-Sigma was trained with
+
+
+class PixArtSigmaSpace(DiscreteSpace):
+    """PixArt-Sigma teachers."""
+
+    pipeline_class = "PixArtSigmaPipeline"
+    network_name = "transformer"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
+    default_guidance_scale = 4.5
+    network_settings = {"norm_type": "ada_norm_single"}
+
+    @cached_property
+    def network_config(self) -> dict[str, Any]:
+        config = super().network_config
+        channels, outputs = config["in_channels"], config["out_channels"]
+        if outputs not in (None, channels, 2 * channels):
+            raise ModelFolderError(
+                f"{self.folder}/transformer/config.json: out_channels is {outputs}, but must be {channels} "
+                f"or, with a learned variance, {2 * channels}"
+            )
+        return config
+
+    @property
+    def takes_sizes(self) -> bool:
+        """Whether the transformer is conditioned on resolution and aspect ratio; left open, it is at 1024 px."""
+        asked = self.network_config.get("use_additional_conditions")
+        return self.network_config["sample_size"] == 128 if asked is None else asked
+
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, D] and prompt_attention_mask [B, L] of T5.
+
+        If the transformer takes sizes: also resolution [B, 2] (height and width in pixels) and aspect_ratio [B, 1].
+        Captions are lowered and stripped, not cleaned: the pipeline cleans them only where optional packages are there.
+        """
+        embeds, mask, _, _ = text.encode_prompt(
+            list(prompts),
+            do_classifier_free_guidance=False,
+            device=text.device,
+            clean_caption=False,
+            max_sequence_length=MAX_TOKENS,
+        )
+        conditioning = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+        if self.takes_sizes:
+            ones = torch.ones(len(prompts), 1, device=embeds.device)
+            conditioning |= {"resolution": self.resolution * ones.long().repeat(1, 2), "aspect_ratio": ones}
+        return conditioning
+
+    def predict(self, network, x_t, t_B, conditioning):
+        """The learned variance, which comes as further channels, is dropped."""
+        output = network(
+            x_t.to(conditioning["prompt_embeds"].dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            encoder_attention_mask=conditioning["prompt_attention_mask"],
+            timestep=self.path.timestep(t_B),
+            added_cond_kwargs={name: conditioning.get(name) for name in ("resolution", "aspect_ratio")},
+            return_dict=False,
+        )[0]
+        return output[:, : x_t.shape[1]]
+
+    def feature_block(self, network, depth_fraction):
+        blocks = network.transformer_blocks
+        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
+
+    def feature_map(self, output, x_t):
+        """Tokens [B, hw, D] of a block, one a patch, row by row."""
+        patch = self.network_config["patch_size"]
+        return output.transpose(1, 2).unflatten(2, (x_t.shape[-2] // patch, x_t.shape[-1] // patch))

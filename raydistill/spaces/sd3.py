@@ -1,0 +1,79 @@
+"""Stable Diffusion 3 and 3.5: MMDiT flow transformer that packs by itself; two CLIP and one T5 text encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from raydistill.spaces.base import Conditioning
+from raydistill.spaces.flow import FlowSpace, as_map
+
+
+class StableDiffusion3Space(FlowSpace):
+    """SD 3.5 Medium and Large (and SD 3) teachers, with true CFG."""
+
+    pipeline_class = "StableDiffusion3Pipeline"
+    lora_targets = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+    default_guidance_scale = 4.5
+    unused_parts = {"image_encoder": None, "feature_extractor": None}
+
+    @cached_property
+    def latent_shape(self) -> tuple[int, int, int]:
+        config = self.part_config("transformer")
+        return config["in_channels"], config["sample_size"], config["sample_size"]
+
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, D]: tokens of both CLIPs side by side, then those of T5; pooled_prompt_embeds [B, P]."""
+        embeds, _, pooled, _ = text.encode_prompt(
+            list(prompts),
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=min(256, text.tokenizer_3.model_max_length),
+        )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+
+    def predict(self, network, x_t, t_B, conditioning):
+        embeds = conditioning["prompt_embeds"]
+        return network(
+            hidden_states=x_t.to(embeds.dtype),
+            timestep=self.path.timestep(t_B),
+            encoder_hidden_states=embeds,
+            pooled_projections=conditioning["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+
+    def blocks(self, network):
+        return list(network.transformer_blocks)
+
+    def feature_map(self, output, x_t):
+        """Image tokens of a block that returns (text, image) tokens; the last one returns no text."""
+        _, tokens = output
+        return as_map(tokens, x_t)
+
+    def start_sampling(self, steps: int):
+        """The scheduler's own sigmas, unlike FLUX."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps, **self.shift_arguments(steps))
+        return scheduler

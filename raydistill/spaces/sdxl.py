@@ -1,0 +1,73 @@
+"""SDXL: UNet, two CLIP text encoders, and micro-conditioning on picture sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.spaces.sd import StableDiffusionSpace
+
+
+class SDXLSpace(StableDiffusionSpace):
+    """SDXL teachers. The default guidance is what DMD2 distils SDXL with (arXiv 2405.14867)."""
+
+    pipeline_class = "StableDiffusionXLPipeline"
+    default_guidance_scale = 8.0
+    unused_parts = {"image_encoder": None, "feature_extractor": None}
+    network_settings = {"addition_embed_type": "text_time"}
+    zeros_for_empty_prompt: ClassVar[bool] = True  # where model_index.json does not say: the pipeline's own default
+
+    @torch.no_grad()
+    def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
+        """prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] and time_ids [B, 6] (see `time_ids`).
+
+        Raises:
+            ModelFolderError: the text encoders are not those that the UNet was made for.
+        """
+        embeds, pooled = self._encode_text(text, list(prompts))
+        config = self.network_config
+        expected = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        if pooled.shape[1] != expected:
+            raise ModelFolderError(
+                f"{self.folder}: the text encoder pools to {pooled.shape[1]} channels, but the UNet takes {expected}"
+            )
+        return {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "time_ids": self.time_ids.to(embeds.device).repeat(len(prompts), 1),
+        }
+
+    def _encode_text(self, text, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, L, D] of both encoders side by side, and [B, P] pooled by the second."""
+        embeds, _, pooled, _ = text.encode_prompt(prompts, device=text.device, do_classifier_free_guidance=False)
+        return embeds, pooled
+
+    @property
+    def time_ids(self) -> torch.Tensor:
+        """Original size, top-left corner of the crop and target size in pixels, [1, 6]: an uncropped picture.
+
+        Integers, since half precision would round sizes such as 1,344.
+        """
+        side = self.resolution
+        return torch.tensor([[side, side, 0, 0, side, side]])
+
+    def unconditional(self, empty: Conditioning) -> Conditioning:
+        """Zeros instead of the empty prompt's embeddings where `force_zeros_for_empty_prompt` says so."""
+        if not self.index.get("force_zeros_for_empty_prompt", self.zeros_for_empty_prompt):
+            return empty
+        return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in empty.items()}
+
+    def predict(self, network, x_t, t_B, conditioning):
+        return network(
+            x_t.to(conditioning["prompt_embeds"].dtype),
+            self.path.timestep(t_B),
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            added_cond_kwargs={
+                "text_embeds": conditioning["pooled_prompt_embeds"],
+                "time_ids": conditioning["time_ids"],
+            },
+            return_dict=False,
+        )[0]

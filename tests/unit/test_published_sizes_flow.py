@@ -1,0 +1,103 @@
+"""The flow families at their published sizes: real configuration files on the meta device, no weights.
+
+tests/model_configs/*.json hold the configuration files of the public models, by their path in the model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.distill.fake_score import FakeScore
+from raydistill.spaces import load_space
+
+CONFIGS = Path(__file__).parent.parent / "model_configs"
+# Billions of transformer parameters and millions of VAE parameters, as published with the weights. The names round
+# more: FLUX.1 is "12B", [klein] "4B", Z-Image "6B". SD 3.5 Medium is "2.5B" with its table of positions (0.23 B),
+# which is stored but not trained.
+PUBLISHED = {
+    "sd3.5-medium": (2.24, 83.8),
+    "sd3.5-large": (8.06, 83.8),
+    "flux1-dev": (11.9, 83.8),
+    "flux2-klein-base-4b": (3.88, 84.0),
+    "z-image": (6.15, 83.8),
+}
+CHANNELS = dict.fromkeys(PUBLISHED, 16) | {"flux2-klein-base-4b": 32}
+SHIFT = {
+    "sd3.5-medium": 3.0,
+    "sd3.5-large": 3.0,
+    "flux1-dev": math.exp(1.15),  # the end of its range: 4,096 tokens
+    "flux2-klein-base-4b": math.exp(compute_empirical_mu(4096, 50)),
+    "z-image": 6.0,
+}
+
+
+def space_of(name: str, folder: Path):
+    """The Space of a folder with these configuration files."""
+    for path, config in json.loads((CONFIGS / f"{name}.json").read_text()).items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(json.dumps(config))
+    return load_space(folder)
+
+
+def on_meta(config: dict) -> torch.nn.Module:
+    with torch.device("meta"):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+
+def numel(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_the_published_ones(name, tmp_path):
+    space = space_of(name, tmp_path)
+    billions, millions = PUBLISHED[name]
+    transformer = on_meta(space.part_config("transformer"))
+    assert numel(transformer) == pytest.approx(billions * 1e9, rel=0.02)
+    assert numel(on_meta(space.vae_config)) == pytest.approx(millions * 1e6, rel=0.02)
+    if name == "sd3.5-medium":
+        stored = sum(tensor.numel() for tensor in transformer.state_dict().values())
+        assert stored == pytest.approx(2.5e9, rel=0.02)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_space_of_a_public_model(name, tmp_path):
+    space = space_of(name, tmp_path)
+    assert space.latent_shape == (CHANNELS[name], 128, 128)
+    assert space.resolution == 1024
+    assert space.image_tokens == 4096
+    assert space.default_shift == pytest.approx(SHIFT[name], rel=1e-6)
+    assert len(space.start_sampling(28).timesteps) == 28
+    if name == "flux1-dev":
+        assert space.embeds_guidance
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_forward_of_the_public_shapes_fits_together(name, tmp_path):
+    """Text widths are those of T5-XXL, both CLIPs of SD 3 and Qwen3-4B (three layers for FLUX.2)."""
+    space = space_of(name, tmp_path)
+    network = on_meta(space.part_config("transformer"))
+    length, width, pooled = {
+        "flux1-dev": (512, 4096, 768),
+        "flux2-klein-base-4b": (512, 3 * 2560, None),
+        "z-image": (512, 2560, None),
+    }.get(name, (77 + 256, 4096, 768 + 1280))
+    conditioning = {"prompt_embeds": torch.empty(1, length, width, device="meta")}
+    if pooled is not None:
+        conditioning["pooled_prompt_embeds"] = torch.empty(1, pooled, device="meta")
+    if name == "z-image":
+        conditioning["prompt_tokens"] = torch.tensor([100])
+    x_t = torch.empty(1, *space.latent_shape, device="meta")
+    t_B = torch.empty(1, device="meta")
+    fake = FakeScore(space, network, FakeScoreConfig(), 0.5)
+    prediction, features = fake(x_t, t_B, conditioning)
+    assert prediction.shape == x_t.shape
+    assert features.shape[2:] == (64, 64)

@@ -1,0 +1,252 @@
+"""SD 3.5, FLUX.1 [dev], FLUX.2 [klein] and Z-Image against diffusers' own pipelines, and as a fake score."""
+
+from __future__ import annotations
+
+import copy
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
+
+from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.data.encode import encode_prompt_list
+from raydistill.diffusion.path import to_x0
+from raydistill.diffusion.timesteps import shift
+from raydistill.distill.fake_score import FakeScore
+from raydistill.spaces import ModelFolderError, load_space
+from raydistill.spaces.flow import as_map
+from raydistill.spaces.flux import pack, unpack
+
+PROMPTS = ["a small red circle at the left on a white background", "a large blue square"]
+STEPS = 4
+FAMILIES = list(SAVE)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: save(tmp_path_factory.mktemp(name)) for name, save in SAVE.items()}
+
+
+def noise(rows: int = 2) -> torch.Tensor:
+    """The same noise in every row, so that only prompts tell the rows apart."""
+    one = torch.randn(1, CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(4))
+    return one.expand(rows, -1, -1, -1).clone()
+
+
+@torch.no_grad()
+def ours(space, guidance_scale):
+    text = space.load_text()
+    conditioning, empty = space.encode_prompts(text, PROMPTS), space.encode_prompts(text, [""])
+    return space.sample(space.load_network(), noise(), conditioning, space.unconditional(empty), STEPS, guidance_scale)
+
+
+def theirs(name, folder, guidance_scale, output_type):
+    """The pipeline's pictures or latents, as it returns them, from the same noise."""
+    pipe = getattr(diffusers, load_space(folder).pipeline_class).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    start, length = {
+        "sd3": (noise(), 20),
+        "flux-dev": (pack(noise()), 20),
+        "flux2": (F.pixel_unshuffle(noise(), 2), 160),
+        "z-image": (noise(), 160),
+    }[name]
+    images = pipe(
+        prompt=list(PROMPTS),
+        guidance_scale=guidance_scale - 1 if name == "z-image" else guidance_scale,  # it counts from 0
+        num_inference_steps=STEPS,
+        latents=start,
+        max_sequence_length=length,
+        height=PIXELS,
+        width=PIXELS,
+        output_type=output_type,
+    ).images
+    return unpack(images, LATENT_SIDE, LATENT_SIDE) if (name, output_type) == ("flux-dev", "latent") else images
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_sampling_equals_the_pipeline(name, folders):
+    space = load_space(folders[name])
+    assert space.latent_shape == (CHANNELS, LATENT_SIDE, LATENT_SIDE)
+    assert space.resolution == PIXELS
+    latents = ours(space, 3.0)
+    expected = theirs(name, folders[name], 3.0, "latent")
+    # FLUX.2's pipeline returns latents that are ready for the VAE
+    found = space.denormalise(latents) if name == "flux2" else latents
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        pictures = space.decode(space.load_vae(), latents)
+    torch.testing.assert_close(pictures, theirs(name, folders[name], 3.0, "pt") * 2 - 1, rtol=0, atol=1e-3)
+    # The test could not tell a wrong prompt or scale if these did not matter.
+    assert (latents[0] - latents[1]).abs().max() > 0.02
+    assert (latents - ours(space, 1.0)).abs().max() > 0.02
+    assert pictures.std() > 0.05
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoding_equals_the_pipeline(name, folders):
+    space = load_space(folders[name])
+    images = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    vae = space.load_vae()
+    with torch.no_grad():
+        posterior, latents = vae.encode(images).latent_dist, space.encode(vae, images)
+        torch.testing.assert_close(space.denormalise(latents), posterior.mean)
+        sampled = space.normalise(posterior.sample(torch.Generator().manual_seed(7)))
+        generator = torch.Generator().manual_seed(7)
+        if name == "flux2":
+            pipe = diffusers.Flux2KleinPipeline.from_pretrained(folders[name])
+            torch.testing.assert_close(F.pixel_unshuffle(latents, 2), pipe._encode_vae_image(images, generator))
+        elif name != "z-image":  # has no such part of its own
+            other = {"sd3": "StableDiffusion3InpaintPipeline", "flux-dev": "FluxImg2ImgPipeline"}[name]
+            pipe = getattr(diffusers, other).from_pretrained(folders[name])
+            torch.testing.assert_close(sampled, pipe._encode_vae_image(images, generator))
+    assert (latents - posterior.mean).abs().max() > 0.05  # the map does something
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_encoded_alike_in_any_company(name, folders):
+    """Conditioning has one shape whatever the prompts, so that rows of different batches fit together."""
+    space = load_space(folders[name])
+    alone, together = (encode_prompt_list(space, prompts, chunk=2) for prompts in (PROMPTS[:1], PROMPTS))
+    for key, value in together.items():
+        assert torch.equal(value[:1], alone[key])
+        assert not torch.equal(value[0], value[1])
+
+
+def inputs(space, rows=2):
+    """Noised latents, times and conditioning."""
+    conditioning = space.encode_prompts(space.load_text(), PROMPTS[:rows])
+    generator = torch.Generator().manual_seed(8)
+    x_t = torch.randn(rows, *space.latent_shape, generator=generator)
+    return x_t, torch.tensor([0.3, 0.8])[:rows], conditioning
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_starts_as_the_teacher_and_alone_is_trained(name, folders):
+    space = load_space(folders[name])
+    x_t, t_B, conditioning = inputs(space)
+    network = space.load_network()
+    modules = [module for module, _ in network.named_modules()]
+    for target in space.lora_targets:
+        assert any(module == target or module.endswith(f".{target}") for module in modules), f"{target} matches nothing"
+    with torch.no_grad():
+        teacher = space.predict(network, x_t, t_B, conditioning)
+    fake = FakeScore(space, network, FakeScoreConfig(rank=4), 0.5)
+    assert all(".lora_A." in key or ".lora_B." in key for key in fake.trainable())
+    prediction, _ = fake(x_t, t_B, conditioning)
+    torch.testing.assert_close(prediction, teacher, rtol=0, atol=1e-6)
+    frozen = {key: copy.deepcopy(p) for key, p in fake.network.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.Adam(fake.trainable().values(), lr=0.01)
+    for _ in range(2):  # the first step moves B alone, which starts at zero
+        optimizer.zero_grad()
+        fake(x_t, t_B, conditioning)[0].square().mean().backward()
+        optimizer.step()
+    idle = {key for key, p in fake.trainable().items() if p.grad is None or not p.grad.any()}
+    assert not {key for key in idle if not unused(key)}
+    for key, p in fake.network.named_parameters():
+        assert key not in frozen or (p.grad is None and torch.equal(p, frozen[key])), key
+    with torch.no_grad():
+        assert (fake(x_t, t_B, conditioning)[0] - teacher).abs().max() > 1e-4
+
+
+def unused(key: str) -> bool:
+    """The text side of SD 3's last block asks nothing: only its keys and values reach the image."""
+    return "transformer_blocks.3.attn.add_q_proj" in key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_features_are_the_image_tokens_of_their_block(name, folders):
+    space = load_space(folders[name])
+    x_t, t_B, conditioning = inputs(space)
+    network = space.load_network()
+    last = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), 1.0)
+    seen = {}
+    output = last.network.all_final_layer["2-1"] if name == "z-image" else last.network.norm_out
+    output.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    with torch.no_grad():
+        prediction, features = last(x_t, t_B, conditioning)
+        assert torch.equal(features.flatten(2).transpose(1, 2), seen["tokens"][:, :16])
+        assert prediction.shape == x_t.shape
+        found = [features]
+        for depth in (0.01, 0.5):
+            fake = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), depth)
+            found.append(fake.features(x_t, t_B, conditioning))
+            assert torch.equal(found[-1], fake(x_t, t_B, conditioning)[1])
+    assert all(f.shape == found[0].shape and f.shape[2:] == (4, 4) for f in found)
+    assert len({float(f.sum()) for f in found}) == 3
+
+
+def test_tokens_lie_row_by_row():
+    x = torch.randn(2, 3, 8, 6)
+    assert torch.equal(as_map(pack(x), x), F.pixel_unshuffle(x, 2))
+
+
+def test_embedded_guidance_reaches_the_teacher_and_the_fake_score_sees_one(folders):
+    space = load_space(folders["flux-dev"])
+    assert space.embeds_guidance
+    x_t, t_B, conditioning = inputs(space)
+    network = space.load_network()
+    seen = []
+    network.time_text_embed.register_forward_pre_hook(lambda module, args: seen.append(args[1] / 1000))
+
+    def take():
+        values = torch.stack(seen)
+        seen.clear()
+        assert values.shape[1] == 2  # one evaluation a sample: no second half for CFG
+        return values.unique().tolist()
+
+    with torch.no_grad():
+        guided = space.predict_x0(network, x_t, t_B, conditioning, None, space.default_guidance_scale)
+        assert take() == [3.5]
+        unguided = space.predict_x0(network, x_t, t_B, conditioning)
+        assert take() == [1.0]
+        assert (guided - unguided).abs().max() > 1e-3
+        space.sample(network, noise(), conditioning, conditioning, STEPS, 2.0)
+        assert len(seen) == STEPS
+        assert take() == [2.0]
+        fake = FakeScore(space, network, FakeScoreConfig(rank=2), 0.5)
+        prediction, _ = fake(x_t, t_B, conditioning)
+        assert take() == [1.0]
+        torch.testing.assert_close(to_x0(space.path, space.prediction, x_t, prediction, t_B), unguided)
+        fake.features(x_t, t_B, conditioning)
+        assert take() == [1.0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bfloat16_networks_take_float32_latents(name, folders):
+    """As the service runs them: weights and conditioning in bfloat16, latents, times and scores in float32."""
+    space = load_space(folders[name])
+    x_t, t_B, conditioning = inputs(space)
+    half = {key: v.bfloat16() if v.is_floating_point() else v for key, v in conditioning.items()}
+    with torch.no_grad():
+        exact = space.predict_x0(space.load_network(), x_t, t_B, conditioning)
+        rounded = space.predict_x0(space.load_network(torch.bfloat16), x_t, t_B, half)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
+    space = load_space(folders[name])
+    steps = space.pipeline_steps
+    sigmas = space.start_sampling(steps).sigmas[:-1]
+    # SD 3's scheduler starts from sigmas that are shifted already, and shifts them again
+    even = space.scheduler.sigmas.max() if name == "sd3" else torch.tensor(1.0)
+    last = space.scheduler.sigmas.min() if name == "sd3" else torch.tensor(1 / steps)
+    expected = shift(torch.linspace(float(even), float(last), steps), space.default_shift)
+    torch.testing.assert_close(sigmas, expected, rtol=1e-5, atol=1e-6)
+    assert space.default_shift > 1.2
+
+
+def test_a_step_distilled_klein_is_no_teacher(tmp_path):
+    folder = save_flux2(tmp_path / "distilled", is_distilled=True)
+    with pytest.raises(ModelFolderError, match="step-distilled.*FLUX.2-klein-base-4B"):
+        load_space(folder)
+
+
+def test_missing_statistics_of_flux2_are_named(tmp_path):
+    folder = save_flux2(tmp_path / "torn")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match="no vae/diffusion_pytorch_model.safetensors"):
+        load_space(folder).normalise(torch.zeros(1, CHANNELS, 8, 8))
