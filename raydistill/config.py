@@ -105,6 +105,7 @@ class Bridge(Section):
     steps: Count = Field(10000, description="training steps")
     batch_size: Count = Field(32, description="pairs per step")
     lr: Positive = Field(1e-4, description="Adam learning rate")
+    lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
     checkpoint_every: Count = Field(500, description="steps between checkpoints")
     gradient_checkpointing: bool = Field(False, description="recompute activations in training: slower, less memory")

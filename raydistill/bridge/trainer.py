@@ -6,6 +6,7 @@ uninterrupted one. arXiv 2606.32020: Adam(0, 0.999, 1e-8), alpha = 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -133,6 +134,13 @@ class BridgeTrainer:
         epochs, offsets = np.divmod(np.arange(first, first + share), len(self.training_ids))
         return self.pairs.rows([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
 
+    def lr(self, step: int) -> float:
+        """Learning rate of step `step` (from 0)."""
+        settings = self.settings
+        if settings.lr_decay == "none":
+            return settings.lr
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
+
     def step(self, batch: Pairs) -> dict[str, float]:
         """One Adam update; returns this worker's losses.
 
@@ -157,6 +165,8 @@ class BridgeTrainer:
             raise TrainingDiverged(
                 f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(self.step_count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

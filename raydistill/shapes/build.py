@@ -27,10 +27,11 @@ from transformers import CLIPTextModel
 from raydistill.bridge.loop import build_trainer
 from raydistill.bridge.model import Bridge
 from raydistill.config import CONFIGS, Config, load, validate
+from raydistill.data.pairs import existing_shards, read_pairs, write_pairs
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.data.synthesis import LocalTeacher, synthesise
+from raydistill.data.synthesis import LocalTeacher, PairEncoder, resized, synthesise
 from raydistill.diffusion.noise import normal
-from raydistill.diffusion.path import add_noise, target
+from raydistill.diffusion.path import add_noise, expand, target
 from raydistill.distill.distiller import Distiller, Made
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.student import one_step_x0
@@ -51,8 +52,8 @@ from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import Conditioning, Space, load_space
 
-CORRUPTION = 0.4  # share of attributes redrawn in the captions of weak students
-START_GUIDANCE = 4.0  # of the weak student when it distils itself into its one-step start
+CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+START_GUIDANCE = 1.0  # of the weak student when it distils itself into its one-step start
 SAMPLE_STEPS = 12
 SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
 CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
@@ -270,8 +271,8 @@ def cached(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str,
     return load_file(file)
 
 
-def render_latents(build: Build, space: Space, corruption: float) -> tuple[torch.Tensor, list[str]]:
-    """Latents of `build.renders` training renders [N, C, H, W] and the captions they are trained with."""
+def render_latents(build: Build, space: Space, corruption: float) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Latents of `build.renders` training renders [N, C, H, W], their captions, and those captions corrupted."""
     count = max(64, round(build.renders * min(1.0, build.scale)))
     chunks = [scenes_for(10**7 + i, 64, build.seed) for i in range(-(-count // 64))]
 
@@ -284,8 +285,8 @@ def render_latents(build: Build, space: Space, corruption: float) -> tuple[torch
 
     latents = cached(build.work / f"latents_{space.pipeline_class}.safetensors", make)["latents"]
     rng = random.Random(f"corrupt/{build.seed}")
-    captions = [corrupt(scene, corruption, rng).caption for scenes in chunks for scene in scenes]
-    return latents, captions
+    scenes = [scene for chunk in chunks for scene in chunk]
+    return latents, [s.caption for s in scenes], [corrupt(s, corruption, rng).caption for s in scenes]
 
 
 def encode_unique(space: Space, captions: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -303,26 +304,35 @@ def train_diffusion(
     network: nn.Module,
     steps: int,
     lr: float,
-    corruption: float,
+    corruption: float = 0.0,
     batch: int = 32,
     logit_normal: bool = False,
 ) -> nn.Module:
-    """Denoising pre-training on renders, in the network's native prediction."""
-    latents, captions = render_latents(build, space, corruption)
-    table, row_of = encode_unique(space, captions)
-    rows = torch.tensor([row_of[c] for c in captions])
+    """Denoising pre-training on renders, in the network's native prediction.
+
+    With `corruption` the captions of the last third of the steps are corrupted: the network has learned to read, and
+    learns not to rely on it.
+    """
+    latents, *captions = render_latents(build, space, corruption)
+    table, row_of = encode_unique(space, captions[0] + captions[1])
+    clean, corrupted = (torch.tensor([row_of[c] for c in some]) for some in captions)
+    corrupt_from = build.steps(round(steps * 2 / 3))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(len(latents), (batch,), generator=generator)
         drop = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
-        row = torch.where(drop, 0, rows[pick])
+        row = torch.where(drop, 0, (corrupted if step >= corrupt_from else clean)[pick])
         noise = torch.randn(latents[pick].shape, generator=generator)
         t_B = torch.rand(batch, generator=generator)
         if logit_normal:
             t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
         x_t = add_noise(space.path, latents[pick], noise, t_B)
         prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.items()})
-        return F.mse_loss(prediction, target(space.path, space.prediction, latents[pick], noise, t_B))
+        error = prediction - target(space.path, space.prediction, latents[pick], noise, t_B)
+        if space.prediction == "epsilon":
+            # as the error of v: otherwise noisy times, where the caption decides the picture, hardly count
+            error = error / expand(space.path.alpha_sigma(t_B)[0], error)
+        return error.square().mean()
 
     return fit(build, name, network, loss, build.steps(steps), lr)
 
@@ -342,7 +352,7 @@ def build_flux(build: Build) -> None:
     network = miniatures.flux_transformer()
     _write_flux(build, copy.deepcopy(network))  # so that its Space can be read; the weights follow
     space = load_space(build.weights / "flux")
-    trained = train_diffusion(build, "flux", space, network, 6000, 1.5e-3, corruption=0.0, logit_normal=True)
+    trained = train_diffusion(build, "flux", space, network, 6000, 1.5e-3, logit_normal=True)
     _write_flux(build, trained)
 
 
@@ -360,7 +370,7 @@ def build_sd15(build: Build) -> None:
     unet = miniatures.student_unet()
     _write_sd15(build, "sd15", copy.deepcopy(unet))
     space = load_space(build.weights / "sd15")
-    trained = train_diffusion(build, "sd15", space, unet, 7500, 1e-3, corruption=CORRUPTION)
+    trained = train_diffusion(build, "sd15", space, unet, 5400, 1e-3, corruption=CORRUPTION)
     _write_sd15(build, "sd15", trained)
 
 
@@ -382,7 +392,8 @@ def evaluate_pipeline(build: Build, folder: str, count: int, steps: int, guidanc
     for start in range(0, count, 64):
         part = captions[start : start + 64]
         noise = torch.randn(len(part), *space.latent_shape, generator=generator)
-        conditioning, empty = space.encode_prompts(text, part), space.encode_prompts(text, [""])
+        conditioning = space.encode_prompts(text, part)
+        empty = space.unconditional(space.encode_prompts(text, [""]))
         latents = space.sample(network, noise, conditioning, empty, steps, guidance_scale)
         images.append(space.decode(vae, latents))
     return report(build, torch.cat(images), captions)
@@ -428,7 +439,7 @@ def build_sd15_start(build: Build) -> None:
     prompts = training_prompts(build)
     table, row_of = encode_unique(space, prompts.prompts)
     unet = space.load_network()
-    count = max(64, round(2048 * min(1.0, build.scale)))
+    count = max(64, round(4096 * min(1.0, build.scale)))
     captions = prompts.at(build.seed, range(count))[1]
     rows = torch.tensor([row_of[c] for c in captions])
 
@@ -452,7 +463,7 @@ def build_sd15_start(build: Build) -> None:
         conditioning = {k: v[rows[pick]] for k, v in table.items()}
         return F.mse_loss(one_step_x0(space, start, pairs["noise"][pick], conditioning, last), pairs["latents"][pick])
 
-    regressed = fit(build, "sd15_regression", start, loss, build.steps(600), 5e-4)
+    regressed = fit(build, "sd15_regression", start, loss, build.steps(1500), 5e-4)
     distiller = Distiller(
         start_config(build),
         space,
@@ -464,7 +475,7 @@ def build_sd15_start(build: Build) -> None:
         _local_batches(build, prompts, table, row_of),
     )
     scores = LocalScores(space, unet, {k: v[:1] for k, v in table.items()}, START_GUIDANCE)
-    for _ in tqdm(range(build.steps(150)), desc="sd15_start", disable=None):
+    for _ in tqdm(range(build.steps(100)), desc="sd15_start", disable=None):
         distillation_step(distiller, scores, 4, overlap=False)
     distiller.student.half().save_pretrained(build.weights / "sd15-onestep" / "unet")
 
@@ -522,13 +533,64 @@ def build_samples(build: Build) -> None:
         )
 
 
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures between and beside the given ones [B, 3, S, S]: two of them blended in soft regions, colours mixed.
+
+    A student under training draws such pictures, and a Bridge that has never seen them would change their colours, so
+    that the teacher judges other pictures than the student's.
+    """
+    count, pixels = len(images), images.shape[-1]
+
+    def smooth(channels: int, cells: int) -> torch.Tensor:
+        coarse = torch.randn(count, channels, cells, cells, generator=generator)
+        return F.interpolate(coarse, size=(pixels, pixels), mode="bicubic")
+
+    other = images[torch.randperm(count, generator=generator)]
+    share = torch.sigmoid(3 * smooth(1, 3) + 2 * torch.randn(count, 1, 1, 1, generator=generator))
+    blended = torch.lerp(images, other, share)
+    turn = torch.eye(3) + 0.5 * torch.randn(count, 3, 3, generator=generator) * torch.rand(
+        count, 1, 1, generator=generator
+    )
+    mottle = 0.15 * smooth(3, 8) * torch.rand(count, 1, 1, 1, generator=generator)
+    return (torch.einsum("bij,bjhw->bihw", turn, blended) + mottle).clamp(-1, 1)
+
+
+@torch.no_grad()
+def build_varied_pairs(build: Build, folder: Path, count: int) -> None:
+    """Pairs for the Bridge: a quarter teacher samples; then varied pictures; then what the student's VAE draws from
+    latents that no encoder gave, as a student under training makes them."""
+    teacher, student = load_space(build.weights / "flux"), load_space(build.weights / "sd15")
+    samples = read_pairs(build.work / "pairs_flux")
+    encoder, teacher_vae, student_vae = PairEncoder(teacher, student), teacher.load_vae(), student.load_vae()
+    shard = 512
+    for index in tqdm(range(-(-count // shard)), desc="varied pairs", disable=None):
+        if index in existing_shards(folder):
+            continue
+        generator = torch.Generator().manual_seed(build.seed * 1_000_003 + index)
+        rows = samples.rows(torch.randint(len(samples), (shard,), generator=generator).tolist())
+        images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_T.split(32)])
+        plain, pictures, beside = images.tensor_split([shard // 4, shard * 9 // 16])
+        z_T, z_S, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
+        latents = rows.z_S[-len(beside) :].float()
+        other = latents[torch.randperm(len(latents), generator=generator)]
+        share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
+        drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
+        beside_T, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
+        z_T, z_S = torch.cat([z_T, beside_T]), torch.cat([z_S, latents])
+        write_pairs(folder, index, rows.prompts, rows.ids, [build.seed] * shard, z_T, z_S, pngs + beside_pngs)
+
+
 def build_bridge(build: Build) -> None:
-    """The shipped Bridge: configs/shapes.yaml's, on the larger set of teacher samples, by the same trainer as a job."""
+    """The shipped Bridge: configs/shapes.yaml's, on teacher samples and varied ones, by the same trainer as a job."""
+    pairs = build.work / "pairs_varied"
+    build_varied_pairs(build, pairs, max(512, round(8192 * min(1.0, build.scale))))
     config = load(CONFIGS / "shapes.yaml").model_dump()
     config["student"]["model"], config["teacher"]["model"] = str(build.weights / "sd15"), str(build.weights / "flux")
     config["bridge"]["steps"] = build.steps(config["bridge"]["steps"])
     settings = validate(config)
-    trainer = build_trainer(settings, build.work / "pairs_flux", torch.device("cpu"), 0, 1)
+    trainer = build_trainer(settings, pairs, torch.device("cpu"), 0, 1)
     for step in tqdm(range(settings.bridge.steps), desc="bridge", disable=None):
         parts = trainer.step(trainer.batch(step))
         if step % 100 == 0:
@@ -553,6 +615,14 @@ STAGES: dict[str, tuple[str, Callable[[Build], None]]] = {
 }
 
 
+def forget_paths(folder: Path) -> None:
+    """Remove where a part was loaded from out of the configuration files: it says nothing to others."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def run_stages(build: Build, names: Iterable[str]) -> None:
     """Run the named stages in their order, skipping what is already built."""
     for name in names:
@@ -561,4 +631,5 @@ def run_stages(build: Build, names: Iterable[str]) -> None:
             tqdm.write(f"{name}: already built")
             continue
         stage(build)
+        forget_paths(build.weights)
         (build.weights / marker).touch()
