@@ -8,6 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+def quiet() -> None:
+    """Runs first in every worker process: keeps what concerns nobody off the driver's screen."""
+    for name in ("ray.data", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Asks the dashboard once a second, and complains once a second where there is none, as on a cluster of our own.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+
 @contextmanager
 def connected() -> Iterator[None]:
     """Ray for the length of the block.
@@ -18,14 +27,14 @@ def connected() -> Iterator[None]:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
-    for name in ("ray.data", "ray.serve", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
     ray.init(
         address="auto" if joins else "local",
         include_dashboard=None if joins else False,
         logging_level=logging.WARNING,
         log_to_driver=True,
+        runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"},
     )
     try:
         yield

@@ -30,6 +30,7 @@ class ProgressWatcher:
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> ProgressWatcher:
+        self.file.unlink(missing_ok=True)  # of an earlier attempt, which may have got further than its last checkpoint
         self._thread.start()
         return self
 
@@ -55,6 +56,8 @@ class ProgressWatcher:
                 first = (time.monotonic(), step)
             if step == last_step:
                 continue
+            if step < last_step:  # restarted from a checkpoint
+                first = (time.monotonic(), step)
             last_step = step
             details = " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in now.items())
             bar.set_postfix_str(details, refresh=False)

@@ -72,7 +72,7 @@ def train_bridge(
         BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
         BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
     run_dir = Path(run_dir)
@@ -91,6 +91,7 @@ def train_bridge(
         run_config=RunConfig(
             name="bridge-checkpoints",
             storage_path=str(run_dir),
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),

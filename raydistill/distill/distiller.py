@@ -94,6 +94,7 @@ class Distiller:
         self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None
         self.shift = config.vsd.shift if config.vsd.shift is not None else teacher_space.default_shift
         self.metrics: dict[str, float] = {}
+        self.updates = 0  # of the student
         self._optimizers()
 
     def _optimizers(self) -> None:
@@ -141,7 +142,7 @@ class Distiller:
         started = time.perf_counter()
         batch = next(self.batches)
         self._add("time/data", time.perf_counter() - started)
-        ids = torch.as_tensor(batch["sample_id"], dtype=torch.long)
+        ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         noise = self._normal(ids, self.student_space.latent_shape, "latents")
         return ids, noise, self._to(columns_of(batch, "student")), self._to(columns_of(batch, "teacher"))
 
@@ -219,8 +220,11 @@ class Distiller:
         self.metrics["student/grad_norm"] = self._update("student", loss, config.student.max_grad_norm)
         if self.ema is not None:
             with torch.no_grad():
+                # warmed up, or a short run's average would still be its start
+                decay = min(config.student.ema_decay, (self.updates + 1) / (self.updates + 10))
                 for mean, new in zip(self.ema.parameters(), self.student.parameters(), strict=True):
-                    mean.lerp_(new, 1 - config.student.ema_decay)
+                    mean.lerp_(new, 1 - decay)
+        self.updates += 1
         self._add("time/student", time.perf_counter() - started)
 
     def _update(self, name: str, loss: torch.Tensor, max_grad_norm: float) -> float:
@@ -252,6 +256,7 @@ class Distiller:
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides the step; frozen weights are not in it."""
         state: dict[str, Any] = {
+            "updates": self.updates,
             "student": self.student.state_dict(),
             "fake": {name: p.detach() for name, p in self.fake.trainable().items()},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
@@ -263,6 +268,7 @@ class Distiller:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
         self.student.load_state_dict(state["student"])
         with torch.no_grad():
             for name, parameter in self.fake.trainable().items():

@@ -1,11 +1,13 @@
-"""Checkpoint folders: one torch file of tensors and plain values, and a small JSON that people can read.
+"""Checkpoint folders: one torch file of tensors and plain values, and a small JSON for people.
 
-Written whole or not at all; read with `weights_only=True`, so that a checkpoint can never run code.
+The torch file holds everything and is replaced in one step, so a kill leaves the old one or the new one. It is read with
+`weights_only=True`, so that a checkpoint can never run code, and its checksums are compared, which torch does not do.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,22 @@ class CheckpointError(RuntimeError):
 
 
 def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
-    """Write `state.pt` and `about.json` into an existing folder."""
-    torch.save(state, folder / "state.pt")
+    """Write `state.pt` and `about.json` into an existing folder; an older state stays until the new one is whole."""
+    unfinished = folder / "state.tmp"
+    torch.save({"state": state, "about": about}, unfinished)
+    unfinished.replace(folder / "state.pt")
     (folder / "about.json").write_text(json.dumps(about, indent=1))
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, about) of a checkpoint folder. Raises CheckpointError naming the folder."""
+    file = folder / "state.pt"
     try:
-        about = json.loads((folder / "about.json").read_text())
-        return torch.load(folder / "state.pt", weights_only=True, map_location="cpu"), about
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({error})") from error
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+        return saved["state"], saved["about"]
+    except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error

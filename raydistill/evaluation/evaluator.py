@@ -20,11 +20,14 @@ from raydistill.spaces import Conditioning, Space
 
 
 class FixedPrompts:
-    """`count` prompts, each picture with its own fixed noise; prompts repeat with other noise when there are fewer."""
+    """`count` prompts in a seeded order, each picture with its own fixed noise.
+
+    A file may be sorted, so its first lines say little; where it has fewer prompts, all repeat equally often (±1).
+    """
 
     def __init__(self, prompts: PromptSet, count: int, seed: int) -> None:
         self.seed = seed
-        self.captions = [prompts.prompts[i % len(prompts.prompts)] for i in range(count)]
+        self.captions = prompts.at(seed, range(count))[1]
 
     def noise(self, space: Space, start: int, stop: int) -> torch.Tensor:
         return normal(self.seed, range(start, stop), space.latent_shape, "evaluation")

@@ -134,7 +134,7 @@ The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to r
 import torch
 from diffusers import StableDiffusionPipeline
 
-pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", torch_dtype=torch.{dtype})
+pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", dtype=torch.{dtype})
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
 ```
 
@@ -261,7 +261,7 @@ def export_student(
         feature_extractor=None,
         image_encoder=None,
         requires_safety_checker=False,
-        torch_dtype=dtype,
+        dtype=dtype,
         use_safetensors=True,
     )
     with _replacing(folder) as fresh:

@@ -13,6 +13,7 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +28,18 @@ from raydistill.diffusion.path import Prediction, to_x0
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bar of diffusers: every worker would show one for a part of a second."""
+    shown = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers.utils.logging.enable_progress_bar()
 
 
 class ModelFolderError(ValueError):
@@ -79,7 +92,8 @@ class Space(ABC):
         without = {self.network_name: None, "vae": None} | self.unused_parts
         self._check_text_parts(without)
         try:
-            pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
+            with _without_bars():
+                pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
         except OSError as error:
             raise ModelFolderError(f"{self.folder}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)

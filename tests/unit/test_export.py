@@ -34,7 +34,7 @@ from diffusers import StableDiffusionPipeline
 torch.set_num_threads(1)
 for folder in sys.argv[1:]:
     given = torch.load(folder + ".pt", weights_only=True)
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=given["dtype"], use_safetensors=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=given["dtype"], use_safetensors=True)
     images = pipe(given["prompts"], latents=given["noise"].to(given["dtype"]), num_inference_steps=1,
                   guidance_scale=0, output_type="pt").images
     torch.save(images.float(), folder + ".out.pt")

@@ -129,7 +129,7 @@ def test_partitioned_networks_equal_from_pretrained(tmp_path):
     names = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel")
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for index, (case, name) in enumerate(zip(cases, names, strict=True)):
-        dense = getattr(diffusers, name).from_pretrained(case.folder, subfolder="transformer", torch_dtype=case.dtype)
+        dense = getattr(diffusers, name).from_pretrained(case.folder, subfolder="transformer", dtype=case.dtype)
         with torch.no_grad():
             expected = dense.eval()(**case.inputs, return_dict=False)[0]
         for rank in ranks:
