@@ -8,32 +8,12 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.config import from_command_line
-from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.distill.pipeline import distil
+from raydistill.job import run_job
 
 
 def main() -> int:
-    config = from_command_line(__doc__)
-    try:
-        run = open_run_folder(config)
-        if run.finished:
-            print(f"run {run.name} is finished: {run.path / 'summary.json'}")
-            return 0
-        inputs = check_inputs(config)
-    except ValueError as error:  # every input error of the project is one, and says what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from raydistill.cluster import connected
-    from raydistill.distill.pipeline import RunFailed, distil
-
-    create_run_folder(run, config)
-    try:
-        with connected():
-            distil(config, run, inputs)
-    except RunFailed as error:
-        print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
-        return 1
-    return 0
+    return run_job(__doc__, distil, result="summary.json")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHAPES_PREFIX = "shapes:"
+HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
 
 
 class ConfigError(ValueError):
@@ -46,12 +47,20 @@ class Run(Section):
 
 class Student(Section):
     model: str = Field(
-        "shapes:sd15", description="diffusers folder of the student family (its VAE, text encoder, UNet)"
+        "shapes:sd15",
+        description="the student family (its VAE, text encoder, UNet): a diffusers folder, or org/name[@revision] of the hub",
     )
     unet: str | None = Field(
-        "shapes:sd15-onestep", description="folder of the one-step starting UNet; null: model's own"
+        "shapes:sd15-onestep",
+        description="one-step start: folder of a diffusers UNet or pipeline, or a UNet state dict (.safetensors, .bin, "
+        ".pt, .pth; of several networks its EMA); null: model's own",
     )
-    start_timestep: int = Field(999, ge=1, description="the timestep of the single student evaluation")
+    start_timestep: int = Field(
+        999,
+        ge=1,
+        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's; decides "
+        "also where student.unet names another",
+    )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="exponential moving average that is evaluated and exported; null: none"
@@ -60,7 +69,9 @@ class Student(Section):
 
 
 class Teacher(Section):
-    model: str = Field("shapes:flux", description="diffusers folder of the frozen teacher")
+    model: str = Field(
+        "shapes:flux", description="the frozen teacher: a diffusers folder, or org/name[@revision] of the hub"
+    )
     guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
         None, description="classifier-free guidance of scores and samples; null: the family's default"
     )
@@ -78,6 +89,7 @@ class Teachers(Section):
     request_timeout_s: Positive = Field(600, description="longest time one request may take before it is retried")
     retry_for_s: Positive = Field(600, description="how long the client keeps retrying while the service is down")
     start_timeout_s: Positive = Field(600, description="longest time until the service is ready")
+    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold ranks; none: any node")
 
 
 class Attention(Section):
@@ -111,10 +123,39 @@ class Bridge(Section):
     gradient_checkpointing: bool = Field(False, description="recompute activations in training: slower, less memory")
 
 
+Posterior = Literal["mean", "sample"]
+
+
 class Synthesis(Section):
     count: Count = Field(2048, description="teacher-sampled pictures to make")
     batch_size: Count = Field(64, description="pictures per request")
     shard_size: Count = Field(256, description="rows per parquet file")
+    posterior: Posterior = Field(
+        "mean", description="what a VAE's latents are: its posterior's mean, or a sample of it"
+    )
+    images: str | None = Field(
+        None,
+        description="folder or parquet of real images, all of which are encoded instead of teacher samples; null: sample",
+    )
+    image_column: str = Field(
+        "image", description="column of a parquet of images: encoded bytes, or a struct with `bytes`"
+    )
+    caption_column: str | None = Field(
+        None, description="caption column of a parquet of images; null: `caption` where there is one, else no captions"
+    )
+    max_failed_rows: int = Field(
+        20, ge=0, description="undecodable images and non-finite samples that are recorded before the run fails"
+    )
+    encoders: Count = Field(
+        1,
+        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
+    )
+    cpus_per_encoder: Positive = Field(0.2, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: NonNegative = Field(
+        0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU"
+    )
+    threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
+    in_flight: Count = Field(2, description="requests each asking actor has under way; a few per teacher replica")
 
 
 class FakeScore(Section):
@@ -163,14 +204,19 @@ class Distill(Section):
     gpus_per_worker: NonNegative = Field(0, description="Ray GPUs each worker reserves")
     threads: Count = Field(1, description="CPU threads of each worker")
     max_failures: int = Field(3, ge=-1, description="worker failures survived before giving up; -1: any number")
-    pretrain_fake: int = Field(0, ge=0, description="fake-score updates before the first student update")
+    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold workers; none: any node")
 
 
 class Prompts(Section):
-    path: str | None = Field("shapes:prompts.txt", description="prompt file (txt, csv, tsv, jsonl, parquet)")
+    path: str = Field("shapes:prompts.txt", description="prompt file (txt, csv, tsv, jsonl, parquet)")
     column: str = Field("prompt", description="column of tabular files")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")
     max_characters: Count = Field(2000, description="longer prompts are bad rows")
+    encoders: Count = Field(1, description="actors per worker that hold the text encoders")
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the text encoders")
+    cpus_per_encoder: Positive = Field(0.1, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: NonNegative = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
+    threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
 
 
 class Evaluation(Section):
@@ -187,6 +233,21 @@ class Evaluation(Section):
 class Tracking(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite in storage")
     experiment: str = Field("raydistill", description="MLflow experiment")
+
+
+class Plan(Section):
+    """What jobs/plan.py assumes of the hardware; no other job reads it."""
+
+    trainer_gpu: str = Field("H100", description="kind of GPU of the trainers, a name in raydistill/gpus.yaml")
+    teacher_gpu: str = Field("H100", description="kind of GPU of the teachers")
+    efficiency: Fraction = Field(0.4, gt=0, description="share of a GPU's peak arithmetic that the networks reach")
+    reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of GPU memory kept free (CUDA context, fragmentation, kernels' workspace)"
+    )
+    network_gbits: Positive = Field(100, description="network between nodes, Gbit/s")
+    cpu_gflops: Positive = Field(50, description="float32 GFLOP/s of one CPU thread, for text encoders without a GPU")
+    gpus: str | None = Field(None, description="YAML file of further kinds of GPU, as raydistill/gpus.yaml; null: none")
+    spot: bool = Field(True, description="price workers as spot instances")
 
 
 class Config(Section):
@@ -209,6 +270,7 @@ class Config(Section):
     prompts: Prompts = Prompts()
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
+    plan: Plan = Plan()
 
     @model_validator(mode="after")
     def _names(self) -> Config:
@@ -225,13 +287,29 @@ class Config(Section):
 # -- reading --------------------------------------------------------------------------------------------
 
 
-def resolve(path: str) -> Path:
+def local_path(path: str) -> Path:
     """A path of the configuration; `shapes:NAME` is a part of the embedded world."""
     if path.startswith(SHAPES_PREFIX):
         from raydistill.shapes import WEIGHTS
 
         return WEIGHTS / path.removeprefix(SHAPES_PREFIX)
     return Path(path).expanduser()
+
+
+def resolve(path: str) -> Path:
+    """A path of the configuration, or the cached folder of a hub model `org/name[@revision]`.
+
+    `check_paths` downloads hub models when a run starts; here nothing is downloaded.
+
+    Raises:
+        ConfigError: a hub model is not in this machine's cache.
+    """
+    found = local_path(path)
+    if found.exists():
+        return found
+    from raydistill.hub import cached, is_hub_id
+
+    return cached(path) if is_hub_id(path) else found
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -254,29 +332,54 @@ def nearest(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _merge(base: dict, extra: dict, source: str, prefix: str = "") -> dict:
+def _merge(base: dict, extra: dict) -> dict:
     result = dict(base)
     for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = _merge(result[key], value, source, f"{prefix}{key}.")
-        else:
-            result[key] = value
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merge(result[key], value) if both else value
     return result
 
 
-def read_yaml(file: Path) -> dict:
-    """One YAML file with its `extends:` chain (a file name, relative to the file) merged in."""
+def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of sections and leaves."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
+    """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
+
+    Returns:
+        the tree, and for every dotted key the file that it comes from.
+
+    Raises:
+        ConfigError: a file is missing, is not a mapping, or extends itself; the message names it.
+    """
     if not file.is_file():
+        if extended_by:
+            raise ConfigError(f"{extended_by[-1]}: extends {file}, which does not exist")
         known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
         raise ConfigError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
+    if file.resolve() in (other.resolve() for other in extended_by):
+        raise ConfigError(f"{extended_by[-1]}: extends {file}, which extends it")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: must be a mapping of sections, not a {type(tree).__name__}")
-    parent = tree.pop("extends", None)
-    return _merge(read_yaml(file.parent / parent), tree, str(file)) if parent else tree
+    parents = tree.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
+        raise ConfigError(f"{file}: extends must be a file name or a list of file names, not {parents!r}")
+    below: dict = {}
+    origins: dict[str, str] = {}
+    for name in parents:
+        part, part_origins = read_yaml(file.parent / name, (*extended_by, file))
+        below, origins = _merge(below, part), origins | part_origins
+    return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
 
 
 class _Loader(yaml.SafeLoader):
@@ -298,7 +401,8 @@ def _coerce_floats(tree: Any) -> Any:
     return tree
 
 
-def _override(tree: dict, text: str) -> dict:
+def _override(text: str) -> dict:
+    """`section.key=value` as a tree. Raises ConfigError."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise ConfigError(f"{text!r}: overrides look like section.key=value (see --help)")
@@ -308,11 +412,23 @@ def _override(tree: dict, text: str) -> dict:
         raise ConfigError(f"{text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
-    return _merge(tree, parsed, "command line")
+    return parsed
 
 
-def validate(tree: dict) -> Config:
-    """Check a plain tree. Raises ConfigError with one line per mistake."""
+def _where(key: str, origins: Mapping[str, str]) -> str:
+    """The file that a key, or the nearest section around it, comes from: ` (in FILE)`; else nothing."""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return f" (in {origins[key]})" if origins.get(key) else ""
+
+
+def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
+    """Check a plain tree; `origins` says which file a dotted key comes from.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    origins = origins or {}
     try:
         return Config.model_validate(_coerce_floats(tree))
     except ValidationError as error:
@@ -322,27 +438,38 @@ def validate(tree: dict) -> Config:
                 str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
             )
             if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key {key}{nearest(key)}")
+                lines.append(f"unknown key {key}{nearest(key)}{_where(key, origins)}")
             else:
                 got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
-                lines.append(f"{key + ': ' if key else ''}{problem['msg'].removeprefix('Value error, ')}{got}")
+                text = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{key + ': ' if key else ''}{text}{got}{_where(key, origins)}")
         raise ConfigError("\n".join(lines)) from None
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate, and check that named files exist."""
-    tree = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
+    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises ConfigError."""
+    tree, origins = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
     for text in overrides:
-        tree = _override(tree, text)
-    return validate(tree)
+        extra = _override(text)
+        tree = _merge(tree, extra)
+        origins |= dict.fromkeys(_keys(extra), "")  # whoever typed it needs no file name
+    return validate(tree, origins)
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
-    """Every named path must exist. Raises ConfigError naming key and path."""
+    """Every named path must exist; models of the hub are downloaded. Raises ConfigError naming key and path."""
+    from raydistill.hub import download, is_hub_id
+
     for key in keys:
         value = get(config, key)
-        if value is not None and not resolve(value).exists():
-            raise ConfigError(f"{key}: {value} does not exist (looked at {resolve(value)})")
+        if value is None or local_path(value).exists():
+            continue
+        if key not in HUB_KEYS or not is_hub_id(value):
+            raise ConfigError(f"{key}: {value} does not exist (looked at {local_path(value)})")
+        try:
+            download(value)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
 
 
 def get(config: Config, key: str) -> Any:
@@ -360,8 +487,10 @@ def flatten(config: Config) -> dict[str, Any]:
 
 # Changing one of these changes the numbers of a run; a resume with a changed one is refused.
 _FREE_KEYS = re.compile(
-    r"storage|run\.name|controls|tracking\..*|teachers\.(?!slice|shards|dtype).*|distill\.(overlap|checkpoint_every|"
-    r"evaluate_every|cpus_per_worker|gpus_per_worker|max_failures|steps)|evaluation\..*|bridge\.checkpoint_every"
+    r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
+    r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels)|"
+    r"prompts\.(encoders|cpus_per_encoder)|bridge\.checkpoint_every|"
+    r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight)"
 )
 
 
@@ -392,6 +521,8 @@ def _type_name(annotation: Any) -> str:
         )
     if origin in (typing.Union, types.UnionType):
         return "|".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
+    if origin is dict:
+        return "{key: value, …}"
     if origin is list:
         return f"[{_type_name(typing.get_args(annotation)[0])}, …]"
     return getattr(annotation, "__name__", str(annotation))

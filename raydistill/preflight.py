@@ -21,7 +21,9 @@ from raydistill.config import (
     to_yaml,
     validate,
 )
+from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.runs import TrackingError, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
 
 
@@ -35,10 +37,6 @@ class RunFolder:
     @property
     def path(self) -> Path:
         return self.storage / self.name
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").is_file()
 
     def recall(self) -> dict[str, Any]:
         """MLflow run ids and stage times of this run so far."""
@@ -59,6 +57,8 @@ class Inputs:
     teacher: Space
     prompts: PromptSet
     held_out: PromptSet
+    notes: tuple[str, ...] = ()  # lines that the job prints first
+    images: ImageSet | None = None  # real ones, when synthesis.images names them
 
 
 def open_run_folder(config: Config) -> RunFolder:
@@ -83,7 +83,10 @@ def open_run_folder(config: Config) -> RunFolder:
 
 def create_run_folder(run: RunFolder, config: Config) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
-    (run.path / "config.yaml").write_text(to_yaml(config.model_copy(update={"storage": str(run.storage)})))
+    uri = config.tracking.uri and mask("uri", config.tracking.uri)
+    tracking = config.tracking.model_copy(update={"uri": uri})
+    shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
+    (run.path / "config.yaml").write_text(to_yaml(shown))
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -97,31 +100,86 @@ def check_inputs(config: Config) -> Inputs:
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
+            "synthesis.images",
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
         ],
     )
     student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
+    notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
-    if config.bridge.checkpoint is not None:
-        from raydistill.bridge.model import check_pair
-
-        check_pair(resolve(config.bridge.checkpoint), student, teacher)
-    last = student.path.num_train_timesteps - 1
-    if config.student.start_timestep > last:
-        raise ConfigError(f"student.start_timestep: at most {last} for {config.student.model}")
+    _check_bridge(config, student, teacher)
     rules = (config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters)
     prompts, held_out = (
         read_prompts(resolve(path), *rules) for path in (config.prompts.path, config.evaluation.prompts)
     )
     _check_disjoint("prompts.path", prompts.prompts, held_out)
+    if config.evaluation.judge is not None:
+        _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         from raydistill.data.pairs import read_pairs
 
         pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
-    return Inputs(student, teacher, prompts, held_out)
+    images = None
+    if config.synthesis.images is not None:
+        images = open_images(
+            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
+        )
+        _check_disjoint("synthesis.images", images.prompts, held_out)
+    _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
+    return Inputs(student, teacher, prompts, held_out, notes, images)
+
+
+def _check_student(config: Config, space: Space) -> tuple[str, ...]:
+    """The student's start fits: its timestep, and the checkpoint's tensors by name and shape. Returns notes on them."""
+    last = space.path.num_train_timesteps - 1
+    if config.student.start_timestep > last:
+        raise ConfigError(f"student.start_timestep: at most {last} for {config.student.model}")
+    if config.student.unet is None:
+        return ()
+    from raydistill.spaces.onestep import open_student
+
+    checkpoint = open_student(space, resolve(config.student.unet))
+    conflict = checkpoint.start_conflict(config.student.start_timestep)
+    return (checkpoint.describe(), *([conflict] if conflict else []))
+
+
+def _check_tracking(config: Config) -> None:
+    try:
+        prepare(tracking_uri(config, check_storage(config)))
+    except TrackingError as error:
+        raise ConfigError(f"tracking.uri: {error}") from error
+
+
+def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
+    from raydistill.bridge.model import Bridge, check_pair, doublings
+
+    if config.bridge.checkpoint is not None:
+        check_pair(resolve(config.bridge.checkpoint), student, teacher)
+    elif config.bridge.projector == "identity":
+        Bridge.create(student, teacher, config.bridge)
+    else:
+        doublings(student, teacher)
+
+
+def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+    """The judge can read every prompt that it will be asked about, and answers the metric that is asked for."""
+    from raydistill.shapes.captions import ATTRIBUTES, parse
+
+    metrics = ("mean", "all", *ATTRIBUTES)
+    if config.evaluation.metric not in metrics:
+        raise ConfigError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
+    for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
+        for row, prompt in zip(some.ids, some.prompts, strict=True):
+            try:
+                parse(prompt)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{key}: row {row}: {error}; evaluation.judge reads no other prompts: evaluation.judge=null "
+                    "goes without it"
+                ) from None
 
 
 def _check_disjoint(key: str, training: list[str], held_out: PromptSet) -> None:

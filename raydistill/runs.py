@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -84,6 +85,14 @@ def _alone(uri: str) -> Iterator[None]:
         yield
 
 
+def _open_file(uri: str) -> None:
+    """Open a SQLite store's file once: MLflow retries one that cannot be opened for 100 s."""
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and path.startswith("/"):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("pragma schema_version")
+
+
 def prepare(uri: str) -> None:
     """Create or migrate the store once, before any worker opens it: parallel first uses race on migration.
 
@@ -92,6 +101,7 @@ def prepare(uri: str) -> None:
     """
     try:
         with _alone(uri):
+            _open_file(uri)
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
         raise TrackingError(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error

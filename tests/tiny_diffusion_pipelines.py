@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    PNDMScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -118,6 +121,58 @@ def save_sdxl(folder: Path, **index) -> Path:
         ),
         add_watermarker=False,
         **index,
+    ).save_pretrained(folder)
+    return folder
+
+
+def sd21_unet(latent_side: int) -> UNet2DConditionModel:
+    """Stable Diffusion 2.1's layout: linear projections, a number of heads for each level, none at the last."""
+    unet = UNet2DConditionModel(
+        sample_size=latent_side,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32, 32),
+        layers_per_block=1,
+        attention_head_dim=(2, 4, 4),  # diffusers' name for the number of heads
+        use_linear_projection=True,
+        cross_attention_dim=miniatures.TEXT_WIDTH,
+        norm_num_groups=8,
+    )
+    for name, parameter in unet.named_parameters():
+        if "attn2" in name and name.endswith("weight"):
+            parameter.data *= 4
+    return randomised(unet)
+
+
+def save_sd21(folder: Path, prediction_type: str) -> Path:
+    """A StableDiffusionPipeline folder: SD 2.1-base (epsilon, PNDM, 32 px) or SD 2.1 (v-prediction, DDIM, 48 px).
+
+    The pixels stand in the ratio of 512 to 768; schedulers are the published ones.
+    """
+    torch.manual_seed(13)
+    tokenizer = miniatures.clip_tokenizer()
+    common = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+    is_base = prediction_type == "epsilon"
+    StableDiffusionPipeline(
+        vae=vae(0.18215),
+        text_encoder=miniatures.clip_text_encoder(tokenizer).eval(),
+        tokenizer=tokenizer,
+        unet=sd21_unet(LATENT_SIDE if is_base else LATENT_SIDE * 3 // 2),
+        scheduler=PNDMScheduler(skip_prk_steps=True, **common)
+        if is_base
+        else DDIMScheduler(clip_sample=False, **common),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -265,7 +266,7 @@ def conditioned_batches(
         return
     import ray.data
 
-    _quiet()
+    quiet_ray_data()
     rows_of_slots = functools.partial(
         _rows_of_slots, prompts=ray.put(prompts), seed=seed, rank=rank, world=world, batch_size=batch_size
     )
@@ -306,13 +307,36 @@ def _slots(first: int, stop: int, in_flight_bytes: int) -> ray.data.Dataset:
     options = slots.context.execution_options
     options.preserve_order = True  # the order is part of the maths
     options.resource_limits = options.resource_limits.copy(object_store_memory=in_flight_bytes)
+    slots.context.custom_execution_callback_classes = [_unhurried()]
+    slots.context.issue_detectors_config.detectors = []
     slots.context.enable_progress_bars = False
     slots.context.print_on_execution_start = False
     return slots
 
 
-def _quiet() -> None:
-    """Keep Ray Data's lines about every execution out of the trainers' logs; its own log file still has them."""
+IDLE_S = 0.02  # pause of the executor's loop while the trainer has batches waiting
+
+
+@functools.cache
+def _unhurried() -> type:
+    """Callback that slows the executor's loop down while nobody waits for it.
+
+    Ray Data's executor runs in a thread of the process that consumes, and its loop spins without a pause while the
+    encoders are held back by a full buffer: it would take half of the trainer's time from under the interpreter's lock.
+    """
+    from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+    class Unhurried(ExecutionCallback):
+        def on_execution_step(self, executor: Any) -> None:
+            _, output = executor._output_node
+            if len(output.output_queue) > 0:
+                time.sleep(IDLE_S)
+
+    return Unhurried
+
+
+def quiet_ray_data() -> None:
+    """Keep Ray Data's lines about every execution off the screen; its own log file still has them."""
     from ray.util.debug import log_once
 
     log_once("ray_data_progress_manager_disabled")  # or it warns that `enable_progress_bars` is off

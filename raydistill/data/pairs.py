@@ -1,7 +1,9 @@
 """Pairs of latents of one picture, in both spaces: sharded parquet of (prompt, prompt_id, seed, z_T, z_S, preview).
 
 A shard is one file, pairs-NNNNN.parquet, written under another name and renamed when complete; whatever carries the
-final name is whole, so an interrupted writer goes on with the shards that `existing_shards` lacks.
+final name is whole, so an interrupted writer goes on with the shards that `existing_shards` lacks. Sets made by
+synthesis also have the columns row (position in the set), teacher and teacher_revision (whose VAE encoded z_T), and
+each of their shards says in its parquet metadata how many rows it covers and which of them failed (`about_shard`).
 
 Shapes: N rows, C×H×W normalised latents on the VAE grids, float16.
 """
@@ -9,13 +11,16 @@ Shapes: N rows, C×H×W normalised latents on the VAE grids, float16.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +32,8 @@ from raydistill.diffusion.noise import uniform
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
+ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
+ABANDONED_S = 3600  # age at which an unfinished file belongs to a writer that is gone
 
 
 class PairsError(ValueError):
@@ -70,12 +77,33 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def captioned_previews(files: Sequence[Path], count: int) -> tuple[torch.Tensor, list[str]]:
+    """At most `count` previews spread over some shards, [N, 3, H, W] in [-1, 1], and their prompts.
+
+    Shards must have previews. Only these two columns are read, of `count` shards at most.
+    """
+    chosen = [files[index * len(files) // min(count, len(files))] for index in range(min(count, len(files)))]
+    images, prompts = [], []
+    for place, file in enumerate(chosen):
+        share = (place + 1) * count // len(chosen) - place * count // len(chosen)
+        table = pq.read_table(file, columns=["prompt", "preview"])
+        share = min(share, len(table))
+        rows = table.take([index * len(table) // share for index in range(share)]) if share else table
+        prompts += rows["prompt"].to_pylist()
+        images += [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in rows["preview"].to_pylist()]
+    pixels = torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 1, 1, 3)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, prompts
+
+
 def _latent_column(latents: torch.Tensor, name: str, count: int) -> pa.Array:
     if latents.ndim != 4 or len(latents) != count:
         raise ValueError(f"{name} must be [{count}, C, H, W], not {list(latents.shape)}")
     values = np.ascontiguousarray(latents.detach().to("cpu", torch.float16).numpy())
     if not np.isfinite(values).all():
         raise ValueError(f"{name} has values that are not finite in float16")
+    if not count:  # `from_numpy_ndarray` takes no empty array
+        kind = pa.fixed_shape_tensor(pa.float16(), values.shape[1:])
+        return pa.ExtensionArray.from_storage(kind, pa.array([], kind.storage_type))
     return pa.FixedShapeTensorArray.from_numpy_ndarray(values)
 
 
@@ -88,6 +116,9 @@ def write_pairs(
     z_T: torch.Tensor,
     z_S: torch.Tensor,
     previews: Sequence[bytes | None] | None = None,
+    rows: Sequence[int] | np.ndarray | None = None,
+    teacher: tuple[str, str] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one shard atomically, replacing an older one of this index.
 
@@ -95,13 +126,17 @@ def write_pairs(
         prompts, prompt_ids, seeds: N of each.
         z_T, z_S: [N, C, H, W] normalised latents, stored as float16.
         previews: PNG bytes of the pictures, or None.
+        rows: positions in the whole set, N integers, or None for no such column.
+        teacher: name and revision of the model whose VAE encoded z_T, or None for no such columns.
+        about: what the shard says of itself, JSON (see `about_shard`); a shard with it may be empty.
 
     Raises:
         ValueError: lengths differ, a latent is not finite, or the shard is empty.
     """
     count = len(prompts)
-    if not count or len(prompt_ids) != count or len(seeds) != count or len(previews or prompts) != count:
-        raise ValueError(f"a shard needs as many prompt_ids, seeds and previews as prompts ({count}, at least 1)")
+    given = [column for column in (prompt_ids, seeds, previews, rows) if column is not None]
+    if any(len(column) != count for column in given) or not (count or about):
+        raise ValueError(f"a shard needs as many prompt_ids, seeds, previews and rows as prompts ({count}, at least 1)")
     columns = {
         "prompt": pa.array(list(prompts), pa.string()),
         "prompt_id": pa.array(np.asarray(prompt_ids, dtype=np.int64)),
@@ -111,15 +146,47 @@ def write_pairs(
     }
     if previews is not None:
         columns["preview"] = pa.array(list(previews), pa.binary())
+    if rows is not None:
+        columns["row"] = pa.array(np.asarray(rows, dtype=np.int64))
+    if teacher is not None:
+        columns |= {
+            name: pa.array([text] * count, pa.string())
+            for name, text in zip(("teacher", "teacher_revision"), teacher, strict=True)
+        }
+    table = pa.table(columns)
+    if about is not None:
+        table = table.replace_schema_metadata({ABOUT: json.dumps(about, sort_keys=True)})
     file = shard_file(folder, shard_index)
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
-        pq.write_table(pa.table(columns), unfinished, compression="zstd")
+        pq.write_table(table, unfinished, compression="zstd")
+        with unfinished.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut could leave the final name on half a file
         os.replace(unfinished, file)
     finally:
         unfinished.unlink(missing_ok=True)
     return file
+
+
+def remove_abandoned(folder: str | Path) -> None:
+    """Delete what writers that were killed in mid-write left behind, once it is an hour old."""
+    for file in Path(folder).glob(".pairs-*.parquet.*"):
+        if time.time() - file.stat().st_mtime > ABANDONED_S:
+            file.unlink(missing_ok=True)
+
+
+def about_shard(folder: str | Path, shard_index: int) -> dict[str, Any]:
+    """What a shard says of itself: "rows", how many it covers, and "failed", those of them it lacks, with reasons.
+
+    A shard from another writer, which says nothing, covers the rows that it has.
+
+    Raises:
+        PairsError: not a parquet file.
+    """
+    with _open(shard_file(folder, shard_index)) as parquet:
+        said = (parquet.metadata.metadata or {}).get(ABOUT)
+        return json.loads(said) if said else {"rows": parquet.metadata.num_rows, "failed": []}
 
 
 # -- reading --------------------------------------------------------------------------------------------

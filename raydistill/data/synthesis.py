@@ -1,53 +1,53 @@
-"""Data sets of teacher samples: prompt -> teacher's picture -> the latents of that picture in both spaces.
+"""Data sets of latent pairs: prompt -> teacher's picture -> the latents of that picture in both spaces.
 
 z_T is the teacher VAE's encoding of the decoded picture and z_S the student VAE's encoding of the same picture at the
 student's resolution (arXiv 2606.32020), so both describe one image. Row i of a set is position i of the prompt
-set's order, its noise is drawn for (seed, i), and requests always have `batch_size` samples: neither an interruption
-nor a larger count changes a row.
+set's order (or image i of a set of real images), its noise is drawn for (seed, i), and requests always have `batch_size`
+samples: neither an interruption, nor the order in which answers come, nor a larger count changes a row.
+
+Here everything happens in one process; `synthesis_stream` does the same on Ray.
 
 Shapes: B samples, C×H×W normalised latents, images [B, 3, S, S] in [-1, 1].
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-import os
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from raydistill.config import Posterior
 from raydistill.data.encode import TextEncoder
-from raydistill.data.pairs import existing_shards, png, shard_file, write_pairs
+from raydistill.data.images import BadImage, ImageSet
+from raydistill.data.models import identify
 from raydistill.data.prompts import PromptSet
+from raydistill.data.shards import Batch, PairWriter, Request, SynthesisError, SynthesisFailed
+from raydistill.data.vae import PairEncoder, previews, resized
 from raydistill.diffusion.noise import normal
 from raydistill.spaces import Conditioning, Space
 
-PREVIEW_PIXELS = 64
+__all__ = [
+    "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "SynthesisError", "SynthesisFailed", "TeacherAsker",
+    "encode_images", "encode_rows", "load_rows", "previews", "resized", "synthesise",
+]  # fmt: skip
+
 IN_FLIGHT = 2  # requests the teacher may work on while a batch is decoded here
-VAE_BATCH = 8  # pictures per VAE forward
-SETTINGS_FILE = "synthesis.json"
-
-
-class SynthesisError(ValueError):
-    """A set of teacher samples that must not be made; the message says why."""
 
 
 class Samples(Protocol):
     """Samples on their way."""
 
-    def result(self) -> torch.Tensor:
-        """Latents [B, C, H, W], float32."""
+    def result(self, check_finite: bool = True) -> torch.Tensor:
+        """Latents [B, C, H, W], float32; NaN and infinity raise unless check_finite is off."""
 
 
 class Sampler(Protocol):
@@ -73,7 +73,7 @@ class LocalSamples:
     teacher: LocalTeacher
     arguments: tuple[torch.Tensor, Conditioning, Conditioning | None, int, float]
 
-    def result(self) -> torch.Tensor:
+    def result(self, check_finite: bool = True) -> torch.Tensor:
         noise, conditioning, unconditional, steps, guidance_scale = self.arguments
         device = next(self.teacher.network.parameters()).device
 
@@ -83,6 +83,8 @@ class LocalSamples:
         latents = self.teacher.space.sample(
             self.teacher.network, noise.to(device), moved(conditioning), moved(unconditional), steps, guidance_scale
         )
+        if check_finite and not bool(torch.isfinite(latents).all()):
+            raise FloatingPointError("the teacher's samples are not finite")
         return latents.float().cpu()
 
 
@@ -105,58 +107,177 @@ class LocalTeacher:
         return LocalSamples(self, (noise, conditioning, unconditional, steps, guidance_scale))
 
 
-# -- pictures -------------------------------------------------------------------------------------------
-
-
-def resized(images: torch.Tensor, pixels: int) -> torch.Tensor:
-    """Images at `pixels` a side, bilinear with antialiasing."""
-    if images.shape[-2:] == (pixels, pixels):
-        return images
-    return F.interpolate(images, size=(pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
-
-
-def previews(images: torch.Tensor, pixels: int = PREVIEW_PIXELS) -> list[bytes]:
-    """PNG bytes of small versions of the images."""
-    small = ((resized(images.float(), pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [png(Image.fromarray(image)) for image in small.permute(0, 2, 3, 1).cpu().numpy()]
-
-
-class PairEncoder:
-    """Teacher samples -> (z_T, z_S, previews), with both VAEs loaded once."""
-
-    def __init__(self, teacher: Space, student: Space, device: str = "cpu") -> None:
-        self.teacher, self.student, self.device = teacher, student, device
-        self._teacher_vae = teacher.load_vae().to(device)
-        self._student_vae = student.load_vae().to(device)
-
-    @torch.no_grad()
-    def __call__(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Latents [B, C, H, W] of the teacher -> z_T and z_S of the decoded pictures on the CPU, and B PNGs."""
-        parts = latents.to(self.device).split(VAE_BATCH)
-        return self.encode(torch.cat([self.teacher.decode(self._teacher_vae, part) for part in parts]))
-
-    @torch.no_grad()
-    def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Pictures [B, 3, S, S] at the teacher's resolution -> z_T and z_S on the CPU, and B PNGs."""
-        z_T, z_S, pngs = [], [], []
-        for images in pictures.to(self.device).split(VAE_BATCH):
-            z_T.append(self.teacher.encode(self._teacher_vae, images).float().cpu())
-            z_S.append(self.student.encode(self._student_vae, resized(images, self.student.resolution)).float().cpu())
-            pngs += previews(images)
-        return torch.cat(z_T), torch.cat(z_S), pngs
-
-
-# -- the set --------------------------------------------------------------------------------------------
+# -- what decides the rows ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Request:
-    """Rows first … first + batch_size - 1 of the set, of which the first `kept` belong to the shard."""
+class Recipe:
+    """Everything that decides the rows of a set.
 
-    shard: int
-    first: int
-    kept: int
-    last_of_shard: bool
+    Args:
+        teacher, student: the two spaces.
+        source: prompts for the teacher, or real images.
+        count: rows in all; of real images, their number.
+        batch_size, shard_size: rows per request, and per file.
+        seed: of the order of prompts, the noise, and the posterior's samples.
+        posterior: what a VAE's latents are.
+        steps, guidance_scale: of the teacher's sampling; real images need none.
+    """
+
+    teacher: Space
+    student: Space
+    source: PromptSet | ImageSet
+    count: int
+    batch_size: int
+    shard_size: int
+    seed: int
+    posterior: Posterior = "mean"
+    steps: int = 1
+    guidance_scale: float = 1.0
+
+    @property
+    def samples(self) -> bool:
+        """Whether a teacher draws the pictures."""
+        return isinstance(self.source, PromptSet)
+
+    def writer(self, folder: str | Path, max_failed_rows: int) -> PairWriter:
+        """Open the set in a folder. Errors as in `PairWriter`."""
+        return PairWriter(
+            folder,
+            self.count,
+            self.shard_size,
+            functools.partial(self.source.at, self.seed),
+            self.seed,
+            identify(self.teacher.folder),
+            max_failed_rows,
+            self.settings(),
+        )
+
+    def encoder(self, device: str) -> PairEncoder:
+        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed)
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe as plain values, for a file beside the set."""
+        drawn = {
+            "prompts": _fingerprint(self.source),
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {
+            "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
+            "teacher_revision": identify(self.teacher.folder)[1],
+            "student": [self.student.pipeline_class, *self.student.latent_shape],
+            "student_vae_revision": identify(Path(self.student.folder, "vae"))[1],
+            **(drawn if self.samples else {"images": self.source.fingerprint}),
+            "shard_size": self.shard_size,
+            "posterior": self.posterior,
+            "seed": self.seed,
+        }
+
+
+def _fingerprint(prompts: PromptSet) -> str:
+    """Short hash of texts and ids."""
+    digest = hashlib.blake2b(prompts.ids.tobytes(), digest_size=8)
+    for prompt in prompts.prompts:
+        digest.update(prompt.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _refuse(source: str, prompts: Collection[str], forbidden: Collection[str]) -> None:
+    common = set(prompts) & set(forbidden)
+    if common:
+        raise SynthesisError(
+            f"{source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}"
+        )
+
+
+# -- rows -> pictures -> encoded rows -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AskedRows:
+    """A request's rows, of which the teacher draws the pictures."""
+
+    rows: np.ndarray
+    samples: Samples
+    failure: np.ndarray
+
+    def result(self) -> Batch:
+        """row [B], latents [B, C, H, W] float32, failure [B]; latents of failed rows are zero."""
+        latents = self.samples.result(check_finite=False)[: len(self.rows)]
+        finite = torch.isfinite(latents).flatten(1).all(1).numpy()
+        failure = np.where((self.failure == "") & ~finite, "the teacher's sample is not finite", self.failure)
+        latents[torch.from_numpy(failure != "")] = 0
+        return {"row": self.rows, "latents": latents.numpy(), "failure": failure}
+
+
+class TeacherAsker:
+    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders.
+
+    Args:
+        client: what generates.
+        recipe: whose source are prompts.
+        device: of the text encoders.
+    """
+
+    def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
+        self.client, self.recipe = client, recipe
+        self._text = TextEncoder(recipe.teacher, device=device)
+        self._empty = self._text.encode_unconditional()
+
+    def ask(self, request: Request) -> AskedRows:
+        """Send the request and return at once. It always has `batch_size` samples: fewer may round differently."""
+        recipe = self.recipe
+        rows = np.arange(request.first, request.first + recipe.batch_size)
+        conditioning = self._text.encode(recipe.source.at(recipe.seed, rows)[1])
+        finite = torch.stack(
+            [torch.isfinite(value).reshape(len(value), -1).all(1) for value in conditioning.values()]
+        ).all(0)
+        for name, value in conditioning.items():  # one bad row must not cost the others their request
+            value[~finite] = self._empty[name].to(value)
+        noise = normal(recipe.seed, rows, recipe.teacher.latent_shape, "synthesis")
+        samples = self.client.generate(noise, conditioning, self._empty, recipe.steps, recipe.guidance_scale)
+        failure = np.where(finite.numpy(), "", "the text encoders' output is not finite").astype(object)
+        return AskedRows(rows[: request.kept], samples, failure[: request.kept])
+
+
+def load_rows(images: ImageSet, request: Request, pixels: int) -> Batch:
+    """row [B], pixels [B, 3, pixels, pixels] uint8, failure [B]; pictures of failed rows are black."""
+    rows = request.rows
+    pictures = np.zeros((len(rows), 3, pixels, pixels), np.uint8)
+    failure = np.full(len(rows), "", dtype=object)
+    for place, row in enumerate(rows.tolist()):
+        try:
+            pictures[place] = images.picture(row, pixels)
+        except BadImage as bad:
+            failure[place] = str(bad)
+    return {"row": rows, "pixels": pictures, "failure": failure}
+
+
+def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
+    """What `AskedRows.result` or `load_rows` gives -> the columns that a `PairWriter` takes."""
+    # copies, since what Ray hands out is read-only and torch has no read-only tensors
+    if "pixels" in batch:
+        pictures = torch.from_numpy(batch["pixels"].copy()).to(encoder.device).float() / 127.5 - 1
+    else:
+        pictures = encoder.decode(torch.from_numpy(batch["latents"].copy()))
+    z_T, z_S, pngs = encoder.encode(pictures, batch["row"])
+    failure = batch["failure"].astype(object)
+    columns = {}
+    for name, latents in (("z_T", z_T), ("z_S", z_S)):
+        columns[name] = latents.half()
+        finite = torch.isfinite(columns[name]).flatten(1).all(1)
+        failure = np.where((failure == "") & ~finite.numpy(), f"{name} is not finite in float16", failure)
+        columns[name][~finite] = 0
+    preview = np.empty(len(pngs), dtype=object)
+    preview[:] = pngs
+    return {name: value.numpy() for name, value in columns.items()} | {
+        "row": batch["row"], "preview": preview, "failure": failure,
+    }  # fmt: skip
+
+
+# -- a set in one process ---------------------------------------------------------------------------------
 
 
 def synthesise(
@@ -172,7 +293,9 @@ def synthesise(
     steps: int,
     guidance_scale: float,
     seed: int,
+    posterior: Posterior = "mean",
     forbidden: Collection[str] = (),
+    max_failed_rows: int = 0,
     device: str = "cpu",
     progress: bool = True,
 ) -> int:
@@ -182,123 +305,87 @@ def synthesise(
         client: what generates.
         teacher, student: the two spaces; the teacher's text encoders and both VAEs are loaded here.
         prompts: row i takes position i of their order under `seed`.
-        folder: of the set; also gets synthesis.json, what the set was made with.
+        folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
         count, batch_size, shard_size: rows in all, per request, and per file.
         steps, guidance_scale: of the teacher's sampling.
         seed: of the order of prompts and of the noise.
+        posterior: what a VAE's latents are.
         forbidden: held-out prompts.
+        max_failed_rows: non-finite samples that are recorded instead of raising.
         device: of text encoders and VAEs.
         progress: show a progress bar where there is a terminal.
 
     Returns:
-        How many rows were made by this call.
+        How many rows were made by this call, failed ones among them.
 
     Raises:
         SynthesisError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.
+        SynthesisFailed: more than `max_failed_rows` rows failed.
     """
-    common = set(prompts.prompts) & set(forbidden)
-    if common:
-        raise SynthesisError(
-            f"{prompts.report.source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}"
-        )
-    folder = Path(folder)
-    _check_settings(
-        folder,
-        {
-            "teacher": [teacher.pipeline_class, *teacher.latent_shape],
-            "student": [student.pipeline_class, *student.latent_shape],
-            "prompts": _fingerprint(prompts),
-            "batch_size": batch_size,
-            "shard_size": shard_size,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "seed": seed,
-        },
-    )
-    requests = list(_missing_requests(folder, count, batch_size, shard_size))
-    if not requests:
+    _refuse(prompts.report.source, prompts.prompts, forbidden)
+    recipe = Recipe(
+        teacher, student, prompts, count, batch_size, shard_size, seed, posterior, steps, guidance_scale
+    )  # fmt: skip
+
+    def pictures(requests: Iterator[Request]) -> Iterator[Batch]:
+        return _answers(requests, TeacherAsker(client, recipe, device).ask)
+
+    return _complete(recipe, folder, max_failed_rows, device, progress, pictures)
+
+
+def encode_images(
+    images: ImageSet,
+    teacher: Space,
+    student: Space,
+    folder: str | Path,
+    *,
+    batch_size: int,
+    shard_size: int,
+    seed: int = 0,
+    posterior: Posterior = "mean",
+    forbidden: Collection[str] = (),
+    max_failed_rows: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> int:
+    """As `synthesise`, of real images: all of them, one row each."""
+    _refuse(images.source, images.prompts, forbidden)
+    recipe = Recipe(teacher, student, images, len(images), batch_size, shard_size, seed, posterior)
+
+    def pictures(requests: Iterator[Request]) -> Iterator[Batch]:
+        return (load_rows(images, request, teacher.resolution) for request in requests)
+
+    return _complete(recipe, folder, max_failed_rows, device, progress, pictures)
+
+
+def _complete(
+    recipe: Recipe,
+    folder: str | Path,
+    max_failed_rows: int,
+    device: str,
+    progress: bool,
+    pictures: Callable[[Iterator[Request]], Iterable[Batch]],
+) -> int:
+    """Make the rows that the folder lacks; returns how many."""
+    writer = recipe.writer(folder, max_failed_rows)
+    missing = writer.missing
+    if not missing:
         return 0
-    text = TextEncoder(teacher, device=device)
-    empty = text.encode_unconditional()
-
-    def ask(request: _Request) -> Samples:
-        positions = np.arange(request.first, request.first + batch_size)
-        conditioning = text.encode(prompts.at(seed, positions)[1])
-        return client.generate(
-            normal(seed, positions, teacher.latent_shape, "synthesis"), conditioning, empty, steps, guidance_scale
-        )
-
-    made = sum(request.kept for request in requests)
-    with tqdm(total=count, initial=count - made, desc="synthesis", disable=None if progress else True) as bar:
-        _write_shards(PairEncoder(teacher, student, device), prompts, folder, seed, requests, ask, bar)
-    return made
+    encoder = recipe.encoder(device)
+    with tqdm(total=recipe.count, initial=writer.done, desc="synthesis", disable=None if progress else True) as bar:
+        for batch in pictures(iter(list(writer.requests(recipe.batch_size)))):
+            writer.add(encode_rows(encoder, batch))
+            bar.update(len(batch["row"]))
+    writer.finish()
+    return missing
 
 
-def _write_shards(
-    encoder: PairEncoder, prompts: PromptSet, folder: Path, seed: int, requests: list[_Request], ask: Any, bar: tqdm
-) -> None:
-    """Decode and encode each answer, and write a shard when its last one is here."""
-    z_T, z_S, pngs, positions = [], [], [], []
-    for request, latents in _answers(requests, ask):
-        # all of them, since a smaller batch may round differently
-        for rows, made in zip((z_T, z_S, pngs), encoder(latents), strict=True):
-            rows.append(made[: request.kept])
-        positions += range(request.first, request.first + request.kept)
-        bar.update(request.kept)
-        if request.last_of_shard:
-            ids, texts = prompts.at(seed, positions)
-            seeds = [seed] * len(positions)
-            write_pairs(folder, request.shard, texts, ids, seeds, torch.cat(z_T), torch.cat(z_S), sum(pngs, []))
-            z_T, z_S, pngs, positions = [], [], [], []
-
-
-def _answers(requests: list[_Request], ask: Any) -> Iterator[tuple[_Request, torch.Tensor]]:
+def _answers(requests: Iterator[Request], ask: Callable[[Request], AskedRows]) -> Iterator[Batch]:
     """Answers in order; the next requests are sent before an answer is handed out to be decoded."""
-    pending: deque[tuple[_Request, Samples]] = deque()
+    pending: deque[AskedRows] = deque()
     for request in requests:
-        pending.append((request, ask(request)))
+        pending.append(ask(request))
         if len(pending) > IN_FLIGHT:
-            oldest, samples = pending.popleft()
-            yield oldest, samples.result()
-    for oldest, samples in pending:
-        yield oldest, samples.result()
-
-
-def _missing_requests(folder: Path, count: int, batch_size: int, shard_size: int) -> Iterator[_Request]:
-    """Requests of the shards that are not there, or that a smaller count left short."""
-    present = set(existing_shards(folder))
-    for shard, start in enumerate(range(0, count, shard_size)):
-        stop = min(start + shard_size, count)
-        if shard in present and pq.read_metadata(shard_file(folder, shard)).num_rows >= stop - start:
-            continue
-        for first in range(start, stop, batch_size):
-            kept = min(batch_size, stop - first)
-            yield _Request(shard, first, kept, first + kept == stop)
-
-
-def _fingerprint(prompts: PromptSet) -> str:
-    """Short hash of texts and ids."""
-    digest = hashlib.blake2b(prompts.ids.tobytes(), digest_size=8)
-    for prompt in prompts.prompts:
-        digest.update(prompt.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Remember what a set is made with, and refuse to mix two kinds of rows in one folder."""
-    file = folder / SETTINGS_FILE
-    if file.is_file():
-        found = json.loads(file.read_text())
-        changed = [
-            f"{key} was {found.get(key)!r}, now {settings[key]!r}"
-            for key in settings
-            if found.get(key) != settings[key]
-        ]
-        if changed and existing_shards(folder):
-            raise SynthesisError(
-                f"{folder}: holds samples of other settings ({'; '.join(changed)}); use another folder"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(settings, indent=1) + "\n")
-    os.replace(unfinished, file)
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -173,6 +173,7 @@ class Distiller:
             t_B = self._full_range_t(ids, "fake_t")
             x_t = add_noise(self.teacher_space.path, x, eps, t_B)
         prediction, features = self.fake(x_t, t_B, conditioning)
+        require_finite(prediction, "the fake score, which starts as the teacher's copy")
         wanted = target(self.teacher_space.path, self.teacher_space.prediction, x, eps, t_B)
         loss = torch.nn.functional.mse_loss(prediction.float(), wanted)
         self._update("fake", loss, self.config.fake_score.max_grad_norm)

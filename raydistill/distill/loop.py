@@ -19,6 +19,8 @@ import torch
 from raydistill.config import Config, resolve, validate
 from raydistill.progress import ProgressWatcher, write_progress
 
+FATAL_FILE = "fatal.txt"  # why a restart would fail again
+
 
 class DistillationFailed(RuntimeError):
     """A stage ended without a result; the message says why."""
@@ -48,24 +50,29 @@ def launch(stage: Stage) -> dict[str, Any]:
         DistillationFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
             cannot mend.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     config = validate(stage.config)
     if stage.path("result.json").is_file():
         return json.loads(stage.path("result.json").read_text())
     stage.path().mkdir(parents=True, exist_ok=True)
+    stage.path(FATAL_FILE).unlink(missing_ok=True)  # of an earlier attempt; whoever starts again has mended it
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
     trainer = TorchTrainer(
         train_worker,
         train_loop_config=asdict(stage),
         scaling_config=ScalingConfig(
-            num_workers=distill.workers, use_gpu=distill.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=distill.workers,
+            use_gpu=distill.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            label_selector=distill.node_labels or None,
         ),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(stage.path()),
+            logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
@@ -79,6 +86,8 @@ def launch(stage: Stage) -> dict[str, Any]:
         reasons = getattr(error, "worker_failures", None) or {"": error}
         texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
         raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
+    if stage.path(FATAL_FILE).is_file():
+        raise DistillationFailed(f"{stage.name}: {stage.path(FATAL_FILE).read_text()}")
     return json.loads(stage.path("result.json").read_text())
 
 
@@ -86,20 +95,45 @@ def launch(stage: Stage) -> dict[str, Any]:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Body of every Ray Train worker."""
-    from raydistill.tracking import SystemMetrics, Tracker
+    """Body of every Ray Train worker.
+
+    What would happen again after a restart is written down for `launch`, and the restarted workers end at once.
+    """
+    from raydistill.bridge.model import BridgeError
+    from raydistill.data.pairs import PairsError
+    from raydistill.data.prompts import PromptFileError
+    from raydistill.distill.losses import NonFiniteError
+    from raydistill.distill.state import CheckpointError
+    from raydistill.spaces import ModelFolderError
+    from raydistill.spaces.weights import WeightsError
+    from raydistill.teachers.request import NonFiniteScores
 
     stage = Stage(**settings)
+    if stage.path(FATAL_FILE).is_file():
+        return
+    try:
+        _train(stage)
+    except (
+        NonFiniteError, NonFiniteScores, BridgeError, PairsError, PromptFileError, ModelFolderError, CheckpointError,
+        WeightsError,
+    ) as error:  # fmt: skip
+        stage.path(FATAL_FILE).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _train(stage: Stage) -> None:
+    from raydistill.tracking import SystemMetrics, Tracker
+
     config = validate(stage.config)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     distiller, submit = _assemble(stage, config, world)
-    first, best = _restore(distiller)
+    first, best, score = _restore(distiller)
     batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
-    observer = Observer(stage, config, distiller, tracker, best) if rank == 0 else None
+    observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
     from raydistill.distill.schedule import distillation_step
 
     try:
@@ -138,6 +172,11 @@ def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
         rank=rank,
         world=world,
         batch_size=config.distill.batch_size,
+        dtype=config.prompts.encoder_dtype,
+        encoders=config.prompts.encoders,
+        cpus_per_encoder=config.prompts.cpus_per_encoder,
+        gpus_per_encoder=config.prompts.gpus_per_encoder,
+        threads=config.prompts.threads_per_encoder,
     )
 
 
@@ -189,15 +228,15 @@ def guidance_scale(config: Config, teacher_space: Any) -> float:
     return teacher_space.default_guidance_scale if configured is None else configured
 
 
-def load_unet(space: Any, folder: str | None) -> torch.nn.Module:
-    """The student's starting network: a folder with a UNet (diffusers layout), or the pipeline's own."""
-    from diffusers import UNet2DConditionModel
+def load_unet(space: Any, checkpoint: str | None) -> torch.nn.Module:
+    """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
 
-    if folder is None:
-        return space.load_network()
-    path = resolve(folder)
-    path = path / "unet" if (path / "unet").is_dir() else path
-    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    Raises:
+        WeightsError: the checkpoint is no student of this family, or cannot be read safely.
+    """
+    from raydistill.spaces.onestep import load_student
+
+    return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
 
 
 def load_real(folder: Path, teacher_space: Any) -> Any:
@@ -221,17 +260,17 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any) -> tuple[int, float]:
-    """(steps done, best score) of the last checkpoint, or a fresh start."""
+def _restore(distiller: Any) -> tuple[int, float, float]:
+    """(steps done, best score, last score) of the last checkpoint, or a fresh start."""
     from raydistill.distill.state import load_state
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, float("-inf")
+        return 0, float("-inf"), 0.0
     with checkpoint.as_directory() as folder:
         state, about = load_state(Path(folder))
     distiller.load_state_dict(state)
-    return about["step"], about["best"]
+    return about["step"], about["best"], about["score"]
 
 
 def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step: int) -> None:
@@ -254,12 +293,12 @@ def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step:
 class Observer:
     """Rank 0's evaluation, logging and export."""
 
-    def __init__(self, stage: Stage, config: Config, distiller: Any, tracker: Any, best: float) -> None:
+    def __init__(self, stage: Stage, config: Config, distiller: Any, tracker: Any, best: float, score: float) -> None:
         from raydistill.data.prompts import read_prompts
         from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 
         self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
-        self.best, self.score = best, 0.0
+        self.best, self.score = best, score
         self.started = time.monotonic()
         self.samples = config.distill.batch_size * config.distill.steps
         evaluation, device = config.evaluation, distiller.device
@@ -300,7 +339,8 @@ class Observer:
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:
             pictures, table = self._evaluate(self.periodic)
             metrics |= {f"eval/periodic_{key}": value for key, value in table.items()}
-            self.score = table.get(self.config.evaluation.metric, float(step))
+            # without a judge the last student counts as the best
+            self.score = table[self.config.evaluation.metric] if table else float(step)
             self._guard(step)
             from raydistill.evaluation.grids import grid
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, flatten, resolve, validate
 from raydistill.preflight import Inputs, RunFolder
+
+if TYPE_CHECKING:
+    from raydistill.data.synthesis import Recipe
+
+PAIRS_FOLDER = "pairs"  # of a run; its summary is written when the set is complete
+PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"
 
 
 class RunFailed(RuntimeError):
@@ -33,6 +39,7 @@ class Pipeline:
             tags=run_tags(config, stage),
             **more,
         )
+        self.open: list[str] = []  # MLflow runs that have not ended, the parent first
         self.parent = self._mlflow_run(config, run.name, "pipeline", None)
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
@@ -40,6 +47,7 @@ class Pipeline:
         known = self.run.recall().get("mlflow", {})
         run_id = self._open(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
         self.run.remember(mlflow=known | {stage: run_id})
+        self.open.append(run_id)
         return run_id
 
     def stage_run(self, config: Config, stage: str) -> str:
@@ -60,6 +68,12 @@ class Pipeline:
         from raydistill.tracking import Tracker
 
         Tracker(self.uri, run_id).finish(status)
+        self.open.remove(run_id)
+
+    def give_up(self, status: str) -> None:
+        """End every run that is still open, stages before their parent."""
+        for run_id in reversed(list(self.open)):
+            self.finish(run_id, status)
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
@@ -75,32 +89,81 @@ def distil(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
     with _pipeline(config, run, inputs) as pipeline:
-        if config.bridge.pairs is not None:
-            return _bridge(pipeline, str(resolve(config.bridge.pairs)))
-        service = f"teacher-{run.name}"
-        with _teachers(pipeline, config, service):
-            pairs = _synthesise(pipeline, service)
-        return _bridge(pipeline, pairs)
+        return _bridge(pipeline, _pairs_alone(pipeline))
+
+
+def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
+    """The set of pairs, nothing else; returns its folder, whose summary.json says that it is complete.
+
+    Raises:
+        RunFailed: with the reason; the run can be continued.
+    """
+    from raydistill.data.pairs import read_pairs
+    from raydistill.data.shards import FAILURES_FILE
+    from raydistill.evaluation.summary import write_summary
+    from raydistill.tracking import ui_command
+
+    with _pipeline(config, run, inputs) as pipeline:
+        folder = _pairs_alone(pipeline)
+        rows = len(read_pairs(folder))
+        failed = _recipe(config, inputs).count - rows
+        seconds = pipeline.seconds["synthesis"]
+        write_summary(
+            run.path / PAIRS_SUMMARY,
+            {
+                "folder": folder,
+                "rows": rows,
+                "failed_rows": failed,
+                "stages": {name: round(value, 1) for name, value in pipeline.seconds.items()},
+                "mlflow_run_id": pipeline.parent,
+            },
+        )
+        print(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s", flush=True)
+        if failed:
+            print(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")
+        print(f"MLflow    {ui_command(pipeline.uri)}")
+    return folder
+
+
+def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises SynthesisError if the run's folder holds rows that were made with other models, prompts or images."""
+    from raydistill.data.shards import check_settings
+
+    check_settings(run.path / PAIRS_FOLDER, _recipe(config, inputs).settings())
 
 
 @contextmanager
 def _pipeline(config: Config, run: RunFolder, inputs: Inputs) -> Iterator[Pipeline]:
     """Open the run's MLflow parent and close it with the status that the block deserves."""
     from raydistill.bridge.loop import BridgeTrainingFailed
+    from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
+    from raydistill.runs import TrackingError
     from raydistill.teachers.client import TeacherError
 
-    pipeline = Pipeline(config, run, inputs)
+    try:
+        pipeline = Pipeline(config, run, inputs)
+    except TrackingError as error:
+        raise RunFailed(f"{type(error).__name__}: {error}") from error
     print(f"run {run.name} in {run.path}", flush=True)
     print(f"prompts: {inputs.prompts.report}", flush=True)
+    if inputs.images is not None:
+        print(f"images: {inputs.images}", flush=True)
+    for note in inputs.notes:
+        print(note, flush=True)
     try:
         yield pipeline
-    except (DistillationFailed, BridgeTrainingFailed, TeacherError) as error:
-        pipeline.finish(pipeline.parent, "FAILED")
-        raise RunFailed(str(error)) from error
+    except (
+        DistillationFailed, BridgeTrainingFailed, SynthesisFailed, TeacherError, TrackingError, ValueError, OSError,
+    ) as error:  # fmt: skip
+        pipeline.give_up("FAILED")
+        raise RunFailed(f"{type(error).__name__}: {error}") from error
     except KeyboardInterrupt:
-        pipeline.finish(pipeline.parent, "KILLED")
+        pipeline.give_up("KILLED")
         raise RunFailed("interrupted") from None
+    except BaseException:
+        pipeline.give_up("FAILED")
+        raise
     pipeline.finish(pipeline.parent)
 
 
@@ -118,10 +181,15 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
         real = config.discriminator.real_data
         real_folder = str(resolve(real)) if real else pairs
         results["distill"] = _distillation(
-            pipeline, "distill", config, str(resolve(bridge)) if bridge else None, real_folder, service
+            pipeline,
+            "distill",
+            config,
+            str(resolve(bridge)) if bridge else None,
+            real_folder,
+            service if config.vsd.weight > 0 else None,
         )
         if "no_vsd" in config.controls:
-            control = _changed(config, {"vsd": {"weight": 0.0}})
+            control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = _distillation(
                 pipeline, "no_vsd", control, str(resolve(bridge)) if bridge else None, real_folder, None
             )
@@ -132,7 +200,8 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
     return results
 
 
-def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
+def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration with other values of some sections. Raises ConfigError."""
     tree = config.model_dump()
     for section, values in changes.items():
         tree[section] |= values
@@ -141,7 +210,7 @@ def _changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
 
 def shared_space(config: Config) -> Config:
     """Plain DMD2 from the student's own multi-step model: identity Bridge, VSD only, the family's default guidance."""
-    return _changed(
+    return changed(
         config,
         {
             "teacher": {"model": config.student.model, "guidance_scale": None},
@@ -186,32 +255,60 @@ def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
     return table
 
 
-def _synthesise(pipeline: Pipeline, service: str) -> str:
-    """Teacher samples for the Bridge and the discriminator; goes on where it stopped."""
-    from raydistill.data.synthesis import synthesise
-    from raydistill.distill.loop import guidance_scale
-    from raydistill.teachers.client import TeacherClient
+def _pairs_alone(pipeline: Pipeline) -> str:
+    """Pairs for stages that need no teachers themselves; real images, and pairs that are there, need none either."""
+    config, service = pipeline.config, f"teacher-{pipeline.run.name}"
+    if config.bridge.pairs is not None or config.synthesis.images is not None:
+        return _synthesise(pipeline, None)
+    with _teachers(pipeline, config, service):
+        return _synthesise(pipeline, service)
 
-    config, inputs = pipeline.config, pipeline.inputs
-    folder = pipeline.run.path / "pairs"
+
+def _synthesise(pipeline: Pipeline, service: str | None) -> str:
+    """Pairs for the Bridge and the discriminator, of teacher samples or real images; goes on where it stopped."""
+    from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
+    from raydistill.progress import ProgressWatcher
+    from raydistill.teachers.client import TeacherClient
+    from raydistill.tracking import Tracker
+
+    config, run = pipeline.config, pipeline.run
     if config.bridge.pairs is not None:
         return str(resolve(config.bridge.pairs))
+    folder, progress = run.path / PAIRS_FOLDER, run.path / "synthesis-progress.json"
+    recipe = _recipe(config, pipeline.inputs)
+    client = TeacherClient(service, config.teachers) if recipe.samples else None
     with pipeline.timed("synthesis"):
-        synthesise(
-            TeacherClient(service, config.teachers),
-            inputs.teacher,
-            inputs.student,
-            inputs.prompts,
-            folder,
-            count=config.synthesis.count,
-            batch_size=config.synthesis.batch_size,
-            shard_size=config.synthesis.shard_size,
-            steps=config.teacher.sampling_steps,
-            guidance_scale=guidance_scale(config, inputs.teacher),
-            seed=config.run.seed,
-            forbidden=set(inputs.held_out.prompts),
-        )
+        run_id = pipeline.stage_run(config, "synthesis")
+        tracker = Tracker(pipeline.uri, run_id)
+        log = SynthesisLog(tracker, progress, config.evaluation.grid)
+        try:
+            with ProgressWatcher(progress, "synthesis", "row"):
+                synthesise_on_ray(recipe, folder, config.synthesis, client, log)
+            log.finish(folder, recipe.count)
+        finally:
+            tracker.close()
+        pipeline.finish(run_id)
     return str(folder)
+
+
+def _recipe(config: Config, inputs: Inputs) -> Recipe:
+    """What decides the rows of the run's pairs."""
+    from raydistill.data.synthesis import Recipe
+    from raydistill.distill.loop import guidance_scale
+
+    synthesis = config.synthesis
+    return Recipe(
+        inputs.teacher,
+        inputs.student,
+        inputs.prompts if inputs.images is None else inputs.images,
+        synthesis.count if inputs.images is None else len(inputs.images),
+        synthesis.batch_size,
+        synthesis.shard_size,
+        config.run.seed,
+        synthesis.posterior,
+        config.teacher.sampling_steps,
+        guidance_scale(config, inputs.teacher),
+    )
 
 
 def _bridge(pipeline: Pipeline, pairs: str) -> str:

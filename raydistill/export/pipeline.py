@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from raydistill.spaces.base import Space
+from raydistill.spaces.base import Space, without_bars
 
 
 class ExportError(ValueError):
@@ -253,17 +253,18 @@ def export_student(
     if dtype not in (torch.float16, torch.float32):
         raise ExportError(f"export dtype {dtype}: float16 or float32")
     scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        space.folder,
-        unet=network,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-        dtype=dtype,
-        use_safetensors=True,
-    )
+    with without_bars():
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            space.folder,
+            unet=network,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+            dtype=dtype,
+            use_safetensors=True,
+        )
     with _replacing(folder) as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")

@@ -31,7 +31,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No progress bar of diffusers: every worker would show one for a part of a second."""
     shown = diffusers.utils.logging.is_progress_bar_enabled()
     diffusers.utils.logging.disable_progress_bar()
@@ -92,7 +92,7 @@ class Space(ABC):
         without = {self.network_name: None, "vae": None} | self.unused_parts
         self._check_text_parts(without)
         try:
-            with _without_bars():
+            with without_bars():
                 pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
         except OSError as error:
             raise ModelFolderError(f"{self.folder}: {error}") from error

@@ -103,8 +103,11 @@ class PendingScores:
         except (RayError, RayServeException) as error:
             log.warning("teacher %s cannot be reached yet: %s", client.name, one_line(error))
 
-    def result(self) -> torch.Tensor:
+    def result(self, check_finite: bool = True) -> torch.Tensor:
         """Wait for the scores [B, C, H, W], float32.
+
+        Args:
+            check_finite: refuse NaN and infinity; a caller that switches this off must look for them itself.
 
         Raises:
             TeacherUnavailable: the service stayed away for `retry_for_s`.
@@ -112,8 +115,10 @@ class PendingScores:
             TeacherError: the request cannot be answered.
         """
         if self._scores is None:
-            self._scores = self._checked(self._await_answer())
+            self._scores = self._of_right_shape(self._await_answer())
             self._response = self._payload = None
+        if check_finite:
+            self._refuse_non_finite(self._scores)
         return self._scores
 
     def _ask(self) -> None:
@@ -181,12 +186,16 @@ class PendingScores:
             text,
         )
 
-    def _checked(self, answer: np.ndarray) -> torch.Tensor:
+    def _of_right_shape(self, answer: np.ndarray) -> torch.Tensor:
         import torch
 
         if answer.shape != self._shape:
             raise TeacherError(f"teacher {self._client.name} answered with shape {answer.shape}, not {self._shape}")
-        scores = torch.from_numpy(answer.copy())  # what Ray hands out is read-only shared memory
+        return torch.from_numpy(answer.copy())  # what Ray hands out is read-only shared memory
+
+    def _refuse_non_finite(self, scores: torch.Tensor) -> None:
+        import torch
+
         finite = torch.isfinite(scores).flatten(1).all(1)
         if not bool(finite.all()):
             bad = (~finite).nonzero().flatten().tolist()
@@ -195,7 +204,6 @@ class PendingScores:
                 f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "
                 f"{', '.join(map(self._label, bad[:8]))}{more}"
             )
-        return scores
 
 
 def _worth_retrying(error: Exception) -> bool:

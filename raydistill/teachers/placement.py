@@ -21,9 +21,16 @@ def bundles(config: Teachers) -> list[dict[str, float]]:
     return [{"CPU": COORDINATOR_CPUS}, *(dict(rank) for _ in range(config.shards))]
 
 
+def label_selectors(config: Teachers) -> list[dict[str, str]] | None:
+    """Labels that the node of each bundle must carry; None: any node will do."""
+    return [dict(config.node_labels) for _ in bundles(config)] if config.node_labels else None
+
+
 def fits(config: Teachers) -> bool:
     """Whether all replicas fit the nodes as they are, if nothing else ran on them."""
-    free = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    wanted_labels = config.node_labels.items()
+    nodes = (node for node in ray.nodes() if node["Alive"] and wanted_labels <= (node.get("Labels") or {}).items())
+    free = [dict(node["Resources"]) for node in nodes]
     coordinator, rank, *_ = bundles(config)
     wanted = [rank] * (config.shards * config.replicas) + [coordinator] * config.replicas
     for bundle in wanted:
@@ -42,10 +49,13 @@ def requested_against_available(config: Teachers) -> str:
     total, free = ray.cluster_resources(), ray.available_resources()
     have = ", ".join(f"{_floor(free.get(kind, 0))} of {total.get(kind, 0):g} {kind} free" for kind in ("CPU", "GPU"))
     nodes = sum(node["Alive"] for node in ray.nodes())
+    labels = ", ".join(f"{key}={value}" for key, value in config.node_labels.items())
     return (
         f"requested {config.replicas} replica(s) x {config.shards} rank(s) of {per_rank} = "
         f"{ranks * config.cpus_per_rank + config.replicas * COORDINATOR_CPUS:g} CPU, {ranks * config.gpus_per_rank:g} GPU; "
-        f"the cluster has {have} on {nodes} node(s). Lower teachers.replicas, teachers.cpus_per_rank or "
+        f"the cluster has {have} on {nodes} node(s)"
+        + (f", of which ranks may only use those labelled {labels}" if labels else "")
+        + ". Lower teachers.replicas, teachers.cpus_per_rank or "
         "teachers.gpus_per_rank, or add nodes"
     )
 

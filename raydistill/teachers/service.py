@@ -110,10 +110,20 @@ class TeacherReplica:
             failed = any(answer.exception() for answer in done)
             if failed and pending:
                 _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
-            self._judge([answer.exception() if answer.done() else None for answer in answers], len(pending), failed)
+            errors = [answer.exception() if answer.done() else None for answer in answers]
+            if all(isinstance(error, TeacherError) for error in errors):
+                await self._recover()
+            self._judge(errors, len(pending), failed)
             if self._broken is not None:
                 raise ReplicaBroken(self._broken)
             return np.concatenate([answer.result() for answer in answers])
+
+    async def _recover(self) -> None:
+        """Make all ranks ready for the next request after one that they all refused."""
+        answers = [asyncio.wrap_future(rank.recover.remote().future()) for rank in self._ranks]
+        _, pending = await asyncio.wait(answers, timeout=STRAGGLER_S)
+        if pending or any(answer.exception() for answer in answers):
+            self._give_up("ranks did not come together again after a refused request")
 
     def _judge(self, errors: list[BaseException | None], silent: int, failed: bool) -> None:
         """Ranks that all refuse blame the request (raises TeacherError); any other failure is the group's."""
@@ -165,14 +175,16 @@ def launch(model_folder: str, config: Teachers, name: str) -> None:
         raise TeacherStartError(f"teachers.gpus_per_rank={config.gpus_per_rank}: NCCL needs a whole GPU for each rank")
     if not placement.fits(config) and not placement.autoscaler_present():
         raise TeacherStartError(f"teacher {name} cannot be placed: {placement.requested_against_available(config)}")
+    selectors = placement.label_selectors(config)
     application = TeacherReplica.options(
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy="PACK",
+        **({"placement_group_bundle_label_selector": selectors} if selectors else {}),
     ).bind(str(Path(model_folder).resolve()), config.model_dump())
     try:
-        serve.start(proxy_location="Disabled")
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         target = serve.RunTarget(application, name=name, route_prefix=None)
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
     except BaseException:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ class TeacherRank:
         self.rank, self.world = rank, world
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
+        # DeepSpeed still calls it by its old name.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
         # All ranks import at once, rather than the others after rank 0 has said where to meet.
         import raydistill.spaces  # noqa: F401
         import raydistill.teachers.zero3  # noqa: F401
@@ -97,7 +100,6 @@ class TeacherRank:
                     rows = np.minimum(np.arange(start, start + size), batch - 1)
                     results.append(forward(payload, rows)[: max(0, batch - start)].float().cpu())
         except Exception as error:
-            self._recover()
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
         return torch.cat(results).numpy()
@@ -107,10 +109,11 @@ class TeacherRank:
         if found != expected:
             raise TeacherError(f"latents have shape {found} a sample; {self.space.folder} works on {expected}")
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """After a forward that failed on every rank alike: free what it left gathered, and see that all ranks are here.
 
-        A lost rank makes the barrier raise, or wait until the coordinator gives this group up.
+        Asked for by the coordinator once all ranks have reported, never by a rank that fails: the others may still be
+        inside a forward, and both sides would wait for each other.
         """
         import torch
 

@@ -1,17 +1,20 @@
 """jobs/distill.py as a user starts it: a two-step configuration of the embedded world."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -34,6 +37,93 @@ def command(storage, *overrides):
 
 def job(storage, *overrides, timeout=400):
     return subprocess.run(command(storage, *overrides), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+
+
+class Job:
+    """A job of its own, whose processes can be told from all others: they inherit a mark, and Ray's session has its pid."""
+
+    MARK = "RAYDISTILL_TEST_JOB"
+
+    def __init__(self, folder, storage, *overrides):
+        self.mark, self.log = uuid.uuid4().hex, folder / "job.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command(storage, *overrides), stdout=log, stderr=log, cwd=ROOT, env=os.environ | {self.MARK: self.mark}
+            )
+        self.started = time.monotonic()
+
+    def processes(self, title=""):
+        """Every live process of this job, whoever its parent is by now; or only those that Ray calls `title`."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(process.cmdline())
+                if title not in line or process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                if title and title in " ".join(process.parent().cmdline()):
+                    continue  # forked from it, and not yet something else
+                session = "session_" in line and f"_{self.process.pid}/" in line
+                if session or process.environ().get(self.MARK) == self.mark:
+                    found.append(process)
+        return found
+
+    def text(self):
+        return self.log.read_text()
+
+    def until(self, reached, timeout=300, pause=0.02):
+        deadline = time.monotonic() + timeout
+        while not reached():
+            assert self.process.poll() is None, self.text()
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(pause)
+
+    def wait(self, timeout=400, watch=()):
+        """(exit code, {title: pids seen}) of the job, which is looked at twice a second."""
+        seen, deadline = {title: set() for title in watch}, time.monotonic() + timeout
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, self.text()
+            for title, pids in seen.items():
+                pids |= {process.pid for process in self.processes(title)}
+            time.sleep(0.5)
+        return self.process.returncode, seen
+
+    def left(self, patience=20):
+        """What is still alive although the job has ended; nothing is killed here."""
+        deadline = time.monotonic() + patience
+        while (processes := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return [(process.pid, process.name()) for process in processes]
+
+
+@contextlib.contextmanager
+def started(folder, storage, *overrides):
+    job = Job(folder, storage, *overrides)
+    try:
+        yield job
+    finally:  # of a test that failed; after a good one there is nothing to kill
+        for process in job.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        job.process.kill()
+        job.process.wait()
+
+
+def mlflow_runs(storage, name):
+    """(parent, {stage: child}) of a run in the store of `storage`."""
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    ids = json.loads((storage / name / "run.json").read_text())["mlflow"]
+    parent = client.get_run(ids["pipeline"])
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    return parent, {child.data.tags["stage"]: child for child in children}
+
+
+def history(storage, run, key):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    return {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, key)}
 
 
 def exported(folder):
@@ -103,7 +193,7 @@ def test_the_export_draws_in_a_process_without_raydistill(finished, tmp_path):
         "sys.meta_path.insert(0, Block())\n"
         "import torch\n"
         "from diffusers import StableDiffusionPipeline\n"
-        "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32)\n"
+        "pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
         "image = pipe('a small red circle at the left on a white background', num_inference_steps=1,\n"
         "             guidance_scale=0, generator=torch.Generator().manual_seed(0)).images[0]\n"
         "assert image.size == (32, 32)\n"
@@ -148,6 +238,131 @@ def test_a_killed_job_goes_on_under_the_same_mlflow_run_with_the_same_numbers(fi
     summary = json.loads((tmp_path / "killed" / "summary.json").read_text())
     assert summary["mlflow_run_id"] == run_id
     assert same_weights(exported(storage / "whole"), exported(tmp_path / "killed"))
+
+
+def test_a_teacher_rank_killed_during_distillation_delays_it_and_changes_no_bit(finished, tmp_path):
+    storage, _ = finished
+    with started(tmp_path, tmp_path, "run.name=struck") as job:
+        job.until((tmp_path / "struck" / "distill" / "before.json").is_file)  # the first step comes next
+        ranks = {process.pid for process in job.processes("ray::TeacherRank")}
+        assert len(ranks) == 2
+        os.kill(max(ranks), signal.SIGKILL)
+        code, seen = job.wait(watch=["ray::TeacherRank"])
+        assert code == 0, job.text()
+        assert job.left() == []
+    assert len(seen["ray::TeacherRank"] - ranks) == 2, "the whole group is replaced, once"
+    waits = [history(place, mlflow_runs(place, name)[1]["distill"], "time/wait_teacher")
+             for place, name in ((storage, "whole"), (tmp_path, "struck"))]  # fmt: skip
+    assert max(waits[1].values()) > 2 + max(waits[0].values()), waits
+    assert same_weights(exported(storage / "whole"), exported(tmp_path / "struck"))
+
+
+def test_two_workers_train_the_student_and_both_controls(finished, tmp_path):
+    storage, _ = finished
+    workers = ("distill.workers=2", "distill.cpus_per_worker=0.3")
+    with started(tmp_path, tmp_path, "run.name=both", "controls=[no_vsd,shared_space]", *workers) as job:
+        code, seen = job.wait(600, watch=["ray::RayTrainWorker"])
+        assert code == 0, job.text()
+        assert job.left() == []
+        text = job.text()
+    assert len(seen["ray::RayTrainWorker"]) == 3 * 2
+    assert text.count("control:") == 2
+    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    assert summary["controls"].keys() == {"no_vsd", "shared_space"}
+    for table in summary["controls"].values():
+        assert {"mean", "size", "color", "shape", "position", "background"} <= table.keys()
+        assert all(0 <= value <= 1 for value in table.values())
+    parent, children = mlflow_runs(tmp_path, "both")
+    assert children.keys() == {"distill", "no_vsd", "shared_space"}
+    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
+    losses = {stage: {key for key in run.data.metrics if key.startswith("loss/")} for stage, run in children.items()}
+    assert losses == {
+        "distill": {"loss/vsd", "loss/fake", "loss/gan", "loss/discriminator"},
+        "no_vsd": {"loss/fake", "loss/gan", "loss/discriminator"},
+        "shared_space": {"loss/vsd", "loss/fake"},
+    }
+    assert children["shared_space"].data.params["teacher.model"] == "shapes:sd15"
+    for run in children.values():
+        assert set(history(tmp_path, run, "loss/fake")) == {1, 2}
+    # eight samples an update instead of four
+    assert not same_weights(exported(storage / "whole"), exported(tmp_path / "both"))
+
+
+def test_a_run_without_a_bridge_makes_pairs_and_trains_its_own(tmp_path):
+    from raydistill.bridge.model import Bridge
+    from raydistill.data.pairs import read_pairs
+    from raydistill.shapes import WEIGHTS
+    from raydistill.spaces import load_space
+
+    settings = ("bridge.checkpoint=null", "bridge.steps=2", "bridge.batch_size=8", "synthesis.count=64")
+    with started(tmp_path, tmp_path, "run.name=own", *settings, "discriminator.real_data=null") as job:
+        code, _ = job.wait(600)
+        assert code == 0, job.text()
+        assert job.left() == []
+    folder = tmp_path / "own"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"synthesis", "bridge", "distill"} <= summary["stages"].keys()
+    pairs = read_pairs(folder / "pairs")
+    assert len(pairs) == 64
+    assert not set(pairs.prompts()) & set((WEIGHTS / "heldout.txt").read_text().splitlines())
+    student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
+    bridge = Bridge.load(folder / "bridge", student, teacher)
+    rows = pairs.rows(range(8))
+    with torch.no_grad():
+        assert bridge(rows.z_S.float()).shape == rows.z_T.shape
+    parent, children = mlflow_runs(tmp_path, "own")
+    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
+    losses = {
+        key: history(tmp_path, children["bridge"], key)[2]
+        for key in ("loss/bridge", "loss/latent_l1", "loss/attention")
+    }
+    assert losses["loss/attention"] > 0
+    assert losses["loss/bridge"] == pytest.approx(losses["loss/latent_l1"] + losses["loss/attention"], rel=1e-5)
+    assert {"loss/vsd", "loss/gan"} <= children["distill"].data.metrics.keys()
+
+
+@pytest.fixture(scope="module")
+def broken_teacher(tmp_path_factory):
+    """The shipped teacher with one tensor of NaN."""
+    from raydistill.shapes import WEIGHTS
+
+    folder = tmp_path_factory.mktemp("teacher") / "flux"
+    shutil.copytree(WEIGHTS / "flux", folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    weights["proj_out.weight"].fill_(float("nan"))
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("when", ["from the start", "since its evaluation"])
+def test_a_teacher_of_nan_is_named_and_asked_no_second_time(finished, broken_teacher, tmp_path, when):
+    storage, _ = finished
+    if when == "since its evaluation":  # so that it is found out by a worker, which Ray Train would restart
+        (tmp_path / "nan").mkdir()
+        for name in ("teacher.json", "teacher.safetensors"):
+            shutil.copy(storage / "whole" / name, tmp_path / "nan" / name)
+    with started(
+        tmp_path, tmp_path, "run.name=nan", f"teacher.model={broken_teacher}", "distill.max_failures=3"
+    ) as job:
+        code, seen = job.wait(watch=["ray::RayTrainWorker"])
+        seconds = time.monotonic() - job.started
+        assert code == 1, job.text()
+        assert job.left() == []
+        (message,) = [line for line in job.text().splitlines() if line.startswith("error: ")]
+    parent, children = mlflow_runs(tmp_path, "nan")
+    assert parent.info.status == "FAILED"
+    if when == "from the start":
+        assert "teacher-nan answered with NaN or infinity for 8 of 8 samples" in message
+        assert seen["ray::RayTrainWorker"] == set()
+        assert children == {}
+    else:
+        assert "NonFiniteError: the fake score, which starts as the teacher's copy: not finite" in message
+        # the second only reads why the first one ended
+        assert 1 <= len(seen["ray::RayTrainWorker"]) <= 2
+        assert {stage: run.info.status for stage, run in children.items()} == {"distill": "FAILED"}
+    assert seconds < 200
+    assert not (tmp_path / "nan" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

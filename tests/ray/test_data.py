@@ -168,3 +168,14 @@ def test_wrong_numbers_are_refused(stream, changes, said):
     settings = {"first": 0, "stop": 7} | changes
     with pytest.raises(ValueError, match=said):
         next(stream(settings.pop("first"), settings.pop("stop"), **settings))
+
+
+def test_waiting_batches_leave_the_trainers_processor_alone(stream):
+    """Ray Data's executor lives in the trainer's process; while its buffer is full it must not spin there."""
+    batches = stream(0, 2000, in_flight_bytes=1 << 20)
+    next(batches)
+    time.sleep(5)  # until the buffers are full
+    before = time.process_time()
+    time.sleep(4)
+    share = (time.process_time() - before) / 4
+    assert share < 0.3  # of one processor; a spinning loop takes all that it gets

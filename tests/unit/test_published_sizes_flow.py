@@ -1,11 +1,10 @@
 """The flow families at their published sizes: real configuration files on the meta device, no weights.
 
-tests/model_configs/*.json hold the configuration files of the public models, by their path in the model's folder.
+raydistill/model_configs/*.json hold the configuration files of the public models, by their path in the model's folder.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from raydistill.config import FakeScore as FakeScoreConfig
 from raydistill.distill.fake_score import FakeScore
+from raydistill.model_configs import write_folder
 from raydistill.spaces import load_space
 
-CONFIGS = Path(__file__).parent.parent / "model_configs"
 # Billions of transformer parameters and millions of VAE parameters, as published with the weights. The names round
 # more: FLUX.1 is "12B", [klein] "4B", Z-Image "6B". SD 3.5 Medium is "2.5B" with its table of positions (0.23 B),
 # which is stored but not trained.
@@ -41,10 +40,7 @@ SHIFT = {
 
 def space_of(name: str, folder: Path):
     """The Space of a folder with these configuration files."""
-    for path, config in json.loads((CONFIGS / f"{name}.json").read_text()).items():
-        (folder / path).parent.mkdir(exist_ok=True)
-        (folder / path).write_text(json.dumps(config))
-    return load_space(folder)
+    return load_space(write_folder(name, folder))
 
 
 def on_meta(config: dict) -> torch.nn.Module:

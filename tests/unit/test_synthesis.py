@@ -1,17 +1,35 @@
-"""Sets of teacher samples: both latents describe one picture, and no interruption changes a row."""
+"""Sets of teacher samples: both latents describe one picture, no interruption or order of arrival changes a row, and
+rows that fail are recorded."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
+import random
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from raydistill.data.pairs import existing_shards, load_pairs
+from raydistill.data.models import identify
+from raydistill.data.pairs import existing_shards, load_pairs, read_pairs, shard_file
 from raydistill.data.prompts import PromptSet
-from raydistill.data.synthesis import LocalTeacher, PairEncoder, SynthesisError, resized, synthesise
+from raydistill.data.synthesis import (
+    LocalTeacher,
+    PairEncoder,
+    Recipe,
+    SynthesisError,
+    SynthesisFailed,
+    TeacherAsker,
+    encode_rows,
+    resized,
+    synthesise,
+)
 from raydistill.diffusion.noise import normal
 from raydistill.spaces import load_space
 
@@ -30,10 +48,15 @@ def local(spaces):
 
 
 @pytest.fixture(scope="module")
-def whole(local, spaces, tmp_path_factory):
+def whole_folder(local, spaces, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert synthesise(local, *spaces, PROMPTS, folder, count=7, **SETTINGS) == 7
-    return load_pairs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(whole_folder):
+    return load_pairs(whole_folder)
 
 
 def pillow_resized(images, pixels: int) -> torch.Tensor:
@@ -135,14 +158,192 @@ def test_rows_of_other_settings_are_not_mixed(spaces, local, tmp_path):
         synthesise(local, *spaces, PromptSet(["else"]), tmp_path, count=7, **SETTINGS)
 
 
-def test_pair_encoder_does_not_depend_on_the_batch_beyond_rounding(spaces):
+def test_bits_of_a_row_do_not_depend_on_its_batch(spaces):
     encoder = PairEncoder(*spaces)
     latents = normal(0, range(11), spaces[0].latent_shape, "latents")
     z_T, z_S, pngs = encoder(latents)
     assert z_T.shape == latents.shape
     assert z_S.shape == (11, *spaces[1].latent_shape)
-    assert len(pngs) == 11
-    torch.testing.assert_close(z_T[9:], encoder(latents[9:])[0], rtol=1e-4, atol=1e-4)
+    alone = encoder(latents[9:])
+    assert torch.equal(z_T[9:], alone[0])
+    assert torch.equal(z_S[9:], alone[1])
+    assert pngs[9:] == alone[2]
+
+
+def test_posterior_samples_are_the_rows_own_draws_around_the_mean(spaces):
+    teacher, student = spaces
+    pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoder = PairEncoder(teacher, student, posterior="sample", seed=8)
+    z_T, z_S, _ = encoder.encode(pictures, [4, 0, 9])
+    for space, images, z, purpose in (
+        (teacher, pictures, z_T, "posterior_T"),
+        (student, resized(pictures, 32), z_S, "posterior_S"),
+    ):
+        with torch.no_grad():
+            posterior = space.load_vae().encode(images).latent_dist
+        noise = normal(8, [4, 0, 9], space.latent_shape, purpose)
+        expected = space.normalise(posterior.mean + posterior.logvar.mul(0.5).exp() * noise)
+        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(z, space.normalise(posterior.mean), atol=1e-2)
+    again, _, _ = encoder.encode(pictures[1:2], [0])
+    assert torch.equal(again[0], z_T[1])
+    with pytest.raises(ValueError, match="rows must be given"):
+        encoder.encode(pictures)
+
+
+# -- order of arrival ---------------------------------------------------------------------------------------
+
+
+def recipe(spaces, count, **changes) -> Recipe:
+    return Recipe(*spaces, PROMPTS, count, **SETTINGS | changes)
+
+
+@pytest.fixture(scope="module")
+def encoded(local, spaces, tmp_path_factory):
+    """Encoded batches of rows 0 … 6, in order."""
+    told = recipe(spaces, 7)
+    asker, encoder = TeacherAsker(local, told), told.encoder("cpu")
+    requests = told.writer(tmp_path_factory.mktemp("empty"), 0).requests(2)
+    return [encode_rows(encoder, asker.ask(request).result()) for request in requests]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_order_of_arrival_changes_no_byte(whole_folder, encoded, spaces, tmp_path, seed):
+    writer = recipe(spaces, 7).writer(tmp_path, 0)
+    batches = [split for batch in encoded for split in halves(batch)]
+    random.Random(seed).shuffle(batches)
+    written = [file.name for batch in batches for file in writer.add(batch)]
+    writer.finish()
+    assert sorted(written) == ["pairs-00000.parquet", "pairs-00001.parquet"]
+    for name in written:
+        assert (tmp_path / name).read_bytes() == (whole_folder / name).read_bytes()
+
+
+def halves(batch):
+    return [{name: value[part] for name, value in batch.items()} for part in (slice(0, 1), slice(1, None))]
+
+
+def test_a_row_that_comes_twice_counts_once_and_a_missing_one_is_named(encoded, spaces, tmp_path):
+    writer = recipe(spaces, 7).writer(tmp_path, 0)
+    assert writer.add(encoded[0]) == writer.add(encoded[0]) == []
+    assert (writer.done, writer.missing) == (2, 5)
+    assert [file.name for file in writer.add(encoded[1])] == ["pairs-00000.parquet"]
+    assert writer.add(encoded[1]) == []
+    writer.add(encoded[3])
+    with pytest.raises(SynthesisFailed, match="2 rows were not made, the first of them row 4"):
+        writer.finish()
+    assert existing_shards(tmp_path) == [0]
+
+
+def test_rows_say_where_they_come_from(whole_folder, spaces):
+    table = pq.read_table(shard_file(whole_folder, 1))
+    assert table["row"].to_pylist() == [4, 5, 6]
+    name, revision = identify(spaces[0].folder)
+    assert set(table["teacher"].to_pylist()) == {name}
+    assert set(table["teacher_revision"].to_pylist()) == {revision}
+
+
+# -- failures -----------------------------------------------------------------------------------------------
+
+
+class Overflows:
+    """A teacher whose pictures of some noises are not finite."""
+
+    def __init__(self, teacher, rows) -> None:
+        self.teacher = teacher
+        self.noise = normal(5, rows, teacher.space.latent_shape, "synthesis")
+
+    def generate(self, noise, *arguments):
+        samples = self.teacher.generate(noise, *arguments)
+        hit = torch.tensor([any(torch.equal(one, bad) for bad in self.noise) for one in noise])
+
+        class Spoilt:
+            def result(self, check_finite=True):
+                latents = samples.result()
+                latents[hit, 0, 0, 0] = float("nan")
+                return latents
+
+        return Spoilt()
+
+
+def failures(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "failures.jsonl").read_text().splitlines()]
+
+
+def test_failed_rows_are_recorded_and_cost_no_other_row(whole, spaces, local, tmp_path):
+    teacher = Overflows(local, [2, 5])
+    assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=2, **SETTINGS) == 7
+    left = [0, 1, 3, 4, 6]
+    pairs = load_pairs(tmp_path)
+    assert torch.equal(pairs.z_T, whole.z_T[left])
+    assert torch.equal(pairs.z_S, whole.z_S[left])
+    assert pairs.prompts == [whole.prompts[row] for row in left]
+    assert [(entry["row"], entry["prompt_id"], entry["prompt"], entry["reason"]) for entry in failures(tmp_path)] == [
+        (row, int(whole.prompt_ids[row]), whole.prompts[row], "the teacher's sample is not finite") for row in (2, 5)
+    ]
+    (tmp_path / "failures.jsonl").unlink()  # it is made from the shards
+    assert synthesise(StopsAfter(local, 0), *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=2, **SETTINGS) == 0
+    assert [entry["row"] for entry in failures(tmp_path)] == [2, 5]
+
+
+def test_too_many_failures_end_the_set_and_a_higher_limit_continues_it(spaces, local, tmp_path):
+    teacher = Overflows(local, [1, 2, 5])
+    with pytest.raises(
+        SynthesisFailed, match=r"3 rows failed, more than synthesis.max_failed_rows=2; .*row 5: the teach"
+    ):
+        synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=2, **SETTINGS)
+    assert [entry["row"] for entry in failures(tmp_path)] == [1, 2, 5]
+    assert existing_shards(tmp_path) == [0]
+    assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=3, **SETTINGS) == 3
+    assert len(load_pairs(tmp_path)) == 4
+    assert [entry["row"] for entry in failures(tmp_path)] == [1, 2, 5]
+
+
+def test_a_shard_whose_rows_all_failed_is_complete_and_empty(whole, spaces, local, tmp_path):
+    teacher = Overflows(local, range(4))
+    assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=9, **SETTINGS) == 7
+    assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=9, **SETTINGS) == 0
+    pairs = read_pairs(tmp_path)
+    assert len(pairs) == 3
+    assert torch.equal(pairs.rows([2, 0]).z_T, whole.z_T[[6, 4]])
+
+
+def poisoned(folder, copy):
+    """A copy of a FLUX folder whose CLIP does not survive the word "blue"."""
+    shutil.copytree(folder, copy)
+    file = copy / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    from transformers import CLIPTokenizer
+
+    (token,) = CLIPTokenizer.from_pretrained(copy / "tokenizer")("blue", add_special_tokens=False).input_ids
+    (name,) = [name for name in weights if name.endswith("token_embedding.weight")]
+    weights[name][token] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    return copy
+
+
+def test_a_prompt_that_the_text_encoder_cannot_read_fails_alone(whole, spaces, local, flux_folder, tmp_path):
+    space = load_space(poisoned(flux_folder, tmp_path / "model"))
+    teacher = dataclasses.replace(local, space=space)
+    synthesise(teacher, space, spaces[1], PROMPTS, tmp_path / "set", count=7, max_failed_rows=7, **SETTINGS)
+    blue = [row for row, prompt in enumerate(whole.prompts) if "blue" in prompt]
+    assert [entry["row"] for entry in failures(tmp_path / "set")] == blue
+    assert {entry["reason"] for entry in failures(tmp_path / "set")} == {"the text encoders' output is not finite"}
+    left = [row for row in range(7) if row not in blue]
+    assert torch.equal(load_pairs(tmp_path / "set").z_T, whole.z_T[left])
+
+
+def test_rows_of_a_retrained_teacher_are_not_mixed(spaces, local, flux_folder, tmp_path):
+    synthesise(local, *spaces, PROMPTS, tmp_path / "set", count=1, **SETTINGS)
+    shutil.copytree(flux_folder, tmp_path / "retrained")
+    (file,) = (tmp_path / "retrained" / "transformer").glob("*.safetensors")
+    save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file, {"format": "pt"})
+    other = load_space(tmp_path / "retrained")
+    with pytest.raises(SynthesisError, match="teacher_revision was"):
+        synthesise(local, other, spaces[1], PROMPTS, tmp_path / "set", count=7, **SETTINGS)
+
+
+# -- pictures -----------------------------------------------------------------------------------------------
 
 
 def test_resizing_averages_instead_of_skipping_pixels():

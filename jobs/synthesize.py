@@ -1,0 +1,24 @@
+"""Make a set of latent pairs: the teacher draws the prompts (or synthesis.images names real images), and the VAEs of
+teacher and student encode each picture. The result is <storage>/<run.name>/pairs, to be named in bridge.pairs or
+discriminator.real_data. A run is resumed by starting it again with the same run.name."""
+
+from __future__ import annotations
+
+import sys
+
+from raydistill.distill.pipeline import PAIRS_SUMMARY, check_pairs_folder, pairs_only
+from raydistill.job import run_job
+
+UNUSED = {  # of other stages: what they name need not fit this teacher
+    "bridge": {"checkpoint": None, "pairs": None},
+    "discriminator": {"real_data": None},
+    "evaluation": {"judge": None},
+}
+
+
+def main() -> int:
+    return run_job(__doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

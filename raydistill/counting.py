@@ -1,0 +1,519 @@
+"""Counting without computing: the project's own step on tensors that have shapes but no numbers ("meta" tensors).
+
+Parameters, FLOPs and live bytes are those of the networks and of the code that trains them, at any size, in seconds
+and without memory. FLOPs are torch.utils.flop_counter's (a multiply-add is two); elementwise work is not in them. Bytes
+are those of live tensors: what a CUDA allocator rounds up, kernels' workspace and the CUDA context come on top.
+Attention is counted as the fused kernel that GPUs run, which stores no attention map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydistill import config as configuration
+from raydistill.bridge.attention import AttentionProbe, sample_rows
+from raydistill.bridge.losses import bridge_loss
+from raydistill.bridge.model import Bridge, read_description
+from raydistill.config import Config, local_path
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.hub import cached
+from raydistill.model_configs import HUB_MODELS, write_folder
+from raydistill.spaces import Conditioning, Space, load_space
+
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
+
+
+# -- modes ----------------------------------------------------------------------------------------------
+
+
+class WithoutNumbers(TorchDispatchMode):
+    """What asks a meta tensor for its numbers gets an answer: `.item()` and `bool()` 1, so that checks pass, `.cpu()` 0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 1.0
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
+            device = kwargs.get("device")
+            if device is not None and device.type != "meta":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention on meta tensors as the memory-efficient CUDA kernel, which has the same FLOPs as flash attention.
+
+    torch's own function is exchanged for the length of the block: a mode would be off while checkpointed blocks run again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if query.device.type != "meta":
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+        if attn_mask is not None:
+            attn_mask = torch.empty(*query.shape[:-1], key.shape[-2], dtype=query.dtype, device="meta")
+        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_graph, dropout_p, is_causal, scale=scale
+        )[0]
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of tensors on `device` that are alive, and the most there ever were; counts from when it is entered."""
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device, self.live, self.peak = device, 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
+                self.watch(leaf)
+        return result
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, address, storage.nbytes())
+
+    def _freed(self, address: int, nbytes: int) -> None:
+        self._known.discard(address)
+        self.live -= nbytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a piece of code did: floating point operations, and the most live bytes during it."""
+
+    flops: float
+    peak: int
+
+
+def count(memory: LiveBytes, part: Callable[[], Any]) -> Work:
+    """Run a part on meta tensors; `memory` must be active (see `counted`) and goes on from what is alive."""
+    memory.peak = memory.live
+    with FlopCounterMode(display=False) as flops:
+        result = part()
+    del result
+    return Work(flops.get_total_flops(), memory.peak)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[LiveBytes]:
+    """Everything inside the block may run on meta tensors."""
+    with WithoutNumbers(), fused_attention(), LiveBytes() as memory:
+        yield memory
+
+
+# -- networks -------------------------------------------------------------------------------------------
+
+
+def open_space(model: str) -> Space:
+    """The Space of a folder or of a hub model (whose configuration files are in the package, or else in the cache).
+
+    Its networks come without weights, on the meta device.
+
+    Raises:
+        ConfigError: a hub model that is neither known nor cached.
+        ModelFolderError: not a pipeline folder of a known family.
+    """
+    folder = local_path(model)
+    name = HUB_MODELS.get(model.partition("@")[0])
+    if folder.exists() or name is None:
+        space = load_space(folder if folder.exists() else cached(model))
+    else:
+        temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
+        space = load_space(write_folder(name, temporary.name))
+        weakref.finalize(space, temporary.cleanup)
+    space.load_part = partial(empty_part, space)
+    return space
+
+
+def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A diffusers network of the folder on the meta device, frozen."""
+    config = space.part_config(name)
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    return network.to(dtype).eval().requires_grad_(False)
+
+
+def empty_text_encoders(space: Space) -> dict[str, nn.Module]:
+    """The text encoders that model_index.json names, by their part's name, on the meta device."""
+    encoders = {}
+    for part, entry in space.index.items():
+        if part.startswith("text_encoder") and isinstance(entry, list) and entry[1] is not None:
+            library = "diffusers.pipelines.kolors" if entry[0] == "kolors" else entry[0]
+            network_class = getattr(importlib.import_module(library), entry[1])
+            config = network_class.config_class(**space.part_config(part))
+            with torch.device("meta"):
+                encoders[part] = network_class(config).eval().requires_grad_(False)
+    return encoders
+
+
+def text_lengths(space: Space) -> dict[str, int]:
+    """Tokens that each text encoder reads, as the family's `encode_prompts` asks for them."""
+    family = type(space).__name__
+    fixed = {"KolorsSpace": 256, "PixArtSigmaSpace": 300}
+    longest = {"FluxSpace": ("tokenizer_2", 512), "StableDiffusion3Space": ("tokenizer_3", 256)}
+    longest |= {"Flux2KleinSpace": ("tokenizer", 512), "ZImageSpace": ("tokenizer", 512)}
+    lengths = {}
+    for part, entry in space.index.items():
+        if part.startswith("tokenizer") and isinstance(entry, list) and entry[1] is not None:
+            settings = json.loads(Path(space.folder, part, "tokenizer_config.json").read_text())
+            length = settings["model_max_length"]
+            if longest.get(family, (None,))[0] == part:
+                length = min(length, longest[family][1])
+            lengths[part.replace("tokenizer", "text_encoder")] = fixed.get(family, length)
+    return lengths
+
+
+def conditioning_layout(space: Space) -> Layout:
+    """Names, shapes of one sample and dtypes of what the family's `encode_prompts` returns."""
+    config, lengths = space.part_config(space.network_name), text_lengths(space)
+    family, real = type(space).__name__, torch.float32
+    if family in ("SDXLSpace", "KolorsSpace"):
+        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+        return {
+            "prompt_embeds": ((lengths["text_encoder"], width), real),
+            "pooled_prompt_embeds": ((pooled,), real),
+            "time_ids": ((6,), torch.int64),
+        }
+    if family == "StableDiffusionSpace":
+        return {"prompt_embeds": ((lengths["text_encoder"], config["cross_attention_dim"]), real)}
+    if family == "PixArtSigmaSpace":
+        length = lengths["text_encoder"]
+        layout: Layout = {
+            "prompt_embeds": ((length, config["caption_channels"]), real),
+            "prompt_attention_mask": ((length,), torch.int64),
+        }
+        sizes = {"resolution": ((2,), torch.int64), "aspect_ratio": ((1,), real)}
+        return layout | (sizes if space.takes_sizes else {})
+    if family == "StableDiffusion3Space":
+        length = lengths["text_encoder"] + lengths["text_encoder_3"]
+        return {
+            "prompt_embeds": ((length, config["joint_attention_dim"]), real),
+            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), real),
+        }
+    if family == "FluxSpace":
+        return {
+            "prompt_embeds": ((lengths["text_encoder_2"], config["joint_attention_dim"]), real),
+            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), real),
+        }
+    if family == "Flux2KleinSpace":
+        return {"prompt_embeds": ((lengths["text_encoder"], config["joint_attention_dim"]), real)}
+    if family == "ZImageSpace":
+        return {
+            "prompt_embeds": ((lengths["text_encoder"], config["cap_feat_dim"]), real),
+            "prompt_tokens": ((), torch.int64),
+        }
+    raise NotImplementedError(f"planning does not know the conditioning of {family}")
+
+
+def empty_conditioning(layout: Layout, batch: int, dtype: torch.dtype = torch.float32) -> Conditioning:
+    """Meta tensors [B, …]; real-valued ones in `dtype`."""
+    return {
+        name: torch.empty(batch, *shape, dtype=dtype if kind.is_floating_point else kind, device="meta")
+        for name, (shape, kind) in layout.items()
+    }
+
+
+def _filled(layout: Layout, role: str, batch: int) -> dict[str, np.ndarray]:
+    """Columns of a batch as the encoders make them, of zeros."""
+    return {
+        f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
+        for name, (shape, kind) in layout.items()
+    }
+
+
+# -- parts of a run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of one trainer's state, which it holds between steps."""
+
+    student: int  # with its EMA
+    fake_frozen: int
+    fake_trained: int
+    bridge: int
+    discriminator: int
+    optimizers: int
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One worker's step: its state, and what make, one fake update and the student update do."""
+
+    weights: Weights
+    held: int  # bytes between steps
+    make: Work
+    fake: Work
+    student: Work
+    gradients: dict[str, int]  # bytes that are averaged over the workers, by optimizer
+
+    @property
+    def peak(self) -> int:
+        return max(self.make.peak, self.fake.peak, self.student.peak)
+
+
+def numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def bridge_settings(config: Config) -> configuration.Bridge:
+    """Architecture of the Bridge that is used: the saved one's where bridge.checkpoint names one that is here."""
+    checkpoint = config.bridge.checkpoint
+    if checkpoint is None or not local_path(checkpoint).exists():
+        return config.bridge
+    return config.bridge.model_copy(update=read_description(local_path(checkpoint))["architecture"])
+
+
+def empty_bridge(config: Config, student: Space, teacher: Space) -> Bridge:
+    with torch.device("meta"):
+        return Bridge.create(student, teacher, bridge_settings(config))
+
+
+def distiller(config: Config, student: Space, teacher: Space, batch: int, device: str = "meta") -> Distiller:
+    """The worker's Distiller, fed with endless batches of zeros."""
+    layouts = {"student": conditioning_layout(student), "teacher": conditioning_layout(teacher)}
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        while True:
+            columns = {"sample_id": np.arange(batch)}
+            for role, layout in layouts.items():
+                columns |= _filled(layout, role, batch)
+            yield columns
+
+    table = {
+        name: torch.zeros(1, *shape, dtype=kind, device=device)
+        for name, (shape, kind) in conditioning_layout(teacher).items()
+    }
+    real = Real(torch.zeros(1, *teacher.latent_shape, device=device), table, torch.zeros(1, dtype=torch.long))
+    bridge = empty_bridge(config, student, teacher)
+    several = config.distill.workers > 1
+    return Distiller(
+        config, student, teacher, student.load_network(), bridge, teacher.load_network(),
+        real if config.discriminator.weight > 0 else None, batches(),
+        torch._utils._flatten_dense_tensors if several else lambda gradients: None, device,
+    )  # fmt: skip
+
+
+def can_recompute(space: Space) -> bool:
+    """Whether the network's class can recompute its activations in the backward pass."""
+    return getattr(diffusers, space.part_config(space.network_name)["_class_name"])._supports_gradient_checkpointing
+
+
+def count_trainer(
+    config: Config, student: Space, teacher: Space, batch: int | None = None, recompute: bool = False
+) -> Trainer:
+    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors.
+
+    Args:
+        recompute: as if student and fake score recomputed the activations of their blocks.
+    """
+    with counted() as memory:
+        worker = distiller(config, student, teacher, batch or config.distill.batch_size)
+        if recompute:
+            worker.student.enable_gradient_checkpointing()
+            worker.fake.network.enable_gradient_checkpointing()
+        for module in (worker.student, worker.bridge, worker.fake, worker.ema):
+            for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
+                memory.watch(tensor)
+        scores = torch.empty(batch or config.distill.batch_size, *teacher.latent_shape, device="meta")
+        x0_real = scores if config.vsd.weight > 0 else None
+
+        made: list[Any] = []
+        works, before = [], []
+        for part in (
+            lambda: made.append(worker.make()),
+            worker.fake_update,
+            lambda: worker.student_update(made.pop(), x0_real),
+        ):
+            before.append(memory.live)
+            works.append(count(memory, part))
+        held = memory.live
+        # Later steps start with the optimizers' state that this first one has built up.
+        make, fake, updated = (Work(w.flops, w.peak + held - b) for w, b in zip(works, before, strict=True))
+        trained = list(worker.fake.trainable().values())
+        frozen = {id(parameter) for parameter in trained}
+        ema = [] if worker.ema is None else worker.ema.parameters()
+        discriminator = [] if worker.discriminator is None else list(worker.discriminator.parameters())
+        weights = Weights(
+            student=nbytes(worker.student.parameters()) + nbytes(ema),
+            fake_frozen=nbytes(p for p in worker.fake.parameters() if id(p) not in frozen),
+            fake_trained=nbytes(trained),
+            bridge=nbytes(worker.bridge.parameters()),
+            discriminator=nbytes(discriminator),
+            optimizers=sum(
+                nbytes(value for value in state.values() if isinstance(value, torch.Tensor))
+                for optimizer in worker.optimizers.values()
+                for state in optimizer.state.values()
+            ),
+        )
+        gradients = {"student": nbytes(worker.student.parameters()), "fake": nbytes(trained)}
+        if discriminator:
+            gradients["discriminator"] = nbytes(discriminator)
+        return Trainer(weights, held, make, fake, updated, gradients)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen teacher: its size, and one forward of `samples` scored samples (two networks' rows with CFG)."""
+
+    parameters: int
+    buffers: int  # elements
+    piece: int  # elements of the largest part that ZeRO-3 gathers at once
+    samples: int
+    score: Work  # one guided x0 estimate; the peak is without weights
+    evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
+
+
+def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teacher:
+    """One forward of teachers.slice samples in teachers.dtype, as a rank computes it."""
+    from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE
+
+    dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
+    layout = conditioning_layout(teacher)
+    with counted() as memory:
+        network = teacher.load_network(dtype)
+        for tensor in (*network.parameters(), *network.buffers()):
+            memory.watch(tensor)
+        before = memory.live
+        x_t, t_B = torch.empty(samples, *teacher.latent_shape, device="meta"), torch.empty(samples, device="meta")
+        conditioning, empty = empty_conditioning(layout, samples, dtype), empty_conditioning(layout, 1, dtype)
+        rows: list[int] = []
+        network.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+        )
+        with torch.no_grad():
+            score = count(memory, lambda: teacher.predict_x0(network, x_t, t_B, conditioning, empty, guidance_scale))
+        return Teacher(
+            parameters=numel(network),
+            buffers=sum(buffer.numel() for buffer in network.buffers()),
+            piece=_largest_piece(network, min(PIECE_NUMEL, numel(network) * PIECE_SHARE)),
+            samples=samples,
+            score=Work(score.flops, score.peak - before),
+            evaluations=rows[0] // samples,
+        )
+
+
+def _largest_piece(module: nn.Module, limit: float) -> int:
+    """Elements of the largest module that zero3.py gathers in one piece, by the same rule as there."""
+    largest = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    for child in module.children():
+        container = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+        fits = not container and numel(child) <= limit
+        largest = max(largest, numel(child) if fits else _largest_piece(child, limit))
+    return largest
+
+
+@dataclass(frozen=True)
+class BridgeTraining:
+    """One Bridge step of one worker."""
+
+    parameters: int  # of the projector, which is trained
+    prior: int  # elements of the frozen decoder blocks
+    probe: int  # elements of the teacher's first blocks
+    step: Work
+
+
+def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> BridgeTraining:
+    """One step of `batch` pairs: the loss of the configuration, its gradient, Adam."""
+    settings = bridge_settings(config)
+    with counted() as memory:
+        bridge = empty_bridge(config, student, teacher).train()
+        probe, inputs = None, {}
+        if settings.attention.weight > 0:
+            dtype = getattr(torch, config.teachers.dtype)
+            probe = AttentionProbe(teacher, teacher.load_network(dtype), settings.attention)
+            inputs = {
+                "probe": probe,
+                "noise": torch.empty(batch, *teacher.latent_shape, device="meta"),
+                "conditioning": empty_conditioning(conditioning_layout(teacher), batch),
+                "rows": sample_rows(0, 0, settings.attention.rows),
+            }
+        if settings.gradient_checkpointing:
+            bridge.projector.gradient_checkpointing = True
+            if probe:
+                probe.network.enable_gradient_checkpointing()
+        modules = [bridge, *([probe.network] if probe else [])]
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                memory.watch(tensor)
+        optimizer = torch.optim.Adam(bridge.trainable_parameters(), betas=(0.0, 0.999))
+        z_S = torch.empty(batch, *student.latent_shape, device="meta")
+        z_T = torch.empty(batch, *teacher.latent_shape, device="meta")
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss, _ = bridge_loss(bridge(z_S), z_T, settings.attention.weight, **inputs)
+            loss.backward()
+            optimizer.step()
+
+        before = memory.live
+        first = count(memory, step)
+        work = Work(first.flops, first.peak + memory.live - before)  # as the next step, which has Adam's state
+        trained = sum(p.numel() for p in bridge.trainable_parameters())
+        return BridgeTraining(trained, numel(bridge) - trained, numel(probe.network) if probe else 0, work)
+
+
+def count_text(space: Space) -> dict[str, tuple[int, float]]:
+    """Parameters, and FLOPs of one prompt, of each text encoder."""
+    lengths, result = text_lengths(space), {}
+    for part, encoder in empty_text_encoders(space).items():
+        with counted() as memory, torch.no_grad():
+            ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
+            result[part] = numel(encoder), count(memory, lambda e=encoder, i=ids: e(i)).flops
+    return result
+
+
+def count_vae(space: Space) -> tuple[int, float, float]:
+    """Parameters of a VAE, and FLOPs of encoding and of decoding one picture."""
+    vae = space.load_vae()
+    channels, height, width = space.latent_shape
+    with counted() as memory, torch.no_grad():
+        image = torch.empty(1, 3, space.resolution, space.resolution, device="meta")
+        encode = count(memory, lambda: vae.encode(image).latent_dist.mode())
+        decode = count(memory, lambda: vae.decode(torch.empty(1, channels, height, width, device="meta")))
+    return numel(vae), encode.flops, decode.flops

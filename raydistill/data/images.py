@@ -1,0 +1,297 @@
+"""Real images with captions: a folder (captions in .txt files of the same name) or parquet (a caption column).
+
+Listing opens no image: it reads names, sizes and captions, so that what is wrong with the set as a whole is said before
+anything starts, while one bad image is a row that fails (`BadImage`).
+
+Row i of a set is image i in the order of file names, then of rows. A caption's id is the 1-based row of its first
+occurrence; an image without a caption has an id of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
+
+Listing = list[tuple[str, int]]  # (name, what else tells one version from another: bytes or rows)
+
+
+class ImagesError(ValueError):
+    """Images that cannot be used; the message names the path and the reason."""
+
+
+class BadImage(Exception):
+    """Why one row has no picture; the text names the file, and the row where a file has several."""
+
+
+class ImageSet:
+    """Images as rows 0 … N - 1.
+
+    Attributes:
+        source: path of the set.
+        prompts: N captions, "" where there is none.
+        ids: int64 [N], see the top of this file.
+        bad_captions: row -> why its caption cannot be read.
+    """
+
+    source: str
+
+    def __init__(self, source: Path, listing: Listing, captions: Sequence[str | None], bad: dict[int, str]) -> None:
+        self.source = str(source)
+        self.prompts = [" ".join((caption or "").split()) for caption in captions]
+        self.bad_captions = bad
+        first: dict[str, int] = {}
+        ids = [first.setdefault(text, row) if text else row for row, text in enumerate(self.prompts, start=1)]
+        self.ids = np.asarray(ids, dtype=np.int64)
+        digest = hashlib.blake2b(repr(listing).encode(), digest_size=8)
+        for prompt in self.prompts:
+            digest.update(prompt.encode() + b"\n")
+        self.fingerprint = digest.hexdigest()  # of names, sizes and captions
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __str__(self) -> str:
+        return f"{self.source}: {len(self)} images, {sum(map(bool, self.prompts))} with captions"
+
+    def at(self, seed: int, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, list[str]]:
+        """(ids [B], captions) of some rows; as `PromptSet.at`, but the order has no seed."""
+        rows = np.asarray(rows, dtype=np.int64)
+        return self.ids[rows], [self.prompts[row] for row in rows]
+
+    def picture(self, row: int, pixels: int) -> np.ndarray:
+        """One picture [3, pixels, pixels], uint8: upright, on white, centre-cropped to a square.
+
+        Raises:
+            BadImage: it, or its caption, cannot be read.
+        """
+        name = self.name(row)
+        if row in self.bad_captions:
+            raise BadImage(f"{name}: {self.bad_captions[row]}")
+        return decoded(self.read(row), name, pixels)
+
+    def name(self, row: int) -> str:
+        """How messages call a row."""
+        raise NotImplementedError
+
+    def read(self, row: int) -> bytes:
+        """The encoded image. Raises BadImage."""
+        raise NotImplementedError
+
+
+def decoded(data: bytes, name: str, pixels: int) -> np.ndarray:
+    """An encoded image as uint8 [3, pixels, pixels]. Raises BadImage."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.split(";")[0] in DEEP_MODES:
+                raise BadImage(f"{name}: {image.mode} has more than 8 bits a channel")
+            upright = ImageOps.exif_transpose(image)
+            if upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            square = ImageOps.fit(upright.convert("RGB"), (pixels, pixels), Image.Resampling.BICUBIC)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise BadImage(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+# -- a folder -------------------------------------------------------------------------------------------
+
+
+class FolderImages(ImageSet):
+    """Images in a folder and its subfolders; hidden files are left out."""
+
+    def __init__(self, folder: Path) -> None:
+        listing = sorted(_image_files(folder))
+        if not listing:
+            raise ImagesError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
+        self.folder, self.files = folder, [name for name, _ in listing]
+        captions, bad = [], {}
+        for row, name in enumerate(self.files):
+            try:
+                captions.append((folder / name).with_suffix(".txt").read_text(encoding="utf-8-sig"))
+            except FileNotFoundError:
+                captions.append(None)
+            except (OSError, UnicodeDecodeError) as error:
+                captions.append(None)
+                bad[row] = f"the caption cannot be read ({type(error).__name__})"
+        super().__init__(folder, listing, captions, bad)
+
+    def name(self, row: int) -> str:
+        return self.files[row]
+
+    def read(self, row: int) -> bytes:
+        try:
+            return (self.folder / self.files[row]).read_bytes()
+        except OSError as error:
+            raise BadImage(f"{self.files[row]}: {error.strerror}") from None
+
+
+def _image_files(folder: Path) -> Listing:
+    """(name relative to the folder, bytes) of every image file."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(parent, name)
+            if file.suffix.lower() in SUFFIXES and not name.startswith("."):
+                found.append((file.relative_to(folder).as_posix(), file.stat().st_size if file.exists() else -1))
+    return found
+
+
+# -- parquet --------------------------------------------------------------------------------------------
+
+
+class ParquetImages(ImageSet):
+    """Images in a column of one or more parquet files: bytes, or structs with a field `bytes`."""
+
+    def __init__(self, source: Path, files: Sequence[Path], image_column: str, caption_column: str | None) -> None:
+        self.files = [str(file) for file in files]
+        self.column = image_column
+        lengths, captions = [], []
+        for file in files:
+            count, texts = _read_captions(file, image_column, caption_column)
+            lengths.append(count)
+            captions += texts
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])
+        if not captions:
+            raise ImagesError(f"{source}: no rows")
+        listing = list(zip((file.name for file in files), lengths, strict=True))
+        super().__init__(source, listing, [text for text, _ in captions], dict(_bad(captions)))
+
+    def _place(self, row: int) -> tuple[str, int]:
+        """(file, row in it)."""
+        index = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.files[index], int(row - self.starts[index])
+
+    def name(self, row: int) -> str:
+        file, inside = self._place(row)
+        return f"{Path(file).name}, row {inside + 1}"
+
+    def read(self, row: int) -> bytes:
+        file, inside = self._place(row)
+        try:
+            group, start = _group_of(file, inside)
+            value = _group(file, group, self.column)[inside - start].as_py()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise BadImage(f"{self.name(row)}: {' '.join(str(error).split())[:200]}") from None
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not data:
+            raise BadImage(f"{self.name(row)}: no bytes in column {self.column!r}")
+        return data
+
+
+def _read_captions(
+    file: Path, image_column: str, caption_column: str | None
+) -> tuple[int, list[tuple[str | None, str | None]]]:
+    """(rows, [(caption, why it cannot be read)]) of one file, whose columns are checked."""
+    try:
+        with pq.ParquetFile(file) as parquet:
+            schema = parquet.schema_arrow
+            _check_column(file, schema, image_column, "synthesis.image_column", _holds_bytes, "bytes")
+            if caption_column is None and "caption" not in schema.names:
+                return parquet.metadata.num_rows, [(None, None)] * parquet.metadata.num_rows
+            name = caption_column or "caption"
+            _check_column(file, schema, name, "synthesis.caption_column", _holds_text, "strings")
+            column = parquet.read(columns=[name])[name]
+            # as bytes, since one undecodable string would otherwise spoil the whole column
+            value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+            return len(column), [_text(raw) for raw in column.cast(value).cast(pa.large_binary()).to_pylist()]
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ImagesError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _check_column(
+    file: Path, schema: pa.Schema, name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str
+) -> None:
+    if name not in schema.names:
+        raise ImagesError(f"{file}: no column {name!r} ({key}); the file has: {', '.join(map(repr, schema.names))}")
+    if not fits(schema.field(name).type):
+        raise ImagesError(f"{file}: column {name!r} ({key}) holds {schema.field(name).type}, not {wanted}")
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        index = kind.get_field_index("bytes")
+        return index >= 0 and _holds_bytes(kind.field(index).type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value)
+
+
+def _text(raw: bytes | None) -> tuple[str | None, str | None]:
+    try:
+        return (None if raw is None else raw.decode()), None
+    except UnicodeDecodeError:
+        return None, "the caption is not valid UTF-8"
+
+
+def _bad(captions: Sequence[tuple[str | None, str | None]]) -> Any:
+    return ((row, why) for row, (_, why) in enumerate(captions) if why)
+
+
+@functools.lru_cache(maxsize=64)
+def _group_starts(file: str) -> np.ndarray:
+    """First row of each row group, and the number of rows."""
+    metadata = pq.read_metadata(file)
+    return np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
+
+
+def _group_of(file: str, row: int) -> tuple[int, int]:
+    """(row group that holds a row, its first row)."""
+    starts = _group_starts(file)
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return group, int(starts[group])
+
+
+@functools.lru_cache(maxsize=2)  # neighbouring rows are read one after the other
+def _group(file: str, group: int, column: str) -> pa.ChunkedArray:
+    with pq.ParquetFile(file) as parquet:
+        return parquet.read_row_group(group, columns=[column])[column]
+
+
+# -- either ---------------------------------------------------------------------------------------------
+
+
+def open_images(path: str | Path, image_column: str = "image", caption_column: str | None = None) -> ImageSet:
+    """List a folder of image files, a parquet file, or a folder of parquet files.
+
+    Args:
+        path: what to open.
+        image_column: of parquet files.
+        caption_column: of parquet files; None: "caption" where there is one, else no captions.
+
+    Raises:
+        ImagesError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix.lower() != ".parquet":
+            raise ImagesError(f"{path}: neither a folder nor a .parquet file")
+        return ParquetImages(path, [path], image_column, caption_column)
+    if not path.is_dir():
+        raise ImagesError(f"{path}: no such file or folder")
+    tables = sorted(path.glob("*.parquet"))
+    if not tables:
+        return FolderImages(path)
+    if _image_files(path):
+        raise ImagesError(f"{path}: has parquet files and image files; name one kind")
+    return ParquetImages(path, tables, image_column, caption_column)

@@ -1,0 +1,253 @@
+"""Data sets of latent pairs on Ray: what `synthesis` does in one process, as stages of a Ray Data stream.
+
+    requests ──► askers (text encoders) ──► encoders (both VAEs) ──► driver: shards, failures, progress
+                   ▲ │ teacher service
+                   └─┘
+    requests ──► tasks that read images ──► encoders ──► driver
+
+A block is one request, blocks come in any order, and the driver places rows by their number. A stage that loses an
+actor runs its blocks again; rows are pure functions of their number, so that changes none of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ray
+import ray.data
+import torch
+from ray.exceptions import RayError
+
+from raydistill.config import Synthesis
+from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
+from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
+from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request, SynthesisFailed
+from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
+from raydistill.progress import write_progress
+from raydistill.teachers import placement
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import TeacherError, one_line
+
+if TYPE_CHECKING:
+    from raydistill.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+ROOM_PATIENCE_S = 60.0  # how long the actors may wait for resources where no node can be added
+RATE_WINDOW = 16  # requests over which the throughput is measured
+
+Watcher = Callable[[PairWriter, list[Path]], None]
+
+
+def synthesise_on_ray(
+    recipe: Recipe,
+    folder: str | Path,
+    settings: Synthesis,
+    client: TeacherClient | None = None,
+    watch: Watcher = lambda writer, written: None,
+) -> int:
+    """Write the rows that a folder lacks to pairs-*.parquet; complete shards that are already there are kept.
+
+    Args:
+        recipe: what decides the rows. Its model folders, and images, must exist on every node.
+        folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
+        settings: how many actors, what each reserves, and how many rows may fail.
+        client: of the teacher service; None for real images.
+        watch: called with the writer, and the shards just written, whenever rows arrive.
+
+    Returns:
+        How many rows were made by this call, failed ones among them.
+
+    Raises:
+        SynthesisError: the folder's set was made with other settings.
+        SynthesisFailed: too many rows failed, the actors cannot be placed, or they failed.
+        TeacherError: the service cannot answer.
+    """
+    writer = recipe.writer(folder, settings.max_failed_rows)
+    missing = writer.missing
+    if missing:
+        _wait_for_room(settings, pools=2 if recipe.samples else 1)
+        batches = _encoded(recipe, list(writer.requests(recipe.batch_size)), settings, client)
+        try:
+            for batch in batches:
+                watch(writer, writer.add(batch))
+        except RayError as error:
+            raise _plain(error) from error
+        finally:
+            batches.close()
+    writer.finish()
+    return missing
+
+
+# -- the stages -----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch(recipe: ray.ObjectRef) -> Recipe:
+    """One copy per process."""
+    return ray.get(recipe)
+
+
+class _Asker:
+    """Draws the pictures of one request after the other; several threads wait for the service at once."""
+
+    def __init__(self, recipe: ray.ObjectRef, client: TeacherClient, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._asker = TeacherAsker(client, _fetch(recipe), device)
+        self._alone = threading.Lock()  # the text encoders' cache is not for several threads
+
+    def __call__(self, requests: Batch) -> Batch:
+        with self._alone:
+            asked = self._asker.ask(_request(requests))
+        return asked.result()
+
+
+class _Encoder:
+    """Pictures or teacher samples -> the columns of the set."""
+
+    def __init__(self, recipe: ray.ObjectRef, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self._encoder = _fetch(recipe).encoder(device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        return encode_rows(self._encoder, batch)
+
+
+def _read_images(requests: Batch, recipe: ray.ObjectRef) -> Batch:
+    told = _fetch(recipe)
+    return load_rows(told.source, _request(requests), told.teacher.resolution)
+
+
+def _request(requests: Batch) -> Request:
+    """The only row of a batch of requests."""
+    return Request(int(requests["first"][0]), int(requests["kept"][0]))
+
+
+def _encoded(
+    recipe: Recipe, requests: list[Request], settings: Synthesis, client: TeacherClient | None
+) -> Iterator[Batch]:
+    """Encoded rows of all requests, in any order. Closing the generator ends the actors."""
+    quiet_ray_data()
+    told = ray.put(recipe)
+    device = "cuda" if settings.gpus_per_encoder else "cpu"
+    share = {"num_cpus": settings.cpus_per_encoder, "num_gpus": settings.gpus_per_encoder}
+    actor = {"recipe": told, "device": device, "threads": settings.threads_per_encoder}
+    one_by_one = {"batch_size": 1, "batch_format": "numpy"}
+    rows = _dataset(requests)
+    if recipe.samples:
+        asking = ray.data.ActorPoolStrategy(
+            size=settings.encoders,
+            max_tasks_in_flight_per_actor=settings.in_flight,
+            max_concurrent_calls_per_actor=settings.in_flight,
+            enable_true_multi_threading=True,
+        )
+        pictures = rows.map_batches(
+            _Asker, fn_constructor_kwargs=actor | {"client": client}, compute=asking, **one_by_one, **share
+        )
+    else:
+        pictures = rows.map_batches(
+            _read_images, fn_kwargs={"recipe": told}, num_cpus=settings.cpus_per_encoder, **one_by_one
+        )
+    encoded = pictures.map_batches(
+        _Encoder,
+        fn_constructor_kwargs=actor,
+        batch_size=None,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=settings.encoders, max_tasks_in_flight_per_actor=2),
+        **share,
+    )
+    batches = iter(encoded.iter_batches(batch_size=None, batch_format="numpy"))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def _dataset(requests: list[Request]) -> ray.data.Dataset:
+    """One request a block where they are not too many, with settings for this data set alone."""
+    rows = ray.data.from_items(
+        [{"first": request.first, "kept": request.kept} for request in requests],
+        override_num_blocks=min(len(requests), MAX_BLOCKS),
+    )
+    rows.context.execution_options.preserve_order = False  # a slow request holds up no other
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
+    return rows
+
+
+def _wait_for_room(settings: Synthesis, pools: int) -> None:
+    """Wait for the actors' resources. Raises SynthesisFailed, since Ray Data would wait for ever without a word."""
+    actors = pools * settings.encoders
+    wanted = {"CPU": actors * settings.cpus_per_encoder, "GPU": actors * settings.gpus_per_encoder}
+    deadline = time.monotonic() + ROOM_PATIENCE_S
+    while not placement.autoscaler_present():
+        free = ray.available_resources()
+        if all(free.get(kind, 0.0) >= amount - 1e-6 for kind, amount in wanted.items()):
+            return
+        if time.monotonic() > deadline:
+            have = ", ".join(f"{free.get(kind, 0.0):.2f} {kind}" for kind in wanted)
+            raise SynthesisFailed(
+                f"synthesis cannot be placed: {actors} actors need {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU, "
+                f"and {have} are free beside the teachers. Lower synthesis.encoders, synthesis.cpus_per_encoder or "
+                "synthesis.gpus_per_encoder, or add nodes"
+            )
+        time.sleep(1)
+
+
+def _plain(error: BaseException) -> Exception:
+    """What a stage raised, without Ray's wrapping."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, TeacherError):
+            return TeacherError(str(getattr(cause, "cause", cause)))
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    log.error("synthesis: a stage failed:\n%s", error)
+    return SynthesisFailed(f"synthesis: a stage failed: {one_line(error)}")
+
+
+# -- what people see ------------------------------------------------------------------------------------
+
+
+class SynthesisLog:
+    """Progress on the screen; throughput, failures and pictures in MLflow. A `Watcher`."""
+
+    def __init__(self, tracker: Tracker, progress: Path, pictures: int) -> None:
+        """`progress`: file that a `ProgressWatcher` shows; `pictures`: how many a grid has."""
+        self.tracker, self.progress, self.pictures = tracker, progress, pictures
+        self._arrivals: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)  # seconds, rows done
+        self._shown = False
+
+    def __call__(self, writer: PairWriter, written: list[Path]) -> None:
+        self._arrivals.append((time.monotonic(), writer.done))
+        values = {"failed": len(writer.failures)} | self._rate()
+        write_progress(self.progress, step=writer.done, total=writer.count, **values)
+        names = {"failed": "synthesis/failed_rows", "pictures_per_s": "throughput/pictures_per_s"}
+        self.tracker.metrics({names[key]: value for key, value in values.items()}, writer.done)
+        if written and not self._shown:  # early enough to stop a set that goes wrong
+            self._show(written[:1], writer.done)
+
+    def _rate(self) -> dict[str, float]:
+        """Over the last requests; nothing at the first one, before which the actors started."""
+        (first, before), (last, now) = self._arrivals[0], self._arrivals[-1]
+        return {"pictures_per_s": (now - before) / (last - first)} if last > first else {}
+
+    def finish(self, folder: Path, rows: int) -> None:
+        """The whole set of `rows` rows: pictures spread over it, and the list of failures."""
+        self._show([shard_file(folder, index) for index in existing_shards(folder)], rows)
+        if (folder / FAILURES_FILE).is_file():
+            self.tracker.artifact(folder / FAILURES_FILE)
+
+    def _show(self, files: list[Path], step: int) -> None:
+        from raydistill.evaluation.grids import grid
+
+        images, captions = captioned_previews(files, self.pictures)
+        if captions:
+            self.tracker.image(grid(images, captions), "pictures", step)
+            self._shown = True

@@ -1,0 +1,112 @@
+"""Pictures to latents in both spaces: z_T = E_T(picture), z_S = E_S(picture at the student's resolution).
+
+Both describe one picture (arXiv 2606.32020). Pictures go through the VAEs in chunks of one fixed size, filled up
+with repeats, so that a row's numbers do not depend on how many others came with it.
+
+Shapes: B pictures [B, 3, S, S] in [-1, 1], C×H×W normalised latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from raydistill.config import Posterior
+from raydistill.data.pairs import png
+from raydistill.diffusion.noise import normal
+from raydistill.spaces import Space
+
+PREVIEW_PIXELS = 64
+VAE_BATCH = 8  # pictures per VAE forward
+
+
+def resized(images: torch.Tensor, pixels: int) -> torch.Tensor:
+    """Images at `pixels` a side, bilinear with antialiasing."""
+    if images.shape[-2:] == (pixels, pixels):
+        return images
+    return F.interpolate(images, size=(pixels, pixels), mode="bilinear", antialias=True, align_corners=False)
+
+
+def previews(images: torch.Tensor, pixels: int = PREVIEW_PIXELS) -> list[bytes]:
+    """PNG bytes of small versions of the images."""
+    small = ((resized(images.float(), pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [png(Image.fromarray(image)) for image in small.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def in_chunks(forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """forward(*inputs) along the batch, VAE_BATCH at a time; the last chunk is filled up by repeating its last row."""
+    results = []
+    for parts in zip(*(tensor.split(VAE_BATCH) for tensor in inputs), strict=True):
+        count = len(parts[0])
+        filled = [torch.cat([part, part[-1:].expand(VAE_BATCH - count, *part.shape[1:])]) for part in parts]
+        results.append(forward(*filled)[:count])
+    return torch.cat(results)
+
+
+class PairEncoder:
+    """Teacher samples or pictures -> (z_T, z_S, previews), with both VAEs loaded once.
+
+    Args:
+        teacher, student: the two spaces.
+        device: where the VAEs run.
+        posterior: take the mean of each VAE's posterior, or a sample of it.
+        seed: of those samples; row i's is drawn for (seed, i).
+    """
+
+    def __init__(
+        self, teacher: Space, student: Space, device: str = "cpu", posterior: Posterior = "mean", seed: int = 0
+    ) -> None:
+        self.teacher, self.student, self.device = teacher, student, device
+        self.posterior, self.seed = posterior, seed
+        self._teacher_vae = teacher.load_vae().to(device)
+        self._student_vae = student.load_vae().to(device)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, H, W] of the teacher -> pictures on `device`."""
+        return in_chunks(lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device))
+
+    def __call__(
+        self, latents: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
+        """Latents [B, C, H, W] of the teacher -> as `encode` of the decoded pictures."""
+        return self.encode(self.decode(latents), rows)
+
+    @torch.no_grad()
+    def encode(
+        self, pictures: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
+        """Pictures at the teacher's resolution -> z_T and z_S on the CPU, float32, and B PNGs.
+
+        `rows`: B positions in the set, needed when the posterior is sampled.
+        """
+        pictures = pictures.to(self.device)
+        small = resized(pictures, self.student.resolution)
+        z_T = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
+        z_S = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
+        return z_T, z_S, previews(pictures)
+
+    def _latents(
+        self,
+        space: Space,
+        vae: nn.Module,
+        pictures: torch.Tensor,
+        rows: Sequence[int] | np.ndarray | None,
+        purpose: str,
+    ) -> torch.Tensor:
+        if self.posterior == "mean":
+            return in_chunks(lambda part: space.encode(vae, part), pictures).float().cpu()
+        if rows is None:
+            raise ValueError("a sample of the posterior is drawn for a row of the set: rows must be given")
+        noise = normal(self.seed, rows, space.latent_shape, purpose).to(pictures)
+
+        def sample(part: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            posterior = vae.encode(part.to(vae.dtype)).latent_dist
+            return space.normalise(posterior.mean + posterior.std * noise.to(posterior.mean))
+
+        return in_chunks(sample, pictures, noise).float().cpu()

@@ -1,0 +1,104 @@
+"""Models of the Hugging Face hub: downloaded once when a run starts, then read from the cache.
+
+The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). On several nodes it must lie on a file
+system that all of them see: the driver downloads, teachers and trainers only read. Weights are safetensors, never
+pickles. A token comes from HF_TOKEN, or from `hf auth login`; it is handed to the client by the client itself and
+appears in no message, file or log of this project.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from raydistill.config import ConfigError
+
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
+# Files of a pipeline's parts; weights at the top of a repository are other formats of the same networks.
+# The chat template of newer tokenizers (.jinja) is part of what FLUX.2's text encoder reads.
+ALLOWED = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
+VARIANTS = ["*.fp16.*", "*.fp16-*"]  # only taken where there is nothing else (Kolors)
+IGNORED = ["*.bf16.*", "*.non_ema.*", "safety_checker/*", "image_encoder/*", "vae_1_0/*"]
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` reads as org/name or org/name@revision."""
+    return HUB_ID.fullmatch(text) is not None
+
+
+def _parts(model: str) -> tuple[str, str | None]:
+    match = HUB_ID.fullmatch(model)
+    if match is None:
+        raise ConfigError(f"{model}: not a model of the hub (org/name or org/name@revision)")
+    return match["repo"], match["revision"]
+
+
+def cached(model: str) -> Path:
+    """The folder of a hub model in this machine's cache; asks no network. Raises ConfigError where it is missing."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, revision = _parts(model)
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}; HF_HOME must be the same "
+            "folder on every node, where the driver has put it"
+        ) from None
+    return Path(folder)
+
+
+def download(model: str) -> Path:
+    """Fetch what is missing of a hub model, and return its folder. Without network, a complete copy in the cache serves.
+
+    Raises:
+        ConfigError: no network and no complete copy, an unknown model or revision, or one whose licence must be
+            accepted first. The message says what to do.
+    """
+    from huggingface_hub import constants, errors
+
+    repo, revision = _parts(model)
+    try:
+        folder = _fetch(repo, revision)
+    except errors.GatedRepoError:
+        problem = f"accept its licence at {constants.ENDPOINT}/{repo}, and set HF_TOKEN to a token that may read it"
+    except errors.RevisionNotFoundError:
+        problem = f"the hub has no revision {revision or 'main'} of it"
+    except errors.RepositoryNotFoundError:
+        problem = "neither a folder here nor a model of the hub that can be read without (another) HF_TOKEN"
+    except errors.LocalEntryNotFoundError:  # also an incomplete copy
+        problem = (
+            f"neither a folder here nor complete in the hub cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} "
+            "cannot be reached. Start where there is a network, or name a folder"
+        )
+    except errors.HfHubHTTPError as error:
+        problem = f"the hub answers with status {error.response.status_code}"
+    else:
+        if (folder / "model_index.json").is_file():
+            return folder
+        problem = "not a diffusers pipeline (no model_index.json)"
+    raise ConfigError(f"{model}: {problem}")
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(repo, revision=revision, allow_patterns=ALLOWED, ignore_patterns=IGNORED + VARIANTS)
+    )
+    bare = [c.parent for c in folder.glob("*/config.json") if not any(c.parent.glob("*.safetensors"))]
+    if bare:
+        files = [f"{part.name}/*.{suffix}" for part in bare for suffix in ("safetensors", "json")]
+        snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=IGNORED)
+        for part in bare:
+            _name_plainly(part)
+    return folder
+
+
+def _name_plainly(part: Path) -> None:
+    """Links under the names that loaders look for; the shards of a large network keep theirs, which its index knows."""
+    for file in (*part.glob("*.fp16.safetensors"), *part.glob("*.safetensors.index.fp16.json")):
+        plain = part / file.name.replace(".fp16", "")
+        if not plain.exists():
+            plain.symlink_to(file.name)

@@ -1,0 +1,59 @@
+"""The frame of the jobs that start a run: configuration, checks, Ray, and what the exit code says.
+
+0  done, or the run was finished already
+1  the run failed; what it reached is kept, and the same run.name continues it
+2  wrong input; nothing was started
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raydistill.config import Config, from_command_line
+from raydistill.distill.pipeline import RunFailed, changed
+from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
+
+Work = Callable[[Config, RunFolder, Inputs], Any]
+
+
+def run_job(
+    purpose: str,
+    work: Work,
+    result: str,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    check: Work | None = None,
+) -> int:
+    """Body of a job's `main`; returns the exit code.
+
+    Args:
+        purpose: first lines of --help.
+        work: the run; raises RunFailed.
+        result: file of the run's folder that exists once the run is finished.
+        changes: values of configuration sections that this job sets, whatever was typed.
+        check: what this job checks beside `check_inputs`; raises ValueError.
+    """
+    config = from_command_line(purpose)
+    try:
+        config = changed(config, changes or {})
+        run = open_run_folder(config)
+        if (run.path / result).is_file():
+            print(f"run {run.name} is finished: {run.path / result}")
+            return 0
+        inputs = check_inputs(config)
+        if check is not None:
+            check(config, run, inputs)
+    except ValueError as error:  # every input error of the project is one, and says what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from raydistill.cluster import connected
+
+    create_run_folder(run, config)
+    try:
+        with connected():
+            work(config, run, inputs)
+    except RunFailed as error:
+        print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,190 @@
+"""Hub models against a small server that speaks the hub's protocol: the real client, its real cache, no network."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from raydistill.config import ConfigError, check_paths, load, resolve
+from raydistill.hub import download, is_hub_id
+
+SHA = "a" * 40
+TOKEN = "hf_secretSECRETsecret"
+FILES = {
+    "model_index.json": b'{"_class_name": "KolorsPipeline"}',
+    "README.md": b"read me",
+    "one_file_with_everything.safetensors": b"not this one",
+    "scheduler/scheduler_config.json": b"{}",
+    "tokenizer/vocab.txt": b"a",
+    "tokenizer/tokenizer.model": b"m",
+    "tokenizer/chat_template.jinja": b"{{ x }}",
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.fp16.safetensors": b"only half precision",
+    "unet/diffusion_pytorch_model.bin": b"a pickle",
+    "vae/config.json": b"{}",
+    "vae/diffusion_pytorch_model.safetensors": b"full precision",
+    "vae/diffusion_pytorch_model.fp16.safetensors": b"half precision",
+    "vae/diffusion_pytorch_model.pt": b"a pickle",
+    "text_encoder/config.json": b"{}",
+    "text_encoder/model.fp16-00001-of-00002.safetensors": b"one",
+    "text_encoder/model.fp16-00002-of-00002.safetensors": b"two",
+    "text_encoder/model.safetensors.index.fp16.json": b'{"weight_map": {}}',
+    "text_encoder/pytorch_model.bin": b"a pickle",
+    "safety_checker/model.safetensors": b"unused",
+}
+FETCHED = {
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "tokenizer/vocab.txt",
+    "tokenizer/tokenizer.model",
+    "tokenizer/chat_template.jinja",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json",
+    "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoder/model.fp16-00002-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.fp16.json",
+}
+LINKS = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors.index.json"}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves org/kolors to everybody, org/gated to nobody, and knows nothing else."""
+
+    seen: list[tuple[str, str | None]] = []
+
+    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        Hub.seen.append((self.path, self.headers.get("Authorization")))
+        path = self.path.split("?")[0]
+        if "org/gated" in path:
+            return self._send(403, X_Error_Code="GatedRepo", X_Error_Message="awaiting review")
+        if path in ("/api/models/org/kolors", "/api/models/org/kolors/revision/main"):
+            return self._send(200, json.dumps({"id": "org/kolors", "sha": SHA, "siblings": []}).encode())
+        if path.startswith("/api/models/org/kolors/revision/"):
+            return self._send(404, X_Error_Code="RevisionNotFound")
+        if path == f"/api/models/org/kolors/tree/{SHA}":
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in FILES.items()
+            ]
+            return self._send(200, json.dumps(tree).encode())
+        name = path.removeprefix(f"/org/kolors/resolve/{SHA}/")
+        if name in FILES:
+            etag = hashlib.sha1(FILES[name]).hexdigest()
+            return self._send(200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=SHA)
+        return self._send(404, X_Error_Code="RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    Hub.seen = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def ask(code: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process of its own: the client reads its environment once, when it is imported."""
+    code = f"from raydistill.hub import download, cached\nfrom raydistill.config import resolve\n{code}"
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+
+
+def test_a_download_takes_safetensors_and_text_never_pickles_and_hides_the_token(hub, tmp_path):
+    done = ask("print(download('org/kolors'))", hub, tmp_path, HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    found = {str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir()}
+    assert found == FETCHED | LINKS
+    assert (folder / "unet/diffusion_pytorch_model.safetensors").read_bytes() == b"only half precision"
+    assert (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes() == b"full precision"
+    assert f"Bearer {TOKEN}" in {token for _, token in Hub.seen}
+    assert TOKEN not in done.stdout + done.stderr
+    assert not any(TOKEN.encode() in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_after_a_download_no_network_is_needed_and_workers_ask_for_none(hub, tmp_path):
+    first = ask("print(download('org/kolors'))", hub, tmp_path)
+    asked = len(Hub.seen)
+    worker = ask("print(resolve('org/kolors'))", hub, tmp_path)
+    assert worker.stdout == first.stdout
+    assert len(Hub.seen) == asked
+    offline = ask("print(download('org/kolors'))", "http://127.0.0.1:9", tmp_path)
+    assert offline.stdout == first.stdout, offline.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "endpoint", "message"),
+    [
+        ("org/gated", None, "accept its licence at {hub}/org/gated, and set HF_TOKEN"),
+        ("org/nothing", None, "neither a folder here nor a model of the hub that can be read without"),
+        ("org/kolors@v9", None, "the hub has no revision v9"),
+        ("org/kolors", "http://127.0.0.1:9", "http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_what_cannot_be_fetched_is_said_in_one_line(model, endpoint, message, hub, tmp_path):
+    done = ask(f"download({model!r})", endpoint or hub, tmp_path, HF_TOKEN=TOKEN)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("raydistill.config.ConfigError: " + model)
+    assert message.format(hub=hub) in last
+    assert TOKEN not in done.stderr
+
+
+def test_without_a_cached_copy_a_worker_says_where_it_looked(hub, tmp_path):
+    done = ask("resolve('org/kolors')", hub, tmp_path)
+    assert f"nor in the hub cache {tmp_path / 'hub'}" in done.stderr
+    assert Hub.seen == []
+
+
+@pytest.mark.parametrize("text", ["org/name", "black-forest-labs/FLUX.2-klein-base-4B", "org/name@v1.0"])
+def test_hub_ids(text):
+    assert is_hub_id(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["name", "/org/name", "./org/name", "~/org/name", "org/name/more", "org/na me", "org/"]
+)
+def test_what_is_no_hub_id(text):
+    assert not is_hub_id(text)
+    with pytest.raises(ConfigError, match="not a model of the hub"):
+        download(text)
+
+
+def test_a_folder_goes_before_a_hub_model_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/name").mkdir(parents=True)
+    assert resolve("org/name") == Path("org/name")
+
+
+def test_only_models_may_come_from_the_hub():
+    config = load(overrides=["prompts.path=org/prompts"])
+    with pytest.raises(ConfigError, match="prompts.path: org/prompts does not exist"):
+        check_paths(config, ["prompts.path"])

@@ -1,0 +1,90 @@
+"""The frame of the jobs: wrong input ends with code 2 before anything starts, and a finished run says so."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def job(monkeypatch, capfd, tmp_path):
+    """`job(name, *overrides)` -> (exit code, stdout, stderr), in this process."""
+
+    def run(name: str, *overrides: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", [f"jobs/{name}.py", f"storage={tmp_path / 'storage'}", *overrides])
+        code = runpy.run_path(str(ROOT / "jobs" / f"{name}.py"))["main"]()
+        assert not ray.is_initialized()
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    return folder
+
+
+def test_images_that_cannot_be_used_end_with_code_two(job, images, tmp_path):
+    for overrides, said in (
+        (["synthesis.images=/nowhere"], "synthesis.images: /nowhere does not exist"),
+        ([f"synthesis.images={images / 'a.png'}"], "neither a folder nor a .parquet file"),
+    ):
+        code, _, error = job("synthesize", *overrides)
+        assert code == 2
+        assert said in error
+    held_out = "a small red circle at the center on a white background"
+    (tmp_path / "heldout.txt").write_text(held_out)
+    (images / "a.txt").write_text(held_out)
+    code, _, error = job(
+        "synthesize", f"synthesis.images={images}", f"evaluation.prompts={tmp_path / 'heldout.txt'}", "run.name=mine"
+    )
+    assert code == 2
+    assert f"1 prompts are also in evaluation.prompts (for example '{held_out}')" in error
+    assert not (tmp_path / "storage" / "mine").exists()
+
+
+def test_a_set_of_other_prompts_is_refused_before_anything_starts(job, tmp_path):
+    from raydistill.data.pairs import shard_file
+
+    pairs = tmp_path / "storage" / "mine" / "pairs"
+    pairs.mkdir(parents=True)
+    (pairs / "synthesis.json").write_text('{"seed": 99}')
+    shard_file(pairs, 0).touch()
+    code, _, error = job("synthesize", "run.name=mine")
+    assert code == 2
+    assert "holds rows of other settings" in error
+    assert "seed was 99, now 0" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "result"),
+    [("synthesize", "pairs/summary.json"), ("train_bridge", "bridge/bridge.json"), ("distill", "summary.json")],
+)
+def test_a_finished_run_says_so(job, tmp_path, name, result):
+    file = tmp_path / "storage" / "mine" / result
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    assert job(name, "run.name=mine") == (0, f"run mine is finished: {file}\n", "")
+
+
+def test_models_of_other_stages_need_not_fit(job, tmp_path):
+    """A set can be made for a teacher for which there is no Bridge, and of prompts that the judge cannot read."""
+    (tmp_path / "prompts.txt").write_text("anything at all\n")
+    pairs = tmp_path / "storage" / "mine" / "pairs"
+    pairs.mkdir(parents=True)
+    (pairs / "synthesis.json").write_text("{}")
+    (pairs / "pairs-00000.parquet").touch()
+    code, _, error = job(
+        "synthesize", "run.name=mine", f"prompts.path={tmp_path / 'prompts.txt'}", "bridge.checkpoint=/nowhere"
+    )
+    assert code == 2
+    assert "holds rows of other settings" in error  # the last check of all: the others passed

@@ -1,0 +1,138 @@
+"""The frame around a run: however its block ends, its MLflow runs end with the status that it deserves."""
+
+from __future__ import annotations
+
+import re
+
+import mlflow
+import pytest
+
+from raydistill.bridge.loop import BridgeTrainingFailed
+from raydistill.config import load
+from raydistill.data.prompts import PromptSet
+from raydistill.distill.loop import DistillationFailed
+from raydistill.distill.pipeline import RunFailed, _pipeline
+from raydistill.preflight import Inputs, RunFolder, create_run_folder
+from raydistill.teachers.client import TeacherUnavailable
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return tmp_path_factory.mktemp("storage")
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def client(storage):
+    return mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+
+
+@pytest.fixture
+def run(storage, request):
+    """(arguments of `_pipeline`) of a run of its own in one store."""
+    name = re.sub(r"\W+", "-", request.node.name).strip("-")
+    config = load(overrides=[f"storage={storage}", f"run.name={name}", "tracking.experiment=frame"])
+    folder = RunFolder(storage, name)
+    create_run_folder(folder, config)
+    prompts = PromptSet(["a small red circle at the left on a white background"])
+    return config, folder, Inputs(None, None, prompts, prompts)
+
+
+def status(client, run_id: str) -> str:
+    return client.get_run(run_id).info.status
+
+
+@pytest.fixture
+def fail(run):
+    """Break a run by an error while a stage is open; the pipeline and that stage are kept as attributes."""
+
+    def fail(error: BaseException) -> None:
+        with _pipeline(*run) as fail.pipeline:
+            fail.finished = fail.pipeline.stage_run(run[0], "bridge")
+            fail.pipeline.finish(fail.finished)
+            fail.stage = fail.pipeline.stage_run(run[0], "distill")
+            raise error
+
+    return fail
+
+
+class Unforeseen(Exception):
+    """An error that nobody expects."""
+
+
+EXPECTED = [
+    ValueError("bad value"),
+    OSError(28, "No space left on device"),
+    DistillationFailed("distill: worker 0 failed"),
+    BridgeTrainingFailed("bridge: worker 0 failed"),
+    TeacherUnavailable("teacher-x did not answer"),
+]
+
+
+def statuses(client, fail) -> list[str]:
+    """Of the parent, of the stage that was over, and of the one that was open."""
+    ids = (fail.pipeline.parent, fail.finished, fail.stage)
+    return [client.get_run(run_id).info.status for run_id in ids]
+
+
+@pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
+def test_an_expected_failure_ends_parent_and_open_stages_as_failed(fail, client, error):
+    with pytest.raises(RunFailed, match=type(error).__name__) as failed:
+        fail(error)
+    assert failed.value.__cause__ is error
+    assert str(error) in str(failed.value)
+    assert statuses(client, fail) == ["FAILED", "FINISHED", "FAILED"]
+    assert client.get_run(fail.stage).data.tags["mlflow.parentRunId"] == fail.pipeline.parent
+
+
+@pytest.mark.parametrize("error", [Unforeseen("?"), ZeroDivisionError(), SystemExit(3)], ids=lambda e: type(e).__name__)
+def test_an_unknown_failure_ends_them_as_failed_and_is_not_dressed_up(fail, client, error):
+    with pytest.raises(type(error)) as failed:
+        fail(error)
+    assert failed.value is error
+    assert statuses(client, fail) == ["FAILED", "FINISHED", "FAILED"]
+
+
+def test_an_interrupt_ends_them_as_killed(fail, client):
+    with pytest.raises(RunFailed, match="interrupted"):
+        fail(KeyboardInterrupt())
+    assert statuses(client, fail) == ["KILLED", "FINISHED", "KILLED"]
+
+
+def test_a_run_that_ends_well_is_finished(run, client):
+    with _pipeline(*run) as pipeline:
+        assert status(client, pipeline.parent) == "RUNNING"
+    assert status(client, pipeline.parent) == "FINISHED"
+
+
+def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
+    with pytest.raises(RunFailed):
+        fail(ValueError())
+    with _pipeline(*run) as again:
+        assert (again.parent, again.stage_run(run[0], "distill")) == (fail.pipeline.parent, fail.stage)
+        assert statuses(client, fail) == ["RUNNING", "FINISHED", "RUNNING"]
+        again.finish(fail.stage)
+    assert statuses(client, fail) == ["FINISHED", "FINISHED", "FINISHED"]
+
+
+def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
+    config, folder, inputs = run
+    gone = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "gone"})})
+    with _pipeline(gone, folder, inputs) as pipeline:
+        pass
+    client.delete_experiment(client.get_run(pipeline.parent).info.experiment_id)
+    (folder.path / "run.json").unlink()
+    with pytest.raises(RunFailed, match="experiment 'gone' was deleted"), _pipeline(gone, folder, inputs):
+        pytest.fail("there is nothing to log to")
+
+
+def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
+    with pytest.raises(RunFailed), _pipeline(*run) as first, first.timed("bridge"):
+        raise ValueError
+    with _pipeline(*run) as second, second.timed("bridge"):
+        pass
+    assert second.seconds["bridge"] >= first.seconds["bridge"] > 0

@@ -1,0 +1,138 @@
+"""What is refused before anything starts, and what a run's folder keeps."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+import yaml
+
+from raydistill.bridge.model import BridgeError
+from raydistill.config import ConfigError, load
+from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.shapes.captions import single_scenes
+
+CAPTION = single_scenes(held_out=False)[0].caption
+PASSWORD = "hunter2"
+
+
+@pytest.fixture
+def configure(tmp_path):
+    return lambda *overrides: load(overrides=[f"storage={tmp_path / 'storage'}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    """A store for checks that pass: making one takes seconds."""
+    return f"tracking.uri=sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+def test_the_default_configuration_passes(configure, tmp_path):
+    inputs = check_inputs(configure())
+    assert len(inputs.prompts) > len(inputs.held_out) > 0
+    assert inputs.teacher.latent_shape != inputs.student.latent_shape
+    assert (tmp_path / "storage" / "mlflow.db").is_file()
+
+
+@pytest.mark.parametrize("key", ["prompts.path", "evaluation.prompts"])
+def test_a_prompt_that_the_judge_cannot_read_is_named_by_key_and_row(configure, tmp_path, store, key):
+    file = tmp_path / "own.txt"
+    own = CAPTION if key == "prompts.path" else single_scenes(held_out=True)[0].caption
+    file.write_text(f"{own}\n\n{own}\na photo of a cat\n")
+    with pytest.raises(ConfigError, match=rf"^{key}: row 4: .*a photo of a cat.*evaluation\.judge=null"):
+        check_inputs(configure(f"{key}={file}"))
+    assert not (tmp_path / "storage").exists()
+    file.write_text(f"{own}\n\n{own}\n")
+    check_inputs(configure(f"{key}={file}", store))
+
+
+def test_any_prompts_pass_without_the_judge(configure, tmp_path, store):
+    (tmp_path / "own.txt").write_text("a photo of a cat\n")
+    (tmp_path / "held.txt").write_text("a photo of a dog\n")
+    files = (f"prompts.path={tmp_path / 'own.txt'}", f"evaluation.prompts={tmp_path / 'held.txt'}")
+    assert check_inputs(configure(*files, store, "evaluation.judge=null")).prompts.prompts == ["a photo of a cat"]
+    with pytest.raises(ConfigError, match=r"prompts\.path: row 1"):
+        check_inputs(configure(*files))
+
+
+def test_a_metric_that_the_judge_does_not_give_is_refused_with_those_it_gives(configure, tmp_path, store):
+    with pytest.raises(ConfigError, match=r"^evaluation\.metric: .*mean, all, size, color.*'colour'"):
+        check_inputs(configure("evaluation.metric=colour"))
+    assert not (tmp_path / "storage").exists()
+    check_inputs(configure("evaluation.metric=color", store))
+
+
+def test_the_identity_between_unequal_spaces_is_refused(configure, tmp_path, store):
+    with pytest.raises(BridgeError, match=r"bridge\.projector identity needs equal latent shapes, not \(4, 8, 8\)"):
+        check_inputs(configure("bridge.checkpoint=null", "bridge.projector=identity"))
+    assert not (tmp_path / "storage").exists()
+    same = ("teacher.model=shapes:sd15", "discriminator.real_data=null")
+    check_inputs(configure("bridge.checkpoint=null", "bridge.projector=identity", store, *same))
+
+
+def test_mistakes_leave_no_store_behind(configure, tmp_path):
+    with pytest.raises(ConfigError, match=r"prompts\.path: .* does not exist"):
+        check_inputs(configure("prompts.path=no/such.txt"))
+    assert not (tmp_path / "storage").exists()
+
+
+# -- tracking.uri ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folder", "not a database", "no such place", "unknown scheme"])
+def test_a_tracking_store_that_cannot_be_opened_is_a_configuration_error(configure, tmp_path, kind):
+    place = tmp_path / "store"
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "not a database":
+        place.write_text("dear diary " * 1000)
+    elif kind == "no such place":
+        place = "/proc/none/mlflow.db"
+    uri = "gopher://example.invalid/mlflow" if kind == "unknown scheme" else f"sqlite:///{place}"
+    with pytest.raises(ConfigError, match=r"^tracking\.uri: tracking store .* cannot be used: "):
+        check_inputs(configure(f"tracking.uri={uri}"))
+
+
+def test_the_configured_store_is_the_one_that_is_made(configure, tmp_path):
+    check_inputs(configure(f"tracking.uri=sqlite:///{tmp_path / 'elsewhere' / 'runs.db'}"))
+    with sqlite3.connect(tmp_path / "elsewhere" / "runs.db") as database:
+        assert database.execute("select count(*) from experiments").fetchone()[0] >= 1
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"https://me:{PASSWORD}@mlflow.example/path",
+        f"postgresql://me:{PASSWORD}@db.example:5432/mlflow",
+        f"postgresql://db.example/mlflow?user=me&password={PASSWORD}",
+    ],
+)
+def test_a_password_in_the_tracking_uri_is_not_written_and_no_reason_to_refuse_a_resume(configure, uri):
+    config = configure("run.name=secret", f"tracking.uri={uri}")
+    run = open_run_folder(config)
+    create_run_folder(run, config)
+    for file in run.path.rglob("*"):
+        assert PASSWORD not in file.read_text()
+    shown = yaml.safe_load((run.path / "config.yaml").read_text())["tracking"]["uri"]
+    assert "example" in shown
+    assert "***" in shown
+    assert config.tracking.uri == uri, "the run itself must still know it"
+
+    again = open_run_folder(config)
+    assert again == run
+    create_run_folder(again, config)
+    assert PASSWORD not in (run.path / "config.yaml").read_text()
+
+
+def test_a_resume_with_other_numbers_is_refused_by_key(configure):
+    config = configure("run.name=mine")
+    create_run_folder(open_run_folder(config), config)
+    open_run_folder(configure("run.name=mine", "tracking.experiment=other", "distill.checkpoint_every=7"))
+    with pytest.raises(ConfigError, match=r"run\.name=mine exists with other settings.*student\.lr"):
+        open_run_folder(configure("run.name=mine", "student.lr=0.5"))

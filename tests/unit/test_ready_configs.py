@@ -1,0 +1,109 @@
+"""The configurations of real pairs: composed without copies, valid, and of models that fit each other. No network."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from raydistill.bridge.model import doublings
+from raydistill.config import CONFIGS, flatten, load
+from raydistill.counting import open_space
+from raydistill.hub import is_hub_id
+from raydistill.model_configs import HUB_MODELS
+
+TEACHERS = {
+    "sdxl": (4, "epsilon"),
+    "kolors": (4, "epsilon"),
+    "pixart_sigma": (4, "epsilon"),
+    "sd35_medium": (16, "velocity"),
+    "sd35_large": (16, "velocity"),
+    "flux1_dev": (16, "velocity"),
+    "flux2_klein": (32, "velocity"),
+}
+STUDENTS = {"sd15": 999, "sd21_base": 625}
+PAIRS = [(teacher, student) for teacher in TEACHERS for student in STUDENTS]
+PAPER = {
+    "student.lr": 1e-6,
+    "fake_score.lr": 5e-4,
+    "discriminator.lr": 5e-7,
+    "discriminator.weight": 0.5,
+    "vsd.weight": 1.0,
+    "vsd.t_min": 0.02,
+    "vsd.t_max": 0.98,
+    "distill.steps": 3000,
+    "distill.workers": 8,
+    "bridge.lr": 1e-4,
+    "bridge.batch_size": 32 * 8,
+    "bridge.projector": "swinir",
+    "bridge.prior": True,
+    "bridge.attention.weight": 1.0,
+    "bridge.attention.temperature": 3.0,
+    "synthesis.count": 2_000_000,
+}
+
+
+def test_there_is_one_file_for_every_pair_of_parts():
+    assert {file.stem for file in (CONFIGS / "teachers").iterdir()} == set(TEACHERS)
+    assert {file.stem for file in (CONFIGS / "students").iterdir()} == set(STUDENTS)
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_only_lists_what_it_extends(teacher, student):
+    tree = yaml.safe_load((CONFIGS / f"{teacher}_{student}.yaml").read_text())
+    assert tree == {"extends": ["paper.yaml", f"teachers/{teacher}.yaml", f"students/{student}.yaml"]}
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_has_the_hyperparameters_of_the_paper(teacher, student):
+    config = load(CONFIGS / f"{teacher}_{student}.yaml")
+    values = flatten(config)
+    assert {key: values[key] for key in PAPER} == PAPER
+    assert config.distill.batch_size == (16 if teacher == "flux2_klein" else 32)
+    assert config.student.start_timestep == STUDENTS[student]
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_the_models_of_a_pair_fit_each_other(teacher, student):
+    config = load(CONFIGS / f"{teacher}_{student}.yaml")
+    channels, prediction = TEACHERS[teacher]
+    space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
+    assert space_S.pipeline_class == "StableDiffusionPipeline"
+    assert space_S.latent_shape == (4, 64, 64)
+    assert space_S.prediction == "epsilon"
+    assert 0 < config.student.start_timestep < space_S.path.num_train_timesteps
+    assert space_T.latent_shape == (channels, 128, 128)
+    assert space_T.prediction == prediction
+    assert space_T.resolution == 1024
+    assert doublings(space_S, space_T) == 1
+    assert config.bridge.batch_size % config.distill.workers == 0
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_needs_nothing_of_the_miniature_world(teacher, student):
+    values = flatten(load(CONFIGS / f"{teacher}_{student}.yaml"))
+    assert [key for key, value in values.items() if isinstance(value, str) and value.startswith("shapes:")] == []
+    for role in ("teacher", "student"):
+        assert is_hub_id(values[f"{role}.model"])
+        assert values[f"{role}.model"] in HUB_MODELS
+
+
+@pytest.mark.parametrize("file", [CONFIGS / "paper.yaml", *sorted(CONFIGS.glob("*s/*.yaml"))], ids=lambda f: f.stem)
+def test_every_value_is_explained_on_its_line(file):
+    lines = [line for line in file.read_text().splitlines() if re.match(r"\s*\w+:\s+[^#\s]", line)]
+    assert lines
+    assert [line for line in lines if " # " not in line] == []
+
+
+def test_parts_of_one_kind_decide_the_same_keys():
+    def keys(tree, prefix=""):
+        for key, value in tree.items():
+            yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+
+    for kind in ("teachers", "students"):
+        decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
+        common = set.intersection(*decided.values())
+        assert {name: extra for name, found in decided.items() if (extra := found - common)} == (
+            {"flux2_klein": {"distill.batch_size"}} if kind == "teachers" else {}
+        )

@@ -1,0 +1,111 @@
+"""Parts of the embedded world's builder, and what its files must not tell."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import safe_open
+
+from raydistill.shapes import WEIGHTS
+from raydistill.shapes.build import forget_paths, vary
+from raydistill.shapes.captions import single_scenes
+from raydistill.shapes.render import render
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("count", "pixels"), [(16, 64), (1, 32), (3, 40)])
+def test_varied_pictures_are_pictures_and_reproducible(count, pixels):
+    images = render(single_scenes()[::45][:count], 64, seed=0)
+    images = torch.nn.functional.interpolate(images, size=pixels)
+    given = images.clone()
+    torch.manual_seed(1)
+    varied = vary(images, generator(7))
+    torch.manual_seed(2)  # nothing may come from the global state
+    assert torch.equal(varied, vary(images, generator(7)))
+    assert not torch.equal(varied, vary(images, generator(8)))
+    assert torch.equal(images, given)
+    assert varied.shape == images.shape
+    assert varied.dtype == torch.float32
+    assert -1 <= varied.min() <= varied.max() <= 1
+
+
+def test_varied_pictures_lie_between_and_beside_the_given_ones():
+    images = render(single_scenes()[::45], 64, seed=0)
+    varied = vary(images, generator(7))
+    change = (varied - images).abs().flatten(1).mean(1)
+    assert change.min() > 0.01
+    assert varied.flatten(1).std(1).min() > 0.02  # and none is flat
+    distances = (varied.flatten(1)[:, None] - images.flatten(1)[None]).abs().mean(2).amin(1)
+    assert distances.median() > 0.05  # nor another of the given ones
+
+
+def test_forget_paths_removes_origins_and_nothing_else(tmp_path):
+    told = {"_class_name": "AutoencoderKL", "_name_or_path": "/home/me/vae", "scaling_factor": 0.5, "ä": [1, None]}
+    plain = '{"_class_name":"UNet",   "layers": 2}'
+    for folder in ("vae", "deep/er/text_encoder", "unet", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(told))
+    (tmp_path / "deep/er/text_encoder" / "config.json").write_text(json.dumps({"_name_or_path": "", "d": 1}))
+    (tmp_path / "unet" / "config.json").write_text(plain)
+    (tmp_path / "other" / "data.json").write_text(json.dumps(told))
+    forget_paths(tmp_path)
+    del told["_name_or_path"]
+    assert json.loads((tmp_path / "vae" / "config.json").read_text()) == told
+    assert json.loads((tmp_path / "deep/er/text_encoder" / "config.json").read_text()) == {"d": 1}
+    assert (tmp_path / "unet" / "config.json").read_text() == plain
+    assert "_name_or_path" in json.loads((tmp_path / "other" / "data.json").read_text())
+    once = (tmp_path / "vae" / "config.json").read_bytes()
+    forget_paths(tmp_path)
+    assert (tmp_path / "vae" / "config.json").read_bytes() == once
+
+
+def strings(tree):
+    """All keys and texts of a JSON tree."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield key
+            yield from strings(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from strings(value)
+    elif isinstance(tree, str):
+        yield tree
+
+
+ABSOLUTE = re.compile(r"^(file://)?(/|~/|[A-Za-z]:[\\/])[\w.]")
+
+
+def test_no_shipped_file_tells_where_it_was_made():
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    texts, looked = {}, set()
+    for file in files:
+        if file.suffix == ".json":
+            texts[file] = set(strings(json.loads(file.read_text())))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as opened:
+                texts[file] = set(strings(opened.metadata() or {}))
+        elif file.suffix == ".parquet":
+            metadata = pq.read_schema(file).metadata or {}
+            texts[file] = {part.decode() for pair in metadata.items() for part in pair}
+        elif file.suffix == ".txt":
+            texts[file] = set(file.read_text().splitlines())
+        looked.add(file.suffix)
+    assert {".json", ".safetensors", ".parquet", ".txt"} <= looked
+    assert [(file, text) for file, some in texts.items() for text in some if ABSOLUTE.match(text)] == []
+    assert [file for file, some in texts.items() if "_name_or_path" in some] == []
+    # whatever the format: no home, build or temporary folder in any byte
+    folders = re.compile(rb"/(home|root|tmp|work|opt|usr|mnt|Users)/[\w.-]+")
+    assert [(file, found.group()) for file in files if (found := folders.search(file.read_bytes()))] == []
+
+
+@pytest.mark.parametrize("text", ["/home/me/vae", "file:///x", "/x", "~/models", "C:\\models"])
+def test_an_absolute_path_would_be_seen(text):
+    assert ABSOLUTE.match(text)
+    assert not any(ABSOLUTE.match(word) for word in ("a/b", "</s>", "/", "size/color", "▁/", "diffusers"))
