@@ -170,7 +170,7 @@ def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> n
     config = space.part_config(name)
     with torch.device("meta"):
         network = getattr(diffusers, config["_class_name"]).from_config(config)
-    return network.to(dtype).eval().requires_grad_(False)
+    return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
 
 
 def empty_text_encoders(space: Space) -> dict[str, nn.Module]:

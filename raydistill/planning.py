@@ -7,9 +7,7 @@ move), memory beside the tensors (plan.reserve), prices. Not in it: start-up, ev
 
 from __future__ import annotations
 
-import bisect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,6 @@ from raydistill.spaces import Space
 GIB = 1 << 30
 GPU_TABLE = Path(__file__).with_name("gpus.yaml")
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
-MAX_BATCH = 4096
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
 
 
@@ -181,16 +178,14 @@ def teacher_bytes(counts: Counts, config: Config, shards: int) -> int:
 
 
 def trainer_bytes(counts: Counts, batch: int) -> float:
-    """Most bytes of tensors on a trainer at `batch` samples: straight lines through the two counted batch sizes."""
+    """Most bytes of tensors on a trainer at up to the configured number of samples.
+
+    Straight lines through the two counted batch sizes: the truth bends upwards, so between them they never say less.
+    """
     small, large = counts.small_trainer, counts.trainer
     step = (batch - counts.small_batch) / (counts.batch - counts.small_batch)
     pairs = ((small.make, large.make), (small.fake, large.fake), (small.student, large.student))
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
-
-
-def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to `limit` that fits, given that smaller ones do; 0 if none."""
-    return bisect.bisect_left(range(1, limit + 1), True, key=lambda number: not fits(number))
 
 
 def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
@@ -216,12 +211,12 @@ def _fit_teacher(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
 
 def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
     needs = trainer_bytes(counts, counts.batch)
-    largest = _largest(lambda batch: trainer_bytes(counts, batch) <= has, MAX_BATCH)
-    at_most = f"distill.batch_size up to {largest}" if largest else "not even one sample"
     if needs <= has:
-        return Fit("trainer", gpu, needs, has, at_most)
+        return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
+    fitting = [batch for batch in range(1, counts.batch) if trainer_bytes(counts, batch) <= has]
+    at_most = f"distill.batch_size={fitting[-1]} would" if fitting else "not even one sample does"
     steps = [f"{label} {needed / GIB:.0f} GiB" for label, needed in trainer_remedies(counts, config)]
-    return Fit("trainer", gpu, needs, has, f"{at_most}; would need, one after the other: {', '.join(steps)}")
+    return Fit("trainer", gpu, needs, has, f"{at_most}; or, adding up: {', '.join(steps)}")
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:

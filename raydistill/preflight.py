@@ -156,6 +156,8 @@ def _check_tracking(config: Config) -> None:
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
     from raydistill.bridge.model import Bridge, check_pair, doublings
 
+    if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
+        raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
     if config.bridge.checkpoint is not None:
         check_pair(resolve(config.bridge.checkpoint), student, teacher)
     elif config.bridge.projector == "identity":

@@ -227,7 +227,7 @@ def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[None]:
     from raydistill.teachers import service
 
     try:
-        with pipeline.timed(f"start {name.removesuffix(pipeline.run.name).rstrip('-') or name}"):
+        with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
             service.start(str(resolve(config.teacher.model)), config.teachers, name)
         yield
     finally:

@@ -136,3 +136,8 @@ def test_a_resume_with_other_numbers_is_refused_by_key(configure):
     open_run_folder(configure("run.name=mine", "tracking.experiment=other", "distill.checkpoint_every=7"))
     with pytest.raises(ConfigError, match=r"run\.name=mine exists with other settings.*student\.lr"):
         open_run_folder(configure("run.name=mine", "student.lr=0.5"))
+
+
+def test_an_identity_bridge_takes_no_checkpoint():
+    with pytest.raises(ConfigError, match="bridge.checkpoint=null"):
+        check_inputs(load(overrides=["bridge.projector=identity"]))
