@@ -18,12 +18,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import RayError, UserCodeException
 
 from raydistill.config import Synthesis
 from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
@@ -89,6 +89,26 @@ def synthesise_on_ray(
 # -- the stages -----------------------------------------------------------------------------------------
 
 
+class StageFailed(UserCodeException):
+    """What a stage raised: its type's name, its text, and whether it is a TeacherError.
+
+    Ray Data wraps errors of stages and loses their causes on the way to the driver; this one it hands out as it is.
+    """
+
+
+def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
+    """Raise StageFailed from whatever `call` raises."""
+
+    @functools.wraps(call)
+    def told(*arguments: Any, **keywords: Any) -> Batch:
+        try:
+            return call(*arguments, **keywords)
+        except Exception as error:
+            raise StageFailed(type(error).__name__, str(error), isinstance(error, TeacherError)) from error
+
+    return told
+
+
 @functools.lru_cache(maxsize=2)
 def _fetch(recipe: ray.ObjectRef) -> Recipe:
     """One copy per process."""
@@ -103,6 +123,7 @@ class _Asker:
         self._asker = TeacherAsker(client, _fetch(recipe), device)
         self._alone = threading.Lock()  # the text encoders' cache is not for several threads
 
+    @_telling
     def __call__(self, requests: Batch) -> Batch:
         with self._alone:
             asked = self._asker.ask(_request(requests))
@@ -116,10 +137,12 @@ class _Encoder:
         torch.set_num_threads(threads)
         self._encoder = _fetch(recipe).encoder(device)
 
+    @_telling
     def __call__(self, batch: Batch) -> Batch:
         return encode_rows(self._encoder, batch)
 
 
+@_telling
 def _read_images(requests: Batch, recipe: ray.ObjectRef) -> Batch:
     told = _fetch(recipe)
     return load_rows(told.source, _request(requests), told.teacher.resolution)
@@ -177,6 +200,7 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
         override_num_blocks=min(len(requests), MAX_BLOCKS),
     )
     rows.context.execution_options.preserve_order = False  # a slow request holds up no other
+    rows.context.raise_original_map_exception = True  # a StageFailed
     rows.context.enable_progress_bars = False
     rows.context.print_on_execution_start = False
     return rows
@@ -201,15 +225,17 @@ def _wait_for_room(settings: Synthesis, pools: int) -> None:
         time.sleep(1)
 
 
-def _plain(error: BaseException) -> Exception:
-    """What a stage raised, without Ray's wrapping."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, TeacherError):
-            return TeacherError(str(getattr(cause, "cause", cause)))
-        cause = getattr(cause, "cause", None) or cause.__cause__
+def _plain(error: RayError) -> Exception:
+    """What a stage raised, without Ray's wrapping; the remote traceback goes to the log."""
+    cause = getattr(error, "cause", None)
+    if not isinstance(cause, StageFailed):
+        log.error("synthesis: a stage failed:\n%s", error)
+        return SynthesisFailed(f"synthesis: a stage failed: {one_line(error)}")
+    kind, text, of_teacher = cause.args
+    if of_teacher:
+        return TeacherError(text)
     log.error("synthesis: a stage failed:\n%s", error)
-    return SynthesisFailed(f"synthesis: a stage failed: {one_line(error)}")
+    return SynthesisFailed(f"synthesis: a stage failed: {kind}: {text}")
 
 
 # -- what people see ------------------------------------------------------------------------------------
