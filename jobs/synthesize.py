@@ -12,6 +12,7 @@ from raydistill.job import run_job
 UNUSED = {  # of other stages: what they name need not fit this teacher
     "bridge": {"checkpoint": None, "pairs": None},
     "discriminator": {"real_data": None},
+    "student": {"unet": None},
     "evaluation": {"judge": None},
 }
 

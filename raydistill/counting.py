@@ -1,7 +1,7 @@
 """Counting without computing: the project's own step on tensors that have shapes but no numbers ("meta" tensors).
 
 Parameters, FLOPs and live bytes are those of the networks and of the code that trains them, at any size, in seconds
-and without memory. FLOPs are torch.utils.flop_counter's (a multiply-add is two); elementwise work is not in them. Bytes
+and without meter. FLOPs are torch.utils.flop_counter's (a multiply-add is two); elementwise work is not in them. Bytes
 are those of live tensors: what a CUDA allocator rounds up, kernels' workspace and the CUDA context come on top.
 Attention is counted as the fused kernel that GPUs run, which stores no attention map.
 """
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from raydistill import config as configuration
 from raydistill.bridge.attention import AttentionProbe, sample_rows
@@ -73,8 +73,11 @@ def fused_attention() -> Iterator[None]:
             groups = query.shape[-3] // key.shape[-3]
             key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
         if attn_mask is not None:
-            attn_mask = torch.empty(*query.shape[:-1], key.shape[-2], dtype=query.dtype, device="meta")
-        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+            shape = (*query.shape[:-1], key.shape[-2])
+            real = attn_mask.is_floating_point()  # of booleans, torch makes numbers first
+            attn_mask = attn_mask.expand(shape) if real else torch.empty(shape, dtype=query.dtype, device="meta")
+        inputs = [x for x in (query, key, value, attn_mask) if x is not None]
+        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, needs_graph, dropout_p, is_causal, scale=scale
         )[0]
@@ -86,16 +89,23 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of tensors on `device` that are alive, and the most there ever were; counts from when it is entered."""
+class Meter(TorchDispatchMode):
+    """FLOPs, and bytes of tensors on `device` that are alive, from when it is entered.
+
+    FLOPs follow the formulas of torch.utils.flop_counter. Its own mode would keep every module's inputs alive.
+    """
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
-        self.device, self.live, self.peak = device, 0, 0
+        self.device, self.flops, self.live, self.peak = device, 0, 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
                 self.watch(leaf)
@@ -116,6 +126,12 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(address)
         self.live -= nbytes
 
+    def count(self, part: Callable[[], Any]) -> Work:
+        """Run a part while this mode is active; goes on from what is alive."""
+        self.peak, before = self.live, self.flops
+        part()
+        return Work(self.flops - before, self.peak)
+
 
 @dataclass(frozen=True)
 class Work:
@@ -125,20 +141,11 @@ class Work:
     peak: int
 
 
-def count(memory: LiveBytes, part: Callable[[], Any]) -> Work:
-    """Run a part on meta tensors; `memory` must be active (see `counted`) and goes on from what is alive."""
-    memory.peak = memory.live
-    with FlopCounterMode(display=False) as flops:
-        result = part()
-    del result
-    return Work(flops.get_total_flops(), memory.peak)
-
-
 @contextlib.contextmanager
-def counted() -> Iterator[LiveBytes]:
+def counted() -> Iterator[Meter]:
     """Everything inside the block may run on meta tensors."""
-    with WithoutNumbers(), fused_attention(), LiveBytes() as memory:
-        yield memory
+    with WithoutNumbers(), fused_attention(), Meter() as meter:
+        yield meter
 
 
 # -- networks -------------------------------------------------------------------------------------------
@@ -350,16 +357,17 @@ def count_trainer(
     """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors.
 
     Args:
-        recompute: as if student and fake score recomputed the activations of their blocks.
+        recompute: as if student, Bridge and fake score recomputed the activations of their blocks.
     """
-    with counted() as memory:
+    with counted() as meter:
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         if recompute:
             worker.student.enable_gradient_checkpointing()
             worker.fake.network.enable_gradient_checkpointing()
+            worker.bridge.projector.gradient_checkpointing = True  # read by SwinIR
         for module in (worker.student, worker.bridge, worker.fake, worker.ema):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
-                memory.watch(tensor)
+                meter.watch(tensor)
         scores = torch.empty(batch or config.distill.batch_size, *teacher.latent_shape, device="meta")
         x0_real = scores if config.vsd.weight > 0 else None
 
@@ -370,9 +378,9 @@ def count_trainer(
             worker.fake_update,
             lambda: worker.student_update(made.pop(), x0_real),
         ):
-            before.append(memory.live)
-            works.append(count(memory, part))
-        held = memory.live
+            before.append(meter.live)
+            works.append(meter.count(part))
+        held = meter.live
         # Later steps start with the optimizers' state that this first one has built up.
         make, fake, updated = (Work(w.flops, w.peak + held - b) for w, b in zip(works, before, strict=True))
         trained = list(worker.fake.trainable().values())
@@ -415,11 +423,11 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
 
     dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
     layout = conditioning_layout(teacher)
-    with counted() as memory:
+    with counted() as meter:
         network = teacher.load_network(dtype)
         for tensor in (*network.parameters(), *network.buffers()):
-            memory.watch(tensor)
-        before = memory.live
+            meter.watch(tensor)
+        before = meter.live
         x_t, t_B = torch.empty(samples, *teacher.latent_shape, device="meta"), torch.empty(samples, device="meta")
         conditioning, empty = empty_conditioning(layout, samples, dtype), empty_conditioning(layout, 1, dtype)
         rows: list[int] = []
@@ -427,7 +435,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
             lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
         )
         with torch.no_grad():
-            score = count(memory, lambda: teacher.predict_x0(network, x_t, t_B, conditioning, empty, guidance_scale))
+            score = meter.count(lambda: teacher.predict_x0(network, x_t, t_B, conditioning, empty, guidance_scale))
         return Teacher(
             parameters=numel(network),
             buffers=sum(buffer.numel() for buffer in network.buffers()),
@@ -461,7 +469,7 @@ class BridgeTraining:
 def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> BridgeTraining:
     """One step of `batch` pairs: the loss of the configuration, its gradient, Adam."""
     settings = bridge_settings(config)
-    with counted() as memory:
+    with counted() as meter:
         bridge = empty_bridge(config, student, teacher).train()
         probe, inputs = None, {}
         if settings.attention.weight > 0:
@@ -480,7 +488,7 @@ def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> 
         modules = [bridge, *([probe.network] if probe else [])]
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
-                memory.watch(tensor)
+                meter.watch(tensor)
         optimizer = torch.optim.Adam(bridge.trainable_parameters(), betas=(0.0, 0.999))
         z_S = torch.empty(batch, *student.latent_shape, device="meta")
         z_T = torch.empty(batch, *teacher.latent_shape, device="meta")
@@ -491,9 +499,9 @@ def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> 
             loss.backward()
             optimizer.step()
 
-        before = memory.live
-        first = count(memory, step)
-        work = Work(first.flops, first.peak + memory.live - before)  # as the next step, which has Adam's state
+        before = meter.live
+        first = meter.count(step)
+        work = Work(first.flops, first.peak + meter.live - before)  # as the next step, which has Adam's state
         trained = sum(p.numel() for p in bridge.trainable_parameters())
         return BridgeTraining(trained, numel(bridge) - trained, numel(probe.network) if probe else 0, work)
 
@@ -502,9 +510,9 @@ def count_text(space: Space) -> dict[str, tuple[int, float]]:
     """Parameters, and FLOPs of one prompt, of each text encoder."""
     lengths, result = text_lengths(space), {}
     for part, encoder in empty_text_encoders(space).items():
-        with counted() as memory, torch.no_grad():
+        with counted() as meter, torch.no_grad():
             ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
-            result[part] = numel(encoder), count(memory, lambda e=encoder, i=ids: e(i)).flops
+            result[part] = numel(encoder), meter.count(lambda e=encoder, i=ids: e(i)).flops
     return result
 
 
@@ -512,8 +520,8 @@ def count_vae(space: Space) -> tuple[int, float, float]:
     """Parameters of a VAE, and FLOPs of encoding and of decoding one picture."""
     vae = space.load_vae()
     channels, height, width = space.latent_shape
-    with counted() as memory, torch.no_grad():
+    with counted() as meter, torch.no_grad():
         image = torch.empty(1, 3, space.resolution, space.resolution, device="meta")
-        encode = count(memory, lambda: vae.encode(image).latent_dist.mode())
-        decode = count(memory, lambda: vae.decode(torch.empty(1, channels, height, width, device="meta")))
+        encode = meter.count(lambda: vae.encode(image).latent_dist.mode())
+        decode = meter.count(lambda: vae.decode(torch.empty(1, channels, height, width, device="meta")))
     return numel(vae), encode.flops, decode.flops

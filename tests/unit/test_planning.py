@@ -88,7 +88,7 @@ def test_flops_of_a_step_are_those_counted_on_real_tensors(counts, worker, space
 
 def test_live_bytes_of_a_step_are_those_of_real_tensors(counts, worker, spaces):
     """Real tensors of the CPU include the batch itself, which on a GPU run lies in main memory too."""
-    with counting.LiveBytes("cpu") as memory:
+    with counting.Meter("cpu") as memory:
         for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 memory.watch(tensor)
@@ -99,7 +99,7 @@ def test_live_bytes_of_a_step_are_those_of_real_tensors(counts, worker, spaces):
         held = memory.live
         assert counts.trainer.held == pytest.approx(held, rel=0.02)
         for name, part in zip(PARTS, step(worker, spaces[1]), strict=True):
-            work = counting.count(memory, part)
+            work = memory.count(part)
             assert getattr(counts.trainer, name).peak == pytest.approx(work.peak, rel=0.1), name
 
 
