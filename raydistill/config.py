@@ -204,6 +204,9 @@ class Distill(Section):
     gpus_per_worker: NonNegative = Field(0, description="Ray GPUs each worker reserves")
     threads: Count = Field(1, description="CPU threads of each worker")
     max_failures: int = Field(3, ge=-1, description="worker failures survived before giving up; -1: any number")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations of student, Bridge and fake score: slower, less memory"
+    )
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold workers; none: any node")
 
 

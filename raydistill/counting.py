@@ -346,25 +346,10 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
     )  # fmt: skip
 
 
-def can_recompute(space: Space) -> bool:
-    """Whether the network's class can recompute its activations in the backward pass."""
-    return getattr(diffusers, space.part_config(space.network_name)["_class_name"])._supports_gradient_checkpointing
-
-
-def count_trainer(
-    config: Config, student: Space, teacher: Space, batch: int | None = None, recompute: bool = False
-) -> Trainer:
-    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors.
-
-    Args:
-        recompute: as if student, Bridge and fake score recomputed the activations of their blocks.
-    """
+def count_trainer(config: Config, student: Space, teacher: Space, batch: int | None = None) -> Trainer:
+    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors."""
     with counted() as meter:
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
-        if recompute:
-            worker.student.enable_gradient_checkpointing()
-            worker.fake.network.enable_gradient_checkpointing()
-            worker.bridge.projector.gradient_checkpointing = True  # read by SwinIR
         for module in (worker.student, worker.bridge, worker.fake, worker.ema):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)

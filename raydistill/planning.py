@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -73,7 +74,7 @@ class Counts:
     trainer: counting.Trainer  # at `batch` samples
     small_batch: int
     small_trainer: counting.Trainer  # at `small_batch` samples
-    recomputing: counting.Trainer | None  # at `batch`, activations recomputed; None: the networks cannot
+    recomputing: counting.Trainer  # at `batch`, with distill.gradient_checkpointing
     network: counting.Teacher
     bridge: counting.BridgeTraining | None  # one worker's share; None: nothing is trained
     text: dict[str, tuple[int, float]]  # "role part" -> parameters, FLOPs of one prompt
@@ -114,6 +115,11 @@ def needs_samples(config: Config) -> bool:
     return config.bridge.pairs is None and (needs_bridge(config) or gan)
 
 
+def changed(config: Config, **distill: Any) -> Config:
+    """The configuration with other values in its distill section."""
+    return config.model_copy(update={"distill": config.distill.model_copy(update=distill)})
+
+
 def count_run(config: Config) -> Counts:
     """Count a configuration: half a minute for the miniature world, minutes for 12 B parameters. Downloads nothing.
 
@@ -126,16 +132,17 @@ def count_run(config: Config) -> Counts:
     small = 1 if batch > 1 else 2
     share = max(1, config.bridge.batch_size // config.distill.workers)
     latents = 4 * math.prod(teacher.latent_shape)
+    trainer = counting.count_trainer(config, student, teacher, batch)
     return Counts(
         student=student.pipeline_class,
         teacher=teacher.pipeline_class,
         batch=batch,
-        trainer=counting.count_trainer(config, student, teacher, batch),
+        trainer=trainer,
         small_batch=small,
         small_trainer=counting.count_trainer(config, student, teacher, small),
-        recomputing=counting.count_trainer(config, student, teacher, batch, recompute=True)
-        if counting.can_recompute(student) and counting.can_recompute(teacher)
-        else None,
+        recomputing=trainer
+        if config.distill.gradient_checkpointing
+        else counting.count_trainer(changed(config, gradient_checkpointing=True), student, teacher, batch),
         network=counting.count_teacher(config, teacher, scale),
         bridge=counting.count_bridge(config, student, teacher, share) if needs_bridge(config) else None,
         text={
@@ -214,22 +221,20 @@ def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
     fitting = [batch for batch in range(1, counts.batch) if trainer_bytes(counts, batch) <= has]
-    at_most = f"distill.batch_size={fitting[-1]} would" if fitting else "not even one sample does"
-    steps = [f"{label} {needed / GIB:.0f} GiB" for label, needed in trainer_remedies(counts, config)]
-    return Fit("trainer", gpu, needs, has, f"{at_most}; or, adding up: {', '.join(steps)}")
+    advice = f"distill.batch_size={fitting[-1]} would" if fitting else "not even one sample would"
+    if counts.recomputing.peak <= has:
+        advice += "; so would distill.gradient_checkpointing=true"
+    return Fit("trainer", gpu, needs, has, advice)
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
-    """(what, bytes that remain) of measures that add up, at the configured batch. None is a setting of this version.
+    """(what, bytes that remain) of measures that add up, at the configured batch; only the first is a setting.
 
     Recomputing is counted; the others take away what they move: the frozen base to the other workers' GPUs (a gathered
     piece stays), AdamW's two moments to the host.
     """
-    needs, weights, workers = trainer_bytes(counts, counts.batch), counts.trainer.weights, config.distill.workers
-    steps = []
-    if counts.recomputing is not None:
-        needs = counts.recomputing.peak
-        steps.append(("recomputed activations", needs))
+    needs, weights, workers = counts.recomputing.peak, counts.trainer.weights, config.distill.workers
+    steps = [("distill.gradient_checkpointing", needs)]
     if workers > 1:
         piece = 4 * min(counts.network.parameters, counts.network.piece + PREFETCHED)
         needs -= max(0, weights.fake_frozen - weights.fake_frozen // workers - piece)
@@ -473,6 +478,8 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         lines.append(
             f"  {fit.role:<16}{fit.gpu:<9}{fit.needs / GIB:8.1f} of {fit.has / GIB:6.1f}  {verdict:<13} {fit.advice}"
         )
+    remedies = ", ".join(f"{label} {size / GIB:.1f} GiB" for label, size in trainer_remedies(counts, config))
+    lines.append(f"  a trainer would need, adding up (only the first is a setting of this version): {remedies}")
     host = host_bytes(counts, config)
     lines.append(
         "  host memory of one trainer: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in host.items())
@@ -492,7 +499,7 @@ def _requests(counts: Counts, config: Config) -> str:
 
 def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
-    k, workers = timing.updates, config.distill.workers
+    k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
     score = network.score.flops / network.samples * counts.batch
     text = (1 + k) * counts.batch * counts.text_flops
     lines = [
@@ -503,6 +510,7 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
         f"{config.teachers.replicas} x {config.teachers.shards} {config.plan.teacher_gpu}",
         f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s on one CPU thread, ahead of the trainers",
+        f"  trainers compute in float32: {trainer_gpu.fp32_tflops:g} of {trainer_gpu.bf16_tflops:g} TFLOP/s at the peak",
         f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "
         f"{timing.wait:.3f} s for teachers",
     ]

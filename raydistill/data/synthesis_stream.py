@@ -30,7 +30,9 @@ from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request, SynthesisFailed
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
+from raydistill.data.vae import PairEncoder
 from raydistill.progress import write_progress
+from raydistill.spaces import ModelFolderError
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import TeacherError, one_line
@@ -92,8 +94,13 @@ def synthesise_on_ray(
 class StageFailed(UserCodeException):
     """What a stage raised: its type's name, its text, and whether it is a TeacherError.
 
-    Ray Data wraps errors of stages and loses their causes on the way to the driver; this one it hands out as it is.
+    Ray Data wraps errors of stages and loses their causes on the way to the driver; this one it hands out, its
+    message lengthened by advice. Attributes stay as they are.
     """
+
+    def __init__(self, text: str, kind: str = "", of_teacher: bool = False) -> None:
+        super().__init__(text)
+        self.text, self.kind, self.of_teacher = text, kind, of_teacher
 
 
 def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
@@ -104,7 +111,7 @@ def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
         try:
             return call(*arguments, **keywords)
         except Exception as error:
-            raise StageFailed(type(error).__name__, str(error), isinstance(error, TeacherError)) from error
+            raise StageFailed(str(error), type(error).__name__, isinstance(error, TeacherError)) from error
 
     return told
 
@@ -115,13 +122,20 @@ def _fetch(recipe: ray.ObjectRef) -> Recipe:
     return ray.get(recipe)
 
 
+# The actors load their models at the first call: what a constructor raises, Ray prints four times over.
+
+
 class _Asker:
     """Draws the pictures of one request after the other; several threads wait for the service at once."""
 
     def __init__(self, recipe: ray.ObjectRef, client: TeacherClient, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._asker = TeacherAsker(client, _fetch(recipe), device)
+        self._load = functools.partial(TeacherAsker, client, _fetch(recipe), device)
         self._alone = threading.Lock()  # the text encoders' cache is not for several threads
+
+    @functools.cached_property
+    def _asker(self) -> TeacherAsker:
+        return self._load()
 
     @_telling
     def __call__(self, requests: Batch) -> Batch:
@@ -135,7 +149,11 @@ class _Encoder:
 
     def __init__(self, recipe: ray.ObjectRef, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._encoder = _fetch(recipe).encoder(device)
+        self._load = functools.partial(_fetch(recipe).encoder, device)
+
+    @functools.cached_property
+    def _encoder(self) -> PairEncoder:
+        return self._load()
 
     @_telling
     def __call__(self, batch: Batch) -> Batch:
@@ -231,11 +249,11 @@ def _plain(error: RayError) -> Exception:
     if not isinstance(cause, StageFailed):
         log.error("synthesis: a stage failed:\n%s", error)
         return SynthesisFailed(f"synthesis: a stage failed: {one_line(error)}")
-    kind, text, of_teacher = cause.args
-    if of_teacher:
-        return TeacherError(text)
-    log.error("synthesis: a stage failed:\n%s", error)
-    return SynthesisFailed(f"synthesis: a stage failed: {kind}: {text}")
+    if cause.of_teacher:
+        return TeacherError(cause.text)
+    if cause.kind != ModelFolderError.__name__:  # whose text says it all
+        log.error("synthesis: a stage failed:\n%s", error)
+    return SynthesisFailed(f"synthesis: a stage failed: {cause.kind}: {cause.text}")
 
 
 # -- what people see ------------------------------------------------------------------------------------

@@ -95,7 +95,15 @@ class Distiller:
         self.shift = config.vsd.shift if config.vsd.shift is not None else teacher_space.default_shift
         self.metrics: dict[str, float] = {}
         self.updates = 0  # of the student
+        if config.distill.gradient_checkpointing:
+            self._recompute_activations()
         self._optimizers()
+
+    def _recompute_activations(self) -> None:
+        """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
+        self.student.enable_gradient_checkpointing()
+        self.fake.network.enable_gradient_checkpointing()
+        self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 
     def _optimizers(self) -> None:
         def adamw(parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:

@@ -32,7 +32,7 @@ def configure(sd_folder, flux_folder):
             [
                 f"student.model={sd_folder}", f"teacher.model={flux_folder}", "bridge.batch_size=4", "bridge.embed_dim=16",
                 "bridge.depths=[2]", "bridge.steps=4", "bridge.checkpoint_every=2", "distill.cpus_per_worker=0.5",
-                "distill.max_failures=0", *overrides,
+                "distill.max_failures=0", "bridge.lr_decay=none", *overrides,
             ],
         )  # fmt: skip
 

@@ -282,3 +282,16 @@ def test_a_full_fake_score_trains_everything(spaces, tables):
     config, (_, space) = configuration(fake_score__kind="full"), spaces
     fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
     assert sum(p.numel() for p in fake.trainable().values()) == sum(p.numel() for p in fake.network.parameters())
+
+
+def test_recomputed_activations_change_no_number(spaces, tables):
+    """Also of the GAN's path, whose forward pass ends inside a block that is recomputed."""
+    kept, recomputed = (
+        run(configuration(distill__gradient_checkpointing=value), spaces, tables) for value in ("false", "true")
+    )
+    assert recomputed.student.is_gradient_checkpointing
+    assert recomputed.fake.network.is_gradient_checkpointing
+    state, again = kept.state_dict(), recomputed.state_dict()
+    for part in ("student", "fake", "discriminator"):
+        for name, value in state[part].items():
+            assert torch.equal(value, again[part][name]), f"{part} {name}"

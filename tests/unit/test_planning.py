@@ -309,9 +309,15 @@ def test_what_does_not_fit_says_what_would(config, large):
     )
     trainer = planning._fit_trainer(heavy, settings(config), "H100", 140 * planning.GIB)
     assert not trainer.fits
-    assert trainer.advice.startswith("distill.batch_size=2 would")  # 200 GiB for 4 samples, next to nothing for one
-    assert "recomputed activations" in trainer.advice
-    assert "frozen base sharded over 8" in trainer.advice
+    # 200 GiB for 4 samples, next to nothing for one
+    assert trainer.advice == "distill.batch_size=3 would; so would distill.gradient_checkpointing=true"
+    remedies = planning.trainer_remedies(large, settings(config))
+    assert [label for label, _ in remedies] == [
+        "distill.gradient_checkpointing", "frozen base sharded over 8", "optimizers on the host",
+    ]  # fmt: skip
+    sizes = [planning.trainer_bytes(large, large.batch), *(size for _, size in remedies)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
 
 
 def test_price_is_hours_times_gpus_times_rate(config, large):

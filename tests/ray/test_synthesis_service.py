@@ -185,6 +185,16 @@ def test_a_teacher_that_stays_away_ends_the_set(ray_cluster, spaces, prompts, tm
         synthesise_on_ray(recipe(spaces, prompts, count=1), tmp_path, Synthesis(), away)
 
 
+def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, tmp_path):
+    shutil.copytree(flux_folder, tmp_path / "model")
+    (tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
+    told = recipe((load_space(tmp_path / "model"), spaces[1]), open_images(tmp_path / "images"), count=1)
+    with pytest.raises(SynthesisFailed, match="a stage failed: ModelFolderError: .*model/vae: .*no file named"):
+        synthesise_on_ray(told, tmp_path / "set", Synthesis())
+
+
 def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, monkeypatch):
     monkeypatch.setattr(synthesis_stream, "ROOM_PATIENCE_S", 0.0)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
@@ -221,6 +231,21 @@ def command(ray_cluster, flux_folder, sd_folder, prompts, tmp_path_factory):
     return {"args": line, "cwd": ROOT, "env": os.environ | {"RAY_ADDRESS": address}}, storage
 
 
+def finish(job, log: Path) -> str:
+    """Run the job to its end; what it printed."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(**job, stdout=stream, stderr=stream)
+        try:
+            code = process.wait(400)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            pytest.fail(f"no end after 400 s:\n{log.read_text()}")
+    assert code == 0, log.read_text()
+    return log.read_text()
+
+
+@pytest.mark.timeout(1200)
 def test_a_driver_killed_in_mid_set_goes_on_to_the_same_bytes(whole, command, tmp_path):
     """kill -9, then the same command: identical shards, the same MLflow run, and a third start has nothing to do."""
     job, storage = command
@@ -240,8 +265,7 @@ def test_a_driver_killed_in_mid_set_goes_on_to_the_same_bytes(whole, command, tm
     run_id = json.loads((storage / "killed" / "run.json").read_text())["mlflow"]["synthesis"]
     written = {name: (folder / name).stat().st_mtime_ns for name in before}
 
-    result = subprocess.run(**job, capture_output=True, text=True, timeout=400)
-    assert result.returncode == 0, result.stdout + result.stderr
+    finish(job, tmp_path / "resumed")
     assert shards(folder) == shards(whole)
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == written
     rows = [row for index in range(SHARDS) for row in pq.read_table(shard_file(folder, index))["row"].to_pylist()]
@@ -261,6 +285,4 @@ def test_a_driver_killed_in_mid_set_goes_on_to_the_same_bytes(whole, command, tm
     assert steps[-1] == COUNT
     assert any("pictures" in file.path for file in store.list_artifacts(run_id, "images"))
 
-    again = subprocess.run(**job, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0
-    assert "run killed is finished" in again.stdout
+    assert "run killed is finished" in finish(job, tmp_path / "again")
