@@ -188,8 +188,10 @@ def empty_text_encoders(space: Space) -> dict[str, nn.Module]:
             library = "diffusers.pipelines.kolors" if entry[0] == "kolors" else entry[0]
             network_class = getattr(importlib.import_module(library), entry[1])
             config = network_class.config_class(**space.part_config(part))
+            # ChatGLM's own way of leaving weights empty would allocate them.
+            settings = {"empty_init": False} if entry[0] == "kolors" else {}
             with torch.device("meta"):
-                encoders[part] = network_class(config).eval().requires_grad_(False)
+                encoders[part] = network_class(config, **settings).eval().requires_grad_(False)
     return encoders
 
 
@@ -491,11 +493,27 @@ def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> 
         return BridgeTraining(trained, numel(bridge) - trained, numel(probe.network) if probe else 0, work)
 
 
+@contextlib.contextmanager
+def _without_script(space: Space) -> Iterator[None]:
+    """ChatGLM's rotary embedding is compiled by torch.jit, which fails on meta tensors; it is elementwise, so not counted."""
+    if space.pipeline_class != "KolorsPipeline":
+        yield
+        return
+    from diffusers.pipelines.kolors import text_encoder
+
+    compiled = text_encoder.apply_rotary_pos_emb
+    text_encoder.apply_rotary_pos_emb = lambda x, rope_cache: torch.empty_like(x)
+    try:
+        yield
+    finally:
+        text_encoder.apply_rotary_pos_emb = compiled
+
+
 def count_text(space: Space) -> dict[str, tuple[int, float]]:
     """Parameters, and FLOPs of one prompt, of each text encoder."""
     lengths, result = text_lengths(space), {}
     for part, encoder in empty_text_encoders(space).items():
-        with counted() as meter, torch.no_grad():
+        with counted() as meter, torch.no_grad(), _without_script(space):
             ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
             result[part] = numel(encoder), meter.count(lambda e=encoder, i=ids: e(i)).flops
     return result

@@ -157,6 +157,16 @@ def test_the_conditioning_of_every_family_has_the_shapes_it_is_planned_with(fami
     }
 
 
+@pytest.mark.parametrize("family", FOLDERS)
+def test_flops_of_text_encoders_are_those_counted_on_real_tensors(family, tmp_path):
+    folder = FOLDERS[family](tmp_path)
+    encoder = TextEncoder(load_space(folder), chunk=1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
+        encoder.encode(["a small red circle"])
+    counted = sum(flops for _, flops in counting.count_text(counting.open_space(str(folder))).values())
+    assert counted == pytest.approx(real.get_total_flops(), rel=0.05)
+
+
 def test_the_students_conditioning_has_the_shape_it_is_planned_with(spaces):
     encoded = TextEncoder(spaces[0]).encode(["a small red circle"])
     assert counting.conditioning_layout(spaces[0]) == {
