@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.build import STAGES, Build, run_stages
+from raydistill.shapes.building import STAGES, Build, run_stages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES), help="what to build")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="what to build")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finished models go")
     parser.add_argument("--work", type=Path, default=Path("outputs/build"), help="training states and cached latents")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything")

@@ -1,18 +1,29 @@
 """Constructors of the miniature models: real diffusers and transformers classes with small numbers.
 
-Weights are random here; `build.py` trains them and writes them into ordinary diffusers folders.
+Weights are random here; `building/` trains them and writes them into ordinary diffusers folders.
 """
 
 from __future__ import annotations
 
+import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from raydistill.shapes.captions import WORDS
 
@@ -45,8 +56,10 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
-def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
+def clip_text_encoder(tokenizer: CLIPTokenizer, projected: bool = False) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """`projected`: with the projection that makes pooled embeddings (SDXL's second encoder, both CLIPs of SD 3)."""
+    model_class = CLIPTextModelWithProjection if projected else CLIPTextModel
+    return model_class(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
@@ -62,11 +75,26 @@ def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def t5_text_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def with_identity_projection(encoder: CLIPTextModel) -> CLIPTextModelWithProjection:
+    """The same encoder, whose pooled output is also its projected one."""
+    projected = CLIPTextModelWithProjection(encoder.config)
+    projected.text_model.load_state_dict(encoder.state_dict())
+    torch.nn.init.eye_(projected.text_projection.weight)
+    return projected
+
+
+def without_projection(encoder: CLIPTextModelWithProjection) -> CLIPTextModel:
+    """The same encoder for a pipeline that reads its tokens only."""
+    plain = CLIPTextModel(encoder.config)
+    plain.load_state_dict(encoder.text_model.state_dict())
+    return plain
+
+
+def t5_text_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
+            d_model=width,
             d_kv=16,
             d_ff=2 * TEXT_WIDTH,
             num_layers=2,
@@ -123,6 +151,76 @@ def flux_transformer() -> FluxTransformer2DModel:
     )
 
 
+def sdxl_vae() -> AutoencoderKL:
+    """64 px -> 4 x 16 x 16, as SDXL's on the teachers' common grid."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 24, 40),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=TEACHER_PIXELS,
+    )
+
+
+def sd3_transformer() -> SD3Transformer2DModel:
+    """4 joint blocks, 84 wide, with RMS-normalised queries and keys and one dual attention, as SD 3.5 Medium."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=8,
+        out_channels=8,
+        num_layers=4,
+        attention_head_dim=28,
+        num_attention_heads=3,
+        joint_attention_dim=2 * TEXT_WIDTH,
+        caption_projection_dim=84,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """16 x 16 without and 8 x 8 with cross-attention, picture sizes and pooled text added to the time, as SDXL."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(4, 4),
+        cross_attention_dim=2 * TEXT_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=TEXT_WIDTH + 6 * 16,
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+
+
+def sd21_unet() -> UNet2DConditionModel:
+    """As `student_unet`, with SD 2.1's heads by level and linear projections."""
+    return UNet2DConditionModel(
+        sample_size=STUDENT_PIXELS // 4,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 56),
+        layers_per_block=1,
+        attention_head_dim=(4, 7),
+        cross_attention_dim=TEXT_WIDTH,
+        use_linear_projection=True,
+        norm_num_groups=8,
+    )
+
+
 def student_unet() -> UNet2DConditionModel:
     """Two cross-attention levels (8 x 8 and 4 x 4) in the layout of SD 1.5."""
     return UNet2DConditionModel(
@@ -153,4 +251,15 @@ def student_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+    )
+
+
+def sdxl_scheduler() -> EulerDiscreteScheduler:
+    """The noise schedule of SDXL, which is SD 1.5's; trailing, so that few steps start from pure noise."""
+    return EulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
     )

@@ -14,7 +14,7 @@ from raydistill.distill.distiller import Distiller
 from raydistill.distill.loop import load_real, load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, encode_table
-from raydistill.shapes.build import LocalScores
+from raydistill.shapes.building.starts import LocalScores
 from raydistill.spaces import load_space
 
 UPDATES, PICTURES = 20, 200

@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.build import forget_paths, vary
+from raydistill.shapes.building import forget_paths
+from raydistill.shapes.building.bridges import vary
 from raydistill.shapes.captions import single_scenes
 from raydistill.shapes.render import render
 
