@@ -1,16 +1,24 @@
 """Train the Bridge alone: teacher samples through the teacher service (unless bridge.pairs names a set), then the
-projector. The result is <storage>/<run.name>/bridge, to be named in bridge.checkpoint."""
+projector. The result is <storage>/<run.name>/bridge, to be named in bridge.checkpoint.
+
+With --ablate: the component, objective and architecture tables of the Bridge on this pair of spaces, each variant with
+bridge.ablation_seeds seeds and the same number of steps and parameters; <storage>/<run.name>/ablation.json."""
 
 from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import bridge_only
+from raydistill.distill.pipeline import ablate_bridge, bridge_only
 from raydistill.job import run_job
+
+UNTRAINED = {"bridge": {"checkpoint": None}}
 
 
 def main() -> int:
-    return run_job(__doc__, bridge_only, result="bridge/bridge.json", changes={"bridge": {"checkpoint": None}})
+    arguments = [argument for argument in sys.argv[1:] if argument != "--ablate"]
+    if len(arguments) < len(sys.argv) - 1:
+        return run_job(__doc__, ablate_bridge, "ablation.json", UNTRAINED, arguments=arguments)
+    return run_job(__doc__, bridge_only, "bridge/bridge.json", UNTRAINED)
 
 
 if __name__ == "__main__":

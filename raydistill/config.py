@@ -103,7 +103,11 @@ class Attention(Section):
 
 class Bridge(Section):
     checkpoint: str | None = Field("shapes:bridge/sd15-flux", description="trained Bridge; null: train it first")
-    trainable: Literal[False] = Field(False, description="the Bridge is frozen during distillation")
+    trainable: bool = Field(
+        False, description="train the Bridge along with the student, anchored by its own losses (may collapse)"
+    )
+    trainable_lr: Positive = Field(1e-6, description="AdamW learning rate of a Bridge that is trained along")
+    anchor_weight: Positive = Field(1.0, description="of the Bridge's own losses while it is trained along")
     prior: bool = Field(True, description="start from the frozen student decoder's first blocks")
     projector: Literal["swinir", "unet", "mlp", "identity"] = Field("swinir", description="network after the prior")
     embed_dim: Count = Field(120, description="SwinIR width")
@@ -120,6 +124,8 @@ class Bridge(Section):
     lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
     checkpoint_every: Count = Field(500, description="steps between checkpoints")
+    ablation_seeds: Count = Field(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
+    mixed_precision: bool = Field(False, description="train with bfloat16 autocast; weights stay float32")
     gradient_checkpointing: bool = Field(False, description="recompute activations in training: slower, less memory")
 
 
@@ -159,8 +165,18 @@ class Synthesis(Section):
 
 
 class FakeScore(Section):
-    kind: Literal["lora", "full"] = Field("lora", description="LoRA on a frozen teacher copy, or a full trainable copy")
+    kind: Literal["lora", "full", "truncated"] = Field(
+        "lora",
+        description="lora: LoRA on a frozen teacher copy; full: the whole copy is trained; truncated: its first and last "
+        "transformer blocks are kept and trained (no UNets)",
+    )
     rank: Count = Field(64, description="LoRA rank")
+    first_blocks: Count | None = Field(
+        None, description="blocks that a truncated network keeps at its input; null: a quarter of them, rounded up"
+    )
+    last_blocks: Count | None = Field(
+        None, description="blocks that a truncated network keeps at its output; null: a quarter of them, rounded up"
+    )
     lr: Positive = Field(5e-4, description="AdamW learning rate")
     updates: Count = Field(5, description="fake-score updates per student update (k)")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from raydistill.config import Config, from_command_line
@@ -24,6 +24,7 @@ def run_job(
     result: str,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     check: Work | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> int:
     """Body of a job's `main`; returns the exit code.
 
@@ -33,8 +34,9 @@ def run_job(
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises ValueError.
+        arguments: of the command line; None: the process's own.
     """
-    config = from_command_line(purpose)
+    config = from_command_line(purpose, arguments)
     try:
         config = changed(config, changes or {})
         run = open_run_folder(config)

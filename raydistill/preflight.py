@@ -110,6 +110,7 @@ def check_inputs(config: Config) -> Inputs:
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
     _check_bridge(config, student, teacher)
+    _check_fake_score(config, teacher)
     rules = (config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters)
     prompts, held_out = (
         read_prompts(resolve(path), *rules) for path in (config.prompts.path, config.evaluation.prompts)
@@ -158,12 +159,34 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
 
     if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
         raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
+    if config.bridge.projector == "identity" and config.bridge.trainable:
+        raise ConfigError("bridge.trainable=true: the identity has nothing to train")
+    if config.bridge.trainable and config.bridge.batch_size % config.distill.workers:
+        raise ConfigError(
+            f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.workers} "
+            "workers (distill.workers)"
+        )
     if config.bridge.checkpoint is not None:
         check_pair(resolve(config.bridge.checkpoint), student, teacher)
     elif config.bridge.projector == "identity":
         Bridge.create(student, teacher, config.bridge)
     else:
         doublings(student, teacher)
+
+
+def _check_fake_score(config: Config, teacher: Space) -> None:
+    """A network that is to be truncated can be, tried on one without weights."""
+    if config.fake_score.kind != "truncated":
+        return
+    from raydistill.counting import empty_part
+    from raydistill.distill.fake_score import truncate
+
+    if "shared_space" in config.controls:
+        raise ConfigError(
+            "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
+            "be cut; leave it out (controls=[no_vsd], or []), or use lora or full"
+        )
+    truncate(teacher, empty_part(teacher, teacher.network_name), config.fake_score)
 
 
 def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:

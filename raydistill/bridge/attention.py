@@ -45,10 +45,12 @@ def log_probabilities(q_BRhd: torch.Tensor, k_BKhd: torch.Tensor, temperature: f
     Logits are q·k / sqrt(d); with `normalize` each row has zero mean and unit (population) variance.
     """
     precision = torch.promote_types(q_BRhd.dtype, torch.float32)
-    logits = torch.einsum("brhd,bkhd->bhrk", q_BRhd.to(precision), k_BKhd.to(precision)) / math.sqrt(q_BRhd.shape[-1])
-    if normalize:
-        logits = F.layer_norm(logits, logits.shape[-1:], eps=NORMALISATION_EPS)
-    return (logits / temperature).log_softmax(dim=-1)
+    q, k = q_BRhd.to(precision), k_BKhd.to(precision)
+    with torch.autocast(q.device.type, enabled=False):  # differences of logits would drown in bfloat16
+        logits = torch.einsum("brhd,bkhd->bhrk", q, k) / math.sqrt(q.shape[-1])
+        if normalize:
+            logits = F.layer_norm(logits, logits.shape[-1:], eps=NORMALISATION_EPS)
+        return (logits / temperature).log_softmax(dim=-1)
 
 
 def spaced(count: int, layers: int) -> list[int]:

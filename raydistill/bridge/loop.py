@@ -15,7 +15,8 @@ import torch
 
 from raydistill.bridge.attention import AttentionProbe
 from raydistill.bridge.model import Bridge, doublings, read_description
-from raydistill.bridge.trainer import BridgeTrainer, Captions
+from raydistill.bridge.objective import Captions, Objective
+from raydistill.bridge.trainer import BridgeTrainer
 from raydistill.config import Config, resolve, validate
 from raydistill.data.pairs import Pairs, read_pairs
 from raydistill.progress import ProgressWatcher, write_progress
@@ -130,15 +131,15 @@ def _collect(checkpoint: Any, folder: Path) -> TrainedBridge:
 # -- the worker -------------------------------------------------------------------------------------------
 
 
-class _Log:
-    """Rank 0's curves and pictures in MLflow; the other ranks', and an untracked run's, go nowhere."""
+class MetricLog:
+    """Curves and pictures of one training in MLflow; without a store or a run they go nowhere."""
 
-    def __init__(self, settings: _Settings, rank: int) -> None:
+    def __init__(self, uri: str | None, run: str | None) -> None:
         self._tracker = None
-        if rank == 0 and settings.tracking_uri and settings.tracking_run:
+        if uri and run:
             from raydistill.tracking import Tracker
 
-            self._tracker = Tracker(settings.tracking_uri, settings.tracking_run)
+            self._tracker = Tracker(uri, run)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         if self._tracker:
@@ -164,7 +165,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(config.distill.threads)
     trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
     _restore(trainer)
-    log, last = _Log(told, rank), config.bridge.steps
+    log = MetricLog(told.tracking_uri, told.tracking_run) if rank == 0 else MetricLog(None, None)
+    last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
     try:
         for batch in _batches(trainer, first, last):
@@ -194,30 +196,41 @@ def build_trainer(
 ) -> BridgeTrainer:
     """The trainer that a configuration describes; also for use without Ray. Errors as in `train_bridge`."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         bridge = Bridge.create(student, teacher, config.bridge)
+    if config.bridge.gradient_checkpointing:
+        bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
+    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, rank, world_size))
+
+
+def build_objective(
+    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1
+) -> Objective:
+    """The losses that a configuration describes, on one worker's share of the pairs.
+
+    Raises:
+        PairsError: the pairs are not of these spaces.
+    """
+    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
+    pairs = read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))
         probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
-        del network
         captions = Captions(teacher, pairs.prompts(), device)
-    if config.bridge.gradient_checkpointing:
-        bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
-        if probe:
+        if config.bridge.gradient_checkpointing:
             probe.network.enable_gradient_checkpointing()
-    return BridgeTrainer(bridge, pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions)
+    return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions)
 
 
 def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
     """Batches of steps first … stop - 1; the next one is read while the last one is trained on."""
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(trainer.batch, first) if first < stop else None
+        ahead = reader.submit(trainer.objective.batch, first) if first < stop else None
         for step in range(first, stop):
             batch = ahead.result()
-            ahead = reader.submit(trainer.batch, step + 1) if step + 1 < stop else None
+            ahead = reader.submit(trainer.objective.batch, step + 1) if step + 1 < stop else None
             yield batch
 
 
@@ -230,11 +243,11 @@ def _restore(trainer: BridgeTrainer) -> None:
             trainer.load_state_dict(torch.load(Path(folder, STATE_FILE), map_location="cpu", weights_only=True))
 
 
-def _checkpoint(trainer: BridgeTrainer, log: _Log) -> None:
+def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
     import ray.train
 
-    if trainer.rank:
+    if trainer.objective.rank:
         ray.train.report({})
         return
     step = trainer.step_count

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def _fingerprint(folder: str, scaling: str) -> str:
     return digest.hexdigest()
 
 
+def prior_channels(vae_config: Mapping[str, Any], n: int) -> int:
+    """Channels that a decoder has after its middle and n up-sampling blocks."""
+    widths = list(reversed(vae_config["block_out_channels"]))
+    return widths[max(n - 1, 0)]
+
+
 class SpatialPrior(nn.Module):
     """D_S^(n): denormalise -> post_quant_conv -> conv_in -> mid_block -> up_blocks[:n] of the student's decoder.
 
@@ -95,8 +102,7 @@ class SpatialPrior(nn.Module):
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.conv_in, self.mid_block = decoder.conv_in, decoder.mid_block
         self.up_blocks = nn.ModuleList(decoder.up_blocks[:n])
-        widths = list(reversed(vae.config.block_out_channels))
-        self.out_channels: int = widths[max(n - 1, 0)]
+        self.out_channels = prior_channels(vae.config, n)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> SpatialPrior:
@@ -123,6 +129,17 @@ def _projector(architecture: configuration.Bridge, in_channels: int, out_channel
         return SwinIR(in_channels, out_channels, a.embed_dim, a.depths, a.heads, a.window, upscale=upscale)
     except ValueError as error:
         raise BridgeError(f"bridge: {error}") from None
+
+
+def projector_parameters(student: Space, teacher: Space, architecture: configuration.Bridge) -> int:
+    """Trainable parameters of a Bridge, without making it. Raises BridgeError as `Bridge.create`."""
+    n = doublings(student, teacher)
+    in_channels, upscale = student.latent_shape[0], 2**n
+    if architecture.prior:
+        in_channels, upscale = prior_channels(student.vae_config, n), 1
+    with torch.device("meta"):
+        projector = _projector(architecture, in_channels, teacher.latent_shape[0], upscale)
+    return sum(p.numel() for p in projector.parameters())
 
 
 class Bridge(nn.Module):

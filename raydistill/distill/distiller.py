@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raydistill.bridge.objective import Objective
 from raydistill.config import Config
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.diffusion.noise import normal, uniform
@@ -75,17 +76,24 @@ class Distiller:
         batches: Iterator[dict[str, Any]],
         average: Callable[[list[torch.Tensor]], None] = lambda gradients: None,
         device: torch.device | str = "cpu",
+        anchor: Objective | None = None,
     ) -> None:
         """
         Args:
             batches: conditioned batches; k + 1 per update, the student's first.
             average: averages gradients over the workers in place.
+            anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device, self.batches, self.average, self.real = torch.device(device), batches, average, real
         torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
         self.student = student.to(device).eval().requires_grad_(True)
         self.bridge = bridge.to(device).eval().requires_grad_(False)
+        self.anchor = anchor if config.bridge.trainable else None
+        if config.bridge.trainable:
+            if anchor is None:
+                raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
+            self.bridge.projector.requires_grad_(True)
         self.fake = FakeScore(
             teacher_space, fake_network.to(device), config.fake_score, config.discriminator.depth_fraction
         ).to(device)
@@ -114,6 +122,8 @@ class Distiller:
             "student": adamw(list(self.student.parameters()), config.student.lr),
             "fake": adamw(list(self.fake.trainable().values()), config.fake_score.lr),
         }
+        if self.anchor is not None:
+            self.optimizers["bridge"] = adamw(self.bridge.trainable_parameters(), config.bridge.trainable_lr)
         if self.use_gan:
             if self.real is None:
                 raise ValueError("discriminator.weight is above 0, but there are no real data")
@@ -184,7 +194,7 @@ class Distiller:
         require_finite(prediction, "the fake score, which starts as the teacher's copy")
         wanted = target(self.teacher_space.path, self.teacher_space.prediction, x, eps, t_B)
         loss = torch.nn.functional.mse_loss(prediction.float(), wanted)
-        self._update("fake", loss, self.config.fake_score.max_grad_norm)
+        self._update(loss, fake=self.config.fake_score.max_grad_norm)
         self.metrics["loss/fake"] = loss.item()
         if self.discriminator is not None:
             self._discriminator_update(ids, features.detach())
@@ -201,12 +211,15 @@ class Distiller:
             real_features = self.fake.features(x_t, t_B, self._to(conditioning))
         logits_real, logits_fake = self.discriminator(real_features), self.discriminator(fake_features)
         loss = discriminator_loss(logits_real, logits_fake)
-        self._update("discriminator", loss, self.config.student.max_grad_norm)
+        self._update(loss, discriminator=self.config.student.max_grad_norm)
         right = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
         self.metrics |= {"loss/discriminator": loss.item(), "discriminator/accuracy": right.item()}
 
     def student_update(self, made: Made, x0_real: torch.Tensor | None) -> None:
-        """VSD + GAN update of the student; `x0_real` is the teacher's guided estimate at `made.x_t`."""
+        """VSD + GAN update of the student; `x0_real` is the teacher's guided estimate at `made.x_t`.
+
+        A Bridge that is trained along takes the same losses plus its own, on the pairs of this update.
+        """
         started = time.perf_counter()
         config = self.config
         x = self.bridge(self._student_latents(made.noise, made.student_conditioning))
@@ -226,7 +239,13 @@ class Distiller:
             gan = generator_loss(self.discriminator(self.fake.features(x_t, t_B, made.teacher_conditioning)))
             loss = loss + config.discriminator.weight * gan
             self.metrics["loss/gan"] = gan.item()
-        self.metrics["student/grad_norm"] = self._update("student", loss, config.student.max_grad_norm)
+        clipped = {"student": config.student.max_grad_norm}
+        if self.anchor is not None:
+            own, parts = self.anchor(self.bridge, self.anchor.batch(self.updates), self.updates)
+            loss = loss + config.bridge.anchor_weight * own
+            self.metrics |= {f"bridge/{name}": value.item() for name, value in parts.items()}
+            clipped["bridge"] = config.student.max_grad_norm
+        self.metrics |= {f"{name}/grad_norm": norm for name, norm in self._update(loss, **clipped).items()}
         if self.ema is not None:
             with torch.no_grad():
                 # warmed up, or a short run's average would still be its start
@@ -236,20 +255,32 @@ class Distiller:
         self.updates += 1
         self._add("time/student", time.perf_counter() - started)
 
-    def _update(self, name: str, loss: torch.Tensor, max_grad_norm: float) -> float:
-        """Backward, average over workers, clip, step. Returns the gradient's norm before clipping."""
-        require_finite(loss, f"the {name} loss")
-        optimizer = self.optimizers[name]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    def _update(self, loss: torch.Tensor, **max_grad_norms: float) -> dict[str, float]:
+        """Backward, average over workers, clip and step the named optimizers.
+
+        Returns:
+            Each one's gradient norm before clipping.
+        """
+        names = " and ".join(max_grad_norms)
+        require_finite(loss, f"the {names} loss")
+        groups = {
+            name: [p for group in self.optimizers[name].param_groups for p in group["params"]]
+            for name in max_grad_norms
+        }
+        parameters = [p for group in groups.values() for p in group]
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
         self.average([p.grad for p in parameters])
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        require_finite(norm, f"the {name} gradient")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        norms = {
+            name: nn.utils.clip_grad_norm_(group, max_grad_norms[name]) for name, group in groups.items()
+        }  # fmt: skip
+        for name, norm in norms.items():  # before any step: a bad gradient must change nothing
+            require_finite(norm, f"the {name} gradient")
+        for name in groups:
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad(set_to_none=True)
+        return {name: norm.item() for name, norm in norms.items()}
 
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
@@ -261,6 +292,16 @@ class Distiller:
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and exported: the EMA when there is one."""
         return self.ema if self.ema is not None else self.student
+
+    def best_state(self) -> dict[str, Any]:
+        """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""
+        state = {"student": self.evaluated.state_dict()}
+        return state | ({"bridge": self.bridge.projector.state_dict()} if self.anchor is not None else {})
+
+    def load_best_state(self, state: dict[str, Any]) -> None:
+        self.evaluated.load_state_dict(state["student"])
+        if self.anchor is not None:
+            self.bridge.projector.load_state_dict(state["bridge"])
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides the step; frozen weights are not in it."""
@@ -274,6 +315,8 @@ class Distiller:
             state["ema"] = self.ema.state_dict()
         if self.discriminator is not None:
             state["discriminator"] = self.discriminator.state_dict()
+        if self.anchor is not None:
+            state["bridge"] = self.bridge.projector.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -286,5 +329,7 @@ class Distiller:
             self.ema.load_state_dict(state["ema"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
+        if self.anchor is not None:
+            self.bridge.projector.load_state_dict(state["bridge"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])

@@ -1,7 +1,10 @@
 """The fake score: a trainable copy of the teacher that follows the student's own distribution.
 
-Either a LoRA on a frozen copy (starting at zero, so that it starts as the teacher) or a full copy. Its features at one
-block also feed the discriminator.
+    lora       LoRA on a frozen copy; starts at zero, so that it starts as the teacher
+    full       a copy, all of it trained; starts as the teacher
+    truncated  the copy's first and last transformer blocks, all of them trained; must learn to do without the others
+
+Its features at one block also feed the discriminator.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from raydistill.config import ConfigError
 from raydistill.config import FakeScore as FakeScoreConfig
 from raydistill.spaces import Conditioning, Space
 
@@ -20,10 +24,32 @@ class _FeaturesReached(Exception):
     """Ends a forward pass once the wanted block has answered; carries nothing, never leaves `features`."""
 
 
+def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Module:
+    """`network`, changed in place, without the blocks that a truncated fake score does without.
+
+    Raises:
+        ConfigError: the network cannot be cut, or has too few blocks.
+    """
+    quarter = -(-len(space.blocks(network)) // 4)
+    first, last = (quarter if count is None else count for count in (config.first_blocks, config.last_blocks))
+    try:
+        return space.truncated(network, first, last)
+    except ValueError as error:
+        remedy = "change fake_score.first_blocks or fake_score.last_blocks" if quarter else "use lora or full"
+        raise ConfigError(f"fake_score.kind=truncated: {error}; {remedy}") from None
+
+
 class FakeScore(nn.Module):
     """Network with trainable part, its denoising prediction and its features."""
 
     def __init__(self, space: Space, network: nn.Module, config: FakeScoreConfig, depth_fraction: float) -> None:
+        """
+        Args:
+            network: the teacher's, of its own copy: it is changed in place.
+
+        Raises:
+            ConfigError: `config` asks for a truncated network, and this one cannot be cut so.
+        """
         super().__init__()
         self.space = space
         if config.kind == "lora":
@@ -31,6 +57,7 @@ class FakeScore(nn.Module):
             lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(space.lora_targets))
             network = inject_adapter_in_model(lora, network)
         else:
+            network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)
         self.network = network.eval()
         self._features: Any = None

@@ -35,6 +35,7 @@ class Stage:
     folder: str  # of this stage, on storage that every node sees
     bridge: str | None  # trained Bridge; None for the identity
     real: str | None  # parquet of teacher samples
+    pairs: str | None  # parquet of pairs that anchor a Bridge trained along
     service: str | None  # name of the teacher service; None when VSD is off
     mlflow_uri: str
     mlflow_run: str
@@ -128,7 +129,7 @@ def _train(stage: Stage) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
-    distiller, submit = _assemble(stage, config, world)
+    distiller, submit = _assemble(stage, config, rank, world)
     first, best, score = _restore(distiller)
     batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
@@ -180,8 +181,9 @@ def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
     )
 
 
-def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
+def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any, Any]:
     """Load every network of a worker and connect it to its teachers."""
+    from raydistill.bridge.loop import build_objective
     from raydistill.bridge.model import Bridge
     from raydistill.data.encode import encode_unconditional
     from raydistill.distill.distiller import Distiller
@@ -197,6 +199,7 @@ def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     real = load_real(Path(stage.real), teacher_space) if stage.real and config.discriminator.weight > 0 else None
+    anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
     distiller = Distiller(
         config,
         student_space,
@@ -208,6 +211,7 @@ def _assemble(stage: Stage, config: Config, world: int) -> tuple[Any, Any]:
         iter(()),  # replaced once the first step is known
         average_over_workers if world > 1 else lambda gradients: None,
         device,
+        anchor,
     )
     submit = None
     if stage.service:
@@ -368,7 +372,7 @@ class Observer:
 
             folder = self.stage.path("best")
             folder.mkdir(exist_ok=True)
-            save_state(folder, {"student": self.distiller.evaluated.state_dict()}, {"step": step, "score": self.score})
+            save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
 
     def _card(self, step: int, table: dict[str, float]) -> Any:
         from raydistill.config import config_hash
@@ -391,7 +395,7 @@ class Observer:
 
         unet = self.distiller.evaluated
         state, about = load_state(self.stage.path("best"))
-        unet.load_state_dict(state["student"])
+        self.distiller.load_best_state(state)
         pictures, table = self._evaluate(self.final)
         self._keep("after", pictures, table, self.config.distill.steps)
         space = self.distiller.student_space
@@ -403,6 +407,9 @@ class Observer:
             self._card(about["step"], table),
         )
         self.tracker.artifact(self.stage.path("export"))
+        if self.config.bridge.trainable:
+            self.distiller.bridge.save(self.stage.path("bridge"), {"step": about["step"]})
+            self.tracker.artifact(self.stage.path("bridge"))
         result = {
             "before": json.loads(self.stage.path("before.json").read_text()),
             "after": table,

@@ -11,6 +11,7 @@ from raydistill.config import Config, flatten, resolve, validate
 from raydistill.preflight import Inputs, RunFolder
 
 if TYPE_CHECKING:
+    from raydistill.bridge.ablation import Cell
     from raydistill.data.synthesis import Recipe
 
 PAIRS_FOLDER = "pairs"  # of a run; its summary is written when the set is complete
@@ -92,6 +93,77 @@ def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
         return _bridge(pipeline, _pairs_alone(pipeline))
 
 
+def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Pairs, then every variant of the Bridge with every seed; returns and writes the tables. Raises RunFailed."""
+    from raydistill.bridge.ablation import cells, markdown, summarise
+    from raydistill.evaluation.summary import write_summary
+    from raydistill.tracking import Tracker, ui_command
+
+    with _pipeline(config, run, inputs) as pipeline:
+        planned = cells(config, inputs.student, inputs.teacher)
+        pairs = _pairs_alone(pipeline)
+        with pipeline.timed("ablation"):
+            results = _train_cells(pipeline, planned, pairs)
+        summary = summarise(results) | {"mlflow_run_id": pipeline.parent}
+        tracker = Tracker(pipeline.uri, pipeline.parent)
+        tracker.text(markdown(summary), "ablation.md")
+        tracker.close()
+        write_summary(run.path / "ablation.json", summary)
+        print(markdown(summary))
+        for table, same in summary["paper_order"].items():
+            print(f"{table:<13}the order of PSNR is {'the' if same else 'not the'} paper's")
+        print(f"MLflow       {ui_command(pipeline.uri)}")
+    return summary
+
+
+def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[dict[str, Any]]:
+    """Every cell as a Ray task with a worker's resources, as many at once as fit; those that are done are read.
+
+    Raises:
+        BridgeTrainingFailed: a cell failed; the others are kept.
+    """
+    import json
+
+    import ray
+    from tqdm import tqdm
+
+    from raydistill.bridge.ablation import result_file, steps_done, train_cell
+    from raydistill.bridge.loop import BridgeTrainingFailed
+
+    distill, folder = pipeline.config.distill, pipeline.run.path / "ablation"
+    folder.mkdir(exist_ok=True)
+    task = ray.remote(train_cell).options(
+        num_cpus=distill.cpus_per_worker,
+        num_gpus=distill.gpus_per_worker,
+        max_retries=max(0, distill.max_failures),
+        label_selector=distill.node_labels or None,
+    )
+    tasks, runs = {}, {}
+    for cell in planned:
+        if not result_file(folder, cell).is_file():
+            runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}")
+            tasks[task.remote(cell, pairs, folder, (pipeline.uri, runs[cell.name]))] = cell
+    steps = pipeline.config.bridge.steps
+    waiting, failed = list(tasks), {}
+    with tqdm(total=len(planned) * steps, desc="ablation", unit="step", disable=None) as bar:
+        while waiting:
+            ended, waiting = ray.wait(waiting, num_returns=1, timeout=2)
+            for reference in ended:
+                cell = tasks[reference]
+                try:
+                    metrics = ray.get(reference)["metrics"]
+                    pipeline.finish(runs[cell.name])
+                    tqdm.write(f"{cell.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+                except ray.exceptions.RayError as error:
+                    failed[cell.name] = str(error).strip().splitlines()[-1]
+                    pipeline.finish(runs[cell.name], "FAILED")
+            bar.n = steps_done(folder, planned, steps)
+            bar.refresh()
+    if failed:
+        raise BridgeTrainingFailed("; ".join(f"ablation {name}: {text}" for name, text in failed.items()))
+    return [json.loads(result_file(folder, cell).read_text()) for cell in planned]
+
+
 def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """The set of pairs, nothing else; returns its folder, whose summary.json says that it is complete.
 
@@ -171,7 +243,8 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
     config, run = pipeline.config, pipeline.run
     service = f"teacher-{run.name}"
     needs_bridge = config.bridge.checkpoint is None and config.bridge.projector != "identity"
-    needs_samples = needs_bridge or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
+    needs_pairs = needs_bridge or config.bridge.trainable
+    needs_samples = needs_pairs or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
     results: dict[str, Any] = {}
     with _teachers(pipeline, config, service):
         with pipeline.timed("teacher evaluation"):
@@ -187,11 +260,12 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
             str(resolve(bridge)) if bridge else None,
             real_folder,
             service if config.vsd.weight > 0 else None,
+            pairs,
         )
         if "no_vsd" in config.controls:
             control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = _distillation(
-                pipeline, "no_vsd", control, str(resolve(bridge)) if bridge else None, real_folder, None
+                pipeline, "no_vsd", control, str(resolve(bridge)) if bridge else None, real_folder, None, pairs
             )
     if "shared_space" in config.controls:
         control = shared_space(config)
@@ -214,7 +288,7 @@ def shared_space(config: Config) -> Config:
         config,
         {
             "teacher": {"model": config.student.model, "guidance_scale": None},
-            "bridge": {"checkpoint": None, "projector": "identity"},
+            "bridge": {"checkpoint": None, "projector": "identity", "trainable": False},
             "discriminator": {"weight": 0.0, "real_data": None},
             "vsd": {"shift": None},
         },
@@ -324,7 +398,13 @@ def _bridge(pipeline: Pipeline, pairs: str) -> str:
 
 
 def _distillation(
-    pipeline: Pipeline, name: str, config: Config, bridge: str | None, real: str | None, service: str | None
+    pipeline: Pipeline,
+    name: str,
+    config: Config,
+    bridge: str | None,
+    real: str | None,
+    service: str | None,
+    pairs: str | None = None,
 ) -> dict[str, Any]:
     from raydistill.distill.loop import Stage, launch
 
@@ -335,6 +415,7 @@ def _distillation(
             str(pipeline.run.path / name),
             bridge,
             real,
+            pairs,
             service,
             pipeline.uri,
             pipeline.stage_run(config, name),

@@ -65,7 +65,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
     plain = build_trainer(configure(), pairs_folder)
     states = []
     for _ in range(4):
-        plain.step(plain.batch(plain.step_count))
+        plain.step(plain.objective.batch(plain.step_count))
         states.append({name: value.clone() for name, value in plain.bridge.projector.state_dict().items()})
 
     short = train_bridge(configure("bridge.steps=2"), tmp_path, pairs_folder, *mlflow_run)
@@ -90,7 +90,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
 def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, configure, pairs_folder, tmp_path):
     one = build_trainer(configure("bridge.attention.weight=0"), pairs_folder)
     for _ in range(2):
-        one.step(one.batch(one.step_count))
+        one.step(one.objective.batch(one.step_count))
     overrides = ("bridge.attention.weight=0", "bridge.steps=2", "distill.workers=2")
     two = train_bridge(configure(*overrides), tmp_path, pairs_folder)
     # Adam divides by the size of tiny gradients, so rounding may show; a wrong mean would change every weight by lr.

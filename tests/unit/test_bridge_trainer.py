@@ -10,7 +10,8 @@ import torch
 
 from raydistill.bridge.loop import build_trainer
 from raydistill.bridge.model import Bridge
-from raydistill.bridge.trainer import BridgeTrainer, Captions, TrainingDiverged
+from raydistill.bridge.objective import Captions, Objective
+from raydistill.bridge.trainer import BridgeTrainer, TrainingDiverged
 from raydistill.config import load
 from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.evaluation import metrics
@@ -40,14 +41,17 @@ def make(sd_folder, flux_folder, pairs_folder):
             ],
         )  # fmt: skip
         trainer = build_trainer(config, pairs_folder)
-        trainer.rank, trainer.world_size = rank, world_size  # batches only; a real group would wrap the module in DDP
+        trainer.objective.rank, trainer.objective.world_size = (
+            rank,
+            world_size,
+        )  # batches only; a real group would wrap the module in DDP
         return trainer
 
     return make
 
 
 def run(trainer, steps):
-    return [trainer.step(trainer.batch(trainer.step_count)) for _ in range(steps)]
+    return [trainer.step(trainer.objective.batch(trainer.step_count)) for _ in range(steps)]
 
 
 def test_thirty_steps_lower_the_l1(make):
@@ -103,19 +107,19 @@ def test_a_cosine_decay_ends_at_zero_and_follows_the_step_across_a_resume(make):
 
 
 def test_workers_divide_the_batch_of_one_worker(make):
-    alone = make().batch(5).ids
-    halves = [make(rank=rank, world_size=2).batch(5).ids for rank in (0, 1)]
+    alone = make().objective.batch(5).ids
+    halves = [make(rank=rank, world_size=2).objective.batch(5).ids for rank in (0, 1)]
     assert np.array_equal(np.concatenate(halves), alone)
     assert len(halves[0]) == 4
 
 
 def test_every_epoch_visits_each_training_pair_once_and_no_held_out_one(make):
     trainer = make("bridge.validation_share=0.25")
-    count = len(trainer.training_ids)
+    count = len(trainer.objective.training_ids)
     assert count == 36
-    assert len(trainer.held_out_ids) == 12
-    visited = np.concatenate([trainer.batch(step).ids for step in range(9)])  # 72 = two epochs
-    assert sorted(visited[:36]) == sorted(visited[36:]) == trainer.training_ids.tolist()
+    assert len(trainer.objective.held_out_ids) == 12
+    visited = np.concatenate([trainer.objective.batch(step).ids for step in range(9)])  # 72 = two epochs
+    assert sorted(visited[:36]) == sorted(visited[36:]) == trainer.objective.training_ids.tolist()
     assert not np.array_equal(visited[:36], visited[36:])
 
 
@@ -138,7 +142,7 @@ def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_
     assert perfect == {"eval/psnr": 100.0, "eval/ssim": pytest.approx(1.0), "eval/l1": 0.0, "eval/latent_l1": 0.0}
     oracle.offset = 0.25
     shifted, _ = trainer.validation()
-    held_out = read_pairs(pairs_folder).rows(trainer.held_out_ids).z_T.float()
+    held_out = read_pairs(pairs_folder).rows(trainer.objective.held_out_ids).z_T.float()
     vae = teacher.load_vae()
     with torch.no_grad():
         true, made = teacher.decode(vae, held_out), teacher.decode(vae, held_out + 0.25)
@@ -148,7 +152,7 @@ def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_
 
 def test_divergence_stops_before_the_weights_are_touched(make):
     trainer = make()
-    batch = trainer.batch(0)
+    batch = trainer.objective.batch(0)
     batch.z_S[0] = float("nan")
     before = [p.clone() for p in trainer.bridge.trainable_parameters()]
     with pytest.raises(TrainingDiverged, match="step 0: .*latent_l1.* not finite"):
@@ -157,17 +161,31 @@ def test_divergence_stops_before_the_weights_are_touched(make):
 
 
 def test_unusable_settings_are_refused(make, sd_folder, pairs_folder):
-    good, student = make(), load_space(sd_folder)
+    good, student = make().objective, load_space(sd_folder)
     identity = good.settings.model_copy(update={"projector": "identity"})
     with pytest.raises(ValueError, match="identity has nothing to train"):
-        BridgeTrainer(Bridge.create(student, student, identity), good.pairs, identity, 0)
+        BridgeTrainer(Bridge.create(student, student, identity), good)
     with pytest.raises(ValueError, match=r"batch_size \(8\) must be a multiple of 3 workers"):
-        BridgeTrainer(good.bridge, good.pairs, good.settings, 0, world_size=3)
+        Objective(good.pairs, good.settings, 0, world_size=3)
     weighted = good.settings.model_copy(
         update={"attention": good.settings.attention.model_copy(update={"weight": 1.0})}
     )
     with pytest.raises(ValueError, match="needs an attention probe"):
-        BridgeTrainer(good.bridge, good.pairs, weighted, 0)
+        Objective(good.pairs, weighted, 0)
+
+
+def test_mixed_precision_is_close_to_full_precision_and_keeps_float32_weights(make):
+    full, mixed = make("bridge.attention.weight=1"), make("bridge.attention.weight=1", "bridge.mixed_precision=true")
+    batch = full.objective.batch(0)
+    with torch.no_grad():
+        expected, parts = full.objective(full.module, batch, 0)
+        loss, _ = mixed.objective(mixed.module, batch, 0)
+    assert loss.dtype == torch.float32
+    assert loss != expected  # it is another arithmetic
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    losses = [m["loss/latent_l1"] for m in run(mixed, 20)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+    assert {p.dtype for p in mixed.bridge.trainable_parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("table_limit", [10, 1])

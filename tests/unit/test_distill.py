@@ -6,9 +6,10 @@ import itertools
 import pytest
 import torch
 
+from raydistill.bridge.loop import build_objective
 from raydistill.bridge.model import Bridge
 from raydistill.config import load
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
 from raydistill.distill.loop import load_unet
@@ -100,7 +101,7 @@ def batches(tables, size=4, captions=3):
         }
 
 
-def make_distiller(config, spaces, tables):
+def make_distiller(config, spaces, tables, anchor=None):
     student_space, teacher_space = spaces
     generator = torch.Generator().manual_seed(5)
     real = Real(torch.randn(8, *teacher_space.latent_shape, generator=generator), tables[1], torch.arange(8) % 3)
@@ -115,6 +116,7 @@ def make_distiller(config, spaces, tables):
         teacher_space.load_network(),
         real,
         batches(tables),
+        anchor=anchor,
     )
 
 
@@ -295,3 +297,86 @@ def test_recomputed_activations_change_no_number(spaces, tables):
     for part in ("student", "fake", "discriminator"):
         for name, value in state[part].items():
             assert torch.equal(value, again[part][name]), f"{part} {name}"
+
+
+# -- a Bridge that is trained along ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(spaces, tmp_path_factory):
+    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(9)
+    z_S, z_T = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
+    write_pairs(folder, 0, [f"{CAPTIONS[i % 3]} {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    return folder
+
+
+def make_joint(spaces, tables, pairs, **changes):
+    config = configuration(
+        fake_score__updates=1,
+        bridge__trainable=True,
+        bridge__trainable_lr=1e-3,
+        bridge__batch_size=4,
+        student__model=spaces[0].folder,
+        teacher__model=spaces[1].folder,
+        **changes,
+    )
+    return config, make_distiller(config, spaces, tables, build_objective(config, pairs))
+
+
+def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, tables, pairs):
+    config, distiller = make_joint(spaces, tables, pairs)
+    before = {name: flat(part).clone() for name, part in (
+        ("projector", distiller.bridge.projector), ("prior", distiller.bridge.prior), ("student", distiller.student)
+    )}  # fmt: skip
+    taken = {}
+
+    def spy(loss, **norms):
+        if "bridge" in norms:
+            taken["with_anchor"] = loss
+        return update(loss, **norms)
+
+    update, distiller._update = distiller._update, spy
+    run(config, spaces, tables, steps=1, distiller=distiller)
+    metrics = distiller.pop_metrics()
+    assert not torch.equal(before["projector"], flat(distiller.bridge.projector))
+    assert not torch.equal(before["student"], flat(distiller.student))
+    assert torch.equal(before["prior"], flat(distiller.bridge.prior))
+    assert metrics["bridge/grad_norm"] > 0
+    own = metrics["bridge/latent_l1"] + metrics["bridge/attention"]
+    distilled = metrics["loss/vsd"] + config.discriminator.weight * metrics["loss/gan"]
+    assert taken["with_anchor"].item() == pytest.approx(distilled + config.bridge.anchor_weight * own, rel=1e-4)
+
+
+def test_the_anchor_alone_would_move_the_bridge_elsewhere(spaces, tables, pairs):
+    """The VSD and GAN losses reach the projector, too: its update depends on the teachers' scores."""
+    projectors = []
+    for guidance in (1.0, 3.0):
+        config, distiller = make_joint(spaces, tables, pairs)
+        teacher = LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()})
+
+        def scores(made, guidance=guidance, teacher=teacher):
+            real = teacher(made).result()
+            return type("Scores", (), {"result": lambda _: real * guidance})()
+
+        distillation_step(distiller, scores, 1, overlap=True)
+        projectors.append(flat(distiller.bridge.projector))
+    assert not torch.equal(*projectors)
+
+
+def test_a_bridge_trained_along_resumes_with_the_same_bits_in_either_order_of_work(spaces, tables, pairs):
+    config, whole = make_joint(spaces, tables, pairs)
+    run(config, spaces, tables, steps=3, distiller=whole)
+    _, first = make_joint(spaces, tables, pairs)
+    run(config, spaces, tables, steps=2, overlap=False, distiller=first)
+    _, resumed = make_joint(spaces, tables, pairs)
+    for _ in range(2 * 2):
+        next(resumed.batches)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(config, spaces, tables, steps=1, distiller=resumed)
+    assert torch.equal(flat(whole.bridge.projector), flat(resumed.bridge.projector))
+    assert torch.equal(flat(whole.student), flat(resumed.student))
+
+
+def test_without_pairs_no_bridge_is_trained_along(spaces, tables):
+    with pytest.raises(ValueError, match="no pairs to anchor"):
+        make_distiller(configuration(bridge__trainable=True), spaces, tables)

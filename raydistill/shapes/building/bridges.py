@@ -114,7 +114,7 @@ def build_bridge(build: Build, name: str) -> None:
         trainer.load_state_dict(torch.load(state, weights_only=True))
     first, last = trainer.step_count, settings.bridge.steps
     for step in tqdm(range(first, last), desc=f"bridge_{name}", initial=first, total=last, disable=None):
-        parts = trainer.step(trainer.batch(step))
+        parts = trainer.step(trainer.objective.batch(step))
         if step % 100 == 0:
             tqdm.write(f"bridge {step}: {parts}")
             state.parent.mkdir(parents=True, exist_ok=True)

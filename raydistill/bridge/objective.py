@@ -1,0 +1,128 @@
+"""What a Bridge is trained towards: the losses of METHOD's equation on batches of pairs, in plain torch.
+
+Noise, sampled rows and the order of batches follow from (seed, step). Used by the Bridge's own training and, as its
+anchor, by a distillation that trains the Bridge along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from raydistill import config as configuration
+from raydistill.bridge.attention import AttentionProbe, sample_rows
+from raydistill.bridge.losses import bridge_loss
+from raydistill.data.pairs import Pairs, PairSet, split
+from raydistill.diffusion.noise import normal
+from raydistill.spaces.base import Conditioning, Space
+
+
+class Captions:
+    """Teacher conditioning of prompts.
+
+    Up to `table_limit` distinct prompts are encoded once, in fixed chunks, and the text encoders are let go; of more
+    prompts a table would not fit, so each batch is encoded when needed. Either way a batch's numbers depend on it alone.
+
+    Args:
+        space: the teacher's.
+        prompts: all prompts that may be asked for.
+        device: where the encoders run and conditioning is returned.
+        chunk: prompts encoded at once.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        prompts: Sequence[str],
+        device: torch.device | str = "cpu",
+        table_limit: int = 4096,
+        chunk: int = 64,
+    ) -> None:
+        distinct = sorted(set(prompts))
+        self._space, self._device = space, device
+        self._text = space.load_text().to(device)
+        self._row: dict[str, int] | None = None
+        if len(distinct) <= table_limit:
+            parts = [self._encode(distinct[start : start + chunk]) for start in range(0, len(distinct), chunk)]
+            self._table = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+            self._row = {prompt: row for row, prompt in enumerate(distinct)}
+            self._text = None
+
+    def _encode(self, prompts: Sequence[str]) -> Conditioning:
+        return self._space.encode_prompts(self._text, prompts)
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of a batch of prompts, [B, …] each."""
+        if self._row is None:
+            return self._encode(prompts)
+        rows = torch.tensor([self._row[prompt] for prompt in prompts])
+        return {name: value[rows].to(self._device) for name, value in self._table.items()}
+
+
+class Objective:
+    """alpha L1 + beta attention fidelity of a Bridge, on batches of a pair set.
+
+    Args:
+        pairs: latents of the same pictures in both spaces.
+        settings: the `bridge` section of the configuration.
+        seed: of noise, rows, order and the split into training and held-out pairs.
+        device: where everything runs.
+        rank, world_size: this worker among all; a step's batch is divided evenly between them.
+        probe: the teacher's attention; None trains on L1 alone.
+        captions: conditioning for the probe.
+
+    Raises:
+        ValueError: the batch cannot be divided, or probe and weight disagree.
+    """
+
+    def __init__(
+        self,
+        pairs: PairSet,
+        settings: configuration.Bridge,
+        seed: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        probe: AttentionProbe | None = None,
+        captions: Captions | None = None,
+    ) -> None:
+        if settings.batch_size % world_size:
+            raise ValueError(f"bridge.batch_size ({settings.batch_size}) must be a multiple of {world_size} workers")
+        if settings.attention.weight > 0 and (probe is None or captions is None):
+            raise ValueError("bridge.attention.weight is above 0: the trainer needs an attention probe and captions")
+        self.pairs, self.settings, self.seed, self.device = pairs, settings, seed, torch.device(device)
+        self.rank, self.world_size = rank, world_size
+        self.probe, self.captions = probe, captions
+        self.training_ids, self.held_out_ids = split(pairs, settings.validation_share, seed)
+        self._order = lru_cache(maxsize=2)(lambda epoch: pairs.order(self.training_ids, seed, epoch))
+
+    def batch(self, step: int) -> Pairs:
+        """This worker's share of step `step` (from 0). Epochs follow each other without a gap."""
+        share = self.settings.batch_size // self.world_size
+        first = step * self.settings.batch_size + self.rank * share
+        epochs, offsets = np.divmod(np.arange(first, first + share), len(self.training_ids))
+        return self.pairs.rows([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def __call__(self, bridge: nn.Module, batch: Pairs, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Total loss and its parts (see `bridge_loss`) of step `step`, as float32 scalars with gradients.
+
+        With `bridge.mixed_precision` the networks run in bfloat16 where that is safe; weights and losses stay float32.
+        """
+        z_S, z_T = batch.z_S.to(self.device).float(), batch.z_T.to(self.device).float()
+        weight = self.settings.attention.weight
+        teacher_inputs: dict[str, Any] = {}
+        if weight > 0:
+            noise = normal(self.seed, batch.ids, z_T.shape[1:], "bridge_noise", step)
+            teacher_inputs = {
+                "probe": self.probe,
+                "noise": noise.to(self.device),
+                "conditioning": self.captions(batch.prompts),
+                "rows": sample_rows(self.seed, step, self.settings.attention.rows),
+            }
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision):
+            return bridge_loss(bridge(z_S), z_T, weight, **teacher_inputs)
