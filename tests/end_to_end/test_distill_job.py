@@ -176,13 +176,6 @@ def test_a_finished_run_says_so_and_changes_nothing(finished):
     assert (storage / "whole" / "summary.json").read_bytes() == before
 
 
-def test_the_sequential_loop_exports_the_same_bits(finished, tmp_path):
-    storage, _ = finished
-    result = job(tmp_path, "run.name=sequential", "distill.overlap=false")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert same_weights(exported(storage / "whole"), exported(tmp_path / "sequential"))
-
-
 def test_the_export_draws_in_a_process_without_raydistill(finished, tmp_path):
     storage, _ = finished
     script = (
@@ -240,9 +233,9 @@ def test_a_killed_job_goes_on_under_the_same_mlflow_run_with_the_same_numbers(fi
     assert same_weights(exported(storage / "whole"), exported(tmp_path / "killed"))
 
 
-def test_a_teacher_rank_killed_during_distillation_delays_it_and_changes_no_bit(finished, tmp_path):
+def test_the_sequential_loop_with_a_teacher_rank_killed_takes_longer_and_exports_the_same_bits(finished, tmp_path):
     storage, _ = finished
-    with started(tmp_path, tmp_path, "run.name=struck") as job:
+    with started(tmp_path, tmp_path, "run.name=struck", "distill.overlap=false") as job:
         job.until((tmp_path / "struck" / "distill" / "before.json").is_file)  # the first step comes next
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         assert len(ranks) == 2
@@ -257,68 +250,75 @@ def test_a_teacher_rank_killed_during_distillation_delays_it_and_changes_no_bit(
     assert same_weights(exported(storage / "whole"), exported(tmp_path / "struck"))
 
 
-def test_two_workers_train_the_student_and_both_controls(finished, tmp_path):
-    storage, _ = finished
-    workers = ("distill.workers=2", "distill.cpus_per_worker=0.3")
-    with started(tmp_path, tmp_path, "run.name=both", "controls=[no_vsd,shared_space]", *workers) as job:
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A run of two workers that makes its own pairs and Bridge, trains that along, and ends with both controls."""
+    storage = tmp_path_factory.mktemp("both")
+    settings = (
+        "distill.workers=2", "distill.cpus_per_worker=0.3", "controls=[no_vsd,shared_space]",
+        "bridge.checkpoint=null", "bridge.steps=2", "bridge.batch_size=8", "bridge.trainable=true",
+        "synthesis.count=64", "discriminator.real_data=null",
+    )  # fmt: skip
+    with started(storage, storage, "run.name=both", *settings) as job:
         code, seen = job.wait(600, watch=["ray::RayTrainWorker"])
         assert code == 0, job.text()
         assert job.left() == []
-        text = job.text()
-    assert len(seen["ray::RayTrainWorker"]) == 3 * 2
+        return storage, job.text(), seen["ray::RayTrainWorker"]
+
+
+def test_two_workers_train_the_student_and_both_controls(finished, both):
+    storage, text, workers = both
+    assert len(workers) == 4 * 2  # the Bridge's, and three distillations'
     assert text.count("control:") == 2
-    summary = json.loads((tmp_path / "both" / "summary.json").read_text())
+    summary = json.loads((storage / "both" / "summary.json").read_text())
     assert summary["controls"].keys() == {"no_vsd", "shared_space"}
     for table in summary["controls"].values():
         assert {"mean", "size", "color", "shape", "position", "background"} <= table.keys()
         assert all(0 <= value <= 1 for value in table.values())
-    parent, children = mlflow_runs(tmp_path, "both")
-    assert children.keys() == {"distill", "no_vsd", "shared_space"}
+    parent, children = mlflow_runs(storage, "both")
+    assert children.keys() == {"synthesis", "bridge", "distill", "no_vsd", "shared_space"}
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
     losses = {stage: {key for key in run.data.metrics if key.startswith("loss/")} for stage, run in children.items()}
     assert losses == {
+        "synthesis": set(),
+        "bridge": {"loss/bridge", "loss/latent_l1", "loss/attention"},
         "distill": {"loss/vsd", "loss/fake", "loss/gan", "loss/discriminator"},
         "no_vsd": {"loss/fake", "loss/gan", "loss/discriminator"},
         "shared_space": {"loss/vsd", "loss/fake"},
     }
     assert children["shared_space"].data.params["teacher.model"] == "shapes:sd15"
-    for run in children.values():
-        assert set(history(tmp_path, run, "loss/fake")) == {1, 2}
+    for name in ("distill", "no_vsd", "shared_space"):
+        assert set(history(storage, children[name], "loss/fake")) == {1, 2}
     # eight samples an update instead of four
-    assert not same_weights(exported(storage / "whole"), exported(tmp_path / "both"))
+    assert not same_weights(exported(finished[0] / "whole"), exported(storage / "both"))
 
 
-def test_a_run_without_a_bridge_makes_pairs_and_trains_its_own(tmp_path):
+def test_a_run_without_a_bridge_makes_pairs_trains_its_own_and_trains_it_along(both):
     from raydistill.bridge.model import Bridge
     from raydistill.data.pairs import read_pairs
     from raydistill.shapes import WEIGHTS
     from raydistill.spaces import load_space
 
-    settings = ("bridge.checkpoint=null", "bridge.steps=2", "bridge.batch_size=8", "synthesis.count=64")
-    with started(tmp_path, tmp_path, "run.name=own", *settings, "discriminator.real_data=null") as job:
-        code, _ = job.wait(600)
-        assert code == 0, job.text()
-        assert job.left() == []
-    folder = tmp_path / "own"
+    folder = both[0] / "both"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"synthesis", "bridge", "distill"} <= summary["stages"].keys()
     pairs = read_pairs(folder / "pairs")
     assert len(pairs) == 64
     assert not set(pairs.prompts()) & set((WEIGHTS / "heldout.txt").read_text().splitlines())
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
-    bridge = Bridge.load(folder / "bridge", student, teacher)
+    own, along = (Bridge.load(place, student, teacher) for place in (folder / "bridge", folder / "distill" / "bridge"))
     rows = pairs.rows(range(8))
     with torch.no_grad():
-        assert bridge(rows.z_S.float()).shape == rows.z_T.shape
-    parent, children = mlflow_runs(tmp_path, "own")
-    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
+        before, after = own(rows.z_S.float()), along(rows.z_S.float())
+    assert before.shape == rows.z_T.shape
+    assert 0 < (before - after).abs().max() < 0.1  # two small updates later
+    _, children = mlflow_runs(both[0], "both")
     losses = {
-        key: history(tmp_path, children["bridge"], key)[2]
-        for key in ("loss/bridge", "loss/latent_l1", "loss/attention")
+        key: history(both[0], children["bridge"], key)[2] for key in ("loss/bridge", "loss/latent_l1", "loss/attention")
     }
     assert losses["loss/attention"] > 0
     assert losses["loss/bridge"] == pytest.approx(losses["loss/latent_l1"] + losses["loss/attention"], rel=1e-5)
-    assert {"loss/vsd", "loss/gan"} <= children["distill"].data.metrics.keys()
+    assert set(history(both[0], children["distill"], "bridge/latent_l1")) == {1, 2}
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from raydistill.config import CONFIGS, flatten, load
 from raydistill.counting import open_space
 from raydistill.hub import is_hub_id
 from raydistill.model_configs import HUB_MODELS
+from raydistill.preflight import check_inputs
+from raydistill.shapes import WEIGHTS
 
 TEACHERS = {
     "sdxl": (4, "epsilon"),
@@ -94,6 +96,16 @@ def test_every_value_is_explained_on_its_line(file):
     lines = [line for line in file.read_text().splitlines() if re.match(r"\s*\w+:\s+[^#\s]", line)]
     assert lines
     assert [line for line in lines if " # " not in line] == []
+
+
+@pytest.mark.parametrize("teacher", ["flux", "sd3", "sdxl"])
+@pytest.mark.parametrize(("student", "start"), [("sd15", 999), ("sd21", 625)])
+def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tmp_path):
+    config = load(CONFIGS / f"shapes_{teacher}_{student}.yaml", [f"storage={tmp_path}"])
+    inputs = check_inputs(config)
+    assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / teacher), str(WEIGHTS / student))
+    assert config.student.start_timestep == start
+    assert not [note for note in inputs.notes if "start_timestep" in note]
 
 
 def test_parts_of_one_kind_decide_the_same_keys():
