@@ -79,7 +79,14 @@ class Teacher(Section):
 
 
 class Teachers(Section):
-    replicas: Count = Field(1, description="replicas of the teacher service")
+    replicas: Count = Field(1, description="replicas of the teacher service that it starts with")
+    min_replicas: Count | None = Field(None, description="fewest replicas when it autoscales; null: teachers.replicas")
+    max_replicas: Count | None = Field(
+        None, description="most replicas: follow the ongoing requests up to it; null: always teachers.replicas"
+    )
+    target_ongoing_requests: Positive = Field(2, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: NonNegative = Field(30, description="how long more requests must last before replicas are added")
+    downscale_delay_s: NonNegative = Field(600, description="how long fewer must last before replicas are removed")
     shards: Count = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
     slice: Count = Field(8, description="samples per forward and rank; requests are cut into equal slices")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
@@ -90,6 +97,17 @@ class Teachers(Section):
     retry_for_s: Positive = Field(600, description="how long the client keeps retrying while the service is down")
     start_timeout_s: Positive = Field(600, description="longest time until the service is ready")
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold ranks; none: any node")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Teachers:
+        fewest, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
+        if self.max_replicas is None and self.min_replicas is not None:
+            raise ValueError("min_replicas needs max_replicas: without it the number of replicas is fixed")
+        if not fewest <= self.replicas <= most:
+            raise ValueError(
+                f"min_replicas ({fewest}) <= replicas ({self.replicas}) <= max_replicas ({most}) does not hold"
+            )
+        return self
 
 
 class Attention(Section):

@@ -143,7 +143,7 @@ def _train(stage: Stage) -> None:
         for step in range(first, config.distill.steps):
             distillation_step(distiller, submit, config.fake_score.updates, config.distill.overlap)
             if observer:
-                observer.after_step(step + 1, world)
+                observer.after_step(step + 1, world, submit.metrics() if submit else {})
             _checkpoint(distiller, config, observer, step + 1)
         if observer:
             observer.finish()
@@ -188,7 +188,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     from raydistill.data.encode import encode_unconditional
     from raydistill.distill.distiller import Distiller
     from raydistill.spaces import load_space
-    from raydistill.teachers.client import ScoreRequest, TeacherClient
+    from raydistill.teachers.client import TeacherClient
 
     device = ray.train.torch.get_device() if config.distill.gpus_per_worker else torch.device("cpu")
     student_space = load_space(resolve(config.student.model))
@@ -213,17 +213,31 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         device,
         anchor,
     )
-    submit = None
-    if stage.service:
-        client = TeacherClient(stage.service, config.teachers)
-        scale = guidance_scale(config, teacher_space)
-        empty = encode_unconditional(teacher_space)
+    if not stage.service:
+        return distiller, None
+    empty = encode_unconditional(teacher_space)
+    return distiller, Teachers(
+        TeacherClient(stage.service, config.teachers), empty, guidance_scale(config, teacher_space)
+    )
 
-        def submit(made):  # noqa: ANN001, ANN202
-            cpu = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
-            return client.submit(ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), cpu, empty, scale))
 
-    return distiller, submit
+class Teachers:
+    """A worker's way to its teachers: `schedule.Submit`, and how busy they are."""
+
+    def __init__(self, client: Any, unconditional: dict[str, torch.Tensor], scale: float) -> None:
+        self.client, self.unconditional, self.scale = client, unconditional, scale
+
+    def __call__(self, made: Any) -> Any:
+        from raydistill.teachers.client import ScoreRequest
+
+        conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
+        return self.client.submit(
+            ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, self.scale)
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Latency, busy fraction and queue of the service as this worker saw them."""
+        return self.client.load.metrics()
 
 
 def guidance_scale(config: Config, teacher_space: Any) -> float:
@@ -336,8 +350,8 @@ class Observer:
         self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
         self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
 
-    def after_step(self, step: int, world: int) -> None:
-        metrics = self.distiller.pop_metrics()
+    def after_step(self, step: int, world: int, teachers: dict[str, float]) -> None:
+        metrics = self.distiller.pop_metrics() | teachers
         seconds = metrics["time/step"]
         metrics["throughput/samples_per_s"] = world * self.config.distill.batch_size / seconds
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:

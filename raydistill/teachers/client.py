@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from raydistill.config import Teachers
+from raydistill.teachers.load import LoadLog
 from raydistill.teachers.request import (
     GenerateRequest,
     NonFiniteScores,
@@ -44,6 +45,7 @@ class TeacherClient:
     def __init__(self, name: str, config: Teachers) -> None:
         self.name, self.config = name, config
         self._handle: Any = None
+        self.load = LoadLog()  # of this process's requests
 
     def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers]]:
         return TeacherClient, (self.name, self.config)
@@ -159,7 +161,7 @@ class PendingScores:
         while True:
             left = self._client.config.request_timeout_s - (time.monotonic() - asked)
             try:
-                kind, answer = self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
+                kind, answer, load = self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
                 break
             except TimeoutError:
                 waited = time.monotonic() - asked
@@ -168,6 +170,7 @@ class PendingScores:
                     raise TimeoutError(f"no answer within teachers.request_timeout_s={waited:.0f} s") from None
                 self._look_after_service(waited)
         if kind == "done":
+            self._client.load.add(load)
             return answer
         raise (TeacherError if kind == "rejected" else ReplicaBroken)(answer)
 

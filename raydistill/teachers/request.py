@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the coordinator of a replica handles these without importin
 
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
-Answer = tuple[str, Any]  # ("done", [B, C, H, W] array), ("rejected", why) or ("broken", why)
+Answer = tuple[str, Any, Any]  # ("done", [B, C, H, W] array, Load), ("rejected", why, None) or ("broken", why, None)
 
 
 class TeacherError(RuntimeError):

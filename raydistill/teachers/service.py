@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config import Teachers
 from raydistill.teachers import placement
+from raydistill.teachers.load import Load, Meter
 from raydistill.teachers.request import Answer, ReplicaBroken, TeacherError, TeacherStartError, one_line
 from raydistill.teachers.shard import TeacherRank
 
@@ -30,6 +31,25 @@ PING_TIMEOUT_S = 30.0  # below HEALTH_TIMEOUT_S, so that the replica itself name
 STRAGGLER_S = 30.0  # once one rank has failed, how long the others may take to answer
 ONGOING_REQUESTS = 16  # per replica; they run one by one, waiting here costs less than in the callers' routers
 LOG_EVERY_S, PLACEMENT_PATIENCE_S = 10.0, 60.0
+
+
+class _Gauges:
+    """A replica's load on Ray's Prometheus endpoint; Serve adds the replica's name to each."""
+
+    def __init__(self) -> None:
+        from ray.serve import metrics
+
+        boundaries = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
+        self._latency = metrics.Histogram(
+            "raydistill_teacher_latency_s", description="wait and work of a request", boundaries=boundaries
+        )
+        self._busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
+        self._queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
+
+    def show(self, load: Load) -> None:
+        self._latency.observe(load.latency_s)
+        self._busy.set(load.busy_fraction)
+        self._queue.set(load.queue)
 
 
 @serve.deployment(
@@ -48,6 +68,7 @@ class TeacherReplica:
         self._config = config = Teachers.model_validate(config)
         self._broken: str | None = None
         self._lock = asyncio.Lock()
+        self._meter, self._gauges = Meter(), _Gauges()
         group = ray.util.get_current_placement_group()
         environment = {
             "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
@@ -91,22 +112,28 @@ class TeacherReplica:
 
     async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
         """Failures are answers too: raised ones would only fill Serve's log with tracebacks."""
-        try:
-            # A caller that goes away must not release the lock while the ranks still compute.
-            return "done", await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
-        except TeacherError as error:
-            return "rejected", str(error)
-        except ReplicaBroken as error:
-            return "broken", str(error)
+        arrived = time.monotonic()
+        with self._meter.request():
+            try:
+                # A caller that goes away must not release the lock while the ranks still compute.
+                answer = await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
+            except TeacherError as error:
+                return "rejected", str(error), None
+            except ReplicaBroken as error:
+                return "broken", str(error), None
+            load = self._meter.load(arrived)
+            self._gauges.show(load)
+            return "done", answer, load
 
     async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
         """One request to all ranks. The lock keeps the order of requests the same on every rank."""
         async with self._lock:
             if self._broken is not None:
                 raise ReplicaBroken(self._broken)
-            answers = [asyncio.wrap_future(getattr(r, method).remote(payload).future()) for r in self._ranks]
             limit = self._config.request_timeout_s
-            done, pending = await asyncio.wait(answers, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
+            with self._meter.work():
+                answers = [asyncio.wrap_future(getattr(r, method).remote(payload).future()) for r in self._ranks]
+                done, pending = await asyncio.wait(answers, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
             failed = any(answer.exception() for answer in done)
             if failed and pending:
                 _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
@@ -177,7 +204,7 @@ def launch(model_folder: str, config: Teachers, name: str) -> None:
         raise TeacherStartError(f"teacher {name} cannot be placed: {placement.requested_against_available(config)}")
     selectors = placement.label_selectors(config)
     application = TeacherReplica.options(
-        num_replicas=config.replicas,
+        **_scale(config),
         ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy="PACK",
@@ -190,6 +217,22 @@ def launch(model_folder: str, config: Teachers, name: str) -> None:
     except BaseException:
         stop(name)
         raise
+
+
+def _scale(config: Teachers) -> dict[str, Any]:
+    """A fixed number of replicas, or bounds between which Serve follows the ongoing requests."""
+    if config.max_replicas is None:
+        return {"num_replicas": config.replicas}
+    return {
+        "autoscaling_config": {
+            "initial_replicas": config.replicas,
+            "min_replicas": config.min_replicas or config.replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+        }
+    }
 
 
 def wait_until_ready(config: Teachers, name: str) -> None:

@@ -233,6 +233,35 @@ def test_second_service_coexists_and_stops_cleanly(flux, sd_folder):
     assert torch.equal(client.submit(first).result(), expected)
 
 
+def test_replicas_follow_the_requests_and_draining_loses_none(ray_cluster, flux_folder):
+    """One replica becomes two while requests pile up, and one again while they trickle; every answer is the same."""
+    config = Teachers(
+        shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=400, max_replicas=2, target_ongoing_requests=1,
+        upscale_delay_s=0.5, downscale_delay_s=2,
+    )  # fmt: skip
+    space = load_space(flux_folder)
+    request = make_request("flux", space, 4)
+    arguments = (request.x_t, request.conditioning, request.unconditional, 20, 2.5)
+    service.start(str(flux_folder), config, "teacher-elastic")
+    try:
+        client = TeacherClient("teacher-elastic", config)
+        expected = client.generate(*arguments).result()
+        assert client.load.metrics()["teachers/latency_p50"] > 0
+        pending, deadline = [], time.monotonic() + 120
+        while sum(group["state"] == "CREATED" for group in placement_groups("teacher-elastic")) < 2:
+            assert time.monotonic() < deadline
+            assert all(torch.equal(answer.result(), expected) for answer in pending)
+            pending = [client.generate(*arguments) for _ in range(4)]
+        assert all(torch.equal(answer.result(), expected) for answer in pending)
+        deadline = time.monotonic() + 120
+        while len(placement_groups("teacher-elastic")) > 1:
+            assert time.monotonic() < deadline
+            assert torch.equal(client.generate(*arguments).result(), expected)
+            time.sleep(0.2)
+    finally:
+        service.stop("teacher-elastic")
+
+
 def test_absent_service_is_given_up_by_name(ray_cluster):
     impatient = CONFIG.model_copy(update={"retry_for_s": 2.0})
     request = ScoreRequest(torch.zeros(1, 8, 16, 16), torch.ones(1), {"prompt_embeds": torch.zeros(1, 1, 1)}, None, 1.0)
