@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +27,8 @@ def identify(folder: str | Path) -> tuple[str, str]:
     if cached:
         return cached["name"].replace("--", "/"), cached["commit"]
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(folder.rglob("*")):
+    files = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for file in sorted(files):
         name = file.relative_to(folder).as_posix()
         if file.suffix in (".json", ".safetensors") and not any(part.startswith(".") for part in Path(name).parts):
             digest.update(name.encode() + b"\0" + _contents(file))

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raydistill.bridge.model import check_pair, vae_fingerprint
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.loop import load_unet
 from raydistill.distill.student import one_step_x0
 from raydistill.shapes import WEIGHTS
+from raydistill.shapes.building.models import MODELS, STUDENTS, TEACHERS
 from raydistill.shapes.captions import (
     ATTRIBUTES,
     corrupt,
@@ -57,7 +59,8 @@ def test_held_out_captions_occur_in_no_training_set(held_out):
     forbidden = {scene.caption for scene in held_out}
     assert set((WEIGHTS / "heldout.txt").read_text().splitlines()) == forbidden == set(evaluation_captions(67))
     assert not forbidden & set((WEIGHTS / "prompts.txt").read_text().splitlines())
-    assert not forbidden & set(read_pairs(WEIGHTS / "samples" / "flux").prompts())
+    for name in TEACHERS:
+        assert not forbidden & set(read_pairs(WEIGHTS / "samples" / name).prompts())
 
 
 def test_renders_are_deterministic_and_the_same_picture_at_both_sizes(held_out):
@@ -86,7 +89,7 @@ def test_the_judge_sees_what_is_wrong(judge, held_out):
         assert table[name] == pytest.approx(agree / len(held_out), abs=0.03)
 
 
-@pytest.mark.parametrize("folder", ["flux", "sd15"])
+@pytest.mark.parametrize("folder", ["flux", "sdxl", "sd15"])  # SD 3 has FLUX's VAE, SD 2.1 has SD 1.5's
 def test_reconstructions_keep_their_attributes(judge, held_out, folder):
     space = load_space(WEIGHTS / folder)
     vae, scenes = space.load_vae(), held_out * 2
@@ -97,23 +100,37 @@ def test_reconstructions_keep_their_attributes(judge, held_out, folder):
     assert judge.accuracy(images, [scene.caption for scene in scenes])["mean"] >= 0.97
 
 
+def test_models_that_share_a_vae_have_its_very_weights():
+    prints = {name: vae_fingerprint(load_space(WEIGHTS / name)) for name in MODELS}
+    assert prints["flux"] == prints["sd3"] != prints["sdxl"]
+    assert prints["sd15"] == prints["sd21"]
+    for student in STUDENTS:
+        for teacher in TEACHERS:
+            bridge = WEIGHTS / "bridge" / ("sd15-sdxl" if teacher == "sdxl" else "sd15-flux")
+            check_pair(bridge, load_space(WEIGHTS / student), load_space(WEIGHTS / teacher))
+
+
 @torch.no_grad()
-def test_the_one_step_start_is_weak_but_not_broken(judge):
-    space = load_space(WEIGHTS / "sd15")
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_one_step_start_is_weak_but_not_broken(judge, name):
+    space = load_space(WEIGHTS / name)
     captions = evaluation_captions(268)
     noise = torch.randn(len(captions), *space.latent_shape, generator=torch.Generator().manual_seed(1))
     conditioning = space.encode_prompts(space.load_text(), captions)
-    latents = one_step_x0(space, load_unet(space, "shapes:sd15-onestep"), noise, conditioning, 999)
+    unet = load_unet(space, f"shapes:{name}-onestep")
+    latents = one_step_x0(space, unet, noise, conditioning, STUDENTS[name].start_timestep)
     assert 0.45 <= judge.accuracy(space.decode(space.load_vae(), latents), captions)["mean"] <= 0.70
 
 
 @torch.no_grad()
-def test_the_teacher_draws_what_is_asked(judge):
-    space = load_space(WEIGHTS / "flux")
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_teacher_draws_what_is_asked(judge, name):
+    space = load_space(WEIGHTS / name)
     captions = evaluation_captions(67)
     noise = torch.randn(len(captions), *space.latent_shape, generator=torch.Generator().manual_seed(1))
     text = space.load_text()
-    conditioning, empty = space.encode_prompts(text, captions), space.encode_prompts(text, [""])
+    conditioning = space.encode_prompts(text, captions)
+    empty = space.unconditional(space.encode_prompts(text, [""]))
     latents = space.sample(space.load_network(), noise, conditioning, empty, 12, 3.0)
     table = judge.accuracy(space.decode(space.load_vae(), latents), captions)
     assert table["mean"] >= 0.95
@@ -121,6 +138,6 @@ def test_the_teacher_draws_what_is_asked(judge):
 
 
 def test_the_world_is_small_and_safe():
-    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]
+    files = [file for file in WEIGHTS.rglob("*") if file.is_file()]  # shared parts are links: counted once
     assert sum(file.stat().st_size for file in files) < 25e6
     assert not [file for file in files if file.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]

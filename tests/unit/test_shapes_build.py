@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.building import forget_paths
+from raydistill.shapes.building import forget_paths, link_duplicates
 from raydistill.shapes.building.bridges import vary
 from raydistill.shapes.captions import single_scenes
 from raydistill.shapes.render import render
@@ -65,6 +65,22 @@ def test_forget_paths_removes_origins_and_nothing_else(tmp_path):
     once = (tmp_path / "vae" / "config.json").read_bytes()
     forget_paths(tmp_path)
     assert (tmp_path / "vae" / "config.json").read_bytes() == once
+
+
+def test_parts_that_models_share_are_shipped_once(tmp_path):
+    for model, text in (("flux", "a"), ("sd15", "b"), ("sd3", "a"), ("sd21", "b"), ("sdxl", "c")):
+        for part in ("vae", "unet"):
+            (tmp_path / model / part).mkdir(parents=True)
+            (tmp_path / model / part / "weights").write_text(text if part == "vae" else model)
+    link_duplicates(tmp_path)
+    links = {str(path.relative_to(tmp_path)): path for path in tmp_path.glob("*/*") if path.is_symlink()}
+    assert {name: path.readlink().as_posix() for name, path in links.items()} == {
+        "sd21/vae": "../sd15/vae",
+        "sd3/vae": "../flux/vae",
+    }
+    assert (tmp_path / "sd3" / "vae" / "weights").read_text() == "a"
+    link_duplicates(tmp_path)  # again: nothing more to do
+    assert (tmp_path / "flux" / "vae" / "weights").read_text() == "a"
 
 
 def strings(tree):

@@ -9,7 +9,10 @@ so that two Bridges serve six pairs.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -63,6 +66,20 @@ def forget_paths(folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def link_duplicates(weights: Path) -> None:
+    """Ship a part that several models share once: the others get a relative link to the first one's folder."""
+    first: dict[str, Path] = {}
+    parts = (part for model in sorted(MODELS) for part in sorted((weights / model).glob("*")))
+    for folder in (part for part in parts if part.is_dir() and not part.is_symlink()):
+        digest = hashlib.sha256()
+        for file in sorted(folder.rglob("*")):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+        original = first.setdefault(digest.hexdigest(), folder)
+        if original != folder:
+            shutil.rmtree(folder)
+            folder.symlink_to(os.path.relpath(original, folder.parent))
+
+
 def run_stages(build: Build, names: Iterable[str]) -> None:
     """Run the named stages in their order, skipping what is already built."""
     for name in names:
@@ -75,3 +92,4 @@ def run_stages(build: Build, names: Iterable[str]) -> None:
             stage(build)
             forget_paths(build.weights)
             (build.weights / marker).touch()
+    link_duplicates(build.weights)

@@ -19,7 +19,7 @@ from raydistill.spaces import load_space
 
 SAMPLE_STEPS = 12
 SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
-SHIPPED_SAMPLES = 256
+SHIPPED_SAMPLES = 192
 
 
 def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed: int) -> Path:
