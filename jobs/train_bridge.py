@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import ablate_bridge, bridge_only
+from raydistill.distill.pipeline import ablate_bridge, bridge_only, check_ablation
 from raydistill.job import run_job
 
 UNTRAINED = {"bridge": {"checkpoint": None}}
@@ -17,7 +17,7 @@ UNTRAINED = {"bridge": {"checkpoint": None}}
 def main() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--ablate"]
     if len(arguments) < len(sys.argv) - 1:
-        return run_job(__doc__, ablate_bridge, "ablation.json", UNTRAINED, arguments=arguments)
+        return run_job(__doc__, ablate_bridge, "ablation.json", UNTRAINED, check_ablation, arguments)
     return run_job(__doc__, bridge_only, "bridge/bridge.json", UNTRAINED)
 
 

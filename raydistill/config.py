@@ -210,6 +210,7 @@ class Discriminator(Section):
     real_data: str | None = Field(
         "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
     )
+    real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
 
 
 class Vsd(Section):
@@ -525,8 +526,9 @@ def flatten(config: Config) -> dict[str, Any]:
 # Changing one of these changes the numbers of a run; a resume with a changed one is refused.
 _FREE_KEYS = re.compile(
     r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
-    r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels)|"
-    r"prompts\.(encoders|cpus_per_encoder)|bridge\.checkpoint_every|"
+    r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
+    r"gradient_checkpointing)|"
+    r"prompts\.(encoders|cpus_per_encoder)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
     r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight)"
 )
 

@@ -235,7 +235,7 @@ def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
     """
     needs, weights, workers = counts.recomputing.peak, counts.trainer.weights, config.distill.workers
     steps = [("distill.gradient_checkpointing", needs)]
-    if workers > 1:
+    if workers > 1 and weights.fake_frozen:
         piece = 4 * min(counts.network.parameters, counts.network.piece + PREFETCHED)
         needs -= max(0, weights.fake_frozen - weights.fake_frozen // workers - piece)
         steps.append((f"frozen base sharded over {workers}", needs))
@@ -256,7 +256,7 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     encoders = 4 * sum(parameters for parameters, _ in counts.text.values())
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
     return {"text encoders": encoders} | (
-        {"real samples": config.synthesis.count * counts.real_row_bytes} if gan else {}
+        {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes} if gan else {}
     )
 
 
@@ -454,7 +454,7 @@ def _sizes(counts: Counts, config: Config) -> str:
         f"{config.fake_score.updates} fake-score updates each",
         "",
         "PARAMETERS (exact, from the configuration files)",
-        f"  teacher {network.parameters:,}; student {student:,}; LoRA and other trained fake score "
+        f"  teacher {network.parameters:,}; student {student:,}; trained part of the fake score "
         f"{counts.trainer.gradients['fake'] // 4:,}; Bridge {weights.bridge // 4:,} "
         f"(its frozen prior in it); discriminator {weights.discriminator // 4:,}",
         "  text encoders: " + "; ".join(f"{name} {parameters:,}" for name, (parameters, _) in counts.text.items()),

@@ -123,6 +123,11 @@ def check_inputs(config: Config) -> Inputs:
 
         pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
+    if config.bridge.pairs is not None:
+        from raydistill.data.pairs import read_pairs
+
+        pairs = read_pairs(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
     if config.synthesis.images is not None:
         images = open_images(
@@ -155,17 +160,21 @@ def _check_tracking(config: Config) -> None:
 
 
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
+    from raydistill.bridge.attention import check_network
     from raydistill.bridge.model import Bridge, check_pair, doublings
 
     if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
         raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
     if config.bridge.projector == "identity" and config.bridge.trainable:
         raise ConfigError("bridge.trainable=true: the identity has nothing to train")
-    if config.bridge.trainable and config.bridge.batch_size % config.distill.workers:
+    trains = config.bridge.trainable or (config.bridge.checkpoint is None and config.bridge.projector != "identity")
+    if trains and config.bridge.batch_size % config.distill.workers:
         raise ConfigError(
             f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.workers} "
             "workers (distill.workers)"
         )
+    if trains and config.bridge.attention.weight > 0:
+        check_network(teacher)
     if config.bridge.checkpoint is not None:
         check_pair(resolve(config.bridge.checkpoint), student, teacher)
     elif config.bridge.projector == "identity":

@@ -6,9 +6,11 @@ several seeds, as a Ray task of its own. A finished cell is a file, so an interr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +61,7 @@ class Cell:
     seed: int
     config: dict[str, Any]  # of the whole run, with the variant's Bridge
     parameters: int  # trainable
+    split_seed: int  # of the held-out pairs, the same ones for every cell
 
     @property
     def name(self) -> str:
@@ -80,6 +83,7 @@ def cells(config: Config, student: Space, teacher: Space) -> list[Cell]:
             update={
                 "projector": variant.projector,
                 "prior": variant.prior,
+                "batch_size": max(1, config.bridge.batch_size // config.distill.workers),  # a cell is one worker
                 "attention": config.bridge.attention.model_copy(update={"weight": weight if variant.attention else 0}),
             }
         )
@@ -89,7 +93,7 @@ def cells(config: Config, student: Space, teacher: Space) -> list[Cell]:
                 update={"bridge": bridge, "run": config.run.model_copy(update={"seed": config.run.seed + seed})}
             )
             parameters = projector_parameters(student, teacher, bridge)
-            found.append(Cell(variant.name, seed, changed.model_dump(), parameters))
+            found.append(Cell(variant.name, seed, changed.model_dump(), parameters, config.run.seed))
     return found
 
 
@@ -138,7 +142,7 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
     config = validate(cell.config)
     torch.set_num_threads(config.distill.threads)
     device = torch.device("cuda" if config.distill.gpus_per_worker else "cpu")
-    trainer = build_trainer(config, pairs, device)
+    trainer = build_trainer(config, pairs, device, split_seed=cell.split_seed)
     state, steps, seconds = folder / f"{cell.name}.pt", config.bridge.steps, 0.0
     if state.is_file():
         saved = torch.load(state, map_location="cpu", weights_only=True)
@@ -153,8 +157,9 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
                 log.metrics(losses, step)
                 write_progress(progress_file(folder, cell), step=step, total=steps)
             if step % config.bridge.checkpoint_every == 0 and step < steps:
-                torch.save(trainer.state_dict() | {"seconds": time.monotonic() - started}, state.with_suffix(".tmp"))
-                state.with_suffix(".tmp").replace(state)
+                unfinished = state.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a lost task may still be writing
+                torch.save(trainer.state_dict() | {"seconds": time.monotonic() - started}, unfinished)
+                unfinished.replace(state)
         seconds = time.monotonic() - started
         metrics, picture = trainer.validation()
         log.metrics(metrics, steps)
@@ -165,7 +170,7 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
         "variant": cell.variant, "seed": cell.seed, "parameters": cell.parameters,
         "embed_dim": config.bridge.embed_dim, "steps": steps, "seconds": round(seconds, 1), "metrics": metrics,
     }  # fmt: skip
-    temporary = result_file(folder, cell).with_suffix(".tmp")
+    temporary = result_file(folder, cell).with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
     temporary.write_text(json.dumps(about, indent=1))
     temporary.replace(result_file(folder, cell))
     state.unlink(missing_ok=True)
@@ -179,7 +184,8 @@ def steps_done(folder: Path, planned: Sequence[Cell], steps: int) -> int:
     for cell in planned:
         if result_file(folder, cell).is_file():
             done += steps
-        elif progress_file(folder, cell).is_file():
+            continue
+        with contextlib.suppress(OSError, ValueError):  # not begun, or ended since
             done += json.loads(progress_file(folder, cell).read_text())["step"]
     return done
 

@@ -46,7 +46,8 @@ def log_probabilities(q_BRhd: torch.Tensor, k_BKhd: torch.Tensor, temperature: f
     """
     precision = torch.promote_types(q_BRhd.dtype, torch.float32)
     q, k = q_BRhd.to(precision), k_BKhd.to(precision)
-    with torch.autocast(q.device.type, enabled=False):  # differences of logits would drown in bfloat16
+    device = "cpu" if q.device.type == "meta" else q.device.type  # the planner counts on meta tensors
+    with torch.autocast(device, enabled=False):  # differences of logits would drown in bfloat16
         logits = torch.einsum("brhd,bkhd->bhrk", q, k) / math.sqrt(q.shape[-1])
         if normalize:
             logits = F.layer_norm(logits, logits.shape[-1:], eps=NORMALISATION_EPS)
@@ -247,6 +248,19 @@ FAMILIES: dict[str, _Family] = {
 }
 
 
+def _check_known(space: Space, network_class: str) -> None:
+    if network_class not in FAMILIES:
+        raise AttentionError(
+            f"{space.folder}: the attention fidelity does not know {network_class} (known: "
+            f"{', '.join(sorted(FAMILIES))}); set bridge.attention.weight=0 to train on L1 alone"
+        )
+
+
+def check_network(space: Space) -> None:
+    """Raises AttentionError where there is no reader for this folder's network; loads nothing."""
+    _check_known(space, space.part_config(space.network_name)["_class_name"])
+
+
 class AttentionProbe:
     """Attention maps of a teacher's first blocks.
 
@@ -261,11 +275,7 @@ class AttentionProbe:
 
     def __init__(self, space: Space, network: nn.Module, settings: configuration.Attention) -> None:
         name = type(network).__name__
-        if name not in FAMILIES:
-            raise AttentionError(
-                f"{space.folder}: the attention fidelity does not know {name} (known: {', '.join(sorted(FAMILIES))}); "
-                "set bridge.attention.weight=0 to train on L1 alone"
-            )
+        _check_known(space, name)
         self.space, self.temperature, self.normalize = space, settings.temperature, settings.normalize
         self._family = FAMILIES[name]
         network, attentions = self._family.cut(network, settings.depth_fraction)

@@ -19,6 +19,7 @@ from raydistill.bridge.objective import Captions, Objective
 from raydistill.bridge.trainer import BridgeTrainer
 from raydistill.config import Config, resolve, validate
 from raydistill.data.pairs import Pairs, read_pairs
+from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.spaces import load_space
 
@@ -79,6 +80,7 @@ def train_bridge(
     run_dir = Path(run_dir)
     _check(config, pairs_folder)
     run_dir.mkdir(parents=True, exist_ok=True)
+    forget(run_dir)
     distill = config.distill
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
@@ -107,6 +109,8 @@ def train_bridge(
         reasons = getattr(error, "worker_failures", None) or {"": error}
         texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
         raise BridgeTrainingFailed(f"bridge: {'; '.join(sorted(texts))}") from error
+    if (reason := fatal(run_dir)) is not None:
+        raise BridgeTrainingFailed(f"bridge: {reason}")
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
 
@@ -155,10 +159,17 @@ class MetricLog:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Body of every Ray Train worker."""
+    """Body of every Ray Train worker; errors that last are written down for `train_bridge`."""
+    told = _Settings(**settings)
+    folder = Path(told.progress).parent
+    if fatal(folder) is None:
+        with written_down(folder):
+            _train(told)
+
+
+def _train(told: _Settings) -> None:
     import ray.train
 
-    told = _Settings(**settings)
     config = validate(told.config)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -192,22 +203,35 @@ def _device(config: Config) -> torch.device:
 
 
 def build_trainer(
-    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1
+    config: Config,
+    pairs_folder: str | Path,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    split_seed: int | None = None,
 ) -> BridgeTrainer:
-    """The trainer that a configuration describes; also for use without Ray. Errors as in `train_bridge`."""
+    """The trainer that a configuration describes; also for use without Ray. Arguments and errors as `build_objective`."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         bridge = Bridge.create(student, teacher, config.bridge)
     if config.bridge.gradient_checkpointing:
         bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
-    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, rank, world_size))
+    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, rank, world_size, split_seed))
 
 
 def build_objective(
-    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1
+    config: Config,
+    pairs_folder: str | Path,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    split_seed: int | None = None,
 ) -> Objective:
     """The losses that a configuration describes, on one worker's share of the pairs.
+
+    Args:
+        split_seed: decides which pairs are held out; None: the run's seed.
 
     Raises:
         PairsError: the pairs are not of these spaces.
@@ -221,7 +245,7 @@ def build_objective(
         captions = Captions(teacher, pairs.prompts(), device)
         if config.bridge.gradient_checkpointing:
             probe.network.enable_gradient_checkpointing()
-    return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions)
+    return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions, split_seed)
 
 
 def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:

@@ -75,6 +75,7 @@ class Objective:
         rank, world_size: this worker among all; a step's batch is divided evenly between them.
         probe: the teacher's attention; None trains on L1 alone.
         captions: conditioning for the probe.
+        split_seed: of the split alone, where runs of several seeds must hold out the same pairs.
 
     Raises:
         ValueError: the batch cannot be divided, or probe and weight disagree.
@@ -90,6 +91,7 @@ class Objective:
         world_size: int = 1,
         probe: AttentionProbe | None = None,
         captions: Captions | None = None,
+        split_seed: int | None = None,
     ) -> None:
         if settings.batch_size % world_size:
             raise ValueError(f"bridge.batch_size ({settings.batch_size}) must be a multiple of {world_size} workers")
@@ -98,7 +100,9 @@ class Objective:
         self.pairs, self.settings, self.seed, self.device = pairs, settings, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.probe, self.captions = probe, captions
-        self.training_ids, self.held_out_ids = split(pairs, settings.validation_share, seed)
+        self.training_ids, self.held_out_ids = split(
+            pairs, settings.validation_share, seed if split_seed is None else split_seed
+        )
         self._order = lru_cache(maxsize=2)(lambda epoch: pairs.order(self.training_ids, seed, epoch))
 
     def batch(self, step: int) -> Pairs:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
+COLUMNS_NAMED = 20  # where the column is missing
 CSV_FIELD_LIMIT = 1 << 20  # characters; the csv module's own limit is 128 KiB and would hide what is wrong
 
 
@@ -130,7 +131,8 @@ def read_prompts(
         max_characters: longer prompts are bad rows.
 
     Raises:
-        PromptFileError: no such file, unknown suffix, missing column, no usable row, or (on_bad_row="fail") a bad row.
+        PromptFileError: no such file, not readable, unknown suffix, missing column, no usable row, or
+            (on_bad_row="fail") a bad row.
     """
     path = Path(path)
     report = PromptReport(str(path))
@@ -157,6 +159,13 @@ def read_prompts(
 
 
 def _rows(path: Path, column: str) -> Iterator[Row]:
+    try:
+        yield from _open(path, column)
+    except OSError as error:
+        raise PromptFileError(f"{path}: {error.strerror or error}") from None
+
+
+def _open(path: Path, column: str) -> Iterator[Row]:
     """Rows of a file that exists and whose suffix is known."""
     if path.is_dir():
         raise PromptFileError(f"{path}: is a folder, not a prompt file")
@@ -227,7 +236,8 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
         if not isinstance(record, dict):
             raise BadRow("not a JSON object")
         if column not in record:
-            keys.update(dict.fromkeys(record))
+            if not found and len(keys) <= COLUMNS_NAMED:
+                keys.update(dict.fromkeys(record))
             raise BadRow(f"without {column!r}")
         found = True
         return record[column]
@@ -239,6 +249,8 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
 
 
 def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
+    """Strict about quotes: a field with text behind its closing quote, or with none, is malformed, not altered."""
+
     def prompt_of(record: list[str]) -> str:
         if not record:
             raise BadRow("blank")
@@ -248,8 +260,11 @@ def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
 
     csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_LIMIT))
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        header = next(reader, [])
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise PromptFileError(f"{path}: the header line is malformed: {error}") from None
         if column not in header:
             raise _missing_column(path, column, header)
         index = header.index(column)
@@ -273,13 +288,17 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    damages = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of a column's name
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        names = file.schema_arrow.names
+    except damages as error:
         raise PromptFileError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
     with file:
-        if column not in file.schema_arrow.names:
-            raise _missing_column(path, column, file.schema_arrow.names)
+        if column not in names:
+            raise _missing_column(path, column, names)
+        if names.count(column) > 1:
+            raise PromptFileError(f"{path}: {names.count(column)} columns are named {column!r}")
         kind = file.schema_arrow.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
@@ -291,10 +310,11 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
                 for raw in batch.column(0).cast(value).cast(pa.large_binary()).to_pylist():
                     number += 1
                     yield number, functools.partial(_decode, raw)
-        except (pa.ArrowInvalid, OSError) as error:
+        except damages as error:
             raise PromptFileError(f"{path}, after row {number}: {' '.join(str(error).split())}") from None
 
 
 def _missing_column(path: Path, column: str, available: Sequence[str]) -> PromptFileError:
-    names = ", ".join(repr(name) for name in available) or "none"
+    names = ", ".join(repr(name) for name in available[:COLUMNS_NAMED]) or "none"
+    names += ", …" if len(available) > COLUMNS_NAMED else ""
     return PromptFileError(f"{path}: no column {column!r} (prompts.column); the file has: {names}")

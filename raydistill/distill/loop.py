@@ -17,9 +17,8 @@ import ray.train
 import torch
 
 from raydistill.config import Config, resolve, validate
+from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
-
-FATAL_FILE = "fatal.txt"  # why a restart would fail again
 
 
 class DistillationFailed(RuntimeError):
@@ -58,7 +57,7 @@ def launch(stage: Stage) -> dict[str, Any]:
     if stage.path("result.json").is_file():
         return json.loads(stage.path("result.json").read_text())
     stage.path().mkdir(parents=True, exist_ok=True)
-    stage.path(FATAL_FILE).unlink(missing_ok=True)  # of an earlier attempt; whoever starts again has mended it
+    forget(stage.path())
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
     trainer = TorchTrainer(
@@ -87,8 +86,8 @@ def launch(stage: Stage) -> dict[str, Any]:
         reasons = getattr(error, "worker_failures", None) or {"": error}
         texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
         raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
-    if stage.path(FATAL_FILE).is_file():
-        raise DistillationFailed(f"{stage.name}: {stage.path(FATAL_FILE).read_text()}")
+    if (reason := fatal(stage.path())) is not None:
+        raise DistillationFailed(f"{stage.name}: {reason}")
     return json.loads(stage.path("result.json").read_text())
 
 
@@ -100,26 +99,10 @@ def train_worker(settings: dict[str, Any]) -> None:
 
     What would happen again after a restart is written down for `launch`, and the restarted workers end at once.
     """
-    from raydistill.bridge.model import BridgeError
-    from raydistill.data.pairs import PairsError
-    from raydistill.data.prompts import PromptFileError
-    from raydistill.distill.losses import NonFiniteError
-    from raydistill.distill.state import CheckpointError
-    from raydistill.spaces import ModelFolderError
-    from raydistill.spaces.weights import WeightsError
-    from raydistill.teachers.request import NonFiniteScores
-
     stage = Stage(**settings)
-    if stage.path(FATAL_FILE).is_file():
-        return
-    try:
-        _train(stage)
-    except (
-        NonFiniteError, NonFiniteScores, BridgeError, PairsError, PromptFileError, ModelFolderError, CheckpointError,
-        WeightsError,
-    ) as error:  # fmt: skip
-        stage.path(FATAL_FILE).write_text(f"{type(error).__name__}: {error}")
-        raise
+    if fatal(stage.path()) is None:
+        with written_down(stage.path()):
+            _train(stage)
 
 
 def _train(stage: Stage) -> None:
@@ -198,7 +181,8 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         bridge = Bridge.load(Path(stage.bridge), student_space, teacher_space)
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
-    real = load_real(Path(stage.real), teacher_space) if stage.real and config.discriminator.weight > 0 else None
+    gan = config.discriminator
+    real = load_real(Path(stage.real), teacher_space, gan.real_count) if stage.real and gan.weight > 0 else None
     anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
     distiller = Distiller(
         config,
@@ -257,14 +241,14 @@ def load_unet(space: Any, checkpoint: str | None) -> torch.nn.Module:
     return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
 
 
-def load_real(folder: Path, teacher_space: Any) -> Any:
-    """Teacher samples with the conditioning of their own captions."""
+def load_real(folder: Path, teacher_space: Any, count: int) -> Any:
+    """The first `count` teacher samples, in memory, with the conditioning of their own captions."""
     from raydistill.data.pairs import read_pairs
     from raydistill.distill.distiller import Real
     from raydistill.evaluation.evaluator import encode_table
 
     pairs = read_pairs(folder, z_T_shape=teacher_space.latent_shape)
-    pairs = pairs.rows(range(len(pairs)))
+    pairs = pairs.rows(range(min(count, len(pairs))))
     table, row = encode_table(teacher_space, pairs.prompts)
     return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))
 

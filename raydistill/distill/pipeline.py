@@ -93,6 +93,13 @@ def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
         return _bridge(pipeline, _pairs_alone(pipeline))
 
 
+def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises BridgeError where a variant cannot be built for this pair of spaces."""
+    from raydistill.bridge.ablation import cells
+
+    cells(config, inputs.student, inputs.teacher)
+
+
 def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     """Pairs, then every variant of the Bridge with every seed; returns and writes the tables. Raises RunFailed."""
     from raydistill.bridge.ablation import cells, markdown, summarise
@@ -135,13 +142,16 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
     task = ray.remote(train_cell).options(
         num_cpus=distill.cpus_per_worker,
         num_gpus=distill.gpus_per_worker,
-        max_retries=max(0, distill.max_failures),
+        max_retries=distill.max_failures,  # of lost nodes; a cell's own errors are not retried
         label_selector=distill.node_labels or None,
     )
-    tasks, runs = {}, {}
+    tasks, runs, results = {}, {}, {}
     for cell in planned:
-        if not result_file(folder, cell).is_file():
-            runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}")
+        runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}")
+        if result_file(folder, cell).is_file():
+            results[cell.name] = json.loads(result_file(folder, cell).read_text())
+            pipeline.finish(runs[cell.name])  # perhaps the driver ended before it could
+        else:
             tasks[task.remote(cell, pairs, folder, (pipeline.uri, runs[cell.name]))] = cell
     steps = pipeline.config.bridge.steps
     waiting, failed = list(tasks), {}
@@ -151,7 +161,8 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
             for reference in ended:
                 cell = tasks[reference]
                 try:
-                    metrics = ray.get(reference)["metrics"]
+                    results[cell.name] = ray.get(reference)
+                    metrics = results[cell.name]["metrics"]
                     pipeline.finish(runs[cell.name])
                     tqdm.write(f"{cell.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
                 except ray.exceptions.RayError as error:
@@ -161,7 +172,7 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
             bar.refresh()
     if failed:
         raise BridgeTrainingFailed("; ".join(f"ablation {name}: {text}" for name, text in failed.items()))
-    return [json.loads(result_file(folder, cell).read_text()) for cell in planned]
+    return [results[cell.name] for cell in planned]
 
 
 def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:

@@ -204,10 +204,43 @@ class Space(ABC):
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
         return classifier_free(*prediction.chunk(2), guidance_scale)
 
+    # -- depth -------------------------------------------------------------------------------------
+    block_lists: ClassVar[tuple[str, ...]] = ()  # the network's lists of transformer blocks, in order of execution
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The transformer blocks that image tokens pass, in order; none in a UNet, which is no plain list of blocks."""
+        return [block for name in self.block_lists for block in getattr(network, name)]
+
+    def truncated(self, network: nn.Module, first: int, last: int) -> nn.Module:
+        """The network without the blocks between its first `first` and its last `last` ones.
+
+        It is changed in place and returned, so that the dropped blocks' memory is free once nobody else holds them.
+        At least one block stays at either end: the embedding needs the first, the output layer is made for the last.
+
+        Raises:
+            ValueError: a UNet, or numbers that are below 1 or more than its blocks.
+        """
+        blocks = self.blocks(network)
+        if not blocks:
+            raise ValueError(
+                f"the network of a {self.pipeline_class} is a UNet, whose skip connections need every block"
+            )
+        if first < 1 or last < 1 or first + last > len(blocks):
+            raise ValueError(
+                f"the first {first} and the last {last} blocks of {len(blocks)}, which the network of this "
+                f"{self.pipeline_class} has: each must be at least 1, and both together at most {len(blocks)}"
+            )
+        dropped = {id(block) for block in blocks[first : len(blocks) - last]}
+        for name in self.block_lists:
+            kept = [block for block in getattr(network, name) if id(block) not in dropped]
+            setattr(network, name, nn.ModuleList(kept))
+        return network
+
     # -- features for the discriminator --------------------------------------------------------------
-    @abstractmethod
     def feature_block(self, network: nn.Module, depth_fraction: float) -> nn.Module:
         """The block whose output is read, at this share of the network's depth."""
+        blocks = self.blocks(network)
+        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
     @abstractmethod
     def feature_map(self, output: Any, x_t: torch.Tensor) -> torch.Tensor:

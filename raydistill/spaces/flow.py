@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from raydistill.diffusion.path import FlowPath
 from raydistill.spaces.base import Space
@@ -32,15 +30,6 @@ class FlowSpace(Space):
     prediction = "velocity"
     path = FlowPath()
     pipeline_steps: ClassVar[int] = 50  # where the schedule's shift depends on the number of steps
-
-    # -- depth -------------------------------------------------------------------------------------
-    @abstractmethod
-    def blocks(self, network: nn.Module) -> list[nn.Module]:
-        """The transformer blocks that image tokens pass, in order."""
-
-    def feature_block(self, network: nn.Module, depth_fraction: float) -> nn.Module:
-        blocks = self.blocks(network)
-        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
     # -- schedule ----------------------------------------------------------------------------------
     @property

@@ -49,6 +49,7 @@ class FluxSpace(FlowSpace):
         "proj_out",
     )
     default_guidance_scale = 3.5
+    block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
@@ -91,10 +92,6 @@ class FluxSpace(FlowSpace):
         if self.embeds_guidance:
             return self.predict(network, x_t, t_B, conditioning, guidance_scale)
         return super().predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
-
-    def blocks(self, network):
-        """Double blocks, then single ones."""
-        return [*network.transformer_blocks, *network.single_transformer_blocks]
 
     def feature_map(self, output, x_t):
         """Image tokens of a block that returns (text, image) tokens."""

@@ -34,6 +34,7 @@ class Flux2KleinSpace(FlowSpace):
 
     pipeline_class = "Flux2KleinPipeline"
     default_guidance_scale = 4.0
+    block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -109,10 +110,6 @@ class Flux2KleinSpace(FlowSpace):
             return_dict=False,
         )[0]
         return unpack(velocity, height, width)
-
-    def blocks(self, network):
-        """Double blocks, then single ones."""
-        return [*network.transformer_blocks, *network.single_transformer_blocks]
 
     def feature_map(self, output, x_t):
         """Image tokens: double blocks return (text, image) tokens, single ones text and then image tokens."""

@@ -21,6 +21,7 @@ class PixArtSigmaSpace(DiscreteSpace):
     network_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
     default_guidance_scale = 4.5
+    block_lists = ("transformer_blocks",)
     network_settings = {"norm_type": "ada_norm_single"}
 
     @cached_property
@@ -71,10 +72,6 @@ class PixArtSigmaSpace(DiscreteSpace):
             return_dict=False,
         )[0]
         return output[:, : x_t.shape[1]]
-
-    def feature_block(self, network, depth_fraction):
-        blocks = network.transformer_blocks
-        return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
     def feature_map(self, output, x_t):
         """Tokens [B, hw, D] of a block, one a patch, row by row."""

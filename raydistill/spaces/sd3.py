@@ -35,6 +35,7 @@ class StableDiffusion3Space(FlowSpace):
         "ff_context.net.2",
     )
     default_guidance_scale = 4.5
+    block_lists = ("transformer_blocks",)
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
@@ -63,9 +64,6 @@ class StableDiffusion3Space(FlowSpace):
             pooled_projections=conditioning["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
-
-    def blocks(self, network):
-        return list(network.transformer_blocks)
 
     def feature_map(self, output, x_t):
         """Image tokens of a block that returns (text, image) tokens; the last one returns no text."""

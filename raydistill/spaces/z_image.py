@@ -31,6 +31,7 @@ class ZImageSpace(FlowSpace):
         "feed_forward.w3",
     )
     default_guidance_scale = 5.0  # 4 in the pipeline's count
+    block_lists = ("noise_refiner", "layers")  # blocks of image tokens alone, then those that see image and text
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -51,10 +52,6 @@ class ZImageSpace(FlowSpace):
         samples = list(x_t.to(embeds.dtype).unsqueeze(2))  # each [C, 1, H, W]: pictures are films of one frame
         velocities = network(samples, 1 - t_B, captions, return_dict=False)[0]
         return -torch.stack(velocities).squeeze(2)
-
-    def blocks(self, network):
-        """The refiner of image tokens, then the blocks that see both image and text."""
-        return [*network.noise_refiner, *network.layers]
 
     def feature_map(self, output, x_t):
         """Image tokens, which come first; text and padding follow."""

@@ -59,6 +59,11 @@ class Meter:
         """Of a request that arrived at `arrived` (this meter's clock) and is being answered now."""
         return Load(self._clock() - arrived, self.busy_fraction(), self._present - 1)
 
+    @property
+    def queue(self) -> int:
+        """Requests that wait for their turn."""
+        return max(0, self._present - (self._working_since is not None))
+
     def busy_fraction(self) -> float:
         now = self._clock()
         first = max(self._born, now - WINDOW_S)

@@ -46,10 +46,12 @@ class _Gauges:
         self._busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
         self._queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
 
-    def show(self, load: Load) -> None:
+    def answered(self, load: Load) -> None:
         self._latency.observe(load.latency_s)
-        self._busy.set(load.busy_fraction)
-        self._queue.set(load.queue)
+
+    def show(self, busy_fraction: float, queue: int) -> None:
+        self._busy.set(busy_fraction)
+        self._queue.set(queue)
 
 
 @serve.deployment(
@@ -101,7 +103,8 @@ class TeacherReplica:
         return await asyncio.gather(*(rank.describe.remote() for rank in self._ranks))
 
     async def check_health(self) -> None:
-        """Called by Serve; raises once a rank is lost or silent."""
+        """Called by Serve every HEALTH_PERIOD_S; raises once a rank is lost or silent."""
+        self._gauges.show(self._meter.busy_fraction(), self._meter.queue)
         if self._broken is None:
             try:
                 await asyncio.wait_for(self.describe(), PING_TIMEOUT_S)
@@ -112,18 +115,21 @@ class TeacherReplica:
 
     async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
         """Failures are answers too: raised ones would only fill Serve's log with tracebacks."""
+        try:
+            # A caller that goes away must not release the lock while the ranks still compute.
+            return "done", *await asyncio.shield(asyncio.ensure_future(self._measured(method, payload)))
+        except TeacherError as error:
+            return "rejected", str(error), None
+        except ReplicaBroken as error:
+            return "broken", str(error), None
+
+    async def _measured(self, method: str, payload: ray.ObjectRef) -> tuple[np.ndarray, Load]:
         arrived = time.monotonic()
         with self._meter.request():
-            try:
-                # A caller that goes away must not release the lock while the ranks still compute.
-                answer = await asyncio.shield(asyncio.ensure_future(self._fan_out(method, payload)))
-            except TeacherError as error:
-                return "rejected", str(error), None
-            except ReplicaBroken as error:
-                return "broken", str(error), None
+            answer = await self._fan_out(method, payload)
             load = self._meter.load(arrived)
-            self._gauges.show(load)
-            return "done", answer, load
+        self._gauges.answered(load)
+        return answer, load
 
     async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
         """One request to all ranks. The lock keeps the order of requests the same on every rank."""
@@ -224,6 +230,8 @@ def _scale(config: Teachers) -> dict[str, Any]:
     if config.max_replicas is None:
         return {"num_replicas": config.replicas}
     return {
+        # a replica that is not needed any more answers what it was asked
+        "graceful_shutdown_timeout_s": config.request_timeout_s,
         "autoscaling_config": {
             "initial_replicas": config.replicas,
             "min_replicas": config.min_replicas or config.replicas,
@@ -231,7 +239,7 @@ def _scale(config: Teachers) -> dict[str, Any]:
             "target_ongoing_requests": config.target_ongoing_requests,
             "upscale_delay_s": config.upscale_delay_s,
             "downscale_delay_s": config.downscale_delay_s,
-        }
+        },
     }
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -200,12 +201,6 @@ def test_the_export_draws_in_a_process_without_raydistill(finished, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-def ray_processes():
-    return {
-        p.pid for p in psutil.process_iter(["cmdline"]) if any("raylet" in part for part in p.info["cmdline"] or [])
-    }
-
-
 def test_a_killed_job_goes_on_under_the_same_mlflow_run_with_the_same_numbers(finished, tmp_path):
     storage, _ = finished
     log = (tmp_path / "log").open("w")
@@ -392,10 +387,11 @@ def test_wrong_input_is_named_before_anything_starts(overrides, message, tmp_pat
     description["teacher"]["vae_sha256"] = "0" * 64
     (other / "bridge.json").write_text(json.dumps(description))
     names = {"empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt", "other": other}
-    before = ray_processes()
-    result = job(tmp_path / "storage", *[o.format(**names) for o in overrides], timeout=60)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "storage").exists()
-    assert ray_processes() <= before
+    with started(tmp_path, tmp_path / "storage", *[o.format(**names) for o in overrides]) as job:
+        code, _ = job.wait(120)
+        assert code == 2, job.text()
+        assert message in job.text()
+        assert "Traceback" not in job.text()
+        assert not (tmp_path / "storage").exists()
+        assert not list(Path(tempfile.gettempdir(), "ray").glob(f"session_*_{job.process.pid}"))  # Ray never started
+        assert job.left() == []

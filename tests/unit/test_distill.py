@@ -347,8 +347,7 @@ def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, ta
     assert taken["with_anchor"].item() == pytest.approx(distilled + config.bridge.anchor_weight * own, rel=1e-4)
 
 
-def test_the_anchor_alone_would_move_the_bridge_elsewhere(spaces, tables, pairs):
-    """The VSD and GAN losses reach the projector, too: its update depends on the teachers' scores."""
+def test_the_teachers_scores_decide_where_a_bridge_goes_that_is_trained_along(spaces, tables, pairs):
     projectors = []
     for guidance in (1.0, 3.0):
         config, distiller = make_joint(spaces, tables, pairs)
@@ -375,6 +374,18 @@ def test_a_bridge_trained_along_resumes_with_the_same_bits_in_either_order_of_wo
     run(config, spaces, tables, steps=1, distiller=resumed)
     assert torch.equal(flat(whole.bridge.projector), flat(resumed.bridge.projector))
     assert torch.equal(flat(whole.student), flat(resumed.student))
+
+
+def test_the_best_student_is_kept_with_the_bridge_of_its_update(spaces, tables, pairs):
+    config, distiller = make_joint(spaces, tables, pairs)
+    run(config, spaces, tables, steps=1, distiller=distiller)
+    best = copy.deepcopy(distiller.best_state())
+    student, projector = flat(distiller.evaluated).clone(), flat(distiller.bridge.projector).clone()
+    run(config, spaces, tables, steps=1, distiller=distiller)
+    assert not torch.equal(projector, flat(distiller.bridge.projector))
+    distiller.load_best_state(best)
+    assert torch.equal(student, flat(distiller.evaluated))
+    assert torch.equal(projector, flat(distiller.bridge.projector))
 
 
 def test_without_pairs_no_bridge_is_trained_along(spaces, tables):

@@ -56,7 +56,7 @@ def test_twenty_updates_teach_a_student_what_its_prompts_ask_for():
         load_unet(student, config.student.unet),
         Bridge.load(resolve(config.bridge.checkpoint), student, teacher),
         teacher.load_network(),
-        load_real(resolve(config.discriminator.real_data), teacher),
+        load_real(resolve(config.discriminator.real_data), teacher, config.discriminator.real_count),
         conditioned(prompts, tables, config.distill.batch_size, config.run.seed),
     )
     empty = {name: value[:1] for name, value in tables["teacher"][0].items()}

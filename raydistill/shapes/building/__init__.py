@@ -90,6 +90,7 @@ def run_stages(build: Build, names: Iterable[str]) -> None:
         else:
             marker, stage = SHIPPED[name]
             stage(build)
-            forget_paths(build.weights)
+            forget_paths((build.weights / marker).parent)
             (build.weights / marker).touch()
-    link_duplicates(build.weights)
+    if all((build.weights / marker).exists() for marker, _ in SHIPPED.values()):  # no other process builds any more
+        link_duplicates(build.weights)

@@ -104,6 +104,9 @@ def build_model(build: Build, name: str) -> None:
     torch.manual_seed(build.seed + model.seed)
     network = model.network()
     folder = build.weights / name
+    for part in folder.glob("*"):
+        if part.is_symlink():  # to another model's part, which must not be written over
+            part.unlink()
     # random weights first, so that the folder can be read as a Space
     model.assemble(build, copy.deepcopy(network)).to(torch.float16).save_pretrained(folder)
     trained = train_diffusion(build, name, load_space(folder), network)

@@ -1,0 +1,44 @@
+"""Errors that a restart would meet again: workers write them down, so that Ray Train does not repeat them forever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FATAL_FILE = "fatal.txt"
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether the same inputs would fail again.
+
+    Wrong input and numbers that are not finite would; lost processes, nodes, files and services may come back.
+    """
+    from raydistill.distill.state import CheckpointError
+    from raydistill.teachers.request import TeacherError, TeacherUnavailable
+
+    if isinstance(error, TeacherUnavailable):
+        return False
+    return isinstance(error, (ValueError, TypeError, ArithmeticError, LookupError, CheckpointError, TeacherError))
+
+
+@contextmanager
+def written_down(folder: Path) -> Iterator[None]:
+    """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
+    try:
+        yield
+    except Exception as error:
+        if is_lasting(error):
+            (folder / FATAL_FILE).write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def fatal(folder: Path) -> str | None:
+    """The lasting error of an earlier attempt, if there was one."""
+    file = folder / FATAL_FILE
+    return file.read_text() if file.is_file() else None
+
+
+def forget(folder: Path) -> None:
+    """Whoever starts again has mended it."""
+    (folder / FATAL_FILE).unlink(missing_ok=True)
