@@ -95,14 +95,6 @@ class ModelCard:
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licence = licence_of(self.teacher, self.teacher_class)
-        front = {
-            "library_name": "diffusers",
-            "pipeline_tag": "text-to-image",
-            "license": licence.identifier,
-            "tags": ["stable-diffusion", "one-step", "distillation"],
-        }
-        if licence.identifier == "other":
-            front["license_name"] = licence.name
         provenance = {
             "Teacher": self.teacher,
             "Student": self.student,
@@ -111,24 +103,18 @@ class ModelCard:
             "MLflow run": self.run_id or "–",
             "Configuration": self.config_hash or "–",
         }
-        name = str(dtype).removeprefix("torch.")
         return _CARD.format(
-            front=yaml.safe_dump(front, sort_keys=False).strip(),
+            front=front_matter(licence.identifier, licence.name),
             teacher=self.teacher,
-            dtype=name,
-            provenance=_rows(provenance),
+            usage=USAGE.format(dtype=str(dtype).removeprefix("torch.")),
+            provenance=table_rows(provenance),
             scores=_scores(self.metrics),
             licence=licence,
         )
 
 
-_CARD = """---
-{front}
----
-# One-step text-to-image student
-
-A Stable Diffusion UNet that draws in **one** network evaluation, distilled from {teacher} with raydistill.
-The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to run it.
+# How an export is called; of this project's every model card.
+USAGE = """The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to run it.
 
 ```python
 import torch
@@ -141,7 +127,15 @@ image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
 Pass both arguments: the pipeline's defaults (50 steps, guidance 7.5) do not suit this model. The scheduler's
 configuration belongs to the model too; its single step returns exactly the student's estimate of the picture.
 The folder has no safety checker.
+"""
 
+_CARD = """---
+{front}
+---
+# One-step text-to-image student
+
+A Stable Diffusion UNet that draws in **one** network evaluation, distilled from {teacher} with raydistill.
+{usage}
 ## Provenance
 
 | | |
@@ -159,14 +153,32 @@ This is a summary and may be out of date; the licence texts of the models decide
 """
 
 
-def _rows(values: Mapping[str, object]) -> str:
+def front_matter(identifier: str, name: str) -> str:
+    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes."""
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": identifier,
+        "tags": ["stable-diffusion", "one-step", "distillation"],
+    }
+    if identifier == "other":
+        front["license_name"] = name
+    return yaml.safe_dump(front, sort_keys=False).strip()
+
+
+def table_rows(values: Mapping[str, object]) -> str:
+    """Rows of a Markdown table of two columns."""
     return "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items())
 
 
 def _scores(metrics: Mapping[str, float]) -> str:
     if not metrics:
         return ""
-    return "\n## Scores\n\n| metric | value |\n|---|---|\n" + _rows({k: f"{v:.4g}" for k, v in metrics.items()}) + "\n"
+    return (
+        "\n## Scores\n\n| metric | value |\n|---|---|\n"
+        + table_rows({k: f"{v:.4g}" for k, v in metrics.items()})
+        + "\n"
+    )
 
 
 def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
@@ -208,7 +220,7 @@ def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionM
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place at the end; removed again if anything fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
@@ -265,16 +277,24 @@ def export_student(
             dtype=dtype,
             use_safetensors=True,
         )
-    with _replacing(folder) as fresh:
+    with replacing(folder) as fresh:
         pipeline.save_pretrained(fresh, safe_serialization=True)
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
-        _forget_origin(fresh)
+        tidy_configs(fresh)
     return folder
 
 
-def _forget_origin(folder: Path) -> None:
-    """Remove `_name_or_path`, which names a folder of the machine that trained."""
+def tidy_configs(folder: Path) -> None:
+    """Make the configurations of a written pipeline independent of where and how it was written.
+
+    `_name_or_path` names a folder of the machine that trained: removed. transformers loads a model in its config's
+    `dtype` where none is asked for, but diffusers in float32, and a pipeline of both does not run: float32 everywhere.
+    """
     for file in folder.rglob("*.json"):
         tree = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(tree, dict) and tree.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not isinstance(tree, dict):
+            continue
+        tidy = {key: value for key, value in tree.items() if key != "_name_or_path"}
+        tidy |= {key: "float32" for key in ("dtype", "torch_dtype") if file.name == "config.json" and key in tree}
+        if tidy != tree:
+            file.write_text(json.dumps(tidy, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -74,8 +74,8 @@ def test_an_interrupted_cell_goes_on_with_the_same_numbers(planned, pairs, tmp_p
 
     real = ablation.build_trainer
 
-    def dies(*arguments):
-        trainer = real(*arguments)
+    def dies(*arguments, **more):
+        trainer = real(*arguments, **more)
         step = trainer.step
 
         def counted(batch):

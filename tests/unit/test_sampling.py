@@ -141,7 +141,7 @@ def test_the_upgrade_is_the_bridge_and_the_teachers_decoder(space, flux_folder, 
     assert next(plain.draw(pictures, 3))[1].shape == (3, space.resolution, space.resolution)
 
 
-def test_numbers_that_are_not_finite_name_their_picture(exports, tmp_path):
+def test_numbers_that_are_not_finite_name_their_picture(job, exports, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(exports[999], tmp_path / "broken")
@@ -152,6 +152,9 @@ def test_numbers_that_are_not_finite_name_their_picture(exports, tmp_path):
     sampler = Sampler(load_space(tmp_path / "broken"))
     with pytest.raises(NotFinite, match=r"00002-seed4\.png \('a large blue square"):
         sampler.latents(pictures_of(PROMPTS, [4])[1:])
+    code, _, error = job(tmp_path / "broken", "--prompt", "a", "--out", tmp_path / "out")
+    assert code == 1
+    assert "00001-seed0.png ('a'): the student's latents are not finite" in error
 
 
 # -- where a student is -----------------------------------------------------------------------------------
@@ -173,6 +176,25 @@ def test_an_export_is_found_by_folder_run_name_and_run_id(run, exports, tmp_path
     }.items():
         with pytest.raises(SourceError, match=problem):
             find_export(text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"timestep_spacing": "leading"},
+        {"timestep_spacing": "linspace"},
+        {"set_alpha_to_one": False},
+        {"clip_sample": True},
+        {"_class_name": "PNDMScheduler"},
+    ],
+)
+def test_a_scheduler_whose_single_step_is_not_exact_is_refused(values, exports, tmp_path):
+    """Each would draw something, but not the student's x_0."""
+    folder = shutil.copytree(exports[999], tmp_path / "other")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(SourceError, match="not the export of a one-step student"):
+        open_one_step(Export(folder, "other"))
 
 
 def test_an_mlflow_run_gives_its_export_from_the_artifacts(exports, tmp_path):

@@ -1,0 +1,149 @@
+"""Draw pictures with an exported one-step student. No Ray, no training; one network evaluation a picture.
+
+STUDENT is an export's folder, the name or folder of a run, or an MLflow run id. Every prompt is drawn once with each
+seed. A picture is a function of student, prompt, prompt's number (its line in a file, its place on the command line)
+and seed, whatever the batch size. With --upgrade, the student's latents go through the Bridge to the teacher's VAE,
+which draws them at the teacher's resolution (512 -> 1024 px for the published models).
+
+Writes PNG files with their prompt and seed inside, grid.png (full size) and sheet.png (small, with captions).
+Exit code 2: wrong input, nothing was drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import secrets
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
+  python jobs/sample.py outputs/mine/export --prompts prompts.txt --upgrade --out pictures
+"""
+
+
+def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("student", metavar="STUDENT", help="export's folder, run's name or folder, or MLflow run id")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
+    texts.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, parquet)")
+    add("--column", default="prompt", help="column of a tabular prompt file (default: prompt)")
+    add("--number", type=_count(1), default=1, metavar="N", help="number of the first --prompt (default: 1); with a "
+        "line's number, draws one line of a prompt file again")  # fmt: skip
+    add("--seeds", type=_count(0), nargs="+", default=[0], metavar="S", help="seeds of the noise (default: 0)")
+    add("--batch-size", type=_count(1), default=8, metavar="N", help="pictures at once (default: 8)")
+    add("--upgrade", action="store_true", help="draw at the teacher's resolution, through the Bridge")
+    add("--bridge", help="Bridge of --upgrade (default: the run's)")
+    add("--teacher", help="teacher whose VAE decodes with --upgrade (default: the run's)")
+    add("--base", help="student model that the Bridge was trained with (default: the run's, else the export itself)")
+    add("--out", type=Path, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
+    add(
+        "--columns",
+        type=_count(1),
+        metavar="N",
+        help="pictures a row (default: 8, with several seeds one row a prompt)",
+    )
+    add("--shown", type=_count(1), default=64, metavar="N", help="pictures in grid and sheet, at most (default: 64)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the networks (default: float32)",
+    )
+    add("--storage", type=Path, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
+        help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if not arguments.upgrade and (arguments.bridge or arguments.teacher or arguments.base):
+        parser.error("--bridge, --teacher and --base belong to --upgrade")
+    if len(set(arguments.seeds)) < len(arguments.seeds):
+        parser.error("--seeds: a seed is named twice")
+    return arguments
+
+
+def _count(least: int):
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least {least} is needed")
+        return int(text)
+
+    return number
+
+
+def main() -> int:
+    arguments = arguments_of()
+    import torch
+    from tqdm import tqdm
+
+    from raydistill.data.prompts import read_prompts
+    from raydistill.export.sampling import Album, NotFinite, Sampler, find_upgrade, pictures_of, sample, typed_prompts
+    from raydistill.export.source import find_export, open_one_step
+    from raydistill.spaces.onestep import open_student
+
+    try:
+        if arguments.prompts is not None:
+            prompts = read_prompts(arguments.prompts, arguments.column)
+            print(f"prompts   {prompts.report}")
+        else:
+            prompts = typed_prompts(arguments.prompt, arguments.number)
+        folder = _new_folder(arguments)
+        device = _device(arguments.device, torch)
+        export = find_export(arguments.student, arguments.storage, arguments.tracking_uri)
+        space, start_timestep = open_one_step(export)
+        open_student(space, export.folder)
+        upgrade = None
+        if arguments.upgrade:
+            upgrade = find_upgrade(export, arguments.bridge, arguments.teacher, arguments.base)
+        sampler = Sampler(space, upgrade, device, getattr(torch, arguments.dtype))
+    except ValueError as error:  # every input error of the project is one, and says what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    pictures = pictures_of(prompts, arguments.seeds)
+    columns = arguments.columns or (len(arguments.seeds) if len(arguments.seeds) > 1 else 8)
+    side = (upgrade.teacher if upgrade else space).resolution
+    about = {"student": export.name, "start_timestep": str(start_timestep), "dtype": arguments.dtype}
+    if upgrade:
+        about["upgrade"] = f"{upgrade.bridge.name}, decoded by {Path(upgrade.teacher.folder).name}"
+    album = Album(folder, about, columns, arguments.shown)
+    try:
+        with tqdm(total=len(pictures), desc="sample", unit="picture", disable=None) as bar:
+            sample(sampler, pictures, album, arguments.batch_size, bar.update)
+    except NotFinite as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    files = album.finish(f"{export.name}, one step from t = {start_timestep}, {side} px")
+    print(f"pictures  {folder}: {len(pictures)} of {side} px")
+    for file in files:
+        print(f"{file.stem:<10}{file}")
+    return 0
+
+
+def _new_folder(arguments: argparse.Namespace) -> Path:
+    """Where to write. Raises ValueError where something is there already."""
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    folder = arguments.out or arguments.storage / "samples" / now
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--out {folder}: exists and is not an empty folder; pictures are never overwritten")
+    return folder
+
+
+def _device(name: str | None, torch):
+    """Raises ValueError where it is not a device of this machine."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

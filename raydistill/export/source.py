@@ -1,0 +1,120 @@
+"""Where an exported student is: a folder, the name or folder of a run, or an MLflow run id."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from raydistill.config import SHAPES_PREFIX, Config, local_path, validate
+from raydistill.spaces import Space, load_space
+
+EXPORT_FOLDER = "export"  # of a run, and of its artifacts
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class SourceError(ValueError):
+    """What was named is no exported one-step student."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported student's folder."""
+
+    folder: Path
+    name: str  # for people: the run's name, or the folder's
+    run: Path | None = None  # folder of the run that made it, where there is one
+
+    def run_config(self) -> Config | None:
+        """Configuration of the run that made it. Raises ConfigError where this version cannot read it."""
+        import yaml
+
+        file = self.run / "config.yaml" if self.run else None
+        return validate(yaml.safe_load(file.read_text())) if file and file.is_file() else None
+
+
+def find_export(text: str, storage: Path, tracking_uri: str | None = None) -> Export:
+    """The exported student that `text` names.
+
+    Args:
+        text: an export's folder, a run's folder or name, or an MLflow run id (of the run or of its distillation).
+        storage: where the runs are.
+        tracking_uri: MLflow's, asked where the run of an id is not in `storage`; None: the SQLite file in `storage`.
+
+    Raises:
+        SourceError: there is none.
+    """
+    path = local_path(text)
+    places = [path] if text.startswith(SHAPES_PREFIX) else [path, storage / text]
+    for place in places:
+        if (place / "model_index.json").is_file():
+            full = place.resolve()
+            above = full.parent if full.name == EXPORT_FOLDER else None
+            return Export(place, (above or full).name, above if above and (above / "config.yaml").is_file() else None)
+        if (place / EXPORT_FOLDER / "model_index.json").is_file():
+            return Export(place / EXPORT_FOLDER, place.resolve().name, place)
+    if _RUN_ID.fullmatch(text):
+        return _of_run_id(text, storage, tracking_uri)
+    found = next((place for place in places if place.is_dir()), None)
+    if found is None:
+        raise SourceError(f"{text}: no such folder, and no run of that name in {storage}")
+    what = "a run that has exported no student yet" if (found / "config.yaml").is_file() else "no diffusers pipeline"
+    raise SourceError(f"{found}: {what} (neither model_index.json nor {EXPORT_FOLDER}/model_index.json)")
+
+
+def _of_run_id(run_id: str, storage: Path, uri: str | None) -> Export:
+    """The export of an MLflow run: its files here where there are any, else its artifacts."""
+    for file in sorted(storage.glob("*/run.json")):
+        stages = json.loads(file.read_text()).get("mlflow", {})
+        for stage, known in stages.items():
+            # the export of the main distillation is moved to the run's folder at the end
+            folder = file.parent if stage in ("pipeline", "distill") else file.parent / stage
+            if known == run_id and (folder / EXPORT_FOLDER / "model_index.json").is_file():
+                return Export(folder / EXPORT_FOLDER, folder.relative_to(storage).as_posix(), file.parent)
+    if uri is None and (storage / "mlflow.db").is_file():
+        uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
+    if uri is None:
+        raise SourceError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")
+    return _of_artifacts(run_id, uri)
+
+
+def _of_artifacts(run_id: str, uri: str) -> Export:
+    """The `export` artifact of a run, or of the distillation that is nested in it; downloaded unless it is local."""
+    from raydistill.runs import client_of, mask, reason
+
+    client = client_of(uri)
+    from mlflow.artifacts import download_artifacts
+
+    try:
+        run = client.get_run(run_id)
+        nested = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.stage = 'distill'"
+        runs = [run, *client.search_runs([run.info.experiment_id], nested)]
+        for candidate in runs:
+            if any(file.path == EXPORT_FOLDER for file in client.list_artifacts(candidate.info.run_id)):
+                place = {"artifact_path": EXPORT_FOLDER, "run_id": candidate.info.run_id, "tracking_uri": uri}
+                return Export(Path(download_artifacts(**place)), run.info.run_name or run_id)
+    except Exception as error:  # sqlalchemy, requests and mlflow all have their own
+        raise SourceError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
+    raise SourceError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")
+
+
+def open_one_step(export: Export) -> tuple[Space, int]:
+    """(Space, start timestep) of an export whose scheduler draws in one exact step, as `one_step_scheduler`'s do.
+
+    Raises:
+        SourceError: another scheduler, whose single step is not the network's x_0.
+        ModelFolderError: no pipeline of a student's family.
+    """
+    space = load_space(export.folder, "StableDiffusionPipeline")
+    name, config = type(space.scheduler).__name__, space.scheduler.config
+    exact = config.get("timestep_spacing") == "trailing" and (
+        name == "EulerDiscreteScheduler"
+        or (name == "DDIMScheduler" and config["set_alpha_to_one"] and not config["clip_sample"])
+    )
+    if not exact:
+        raise SourceError(
+            f"{export.folder}: not the export of a one-step student: its {name} (timestep_spacing "
+            f"{config.get('timestep_spacing')!r}) does not step from noise to the picture at once"
+        )
+    return space, int(space.start_sampling(1).timesteps[0])
