@@ -256,7 +256,9 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     encoders = 4 * sum(parameters for parameters, _ in counts.text.values())
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
     return {"text encoders": encoders} | (
-        {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes} if gan else {}
+        {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes}
+        if gan
+        else {}
     )
 
 

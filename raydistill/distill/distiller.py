@@ -94,9 +94,9 @@ class Distiller:
             if anchor is None:
                 raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
             self.bridge.projector.requires_grad_(True)
-        self.fake = FakeScore(
-            teacher_space, fake_network.to(device), config.fake_score, config.discriminator.depth_fraction
-        ).to(device)
+        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, config.discriminator.depth_fraction).to(
+            device
+        )
         self.use_gan = config.discriminator.weight > 0
         self.discriminator: Discriminator | None = None
         self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None

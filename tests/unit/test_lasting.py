@@ -1,0 +1,48 @@
+"""Which errors end a run at once, and that they are kept for whoever would repeat them."""
+
+from __future__ import annotations
+
+import pytest
+import ray.exceptions
+
+from raydistill.bridge.attention import AttentionError
+from raydistill.bridge.trainer import TrainingDiverged
+from raydistill.config import ConfigError
+from raydistill.data.pairs import PairsError
+from raydistill.distill.losses import NonFiniteError
+from raydistill.distill.state import CheckpointError
+from raydistill.lasting import fatal, forget, is_lasting, written_down
+from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
+
+
+@pytest.mark.parametrize(
+    "error",
+    [AttentionError, TrainingDiverged, ConfigError, PairsError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError],
+)  # fmt: skip
+def test_wrong_input_and_bad_numbers_last(error, tmp_path):
+    assert is_lasting(error("why"))
+
+    def worker():
+        with written_down(tmp_path):
+            raise error("why")
+
+    with pytest.raises(error):
+        worker()
+    assert fatal(tmp_path) == f"{error.__name__}: why"
+    forget(tmp_path)
+    assert fatal(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TeacherUnavailable("away"), OSError("disk"), RuntimeError("NCCL"), ray.exceptions.RayActorError(), MemoryError()],
+    ids=lambda e: type(e).__name__,
+)
+def test_what_may_come_back_is_left_to_ray(error, tmp_path):
+    def worker():
+        with written_down(tmp_path):
+            raise error
+
+    with pytest.raises(type(error)):
+        worker()
+    assert fatal(tmp_path) is None
