@@ -240,6 +240,8 @@ class Space(ABC):
     def feature_block(self, network: nn.Module, depth_fraction: float) -> nn.Module:
         """The block whose output is read, at this share of the network's depth."""
         blocks = self.blocks(network)
+        if not blocks:
+            raise NotImplementedError(f"{type(self).__name__} names no block_lists, and has no feature_block of its own")
         return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
     @abstractmethod
