@@ -241,7 +241,9 @@ class Space(ABC):
         """The block whose output is read, at this share of the network's depth."""
         blocks = self.blocks(network)
         if not blocks:
-            raise NotImplementedError(f"{type(self).__name__} names no block_lists, and has no feature_block of its own")
+            raise NotImplementedError(
+                f"{type(self).__name__} names no block_lists, and has no feature_block of its own"
+            )
         return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
     @abstractmethod
