@@ -252,7 +252,10 @@ def conditioning_layout(space: Space) -> Layout:
             "prompt_embeds": ((lengths["text_encoder"], config["cap_feat_dim"]), real),
             "prompt_tokens": ((), torch.int64),
         }
-    raise NotImplementedError(f"planning does not know the conditioning of {family}")
+    raise ConfigError(
+        f"teacher.model: planning does not know the conditioning of {family}; name its tensors in "
+        "raydistill/counting.py (conditioning_layout)"
+    )
 
 
 def empty_conditioning(layout: Layout, batch: int, dtype: torch.dtype = torch.float32) -> Conditioning:

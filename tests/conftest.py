@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,20 @@ def ray_cluster():
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def run_script(monkeypatch, capfd):
+    """`run_script(name, *arguments)` -> (exit code, stdout, stderr) of jobs/NAME.py, in this process."""
+
+    def start(name: str, *arguments: object) -> tuple[int, str, str]:
+        script = Path(__file__).parents[1] / "jobs" / f"{name}.py"
+        monkeypatch.setattr("sys.argv", [str(script), *map(str, arguments)])
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        try:
+            code = runpy.run_path(str(script))["main"]()
+        except SystemExit as stopped:  # argparse
+            code = stopped.code
+        return code, *capfd.readouterr()
+
+    return start

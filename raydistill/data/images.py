@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class BadImage(Exception):
     """Why one row has no picture; the text names the file, and the row where a file has several."""
 
 
-class ImageSet:
+class ImageSet(ABC):
     """Images as rows 0 … N - 1.
 
     Attributes:
@@ -82,13 +83,13 @@ class ImageSet:
             raise BadImage(f"{name}: {self.bad_captions[row]}")
         return decoded(self.read(row), name, pixels)
 
+    @abstractmethod
     def name(self, row: int) -> str:
         """How messages call a row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, row: int) -> bytes:
         """The encoded image. Raises BadImage."""
-        raise NotImplementedError
 
 
 def decoded(data: bytes, name: str, pixels: int) -> np.ndarray:

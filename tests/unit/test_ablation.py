@@ -9,6 +9,7 @@ import torch
 
 from raydistill.bridge import ablation
 from raydistill.bridge.ablation import TABLES, VARIANTS, cells, markdown, result_file, summarise, train_cell
+from raydistill.bridge.loop import build_objective
 from raydistill.bridge.model import Bridge, projector_parameters
 from raydistill.config import load, validate
 from raydistill.data.pairs import write_pairs
@@ -93,6 +94,17 @@ def test_an_interrupted_cell_goes_on_with_the_same_numbers(planned, pairs, tmp_p
     assert not result_file(other, cell).exists()
     assert torch.load(other / "full-seed0.pt", weights_only=True)["step"] == 2
     assert train_cell(cell, pairs, other, None)["metrics"] == whole["metrics"]
+
+
+def test_every_seed_holds_out_the_same_pairs_and_takes_them_in_its_own_order(planned, pairs):
+    """Or the spread over seeds would mix training with another validation set."""
+    one, two = (
+        build_objective(validate(cell.config), pairs, split_seed=cell.split_seed)
+        for cell in planned
+        if cell.variant == "baseline"
+    )
+    assert one.held_out_ids.tolist() == two.held_out_ids.tolist()
+    assert one.batch(0).ids.tolist() != two.batch(0).ids.tolist()
 
 
 def test_the_tables_hold_mean_and_spread_and_the_order(planned):

@@ -12,7 +12,7 @@ from raydistill.config import load
 from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
-from raydistill.distill.loop import load_unet
+from raydistill.distill.loop import load_real, load_unet
 from raydistill.distill.losses import (
     NonFiniteError,
     discriminator_loss,
@@ -391,3 +391,10 @@ def test_the_best_student_is_kept_with_the_bridge_of_its_update(spaces, tables, 
 def test_without_pairs_no_bridge_is_trained_along(spaces, tables):
     with pytest.raises(ValueError, match="no pairs to anchor"):
         make_distiller(configuration(bridge__trainable=True), spaces, tables)
+
+
+def test_real_data_in_memory_are_bounded(spaces, pairs):
+    real = load_real(pairs, spaces[1], count=5)
+    assert real.latents.shape == (5, *spaces[1].latent_shape)
+    assert len(real.rows) == 5
+    assert len(load_real(pairs, spaces[1], count=1000).rows) == 24

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import math
-import runpy
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,19 +76,9 @@ def exports(space, students, tmp_path_factory):
 
 
 @pytest.fixture
-def job(monkeypatch, capfd):
-    """`job(*arguments)` -> (exit code, stdout, stderr) of jobs/merge.py, in this process."""
-
-    def start(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["jobs/merge.py", *map(str, arguments)])
-        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        try:
-            code = runpy.run_path(str(ROOT / "jobs" / "merge.py"))["main"]()
-        except SystemExit as stopped:  # argparse
-            code = stopped.code
-        return code, *capfd.readouterr()
-
-    return start
+def job(run_script):
+    """`job(*arguments)` -> (exit code, stdout, stderr) of jobs/merge.py."""
+    return partial(run_script, "merge")
 
 
 def altered(export: Export, target: Path) -> Export:

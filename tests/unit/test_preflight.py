@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 
 import pytest
+import torch
 import yaml
 
 from raydistill.bridge.model import BridgeError
 from raydistill.config import ConfigError, load
+from raydistill.data.pairs import PairsError, write_pairs
 from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
 from raydistill.shapes.captions import single_scenes
 
@@ -141,3 +143,32 @@ def test_a_resume_with_other_numbers_is_refused_by_key(configure):
 def test_an_identity_bridge_takes_no_checkpoint():
     with pytest.raises(ConfigError, match="bridge.checkpoint=null"):
         check_inputs(load(overrides=["bridge.projector=identity"]))
+
+
+def pair_set(folder, prompt, shapes=((8, 16, 16), (4, 8, 8))):
+    z_T, z_S = (torch.zeros(2, *shape) for shape in shapes)
+    write_pairs(folder, 0, [prompt, CAPTION], [0, 1], [0, 0], z_T, z_S)
+    return f"bridge.pairs={folder}"
+
+
+def test_pairs_of_the_bridge_must_hold_out_the_held_out_prompts_and_be_of_these_spaces(configure, tmp_path, store):
+    held_out = single_scenes(held_out=True)[0].caption
+    with pytest.raises(ConfigError, match=r"^bridge\.pairs: 1 prompts are also in evaluation\.prompts"):
+        check_inputs(configure(pair_set(tmp_path / "leaking", held_out)))
+    with pytest.raises(PairsError, match="z_T"):
+        check_inputs(configure(pair_set(tmp_path / "foreign", CAPTION, ((4, 16, 16), (4, 8, 8)))))
+    check_inputs(configure(pair_set(tmp_path / "good", CAPTION), store))
+
+
+@pytest.mark.parametrize("trained", ["bridge.checkpoint=null", "bridge.trainable=true"])
+def test_a_batch_of_the_bridge_that_its_workers_cannot_divide_is_refused(configure, store, trained):
+    settings = ("distill.workers=3", "bridge.batch_size=32")
+    with pytest.raises(ConfigError, match=r"^bridge\.batch_size: 32 pairs cannot be divided by 3 workers"):
+        check_inputs(configure(trained, *settings))
+    check_inputs(configure(*settings, store))  # a finished Bridge that stays as it is has no batches
+
+
+def test_an_identity_cannot_be_trained_along(configure):
+    settings = ("teacher.model=shapes:sd15", "bridge.checkpoint=null", "bridge.projector=identity")
+    with pytest.raises(ConfigError, match=r"bridge\.trainable=true: the identity has nothing to train"):
+        check_inputs(configure(*settings, "discriminator.real_data=null", "bridge.trainable=true"))

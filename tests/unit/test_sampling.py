@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,19 +76,9 @@ def run(space, sd_folder, flux_folder, bridge, exports, tmp_path_factory):
 
 
 @pytest.fixture
-def job(monkeypatch, capfd):
-    """`job(*arguments)` -> (exit code, stdout, stderr) of jobs/sample.py, in this process."""
-
-    def start(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["jobs/sample.py", *map(str, arguments)])
-        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        try:
-            code = runpy.run_path(str(ROOT / "jobs" / "sample.py"))["main"]()
-        except SystemExit as stopped:  # argparse
-            code = stopped.code
-        return code, *capfd.readouterr()
-
-    return start
+def job(run_script):
+    """`job(*arguments)` -> (exit code, stdout, stderr) of jobs/sample.py."""
+    return partial(run_script, "sample")
 
 
 # -- numbers ----------------------------------------------------------------------------------------------
