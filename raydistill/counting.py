@@ -32,7 +32,7 @@ from raydistill import config as configuration
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.bridge.model import Bridge, read_description
-from raydistill.config import Config, local_path
+from raydistill.config import Config, ConfigError, local_path
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.hub import cached
 from raydistill.model_configs import HUB_MODELS, write_folder
