@@ -25,7 +25,7 @@ class RunFailed(RuntimeError):
 class Pipeline:
     """State of the driver: where the run keeps things, its MLflow runs, how long its stages took."""
 
-    def __init__(self, config: Config, run: RunFolder, inputs: Inputs) -> None:
+    def __init__(self, config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> None:
         from raydistill.tracking import open_run, run_tags, tracking_uri
 
         self.config, self.run, self.inputs = config, run, inputs
@@ -41,7 +41,7 @@ class Pipeline:
             **more,
         )
         self.open: list[str] = []  # MLflow runs that have not ended, the parent first
-        self.parent = self._mlflow_run(config, run.name, "pipeline", None)
+        self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
         """Open a run, or the same one again on a resume."""
@@ -77,19 +77,22 @@ class Pipeline:
             self.finish(run_id, status)
 
 
-def distil(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
     """Everything from the first teacher rank to the summary.
+
+    Args:
+        parent: MLflow run that this one is nested in.
 
     Raises:
         RunFailed: with the reason; the run can be continued.
     """
-    with _pipeline(config, run, inputs) as pipeline:
+    with opened(config, run, inputs, parent) as pipeline:
         return _summarise(pipeline, _stages(pipeline))
 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
-    with _pipeline(config, run, inputs) as pipeline:
+    with opened(config, run, inputs) as pipeline:
         return _bridge(pipeline, _pairs_alone(pipeline))
 
 
@@ -106,7 +109,7 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
     from raydistill.evaluation.summary import write_summary
     from raydistill.tracking import Tracker, ui_command
 
-    with _pipeline(config, run, inputs) as pipeline:
+    with opened(config, run, inputs) as pipeline:
         planned = cells(config, inputs.student, inputs.teacher)
         pairs = _pairs_alone(pipeline)
         with pipeline.timed("ablation"):
@@ -186,7 +189,7 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     from raydistill.evaluation.summary import write_summary
     from raydistill.tracking import ui_command
 
-    with _pipeline(config, run, inputs) as pipeline:
+    with opened(config, run, inputs) as pipeline:
         folder = _pairs_alone(pipeline)
         rows = len(read_pairs(folder))
         failed = _recipe(config, inputs).count - rows
@@ -216,7 +219,7 @@ def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
 
 
 @contextmanager
-def _pipeline(config: Config, run: RunFolder, inputs: Inputs) -> Iterator[Pipeline]:
+def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> Iterator[Pipeline]:
     """Open the run's MLflow parent and close it with the status that the block deserves."""
     from raydistill.bridge.loop import BridgeTrainingFailed
     from raydistill.data.shards import SynthesisFailed
@@ -225,7 +228,7 @@ def _pipeline(config: Config, run: RunFolder, inputs: Inputs) -> Iterator[Pipeli
     from raydistill.teachers.client import TeacherError
 
     try:
-        pipeline = Pipeline(config, run, inputs)
+        pipeline = Pipeline(config, run, inputs, parent)
     except TrackingError as error:
         raise RunFailed(f"{type(error).__name__}: {error}") from error
     print(f"run {run.name} in {run.path}", flush=True)

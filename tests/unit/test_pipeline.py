@@ -11,7 +11,7 @@ from raydistill.bridge.loop import BridgeTrainingFailed
 from raydistill.config import load
 from raydistill.data.prompts import PromptSet
 from raydistill.distill.loop import DistillationFailed
-from raydistill.distill.pipeline import RunFailed, _pipeline
+from raydistill.distill.pipeline import RunFailed, opened
 from raydistill.preflight import Inputs, RunFolder, create_run_folder
 from raydistill.teachers.client import TeacherUnavailable
 
@@ -51,7 +51,7 @@ def fail(run):
     """Break a run by an error while a stage is open; the pipeline and that stage are kept as attributes."""
 
     def fail(error: BaseException) -> None:
-        with _pipeline(*run) as fail.pipeline:
+        with opened(*run) as fail.pipeline:
             fail.finished = fail.pipeline.stage_run(run[0], "bridge")
             fail.pipeline.finish(fail.finished)
             fail.stage = fail.pipeline.stage_run(run[0], "distill")
@@ -104,7 +104,7 @@ def test_an_interrupt_ends_them_as_killed(fail, client):
 
 
 def test_a_run_that_ends_well_is_finished(run, client):
-    with _pipeline(*run) as pipeline:
+    with opened(*run) as pipeline:
         assert status(client, pipeline.parent) == "RUNNING"
     assert status(client, pipeline.parent) == "FINISHED"
 
@@ -112,7 +112,7 @@ def test_a_run_that_ends_well_is_finished(run, client):
 def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
     with pytest.raises(RunFailed):
         fail(ValueError())
-    with _pipeline(*run) as again:
+    with opened(*run) as again:
         assert (again.parent, again.stage_run(run[0], "distill")) == (fail.pipeline.parent, fail.stage)
         assert statuses(client, fail) == ["RUNNING", "FINISHED", "RUNNING"]
         again.finish(fail.stage)
@@ -122,17 +122,17 @@ def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
 def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
     config, folder, inputs = run
     gone = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "gone"})})
-    with _pipeline(gone, folder, inputs) as pipeline:
+    with opened(gone, folder, inputs) as pipeline:
         pass
     client.delete_experiment(client.get_run(pipeline.parent).info.experiment_id)
     (folder.path / "run.json").unlink()
-    with pytest.raises(RunFailed, match="experiment 'gone' was deleted"), _pipeline(gone, folder, inputs):
+    with pytest.raises(RunFailed, match="experiment 'gone' was deleted"), opened(gone, folder, inputs):
         pytest.fail("there is nothing to log to")
 
 
 def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
-    with pytest.raises(RunFailed), _pipeline(*run) as first, first.timed("bridge"):
+    with pytest.raises(RunFailed), opened(*run) as first, first.timed("bridge"):
         raise ValueError
-    with _pipeline(*run) as second, second.timed("bridge"):
+    with opened(*run) as second, second.timed("bridge"):
         pass
     assert second.seconds["bridge"] >= first.seconds["bridge"] > 0

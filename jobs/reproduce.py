@@ -1,0 +1,48 @@
+"""The paper's tables on the shapes world, by one command: jobs/reproduce.py table1 | table3 [--quick] [--seeds N] …
+
+table1: two students x (start, three teachers, merged, shared space), with the teachers' own rows.
+table3: a one-step start against the raw multi-step model as the start, same steps.
+Every cell is a run of its own, nested in one MLflow run; those that are done are kept, so the same command goes on where
+it stopped, and table3 shares runs with table1. --seeds N: default 2, with --quick 1; --quick: half the steps. The result
+is <storage>/<run.name>/<table>.json; run.name is paper, or paper-quick."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from raydistill.evaluation.reproduce import TABLES, check, reproduce
+from raydistill.job import run_job
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    quick = "--quick" in arguments
+    seeds = 1 if quick else 2
+    arguments = [argument for argument in arguments if argument != "--quick"]
+    if "--seeds" in arguments:
+        at = arguments.index("--seeds")
+        value = arguments[at + 1 : at + 2]
+        if not value or not value[0].isdecimal() or int(value[0]) < 1:
+            print("error: --seeds needs a number of at least 1", file=sys.stderr)
+            return 2
+        seeds = int(value[0])
+        del arguments[at : at + 2]
+    wanted = [argument for argument in arguments if argument in TABLES]
+    if len(wanted) != 1 and not {"-h", "--help"} & set(arguments):
+        print(f"error: name one table, {' or '.join(TABLES)}", file=sys.stderr)
+        return 2
+    table = wanted[0] if wanted else TABLES[0]
+    others = [argument for argument in arguments if argument not in TABLES]
+    if not any(argument.startswith("run.name=") for argument in others):
+        others.append(f"run.name=paper{'-quick' if quick else ''}")
+    work = partial(reproduce, table, seeds, quick)
+
+    def check_cells(config, run, inputs):
+        check(table, seeds, quick, config, run)
+
+    return run_job(__doc__, work, f"{table}.json", None, check_cells, others)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

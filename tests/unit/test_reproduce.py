@@ -1,0 +1,105 @@
+"""The paper's tables: which runs they take, and what is read off them."""
+
+from __future__ import annotations
+
+import pytest
+
+from raydistill.config import load
+from raydistill.evaluation.reproduce import (
+    MERGED,
+    ONE_STEP,
+    RAW,
+    SHARED,
+    START,
+    STUDENTS,
+    TEACHERS,
+    cells,
+    check,
+    markdown,
+    summarise,
+    verdicts,
+)
+from raydistill.preflight import RunFolder
+
+ALL = {"mean": 0.9, "size": 0.9}
+WEAK = {"mean": 0.5, "size": 0.5}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load(overrides=["run.name=paper", f"storage={tmp_path}"])
+
+
+def test_table1_has_every_pair_and_the_shared_space_with_every_seed(config, tmp_path):
+    planned = cells("table1", config, tmp_path, seeds=2, quick=False)
+    expected = {(s, row, seed) for s in STUDENTS for row in (*TEACHERS, SHARED) for seed in (0, 1)}
+    assert {(cell.student, cell.row, cell.seed) for cell in planned} == expected
+    assert len({cell.name for cell in planned}) == len(planned) == 16
+    for cell in planned:
+        own = cell.config
+        assert own.run.seed == cell.seed
+        assert own.student.model == f"shapes:{cell.student}"
+        assert own.teacher.model == (own.student.model if cell.row == SHARED else f"shapes:{cell.row}")
+        assert own.storage == str(tmp_path / "paper")
+        assert own.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+        assert own.controls == []
+    check("table1", 1, False, config, RunFolder(tmp_path, "paper"))
+
+
+def test_quick_halves_the_steps_and_nothing_else(config, tmp_path):
+    full, quick = (cells("table1", config, tmp_path, 1, quick) for quick in (False, True))
+    for one, other in zip(full, quick, strict=True):
+        assert (one.config.distill.steps, other.config.distill.steps) == (120, 60)
+        steps = other.config.distill.model_copy(update={"steps": 120})
+        assert other.config.model_copy(update={"distill": steps}) == one.config
+
+
+def test_table3_differs_in_the_start_alone_and_shares_its_first_row_with_table1(config, tmp_path):
+    one, raw = cells("table3", config, tmp_path, 1, False)[2:]
+    assert (one.row, raw.row) == (ONE_STEP, RAW)
+    assert (raw.config.student.unet, raw.config.student.start_timestep) == (None, 999)
+    assert raw.config.teacher == one.config.teacher
+    assert one.config in [cell.config for cell in cells("table1", config, tmp_path, 1, False)]
+
+
+def result(student, row, seed, after, before=None):
+    return {"student": student, "row": row, "seed": seed, "before": before, "after": after, "teacher": ALL}
+
+
+def table1(merged=0.95, shared=0.7):
+    results = []
+    for student in STUDENTS:
+        for seed, mean in enumerate((0.88, 0.92)):
+            results += [result(student, teacher, seed, {"mean": mean, "size": 0.9}, WEAK) for teacher in TEACHERS]
+            results.append(result(student, SHARED, seed, {"mean": shared, "size": 0.6}, WEAK))
+            one = result(student, MERGED, seed, {"mean": merged, "size": 0.99})
+            results.append({key: value for key, value in one.items() if key not in ("before", "teacher")})
+    return {"table": "table1", "rows": summarise(results)}
+
+
+def test_rows_are_means_over_seeds_the_start_first_and_teachers_once():
+    rows = table1()["rows"]
+    assert [row["row"] for row in rows[:6]] == [START, *TEACHERS, SHARED, MERGED]
+    assert rows[1]["values"]["mean"] == pytest.approx([0.9, 0.04 / 2**0.5])
+    assert [row["row"] for row in rows[12:]] == [*TEACHERS, "sd15 multi-step", "sd21 multi-step"]
+
+
+def test_the_verdicts_follow_the_numbers():
+    assert all(line.endswith("yes") for line in verdicts(table1()))
+    bad = verdicts(table1(merged=0.85, shared=0.95))
+    assert [line.endswith("yes") for line in bad[:3]] == [True, False, False]
+
+
+def test_the_markdown_has_the_papers_figures_beside_ours():
+    lines = markdown(table1()).splitlines()
+    assert lines[0] == "| | | mean | size | paper: HPSv3 |"
+    assert lines[2] == "| sd15 | start | 0.500 | 0.500 | 5.37 |"
+    assert lines[3] == "| sd15 | flux | 0.900 ± 0.028 | 0.900 | 9.49 |"
+    assert {line.count("|") for line in lines} == {6}
+
+
+def test_table3_shows_both_starts():
+    results = [result("sd15", ONE_STEP, 0, ALL, WEAK), result("sd15", RAW, 0, ALL, {"mean": 0.1, "size": 0.1})]
+    rows = summarise(results)
+    assert [row["row"] for row in rows] == ["one-step start, before", ONE_STEP, "raw start, before", RAW]
+    assert rows[2]["values"]["mean"][0] == 0.1
