@@ -92,8 +92,13 @@ def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
+    from raydistill.tracking import ui_command
+
     with opened(config, run, inputs) as pipeline:
-        return _bridge(pipeline, _pairs_alone(pipeline))
+        folder = _bridge(pipeline, _pairs_alone(pipeline))
+        print(f"folder    {folder}  (bridge.checkpoint={folder})")
+        print(f"MLflow    {ui_command(pipeline.uri)}")
+    return folder
 
 
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
