@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MASK = "***"
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on GenAI traces
+NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
 _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
@@ -219,7 +221,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Path) -> 
         served = uri.startswith(("http://", "https://", "databricks"))
         location = None if served else (storage.absolute() / "mlartifacts").as_uri()
         try:
-            return client.create_experiment(name, artifact_location=location)
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:
             found = client.get_experiment_by_name(name)  # another driver was faster
             if found is None:

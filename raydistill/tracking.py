@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.runs import (
     MAX_TAG,
+    NOTE,
     TrackingError,
     client_of,
     describe,
@@ -123,6 +124,10 @@ class Tracker:
     def tags(self, values: Mapping[str, Any]) -> None:
         tags = {key: mask(key, value)[:MAX_TAG] for key, value in values.items()}
         self._add(f"tags {', '.join(tags)}", lambda client: describe(client, self.run_id, {}, tags))
+
+    def note(self, text: str) -> None:
+        """The run's description in the UI, in Markdown."""
+        self.tags({NOTE: text})
 
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until everything is sent; the number of entries still waiting after `timeout` seconds."""

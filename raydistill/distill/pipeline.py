@@ -51,8 +51,9 @@ class Pipeline:
         self.open.append(run_id)
         return run_id
 
-    def stage_run(self, config: Config, stage: str) -> str:
-        return self._mlflow_run(config, f"{self.run.name}/{stage}", stage, self.parent)
+    def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
+        """`name`: what the UI shows after the run's own name; the stage where None."""
+        return self._mlflow_run(config, f"{self.run.name}/{name or stage}", stage, self.parent)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -92,10 +93,17 @@ def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
-    from raydistill.tracking import ui_command
+    from pathlib import Path
+
+    from raydistill.bridge.model import read_description
+    from raydistill.tracking import Tracker, ui_command
 
     with opened(config, run, inputs) as pipeline:
         folder = _bridge(pipeline, _pairs_alone(pipeline))
+        tracker = Tracker(pipeline.uri, pipeline.parent)
+        metrics = dict(read_description(Path(folder))["metrics"])
+        tracker.metrics(metrics, int(metrics.pop("step", config.bridge.steps)))
+        tracker.close()
         print(f"folder    {folder}  (bridge.checkpoint={folder})")
         print(f"MLflow    {ui_command(pipeline.uri)}")
     return folder
@@ -122,6 +130,7 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
         summary = summarise(results) | {"mlflow_run_id": pipeline.parent}
         tracker = Tracker(pipeline.uri, pipeline.parent)
         tracker.text(markdown(summary), "ablation.md")
+        tracker.note(markdown(summary))
         tracker.close()
         write_summary(run.path / "ablation.json", summary)
         print(markdown(summary))
@@ -155,7 +164,7 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
     )
     tasks, runs, results = {}, {}, {}
     for cell in planned:
-        runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}")
+        runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}", cell.name)
         if result_file(folder, cell).is_file():
             results[cell.name] = json.loads(result_file(folder, cell).read_text())
             pipeline.finish(runs[cell.name])  # perhaps the driver ended before it could
@@ -455,7 +464,7 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
 
     from raydistill.evaluation.evaluator import FixedPrompts, load_pictures
     from raydistill.evaluation.grids import before_after
-    from raydistill.evaluation.summary import table, write_summary
+    from raydistill.evaluation.summary import markdown, table, write_summary
     from raydistill.tracking import Tracker, ui_command
 
     run, config = pipeline.run, pipeline.config
@@ -496,6 +505,7 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
         step=main["steps"],
     )
     tracker.image(sheet, "before_after", main["steps"])
+    tracker.note(markdown(rows))
     tracker.artifact(run.path / "config.yaml")
     tracker.close()
     write_summary(run.path / "summary.json", summary)

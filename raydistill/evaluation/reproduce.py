@@ -119,6 +119,7 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
         text = markdown(summary)
         tracker = Tracker(pipeline.uri, pipeline.parent)
         tracker.text(text, f"{table}.md")
+        tracker.note(text)
         tracker.close()
         write_summary(run.path / f"{table}.json", summary)
         print(text)

@@ -18,8 +18,7 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
 
     A value that a row lacks shows as –.
     """
-    columns = list(dict.fromkeys(name for scores in rows.values() for name in scores))
-    columns.sort(key=lambda name: name != first)
+    columns = _columns(rows, first)
     result = Table(title=title)
     result.add_column("")
     for name in columns:
@@ -27,6 +26,22 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     for who, scores in rows.items():
         result.add_row(who, *(f"{scores[name]:.3f}" if name in scores else "–" for name in columns))
     return result
+
+
+def markdown(rows: Mapping[str, Mapping[str, float]], first: str = "mean") -> str:
+    """The same table in Markdown, for a run's description."""
+    columns = _columns(rows, first)
+    lines = [" | ".join(["", "", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for who, scores in rows.items():
+        lines.append(
+            " | ".join(["", who, *(f"{scores[name]:.3f}" if name in scores else "–" for name in columns)]) + " |"
+        )
+    return "\n".join(line.strip() for line in lines)
+
+
+def _columns(rows: Mapping[str, Mapping[str, float]], first: str) -> list[str]:
+    columns = dict.fromkeys(name for scores in rows.values() for name in scores)
+    return sorted(columns, key=lambda name: name != first)
 
 
 def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:

@@ -10,7 +10,7 @@ import torch
 from PIL import ImageFont
 
 from raydistill.evaluation.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
-from raydistill.evaluation.summary import table, write_summary
+from raydistill.evaluation.summary import markdown, table, write_summary
 
 
 def flat(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor:
@@ -98,6 +98,16 @@ def test_table_shows_all_rows_with_the_mean_first():
     lines = console.export_text().splitlines()
     assert any("student before" in line and "0.430" in line and "–" in line for line in lines)
     assert any("teacher" in line and "0.900" in line and "1.000" in line for line in lines)
+
+
+def test_markdown_is_the_same_table():
+    lines = markdown({"student": {"size": 1.0, "mean": 0.5}, "teacher": {"size": 0.25}}).splitlines()
+    assert [line.split() for line in lines] == [
+        "|  | mean | size |".split(),
+        ["|---|---|---|"],
+        "| student | 0.500 | 1.000 |".split(),
+        "| teacher | – | 0.250 |".split(),
+    ]
 
 
 def test_summary_is_valid_json_and_replaces_whole_files(tmp_path):

@@ -133,6 +133,7 @@ def test_run_carries_parameters_tags_parent_and_absolute_artifacts(uri, client, 
     assert len(run.data.params["long"]) == 6000
     assert run.data.tags["mlflow.parentRunId"] == parent
     assert run.data.tags["config_hash"] == config_hash(config)
+    assert client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
     assert (run.data.tags["teacher"], run.data.tags["stage"]) == ("shapes:flux", "distill")
     assert run.data.tags["git_commit"] == run.data.tags["mlflow.source.git.commit"] == source_version()
 
@@ -181,6 +182,7 @@ def test_everything_logged_arrives(uri, client, run_id, tmp_path, caplog):
     (tmp_path / "export" / "weights.txt").write_text("w")
     (tmp_path / "file.txt").write_text("f")
     tracker = Tracker(uri, run_id, interval=0.05)
+    tracker.note("# what came out")
     for step in range(3):
         tracker.metrics({"loss/vsd": torch.tensor(step / 2), "loss/gan": math.nan, "eval/../odd (key)": 1}, step)
     tracker.image(Image.new("RGB", (8, 8), "red"), "samples/fixed", 2)
@@ -195,6 +197,7 @@ def test_everything_logged_arrives(uri, client, run_id, tmp_path, caplog):
     assert sum("loss/gan is nan" in record.message for record in caplog.records) == 1
     assert run.info.status == "FINISHED"
     assert (run.data.tags["alarm"], run.data.tags["hub_token"]) == ("drift", "***")
+    assert run.data.tags["mlflow.note.content"] == "# what came out"
     root = Path(run.info.artifact_uri.removeprefix("file://"))
     assert {p.relative_to(root).as_posix() for p in root.rglob("*.[tm]*")} == {
         "notes/file.txt", "export/weights.txt", "card.md",
