@@ -1,0 +1,62 @@
+"""jobs/train_bridge.py --ablate as a user starts it: two-step trainings in the embedded world."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydistill.bridge.ablation import TABLES, VARIANTS
+from raydistill.data.pairs import write_pairs
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    z_S = torch.randn(24, 4, 8, 8, generator=generator)
+    z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+    write_pairs(tmp_path / "pairs", 0, [f"a red circle {i}" for i in range(24)], range(24), range(24), z_T, z_S)
+    return tmp_path / "pairs"
+
+
+def ablate(storage, pairs):
+    command = [
+        sys.executable, str(ROOT / "jobs" / "train_bridge.py"), "--ablate", f"storage={storage}", "run.name=ablation",
+        f"bridge.pairs={pairs}", "bridge.steps=2", "bridge.ablation_seeds=1", "bridge.batch_size=4",
+        "bridge.embed_dim=16", "bridge.depths=[2]", "distill.cpus_per_worker=1",
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_an_ablation_trains_every_variant_and_goes_on_with_what_is_missing(tmp_path, pairs):
+    import mlflow
+
+    done = ablate(tmp_path, pairs)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "ablation" / "ablation.json"
+    first = json.loads(file.read_text())
+    assert first["rows"].keys() == {variant.name for variant in VARIANTS}
+    assert all(f"| {table} |" in done.stdout for table in TABLES)
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    parent = client.get_run(first["mlflow_run_id"])
+    nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert {run.info.run_name for run in nested} == {f"ablation/{variant.name}-seed0" for variant in VARIANTS}
+    assert {run.info.status for run in (parent, *nested)} == {"FINISHED"}
+    assert "| components |" in parent.data.tags["mlflow.note.content"]
+
+    cells = {path.name: path.read_bytes() for path in (tmp_path / "ablation" / "ablation").glob("*.json")}
+    file.unlink()
+    (tmp_path / "ablation" / "ablation" / "full-seed0.json").unlink()
+    again = ablate(tmp_path, pairs)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("-seed0: eval/psnr") + again.stderr.count("-seed0: eval/psnr") == 1
+    second = json.loads(file.read_text())
+    assert second["rows"] == first["rows"]
+    others = {path.name: path.read_bytes() for path in (tmp_path / "ablation" / "ablation").glob("*.json")}
+    assert {name for name in cells if cells[name] != others[name]} <= {"full-seed0.json"}  # its seconds
