@@ -66,6 +66,8 @@ class _Gauges:
 class TeacherReplica:
     """Coordinator of one ZeRO-3 group. Losing any rank ends the whole group; Serve starts another."""
 
+    rank_actor = TeacherRank
+
     async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
         self._config = config = Teachers.model_validate(config)
         self._broken: str | None = None
@@ -78,7 +80,7 @@ class TeacherReplica:
             "MKL_NUM_THREADS": str(config.threads_per_rank),
         }
         self._ranks = [
-            TeacherRank.options(
+            self.rank_actor.options(
                 num_cpus=config.cpus_per_rank,
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": environment},
@@ -189,18 +191,21 @@ class TeacherReplica:
         self._kill_ranks()
 
 
-def start(model_folder: str, config: Teachers, name: str) -> None:
+def start(model_folder: str, config: Teachers, name: str, replica: type | None = None) -> None:
     """Start the service `name` and wait until every replica is ready. A running service of that name is replaced.
+
+    Args:
+        replica: another class of replica; None: TeacherReplica.
 
     Raises:
         TeacherStartError: it cannot be placed (requested against available resources), a replica failed to load, or
             `start_timeout_s` passed. Nothing is left running.
     """
-    launch(model_folder, config, name)
+    launch(model_folder, config, name, replica)
     wait_until_ready(config, name)
 
 
-def launch(model_folder: str, config: Teachers, name: str) -> None:
+def launch(model_folder: str, config: Teachers, name: str, replica: type | None = None) -> None:
     """First half of `start`: check that the service can be placed and begin to start it. Raises TeacherStartError."""
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
@@ -211,6 +216,7 @@ def launch(model_folder: str, config: Teachers, name: str) -> None:
     selectors = placement.label_selectors(config)
     application = TeacherReplica.options(
         **_scale(config),
+        **({} if replica is None else {"func_or_class": replica}),
         ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy="PACK",

@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # torch must be imported after the environment is set
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
 
-@ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)
-class TeacherRank:
+class Rank:
     """Rank `rank` of `world`; answers pings while it computes."""
 
     def __init__(self, rank: int, world: int) -> None:
@@ -145,3 +144,11 @@ class TeacherRank:
             load(payload["conditioning"], rows),
             None if unconditional is None else load(unconditional, np.zeros(1, dtype=np.int64)),
         )
+
+
+def actor(rank: type[Rank]) -> Any:
+    """A kind of rank as a Ray actor."""
+    return ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)(rank)
+
+
+TeacherRank = actor(Rank)

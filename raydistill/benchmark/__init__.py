@@ -1,0 +1,21 @@
+"""Sections of `jobs/benchmark.py`: ratios measured in one run on one machine, medians over repeats.
+
+A section is a module of this package with three functions, and imports nothing heavy before `run`:
+
+    add_arguments(parser)     its options
+    run(arguments) -> dict    what it measured, ready for JSON
+    table(result) -> str      the same as a markdown table, with what must be known to read it
+"""
+
+from __future__ import annotations
+
+SECTIONS = {
+    "schedule": "a step against its critical path; sequential against overlapped",
+    "service": "latency and copies of a score request against a bare actor call, 0.1 to 256 MB",
+    "scale": "throughput of 1 to 32 simulated replicas and of 1 to 8 simulated trainers",
+    "data": "prompts per second through reading and encoding, memory of a million prompts, trainers' wait for data",
+    "memory": "peak memory of every role against the plan; loading in ZeRO-3 shards",
+    "startup": "seconds from the command to the first step, by phase",
+    "gpu": "real sizes on a GPU: score forwards, a student step, the Bridge's latency",
+    "chaos": "what losses of replicas, workers and nodes cost",
+}

@@ -1,0 +1,135 @@
+"""Throughput of 1 to 32 simulated teacher replicas, and of 1 to 8 simulated trainers.
+
+Replicas are the real service's, with ranks that sleep instead of computing. One driver keeps two requests a replica under
+way. Simulated trainers are actors that send a request, sleep for as long as their fake updates would take, wait for the
+answer and sleep for the student's update.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+TARGET = 0.95
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="numbers of replicas")
+    parser.add_argument("--seconds", type=float, default=1.0, help="a replica's work on one request")
+    parser.add_argument("--requests", type=int, default=4, help="requests for each replica")
+    parser.add_argument("--megabytes", type=float, default=8.0, help="size of a request")
+    parser.add_argument("--trainers", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of trainers")
+    parser.add_argument("--steps", type=int, default=6, help="steps of each simulated trainer")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from raydistill.benchmark.idle import idle_service, request_of
+    from raydistill.benchmark.measure import ray_cluster
+    from raydistill.config import Teachers
+
+    replicas, trainers = [], []
+    settings = Teachers(shards=1, cpus_per_rank=0.01)
+    nbytes = int(arguments.megabytes * 1e6)
+    with ray_cluster(16, 4 << 30), idle_service(settings, replicas=1) as idle:
+        for count in arguments.replicas:
+            print(f"{count} replicas …", flush=True)
+            idle.set(0.0)
+            idle.start(count)
+            client, request = idle.client(), request_of(nbytes)
+            _stream(client, request, 4 * count, 2 * count)  # every replica once, for its connections
+            idle.set(arguments.seconds)
+            row = {"replicas": count} | _stream(client, request, arguments.requests * count, 2 * count)
+            if arguments.trainers and count == max(c for c in arguments.replicas if c <= max(arguments.trainers)):
+                trainers = [_trainers(n, idle, count, nbytes, arguments) for n in arguments.trainers]
+            replicas.append(row | {"of_linear": row["per_s"] * arguments.seconds / count})
+    return {"replicas": replicas, "trainers": trainers} | {
+        name: getattr(arguments, name) for name in ("seconds", "requests", "megabytes", "steps")
+    }
+
+
+def _stream(client: Any, request: Any, total: int, in_flight: int) -> dict[str, float]:
+    """Requests per second of one driver that keeps `in_flight` under way; CPU seconds it took itself for each."""
+    started, cpu = time.perf_counter(), time.process_time()
+    pending = [client.submit(request) for _ in range(min(in_flight, total))]
+    for i in range(total):
+        pending[0].result()
+        pending.pop(0)
+        if i + in_flight < total:
+            pending.append(client.submit(request))
+    taken = time.perf_counter() - started
+    return {"per_s": total / taken, "driver_cpu_s": (time.process_time() - cpu) / total}
+
+
+class _Trainer:
+    """A worker whose own work is sleep; needs no torch of its own but the request's."""
+
+    def __init__(self, client: Any, nbytes: int) -> None:
+        from raydistill.benchmark.idle import request_of
+
+        self.client, self.request = client, request_of(nbytes)
+
+    def steps(self, count: int, fake_s: float, student_s: float) -> tuple[float, float]:
+        """(seconds in all, seconds spent waiting for teachers)"""
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(count):
+            pending = self.client.submit(self.request)
+            time.sleep(fake_s)
+            waiting = time.perf_counter()
+            pending.result()
+            waited += time.perf_counter() - waiting
+            time.sleep(student_s)
+        return time.perf_counter() - started, waited
+
+
+def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """`count` trainers with a teacher replica each, whose fake updates take as long as a request."""
+    import ray
+
+    print(f"{count} trainers …", flush=True)
+    fake, student = 1.2 * arguments.seconds, 0.3 * arguments.seconds
+    actors = [ray.remote(num_cpus=0.01)(_Trainer).remote(idle.client(), nbytes) for _ in range(count)]
+    ray.get([actor.steps.remote(1, 0.0, 0.0) for actor in actors])
+    taken = ray.get([actor.steps.remote(arguments.steps, fake, student) for actor in actors])
+    for actor in actors:
+        ray.kill(actor)
+    per_s = count * arguments.steps / max(seconds for seconds, _ in taken)
+    return {
+        "trainers": count,
+        "replicas": replicas,
+        "per_s": per_s,
+        "waited_s": sum(waited for _, waited in taken) / (count * arguments.steps),
+        "of_linear": per_s * (fake + student) / count,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    from raydistill.benchmark.measure import markdown, milliseconds
+
+    first = markdown(
+        ("replicas", "requests/s", "of linear", "driver's CPU a request"),
+        [
+            (row["replicas"], f"{row['per_s']:.2f}", f"{row['of_linear']:.1%}", milliseconds(row["driver_cpu_s"]))
+            for row in result["replicas"]
+        ],
+    )
+    second = markdown(
+        ("trainers", "replicas", "steps/s", "of linear", "wait for teachers a step"),
+        [
+            (
+                row["trainers"],
+                row["replicas"],
+                f"{row['per_s']:.2f}",
+                f"{row['of_linear']:.1%}",
+                milliseconds(row["waited_s"]),
+            )
+            for row in result["trainers"]
+        ],
+    )
+    notes = (
+        f"Simulated: a replica sleeps {result['seconds']:g} s a request of {result['megabytes']:g} MB, and stands for a GPU; "
+        f"{result['requests']} requests a replica, {result['steps']} steps a trainer. Linear: replicas / "
+        f"{result['seconds']:g} s, and trainers / ({1.5 * result['seconds']:g} s of their own sleep). All processes share "
+        f"this machine's cores. Target: {TARGET:.0%}."
+    )
+    return f"{first}\n\n{second}\n\n{notes}"

@@ -1,0 +1,142 @@
+"""What the teacher service adds to a bare Ray actor call, for requests of 0.1 to 256 MB and of every real family.
+
+The rank has no network: it cuts, converts and answers. The bare actor is sent the same arrays and answers with as many
+bytes. Calls take turns, so both see the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+SIZES_MB = (0.1, 1, 8, 32, 128, 256)
+TARGET_S, TARGET_COPIES = 0.010, 1.2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repeats", type=int, default=9, help="calls of each kind and size")
+    parser.add_argument(
+        "--sizes", type=float, nargs="*", default=SIZES_MB, metavar="MB", help="sizes of plain requests"
+    )
+    parser.add_argument("--no-families", action="store_true", help="leave out the real families' requests")
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    import ray
+
+    from raydistill.benchmark.idle import idle_service, request_of
+    from raydistill.benchmark.measure import ray_cluster
+    from raydistill.config import Teachers
+
+    requests: dict[str, Any] = {
+        f"{size:g} MB": lambda size=size: request_of(int(size * 1e6)) for size in arguments.sizes
+    }
+    if not arguments.no_families:
+        requests |= _families()
+    rows = []
+    with ray_cluster(4, 4 << 30):
+        bare = ray.remote(num_cpus=0.1)(_Bare).remote()
+        config = Teachers(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
+        with idle_service(config) as idle:
+            idle.set(0.0, slices=True)
+            client = idle.client()
+            for name, make in requests.items():
+                print(f"{name} …", flush=True)
+                rows.append({"request": name} | _measure(make(), client, bare, arguments.repeats))
+    return {"rows": rows, "repeats": arguments.repeats}
+
+
+class _Bare:
+    """An actor that is sent arrays, and answers with the latents."""
+
+    def answer(self, payload: dict[str, Any]) -> Any:
+        return payload["latents"]
+
+
+def _families() -> dict[str, Any]:
+    """A maker of each real family's request at the paper's batch."""
+    from raydistill.config import CONFIGS, load
+    from raydistill.counting import conditioning_layout, open_space
+    from raydistill.planning import guidance_scale
+
+    requests = {}
+    for file in sorted((CONFIGS / "teachers").glob("*.yaml")):
+        config = load(CONFIGS / f"{file.stem}_sd15.yaml")
+        space, batch = open_space(config.teacher.model), config.distill.batch_size
+        scale = guidance_scale(config, space)
+        layout, shape = conditioning_layout(space), space.latent_shape
+        requests[f"{file.stem}, {batch} samples"] = lambda a=(shape, layout, batch, scale): _request(*a)
+    return requests
+
+
+def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: float) -> Any:
+    import torch
+
+    from raydistill.teachers.client import ScoreRequest
+
+    def rows(count: int) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(count, *part, dtype=kind) for name, (part, kind) in layout.items()}
+
+    return ScoreRequest(torch.zeros(batch, *shape), torch.full((batch,), 0.5), rows(batch), rows(1), scale)
+
+
+def _measure(request: Any, client: Any, bare: Any, repeats: int) -> dict[str, float]:
+    import ray
+
+    from raydistill.benchmark.measure import copy_seconds, interleaved
+
+    payload = request.payload()
+    nbytes = sum(_nbytes(payload[name]) for name in ("latents", "t", "conditioning", "unconditional"))
+    taken = interleaved(
+        {
+            "service": lambda: client.submit(request).result(),
+            "bare": lambda: ray.get(bare.answer.remote(payload)),
+            "check": request.payload,
+        },
+        repeats,
+        warm_up=2,
+    )
+    copy = copy_seconds(nbytes)
+    return {
+        "nbytes": nbytes,
+        "service_s": taken["service"],
+        "bare_s": taken["bare"],
+        "check_s": taken["check"],
+        "copy_s": copy,
+        "added_s": taken["service"] - taken["bare"],
+        "added_copies": (taken["service"] - taken["bare"]) / copy,
+        "gbytes_per_s": nbytes / taken["service"] / 1e9,
+    }
+
+
+def _nbytes(wire: Any) -> int:
+    if wire is None:
+        return 0
+    if isinstance(wire, dict):
+        return sum(map(_nbytes, wire.values()))
+    return wire[1].nbytes if isinstance(wire, tuple) else wire.nbytes
+
+
+def table(result: dict[str, Any]) -> str:
+    from raydistill.benchmark.measure import markdown, megabytes, milliseconds
+
+    columns = (
+        "request", "bytes", "bare actor", "service", "added", "of it checking", "one memory copy", "added, in copies",
+        "throughput",
+    )  # fmt: skip
+    rows = [
+        (
+            row["request"],
+            megabytes(row["nbytes"]),
+            *(milliseconds(row[name]) for name in ("bare_s", "service_s", "added_s", "check_s", "copy_s")),
+            f"{row['added_copies']:.2f}",
+            f"{row['gbytes_per_s']:.2f} GB/s",
+        )
+        for row in result["rows"]
+    ]
+    notes = (
+        f"Medians of {result['repeats']} calls. Copies by construction: a bare call has one (into the object store); "
+        "the service has that one and, slice by slice, the rank's own (to the teacher's dtype). Targets: "
+        f"{1e3 * TARGET_S:g} ms added at 8 MB, {TARGET_COPIES} copies added at 128 MB."
+    )
+    return f"{markdown(columns, rows)}\n\n{notes}"
