@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.runs import (
     MAX_TAG,
+    REFUSALS,
+    TrackingAway,
     TrackingError,
     client_of,
     describe,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SystemMetrics",
     "Tracker",
+    "TrackingAway",
     "TrackingError",
     "mask",
     "open_run",
@@ -53,7 +56,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 METRICS_KEPT, JOBS_KEPT = 200_000, 1000  # what waits in memory while the store is away
-_HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 
 
 class Tracker:
@@ -269,7 +271,7 @@ def _hopeless(error: Exception) -> bool:
     """Whether sending the same again cannot help."""
     if isinstance(error, (OSError, json.JSONDecodeError)):  # requests' own ValueErrors are OSErrors: the network
         return isinstance(error, FileNotFoundError)
-    return getattr(error, "error_code", None) in _HOPELESS or isinstance(error, (ValueError, TypeError))
+    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, (ValueError, TypeError))
 
 
 class SystemMetrics:

@@ -1,0 +1,1 @@
+"""What `python jobs/benchmark.py SECTION` measures, one module a section: `add_arguments`, `run` and `table`."""
