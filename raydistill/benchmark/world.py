@@ -37,6 +37,16 @@ class MlflowServer:
 
     def start(self, timeout: float = 120) -> None:
         """Start it and wait until it answers. Raises RuntimeError if it does not."""
+        self.launch()
+        deadline = time.monotonic() + timeout
+        while not self.answers():
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                self.kill()
+                raise RuntimeError(f"the MLflow server does not start; see {self.folder / 'mlflow.log'}")
+            time.sleep(0.2)
+
+    def launch(self) -> None:
+        """Begin to start it."""
         store = f"sqlite:///{self.folder}/mlflow.db"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self._port)]
@@ -48,12 +58,6 @@ class MlflowServer:
                 env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"},
                 start_new_session=True,
             )
-        deadline = time.monotonic() + timeout
-        while not self.answers():
-            if time.monotonic() > deadline or self._process.poll() is not None:
-                self.kill()
-                raise RuntimeError(f"the MLflow server does not start; see {self.folder / 'mlflow.log'}")
-            time.sleep(0.2)
 
     def answers(self) -> bool:
         try:
@@ -104,15 +108,15 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        cluster = getattr(self, "cluster", None)
-        if cluster is not None:
-            from ray._private.utils import read_ray_address, reset_ray_address
-
+        self.server.kill()
+        if (cluster := getattr(self, "cluster", None)) is not None:
             address = cluster.address
             cluster.shutdown()
-            if read_ray_address() == address:
-                reset_ray_address()
-        self.server.kill()
+            note = Path(
+                tempfile.gettempdir(), "ray", "ray_current_cluster"
+            )  # else `ray.init()` would look for this one
+            if note.is_file() and note.read_text().strip() == address:
+                note.unlink()
         if self._before is None:
             os.environ.pop(MARK, None)
         else:
