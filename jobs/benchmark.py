@@ -51,7 +51,7 @@ def _one(name: str, options: list[str]) -> int:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1))
     print(f"\n`{result['command']}`, {result['machine']}:\n\n{section.table(result)}\n\n{file}")
-    return 0
+    return 0 if result.get("passed", True) else 1
 
 
 def _all(options: list[str]) -> int:

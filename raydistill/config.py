@@ -97,6 +97,12 @@ class Teachers(Section):
     retry_for_s: Positive = Field(600, description="how long the client keeps retrying while the service is down")
     start_timeout_s: Positive = Field(600, description="longest time until the service is ready")
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold ranks; none: any node")
+    service: str | None = Field(
+        None, description="attach to this running service (teacher-<run.name> of another run); null: start one"
+    )
+    linger_s: NonNegative = Field(
+        600, description="how long a service whose runs have crashed waits for one of them to resume"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Teachers:
@@ -270,6 +276,9 @@ class Evaluation(Section):
 
 class Tracking(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite in storage")
+    retry_for_s: NonNegative = Field(
+        600, description="how long a run that has begun waits for a store that is away before it opens its next stage"
+    )
     experiment: str = Field("raydistill", description="MLflow experiment")
 
 

@@ -3,6 +3,7 @@
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
 2  wrong input; nothing was started
+75 asked to leave by SIGTERM (EX_TEMPFAIL: try again); the same run.name continues it
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any
 from raydistill.config import Config, from_command_line
 from raydistill.distill.pipeline import RunFailed, changed
 from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
+from raydistill.stopping import Stopped, leaving_on_sigterm
+
+RESUMABLE = 75
 
 Work = Callable[[Config, RunFolder, Inputs], Any]
 
@@ -53,8 +57,11 @@ def run_job(
 
     create_run_folder(run, config)
     try:
-        with connected():
+        with connected(), leaving_on_sigterm():
             work(config, run, inputs)
+    except Stopped as stopped:
+        print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        return RESUMABLE
     except RunFailed as error:
         print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return 1

@@ -23,7 +23,7 @@ from raydistill.config import (
 )
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.runs import TrackingError, mask, prepare, tracking_uri
+from raydistill.runs import TrackingAway, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
 
 
@@ -153,10 +153,13 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
 
 
 def _check_tracking(config: Config) -> None:
+    storage = check_storage(config)
     try:
-        prepare(tracking_uri(config, check_storage(config)))
-    except TrackingError as error:
-        raise ConfigError(f"tracking.uri: {error}") from error
+        prepare(tracking_uri(config, storage))
+    except TrackingAway as error:
+        begun = config.run.name is not None and "mlflow" in RunFolder(storage, config.run.name).recall()
+        if not begun:  # or the store did answer once, and the run waits for it
+            raise ConfigError(f"tracking.uri: {error}") from error
 
 
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:

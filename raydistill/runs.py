@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MASK = "***"
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on GenAI traces
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
@@ -36,6 +37,10 @@ _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\
 
 class TrackingError(RuntimeError):
     """The tracking store or a run in it cannot be used; raised before training starts, never during it."""
+
+
+class TrackingAway(TrackingError):
+    """The store does not answer; it may come back."""
 
 
 # -- where runs are kept ----------------------------------------------------------------------------------
@@ -99,14 +104,14 @@ def prepare(uri: str) -> None:
     """Create or migrate the store once, before any worker opens it: parallel first uses race on migration.
 
     Raises:
-        TrackingError: the store cannot be reached or created.
+        TrackingAway: the store cannot be reached or created.
     """
     try:
         with _alone(uri):
             _open_file(uri)
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise TrackingError(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+        raise TrackingAway(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
 
 
 # -- what a run is described by ---------------------------------------------------------------------------
@@ -183,7 +188,8 @@ def open_run(
         The run id.
 
     Raises:
-        TrackingError: unreachable store, deleted experiment or run, or no such run.
+        TrackingAway: unreachable store.
+        TrackingError: deleted experiment or run, or no such run.
     """
     prepare(uri)
     client = client_of(uri)
@@ -208,7 +214,8 @@ def open_run(
         fresh = {key: value for key, value in params.items() if key not in known}
         describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
     except MlflowException as error:
-        raise TrackingError(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
+        kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
+        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
     return run.info.run_id
 
 

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from raydistill.runs import (
     MAX_TAG,
     NOTE,
+    REFUSALS,
+    TrackingAway,
     TrackingError,
     client_of,
     describe,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SystemMetrics",
     "Tracker",
+    "TrackingAway",
     "TrackingError",
     "mask",
     "open_run",
@@ -54,7 +57,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 METRICS_KEPT, JOBS_KEPT = 200_000, 1000  # what waits in memory while the store is away
-_HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 
 
 class Tracker:
@@ -274,7 +276,7 @@ def _hopeless(error: Exception) -> bool:
     """Whether sending the same again cannot help."""
     if isinstance(error, (OSError, json.JSONDecodeError)):  # requests' own ValueErrors are OSErrors: the network
         return isinstance(error, FileNotFoundError)
-    return getattr(error, "error_code", None) in _HOPELESS or isinstance(error, (ValueError, TypeError))
+    return getattr(error, "error_code", None) in REFUSALS or isinstance(error, (ValueError, TypeError))
 
 
 class SystemMetrics:

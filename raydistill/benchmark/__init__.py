@@ -16,6 +16,7 @@ SECTIONS = {
     "data": "prompts per second through reading and encoding, memory of a million prompts, trainers' wait for data",
     "memory": "peak memory of every role against the plan; loading in ZeRO-3 shards",
     "startup": "seconds from the command to the first step, by phase",
+    "latency": "one picture: the student alone, and with the Bridge and each teacher's decoder",
     "gpu": "real sizes on a GPU: score forwards, a student step, the Bridge's latency",
-    "chaos": "what losses of replicas, workers and nodes cost",
+    "chaos": "a run that goes on while its processes are killed, against the same run left alone",
 }

@@ -102,6 +102,7 @@ class Distiller:
         self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None
         self.shift = config.vsd.shift if config.vsd.shift is not None else teacher_space.default_shift
         self.metrics: dict[str, float] = {}
+        self.consumed: list[list[int]] = []  # sample ids of the batches taken since `pop_sample_ids`
         self.updates = 0  # of the student
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
@@ -161,6 +162,7 @@ class Distiller:
         batch = next(self.batches)
         self._add("time/data", time.perf_counter() - started)
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
+        self.consumed.append(ids.tolist())
         noise = self._normal(ids, self.student_space.latent_shape, "latents")
         return ids, noise, self._to(columns_of(batch, "student")), self._to(columns_of(batch, "teacher"))
 
@@ -286,6 +288,11 @@ class Distiller:
         """Metrics gathered since the last call."""
         metrics, self.metrics = self.metrics, {}
         return metrics
+
+    def pop_sample_ids(self) -> list[list[int]]:
+        """Sample ids of each batch consumed since the last call."""
+        consumed, self.consumed = self.consumed, []
+        return consumed
 
     # -- state -------------------------------------------------------------------------------------
     @property

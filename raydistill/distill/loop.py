@@ -7,18 +7,25 @@ the same code with another configuration.
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 
 from raydistill.config import Config, resolve, validate
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
+from raydistill.stopping import asked_to_stop, draining
+
+log = logging.getLogger(__name__)
+
+CAUGHT_UP = 200  # last steps whose metrics a resume offers to the tracker again
 
 
 class DistillationFailed(RuntimeError):
@@ -50,17 +57,49 @@ def launch(stage: Stage) -> dict[str, Any]:
         DistillationFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
             cannot mend.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     config = validate(stage.config)
     if stage.path("result.json").is_file():
         return json.loads(stage.path("result.json").read_text())
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
+    with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
+        _fit(stage, config)
+        if (reason := fatal(stage.path())) is not None:
+            raise DistillationFailed(f"{stage.name}: {reason}")
+    return json.loads(stage.path("result.json").read_text())
+
+
+def _fit(stage: Stage, config: Config) -> None:
+    """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
+
+    Raises:
+        DistillationFailed: see `launch`.
+    """
+    from ray.train import TrainingFailedError
+
+    losses = 0
+    while True:
+        try:
+            _trainer(stage, config).fit()
+            return
+        except TrainingFailedError as error:
+            reasons = getattr(error, "worker_failures", None) or {"": error}
+            texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
+            raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
+        except ray.exceptions.RayActorError as error:
+            losses += 1
+            if losses > config.distill.max_failures >= 0:
+                raise DistillationFailed(f"{stage.name}: Ray Train's controller died {losses} times") from error
+            log.warning("%s: Ray Train's controller died; going on from the last checkpoint", stage.name)
+
+
+def _trainer(stage: Stage, config: Config) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=asdict(stage),
         scaling_config=ScalingConfig(
@@ -79,16 +118,6 @@ def launch(stage: Stage) -> dict[str, Any]:
             ),
         ),
     )
-    try:
-        with ProgressWatcher(stage.path("progress.json"), stage.name):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        reasons = getattr(error, "worker_failures", None) or {"": error}
-        texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
-        raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
-    if (reason := fatal(stage.path())) is not None:
-        raise DistillationFailed(f"{stage.name}: {reason}")
-    return json.loads(stage.path("result.json").read_text())
 
 
 # -- the worker -------------------------------------------------------------------------------------------
@@ -118,24 +147,42 @@ def _train(stage: Stage) -> None:
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
+    from raydistill.distill.record import StepLog, step_file
     from raydistill.distill.schedule import distillation_step
 
+    if observer:
+        observer.catch_up(first)
+    steps = StepLog(step_file(stage.path(), rank))
     try:
         if observer and first == 0:
             observer.before()
         for step in range(first, config.distill.steps):
             distillation_step(distiller, submit, config.fake_score.updates, config.distill.overlap)
+            metrics = distiller.pop_metrics() | (submit.metrics() if submit else {})
             if observer:
-                observer.after_step(step + 1, world, submit.metrics() if submit else {})
-            _checkpoint(distiller, config, observer, step + 1)
+                observer.after_step(step + 1, world, metrics)
+            steps.add(step + 1, distiller.pop_sample_ids(), metrics)
+            stop = step + 1 < config.distill.steps and _asked_to_stop(stage, distiller.device, rank, world)
+            _checkpoint(distiller, config, observer, step + 1, stop)
+            if stop:
+                return
         if observer:
             observer.finish()
     finally:
+        steps.close()
         batches.close()
         if system:
             system.stop()
         if tracker:
             tracker.close()
+
+
+def _asked_to_stop(stage: Stage, device: torch.device, rank: int, world: int) -> bool:
+    """What rank 0 sees counts for all, so that all leave after the same step."""
+    asked = torch.tensor(float(rank == 0 and asked_to_stop(stage.path())), device=device)
+    if world > 1:
+        torch.distributed.broadcast(asked, 0)
+    return bool(asked)
 
 
 def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
@@ -220,8 +267,8 @@ class Teachers:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Latency, busy fraction and queue of the service as this worker saw them."""
-        return self.client.load.metrics()
+        """Latency, busy fraction and queue of the service as this worker saw them, and its requests."""
+        return self.client.metrics()
 
 
 def guidance_scale(config: Config, teacher_space: Any) -> float:
@@ -275,11 +322,11 @@ def _restore(distiller: Any) -> tuple[int, float, float]:
     return about["step"], about["best"], about["score"]
 
 
-def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step: int) -> None:
-    """Report every `checkpoint_every` steps and at the end; a barrier for all workers."""
-    if step % config.distill.checkpoint_every and step != config.distill.steps:
+def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step: int, now: bool = False) -> None:
+    """Report every `checkpoint_every` steps, at the end, and `now`; a barrier for all workers."""
+    if step % config.distill.checkpoint_every and step != config.distill.steps and not now:
         return
-    from raydistill.distill.state import save_state
+    from raydistill.distill.state import require_room, save_state
 
     if observer is None:
         ray.train.report({})
@@ -287,6 +334,7 @@ def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step:
     with tempfile.TemporaryDirectory() as folder:
         about = {"step": step, "best": observer.best, "score": observer.score, "mlflow_run": observer.stage.mlflow_run}
         save_state(Path(folder), distiller.state_dict(), about)
+        require_room(observer.stage.path(), sum(file.stat().st_size for file in Path(folder).iterdir()))
         ray.train.report(
             {"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder)
         )
@@ -334,8 +382,16 @@ class Observer:
         self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
         self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
 
-    def after_step(self, step: int, world: int, teachers: dict[str, float]) -> None:
-        metrics = self.distiller.pop_metrics() | teachers
+    def catch_up(self, first: int) -> None:
+        """Log again what a lost worker may have kept to itself: the tracker leaves out what the run already has."""
+        from raydistill.distill.record import read_lines, step_file, steps_of
+
+        lines = steps_of(read_lines(step_file(self.stage.path(), 0)))
+        for step in [step for step in lines if step <= first][-CAUGHT_UP:]:
+            self.tracker.metrics(lines[step]["values"], step)
+
+    def after_step(self, step: int, world: int, metrics: dict[str, float]) -> None:
+        """Evaluate when it is time, and log; adds what it measures to `metrics`."""
         seconds = metrics["time/step"]
         metrics["throughput/samples_per_s"] = world * self.config.distill.batch_size / seconds
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:

@@ -46,7 +46,7 @@ class Pipeline:
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
         """Open a run, or the same one again on a resume."""
         known = self.run.recall().get("mlflow", {})
-        run_id = self._open(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
+        run_id = self._patiently(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
         self.run.remember(mlflow=known | {stage: run_id})
         self.open.append(run_id)
         return run_id
@@ -54,6 +54,21 @@ class Pipeline:
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""
         return self._mlflow_run(config, f"{self.run.name}/{name or stage}", stage, self.parent)
+
+    def _patiently(self, *arguments: Any, **keywords: Any) -> str:
+        """Open a run; a store that is away is waited for, as training before and after would not need it."""
+        from raydistill.tracking import TrackingAway
+
+        deadline = time.monotonic() + self.config.tracking.retry_for_s
+        while True:
+            try:
+                return self._open(*arguments, **keywords)
+            except TrackingAway as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise
+                print(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}", flush=True)
+                time.sleep(min(5.0, left))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -239,6 +254,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
     from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
     from raydistill.runs import TrackingError
+    from raydistill.stopping import Stopped
     from raydistill.teachers.client import TeacherError
 
     try:
@@ -261,6 +277,9 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
     except KeyboardInterrupt:
         pipeline.give_up("KILLED")
         raise RunFailed("interrupted") from None
+    except Stopped:
+        pipeline.give_up("KILLED")
+        raise
     except BaseException:
         pipeline.give_up("FAILED")
         raise
@@ -269,7 +288,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 
 def _stages(pipeline: Pipeline) -> dict[str, Any]:
     config, run = pipeline.config, pipeline.run
-    service = f"teacher-{run.name}"
+    service = config.teachers.service or f"teacher-{run.name}"
     needs_bridge = config.bridge.checkpoint is None and config.bridge.projector != "identity"
     needs_pairs = needs_bridge or config.bridge.trainable
     needs_samples = needs_pairs or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
@@ -297,8 +316,9 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
             )
     if "shared_space" in config.controls:
         control = shared_space(config)
-        with _teachers(pipeline, control, f"{service}-shared"):
-            results["shared_space"] = _distillation(pipeline, "shared_space", control, None, None, f"{service}-shared")
+        shared = f"teacher-{run.name}-shared"
+        with _teachers(pipeline, control, shared):
+            results["shared_space"] = _distillation(pipeline, "shared_space", control, None, None, shared)
     return results
 
 
@@ -326,14 +346,15 @@ def shared_space(config: Config) -> Config:
 @contextmanager
 def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[None]:
     """The teacher service for the length of the block."""
-    from raydistill.teachers import service
+    from raydistill.teachers import users
 
+    start = users.attach if name == config.teachers.service else users.start
     try:
         with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
-            service.start(str(resolve(config.teacher.model)), config.teachers, name)
+            start(str(resolve(config.teacher.model)), config.teachers, name)
         yield
     finally:
-        service.stop(name)
+        users.release(name)
 
 
 def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
@@ -359,7 +380,7 @@ def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
 
 def _pairs_alone(pipeline: Pipeline) -> str:
     """Pairs for stages that need no teachers themselves; real images, and pairs that are there, need none either."""
-    config, service = pipeline.config, f"teacher-{pipeline.run.name}"
+    config, service = pipeline.config, pipeline.config.teachers.service or f"teacher-{pipeline.run.name}"
     if config.bridge.pairs is not None or config.synthesis.images is not None:
         return _synthesise(pipeline, None)
     with _teachers(pipeline, config, service):

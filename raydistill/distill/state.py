@@ -6,7 +6,9 @@ The torch file holds everything and is replaced in one step, so a kill leaves th
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,29 @@ class CheckpointError(RuntimeError):
 def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
     """Write `state.pt` and `about.json` into an existing folder; an older state stays until the new one is whole."""
     unfinished = folder / "state.tmp"
-    torch.save({"state": state, "about": about}, unfinished)
+    try:
+        torch.save({"state": state, "about": about}, unfinished)
+    except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos"
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free / 2**30
+        raise OSError(
+            f"{folder / 'state.pt'} cannot be written, the older one is kept; its disk has {free:.1f} GiB free: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     unfinished.replace(folder / "state.pt")
     (folder / "about.json").write_text(json.dumps(about, indent=1))
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint of {size / 2**20:.0f} MiB does not fit, {free / 2**20:.0f} MiB are free; the ones before it "
+            "are kept. Free space, then continue with the same run.name",
+            str(folder),
+        )
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

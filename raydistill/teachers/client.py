@@ -46,6 +46,7 @@ class TeacherClient:
         self.name, self.config = name, config
         self._handle: Any = None
         self.load = LoadLog()  # of this process's requests
+        self.asked = self.answered = self.repeated = 0  # requests, those with an answer, and attempts after the first
 
     def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers]]:
         return TeacherClient, (self.name, self.config)
@@ -67,6 +68,11 @@ class TeacherClient:
         request = GenerateRequest(noise, conditioning, unconditional, steps, guidance_scale)
         return self._send("sample", request, lambda i: f"sample {i}")
 
+    def metrics(self) -> dict[str, float]:
+        """Of this process's requests: latency, busy fraction and queue; how many wait for an answer, and were repeated."""
+        counts = {"teachers/unanswered": self.asked - self.answered, "teachers/repeated": self.repeated}
+        return self.load.metrics() | {name: float(count) for name, count in counts.items()}
+
     def describe(self) -> list[dict[str, Any]]:
         """What the ranks of one replica say of themselves: rank, pid, node, numel, full_numel, load_s."""
         return self.handle().describe.remote().result(timeout_s=60)
@@ -83,6 +89,7 @@ class TeacherClient:
 
     def _send(self, method: str, request: ScoreRequest | GenerateRequest, label: Callable[[int], str]) -> PendingScores:
         payload = request.payload()
+        self.asked += 1
         return PendingScores(self, method, ray.put(payload), payload["latents"].shape, label)
 
 
@@ -131,8 +138,10 @@ class PendingScores:
         while True:
             try:
                 if self._response is None:
+                    self._client.repeated += 1
                     self._ask()
                 answer = self._wait_once()
+                self._client.answered += 1
                 if failing_since is not None:
                     log.warning("teacher %s is back after %.1f s", self._client.name, time.monotonic() - failing_since)
                 return answer

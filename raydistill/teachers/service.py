@@ -249,8 +249,17 @@ def _scale(config: Teachers) -> dict[str, Any]:
     }
 
 
-def wait_until_ready(config: Teachers, name: str) -> None:
-    """Second half of `start`. Raises TeacherStartError, with nothing left running."""
+def exists(name: str) -> bool:
+    """Whether there is a service `name` that Serve has not given up."""
+    application = serve.status().applications.get(name)
+    return application is not None and application.status not in ("DEPLOY_FAILED", "DELETING")
+
+
+def wait_until_ready(config: Teachers, name: str, patient: bool = False) -> None:
+    """Second half of `start`. Raises TeacherStartError, with nothing left running.
+
+    `patient`: a service of another run; it is left alone.
+    """
     started = logged = pending_since = time.monotonic()
     patience = config.start_timeout_s if placement.autoscaler_present() else PLACEMENT_PATIENCE_S
     try:
@@ -270,7 +279,8 @@ def wait_until_ready(config: Teachers, name: str) -> None:
                 why = f"{waiting} replica(s) wait for resources" if waiting else "loading"
                 log.info("teacher %s: starting, %.0f s so far, %s", name, now - started, why)
     except BaseException:
-        stop(name)
+        if not patient:
+            stop(name)
         raise
     log.info("teacher %s: %d replica(s) ready after %.1f s", name, config.replicas, time.monotonic() - started)
 

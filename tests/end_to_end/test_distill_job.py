@@ -248,6 +248,60 @@ def test_the_sequential_loop_with_a_teacher_rank_killed_takes_longer_and_exports
     assert same_weights(exported(storage / "whole"), exported(tmp_path / "struck"))
 
 
+@pytest.fixture
+def mlflow_server(tmp_path):
+    """A tracking server that the test may kill and start again."""
+    from raydistill.benchmark.world import MlflowServer
+
+    server = MlflowServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_path, mlflow_server):
+    """First life: a text encoder and a Serve replica are killed, the disk is full, SIGTERM. Second: the train worker is
+    killed, and MLflow is away for a while. Each kill is a SIGKILL of a real process."""
+    from raydistill.distill.record import consumed, read_lines, step_file
+    from raydistill.runs import client_of
+
+    folder = tmp_path / "struck" / "distill"
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "state.tmp").symlink_to("/dev/full")  # the first state of the best student finds no room
+    with started(tmp_path, tmp_path, "run.name=struck", f"tracking.uri={mlflow_server.uri}") as job:
+        job.until(lambda: job.processes("ray::MapWorker"), pause=0.1)
+        job.processes("ray::MapWorker")[0].kill()
+        job.until((folder / "before.json").is_file)  # the first step comes next
+        (replica,) = job.processes("ray::ServeReplica")
+        replica.kill()
+        job.process.send_signal(signal.SIGTERM)
+        code, seen = job.wait(watch=["ray::RayTrainWorker"])
+        assert code == 75, job.text()
+        assert "can be continued with run.name=struck" in job.text()
+        assert "No space left on device" in job.text()
+        assert job.left() == []
+    assert len(seen["ray::RayTrainWorker"]) == 2, "the one that found the disk full, and its successor"
+    assert [line["step"] for line in read_lines(step_file(folder, 0))][-1] == 1
+    client = client_of(mlflow_server.uri)
+    ids = json.loads((tmp_path / "struck" / "run.json").read_text())["mlflow"]
+    assert {client.get_run(ids[stage]).info.status for stage in ("pipeline", "distill")} == {"KILLED"}
+
+    with started(tmp_path, tmp_path, "run.name=struck", f"tracking.uri={mlflow_server.uri}") as job:
+        job.until(lambda: job.processes("ray::MapWorker"), pause=0.1)
+        mlflow_server.kill()
+        (worker,) = job.processes("ray::RayTrainWorker")
+        worker.kill()
+        job.until(lambda: job.processes("ray::RayTrainWorker") and not worker.is_running(), pause=0.1)
+        mlflow_server.start()
+        code, _ = job.wait()
+        assert code == 0, job.text()
+        assert job.left() == []
+    assert same_weights(exported(finished[0] / "whole"), exported(tmp_path / "struck"))
+    assert consumed(read_lines(step_file(folder, 0))).tolist() == list(range(2 * 2 * 4))  # steps, batches, samples
+    values = {entry.step: entry.value for entry in client.get_metric_history(ids["distill"], "loss/vsd")}
+    assert values == history(finished[0], mlflow_runs(finished[0], "whole")[1]["distill"], "loss/vsd")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """A run of two workers that makes its own pairs and Bridge, trains that along, and ends with both controls."""

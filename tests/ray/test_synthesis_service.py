@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -117,6 +118,38 @@ def test_order_of_completion_and_a_killed_actor_change_no_byte(whole, client, sp
     assert killed
     assert [file.name for file in finished] != sorted(file.name for file in finished)
     assert shards(tmp_path) == shards(whole)
+
+
+def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    pixels = random.Random(2)
+    for number in range(6):
+        Image.frombytes("RGB", (64, 64), pixels.randbytes(64 * 64 * 3)).save(tmp_path / "images" / f"{number}.png")
+    told = recipe(spaces, open_images(tmp_path / "images"), count=6)
+    synthesise_on_ray(told, tmp_path / "quiet", Synthesis())
+    read, killed = synthesis_stream._read_images, []
+
+    def long_read(requests, recipe):
+        time.sleep(1)
+        return read(requests, recipe)
+
+    def kill_one():
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if not killed and "MapBatches(long_read)" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(synthesis_stream, "_read_images", long_read)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    synthesise_on_ray(told, tmp_path / "struck", Synthesis())
+    killer.join()
+    assert killed
+    assert shards(tmp_path / "struck") == shards(tmp_path / "quiet") != {}
 
 
 def test_samples_that_are_not_finite_can_be_told_from_the_others(client, spaces):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.distill.state import CheckpointError, load_state, save_state
+from raydistill.distill.state import CheckpointError, load_state, require_room, save_state
 
 
 def state(value: float) -> dict:
@@ -54,6 +55,24 @@ def test_an_interrupted_write_leaves_the_older_state(tmp_path, monkeypatch, fail
     found, about = load_state(tmp_path)
     assert about == {"step": 3}
     assert torch.equal(found["student"]["weight"], torch.full((64, 64), 3.0))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_named_and_leaves_the_older_state(tmp_path):
+    save_state(tmp_path, state(1.0), {"step": 1})
+    (tmp_path / "state.tmp").symlink_to("/dev/full")  # every write to it fails, as on a full disk
+    with pytest.raises(OSError, match=r"state.pt cannot be written, the older one is kept; its disk has .* GiB free"):
+        save_state(tmp_path, state(2.0), {"step": 2})
+    assert load_state(tmp_path)[1] == {"step": 1}
+    save_state(tmp_path, state(3.0), {"step": 3})
+    assert load_state(tmp_path)[1] == {"step": 3}
+
+
+def test_a_checkpoint_without_room_is_refused_before_it_is_written(tmp_path):
+    require_room(tmp_path, 1 << 10)
+    with pytest.raises(OSError, match=f"does not fit.*{tmp_path}") as caught:
+        require_room(tmp_path, 1 << 60)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def saved_bytes(folder: Path) -> bytes:

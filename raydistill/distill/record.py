@@ -1,0 +1,79 @@
+"""What every step consumed and gave: one JSON line a step, in a file for each worker, beside the checkpoints.
+
+It proves what a run that was killed and resumed has seen: a step that is done again after a restart has a line again,
+and of several lines of one step the last one counts, as it is the one that the weights rest on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def step_file(folder: Path, rank: int) -> Path:
+    """The log of one worker of a stage."""
+    return folder / f"steps-{rank}.jsonl"
+
+
+def ranges(ids: Iterable[int]) -> list[list[int]]:
+    """Runs of consecutive ids as [first, last], in their order: 4 5 6 9 -> [[4, 6], [9, 9]]."""
+    found: list[list[int]] = []
+    for value in map(int, ids):
+        if found and value == found[-1][1] + 1:
+            found[-1][1] = value
+        else:
+            found.append([value, value])
+    return found
+
+
+class StepLog:
+    """Appends lines; each is with the system before `add` returns, so that a SIGKILL loses none."""
+
+    def __init__(self, file: Path) -> None:
+        cut = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = file.open("a", encoding="utf-8")
+        if cut:  # a full disk ended an earlier line
+            self._file.write("\n")
+
+    def add(self, step: int, sample_ids: Iterable[Iterable[int]], values: Mapping[str, Any]) -> None:
+        """Keep one step: its number (from 1), its batches' sample ids, and numbers that belong to it."""
+        line = {"step": step, "samples": [ranges(ids) for ids in sample_ids]}
+        line |= {"values": {name: float(value) for name, value in values.items()}}
+        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Every whole line in the order of writing; a line that was cut is left out, as its step is not done."""
+    lines = []
+    if file.is_file():
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                continue
+    return lines
+
+
+def steps_of(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Step number -> the line that counts, in the order of steps."""
+    last = {line["step"]: line for line in lines}
+    return dict(sorted(last.items()))
+
+
+def consumed(lines: Iterable[dict[str, Any]]) -> np.ndarray:
+    """Sample ids that the final weights rest on, in the order in which they were consumed, int64."""
+    parts = [
+        np.arange(first, last + 1)
+        for line in steps_of(lines).values()
+        for batch in line["samples"]
+        for first, last in batch
+    ]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

@@ -1,0 +1,66 @@
+"""SIGTERM, as a spot drain, `kubectl delete` or `ray job stop` sends it to a driver: checkpoint, then leave.
+
+A distillation under way is asked by a file in its folder, which its workers see after the update they are at; they write
+a checkpoint and end. Every other stage keeps what it has anyway, and is left at once, as by a second SIGTERM.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE = "stop"
+
+
+class Stopped(BaseException):
+    """The run was asked to leave, and did. Not an Exception: nothing may take it for a failure and go on."""
+
+
+class _Stop:
+    folder: Path | None = None  # of the distillation under way
+    asked = False
+
+
+@contextmanager
+def leaving_on_sigterm() -> Iterator[None]:
+    """For the length of the block SIGTERM raises Stopped, or has a `draining` distillation end. Main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
+    _Stop.asked = False
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    if _Stop.folder is None or _Stop.asked:
+        raise Stopped("asked to leave by SIGTERM")
+    _Stop.asked = True
+    (_Stop.folder / STOP_FILE).touch()
+    print("SIGTERM: the update under way ends, then a checkpoint; a second SIGTERM leaves at once", flush=True)
+
+
+@contextmanager
+def draining(folder: Path) -> Iterator[None]:
+    """Around a distillation. Raises Stopped at its end if it was asked to leave."""
+    (folder / STOP_FILE).unlink(missing_ok=True)
+    _Stop.folder = folder
+    try:
+        yield
+    finally:
+        _Stop.folder = None
+        (folder / STOP_FILE).unlink(missing_ok=True)
+    if _Stop.asked:  # also where that came too late for this distillation, but in time for what comes after it
+        raise Stopped("asked to leave by SIGTERM; a checkpoint was written")
+
+
+def asked_to_stop(folder: Path) -> bool:
+    """In a worker."""
+    return (folder / STOP_FILE).exists()

@@ -1,0 +1,200 @@
+"""Who uses a teacher service: the last user takes it down, and a crashed one does not.
+
+A user is a driver, known by its Ray job. Users and what the service was started with are kept in the cluster's key-value
+store. A keeper, one small actor that outlives drivers, watches them: a service whose users have all crashed waits
+`teachers.linger_s` for one of them to resume, and is then taken down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
+
+import raydistill
+from raydistill.config import Teachers
+from raydistill.teachers import service
+from raydistill.teachers.request import TeacherStartError
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "raydistill-teachers"
+LOOK_EVERY_S = 2.0
+ENDS = 1 << 20  # bytes at each end of a weight file that are hashed
+DECIDE_NUMBERS = ("dtype", "slice", "shards", "threads_per_rank")
+
+
+def start(model_folder: str, config: Teachers, name: str) -> None:
+    """As `service.start`, for this driver; a service that it finds running just as it would start it is taken over.
+
+    Raises:
+        TeacherStartError: see `service.start`.
+    """
+    told = _describe(model_folder, config)
+    _put(name, "user/" + _me(), "")
+    _keep(name, config.linger_s)
+    try:
+        if told == _description(name) and service.exists(name):
+            log.info("teacher %s: found running, taken over", name)
+            service.wait_until_ready(config, name)
+            return
+        service.launch(model_folder, config, name)
+        _put(name, "description", json.dumps(told))
+        service.wait_until_ready(config, name)
+    except BaseException:
+        forget(name)
+        raise
+
+
+def attach(model_folder: str, config: Teachers, name: str) -> None:
+    """Use the running service `name` that another run started.
+
+    Raises:
+        TeacherStartError: there is none, or its answers would not be those of this teacher and these settings.
+    """
+    running = _description(name)
+    if running is None or not service.exists(name):
+        raise TeacherStartError(
+            f"teachers.service: there is no teacher service {name!r} on this cluster; services: "
+            f"{', '.join(services()) or 'none'}. teachers.service=null starts one"
+        )
+    wanted = _describe(model_folder, config)
+    differ = [
+        f"teachers.{key}: it runs with {running['config'][key]!r}, not {wanted['config'][key]!r}"
+        for key in DECIDE_NUMBERS
+        if running["config"][key] != wanted["config"][key]
+    ]
+    if running["fingerprint"] != wanted["fingerprint"]:
+        differ.insert(0, f"its model is {running['folder']}, and {wanted['folder']} is another one (teacher.model)")
+    if differ:
+        raise TeacherStartError(f"teachers.service: {name} is not this run's teacher: {'; '.join(differ)}")
+    _put(name, "user/" + _me(), "")
+    service.wait_until_ready(config, name, patient=True)
+
+
+def release(name: str) -> None:
+    """This driver does not need the service any more; if no other living driver does, it is stopped."""
+    _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
+    if not living(name):
+        service.stop(name)
+        forget(name)
+
+
+def living(name: str) -> set[str]:
+    """Ray jobs that use the service and have not ended."""
+    dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+    prefix = f"{name}/user/"
+    users = {key.decode().removeprefix(prefix) for key in _internal_kv_list(prefix, namespace=NAMESPACE)}
+    return users - dead
+
+
+def services() -> list[str]:
+    """Names of the services that were started for drivers of this cluster."""
+    keys = [key.decode() for key in _internal_kv_list("", namespace=NAMESPACE)]
+    return sorted(key.removesuffix("/description") for key in keys if key.endswith("/description"))
+
+
+def forget(name: str) -> None:
+    """Drop what is known of a service that is gone, and its keeper."""
+    _internal_kv_del(f"{name}/", del_by_prefix=True, namespace=NAMESPACE)
+    with contextlib.suppress(ValueError):  # it has none
+        ray.kill(ray.get_actor(f"keeper-{name}", namespace=NAMESPACE))
+
+
+# -- what is known of a service ---------------------------------------------------------------------------
+
+
+def _me() -> str:
+    return ray.get_runtime_context().get_job_id()
+
+
+def _put(name: str, key: str, value: str) -> None:
+    _internal_kv_put(f"{name}/{key}", value, namespace=NAMESPACE)
+
+
+def _description(name: str) -> dict[str, Any] | None:
+    found = _internal_kv_get(f"{name}/description", namespace=NAMESPACE)
+    return json.loads(found) if found else None
+
+
+def _describe(model_folder: str, config: Teachers) -> dict[str, Any]:
+    folder = Path(model_folder).resolve()
+    settings = config.model_dump(exclude={"service", "linger_s", "start_timeout_s", "retry_for_s"})
+    return {
+        "folder": str(folder),
+        "fingerprint": fingerprint(folder),
+        "config": settings,
+        "version": raydistill.__version__,
+    }
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a diffusers folder: its JSON files whole, of its weight files the name, the size and both ends.
+
+    The ends hold a safetensors file's header, that is, every tensor's name and shape.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file() or file.suffix not in (".json", ".safetensors"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(size if file.suffix == ".json" else ENDS))
+            if file.suffix != ".json" and size > 2 * ENDS:
+                data.seek(-ENDS, 2)
+                digest.update(data.read())
+            else:
+                digest.update(data.read())
+    return digest.hexdigest()
+
+
+# -- the keeper -------------------------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class Keeper:
+    """Takes down one service that only crashed drivers used. All it knows is in the key-value store."""
+
+    def __init__(self, name: str, linger_s: float) -> None:
+        self.name, self.linger_s = name, linger_s
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def ready(self) -> None:
+        """Answers once the keeper is there."""
+
+    def _watch(self) -> None:
+        since: float | None = None
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            try:
+                if living(self.name):
+                    since = None
+                    continue
+                since = since or time.monotonic()
+                if time.monotonic() - since >= self.linger_s:
+                    log.warning("teacher %s: its users crashed and none resumed; it is taken down", self.name)
+                    service.stop(self.name)
+                    forget(self.name)
+            except Exception as error:  # noqa: BLE001 (a controller that is being replaced: look again)
+                log.warning("teacher %s: its keeper will look again: %s", self.name, error)
+
+
+def _keep(name: str, linger_s: float) -> None:
+    """Start the keeper, where the head node is: that is not the one that is lost."""
+    keeper = Keeper.options(
+        name=f"keeper-{name}",
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        resources={"node:__internal_head__": 0.001},
+    ).remote(name, linger_s)
+    ray.get(keeper.ready.remote())

@@ -1,0 +1,83 @@
+"""SIGTERM: a distillation is asked to end, everything else is left at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_sigterm
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+
+
+def test_a_stage_that_keeps_what_it_has_is_left_at_once():
+    before, reached = signal.getsignal(signal.SIGTERM), []
+
+    def run() -> None:
+        with leaving_on_sigterm():
+            try:
+                terminate()
+                reached.append("after")
+            except Exception:  # noqa: BLE001 (that is the point: no handler of failures gets it)
+                reached.append("swallowed")
+
+    with pytest.raises(Stopped):
+        run()
+    assert reached == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path):
+    seen = []
+
+    def run() -> None:
+        with leaving_on_sigterm(), draining(tmp_path):
+            seen.append(asked_to_stop(tmp_path))
+            terminate()
+            seen.append(asked_to_stop(tmp_path))
+
+    with pytest.raises(Stopped, match="checkpoint"):
+        run()
+    assert seen == [False, True]
+    assert not (tmp_path / STOP_FILE).exists()  # or the resumed run would stop again
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    reached = []
+
+    def run() -> None:
+        with leaving_on_sigterm(), draining(tmp_path):
+            terminate()
+            reached.append("first")
+            terminate()
+            reached.append("second")
+
+    with pytest.raises(Stopped):
+        run()
+    assert reached == ["first"]
+
+
+def test_a_stale_request_does_not_stop_the_next_run(tmp_path):
+    (tmp_path / STOP_FILE).touch()
+    with leaving_on_sigterm(), draining(tmp_path):
+        assert not asked_to_stop(tmp_path)
+
+
+def test_another_thread_leaves_the_process_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with leaving_on_sigterm():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
