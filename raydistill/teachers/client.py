@@ -123,6 +123,18 @@ class PendingScores:
             self._refuse_non_finite(self._scores)
         return self._scores
 
+    def ready(self) -> bool:
+        """Whether the request is under way no longer; also after a failure, which `result` then meets."""
+        if self._scores is not None or self._response is None:
+            return True
+        try:
+            self._response.result(timeout_s=0)
+        except TimeoutError:
+            return False
+        except Exception:  # noqa: BLE001 (whatever it is: `result` asks again, or raises it)
+            return True
+        return True
+
     def _ask(self) -> None:
         self._response = getattr(self._client.handle(), self._method).remote([self._payload])
 
