@@ -252,8 +252,8 @@ class Distill(Section):
     )
     mixed_precision: bool = Field(
         False,
-        description="forward passes of student, Bridge and fake score under bfloat16 autocast; weights, losses, x0 "
-        "conversions and updates stay float32",
+        description="forward passes of Bridge, fake score and student under bfloat16 autocast; weights, losses and "
+        "updates stay float32, and so does a student that starts at t = 999, whose x0 would multiply the rounding",
     )
     drift_limit: Positive | None = Field(
         1.0,

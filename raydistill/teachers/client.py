@@ -217,7 +217,8 @@ class PendingScores:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise NonFiniteScores(
                 f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "
-                f"{', '.join(map(self._label, bad[:8]))}{more}"
+                f"{', '.join(map(self._label, bad[:8]))}{more}",
+                len(bad),
             )
 
 
