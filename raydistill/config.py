@@ -235,6 +235,14 @@ class Vsd(Section):
 class Distill(Section):
     steps: Count = Field(3000, description="student updates")
     batch_size: Count = Field(32, description="samples per update and worker")
+    micro_batches: Count = Field(
+        1,
+        description="equal parts of a batch that are computed one after another, with one score request each, and whose "
+        "gradients are averaged: less memory, the same update up to rounding",
+    )
+    in_flight: Count = Field(
+        8, description="score requests (one a micro-batch) that each worker has under way at most; the others follow"
+    )
     overlap: bool = Field(
         True, description="score the next batch while the fake score updates; same numbers either way"
     )
@@ -247,6 +255,20 @@ class Distill(Section):
     max_failures: int = Field(3, ge=-1, description="worker failures survived before giving up; -1: any number")
     gradient_checkpointing: bool = Field(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
+    )
+    mixed_precision: bool = Field(
+        False,
+        description="forward passes of Bridge, fake score and student under bfloat16 autocast; weights, losses and "
+        "updates stay float32, and so does a student that starts at t = 999, whose x0 would multiply the rounding",
+    )
+    drift_limit: Positive | None = Field(
+        1.0,
+        description="collapse alarm: largest moving average of guard/latent_drift, the distance between the channels' "
+        "means and spreads of the student's latents in teacher space and those of the teacher's samples (without "
+        "discriminator: of the start), in standard deviations; null: none",
+    )
+    stop_on_collapse: bool = Field(
+        False, description="end the distillation at a collapse alarm, and export the best student so far"
     )
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold workers; none: any node")
 
@@ -536,7 +558,7 @@ def flatten(config: Config) -> dict[str, Any]:
 _FREE_KEYS = re.compile(
     r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
     r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
-    r"gradient_checkpointing)|"
+    r"gradient_checkpointing|in_flight|drift_limit|stop_on_collapse)|"
     r"prompts\.(encoders|cpus_per_encoder)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
     r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight)"
 )

@@ -358,15 +358,16 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
         for module in (worker.student, worker.bridge, worker.fake, worker.ema):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)
-        scores = torch.empty(batch or config.distill.batch_size, *teacher.latent_shape, device="meta")
-        x0_real = scores if config.vsd.weight > 0 else None
+        part = (batch or config.distill.batch_size) // config.distill.micro_batches
+        x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
+        scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
 
         made: list[Any] = []
         works, before = [], []
         for part in (
-            lambda: made.append(worker.make()),
+            lambda: made.extend(worker.make()),
             worker.fake_update,
-            lambda: worker.student_update(made.pop(), x0_real),
+            lambda: worker.student_update(made, scores),
         ):
             before.append(meter.live)
             works.append(meter.count(part))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,7 @@ def check_inputs(config: Config) -> Inputs:
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
     _check_bridge(config, student, teacher)
+    _check_micro_batches(config)
     _check_fake_score(config, teacher)
     rules = (config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters)
     prompts, held_out = (
@@ -184,6 +186,22 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
         Bridge.create(student, teacher, config.bridge)
     else:
         doublings(student, teacher)
+
+
+def _check_micro_batches(config: Config) -> None:
+    """A worker's samples, and the pairs that anchor a Bridge trained along, can be divided."""
+    parts, shares = config.distill.micro_batches, {"distill.batch_size": config.distill.batch_size}
+    if config.bridge.trainable:
+        shares["bridge.batch_size / distill.workers"] = config.bridge.batch_size // config.distill.workers
+    for name, share in shares.items():
+        if share % parts:
+            common = math.gcd(*shares.values())
+            fitting = [count for count in range(1, common + 1) if common % count == 0]
+            near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
+            raise ConfigError(
+                f"distill.micro_batches: {name} = {share} cannot be divided by {parts}; set distill.micro_batches to "
+                f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
+            )
 
 
 def _check_fake_score(config: Config, teacher: Space) -> None:

@@ -10,6 +10,7 @@ Shapes: N rows, C×H×W normalised latents on the VAE grids, float16.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -54,6 +55,14 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def part(self, index: int, count: int) -> Pairs:
+        """The rows of one of `count` equal parts. Raises ValueError where they cannot be equal."""
+        if len(self) % count:
+            raise ValueError(f"distill.micro_batches: {len(self)} pairs have no {count} equal parts")
+        size = len(self) // count
+        rows = slice(index * size, (index + 1) * size)
+        return Pairs(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 # -- writing --------------------------------------------------------------------------------------------

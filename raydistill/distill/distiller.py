@@ -5,14 +5,25 @@
     student_update  the same x with graph; VSD + GAN
 
 Every random number comes from (seed, purpose, sample id): nothing here keeps generator state.
+
+A batch is computed in `distill.micro_batches` equal parts. Every loss is a mean over samples of what each sample gives
+by itself, so the mean of the parts' gradients is the batch's, up to rounding.
+
+With `distill.mixed_precision` the networks' forward passes run under bfloat16 autocast, without loss scaling: bfloat16
+has float32's range. What stays float32: weights, sums of gradients, optimizers, losses, the discriminator's head, the
+conversions to x0, the VSD gradient (a small difference of large numbers), and a student whose x0 divides by a small
+alpha: at t = 999 SD 1.5 multiplies its prediction's error 14.6 times. Its x0 in bfloat16 was off by 6 % on the miniature
+world, and its gradient's cosine to float32's was 0.969; with a float32 student it is 0.9998.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,20 +32,25 @@ from torch import nn
 from raydistill.bridge.objective import Objective
 from raydistill.config import Config
 from raydistill.data.encode import conditioning as columns_of
+from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal, uniform
 from raydistill.diffusion.path import add_noise, target, to_x0
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.guard import LatentGuard, moments
 from raydistill.distill.losses import (
-    discriminator_loss,
+    fake_logits_loss,
     generator_loss,
+    real_logits_loss,
     require_finite,
     vsd_gradient,
     vsd_loss,
 )
-from raydistill.distill.student import one_step_x0
+from raydistill.distill.student import one_step_x0, x0_gain
 from raydistill.spaces import Conditioning, Space
+
+MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
 
 @dataclass
@@ -50,15 +66,26 @@ class Real:
 
 
 @dataclass
-class Made:
-    """A student batch before its update: what the teachers get to see."""
+class Part:
+    """A micro-batch, in main memory."""
 
     sample_ids: torch.Tensor
-    noise: torch.Tensor
     student_conditioning: Conditioning
     teacher_conditioning: Conditioning
+
+
+@dataclass
+class Made(Part):
+    """A micro-batch of the student before its update: what the teachers get to see. In main memory too."""
+
+    noise: torch.Tensor
     x_t: torch.Tensor
     t_B: torch.Tensor
+
+
+def mean_of(rows: Sequence[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Mean of each scalar over the micro-batches."""
+    return {name: torch.stack([row[name].detach() for row in rows]).mean().item() for name in rows[0]}
 
 
 class Distiller:
@@ -81,7 +108,7 @@ class Distiller:
         """
         Args:
             batches: conditioned batches; k + 1 per update, the student's first.
-            average: averages gradients over the workers in place.
+            average: averages tensors of one dtype over the workers in place.
             anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
@@ -104,6 +131,8 @@ class Distiller:
         self.metrics: dict[str, float] = {}
         self.consumed: list[list[int]] = []  # sample ids of the batches taken since `pop_sample_ids`
         self.updates = 0  # of the student
+        self.guard = LatentGuard(config.distill.drift_limit, real.latents if real is not None else None)
+        self._moments: list[torch.Tensor] = []  # of the batch that was made last
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self._optimizers()
@@ -151,137 +180,238 @@ class Distiller:
         return sample_t(self._uniform(ids, purpose), 1e-3, 1 - 1e-3, self.shift)
 
     # -- forward parts -----------------------------------------------------------------------------
-    def _student_latents(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        start = self.config.student.start_timestep
-        z_S = one_step_x0(self.student_space, self.student, noise, conditioning, start)
-        return require_finite(z_S, "the student's x0")
+    def _autocast(self, wanted: bool = True) -> torch.autocast:
+        """Around forward passes of networks, and nothing else."""
+        device = "cpu" if self.device.type == "meta" else self.device.type  # the planner counts on meta tensors
+        return torch.autocast(device, torch.bfloat16, enabled=wanted and self.config.distill.mixed_precision)
 
-    def _next(self) -> tuple[torch.Tensor, torch.Tensor, Conditioning, Conditioning]:
-        """Sample ids, noise and both conditionings of the next batch."""
+    @cached_property
+    def student_in_bfloat16(self) -> bool:
+        """Whether mixed precision includes the student: not where its x0 multiplies a prediction's rounding too much."""
+        space, start = self.student_space, self.config.student.start_timestep
+        return x0_gain(space, start) <= MAX_GAIN
+
+    def _latents(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The student's picture in teacher space, x [B, C, H, W] float32."""
+        start = self.config.student.start_timestep
+        noise, conditioning = noise.to(self.device), self._to(conditioning)
+        with self._autocast(self.student_in_bfloat16):
+            z_S = one_step_x0(self.student_space, self.student, noise, conditioning, start)
+        with self._autocast():
+            x = self.bridge(require_finite(z_S, "the student's x0"))
+        return require_finite(x.float(), "the Bridge's output")
+
+    def _fake(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> tuple[torch.Tensor, ...]:
+        """The fake score's prediction and features."""
+        with self._autocast():
+            prediction, features = self.fake(x_t, t_B, self._to(conditioning))
+        return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+
+    def _logits(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The discriminator's view of noised latents, through the fake score's features."""
+        with self._autocast():
+            features = self.fake.features(x_t, t_B, self._to(conditioning))
+        return self.discriminator(require_finite(features, "the fake score's features"))
+
+    def _next(self) -> list[Part]:
+        """The next batch in equal parts. Raises ValueError where it cannot be divided."""
         started = time.perf_counter()
         batch = next(self.batches)
         self._add("time/data", time.perf_counter() - started)
+        count = self.config.distill.micro_batches
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         self.consumed.append(ids.tolist())
-        noise = self._normal(ids, self.student_space.latent_shape, "latents")
-        return ids, noise, self._to(columns_of(batch, "student")), self._to(columns_of(batch, "teacher"))
+        if len(ids) % count:
+            raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {count} equal parts")
+        roles = [columns_of(batch, role) for role in ("student", "teacher")]
+        size = len(ids) // count
+        places = [slice(first, first + size) for first in range(0, len(ids), size)]
+        return [
+            Part(ids[rows], *({name: value[rows] for name, value in columns.items()} for columns in roles))
+            for rows in places
+        ]
+
+    def _noise(self, ids: torch.Tensor) -> torch.Tensor:
+        return normal(self.config.run.seed, ids, self.student_space.latent_shape, "latents")
 
     def _add(self, name: str, value: float) -> None:
         self.metrics[name] = self.metrics.get(name, 0.0) + value
 
     # -- the three parts of a step -------------------------------------------------------------------
     @torch.no_grad()
-    def make(self) -> Made:
-        """The next student batch, noised in teacher space."""
-        started = time.perf_counter()
-        ids, noise, student_conditioning, teacher_conditioning = self._next()
-        x = self.bridge(self._student_latents(noise, student_conditioning))
-        vsd = self.config.vsd
-        t_B = sample_t(self._uniform(ids, "score_t"), vsd.t_min, vsd.t_max, self.shift)
-        x_t = add_noise(self.teacher_space.path, x, self._normal(ids, x.shape[1:], "score_noise"), t_B)
-        self.metrics |= {"latents/mean": x.mean().item(), "latents/std": x.std().item()}
-        self._add("time/make", time.perf_counter() - started)
-        return Made(ids, noise, student_conditioning, teacher_conditioning, x_t, t_B)
+    def make(self) -> Iterator[Made]:
+        """The next student batch, noised in teacher space, micro-batch by micro-batch."""
+        started, vsd = time.perf_counter(), self.config.vsd
+        self._moments = []
+        for part in self._next():
+            ids, noise = part.sample_ids, self._noise(part.sample_ids)
+            x = self._latents(noise, part.student_conditioning)
+            t_B = sample_t(self._uniform(ids, "score_t"), vsd.t_min, vsd.t_max, self.shift)
+            x_t = add_noise(self.teacher_space.path, x, self._normal(ids, x.shape[1:], "score_noise"), t_B)
+            self._moments.append(moments(x))
+            conditioning = part.student_conditioning, part.teacher_conditioning
+            self._add("time/make", time.perf_counter() - started)
+            yield Made(ids, *conditioning, noise, x_t.cpu(), t_B.cpu())
+            started = time.perf_counter()
 
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started = time.perf_counter()
-        ids, noise, student_conditioning, conditioning = self._next()
+        parts = self._next()
+        rows = [self._fake_gradients(part, len(parts)) for part in parts]
+        self._step(fake=self.config.fake_score.max_grad_norm)
+        self.metrics["loss/fake"] = mean_of(rows)["fake"]
+        if self.discriminator is not None:
+            for row, part in zip(rows, parts, strict=True):
+                self._real_gradients(row, part, len(parts))
+            self._step(discriminator=self.config.student.max_grad_norm)
+            mean = mean_of(rows)
+            self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
+        self._add("time/fake", time.perf_counter() - started)
+
+    def _fake_gradients(self, part: Part, parts: int) -> dict[str, torch.Tensor]:
+        """Of the fake score's loss, and of the discriminator's on its features of student samples."""
+        ids = part.sample_ids
         with torch.no_grad():
-            x = self.bridge(self._student_latents(noise, student_conditioning))
+            x = self._latents(self._noise(ids), part.student_conditioning)
             eps = self._normal(ids, x.shape[1:], "fake_noise")
             t_B = self._full_range_t(ids, "fake_t")
             x_t = add_noise(self.teacher_space.path, x, eps, t_B)
-        prediction, features = self.fake(x_t, t_B, conditioning)
-        require_finite(prediction, "the fake score, which starts as the teacher's copy")
+        prediction, features = self._fake(x_t, t_B, part.teacher_conditioning)
         wanted = target(self.teacher_space.path, self.teacher_space.prediction, x, eps, t_B)
         loss = torch.nn.functional.mse_loss(prediction.float(), wanted)
-        self._update(loss, fake=self.config.fake_score.max_grad_norm)
-        self.metrics["loss/fake"] = loss.item()
+        self._accumulate(loss, parts, "fake")
+        row = {"fake": loss}
         if self.discriminator is not None:
-            self._discriminator_update(ids, features.detach())
-        self._add("time/fake", time.perf_counter() - started)
+            logits = self.discriminator(require_finite(features.detach(), "the fake score's features"))
+            row |= {"discriminator": fake_logits_loss(logits), "accuracy": (logits < 0).float().mean()}
+            self._accumulate(row["discriminator"], parts, "discriminator")
+        return row
 
-    def _discriminator_update(self, ids: torch.Tensor, fake_features: torch.Tensor) -> None:
-        """Real: teacher samples with their own captions, noised over the full range of t."""
+    def _real_gradients(self, row: dict[str, torch.Tensor], part: Part, parts: int) -> None:
+        """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
+        ids = part.sample_ids
         with torch.no_grad():
             pick = (self._uniform(ids, "real_pick").cpu() * len(self.real.rows)).long()
             latents, conditioning = self.real.take(pick)
-            latents = latents.to(self.device)
+            latents = require_finite(latents.to(self.device), "the teacher samples of discriminator.real_data")
             t_B = self._full_range_t(ids, "real_t")
             x_t = add_noise(self.teacher_space.path, latents, self._normal(ids, latents.shape[1:], "real_noise"), t_B)
-            real_features = self.fake.features(x_t, t_B, self._to(conditioning))
-        logits_real, logits_fake = self.discriminator(real_features), self.discriminator(fake_features)
-        loss = discriminator_loss(logits_real, logits_fake)
-        self._update(loss, discriminator=self.config.student.max_grad_norm)
-        right = ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
-        self.metrics |= {"loss/discriminator": loss.item(), "discriminator/accuracy": right.item()}
+            with self._autocast():
+                features = self.fake.features(x_t, t_B, self._to(conditioning))
+        logits = self.discriminator(require_finite(features, "the fake score's features"))
+        loss = real_logits_loss(logits)
+        self._accumulate(loss, parts, "discriminator")
+        row["discriminator"] = loss + row["discriminator"]
+        row["accuracy"] = ((logits > 0).float().mean() + row["accuracy"]) / 2
 
-    def student_update(self, made: Made, x0_real: torch.Tensor | None) -> None:
-        """VSD + GAN update of the student; `x0_real` is the teacher's guided estimate at `made.x_t`.
+    def student_update(self, parts: Sequence[Made], scores: Iterable[torch.Tensor] | None) -> None:
+        """VSD + GAN update of the student, on what `make` gave.
 
         A Bridge that is trained along takes the same losses plus its own, on the pairs of this update.
+
+        Args:
+            scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
         """
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), 0.0
         config = self.config
-        x = self.bridge(self._student_latents(made.noise, made.student_conditioning))
-        loss = x.new_zeros(())
-        if x0_real is not None:
-            with torch.no_grad():
-                prediction, _ = self.fake(made.x_t, made.t_B, made.teacher_conditioning)
-                space = self.teacher_space
-                x0_fake = to_x0(space.path, space.prediction, made.x_t, prediction, made.t_B)
-            gradient = vsd_gradient(x, x0_real.to(self.device), x0_fake)
-            vsd = vsd_loss(x, gradient)
-            loss = loss + config.vsd.weight * vsd
-            self.metrics |= {"loss/vsd": vsd.item(), "vsd/gradient_norm": gradient.square().mean().sqrt().item()}
-        if self.discriminator is not None:
-            t_B = self._full_range_t(made.sample_ids, "gan_t")
-            x_t = add_noise(self.teacher_space.path, x, self._normal(made.sample_ids, x.shape[1:], "gan_noise"), t_B)
-            gan = generator_loss(self.discriminator(self.fake.features(x_t, t_B, made.teacher_conditioning)))
-            loss = loss + config.discriminator.weight * gan
-            self.metrics["loss/gan"] = gan.item()
+        answers = None if scores is None else iter(scores)
+        pairs = self.anchor.batch(self.updates) if self.anchor is not None else None
+        rows = []
+        for index, made in enumerate(parts):
+            x0_real = None
+            if answers is not None:
+                waiting = time.perf_counter()
+                x0_real = next(answers)
+                waited += time.perf_counter() - waiting
+            own = None if pairs is None else pairs.part(index, len(parts))
+            rows.append(self._student_gradients(made, x0_real, own, len(parts)))
+        mean = mean_of(rows)
+        if answers is not None:
+            mean["vsd/gradient_norm"] = math.sqrt(mean.pop("vsd/gradient_square"))
+            self._add("time/wait_teacher", waited)
+        self.metrics |= mean
         clipped = {"student": config.student.max_grad_norm}
         if self.anchor is not None:
-            own, parts = self.anchor(self.bridge, self.anchor.batch(self.updates), self.updates)
-            loss = loss + config.bridge.anchor_weight * own
-            self.metrics |= {f"bridge/{name}": value.item() for name, value in parts.items()}
             clipped["bridge"] = config.student.max_grad_norm
-        self.metrics |= {f"{name}/grad_norm": norm for name, norm in self._update(loss, **clipped).items()}
+        self.metrics |= {f"{name}/grad_norm": norm for name, norm in self._step(**clipped).items()}
         if self.ema is not None:
             with torch.no_grad():
                 # warmed up, or a short run's average would still be its start
                 decay = min(config.student.ema_decay, (self.updates + 1) / (self.updates + 10))
                 for mean, new in zip(self.ema.parameters(), self.student.parameters(), strict=True):
                     mean.lerp_(new, 1 - decay)
+        self._watch_latents()
         self.updates += 1
-        self._add("time/student", time.perf_counter() - started)
+        self._add("time/student", time.perf_counter() - started - waited)
 
-    def _update(self, loss: torch.Tensor, **max_grad_norms: float) -> dict[str, float]:
-        """Backward, average over workers, clip and step the named optimizers.
+    def _student_gradients(
+        self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None, parts: int
+    ) -> dict[str, torch.Tensor]:
+        """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
+        config, space, row = self.config, self.teacher_space, {}
+        x = self._latents(made.noise, made.student_conditioning)
+        loss = x.new_zeros(())
+        if x0_real is not None:
+            with torch.no_grad():
+                x_t, t_B = made.x_t.to(self.device), made.t_B.to(self.device)
+                prediction, _ = self._fake(x_t, t_B, made.teacher_conditioning)
+                x0_fake = to_x0(space.path, space.prediction, x_t, prediction, t_B)
+            gradient = vsd_gradient(x, x0_real.to(self.device), x0_fake)
+            row |= {"loss/vsd": vsd_loss(x, gradient), "vsd/gradient_square": gradient.square().mean()}
+            loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
+        if self.discriminator is not None:
+            ids = made.sample_ids
+            t_B = self._full_range_t(ids, "gan_t")
+            x_t = add_noise(space.path, x, self._normal(ids, x.shape[1:], "gan_noise"), t_B)
+            row["loss/gan"] = generator_loss(self._logits(x_t, t_B, made.teacher_conditioning))
+            loss = loss + config.discriminator.weight * require_finite(row["loss/gan"], "the GAN loss")
+        names = ["student"]
+        if pairs is not None:
+            own, losses = self.anchor(self.bridge, pairs, self.updates)
+            loss = loss + config.bridge.anchor_weight * require_finite(own, "the Bridge's own loss")
+            row |= {f"bridge/{name}": value for name, value in losses.items()}
+            names.append("bridge")
+        self._accumulate(loss, parts, *names)
+        return row
+
+    def _watch_latents(self) -> None:
+        """Statistics of this update's Bridge output over all workers, and how far they are from the teacher's."""
+        total = torch.stack(self._moments).mean(0)  # parts are equally large
+        self.average([total])
+        self.metrics |= self.guard.observe(total.cpu())
+
+    # -- gradients ---------------------------------------------------------------------------------
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
+
+    def _accumulate(self, loss: torch.Tensor, parts: int, *names: str) -> None:
+        """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters."""
+        require_finite(loss, f"the {' and '.join(names)} loss")
+        torch.autograd.backward(loss / parts, inputs=[p for name in names for p in self._parameters(name)])
+
+    def _step(self, **max_grad_norms: float) -> dict[str, float]:
+        """Average the gradients over workers, clip them and step the named optimizers.
 
         Returns:
             Each one's gradient norm before clipping.
         """
-        names = " and ".join(max_grad_norms)
-        require_finite(loss, f"the {names} loss")
-        groups = {
-            name: [p for group in self.optimizers[name].param_groups for p in group["params"]]
-            for name in max_grad_norms
-        }
+        groups = {name: self._parameters(name) for name in max_grad_norms}
         parameters = [p for group in groups.values() for p in group]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self.average([p.grad for p in parameters])
         norms = {
             name: nn.utils.clip_grad_norm_(group, max_grad_norms[name]) for name, group in groups.items()
         }  # fmt: skip
         for name, norm in norms.items():  # before any step: a bad gradient must change nothing
             require_finite(norm, f"the {name} gradient")
-        for name in groups:
+        for name, group in groups.items():
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
+            with torch.no_grad():
+                require_finite(nn.utils.get_total_norm(group), f"the {name} weights after their update")
         return {name: norm.item() for name, norm in norms.items()}
 
     def pop_metrics(self) -> dict[str, float]:
@@ -314,6 +444,7 @@ class Distiller:
         """All that a resume needs besides the step; frozen weights are not in it."""
         state: dict[str, Any] = {
             "updates": self.updates,
+            "guard": self.guard.state_dict(),
             "student": self.student.state_dict(),
             "fake": {name: p.detach() for name, p in self.fake.trainable().items()},
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
@@ -328,6 +459,7 @@ class Distiller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
+        self.guard.load_state_dict(state["guard"])
         self.student.load_state_dict(state["student"])
         with torch.no_grad():
             for name, parameter in self.fake.trainable().items():

@@ -135,6 +135,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(stage: Stage) -> None:
+    from raydistill.distill.losses import NonFiniteError
+    from raydistill.teachers.request import NonFiniteScores
     from raydistill.tracking import SystemMetrics, Tracker
 
     config = validate(stage.config)
@@ -142,11 +144,14 @@ def _train(stage: Stage) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     distiller, submit = _assemble(stage, config, rank, world)
-    first, best, score = _restore(distiller)
+    first, best, score, stopped = _restore(distiller)
     batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
+    stops = config.distill.stop_on_collapse
+    last = first if stops and stopped else config.distill.steps  # a collapse that was met before
+    step = first
     from raydistill.distill.record import StepLog, step_file
     from raydistill.distill.schedule import distillation_step
 
@@ -156,18 +161,24 @@ def _train(stage: Stage) -> None:
     try:
         if observer and first == 0:
             observer.before()
-        for step in range(first, config.distill.steps):
+        for step in range(first + 1, last + 1):
             distillation_step(distiller, submit, config.fake_score.updates, config.distill.overlap)
             metrics = distiller.pop_metrics() | (submit.metrics() if submit else {})
             if observer:
-                observer.after_step(step + 1, world, metrics)
-            steps.add(step + 1, distiller.pop_sample_ids(), metrics)
-            stop = step + 1 < config.distill.steps and _asked_to_stop(stage, distiller.device, rank, world)
-            _checkpoint(distiller, config, observer, step + 1, stop)
-            if stop:
+                observer.after_step(step, world, metrics)
+            steps.add(step, distiller.pop_sample_ids(), metrics)
+            stopped = _told_by_rank_0(observer.collapse if observer else None, world) if stops else None
+            leave = step < config.distill.steps and _asked_to_stop(stage, distiller.device, rank, world)
+            _checkpoint(distiller, config, observer, step, stopped, leave)
+            if stopped:
+                break
+            if leave:
                 return
         if observer:
-            observer.finish()
+            observer.finish(step, stopped if stops else None)
+    except (NonFiniteError, NonFiniteScores) as error:
+        _note_non_finite(stage, rank, step, error)
+        raise
     finally:
         steps.close()
         batches.close()
@@ -183,6 +194,25 @@ def _asked_to_stop(stage: Stage, device: torch.device, rank: int, world: int) ->
     if world > 1:
         torch.distributed.broadcast(asked, 0)
     return bool(asked)
+
+
+def _told_by_rank_0(reason: str | None, world: int) -> str | None:
+    """What rank 0 says, on every worker."""
+    if world == 1:
+        return reason
+    told = [reason]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _note_non_finite(stage: Stage, rank: int, step: int, error: Exception) -> None:
+    """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""
+    from raydistill.tracking import Tracker
+
+    tracker = Tracker(stage.mlflow_uri, stage.mlflow_run)
+    tracker.tags({"non_finite": f"step {step}, worker {rank}: {error}"})
+    tracker.metrics({"guard/non_finite": getattr(error, "count", 1)}, step)
+    tracker.close()
 
 
 def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
@@ -309,22 +339,24 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any) -> tuple[int, float, float]:
-    """(steps done, best score, last score) of the last checkpoint, or a fresh start."""
+def _restore(distiller: Any) -> tuple[int, float, float, str | None]:
+    """(steps done, best score, last score, why it was stopped) of the last checkpoint, or a fresh start."""
     from raydistill.distill.state import load_state
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, float("-inf"), 0.0
+        return 0, float("-inf"), 0.0, None
     with checkpoint.as_directory() as folder:
         state, about = load_state(Path(folder))
     distiller.load_state_dict(state)
-    return about["step"], about["best"], about["score"]
+    return about["step"], about["best"], about["score"], about.get("stopped")
 
 
-def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step: int, now: bool = False) -> None:
-    """Report every `checkpoint_every` steps, at the end, and `now`; a barrier for all workers."""
-    if step % config.distill.checkpoint_every and step != config.distill.steps and not now:
+def _checkpoint(
+    distiller: Any, config: Config, observer: Observer | None, step: int, stopped: str | None, now: bool = False
+) -> None:
+    """Report every `checkpoint_every` steps, at the end, after a collapse and `now`; a barrier for all workers."""
+    if step % config.distill.checkpoint_every and step != config.distill.steps and not stopped and not now:
         return
     from raydistill.distill.state import require_room, save_state
 
@@ -332,7 +364,13 @@ def _checkpoint(distiller: Any, config: Config, observer: Observer | None, step:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as folder:
-        about = {"step": step, "best": observer.best, "score": observer.score, "mlflow_run": observer.stage.mlflow_run}
+        about = {
+            "step": step,
+            "best": observer.best,
+            "score": observer.score,
+            "stopped": stopped,
+            "mlflow_run": observer.stage.mlflow_run,
+        }
         save_state(Path(folder), distiller.state_dict(), about)
         require_room(observer.stage.path(), sum(file.stat().st_size for file in Path(folder).iterdir()))
         ray.train.report(
@@ -349,6 +387,7 @@ class Observer:
 
         self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
         self.best, self.score = best, score
+        self.collapse: str | None = None  # the alarm, while it lasts
         self.started = time.monotonic()
         self.samples = config.distill.batch_size * config.distill.steps
         evaluation, device = config.evaluation, distiller.device
@@ -371,6 +410,14 @@ class Observer:
         """The start, on the held-out prompts; kept for the summary."""
         pictures, table = self._evaluate(self.final)
         self._keep("before", pictures, table, 0)
+        self._keep_best(0)  # for a run that collapses before its first evaluation, which is better than this
+
+    def _keep_best(self, step: int) -> None:
+        from raydistill.distill.state import save_state
+
+        folder = self.stage.path("best")
+        folder.mkdir(exist_ok=True)
+        save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
 
     def _keep(self, name: str, pictures: torch.Tensor, table: dict[str, float], step: int) -> None:
         from raydistill.evaluation.evaluator import save_pictures
@@ -394,12 +441,15 @@ class Observer:
         """Evaluate when it is time, and log; adds what it measures to `metrics`."""
         seconds = metrics["time/step"]
         metrics["throughput/samples_per_s"] = world * self.config.distill.batch_size / seconds
+        drifted = self.distiller.guard.alarm
+        self._alarm(step, drifted)
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:
             pictures, table = self._evaluate(self.periodic)
             metrics |= {f"eval/periodic_{key}": value for key, value in table.items()}
-            # without a judge the last student counts as the best
-            self.score = table[self.config.evaluation.metric] if table else float(step)
-            self._guard(step)
+            judged = table[self.config.evaluation.metric] if table else None
+            # without a judge the last student counts as the best, unless its latents have drifted away
+            self.score = float(step) if judged is None else judged
+            self._guard(step, judged, keep=judged is not None or drifted is None)
             from raydistill.evaluation.grids import grid
 
             count = self.config.evaluation.grid
@@ -414,19 +464,21 @@ class Observer:
             score=float(self.score),
         )
 
-    def _guard(self, step: int) -> None:
-        """Alarm on collapse: the evaluation falls well below its best."""
-        if self.score < self.best - 0.1:
-            message = f"step {step}: evaluation fell to {self.score:.3f} from {self.best:.3f}"
+    def _alarm(self, step: int, reason: str | None) -> None:
+        """Say once that the student collapses, on screen and in the run's tags; None: it does not, or no longer."""
+        if reason is not None and self.collapse is None:
+            message = f"step {step}: {reason}"
             print(f"collapse alarm: {message}", flush=True)
             self.tracker.tags({"collapse_alarm": message})
-        if self.score > self.best:
-            self.best = self.score
-            from raydistill.distill.state import save_state
+        self.collapse = None if reason is None else self.collapse or f"step {step}: {reason}"
 
-            folder = self.stage.path("best")
-            folder.mkdir(exist_ok=True)
-            save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
+    def _guard(self, step: int, judged: float | None, keep: bool) -> None:
+        """Alarm where the evaluation falls well below its best; keep the best student."""
+        if judged is not None and judged < self.best - 0.1:
+            self._alarm(step, f"evaluation fell to {judged:.3f} from {self.best:.3f}")
+        if keep and self.score > self.best:
+            self.best = self.score
+            self._keep_best(step)
 
     def _card(self, step: int, table: dict[str, float]) -> Any:
         from raydistill.config import config_hash
@@ -442,8 +494,13 @@ class Observer:
             metrics=table,
         )
 
-    def finish(self) -> None:
-        """Evaluate the best student on the held-out prompts, export it, write the result."""
+    def finish(self, step: int, stopped: str | None) -> None:
+        """Evaluate the best student on the held-out prompts, export it, write the result.
+
+        Args:
+            step: updates that were done.
+            stopped: the collapse that ended the stage; None: it went to its end.
+        """
         from raydistill.distill.state import load_state
         from raydistill.export.pipeline import export_student
 
@@ -451,7 +508,7 @@ class Observer:
         state, about = load_state(self.stage.path("best"))
         self.distiller.load_best_state(state)
         pictures, table = self._evaluate(self.final)
-        self._keep("after", pictures, table, self.config.distill.steps)
+        self._keep("after", pictures, table, step)
         space = self.distiller.student_space
         export_student(
             space,
@@ -467,8 +524,9 @@ class Observer:
         result = {
             "before": json.loads(self.stage.path("before.json").read_text()),
             "after": table,
-            "steps": self.config.distill.steps,
+            "steps": step,
             "best_step": about["step"],
+            "stopped": stopped,
         }
         temporary = self.stage.path("result.tmp")
         temporary.write_text(json.dumps(result, indent=1))

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 
 
 class NonFiniteError(FloatingPointError):
-    """A value that must be finite is not; the message names where it arose."""
+    """A value that must be finite is not; the message names where it arose, `count` says in how many samples."""
+
+    def __init__(self, message: str, count: int = 1) -> None:
+        super().__init__(message, count)
+        self.message, self.count = message, count
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def require_finite(value: torch.Tensor, source: str) -> torch.Tensor:
@@ -18,7 +25,7 @@ def require_finite(value: torch.Tensor, source: str) -> torch.Tensor:
     if not torch.isfinite(value).all():
         flat = value.detach().reshape(len(value), -1) if value.ndim else value.detach().reshape(1, 1)
         rows = (~torch.isfinite(flat)).any(1).nonzero().flatten().tolist()
-        raise NonFiniteError(f"{source}: not finite in samples {rows[:8]} of {len(flat)}")
+        raise NonFiniteError(f"{source}: not finite in samples {rows[:8]} of {len(flat)}", len(rows))
     return value
 
 
@@ -41,6 +48,11 @@ def generator_loss(logits_fake: torch.Tensor) -> torch.Tensor:
     return F.softplus(-logits_fake).mean()
 
 
-def discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
-    """softplus(-D(real)) + softplus(D(fake))."""
-    return F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+def real_logits_loss(logits_real: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss on real samples: softplus(-D(real))."""
+    return F.softplus(-logits_real).mean()
+
+
+def fake_logits_loss(logits_fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss on the student's samples: softplus(D(fake)); both are added."""
+    return F.softplus(logits_fake).mean()

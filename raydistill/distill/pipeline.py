@@ -514,6 +514,9 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
         "stages": {name: round(seconds, 1) for name, seconds in pipeline.seconds.items()},
         "steps": main["steps"],
         "best_step": main["best_step"],
+        "stopped": {
+            name: results[name]["stopped"] for name in ("distill", *controls) if results.get(name, {}).get("stopped")
+        },
         "mlflow_run_id": pipeline.parent,
     }
     tracker = Tracker(pipeline.uri, pipeline.parent)
@@ -534,6 +537,11 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     console = Console()
     console.print(table(rows, title=f"{run.name}: attribute accuracy on held-out prompts"))
     console.print("stages: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in pipeline.seconds.items()))
+    for name, reason in summary["stopped"].items():
+        steps, best = (results[name][key] for key in ("steps", "best_step"))
+        print(
+            f"stopped   {name} after {steps} of {config.distill.steps} updates ({reason}); its best is of update {best}"
+        )
     print(f"pictures  {run.path / 'grids' / 'before_after.png'}")
     print(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
     print(f"MLflow    {ui_command(pipeline.uri)}")

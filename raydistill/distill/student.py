@@ -11,6 +11,14 @@ from raydistill.diffusion.path import add_noise, to_x0
 from raydistill.spaces.base import Conditioning, Space
 
 
+def x0_gain(space: Space, start_timestep: int) -> float:
+    """How many times larger an error of the network's prediction is in the student's x_0: |d x_0 / d prediction|."""
+    t_B = space.path.t_of_timestep(torch.tensor([start_timestep], dtype=torch.float64))
+    at = torch.zeros(1, 1, 1, 1)
+    zero, one = (to_x0(space.path, space.prediction, at, torch.full_like(at, value), t_B) for value in (0.0, 1.0))
+    return (one - zero).abs().item()
+
+
 def one_step_x0(
     space: Space,
     unet: Callable[..., Any],

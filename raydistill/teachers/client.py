@@ -130,6 +130,18 @@ class PendingScores:
             self._refuse_non_finite(self._scores)
         return self._scores
 
+    def ready(self) -> bool:
+        """Whether the request is under way no longer; also after a failure, which `result` then meets."""
+        if self._scores is not None or self._response is None:
+            return True
+        try:
+            self._response.result(timeout_s=0)
+        except TimeoutError:
+            return False
+        except Exception:  # noqa: BLE001 (whatever it is: `result` asks again, or raises it)
+            return True
+        return True
+
     def _ask(self) -> None:
         self._response = getattr(self._client.handle(), self._method).remote([self._payload])
 
@@ -214,7 +226,8 @@ class PendingScores:
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise NonFiniteScores(
                 f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "
-                f"{', '.join(map(self._label, bad[:8]))}{more}"
+                f"{', '.join(map(self._label, bad[:8]))}{more}",
+                len(bad),
             )
 
 

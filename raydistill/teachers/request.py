@@ -23,7 +23,14 @@ class TeacherError(RuntimeError):
 
 
 class NonFiniteScores(TeacherError):
-    """The teacher answered with NaN or infinity."""
+    """The teacher answered with NaN or infinity, in `count` samples."""
+
+    def __init__(self, message: str, count: int = 1) -> None:
+        super().__init__(message, count)
+        self.message, self.count = message, count
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class TeacherUnavailable(TeacherError):

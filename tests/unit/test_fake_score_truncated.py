@@ -325,8 +325,8 @@ def test_a_restored_run_goes_on_with_the_same_bits(gradient_checkpointing, space
 
     def update(distiller):
         distiller.fake_update()
-        made = distiller.make()
-        distiller.student_update(made, torch.zeros_like(made.x_t))
+        (made,) = distiller.make()
+        distiller.student_update([made], [torch.zeros_like(made.x_t)])
 
     whole = start(0)
     update(whole)

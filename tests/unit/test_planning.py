@@ -68,9 +68,9 @@ def step(worker, teacher):
     made = []
     scores = torch.randn(BATCH, *teacher.latent_shape)
     return (
-        lambda: made.append(worker.make()),
+        lambda: made.extend(worker.make()),
         worker.fake_update,
-        lambda: worker.student_update(made.pop(), scores),
+        lambda: worker.student_update(made, [scores]),
     )
 
 

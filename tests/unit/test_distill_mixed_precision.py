@@ -1,0 +1,137 @@
+"""bfloat16 autocast in distillation: gradients of the float32 step, float32 where it matters, no loss scaling."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from raydistill.bridge.model import Bridge
+from raydistill.config import load
+from raydistill.data.pairs import read_pairs
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.loop import load_unet
+from raydistill.distill.schedule import distillation_step
+from raydistill.distill.student import x0_gain
+from raydistill.shapes import WEIGHTS
+from raydistill.spaces import load_space
+
+SAMPLES = 8
+
+
+class Shipped:
+    """A shipped student with its teacher: trained weights, whose gradients are no noise."""
+
+    def __init__(self, student, teacher, start):
+        self.name, self.start = student, start
+        self.teacher_name = teacher
+        self.student, self.teacher = load_space(WEIGHTS / student), load_space(WEIGHTS / teacher)
+        self.samples = read_pairs(WEIGHTS / "samples" / teacher).rows(range(SAMPLES))
+        prompts = [*self.samples.prompts, ""]
+        self.tables = [space.encode_prompts(space.load_text(), prompts) for space in (self.student, self.teacher)]
+        self.network = self.teacher.load_network()
+
+    def batches(self):
+        for slot in itertools.count():
+            columns = {
+                f"{role}.{name}": value[:SAMPLES].numpy()
+                for role, table in zip(("student", "teacher"), self.tables, strict=True)
+                for name, value in table.items()
+            }
+            yield {"sample_id": list(range(slot * SAMPLES, (slot + 1) * SAMPLES))} | columns
+
+    def worker(self, *overrides):
+        config = load(overrides=[f"student.start_timestep={self.start}", f"distill.batch_size={SAMPLES}", *overrides])
+        bridge = Bridge.load(
+            WEIGHTS / "bridge" / f"sd15-{self.teacher_name}", self.student, self.teacher
+        )  # the students share a VAE
+        unet = load_unet(self.student, f"shapes:{self.name}-onestep")
+        real = Real(self.samples.z_T, self.tables[1], torch.arange(SAMPLES))
+        network = self.teacher.load_network()
+        return Distiller(config, self.student, self.teacher, unet, bridge, network, real, self.batches())
+
+    @torch.no_grad()
+    def submit(self, made):
+        empty = {name: value[SAMPLES:] for name, value in self.tables[1].items()}
+        scores = self.teacher.predict_x0(
+            self.network, made.x_t, made.t_B, made.teacher_conditioning, empty, guidance_scale=3.5
+        )
+        return type("Scores", (), {"result": lambda _: scores})()
+
+    def step(self, *overrides):
+        """One step's worker, and each optimizer's gradient before clipping."""
+        worker, taken = self.worker(*overrides), {}
+        plain = worker._step
+
+        def spy(**norms):
+            for name in norms:
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in worker._parameters(name)]
+                assert all(gradient.dtype == torch.float32 for gradient in grads)
+                taken.setdefault(name, torch.cat([gradient.flatten() for gradient in grads]))
+            return plain(**norms)
+
+        worker._step = spy
+        distillation_step(worker, self.submit, 1, overlap=True)
+        return worker, taken
+
+
+@pytest.fixture(scope="module")
+def late():
+    """From t = 999: sigma / alpha is 14.6."""
+    return Shipped("sd15", "flux", 999)
+
+
+@pytest.fixture(scope="module")
+def early():
+    """From t = 625."""
+    return Shipped("sd21", "sdxl", 625)
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0).item()
+
+
+@pytest.mark.parametrize(("which", "in_bfloat16"), [("late", False), ("early", True)])
+def test_gradients_point_where_those_of_float32_do(request, which, in_bfloat16):
+    shipped = request.getfixturevalue(which)
+    _, exact = shipped.step()
+    worker, rounded = shipped.step("distill.mixed_precision=true")
+    assert worker.student_in_bfloat16 == in_bfloat16
+    assert exact.keys() == rounded.keys() == {"student", "fake", "discriminator"}
+    for name, gradient in exact.items():
+        assert torch.isfinite(rounded[name]).all()
+        assert not torch.equal(rounded[name], gradient), f"{name}: nothing ran in bfloat16"
+        assert cosine(rounded[name], gradient) > 0.99, name
+        assert rounded[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.05), name
+    state = worker.state_dict()
+    for part in ("student", "fake", "discriminator"):
+        assert {value.dtype for value in state[part].values() if value.is_floating_point()} == {torch.float32}
+    for optimizer in state["optimizers"].values():
+        moments = [value for entry in optimizer["state"].values() for value in entry.values()]
+        assert {value.dtype for value in moments} == {torch.float32}
+
+
+def test_a_student_whose_x0_multiplies_rounding_must_stay_float32(late, monkeypatch):
+    """What the exception is for: in bfloat16 its gradient is another one."""
+    _, exact = late.step()
+    monkeypatch.setattr("raydistill.distill.distiller.MAX_GAIN", 100.0)
+    worker, rounded = late.step("distill.mixed_precision=true")
+    assert worker.student_in_bfloat16
+    assert cosine(rounded["student"], exact["student"]) < 0.99
+
+
+def test_the_gain_is_sigma_over_alpha_for_epsilon(late, early):
+    for shipped in (late, early):
+        alphas = shipped.student.path.alphas_cumprod
+        expected = ((1 - alphas[shipped.start]) / alphas[shipped.start]).sqrt().item()
+        assert x0_gain(shipped.student, shipped.start) == pytest.approx(expected, rel=1e-5)
+
+
+def test_recomputed_activations_and_parts_keep_their_meaning_in_bfloat16(late):
+    _, kept = late.step("distill.mixed_precision=true")
+    _, recomputed = late.step("distill.mixed_precision=true", "distill.gradient_checkpointing=true")
+    _, parts = late.step("distill.mixed_precision=true", "distill.micro_batches=4")
+    for name, gradient in kept.items():
+        assert torch.equal(recomputed[name], gradient), name
+        assert cosine(parts[name], gradient) > 0.999, name

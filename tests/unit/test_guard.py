@@ -1,0 +1,268 @@
+"""Collapse alarm and values that are not finite: measured, named, counted, and what is kept then."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import pickle
+
+import pytest
+import torch
+
+from raydistill.bridge.model import Bridge
+from raydistill.config import load
+from raydistill.data.pairs import read_pairs
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.guard import LatentGuard, drift, mean_and_std, moments
+from raydistill.distill.loop import Observer, Stage, load_unet
+from raydistill.distill.losses import NonFiniteError, require_finite
+from raydistill.distill.schedule import distillation_step
+from raydistill.distill.state import load_state
+from raydistill.shapes import WEIGHTS
+from raydistill.spaces import load_space
+from raydistill.teachers.request import NonFiniteScores
+
+
+def latents(count, seed=0):
+    return torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) * torch.tensor(
+        [0.5, 1.0, 2.0]
+    ).view(3, 1, 1) + torch.tensor([1.0, 0.0, -2.0]).view(3, 1, 1)
+
+
+def test_moments_are_those_of_each_channel():
+    x = latents(7)
+    mean, std = mean_and_std(moments(x))
+    for channel in range(3):
+        values = x[:, channel].double().flatten()
+        assert mean[channel].item() == pytest.approx(values.mean().item(), rel=1e-9)
+        assert std[channel].item() == pytest.approx(values.std(correction=0).item(), rel=1e-9)
+
+
+def test_drift_counts_standard_deviations_of_the_reference():
+    x = latents(50)
+    reference = moments(x)
+    _, std = mean_and_std(reference)
+    assert drift(reference, reference) == 0
+    moved = x.double() + std.view(3, 1, 1)
+    assert drift(moments(moved), reference) == pytest.approx(1, rel=1e-6)
+    dark = x.clone()
+    dark[:, 1] -= 3 * std[1].float()  # one channel of three
+    assert drift(moments(dark), reference) == pytest.approx(1, rel=1e-5)
+    mean = x.double().mean((0, 2, 3), keepdim=True)
+    assert drift(moments((x - mean) * math.e + mean), reference) == pytest.approx(1, rel=1e-5)
+    assert math.isfinite(drift(moments(torch.zeros_like(x)), reference))
+
+
+def test_the_reference_of_many_samples_is_that_of_all_of_them():
+    x = latents(150)  # three chunks, the last one smaller
+    torch.testing.assert_close(LatentGuard(1.0, x.half()).reference, moments(x.half()))
+
+
+def test_only_a_drift_that_lasts_raises_the_alarm():
+    healthy, gone = moments(latents(50)), moments(latents(50) + 4)
+    guard = LatentGuard(1.0, latents(50))
+    guard.observe(gone)  # a spike
+    assert guard.alarm is None
+    for _ in range(30):
+        guard.observe(healthy)
+        assert guard.alarm is None
+    updates = next(n for n in range(1, 100) if (guard.observe(gone), guard.alarm)[1])
+    assert 1 < updates <= 10
+    assert "drift from the teacher's samples" in guard.alarm
+    assert "distill.drift_limit=1" in guard.alarm
+    assert LatentGuard(None, latents(50)).observe(gone)["guard/latent_drift"] > 1  # measured, whatever the limit
+
+
+def test_without_teacher_samples_the_start_is_the_reference_also_after_a_resume():
+    guard = LatentGuard(0.5, None)
+    assert guard.observe(moments(latents(50)))["guard/latent_drift"] == 0
+    first = guard.observe(moments(latents(50) + 4))
+    assert first["guard/latent_drift"] > 1
+    resumed = LatentGuard(0.5, None)
+    resumed.load_state_dict(guard.state_dict())
+    later = moments(latents(50) + 5)
+    assert resumed.observe(later) == guard.observe(later)
+    while guard.alarm is None:
+        guard.observe(later)
+    assert "drift from its start" in guard.alarm
+
+
+# -- a worker ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
+    samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(16))
+    tables = [space.encode_prompts(space.load_text(), samples.prompts) for space in (student, teacher)]
+    return student, teacher, samples, tables
+
+
+@pytest.fixture
+def build(shipped):
+    student, teacher, samples, tables = shipped
+
+    def start(*overrides):
+        settings = ["distill.batch_size=4", "fake_score.updates=1", "evaluation.count=4", "evaluation.periodic_count=4"]
+        config = load(
+            overrides=[*settings, "evaluation.grid=4", "distill.steps=6", "distill.evaluate_every=2", *overrides]
+        )
+
+        def batches():
+            for slot in itertools.count():
+                ids = list(range(slot * 4, slot * 4 + 4))
+                rows = [i % 16 for i in ids]
+                yield {"sample_id": ids} | {
+                    f"{role}.{name}": value[rows].numpy()
+                    for role, table in zip(("student", "teacher"), tables, strict=True)
+                    for name, value in table.items()
+                }
+
+        return Distiller(
+            config, student, teacher, load_unet(student, config.student.unet),
+            Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher), teacher.load_network(),
+            Real(samples.z_T.clone(), tables[1], torch.arange(16)), batches(),
+        )  # fmt: skip
+
+    return start
+
+
+def no_scores(made):
+    return type("Scores", (), {"result": lambda _: torch.zeros_like(made.x_t)})()
+
+
+def spoil(module):
+    next(p for p in module.parameters() if p.ndim > 1).data.view(-1)[0] = float("nan")
+
+
+def spoil_weights(of):
+    return lambda worker: spoil(of(worker))
+
+
+def spoil_real(worker):
+    worker.real.latents[:] = float("inf")
+
+
+def spoil_rate(name):
+    def change(worker):
+        worker.optimizers[name].param_groups[0]["lr"] = 3e38  # of a float32, as large as it can be
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "source", "count"),
+    [
+        (spoil_weights(lambda w: w.student), "the student's x0: not finite in samples .* of 4", 4),
+        (spoil_weights(lambda w: w.bridge.projector), "the Bridge's output: not finite in samples .* of 4", 4),
+        (spoil_weights(lambda w: w.fake.network), "the fake score, which starts as the teacher's copy: .* of 4", 4),
+        (spoil_weights(lambda w: w.discriminator), "the discriminator loss", 1),
+        (spoil_real, "the teacher samples of discriminator.real_data: not finite in samples .* of 4", 4),
+        (spoil_rate("fake"), "the fake weights after their update", 1),
+        (spoil_rate("discriminator"), "the discriminator weights after their update", 1),
+        (spoil_rate("student"), "the student weights after their update", 1),
+    ],
+)
+def test_a_value_that_is_not_finite_is_caught_where_it_arises(build, change, source, count):
+    worker = build()
+    change(worker)
+    with pytest.raises(NonFiniteError, match=f"^{source}") as caught:
+        distillation_step(worker, no_scores, 1, overlap=True)
+    assert caught.value.count == count
+
+
+def test_a_teachers_score_that_is_not_finite_changes_no_weight(build):
+    worker = build("distill.micro_batches=2")
+    before = [p.clone() for p in worker.student.parameters()]
+    parts = list(worker.make())
+    scores = [torch.zeros_like(part.x_t) for part in parts]
+    scores[1][0, 0, 0, 0] = float("inf")  # the first part's gradients are there by then
+    with pytest.raises(NonFiniteError, match=r"^the teacher's score: not finite in samples \[0\] of 2"):
+        worker.student_update(parts, scores)
+    assert all(map(torch.equal, before, worker.student.parameters()))
+
+
+def test_errors_of_values_keep_their_count_between_processes():
+    with pytest.raises(NonFiniteError) as caught:
+        require_finite(torch.tensor([1.0, float("nan"), float("inf")]), "x")
+    for error, count in ((caught.value, 2), (NonFiniteScores("teacher: NaN", 3), 3)):
+        copied = pickle.loads(pickle.dumps(error))
+        assert (str(copied), copied.count, type(copied)) == (str(error), count, type(error))
+
+
+# -- what is kept -------------------------------------------------------------------------------------------
+
+
+class Log:
+    """Takes what the run's MLflow would."""
+
+    def __init__(self):
+        self.tagged, self.values = [], {}
+
+    def tags(self, values):
+        self.tagged.append(values)
+
+    def metrics(self, values, step):
+        self.values |= {(key, step): value for key, value in values.items()}
+
+    def image(self, *_):
+        pass
+
+    artifact = image
+
+
+@pytest.fixture
+def observe(build, tmp_path):
+    def start(*overrides):
+        worker = build(*overrides)
+        stage = Stage("distill", {}, str(tmp_path), None, None, None, None, "", "run")
+        return worker, Observer(stage, worker.config, worker, Log(), float("-inf"), 0.0)
+
+    return start
+
+
+def go(worker, observer, step):
+    distillation_step(worker, no_scores, 1, overlap=True)
+    observer.after_step(step, 1, {})
+
+
+def test_without_a_judge_a_student_that_drifts_away_is_not_the_best(observe, tmp_path):
+    worker, observer = observe("evaluation.judge=null", "distill.drift_limit=50")
+    observer.before()
+    assert load_state(tmp_path / "best")[1]["step"] == 0
+    for step in (1, 2):
+        go(worker, observer, step)
+    assert load_state(tmp_path / "best")[1]["step"] == 2
+    assert observer.collapse is None
+    assert observer.tracker.tagged == []
+    worker.guard.limit = 1e-3
+    for step in (3, 4):
+        go(worker, observer, step)
+    assert observer.collapse.startswith("step 3: the latents' drift from the teacher's samples is")
+    assert observer.tracker.tagged == [{"collapse_alarm": observer.collapse}]  # once
+    assert load_state(tmp_path / "best")[1]["step"] == 2
+    good = load_state(tmp_path / "best")[0]["student"]
+    observer.finish(4, observer.collapse)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["steps"], result["best_step"], result["stopped"]) == (4, 2, observer.collapse)
+    assert all(torch.equal(value, good[name]) for name, value in worker.evaluated.state_dict().items())
+    assert (tmp_path / "export" / "model_index.json").is_file()
+    worker.guard.limit = None
+    go(worker, observer, 5)
+    assert observer.collapse is None  # it is over
+
+
+def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(observe, tmp_path):
+    worker, observer = observe("distill.drift_limit=null")
+    observer.before()
+    for step in (1, 2):
+        go(worker, observer, step)
+    best = observer.best
+    assert best > 0.2
+    for parameter in worker.evaluated.parameters():
+        parameter.data.zero_()
+    observer.after_step(4, 1, {"time/step": 1.0})
+    assert observer.collapse.startswith("step 4: evaluation fell to ")
+    assert observer.tracker.tagged == [{"collapse_alarm": observer.collapse}]
+    assert load_state(tmp_path / "best")[1] == {"step": 2, "score": best}

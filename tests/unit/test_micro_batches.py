@@ -1,0 +1,266 @@
+"""Batches in parts: the update of the whole batch, the noise of the whole batch, requests that are bounded."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from raydistill import counting
+from raydistill.bridge.loop import build_objective
+from raydistill.bridge.model import Bridge
+from raydistill.config import ConfigError, load
+from raydistill.data.pairs import write_pairs
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.schedule import Requests, distillation_step
+from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.spaces import load_space
+
+CAPTIONS = [
+    "a small red circle at the left on a white background",
+    "a large blue square at the top on a gray background",
+]
+SMALL = (
+    "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=2",
+    "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "discriminator.lr=1e-2", "distill.batch_size=8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def spaces(sd_folder, flux_folder):
+    return load_space(sd_folder), load_space(flux_folder)
+
+
+@pytest.fixture(scope="module")
+def tables(spaces):
+    return [space.encode_prompts(space.load_text(), [*CAPTIONS, ""]) for space in spaces]
+
+
+def batches(tables, size):
+    for slot in itertools.count():
+        ids = list(range(slot * size, slot * size + size))
+        rows = [i % len(CAPTIONS) for i in ids]
+        yield {"sample_id": ids} | {
+            f"{role}.{name}": value[rows].numpy()
+            for role, table in zip(("student", "teacher"), tables, strict=True)
+            for name, value in table.items()
+        }
+
+
+@pytest.fixture
+def build(spaces, tables):
+    """`build(*overrides, device, anchor)` -> a worker with random weights that are the same each time."""
+
+    def start(*overrides, device="cpu", anchor=None):
+        config = load(overrides=[*SMALL, *overrides])
+        student, teacher = spaces
+        latents = torch.randn(8, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
+        real = Real(latents, tables[1], torch.arange(8) % len(CAPTIONS))
+        torch.manual_seed(7)
+        bridge = Bridge.create(student, teacher, config.bridge)
+        stream = batches(tables, config.distill.batch_size)
+        unet, network = student.load_network(), teacher.load_network()
+        return Distiller(config, student, teacher, unet, bridge, network, real, stream, device=device, anchor=anchor)
+
+    return start
+
+
+class Answer:
+    def __init__(self, scores):
+        self.scores, self.taken = scores, False
+
+    def result(self):
+        self.taken = True
+        return self.scores
+
+    def ready(self):
+        return False
+
+
+@pytest.fixture(scope="module")
+def submit(spaces, tables):
+    """The dense teacher in this process."""
+    space, network = spaces[1], spaces[1].load_network()
+    empty = {name: value[len(CAPTIONS) :] for name, value in tables[1].items()}
+
+    @torch.no_grad()
+    def score(made):
+        return Answer(space.predict_x0(network, made.x_t, made.t_B, made.teacher_conditioning, empty, 3.0))
+
+    return score
+
+
+def gradients_of(distiller, submit, overlap=True):
+    """Gradients of each optimizer's first update, before clipping, and what was noised for the teachers."""
+    taken, seen, step = {}, [], distiller._step
+
+    def spy(**norms):
+        for name in norms:
+            flat = [
+                p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in distiller._parameters(name)
+            ]
+            taken.setdefault(name, torch.cat(flat))
+        return step(**norms)
+
+    def noticed(made):
+        seen.append(made)
+        return submit(made)
+
+    distiller._step = spy
+    distillation_step(distiller, noticed, 1, overlap)
+    return taken, seen
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_the_mean_gradient_of_the_parts_is_the_batchs(build, submit, parts):
+    whole, one = gradients_of(build(), submit)
+    divided, several = gradients_of(build(f"distill.micro_batches={parts}"), submit)
+    assert whole.keys() == divided.keys() == {"student", "fake", "discriminator"}
+    for name, gradient in whole.items():
+        assert gradient.norm() > 0
+        assert (divided[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+    assert [len(made.x_t) for made in several] == [8 // parts] * parts
+    for field in ("sample_ids", "noise", "t_B"):  # a sample's numbers do not depend on how its batch is divided
+        assert torch.equal(torch.cat([getattr(made, field) for made in several]), getattr(one[0], field))
+    torch.testing.assert_close(torch.cat([made.x_t for made in several]), one[0].x_t, rtol=1e-4, atol=1e-4)
+
+
+def flat(state):
+    if isinstance(state, torch.Tensor):
+        return [state.flatten().double()]
+    values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return [leaf for value in values for leaf in flat(value)]
+
+
+def test_overlap_changes_no_bit_of_a_batch_in_parts(build, submit):
+    states = []
+    for overrides, overlap in (((), True), (("distill.in_flight=1",), True), ((), False)):
+        distiller = build("distill.micro_batches=4", *overrides)
+        for _ in range(2):
+            distillation_step(distiller, submit, 2, overlap)
+        states.append((torch.cat(flat(distiller.state_dict())), distiller.pop_metrics()))
+    for weights, metrics in states[1:]:
+        assert torch.equal(states[0][0], weights)
+        for name in ("loss/vsd", "loss/gan", "loss/fake", "loss/discriminator", "guard/latent_drift"):
+            assert metrics[name] == states[0][1][name]
+
+
+class Teacher:
+    """Notes how many requests are under way; each answers once `finish` has said so."""
+
+    def __init__(self):
+        self.requests, self.most = [], 0
+
+    def __call__(self, made):
+        teacher = self
+
+        class Request(Answer):
+            def ready(self):
+                return self.taken
+
+            def result(self):
+                self.taken = True
+                return self.scores
+
+        self.requests.append(Request(made))
+        self.most = max(self.most, sum(not request.taken for request in teacher.requests))
+        return self.requests[-1]
+
+
+def test_later_requests_are_sent_before_the_first_answer_is_awaited_and_never_more_than_in_flight():
+    teacher, scores = Teacher(), torch.arange(5)
+    requests = Requests(teacher, in_flight=3)
+    for score in scores:
+        requests.add(score)
+        requests.send()
+    assert len(teacher.requests) == 3
+    teacher.requests[1].taken = True  # answered out of order: another one may go
+    requests.send()
+    assert len(teacher.requests) == 4
+    answers = iter(requests)
+    assert next(answers) == 0
+    assert len(teacher.requests) == 5  # sent before the caller works on the first answer
+    assert [int(score) for score in answers] == [1, 2, 3, 4]
+    assert teacher.most == 3
+
+
+def test_every_request_of_a_batch_is_sent_before_the_fake_updates_and_before_any_is_awaited(build, submit):
+    distiller = build("distill.micro_batches=4")
+    order, update = [], distiller.fake_update
+
+    def noticed(made):
+        order.append("sent")
+        pending = submit(made)
+        result = pending.result
+        pending.result = lambda: order.append("awaited") or result()
+        return pending
+
+    distiller.fake_update = lambda: order.append("fake") or update()
+    distillation_step(distiller, noticed, 2, overlap=True)
+    assert order == ["sent"] * 4 + ["fake"] * 2 + ["awaited"] * 4
+    order.clear()
+    distillation_step(distiller, noticed, 2, overlap=False)
+    assert order == ["fake"] * 2 + ["sent"] * 4 + ["awaited"] * 4
+
+
+def test_a_bridge_trained_along_learns_from_its_pairs_in_parts(build, submit, spaces, tmp_path):
+    generator = torch.Generator().manual_seed(9)
+    z_S, z_T = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
+    write_pairs(tmp_path, 0, [f"{CAPTIONS[0]} {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    settings = (
+        "bridge.trainable=true", "bridge.batch_size=8", f"student.model={spaces[0].folder}",
+        f"teacher.model={spaces[1].folder}",
+    )  # fmt: skip
+    found = []
+    for parts in (1, 4):
+        overrides = (*settings, f"distill.micro_batches={parts}")
+        anchor = build_objective(load(overrides=[*SMALL, *overrides]), tmp_path)
+        found.append(gradients_of(build(*overrides, anchor=anchor), submit)[0]["bridge"])
+    assert (found[1] - found[0]).norm() <= 2e-4 * found[0].norm() > 0
+
+
+def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
+    """Live bytes beyond what is held, of the updates; the inputs of the whole batch lie in main memory."""
+    peaks = []
+    for parts in (1, 4):
+        distiller = build(f"distill.micro_batches={parts}", "distill.batch_size=16")
+        with counting.Meter("cpu") as memory:
+            made = list(distiller.make())
+            scores = [submit(part).result() for part in made]
+            fake = memory.count(distiller.fake_update).peak
+            before = memory.live
+            student = memory.count(lambda d=distiller, m=made, s=scores: d.student_update(m, s)).peak - before
+        trained = sum(p.nbytes for p in distiller.student.parameters())
+        peaks.append((fake, student - 3 * trained))  # without gradients and Adam's moments
+    assert peaks[1][0] < 0.6 * peaks[0][0]
+    assert peaks[1][1] < 0.5 * peaks[0][1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["distill.batch_size=16", "distill.micro_batches=3"],
+            r"distill\.batch_size = 16 cannot be divided by 3; set distill\.micro_batches to 2 or 4",
+        ),
+        (["distill.batch_size=4", "distill.micro_batches=8"], r"to 2 or 4, or change distill\.batch_size"),
+        (
+            ["distill.batch_size=16", "distill.micro_batches=8", "bridge.trainable=true", "bridge.batch_size=12"],
+            r"bridge\.batch_size / distill\.workers = 12 cannot be divided by 8; .* to 2 or 4, or",
+        ),
+    ],
+)
+def test_a_batch_that_has_no_such_parts_is_refused_with_those_it_has(overrides, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        check_inputs(load(overrides=[f"storage={tmp_path}", *overrides]))
+
+
+def test_a_resume_may_change_how_many_requests_are_under_way_but_not_the_parts(tmp_path):
+    settings = [f"storage={tmp_path}", "run.name=a", "distill.micro_batches=2"]
+    config = load(overrides=settings)
+    create_run_folder(open_run_folder(config), config)
+    open_run_folder(load(overrides=[*settings, "distill.in_flight=1"]))
+    for other in ("distill.micro_batches=4", "distill.mixed_precision=true"):
+        with pytest.raises(ConfigError, match=other.split("=")[0]):
+            open_run_folder(load(overrides=[*settings, other]))
