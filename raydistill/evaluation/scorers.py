@@ -70,11 +70,11 @@ class ClipScorer:
     def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        from transformers import CLIPModel, CLIPTokenizerFast
+        from transformers import CLIPModel, CLIPTokenizer
 
         self.device = torch.device(device)
         self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
-        self.tokenizer = CLIPTokenizerFast.from_pretrained(folder)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
         self.mean, self.std = _normalisation(Path(folder))
