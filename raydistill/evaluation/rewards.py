@@ -98,6 +98,9 @@ class HPSv3:
                 config_path=str(config), checkpoint_path=weights["hpsv3"], device=device
             )
 
+        if not device.startswith("cuda"):  # its head is float32, which only CUDA's autocast joins to the bfloat16 rest
+            self._inferencer.model.float()
+
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
         import torch
 
@@ -124,6 +127,9 @@ class HPSv2:
         import torch
         from hpsv2 import img_score
 
+        # it would fetch 4 GB of CLIP's own weights, all of which the checkpoint then replaces
+        create = img_score.create_model_and_transforms
+        img_score.create_model_and_transforms = lambda name, _pretrained, **settings: create(name, None, **settings)
         # `score` reads the checkpoint anew at each call, and takes one prompt a call
         torch.load = functools.lru_cache(maxsize=1)(torch.load)
         img_score.device = device

@@ -29,6 +29,7 @@ import torch
 class HPSv3RewardInferencer:
     def __init__(self, config_path=None, checkpoint_path=None, device='cuda', differentiable=False):
         self.told = (open(config_path).read(), checkpoint_path, device)
+        self.model = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     def reward(self, image_paths, prompts):
         assert image_paths[0].endswith('.png')
         return torch.tensor([[float(len(i)), -1.0 * len(p)] for i, p in zip(image_paths, prompts)])
@@ -42,8 +43,13 @@ import hpsv2
 device = None
 vocabulary = os.path.join(os.path.dirname(hpsv2.__file__), 'src', 'open_clip', 'bpe_simple_vocab_16e6.txt.gz')
 assert os.path.isfile(vocabulary)
+model_dict = {}
+def create_model_and_transforms(name, pretrained, precision, device):
+    assert pretrained is None, 'fetches 4 GB'
+    return name, None, None
 def score(img_path, prompt, cp=None, hps_version='v2.0'):
     assert isinstance(img_path, list) and isinstance(prompt, str)
+    create_model_and_transforms('ViT-H-14', 'laion2B-s32B-b79K', precision='amp', device=device)
     checkpoint = torch.load(cp, map_location=device)
     checkpoint['reads'] = checkpoint.get('reads', 0) + 1
     return [checkpoint['scale'] * len(prompt) + (hps_version == 'v2.1') + checkpoint['reads']]
@@ -98,6 +104,7 @@ def test_hpsv3_gets_images_and_prompts_by_name_and_gives_the_mean(packages):
     config, checkpoint, device = reward._inferencer.told
     assert config.splitlines() == ['rm_head_type: "ranknet"', 'model_name_or_path: "/models/qwen"', "lora_r: 512"]
     assert (checkpoint, device) == ("/w/HPSv3.safetensors", "cpu")
+    assert reward._inferencer.model.weight.dtype == torch.float32
 
 
 def test_a_configuration_of_hpsv3_without_its_base_model_is_refused():
