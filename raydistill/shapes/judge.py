@@ -101,6 +101,32 @@ class Judge(nn.Module):
             result["background"][row] = float(BACKGROUNDS[int(background[row])] == scene.background)
         return result
 
+    @torch.no_grad()
+    def relation(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
+        """Whether the two objects stand to each other as asked, [B]: 1, 0, or NaN where the caption has one object.
+
+        Right: the two most likely occupied positions are the asked ones, and what is read there (size, colour, shape)
+        fits the caption's objects better this way round than exchanged. Two equal objects need the positions alone.
+        """
+        logits = self(images)
+        occupied_logit = torch.logsumexp(logits["shape"][:, :, 1:], dim=2) - logits["shape"][:, :, 0]
+        read = (logits["size"].argmax(2), logits["color"].argmax(2), logits["shape"][:, :, 1:].argmax(2))
+        result = torch.full((len(captions),), float("nan"))
+        for row, caption in enumerate(captions):
+            objects = parse(caption).objects
+            if len(objects) != 2:
+                continue
+            places = [POSITIONS.index(item.position) for item in objects]
+            wanted = [(SIZES.index(o.size), COLORS.index(o.color), SHAPES.index(o.shape)) for o in objects]
+            seen = [tuple(int(values[row, place]) for values in read) for place in places]
+            straight, exchanged = (
+                sum(a == b for want, got in zip(wanted, order, strict=True) for a, b in zip(want, got, strict=True))
+                for order in (seen, seen[::-1])
+            )
+            there = set(occupied_logit[row].topk(2).indices.tolist()) == set(places)
+            result[row] = float(there and (straight > exchanged or wanted[0] == wanted[1]))
+        return result
+
     def accuracy(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
         """Mean accuracy per attribute, their mean under `mean`, and `all` (every attribute right)."""
         scores = self.score(images, captions)

@@ -1,0 +1,141 @@
+"""Scores by a program of one's own: how DPG-Bench, MPS and anything else without a usable package are brought in.
+
+    --metrics command:NAME=PROGRAM [ARGUMENT ...]        (quoted as for a shell, which is not used)
+
+The program is started as `PROGRAM [ARGUMENT ...] REQUEST ANSWER`, in the folder where the job was started, with the
+same environment variables.
+
+REQUEST is a JSON-lines file, one picture a line:
+    {"id": 0, "image": "/absolute/path.png", "prompt": "…", "prompt_id": 3, "category": "…"}
+ANSWER is the JSON-lines file that the program appends to, in any order:
+    {"id": 0, "score": 0.83}                    one column, NAME
+    {"id": 0, "scores": {"a": 0.5, "b": 1}}     several, NAME.a and NAME.b; null where a picture has none
+Exit code 0, and a line for every picture of the request, mean success. Of a program that was killed, whole lines of
+ANSWER are kept, and the next start asks for the missing pictures only.
+
+DPG-Bench: its scorer is a script of the ELLA repository (mPLUG answers the questions of dpg_bench.csv); a wrapper of a
+few lines looks up the questions of `prompt` and writes the graph's score. MPS: load the authors' MPS_overall_checkpoint.pth with
+their own code, and write its score of (image, prompt).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from raydistill.evaluation.parts import PARTS, Parts, replace_text
+
+PREFIX = "command:"
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+LAST_LINES = 5  # of what a failed program printed
+
+
+class CommandError(ValueError):
+    """A scorer command that cannot be used, or failed; the message says why."""
+
+
+def parse_command(text: str) -> tuple[str, list[str]]:
+    """`command:NAME=PROGRAM ...` -> (name, words). Raises CommandError, also where there is no such program."""
+    name, sign, line = text.removeprefix(PREFIX).partition("=")
+    if not sign or not _NAME.fullmatch(name):
+        raise CommandError(f"{text}: write command:NAME=PROGRAM, NAME of letters, digits, _ and -")
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise CommandError(f"{text}: {error}") from None
+    if not words:
+        raise CommandError(f"{text}: no program")
+    if shutil.which(words[0]) is None:
+        raise CommandError(f"{text}: there is no program {words[0]}")
+    return name, words
+
+
+def run_command(folder: str, batch_size: int, name: str, words: list[str], directory: str) -> None:
+    """Ask the program for every picture that has no score yet, and write the metric's parts.
+
+    Raises:
+        CommandError: it failed, or its answer is wrong; what it answered rightly before is kept.
+    """
+    parts = Parts(folder, batch_size)
+    request, answer = (parts.folder / PARTS / name / f"{file}.jsonl" for file in ("request", "answer"))
+    request.parent.mkdir(parents=True, exist_ok=True)
+    known = read_answer(answer, name, len(parts.items), whole=True)
+    rest = [item for item in parts.items if item["index"] not in known]
+    if rest:
+        replace_text(request, "".join(json.dumps(_asked(parts, item), ensure_ascii=False) + "\n" for item in rest))
+        replace_text(answer, "".join(json.dumps(known[index]) + "\n" for index in sorted(known)))
+        done = subprocess.run(
+            [*words, str(request), str(answer)],
+            cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace",
+        )  # fmt: skip
+        if done.returncode:
+            said = " | ".join(done.stdout.strip().splitlines()[-LAST_LINES:]) or "nothing"
+            raise CommandError(f"{name}: {shlex.join(words)} ended with code {done.returncode} and said: {said}")
+        known = read_answer(answer, name, len(parts.items))
+        lacking = [item["index"] for item in rest if item["index"] not in known]
+        if lacking:
+            raise CommandError(
+                f"{name}: {answer} has no line for {len(lacking)} pictures, the first with id {lacking[0]}"
+            )
+    names = list(dict.fromkeys(column for line in known.values() for column in _columns(line, name)))
+    for batch in parts.batches:
+        rows = [_columns(known[item["index"]], name) for item in parts.rows(batch)]
+        parts.write(name, batch, {column: [row.get(column) for row in rows] for column in names})
+
+
+def _asked(parts: Parts, item: dict[str, Any]) -> dict[str, Any]:
+    image = str(parts.picture(item).absolute())
+    return {"id": item["index"], "image": image} | {key: item[key] for key in ("prompt", "prompt_id", "category")}
+
+
+def _columns(line: dict[str, Any], name: str) -> dict[str, float | None]:
+    return {name: line["score"]} if "score" in line else {f"{name}.{k}": v for k, v in line["scores"].items()}
+
+
+def read_answer(file: Path, name: str, count: int, whole: bool = False) -> dict[int, dict[str, Any]]:
+    """id -> line of an answer.
+
+    Args:
+        file: may be missing.
+        name: of the metric, for messages.
+        count: ids are 0 … count - 1.
+        whole: leave out a last line without its end, which a killed program left.
+
+    Raises:
+        CommandError: naming file and line.
+    """
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    if whole and lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    found: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            entry = _entry(line, f"{name}: {file}, line {number}", count)
+            found[entry["id"]] = entry
+    return found
+
+
+def _entry(line: str, where: str, count: int) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        raise CommandError(f"{where}: not JSON") from None
+    if not isinstance(entry, dict) or ("score" in entry) == ("scores" in entry):
+        raise CommandError(f'{where}: must be an object with "id" and either "score" or "scores"')
+    index = entry.get("id")
+    if type(index) is not int or not 0 <= index < count:
+        raise CommandError(f"{where}: id {index!r} is not one of the request's, 0 … {count - 1}")
+    values = entry["scores"] if "scores" in entry else {"score": entry["score"]}
+    if not isinstance(values, dict) or not values:
+        raise CommandError(f'{where}: "scores" must be an object of numbers')
+    for key, value in values.items():
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise CommandError(f"{where}: {key} is {value!r}, not a finite number or null")
+    return entry

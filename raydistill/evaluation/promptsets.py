@@ -1,0 +1,185 @@
+"""Prompt sets of evaluations: files with an optional category column, and the published sets by name.
+
+A picture is decided by its prompt's number (its row in the file) and its seed. A set that is larger than the file goes
+round it again with the next seed; a smaller one takes a seeded sample, since a file may be sorted.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from raydistill.config import SHAPES_PREFIX, local_path
+from raydistill.data.prompts import PromptFileError, PromptReport, PromptSet, read_prompts
+
+PROMPT_COLUMNS, CATEGORY_COLUMNS = ("prompt", "Prompt"), ("category", "Category")  # looked for where none is named
+PAIRS = "shapes-pairs"  # two objects, held out
+PAIRS_COUNT = 128
+
+
+@dataclass(frozen=True)
+class Published:
+    """A set that its authors publish as files."""
+
+    place: str  # below the folder of prompt sets
+    source: str  # where to get it
+
+
+PUBLISHED = {
+    "parti": Published("PartiPrompts.tsv", "https://github.com/google-research/parti: PartiPrompts.tsv"),
+    "hpsv2": Published("hpsv2", "https://huggingface.co/datasets/zhwang/HPDv2: benchmark/*.json (four lists)"),
+    "hpsv3": Published("hpsv3.jsonl", "https://huggingface.co/MizzenAI: the HPSv3 benchmark's prompts, one object a "
+                       "line with prompt and category"),
+    "imagereward": Published("imagereward.json", "https://github.com/THUDM/ImageReward: benchmark/benchmark-prompts.json"),
+    "dpg": Published("dpg", "https://github.com/TencentQQGYLab/ELLA: dpg_bench/prompts/*.txt (one prompt a file)"),
+}  # fmt: skip
+EMBEDDED = {"heldout": f"{SHAPES_PREFIX}heldout.txt"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """What decides one picture."""
+
+    index: int  # in the evaluation
+    prompt_id: int
+    prompt: str
+    seed: int
+    category: str  # "" where there is none
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.prompt_id:05d}-seed{self.seed}.png"
+
+
+@dataclass(frozen=True)
+class CategorisedPrompts:
+    """A prompt set, and the category of each prompt id that has one."""
+
+    name: str
+    prompts: PromptSet
+    categories: dict[int, str]
+
+    def items(self, count: int | None, seed: int) -> list[Item]:
+        """`count` pictures (None: one a prompt) in their order."""
+        total = len(self.prompts) if count is None else count
+        ids, texts = self.prompts.at(seed, range(total))
+        return [
+            Item(index, number, text, seed + index // len(self.prompts), self.categories.get(number, ""))
+            for index, (number, text) in enumerate(zip(ids.tolist(), texts, strict=True))
+        ]
+
+
+def open_prompts(
+    name: str, sets: Path, column: str | None = None, category_column: str | None = None
+) -> CategorisedPrompts:
+    """The prompts that `name` names: a file, a folder of them, an embedded set, or a published one.
+
+    Args:
+        name: a file that `read_prompts` reads; a .json list of texts or objects; a folder of .json lists (each file a
+            category) or of .txt files (one prompt each); heldout and shapes-pairs; or a key of PUBLISHED.
+        sets: folder where the published sets were put.
+        column: of the prompt; None: prompt or Prompt.
+        category_column: of the category; None: category or Category, where the file has it.
+
+    Raises:
+        PromptFileError: no such set, or one that cannot be used.
+    """
+    if name == PAIRS:
+        return CategorisedPrompts(name, PromptSet(_held_out_pairs(PAIRS_COUNT)), {})
+    path = local_path(EMBEDDED.get(name, name))
+    if name in PUBLISHED and not path.exists():
+        path = sets / PUBLISHED[name].place
+        if not path.exists():
+            raise PromptFileError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
+    if not path.exists():
+        known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
+        raise PromptFileError(f"{path}: no such file, and no set of that name; sets: {known}")
+    title = name if path.name in (name, "") or name in PUBLISHED or name in EMBEDDED else path.stem
+    if path.is_dir() or path.suffix.lower() == ".json":
+        return _collected(title, path, column, category_column)
+    return _tabular(title, path, column, category_column)
+
+
+def _held_out_pairs(count: int) -> list[str]:
+    """Different captions of two objects that no training set contains, in a fixed order."""
+    from raydistill.shapes.captions import sample_scene
+
+    rng, captions = random.Random(0), {}
+    while len(captions) < count:
+        captions[sample_scene(rng, held_out=True, two_objects=1.0).caption] = None
+    return list(captions)
+
+
+def _tabular(title: str, path: Path, column: str | None, category_column: str | None) -> CategorisedPrompts:
+    prompts = _first(path, (column,) if column else PROMPT_COLUMNS, "--column")
+    if path.suffix.lower() == ".txt":
+        if category_column:
+            raise PromptFileError(f"{path}: a text file has no columns (--category-column {category_column})")
+        return CategorisedPrompts(title, prompts, {})
+    try:
+        found = _first(path, (category_column,) if category_column else CATEGORY_COLUMNS, "--category-column")
+    except PromptFileError:
+        if category_column:
+            raise
+        return CategorisedPrompts(title, prompts, {})
+    return CategorisedPrompts(title, prompts, dict(zip(found.ids.tolist(), found.prompts, strict=True)))
+
+
+def _first(path: Path, columns: Iterable[str], option: str) -> PromptSet:
+    """The texts of the first of these columns that the file has."""
+    error = None
+    for column in columns:
+        try:
+            return read_prompts(path, column)
+        except PromptFileError as failed:
+            error = error or PromptFileError(str(failed).replace("(prompts.column)", f"({option})"))
+            if "no column" not in str(failed):
+                break
+    raise error
+
+
+def _collected(title: str, path: Path, column: str | None, category_column: str | None) -> CategorisedPrompts:
+    """A .json list, or a folder of such lists or of single prompts; numbered from 1 in the order of file names."""
+    texts: list[str] = []
+    categories: dict[int, str] = {}
+    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt")) if path.is_dir() else [path]
+    if not files:
+        raise PromptFileError(f"{path}: a folder without .json or .txt files")
+    for file in files:
+        entries = [file.read_text(encoding="utf-8", errors="strict")] if file.suffix == ".txt" else _json_list(file)
+        for row, entry in enumerate(entries, start=1):
+            record = entry if isinstance(entry, dict) else {"prompt": entry}
+            text = next((record[c] for c in ((column,) if column else PROMPT_COLUMNS) if c in record), None)
+            if not isinstance(text, str) or not text.strip():
+                raise PromptFileError(f"{file}, entry {row}: no prompt ({column or 'prompt'})")
+            texts.append(text.strip())
+            names = (category_column,) if category_column else CATEGORY_COLUMNS
+            category = next((record[c] for c in names if c in record), None)
+            if category is None and path.is_dir() and file.suffix == ".json":
+                category = file.stem
+            if category is not None:
+                categories[len(texts)] = str(category)
+    report = PromptReport(str(path), len(texts), len(texts), len(texts) - len(set(texts)))
+    return CategorisedPrompts(title, PromptSet(texts, report=report), categories)
+
+
+def _json_list(file: Path) -> list:
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptFileError(f"{file}: not JSON ({error})") from None
+    if not isinstance(entries, list) or not entries:
+        raise PromptFileError(f"{file}: must be a JSON list of prompts")
+    return entries
+
+
+def write_items(file: Path, items: Iterable[Item]) -> None:
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+
+
+def read_items(file: Path) -> list[Item]:
+    return [Item(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,130 @@
+"""Metrics that need nothing beyond this project's own packages: the judge of the shapes world, and CLIPScore.
+
+A scorer takes picture files and prompts and returns columns of one number a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from raydistill.evaluation.frechet import frechet_distance
+from raydistill.evaluation.promptsets import Item
+from raydistill.evaluation.subject import Painter, Subject, save_picture
+from raydistill.shapes.captions import ATTRIBUTES
+from raydistill.shapes.judge import Judge
+
+
+def load_image(file: str | Path) -> torch.Tensor:
+    """A picture file -> [3, H, W] in [-1, 1]."""
+    with Image.open(file) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Drawing:
+    """Writes the pictures of items; the first stage."""
+
+    def __init__(self, subject: Subject, device: str, dtype: str, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.painter, self.title = Painter(subject, device, getattr(torch, dtype)), subject.title
+
+    def __call__(self, items: Sequence[dict], files: Sequence[str]) -> None:
+        made = [Item(**item) for item in items]
+        Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
+        for item, file, image in zip(made, files, self.painter.draw(made), strict=True):
+            save_picture(Path(file), image, item, self.title)
+
+
+class JudgeScorer:
+    """Columns mean, all, one an attribute, and relation (None for captions of one object); see shapes/judge.py."""
+
+    def __init__(self, folder: str, threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.judge = Judge.load(Path(folder))
+
+    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
+        images = torch.stack([load_image(file) for file in files])
+        scores = self.judge.score(images, prompts)
+        table = torch.stack([scores[name] for name in ATTRIBUTES])
+        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float()}
+        columns |= {name: scores[name] for name in ATTRIBUTES} | {"relation": self.judge.relation(images, prompts)}
+        return {name: values.tolist() for name, values in columns.items()}
+
+
+class ClipScorer:
+    """CLIPScore (Hessel et al. 2021): 100 · max(cos(image features, text features), 0), the scale of torchmetrics.
+
+    The paper's own scale is 2.5 instead of 100, with "A photo depicts" before the text; neither is used here.
+    The picture's shorter side is resized (bicubic) to the model's size and its middle is cropped, as CLIP's own
+    preprocessing does; texts are cut at the model's length.
+    """
+
+    def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        from transformers import CLIPModel, CLIPTokenizer
+
+        self.device = torch.device(device)
+        self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.size = self.model.config.vision_config.image_size
+        self.length = self.model.config.text_config.max_position_embeddings
+        self.mean, self.std = _normalisation(Path(folder))
+
+    def pixels(self, file: str | Path) -> torch.Tensor:
+        """[3, S, S], normalised."""
+        with Image.open(file) as picture:
+            picture = picture.convert("RGB")
+            factor = self.size / min(picture.size)
+            width, height = (max(self.size, int(side * factor)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            picture = picture.crop((left, top, left + self.size, top + self.size))
+            values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+        return (values - self.mean[:, None, None]) / self.std[:, None, None]
+
+    @torch.no_grad()
+    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
+        pixels = torch.stack([self.pixels(file) for file in files]).to(self.device)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
+        ).to(self.device)
+        out = self.model(pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
+        return {"clipscore": (100 * cosine.clamp_min(0)).tolist()}
+
+
+def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of the channels, from preprocessor_config.json, else CLIP's own."""
+    import json
+
+    file = folder / "preprocessor_config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    mean = config.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
+    std = config.get("image_std", [0.26862954, 0.26130258, 0.27577711])
+    return torch.tensor(mean), torch.tensor(std)
+
+
+@torch.no_grad()
+def judge_features(folder: str | Path, files: Sequence[str | Path], batch_size: int = 64) -> torch.Tensor:
+    """The judge's features [N, 128] of picture files."""
+    judge = Judge.load(Path(folder))
+    parts = []
+    for start in range(0, len(files), batch_size):  # resized by `embed`, so pictures may differ in size
+        parts += [judge.embed(load_image(file)[None]) for file in files[start : start + batch_size]]
+    return torch.cat(parts)
+
+
+def judge_frechet(folder: str, files: Sequence[str], reference: Sequence[str], threads: int | None = None) -> float:
+    """Fréchet distance of the judge's features between two sets of picture files."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return frechet_distance(judge_features(folder, files), judge_features(folder, reference))

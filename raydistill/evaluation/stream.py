@@ -1,0 +1,116 @@
+"""An evaluation as a Ray Data stream: draw -> judge -> clipscore -> rewards, one batch of pictures a block.
+
+Rows are batch numbers; pictures and scores go through the evaluation's folder, which all nodes must see. Each stage
+skips what is there, so a job that was killed goes on where it was, and another metric can be added afterwards without
+drawing again. Metrics of a whole set (Fréchet distance, FID) and scorer commands follow when all pictures are there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
+from raydistill.evaluation.parts import Parts, Stage, StageFailed
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationFailed(RuntimeError):
+    """The evaluation cannot be completed now; what is there is kept, and can be continued."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the stream, and what its actors need.
+
+    Attributes:
+        metric: its name.
+        make, arguments: `make(**arguments)` is called in the actor.
+        runtime_env: of its own; None: the job's.
+        actors, cpus, gpus: how many actors, and the share of each.
+    """
+
+    metric: str
+    make: Callable[..., Any]
+    arguments: dict[str, Any]
+    runtime_env: dict[str, Any] | None = None
+    actors: int = 1
+    cpus: float = 0.25
+    gpus: float = 0.0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], object] = lambda pictures: None) -> None:
+    """Run every stage for every batch that it lacks; `done` is called with the pictures of each finished batch.
+
+    Raises:
+        EvaluationFailed: a stage failed.
+    """
+    missing = {stage.metric: set(parts.missing(stage.metric)) for stage in stages}
+    batches = sorted(set().union(*missing.values())) if missing else []
+    done(sum(len(parts.rows(b)) for b in parts.batches if b not in set(batches)))
+    if not batches:
+        return
+    quiet_ray_data()
+    rows = ray.data.from_items(
+        [{"batch": batch} for batch in batches], override_num_blocks=min(len(batches), MAX_BLOCKS)
+    )
+    rows.context.execution_options.preserve_order = False
+    rows.context.raise_original_map_exception = True  # a StageFailed
+    rows.context.enable_progress_bars = False
+    rows.context.print_on_execution_start = False
+    rows.context.issue_detectors_config.detectors = []
+    for stage in stages:
+        if not missing[stage.metric]:
+            continue
+        arguments = {"folder": str(parts.folder), "batch_size": parts.batch_size, "metric": stage.metric}
+        arguments |= {"make": stage.make, "arguments": stage.arguments}
+        more = {"runtime_env": stage.runtime_env} if stage.runtime_env else {}
+        rows = rows.map_batches(
+            Stage,
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=stage.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=stage.cpus,
+            num_gpus=stage.gpus,
+            **more,
+        )
+    finished = iter(rows.iter_batches(batch_size=1, batch_format="numpy"))
+    try:
+        for row in finished:
+            done(sum(len(parts.rows(batch)) for batch in row["batch"].tolist()))
+    except StageFailed as error:
+        raise _failed(error) from error
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        raise _failed(cause if isinstance(cause, StageFailed) else error) from error
+
+
+def _failed(error: Exception) -> EvaluationFailed:
+    if isinstance(error, StageFailed):
+        log.debug("%s", error.trace)
+        return EvaluationFailed(f"{error.text} ({error.kind})")
+    return EvaluationFailed(" ".join(str(error).split())[-800:])
+
+
+def run_once(
+    work: Callable[..., Any], *arguments: Any, runtime_env: dict[str, Any] | None = None, gpus: float = 0.0
+) -> Any:
+    """One Ray task, for example in an environment of its own. Raises EvaluationFailed."""
+    options: dict[str, Any] = {"num_cpus": 0.25, "num_gpus": gpus, "max_retries": 0}
+    if runtime_env:
+        options["runtime_env"] = runtime_env
+    try:
+        return ray.get(ray.remote(**options)(work).remote(*arguments))
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        text = f"{cause} ({type(cause).__name__})" if cause is not None else " ".join(str(error).split())[-800:]
+        raise EvaluationFailed(text) from error

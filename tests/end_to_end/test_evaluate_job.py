@@ -1,0 +1,139 @@
+"""jobs/evaluate.py as a user starts it: killed and gone on with, in parquet, JSON and MLflow."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "RAYDISTILL_TEST_JOB"
+COUNT, BATCH = 120, 2
+SCORER = """
+import json, sys
+for line in open(sys.argv[1]):
+    row = json.loads(line)
+    open(sys.argv[2], "a").write(json.dumps({"id": row["id"], "score": len(row["prompt"])}) + "\\n")
+"""
+
+
+def processes(mark):
+    """Live processes that inherited the mark."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start(*arguments)` -> a process of its own; nothing of it is left at the end."""
+    marks, environment = [], {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+
+    def begin(*arguments):
+        marks.append(uuid.uuid4().hex)
+        command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *map(str, arguments)]
+        log = (tmp_path / f"{len(marks)}.log").open("w")
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment | {MARK: marks[-1]})
+
+    yield begin
+    deadline = time.monotonic() + 20  # Ray ends its own processes when their driver is gone
+    for mark in marks:
+        while processes(mark) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in processes(mark):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+@pytest.fixture
+def storage(tmp_path):
+    """Storage with a run « mine» as jobs/distill.py leaves it: configuration, MLflow ids and export."""
+    from raydistill.config import load, to_yaml
+    from raydistill.export.pipeline import ModelCard, export_student
+    from raydistill.shapes import WEIGHTS
+    from raydistill.spaces import load_space
+    from raydistill.spaces.onestep import load_student
+    from raydistill.tracking import open_run
+
+    folder = tmp_path / "storage"
+    space = load_space(WEIGHTS / "sd15")
+    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    student = load_student(space, WEIGHTS / "sd15-onestep")
+    export_student(space, student, 999, folder / "mine" / "export", card, torch.float32)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    parent = open_run(uri, "shapes", "mine", storage=folder, params={}, tags={"stage": "pipeline"})
+    (folder / "mine" / "config.yaml").write_text(to_yaml(load()))
+    (folder / "mine" / "run.json").write_text(json.dumps({"mlflow": {"pipeline": parent}}))
+    return folder
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_results_under_the_run_that_made_the_model(tmp_path, storage, start):
+    (tmp_path / "score.py").write_text(SCORER)
+    prompts = tmp_path / "prompts.csv"
+    captions = (ROOT / "raydistill/shapes/weights/heldout.txt").read_text().splitlines()
+    rows = [f"{caption},{'even' if i % 2 else 'odd'}" for i, caption in enumerate(captions)]
+    prompts.write_text("\n".join(["prompt,category", *rows]) + "\n")
+    command = f"command:length={sys.executable} {tmp_path}/score.py"
+    common = ["mine", "--storage", storage, "--prompts", prompts, "--count", COUNT, "--batch-size", BATCH,
+              "--metrics", "judge", command]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    job = start(*common, "--out", killed)
+    deadline = time.monotonic() + 120
+    while not list((killed / "parts" / "judge").glob("*.json")):
+        assert job.poll() is None, (tmp_path / "1.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    done = {file.name: file.stat().st_mtime_ns for file in (killed / "parts" / "judge").glob("*.json")}
+    assert 0 < len(done) < COUNT // BATCH
+    assert not (killed / "scores.parquet").exists()
+
+    assert start(*common, "--out", killed).wait(200) == 0, (tmp_path / "2.log").read_text()
+    again = {name: (killed / "parts" / "judge" / name).stat().st_mtime_ns for name in done}
+    assert again == done  # what was there is not made again
+    assert start(*common, "--out", whole).wait(200) == 0, (tmp_path / "3.log").read_text()
+
+    first, second = (pq.read_table(folder / "scores.parquet") for folder in (killed, whole))
+    assert first.equals(second)
+    assert len(first) == COUNT
+    assert {"prompt", "prompt_id", "seed", "category", "mean", "all", "color", "relation", "length"} <= set(
+        first.column_names
+    )
+    names = {file.name for file in (whole / "pictures").iterdir()}
+    assert len(names) == COUNT
+    assert all((killed / "pictures" / n).read_bytes() == (whole / "pictures" / n).read_bytes() for n in names)
+
+    results = json.loads((killed / "results.json").read_text())["results"]
+    assert results == json.loads((whole / "results.json").read_text())["results"]
+    assert set(results) == {"all prompts", "even", "odd"}
+    scores = first.to_pydict()
+    assert results["all prompts"]["mean"] == pytest.approx(sum(scores["mean"]) / COUNT)
+    odd = [v for v, c in zip(scores["mean"], scores["category"], strict=True) if c == "odd"]
+    assert results["odd"]["mean"] == pytest.approx(sum(odd) / len(odd))
+    assert scores["length"] == [len(prompt) for prompt in scores["prompt"]]
+    assert 0.4 < results["all prompts"]["mean"] < 0.7  # the one-step start, 0.546 in the README
+
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    parent = json.loads((storage / "mine" / "run.json").read_text())["mlflow"]["pipeline"]
+    run = client.get_run(json.loads((killed / "mlflow.json").read_text())["run_id"])
+    assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/mean"] == pytest.approx(results["all prompts"]["mean"])
+    assert run.data.metrics["eval/odd/mean"] == pytest.approx(results["odd"]["mean"])
+    logged = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"scores.parquet", "results.json", "grid.png"} <= logged
