@@ -105,7 +105,7 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
             for seed in dict.fromkeys(cell.seed for cell in planned):
                 for student in STUDENTS:
                     members = [c for c in planned if (c.student, c.seed) == (student, seed) and c.row in TEACHERS]
-                    results.append(_merge(student, seed, members, pipeline))
+                    results.append(merge(student, seed, members, pipeline))
         summary = {
             "table": table,
             "seeds": seeds,
@@ -157,7 +157,7 @@ def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> Non
                 return
 
 
-def _merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) -> dict[str, Any]:
+def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) -> dict[str, Any]:
     """The mean of one student's distillations from all teachers, judged as they were."""
     from raydistill.distill.loop import load_unet
     from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, save_pictures

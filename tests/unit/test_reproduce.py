@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
+import mlflow
 import pytest
+import torch
 
 from raydistill.config import load
+from raydistill.distill.loop import load_unet
+from raydistill.distill.pipeline import changed, opened
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.reproduce import (
     MERGED,
     ONE_STEP,
@@ -16,10 +23,12 @@ from raydistill.evaluation.reproduce import (
     cells,
     check,
     markdown,
+    merge,
     summarise,
     verdicts,
 )
-from raydistill.preflight import RunFolder
+from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.preflight import RunFolder, check_inputs, create_run_folder
 
 ALL = {"mean": 0.9, "size": 0.9}
 WEAK = {"mean": 0.5, "size": 0.5}
@@ -103,3 +112,32 @@ def test_table3_shows_both_starts():
     rows = summarise(results)
     assert [row["row"] for row in rows] == ["one-step start, before", ONE_STEP, "raw start, before", RAW]
     assert rows[2]["values"]["mean"][0] == 0.1
+
+
+def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = changed(config, {"evaluation": {"count": 8, "grid": 8}})
+    run, inputs = RunFolder(tmp_path, "paper"), check_inputs(config)
+    create_run_folder(run, config)
+    space = inputs.student
+    members = [cell for cell in cells("table1", config, tmp_path, 1, False) if cell.student == "sd15"][:3]
+    one_step = load_unet(space, "shapes:sd15-onestep")
+    generator, mean = torch.Generator().manual_seed(0), copy.deepcopy(one_step)
+    for weight in mean.parameters():
+        weight.data.zero_()
+    for cell in members:
+        student = copy.deepcopy(one_step)
+        for weight, total in zip(student.parameters(), mean.parameters(), strict=True):
+            weight.data += 0.01 * weight.std() * torch.randn(weight.shape, generator=generator)
+            total.data += weight.data / 3
+        card = ModelCard(cell.config.teacher.model, "P", cell.config.student.unet, 1)
+        export_student(space, student, 999, tmp_path / "paper" / cell.name / "export", card, torch.float32)
+    with opened(config, run, inputs) as pipeline:
+        merged = merge("sd15", 0, members, pipeline)
+        assert merge("sd15", 0, members, pipeline) == merged  # the second time it is read
+    fixed = FixedPrompts(inputs.held_out, 8, config.evaluation.seed)
+    evaluator = StudentEvaluator(space, fixed, config.evaluation, "cpu")
+    assert merged["after"] == evaluator.accuracy(evaluator.draw(mean, 999))
+    nested = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(merged["mlflow_run_id"])
+    assert nested.data.tags["mlflow.parentRunId"] == pipeline.parent
+    assert nested.data.metrics["student_after/mean"] == merged["after"]["mean"]
