@@ -233,7 +233,7 @@ def _row(student: str, row: str, scores: Sequence[dict[str, float]]) -> dict[str
 
 def markdown(summary: dict[str, Any]) -> str:
     """The table with the mean over seeds (± standard deviation of the first column), the paper's HPSv3 beside it."""
-    columns = list(summary["rows"][0]["values"])
+    columns = sorted(summary["rows"][0]["values"], key=lambda name: name != "mean")
     paper = summary["table"] == "table1"
     lines = [
         "| | | " + " | ".join(columns) + (" | paper: HPSv3 |" if paper else " |"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -141,3 +143,11 @@ def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, t
     nested = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(merged["mlflow_run_id"])
     assert nested.data.tags["mlflow.parentRunId"] == pipeline.parent
     assert nested.data.metrics["student_after/mean"] == merged["after"]["mean"]
+
+
+def test_the_readme_shows_the_table_that_was_measured():
+    root = Path(__file__).parents[2]
+    summary = json.loads((root / "raydistill" / "shapes" / "results" / "table1-quick.json").read_text())
+    assert summarise(summary["cells"]) == summary["rows"]
+    assert f"`{summary['command']}`" in (root / "README.md").read_text()
+    assert markdown(summary) in (root / "README.md").read_text()
