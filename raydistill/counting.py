@@ -89,6 +89,23 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Networks are built without drawing weights, which takes longer than to build them, even on meta tensors.
+
+    torch.nn.init's functions are exchanged for the length of the block; all of them return the tensor they are given.
+    """
+    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
+    plain = {name: getattr(nn.init, name) for name in names}
+    for name in plain:
+        setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.init, name, function)
+
+
 class Meter(TorchDispatchMode):
     """FLOPs, and bytes of tensors on `device` that are alive, from when it is entered.
 
@@ -144,7 +161,7 @@ class Work:
 @contextlib.contextmanager
 def counted() -> Iterator[Meter]:
     """Everything inside the block may run on meta tensors."""
-    with WithoutNumbers(), fused_attention(), Meter() as meter:
+    with without_initial_values(), WithoutNumbers(), fused_attention(), Meter() as meter:
         yield meter
 
 
@@ -175,7 +192,7 @@ def open_space(model: str) -> Space:
 def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A diffusers network of the folder on the meta device, frozen."""
     config = space.part_config(name)
-    with torch.device("meta"):
+    with without_initial_values(), torch.device("meta"):
         network = getattr(diffusers, config["_class_name"]).from_config(config)
     return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
 
