@@ -5,6 +5,7 @@ Shapes: B samples, C×H×W latents on the teacher's VAE grid (normalised), L tex
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +55,23 @@ def to_wire(tensor: torch.Tensor) -> Wire:
     return tensor.numpy()
 
 
-def rows_from_wire(wire: Wire, rows: np.ndarray) -> torch.Tensor:
-    """Some rows of an array from `to_wire`, as a tensor of its own."""
+def rows_from_wire(wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Some rows of an array from `to_wire`, as a tensor of its own; real-valued ones in `dtype`, if that is given.
+
+    Rows that follow each other are copied once, straight into their dtype.
+    """
     import torch
 
-    if isinstance(wire, tuple):
-        return torch.from_numpy(wire[1][rows]).view(getattr(torch, wire[0]))
-    return torch.from_numpy(wire[rows])
+    name, array = wire if isinstance(wire, tuple) else (None, wire)
+    follow = bool((np.diff(rows) == 1).all())
+    part = array[rows[0] : rows[-1] + 1] if follow else array[rows]
+    with warnings.catch_warnings():  # what Ray hands out is read-only, and torch has no such tensors: copied below
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        tensor = torch.from_numpy(part)
+    if name is not None:
+        tensor = tensor.view(getattr(torch, name))
+    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.to(wanted, copy=follow)
 
 
 @dataclass(frozen=True)
