@@ -9,13 +9,13 @@ Attention is counted as the fused kernel that GPUs run, which stores no attentio
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,22 @@ def fused_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_initial_values() -> Iterator[None]:
-    """Networks are built without drawing weights, which takes longer than to build them, even on meta tensors.
+    """Networks are built without drawing meta tensors' values, which takes longer than to build them.
 
-    torch.nn.init's functions are exchanged for the length of the block; all of them return the tensor they are given.
+    torch.nn.init's functions are exchanged for the length of the block. Real tensors are still filled: what is imported
+    inside the block may keep such a function for good.
     """
-    names = [name for name in vars(nn.init) if name.endswith("_") and not name.startswith("_")]
-    plain = {name: getattr(nn.init, name) for name in names}
-    for name in plain:
-        setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    plain = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+
+    def for_real_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(function)
+        def fill(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+
+        return fill
+
+    for name, function in plain.items():
+        setattr(nn.init, name, for_real_tensors(function))
     try:
         yield
     finally:
@@ -185,7 +193,7 @@ def open_space(model: str) -> Space:
         temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
         space = load_space(write_folder(name, temporary.name))
         weakref.finalize(space, temporary.cleanup)
-    space.load_part = partial(empty_part, space)
+    space.load_part = functools.partial(empty_part, space)
     return space
 
 

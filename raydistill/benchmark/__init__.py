@@ -16,6 +16,7 @@ SECTIONS = {
     "data": "prompts per second through reading and encoding, memory of a million prompts, trainers' wait for data",
     "memory": "peak memory of every role against the plan; loading in ZeRO-3 shards",
     "startup": "seconds from the command to the first step, by phase",
+    "realsize": "one step of SD 1.5 with its Bridge at real size on the CPU",
     "gpu": "real sizes on a GPU: score forwards, a student step, the Bridge's latency",
     "chaos": "what losses of replicas, workers and nodes cost",
 }

@@ -198,3 +198,13 @@ def test_text_encoders_give_what_the_network_takes(name):
         assert hidden["text_encoder"] + hidden["text_encoder_2"] == pooled
     if name == "flux1_dev":
         assert hidden["text_encoder"] == pooled
+
+
+def test_building_without_values_leaves_no_real_tensor_unfilled():
+    """Even by a function that somebody imported while the values of meta tensors were left out."""
+    with counting.without_initial_values():
+        kept = torch.nn.init.ones_
+        assert torch.nn.init.zeros_(torch.empty(3, device="meta")).is_meta
+        assert torch.equal(torch.nn.init.ones_(torch.zeros(3)), torch.ones(3))
+    assert torch.equal(kept(torch.zeros(3)), torch.ones(3))
+    assert torch.nn.init.ones_ is not kept
