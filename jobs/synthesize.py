@@ -18,7 +18,9 @@ UNUSED = {  # of other stages: what they name need not fit this teacher
 
 
 def main() -> int:
-    return run_job(__doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder)
+    return run_job(
+        __doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder, roles=["teacher rank"]
+    )
 
 
 if __name__ == "__main__":

@@ -17,8 +17,16 @@ UNTRAINED = {"bridge": {"checkpoint": None}}
 def main() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--ablate"]
     if len(arguments) < len(sys.argv) - 1:
-        return run_job(__doc__, ablate_bridge, "ablation.json", UNTRAINED, check_ablation, arguments)
-    return run_job(__doc__, bridge_only, "bridge/bridge.json", UNTRAINED)
+        return run_job(
+            __doc__,
+            ablate_bridge,
+            "ablation.json",
+            UNTRAINED,
+            check_ablation,
+            ["teacher rank", "Bridge training"],
+            arguments,
+        )
+    return run_job(__doc__, bridge_only, "bridge/bridge.json", UNTRAINED, roles=["teacher rank", "Bridge training"])
 
 
 if __name__ == "__main__":

@@ -305,7 +305,7 @@ class Tracking(Section):
 
 
 class Plan(Section):
-    """What jobs/plan.py assumes of the hardware; no other job reads it."""
+    """What jobs/plan.py, and the check before every launch, assume of the hardware."""
 
     trainer_gpu: str = Field("H100", description="kind of GPU of the trainers, a name in raydistill/gpus.yaml")
     teacher_gpu: str = Field("H100", description="kind of GPU of the teachers")
@@ -317,6 +317,9 @@ class Plan(Section):
     cpu_gflops: Positive = Field(50, description="float32 GFLOP/s of one CPU thread, for text encoders without a GPU")
     gpus: str | None = Field(None, description="YAML file of further kinds of GPU, as raydistill/gpus.yaml; null: none")
     spot: bool = Field(True, description="price workers as spot instances")
+    launch: Literal["refuse", "warn", "ignore"] = Field(
+        "refuse", description="what a job that asks for GPUs does when a role does not fit them; ignore: count nothing"
+    )
 
 
 class Config(Section):

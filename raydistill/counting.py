@@ -9,13 +9,13 @@ Attention is counted as the fused kernel that GPUs run, which stores no attentio
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,31 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = plain
 
 
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Networks are built without drawing meta tensors' values, which takes longer than to build them.
+
+    torch.nn.init's functions are exchanged for the length of the block. Real tensors are still filled: what is imported
+    inside the block may keep such a function for good.
+    """
+    plain = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+
+    def for_real_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(function)
+        def fill(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+
+        return fill
+
+    for name, function in plain.items():
+        setattr(nn.init, name, for_real_tensors(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.init, name, function)
+
+
 class Meter(TorchDispatchMode):
     """FLOPs, and bytes of tensors on `device` that are alive, from when it is entered.
 
@@ -144,7 +169,7 @@ class Work:
 @contextlib.contextmanager
 def counted() -> Iterator[Meter]:
     """Everything inside the block may run on meta tensors."""
-    with WithoutNumbers(), fused_attention(), Meter() as meter:
+    with without_initial_values(), WithoutNumbers(), fused_attention(), Meter() as meter:
         yield meter
 
 
@@ -168,14 +193,14 @@ def open_space(model: str) -> Space:
         temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
         space = load_space(write_folder(name, temporary.name))
         weakref.finalize(space, temporary.cleanup)
-    space.load_part = partial(empty_part, space)
+    space.load_part = functools.partial(empty_part, space)
     return space
 
 
 def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A diffusers network of the folder on the meta device, frozen."""
     config = space.part_config(name)
-    with torch.device("meta"):
+    with without_initial_values(), torch.device("meta"):
         network = getattr(diffusers, config["_class_name"]).from_config(config)
     return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
 

@@ -28,6 +28,7 @@ def run_job(
     result: str,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     check: Work | None = None,
+    roles: Sequence[str] = ("teacher rank", "trainer", "Bridge training"),
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Body of a job's `main`; returns the exit code.
@@ -38,6 +39,7 @@ def run_job(
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises ValueError.
+        roles: those of `planning.ROLES` that this job runs; they must fit the GPUs they ask for.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
@@ -50,6 +52,8 @@ def run_job(
         inputs = check_inputs(config)
         if check is not None:
             check(config, run, inputs)
+        for line in _fit(config, roles):
+            print(line, flush=True)
     except ValueError as error:  # every input error of the project is one, and says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -66,3 +70,12 @@ def run_job(
         print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return 1
     return 0
+
+
+def _fit(config: Config, roles: Sequence[str]) -> list[str]:
+    """The planner's check, which is not even imported where no GPU is asked for. Raises ConfigError."""
+    if not (config.distill.gpus_per_worker or config.teachers.gpus_per_rank):
+        return []
+    from raydistill.planning import check_launch
+
+    return check_launch(config, roles)

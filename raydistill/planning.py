@@ -8,6 +8,7 @@ move), memory beside the tensors (plan.reserve), prices. Not in it: start-up, ev
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from raydistill import counting
-from raydistill.config import Config, ConfigError, Count, Positive, Section
+from raydistill.config import Config, ConfigError, Count, Positive, Section, get
 from raydistill.spaces import Space
 
 GIB = 1 << 30
@@ -59,6 +60,15 @@ def read_gpus(further: str | None = None) -> dict[str, Gpu]:
                 where = ".".join(map(str, first["loc"]))
                 raise ConfigError(f"plan.gpus: {file}: {name}: {where}: {first['msg']}") from None
     return kinds
+
+
+def _known_gpus(config: Config) -> dict[str, Gpu]:
+    """The table, in which the configured kinds are. Raises ConfigError."""
+    gpus = read_gpus(config.plan.gpus)
+    for key in ("trainer_gpu", "teacher_gpu"):
+        if getattr(config.plan, key) not in gpus:
+            raise ConfigError(f"plan.{key}: {getattr(config.plan, key)} is not in the table ({', '.join(gpus)})")
+    return gpus
 
 
 # -- what is counted --------------------------------------------------------------------------------------
@@ -177,8 +187,11 @@ class Fit:
 
 def teacher_bytes(counts: Counts, config: Config, shards: int) -> int:
     """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
+    return _rank_bytes(counts.network, config, shards)
+
+
+def _rank_bytes(network: counting.Teacher, config: Config, shards: int) -> int:
     element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
-    network = counts.network
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
     return elements * element + network.score.peak
@@ -210,10 +223,11 @@ def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
 def _fit_teacher(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
     shards = config.teachers.shards
     least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
-    advice = (
-        f"teachers.shards={least} is enough" if least else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
-    )
-    return Fit("teacher rank", gpu, teacher_bytes(counts, config, shards), has, advice)
+    return Fit("teacher rank", gpu, teacher_bytes(counts, config, shards), has, _teacher_advice(least))
+
+
+def _teacher_advice(least: int | None) -> str:
+    return f"teachers.shards={least} is enough" if least else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
 
 
 def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
@@ -245,10 +259,13 @@ def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
 
 
 def _fit_bridge(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
+    needs = counts.bridge.step.peak
+    return Fit("Bridge training", gpu, needs, has, _bridge_advice(config, fits=needs <= has))
+
+
+def _bridge_advice(config: Config, fits: bool) -> str:
     advice = "bridge.gradient_checkpointing is " + ("on" if config.bridge.gradient_checkpointing else "off")
-    if counts.bridge.step.peak > has:
-        advice += "; lower bridge.batch_size, attention.depth_fraction or attention.rows"
-    return Fit("Bridge training", gpu, counts.bridge.step.peak, has, advice)
+    return advice if fits else advice + "; lower bridge.batch_size, attention.depth_fraction or attention.rows"
 
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
@@ -260,6 +277,95 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
         if gan
         else {}
     )
+
+
+# -- before a launch --------------------------------------------------------------------------------------
+
+ROLES = {  # role -> the key that asks for its GPUs, and the one that names their kind
+    "teacher rank": ("teachers.gpus_per_rank", "plan.teacher_gpu"),
+    "trainer": ("distill.gpus_per_worker", "plan.trainer_gpu"),
+    "Bridge training": ("distill.gpus_per_worker", "plan.trainer_gpu"),
+}
+
+
+def check_launch(config: Config, roles: Sequence[str] = tuple(ROLES)) -> list[str]:
+    """See before a launch that every role fits the GPUs it asks for; counts nothing where none are asked for.
+
+    Args:
+        roles: of ROLES, those that this job runs.
+
+    Returns:
+        Lines to print: what was checked, and with plan.launch=warn what does not fit.
+
+    Raises:
+        ConfigError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
+    """
+    used = [role for role in roles if get(config, ROLES[role][0]) > 0 and _is_run(role, config)]
+    if not used or config.plan.launch == "ignore":
+        return []
+    gpus, counts = _known_gpus(config), _count_roles(config, used)
+    fine, wrong = [], []
+    for role in used:
+        key, kind_key = ROLES[role]
+        kind, share = get(config, kind_key), get(config, key)
+        has = min(1.0, share) * gpus[kind].memory_gib * GIB * (1 - config.plan.reserve)
+        needs = _launch_bytes(counts, role, config)
+        (fine if needs <= has else wrong).append(
+            (role, has, f"{role}: needs {needs / GIB:.1f} GiB of tensors, {key}={share:g} {kind} has {has / GIB:.1f}")
+        )
+    lines = [f"fits: {text}" for _, _, text in fine]
+    if not wrong:
+        return lines
+    texts = [f"{text}; {_advice(counts, role, config, has)}" for role, has, text in wrong]
+    if config.plan.launch == "warn":
+        return [*lines, *(f"WARNING: {text}" for text in texts)]
+    raise ConfigError(
+        f"{'; '.join(texts)}. For another kind of GPU set plan.trainer_gpu and plan.teacher_gpu; plan.launch=warn starts "
+        "all the same"
+    )
+
+
+def _is_run(role: str, config: Config) -> bool:
+    if role == "teacher rank":
+        return config.vsd.weight > 0 or needs_samples(config)
+    return role == "trainer" or needs_bridge(config)
+
+
+def _count_roles(config: Config, roles: Sequence[str]) -> dict[str, Any]:
+    """One count for each role at the configured sizes; seconds to a minute."""
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    share = max(1, config.bridge.batch_size // config.distill.workers)
+    count = {
+        "trainer": lambda: counting.count_trainer(config, student, teacher),
+        "teacher rank": lambda: counting.count_teacher(config, teacher, guidance_scale(config, teacher)),
+        "Bridge training": lambda: counting.count_bridge(config, student, teacher, share),
+    }
+    return {role: count[role]() for role in roles}
+
+
+def _launch_bytes(counts: dict[str, Any], role: str, config: Config) -> float:
+    """Most bytes of tensors of one role."""
+    if role == "trainer":
+        return counts[role].peak
+    if role == "teacher rank":
+        return _rank_bytes(counts[role], config, config.teachers.shards)
+    return counts[role].step.peak
+
+
+def _advice(counts: dict[str, Any], role: str, config: Config, has: float) -> str:
+    """What would fit into `has` bytes."""
+    if role == "teacher rank":
+        least = next((s for s in SHARDS if _rank_bytes(counts[role], config, s) <= has), None)
+        return _teacher_advice(least)
+    if role == "Bridge training":
+        return _bridge_advice(config, fits=False)
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    if config.distill.gradient_checkpointing:
+        return "lower distill.batch_size (jobs/plan.py says how far)"
+    recomputing = counting.count_trainer(changed(config, gradient_checkpointing=True), student, teacher)
+    if recomputing.peak <= has:
+        return "distill.gradient_checkpointing=true would fit"
+    return "lower distill.batch_size and set distill.gradient_checkpointing=true (jobs/plan.py says how far)"
 
 
 # -- time -------------------------------------------------------------------------------------------------
@@ -423,10 +529,7 @@ def price(phases: list[Phase], config: Config, gpus: dict[str, Gpu]) -> float:
 
 def report(config: Config) -> str:
     """The whole plan as text. Raises ConfigError for an unknown kind of GPU, and what `count_run` raises."""
-    gpus = read_gpus(config.plan.gpus)
-    for key in ("trainer_gpu", "teacher_gpu"):
-        if getattr(config.plan, key) not in gpus:
-            raise ConfigError(f"plan.{key}: {getattr(config.plan, key)} is not in the table ({', '.join(gpus)})")
+    gpus = _known_gpus(config)
     counts = count_run(config)
     sections = (
         _sizes(counts, config),

@@ -17,6 +17,7 @@ SECTIONS = {
     "memory": "peak memory of every role against the plan; loading in ZeRO-3 shards",
     "startup": "seconds from the command to the first step, by phase",
     "latency": "one picture: the student alone, and with the Bridge and each teacher's decoder",
+    "realsize": "one step of SD 1.5 with its Bridge at real size on the CPU",
     "gpu": "real sizes on a GPU: score forwards, a student step, the Bridge's latency",
     "chaos": "a run that goes on while its processes are killed, against the same run left alone",
 }

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _read(arguments: argparse.Namespace) -> tuple[dict[str, float], Any]:
     """A text file with that many different prompts, read and checked."""
+    from raydistill.benchmark.measure import resident
     from raydistill.data.prompts import read_prompts
 
     with tempfile.TemporaryDirectory(prefix="raydistill-data-") as folder:
@@ -95,19 +96,13 @@ def _wait(folders: dict[str, str], arguments: argparse.Namespace) -> dict[str, f
     return {"data_s": median(waits), "step_s": median(steps), "share": sum(waits) / sum(steps)}
 
 
-def resident(pid: int | str = "self") -> int:
-    """Bytes of anonymous memory of a process."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
 def family_resident() -> int:
     """Bytes of anonymous memory of this process and of those it started, Ray's workers among them."""
     import contextlib
 
     import psutil
+
+    from raydistill.benchmark.measure import resident
 
     total = resident()
     for child in psutil.Process().children(recursive=True):

@@ -64,6 +64,14 @@ def copy_seconds(nbytes: int, repeats: int = 5) -> float:
     return median([timed(lambda: np.copyto(target, source)) for _ in range(repeats)])
 
 
+def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> int:
+    """Resident bytes of a process, of these kinds of /proc/PID/status."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return sum(
+        1024 * int(size) for kind, size in re.findall(r"^(Rss\w+):\s+(\d+) kB", text, re.MULTILINE) if kind in kinds
+    )
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

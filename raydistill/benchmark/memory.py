@@ -7,6 +7,7 @@ that the planner counts. The network is generated, random, and large enough that
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -28,13 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Peak:
-    """Context that samples this process's anonymous memory; `bytes` is the most above what it was before."""
+    """Context that samples this process's resident memory; `bytes` is the most above what it was before.
+
+    Args:
+        mapped: count pages of mapped files, which is where weights lie that a network on the CPU has loaded.
+    """
+
+    def __init__(self, mapped: bool) -> None:
+        from raydistill.benchmark.measure import resident
+
+        self._resident = functools.partial(resident, kinds=("RssAnon", "RssFile") if mapped else ("RssAnon",))
 
     def __enter__(self) -> Peak:
-        from raydistill.benchmark.data import resident
-
-        self._resident, self._end = resident, threading.Event()
-        self._before = self.bytes = resident()
+        self._end = threading.Event()
+        self._before = self.bytes = self._resident()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -143,7 +151,7 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
         for name, (shape, kind) in counting.conditioning_layout(teacher).items()
     }
     _warm_up()
-    with Peak() as peak:
+    with Peak(mapped=True) as peak:
         worker = Distiller(
             config, student, teacher, student.load_network(), Bridge.create(student, teacher, config.bridge),
             teacher.load_network(), Real(torch.randn(1, *teacher.latent_shape), conditioning, torch.zeros(1, dtype=torch.long)),
@@ -174,7 +182,7 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
         {name: torch.zeros(rows, *shape, dtype=kind) for name, (shape, kind) in layout.items()} for rows in (batch, 1)
     )
     _warm_up()
-    with Peak() as peak, torch.no_grad():
+    with Peak(mapped=True) as peak, torch.no_grad():
         network = teacher.load_network()
         teacher.predict_x0(
             network, torch.randn(batch, *teacher.latent_shape), torch.full((batch,), 0.5), conditioning, empty, 3.5
@@ -211,7 +219,7 @@ def _rank(settings: dict[str, Any]) -> dict[str, Any]:
     numel = counting.numel(network)
     _warm_up()
     torch.distributed.barrier()
-    with Peak() as peak:
+    with Peak(mapped=False) as peak:
         engine = zero3.load_partitioned(space, torch.float32, torch.device("cpu"), rank, world)
         torch.distributed.barrier()
     held = zero3.partition_numel(engine)
@@ -285,9 +293,9 @@ def table(result: dict[str, Any]) -> str:
         ],
     )
     notes = (
-        f"Anonymous resident memory beyond imports, float32 on the CPU, {result['batch_size']} samples; the plan counts live "
-        "tensors, the process also holds what the allocator keeps. A file's mapped pages, which the kernel shares and can "
-        f"drop, are not in it. Target: within {TOLERANCE:.0%}."
+        f"Resident memory beyond imports, float32 on the CPU, {result['batch_size']} samples; the plan counts live tensors, the "
+        "process also holds what the allocator keeps. While loading in shards, pages of mapped files are not counted: the "
+        f"kernel shares them among ranks and can drop them. Target: within {TOLERANCE:.0%}."
     )
     return f"{first}\n\n{second}\n\n{notes}"
 

@@ -136,8 +136,7 @@ class Rank:
         self, payload: Payload, rows: np.ndarray
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
         def load(wires: dict[str, Any], rows: np.ndarray) -> dict[str, torch.Tensor]:
-            tensors = {name: rows_from_wire(wire, rows).to(self.device) for name, wire in wires.items()}
-            return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+            return {name: rows_from_wire(wire, rows, self.dtype).to(self.device) for name, wire in wires.items()}
 
         unconditional = payload["unconditional"]
         return (

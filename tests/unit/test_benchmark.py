@@ -1,0 +1,117 @@
+"""The benchmark's frame, and the sections that need neither Ray nor a GPU: what they measure, and what they print."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+
+import pytest
+import torch
+
+from raydistill.benchmark import SECTIONS, measure
+from raydistill.benchmark import gpu as gpu_section
+from raydistill.benchmark import schedule as schedule_section
+
+LATER = {"chaos"}  # sections that may come from elsewhere
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """Results go to a temporary folder; threads are left as they were."""
+    threads = torch.get_num_threads()
+    yield ["--storage", str(tmp_path)]
+    torch.set_num_threads(threads)
+
+
+def test_without_a_section_the_job_lists_them(run_script):
+    code, out, _ = run_script("benchmark")
+    assert code == 2
+    assert all(f"\n  {name} " in out for name in SECTIONS)
+    assert run_script("benchmark", "--help")[0] == 0
+
+
+def test_an_unknown_section_is_named(run_script):
+    code, _, error = run_script("benchmark", "speed")
+    assert code == 2
+    assert error.startswith("error: no section 'speed'; there are all, schedule, service, ")
+
+
+@pytest.mark.parametrize("name", sorted(set(SECTIONS) - LATER))
+def test_every_section_has_its_three_functions_and_options_with_defaults(name):
+    section = importlib.import_module(f"raydistill.benchmark.{name}")
+    parser = argparse.ArgumentParser()
+    section.add_arguments(parser)
+    parser.parse_args([])
+    assert callable(section.run)
+    assert callable(section.table)
+
+
+def test_without_a_gpu_the_section_says_so_and_ends_well(run_script, here, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    code, out, _ = run_script("benchmark", "gpu", *here)
+    assert code == 0
+    assert "there is no GPU here" in out
+    result = json.loads((tmp_path / "benchmark" / "gpu.json").read_text())
+    assert set(result) == {"section", "machine", "command", "skipped"}
+    assert gpu_section.table(result) == result["skipped"]
+
+
+def test_a_real_size_step_changes_the_student_through_the_bridge(run_script, here, tmp_path):
+    """On the miniature world's sizes; the real ones need a minute and 12 GB."""
+    code, out, _ = run_script("benchmark", "realsize", "--dry-run", "--threads", "1", *here)
+    assert code == 0
+    result = json.loads((tmp_path / "benchmark" / "realsize.json").read_text())
+    assert result["changed"]
+    assert result["finite"]
+    assert result["without_gradient"] == []
+    assert result["gradient_norm"] > 0
+    assert "weights changed" in out
+
+
+class _Sleeping:
+    """Teachers that take `seconds`, without a service."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, made):
+        self.due, self.made = time.perf_counter() + self.seconds, made
+        return self
+
+    def result(self):
+        time.sleep(max(0.0, self.due - time.perf_counter()))
+        return torch.zeros_like(self.made.x_t)
+
+
+def test_a_slow_teacher_is_hidden_behind_the_fake_updates_and_bounds_the_step():
+    arguments = argparse.Namespace(steps=2, fake_updates=2)
+    _, worker = schedule_section.trainer(4, 2)
+    schedule_section._measure(worker, _Sleeping(0.0), arguments)
+    found = schedule_section._measure(worker, _Sleeping(1.0), arguments)
+    assert found["teacher_s"] == pytest.approx(1.0, abs=0.1)
+    assert found["bound_s"] == found["make_s"] + max(found["fake_s"], found["teacher_s"]) + found["student_s"]
+    assert found["wait_s"] < found["teacher_s"] - 0.5 * min(found["fake_s"], 1.0)
+    assert found["sequential_s"] > found["overlapped_s"]
+
+
+def test_actions_take_turns_and_give_medians():
+    calls = []
+    found = measure.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, warm_up=1)
+    assert calls == ["a", "b"] * 4
+    assert set(found) == {"a", "b"}
+    assert all(seconds >= 0 for seconds in found.values())
+
+
+def test_a_tables_rows_have_all_columns():
+    text = measure.markdown(("x", "y"), [(1, 2), (3, 4)])
+    assert text.splitlines() == ["| x | y |", "|---|---|", "| 1 | 2 |", "| 3 | 4 |"]
+
+
+def test_resident_memory_grows_by_what_is_touched():
+    before = measure.resident()
+    kept = torch.ones(25_000_000)
+    grown = measure.resident() - before
+    assert grown == pytest.approx(kept.nbytes, rel=0.05)

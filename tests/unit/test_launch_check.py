@@ -1,0 +1,89 @@
+"""The planner's check before a launch: what does not fit its GPUs is refused with key and remedy, before anything starts."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from raydistill import planning
+from raydistill.config import ConfigError, load
+
+ROOT = Path(__file__).resolve().parents[2]
+GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "distill.batch_size=2", "teachers.slice=2"]
+
+
+@pytest.fixture
+def small_gpu(tmp_path):
+    """Overrides that name a GPU which holds the miniature teacher, but no trainer of it."""
+    file = tmp_path / "gpus.yaml"
+    file.write_text(
+        "tiny: {memory_gib: 0.04, bf16_tflops: 1, fp32_tflops: 1, link_gbytes: 1, per_node: 1, price: 1, spot_price: 1}\n"
+    )
+    return [f"plan.gpus={file}", "plan.trainer_gpu=tiny", "plan.teacher_gpu=tiny"]
+
+
+def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
+    fits, warning = planning.check_launch(load(overrides=[*GPUS, *small_gpu, "plan.launch=warn"]))
+    assert fits.startswith("fits: teacher rank: needs ")  # there is no third line: the Bridge is trained already
+    assert warning.startswith("WARNING: trainer: needs ")
+    assert "distill.gpus_per_worker=1 tiny has 0.0; lower distill.batch_size" in warning
+
+
+def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
+    """The GPU is given the memory that a recomputing trainer needs, and a little more."""
+    config = load(overrides=[*GPUS, "distill.batch_size=32"])
+    spaces = (planning.counting.open_space(model) for model in (config.student.model, config.teacher.model))
+    enough = planning.counting.count_trainer(planning.changed(config, gradient_checkpointing=True), *spaces).peak
+    file = tmp_path / "gpus.yaml"
+    file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / planning.GIB}"))
+    with pytest.raises(ConfigError, match="distill.gradient_checkpointing=true would fit"):
+        planning.check_launch(load(overrides=[*GPUS, *small_gpu, "distill.batch_size=32"]), ["trainer"])
+
+
+def test_a_share_of_a_gpu_has_a_share_of_its_memory(small_gpu):
+    def check(share):
+        return planning.check_launch(
+            load(overrides=[*GPUS, *small_gpu, f"teachers.gpus_per_rank={share}", "teachers.shards=1"]),
+            ["teacher rank"],
+        )
+
+    assert "teacher rank" in check(1)[0]
+    with pytest.raises(ConfigError, match=r"teacher rank: .*teachers.gpus_per_rank=0.1 tiny has 0.0; "):
+        check(0.1)
+
+
+def test_nothing_is_counted_for_roles_without_gpus(monkeypatch):
+    def never(*args):
+        raise AssertionError("counted")
+
+    for name in ("count_trainer", "count_teacher", "count_bridge"):
+        monkeypatch.setattr(planning.counting, name, never)
+    assert planning.check_launch(load()) == []
+    assert planning.check_launch(load(overrides=[*GPUS, "plan.launch=ignore"])) == []
+    with pytest.raises(AssertionError, match="counted"):
+        planning.check_launch(load(overrides=GPUS))
+
+
+def test_an_unknown_kind_of_gpu_is_named():
+    with pytest.raises(ConfigError, match=r"plan.trainer_gpu: H1000 is not in the table \(H100, "):
+        planning.check_launch(load(overrides=[*GPUS, "plan.trainer_gpu=H1000"]))
+
+
+def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small_gpu, monkeypatch, capfd, tmp_path):
+    storage = tmp_path / "storage"
+    monkeypatch.setattr(
+        "sys.argv", ["jobs/distill.py", f"storage={storage}", "run.name=mine", "controls=[]", *GPUS, *small_gpu]
+    )
+    assert runpy.run_path(str(ROOT / "jobs" / "distill.py"))["main"]() == 2
+    assert "error: trainer: " in capfd.readouterr().err
+    assert not (storage / "mine").exists()
+
+
+def test_a_job_without_gpus_does_not_even_import_the_planner():
+    code = "import sys, raydistill.job as job; from raydistill.config import load; assert job._fit(load(), ['trainer']) == []"
+    done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('raydistill.planning' in sys.modules)"], cwd=ROOT)
+    assert done.returncode == 0
