@@ -98,15 +98,15 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
 
     first = other("start", sd_folder)
     ranks = pids()
-    elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
-    users.attach(str(elsewhere), CONFIG, NAME)
-    expected = score(sd_folder)
-    assert len(users.living(NAME)) == 2
-
     with pytest.raises(TeacherStartError, match="its model is .* is another one"):
         users.attach(str(flux_folder), CONFIG, NAME)
     with pytest.raises(TeacherStartError, match=r"teachers.slice: it runs with 4, not 8"):
         users.attach(str(sd_folder), CONFIG.model_copy(update={"slice": 8}), NAME)
+    assert len(users.living(NAME)) == 1
+    elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
+    users.attach(str(elsewhere), CONFIG, NAME)
+    expected = score(sd_folder)
+    assert len(users.living(NAME)) == 2
 
     first.send_signal(signal.SIGKILL)  # the run that started it
     until(lambda: len(users.living(NAME)) == 1)
