@@ -6,6 +6,7 @@ The run lives on a cluster of its own (a head, and a node that is lost from time
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -302,8 +303,8 @@ def _changed_on_repeat(lines: list[dict[str, Any]]) -> int:
 
 def _repeated(lines: list[dict[str, Any]]) -> float:
     """Attempts after the first of all requests; the counter starts anew with each worker."""
-    counts = [line["values"]["teachers/repeated"] for line in lines]
-    return sum(c for c, following in zip(counts, [*counts[1:], -1.0], strict=True) if following < c)
+    counts = [0.0, *(line["values"]["teachers/repeated"] for line in lines)]
+    return sum(now - before if now >= before else now for before, now in itertools.pairwise(counts))
 
 
 def _last_state(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,18 @@ def train_worker(settings: dict[str, Any]) -> None:
     """
     stage = Stage(**settings)
     if fatal(stage.path()) is None:
-        with written_down(stage.path()):
+        with written_down(stage.path()), _said(stage.name):
             _train(stage)
+
+
+@contextmanager
+def _said(stage: str) -> Iterator[None]:
+    """Show on the driver's screen why a worker fails: Ray Train starts it again without a word."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{stage}: a worker failed: {type(error).__name__}: {error}", flush=True)
+        raise
 
 
 def _train(stage: Stage) -> None:

@@ -349,9 +349,9 @@ def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[None]:
     from raydistill.teachers import users
 
     start = users.attach if name == config.teachers.service else users.start
+    with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
+        start(str(resolve(config.teacher.model)), config.teachers, name)  # leaves nothing behind if it fails
     try:
-        with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
-            start(str(resolve(config.teacher.model)), config.teachers, name)
         yield
     finally:
         users.release(name)

@@ -25,12 +25,12 @@ def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> No
     unfinished = folder / "state.tmp"
     try:
         torch.save({"state": state, "about": about}, unfinished)
-    except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos"
+    except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos", if it says anything
         unfinished.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 2**30
         raise OSError(
-            f"{folder / 'state.pt'} cannot be written, the older one is kept; its disk has {free:.1f} GiB free: "
-            f"{str(error).splitlines()[0]}"
+            f"{folder / 'state.pt'} cannot be written ({str(error).splitlines()[0]}); is the disk full? {free:.1f} GiB are "
+            "free. The older one is kept; free space, then continue with the same run.name"
         ) from error
     unfinished.replace(folder / "state.pt")
     (folder / "about.json").write_text(json.dumps(about, indent=1))

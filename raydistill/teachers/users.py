@@ -60,13 +60,23 @@ def attach(model_folder: str, config: Teachers, name: str) -> None:
     Raises:
         TeacherStartError: there is none, or its answers would not be those of this teacher and these settings.
     """
+    _put(name, "user/" + _me(), "")  # first, so that the last other user leaves it standing
+    try:
+        _check_same(_describe(model_folder, config), name)
+        service.wait_until_ready(config, name, patient=True)
+    except BaseException:
+        _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
+        raise
+
+
+def _check_same(wanted: dict[str, Any], name: str) -> None:
+    """Raises TeacherStartError unless the service `name` runs and answers as this teacher would."""
     running = _description(name)
     if running is None or not service.exists(name):
         raise TeacherStartError(
             f"teachers.service: there is no teacher service {name!r} on this cluster; services: "
             f"{', '.join(services()) or 'none'}. teachers.service=null starts one"
         )
-    wanted = _describe(model_folder, config)
     differ = [
         f"teachers.{key}: it runs with {running['config'][key]!r}, not {wanted['config'][key]!r}"
         for key in DECIDE_NUMBERS
@@ -76,8 +86,6 @@ def attach(model_folder: str, config: Teachers, name: str) -> None:
         differ.insert(0, f"its model is {running['folder']}, and {wanted['folder']} is another one (teacher.model)")
     if differ:
         raise TeacherStartError(f"teachers.service: {name} is not this run's teacher: {'; '.join(differ)}")
-    _put(name, "user/" + _me(), "")
-    service.wait_until_ready(config, name, patient=True)
 
 
 def release(name: str) -> None:

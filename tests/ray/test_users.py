@@ -69,6 +69,11 @@ def running() -> bool:
     return NAME in serve.status().applications
 
 
+def keepers() -> list[dict]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor for actor in named if actor["namespace"] == users.NAMESPACE]
+
+
 def until(reached, timeout: float = 30) -> None:
     deadline = time.monotonic() + timeout
     while not reached():
@@ -98,15 +103,15 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
 
     first = other("start", sd_folder)
     ranks = pids()
-    elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
-    users.attach(str(elsewhere), CONFIG, NAME)
-    expected = score(sd_folder)
-    assert len(users.living(NAME)) == 2
-
     with pytest.raises(TeacherStartError, match="its model is .* is another one"):
         users.attach(str(flux_folder), CONFIG, NAME)
     with pytest.raises(TeacherStartError, match=r"teachers.slice: it runs with 4, not 8"):
         users.attach(str(sd_folder), CONFIG.model_copy(update={"slice": 8}), NAME)
+    assert len(users.living(NAME)) == 1
+    elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
+    users.attach(str(elsewhere), CONFIG, NAME)
+    expected = score(sd_folder)
+    assert len(users.living(NAME)) == 2
 
     first.send_signal(signal.SIGKILL)  # the run that started it
     until(lambda: len(users.living(NAME)) == 1)
@@ -121,8 +126,7 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     assert resumed.stdout.readline() == "left\n"
     assert not running()
     assert users.services() == []
-    with pytest.raises(ValueError):
-        ray.get_actor(f"keeper-{NAME}", namespace=users.NAMESPACE)
+    until(lambda: not keepers())
 
 
 def test_a_service_that_only_crashed_runs_used_is_taken_down(other, sd_folder):
@@ -130,4 +134,4 @@ def test_a_service_that_only_crashed_runs_used_is_taken_down(other, sd_folder):
     assert running()
     run.send_signal(signal.SIGKILL)
     until(lambda: not running())
-    until(lambda: users.services() == [])
+    until(lambda: users.services() == [] and not keepers())
