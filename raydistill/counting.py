@@ -114,6 +114,42 @@ def without_initial_values() -> Iterator[None]:
             setattr(nn.init, name, function)
 
 
+@contextlib.contextmanager
+def autocast() -> Iterator[None]:
+    """CUDA's bfloat16 autocast for meta tensors, which torch.autocast passes by: wherever the CPU's is switched on.
+
+    As there, matrix products, convolutions and attention run in bfloat16, normalisation in float32. torch's own functions
+    are exchanged, as in `fused_attention`: checkpointed blocks run again under the autocast state of their first run.
+    """
+
+    def cast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            if not torch.is_autocast_enabled("cpu") or tensors[0].device.type != "meta":
+                return function(*args, **kwargs)
+
+            def convert(value: Any) -> Any:
+                real = isinstance(value, torch.Tensor) and value.is_floating_point()
+                return value.to(dtype) if real else value
+
+            return function(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
+
+        return run
+
+    low, high = torch.bfloat16, torch.float32
+    products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
+    products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
+    places = [(*place, low) for place in products] + [(F, name, high) for name in ("layer_norm", "group_norm")]
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, dtype in places:
+        setattr(owner, name, cast(getattr(owner, name), dtype))
+    try:
+        yield
+    finally:
+        for owner, name, function in plain:
+            setattr(owner, name, function)
+
+
 class Meter(TorchDispatchMode):
     """FLOPs, and bytes of tensors on `device` that are alive, from when it is entered.
 
@@ -169,7 +205,7 @@ class Work:
 @contextlib.contextmanager
 def counted() -> Iterator[Meter]:
     """Everything inside the block may run on meta tensors."""
-    with without_initial_values(), WithoutNumbers(), fused_attention(), Meter() as meter:
+    with without_initial_values(), WithoutNumbers(), fused_attention(), autocast(), Meter() as meter:
         yield meter
 
 
@@ -377,7 +413,10 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
 
 
 def count_trainer(config: Config, student: Space, teacher: Space, batch: int | None = None) -> Trainer:
-    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors."""
+    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors.
+
+    `batch` must be a multiple of distill.micro_batches.
+    """
     with counted() as meter:
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         for module in (worker.student, worker.bridge, worker.fake, worker.ema):

@@ -139,7 +139,8 @@ def count_run(config: Config) -> Counts:
     student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
     spaces = {"student": student, "teacher": teacher}
     batch, scale = config.distill.batch_size, guidance_scale(config, teacher)
-    small = 1 if batch > 1 else 2
+    parts = config.distill.micro_batches
+    small = parts if batch > parts else 2 * parts  # one sample a part, or two
     share = max(1, config.bridge.batch_size // config.distill.workers)
     latents = 4 * math.prod(teacher.latent_shape)
     trainer = counting.count_trainer(config, student, teacher, batch)
@@ -161,8 +162,8 @@ def count_run(config: Config) -> Counts:
             for part, value in counting.count_text(space).items()
         },
         vae={role: counting.count_vae(space) for role, space in spaces.items()},
-        request_bytes=request_bytes(teacher, batch, scale != 1.0),
-        answer_bytes=batch * latents,
+        request_bytes=request_bytes(teacher, batch // parts, scale != 1.0),
+        answer_bytes=batch // parts * latents,
         real_row_bytes=latents + conditioning_bytes(teacher),
     )
 
@@ -198,7 +199,7 @@ def _rank_bytes(network: counting.Teacher, config: Config, shards: int) -> int:
 
 
 def trainer_bytes(counts: Counts, batch: int) -> float:
-    """Most bytes of tensors on a trainer at up to the configured number of samples.
+    """Most bytes of tensors on a trainer at up to the configured number of samples, in distill.micro_batches parts.
 
     Straight lines through the two counted batch sizes: the truth bends upwards, so between them they never say less.
     """
@@ -234,11 +235,15 @@ def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
     needs = trainer_bytes(counts, counts.batch)
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
-    fitting = [batch for batch in range(1, counts.batch) if trainer_bytes(counts, batch) <= has]
-    advice = f"distill.batch_size={fitting[-1]} would" if fitting else "not even one sample would"
-    if counts.recomputing.peak <= has:
-        advice += "; so would distill.gradient_checkpointing=true"
-    return Fit("trainer", gpu, needs, has, advice)
+    parts = config.distill.micro_batches
+    # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
+    more = [m for m in range(parts + 1, counts.batch + 1) if counts.batch % m == 0]
+    more = [m for m in more if trainer_bytes(counts, counts.batch // m * parts) <= has]
+    fitting = [batch for batch in range(parts, counts.batch, parts) if trainer_bytes(counts, batch) <= has]
+    would = [f"distill.micro_batches={more[0]}"] if more else []
+    would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
+    would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak <= has else []
+    return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
@@ -403,6 +408,11 @@ class Schedule:
         return max(self.work + self.teacher, self.text)
 
 
+def trainer_dtype(config: Config) -> str:
+    """What most of a trainer's arithmetic runs in."""
+    return "bfloat16" if config.distill.mixed_precision else "float32"
+
+
 def _link(gpu: Gpu, ranks: int, config: Config) -> float:
     """Bytes per second at which one of `ranks` GPUs receives from the others."""
     return 1e9 * (gpu.link_gbytes if ranks <= gpu.per_node else config.plan.network_gbits / 8)
@@ -414,9 +424,9 @@ def _all_reduce(nbytes: int, gpu: Gpu, config: Config) -> float:
 
 
 def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
-    """One worker's batch on one replica: equally many forwards on every rank, and the way there and back."""
+    """One micro-batch on one replica: equally many forwards on every rank, and the way there and back."""
     network, teachers, plan = counts.network, config.teachers, config.plan
-    rounds = -(-counts.batch // (network.samples * shards))
+    rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
     compute = network.score.flops / gpu.flops_per_s(teachers.dtype, plan.efficiency)
     moved = counts.request_bytes + counts.answer_bytes
     return rounds * max(compute, _gather(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
@@ -430,14 +440,15 @@ def _gather(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
 
 def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     """Seconds of a step on the configured kinds of GPU."""
-    plan, trainer, workers = config.plan, counts.trainer, config.distill.workers
+    plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
     gpu, teacher_gpu = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu]
-    rate = gpu.flops_per_s("float32", plan.efficiency)  # trainers compute in float32
+    rate = gpu.flops_per_s(trainer_dtype(config), plan.efficiency)
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
     updates = config.fake_score.updates
     fake = trainer.fake.flops / rate + reduced["fake"] + reduced.get("discriminator", 0.0)
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
-    rounds = [-(-workers // replicas) for replicas in range(1, workers + 1)]
+    requests, at_once = workers * distill.micro_batches, workers * min(distill.in_flight, distill.micro_batches)
+    rounds = [-(-requests // replicas) for replicas in range(1, at_once + 1)]
     needed = next((r for r, n in enumerate(rounds, 1) if n * one <= updates * fake), None)
     prompts = (1 + updates) * counts.batch
     return Schedule(
@@ -445,7 +456,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
         fake=fake,
         updates=updates,
         student=trainer.student.flops / rate + reduced["student"],
-        teacher=-(-workers // config.teachers.replicas) * one,
+        teacher=rounds[min(config.teachers.replicas, at_once) - 1] * one,
         text=prompts * counts.text_flops / (1e9 * plan.cpu_gflops),  # one single-threaded encoder per worker
         overlap=config.distill.overlap,
         replicas_needed=needed,
@@ -574,7 +585,8 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"MEMORY of one GPU, GiB of tensors (counted), against its size less plan.reserve = {config.plan.reserve:.0%}",
         f"  trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
         f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
-        f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f}; all in float32",
+        f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // config.distill.micro_batches} "
+        f"samples at once; weights in float32, forward passes in {trainer_dtype(config)}",
         f"  teacher rank: {config.teachers.shards} shard(s) in {config.teachers.dtype}, activations of "
         f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}",
     ]
@@ -593,10 +605,12 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
 
 
 def _requests(counts: Counts, config: Config) -> str:
+    samples = counts.batch // config.distill.micro_batches
     return (
         "TRAFFIC\n"
-        f"  one score request {_amount(counts.request_bytes, 'B')} ({_amount(counts.request_bytes / counts.batch, 'B')} "
-        f"a sample), its answer {_amount(counts.answer_bytes, 'B')}; {config.distill.workers} of them a step\n"
+        f"  one score request {_amount(counts.request_bytes, 'B')} ({_amount(counts.request_bytes / samples, 'B')} "
+        f"a sample), its answer {_amount(counts.answer_bytes, 'B')}; "
+        f"{config.distill.workers * config.distill.micro_batches} of them a step\n"
         "  averaged gradients of a step: "
         + ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
     )
@@ -605,6 +619,8 @@ def _requests(counts: Counts, config: Config) -> str:
 def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
     k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
+    dtype, mixed = trainer_dtype(config), config.distill.mixed_precision
+    rate = trainer_gpu.bf16_tflops if mixed else trainer_gpu.fp32_tflops
     score = network.score.flops / network.samples * counts.batch
     text = (1 + k) * counts.batch * counts.text_flops
     lines = [
@@ -615,7 +631,8 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
         f"{config.teachers.replicas} x {config.teachers.shards} {config.plan.teacher_gpu}",
         f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s on one CPU thread, ahead of the trainers",
-        f"  trainers compute in float32: {trainer_gpu.fp32_tflops:g} of {trainer_gpu.bf16_tflops:g} TFLOP/s at the peak",
+        f"  trainers compute in {dtype}: {rate:g} of {trainer_gpu.bf16_tflops:g} TFLOP/s at the peak"
+        + (" (a student that starts at t = 999 stays float32, which is not in these seconds)" if mixed else ""),
         f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "
         f"{timing.wait:.3f} s for teachers",
     ]

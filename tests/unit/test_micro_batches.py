@@ -256,11 +256,12 @@ def test_a_batch_that_has_no_such_parts_is_refused_with_those_it_has(overrides, 
         check_inputs(load(overrides=[f"storage={tmp_path}", *overrides]))
 
 
-def test_a_resume_may_change_how_many_requests_are_under_way_but_not_the_parts(tmp_path):
+def test_a_resume_may_change_requests_and_alarms_but_neither_parts_nor_precision(tmp_path):
     settings = [f"storage={tmp_path}", "run.name=a", "distill.micro_batches=2"]
     config = load(overrides=settings)
     create_run_folder(open_run_folder(config), config)
-    open_run_folder(load(overrides=[*settings, "distill.in_flight=1"]))
+    free = ("distill.in_flight=1", "distill.drift_limit=0.5", "distill.stop_on_collapse=true")
+    open_run_folder(load(overrides=[*settings, *free]))
     for other in ("distill.micro_batches=4", "distill.mixed_precision=true"):
         with pytest.raises(ConfigError, match=other.split("=")[0]):
             open_run_folder(load(overrides=[*settings, other]))

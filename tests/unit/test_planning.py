@@ -231,6 +231,53 @@ def test_memory_between_two_counted_batches_is_never_said_to_be_less(config, cou
         assert real <= planning.trainer_bytes(counts, batch) <= 1.15 * real
 
 
+def test_parts_of_a_batch_cost_the_flops_of_the_batch_and_the_memory_of_a_part(config, counts):
+    parted = planning.count_run(planning.changed(config, micro_batches=2))
+    for name in PARTS:
+        assert getattr(parted.trainer, name).flops == getattr(counts.trainer, name).flops
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    half = counting.count_trainer(config, student, teacher, BATCH // 2)
+    # a sum of gradients is there besides the part's own activations
+    assert parted.trainer.fake.peak == pytest.approx(half.fake.peak, rel=0.05)
+    assert half.student.peak <= parted.trainer.student.peak <= half.student.peak + half.gradients["student"]
+    assert (parted.request_bytes, parted.answer_bytes) == (
+        planning.request_bytes(teacher, BATCH // 2, True), counts.answer_bytes // 2
+    )  # fmt: skip
+    heavy = dataclasses.replace(
+        parted, trainer=dataclasses.replace(parted.trainer, fake=dataclasses.replace(parted.trainer.fake, peak=1 << 40))
+    )
+    divided = planning.changed(config, micro_batches=2)
+    advice = planning._fit_trainer(heavy, divided, "H100", 100 * planning.GIB).advice
+    assert advice.startswith("distill.micro_batches=4 or distill.batch_size=2 ")
+
+
+def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spaces):
+    """The CPU's autocast, which normalises in bfloat16 where CUDA's, which is counted, takes float32."""
+    mixed = planning.changed(config, mixed_precision=True)
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    counted, plain = (counting.count_trainer(c, student, teacher) for c in (mixed, config))
+    for part in step(worker, spaces[1]):  # builds up the optimizers' state
+        part()
+    worker.config = mixed
+    try:
+        with counting.Meter("cpu") as memory:
+            for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
+                for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
+                    memory.watch(tensor)
+            for optimizer in worker.optimizers.values():
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        memory.watch(value)
+            for name, part in zip(PARTS, step(worker, spaces[1]), strict=True):
+                peak = memory.count(part).peak
+                assert getattr(counted, name).peak == pytest.approx(peak, rel=0.15), name
+                assert getattr(counted, name).flops == getattr(plain, name).flops
+    finally:
+        worker.config = config
+    assert counted.fake.peak - counted.held < 0.85 * (plain.fake.peak - plain.held)
+    assert counted.held == plain.held
+
+
 # -- arithmetic on the counts -----------------------------------------------------------------------------
 
 
@@ -272,6 +319,29 @@ def test_a_step_costs_what_the_schedule_says(config, large):
         dataclasses.replace(large, text={"teacher text_encoder": (1, 1e15)}), settings(config), gpus
     )
     assert text.step == text.text > text.work + text.wait
+
+
+def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, large):
+    gpus = planning.read_gpus()
+
+    def timing(*overrides):
+        return planning.schedule(large, settings(config, "distill.workers=1", *overrides), gpus)
+
+    one = timing().teacher
+    assert timing("teachers.replicas=4").teacher == one  # a single request has one replica
+    parts = [timing("distill.micro_batches=4", f"teachers.replicas={n}").teacher for n in (1, 2, 4, 8)]
+    assert parts == pytest.approx([parts[0], parts[0] / 2, parts[0] / 4, parts[0] / 4])
+    held_back = timing("distill.micro_batches=4", "distill.in_flight=2", "teachers.replicas=4").teacher
+    assert held_back == pytest.approx(parts[1])
+
+
+def test_bfloat16_trainers_are_planned_with_bfloat16_speed(config, large):
+    gpus = planning.read_gpus()
+    slow, fast = (
+        planning.schedule(large, settings(config, f"distill.mixed_precision={on}"), gpus) for on in ("false", "true")
+    )
+    ratio = gpus["H100"].bf16_tflops / gpus["H100"].fp32_tflops
+    assert slow.make / fast.make == pytest.approx(ratio)
 
 
 def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
@@ -320,7 +390,9 @@ def test_what_does_not_fit_says_what_would(config, large):
     trainer = planning._fit_trainer(heavy, settings(config), "H100", 140 * planning.GIB)
     assert not trainer.fits
     # 200 GiB for 4 samples, next to nothing for one
-    assert trainer.advice == "distill.batch_size=3 would; so would distill.gradient_checkpointing=true"
+    assert trainer.advice == (
+        "distill.micro_batches=2 or distill.batch_size=3 or distill.gradient_checkpointing=true would"
+    )
     remedies = planning.trainer_remedies(large, settings(config))
     assert [label for label, _ in remedies] == [
         "distill.gradient_checkpointing", "frozen base sharded over 8", "optimizers on the host",

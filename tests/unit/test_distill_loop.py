@@ -1,0 +1,162 @@
+"""What every Ray Train worker runs, in processes of torch's own: stopped by a collapse, resumed, broken by a value.
+
+Ray Train's part is played by `Train`, which keeps the last checkpoint in a folder; prompts are encoded in the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from raydistill.config import load, validate
+from raydistill.distill import loop
+from raydistill.distill.losses import NonFiniteError
+from raydistill.distill.state import load_state
+from raydistill.shapes import WEIGHTS
+
+SMALL = (
+    "vsd.weight=0", "distill.steps=4", "distill.batch_size=4", "distill.micro_batches=2", "fake_score.updates=1",
+    "discriminator.real_count=16", "evaluation.count=4", "evaluation.periodic_count=4", "evaluation.grid=4",
+    "distill.evaluate_every=1", "distill.checkpoint_every=4",
+)  # fmt: skip
+
+
+class Train:
+    """`ray.train` as a worker sees it."""
+
+    def __init__(self, folder, rank, world):
+        self.folder, self.context = Path(folder, "checkpoint"), SimpleNamespace(
+            get_world_rank=lambda: rank, get_world_size=lambda: world
+        )  # fmt: skip
+        self.Checkpoint = SimpleNamespace(from_directory=lambda folder: folder)
+
+    def get_context(self):
+        return self.context
+
+    def get_checkpoint(self):
+        if not self.folder.is_dir():
+            return None
+        return SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(self.folder)))
+
+    def report(self, metrics, checkpoint=None):
+        if checkpoint is not None:
+            shutil.copytree(checkpoint, self.folder, dirs_exist_ok=True)
+
+
+def batches(config, first, rank, world):
+    """As `loop._batches_from`, of eight captions."""
+    from raydistill.data.encode import TextEncoder
+    from raydistill.spaces import load_space
+
+    captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[:8]
+    models = {"student": config.student.model, "teacher": config.teacher.model}
+    tables = {
+        role: TextEncoder(load_space(loop.resolve(model))).encode(captions) for role, model in models.items()
+    }  # fmt: skip
+    for slot in itertools.count(first * (1 + config.fake_score.updates)):
+        ids = [(slot * world + rank) * config.distill.batch_size + i for i in range(config.distill.batch_size)]
+        rows = [i % 8 for i in ids]
+        yield {"sample_id": ids} | {
+            f"{role}.{name}": value[rows].numpy() for role, table in tables.items() for name, value in table.items()
+        }
+
+
+def work(rank, settings, world, port):
+    """The body of one worker."""
+    torch.set_num_threads(1)
+    loop.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
+    loop._batches_from = batches
+    if world > 1:
+        address = f"tcp://127.0.0.1:{port}"
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+    loop._train(loop.Stage(**settings))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """(uri, storage) of an MLflow store; making one takes seconds."""
+    storage = tmp_path_factory.mktemp("store")
+    return f"sqlite:///{storage}/mlflow.db", storage
+
+
+@pytest.fixture
+def stage(store, tmp_path):
+    def make(*overrides):
+        from raydistill.tracking import open_run
+
+        uri, storage = store
+        config = load(overrides=[*SMALL, *overrides])
+        run = open_run(uri, "tests", "distill", storage=storage, params={}, tags={})
+        bridge, real = str(WEIGHTS / "bridge" / "sd15-flux"), str(WEIGHTS / "samples" / "flux")
+        return asdict(loop.Stage("distill", config.model_dump(), str(tmp_path), bridge, real, None, None, uri, run))
+
+    return make
+
+
+def start(settings, world=1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (settings, world, port), nprocs=world)
+
+
+def tracked(settings):
+    import mlflow
+
+    return mlflow.MlflowClient(settings["mlflow_uri"]).get_run(settings["mlflow_run"]).data
+
+
+def result(settings):
+    return json.loads(Path(settings["folder"], "result.json").read_text())
+
+
+def test_two_workers_stop_together_at_a_collapse_and_export_the_best(stage, tmp_path):
+    settings = stage("distill.stop_on_collapse=true", "distill.drift_limit=0.02", "distill.workers=2")
+    start(settings, world=2)
+    told, data = result(settings), tracked(settings)
+    assert told["stopped"].startswith(f"step {told['steps']}: the latents' drift from the teacher's samples is ")
+    assert 1 <= told["steps"] < 4
+    assert told["best_step"] <= told["steps"]
+    assert data.tags["collapse_alarm"] == told["stopped"]
+    assert data.metrics["guard/latent_drift_average"] > 0.02
+    assert load_state(tmp_path / "checkpoint")[1]["step"] == told["steps"]  # although none was due
+    assert (tmp_path / "export" / "model_index.json").is_file()
+    # killed before its result was there: the next attempt trains no further, and says the same
+    Path(settings["folder"], "result.json").unlink()
+    start(settings, world=2)
+    assert result(settings) == told
+
+
+def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(stage):
+    settings = stage("distill.stop_on_collapse=true", "distill.drift_limit=1e-6")
+    start(settings)
+    assert result(settings)["steps"] == 1
+    tree = validate(settings["config"]).model_dump()
+    tree["distill"]["stop_on_collapse"] = False
+    start(settings | {"config": tree})
+    told = result(settings)
+    assert (told["steps"], told["stopped"]) == (4, None)
+    assert tracked(settings).tags["collapse_alarm"].startswith("step ")
+
+
+def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tmp_path):
+    """One worker, in this process."""
+    settings = stage("student.lr=1e30")
+    monkeypatch.setattr(loop, "ray", loop.ray)
+    monkeypatch.setattr(loop, "_batches_from", batches)
+    with pytest.raises(NonFiniteError) as caught:
+        work(0, settings, 1, None)
+    data = tracked(settings)
+    assert data.tags["non_finite"].startswith("step ")
+    assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
+    assert data.metrics["guard/non_finite"] == caught.value.count >= 1
+    assert not (tmp_path / "result.json").exists()
