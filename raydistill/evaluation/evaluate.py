@@ -265,11 +265,11 @@ def _of_set(plan: Plan, parts: Parts, metric: Metric, run_once: Callable[..., An
 
 
 def collect(plan: Plan, parts: Parts) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """(means, columns) of all picture metrics of this call."""
+    """(means, columns) of all picture metrics that are complete in the folder, this call's and earlier ones."""
     columns: dict[str, list[float | None]] = {}
-    for metric in plan.metrics:
-        if metric.name not in SET_METRICS:
-            columns |= parts.read(metric.name)
+    for name in plan.settings["metrics"]:
+        if name not in SET_METRICS and not parts.missing(name):
+            columns |= parts.read(name)
     return mean_table(plan.items, columns), columns
 
 
