@@ -22,7 +22,7 @@ from raydistill.evaluation.command import CommandError, parse_command, run_comma
 from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage, StageFailed
 from raydistill.evaluation.promptsets import Item, open_prompts, read_items, write_items
-from raydistill.evaluation.results import ALL, mean_table, metric_names, write_scores
+from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, load_image
 from raydistill.evaluation.subject import Painter, find_subject, save_picture
 from raydistill.shapes import WEIGHTS, miniatures
@@ -352,7 +352,7 @@ def test_means_in_all_and_by_category(tmp_path):
     columns = {"x": [1.0, 2.0, 4.0, 9.0], "y": [None, 3.0, None, 5.0]}
     table = mean_table(items, columns)
     assert table == {ALL: {"x": 4.0, "y": 4.0}, "Animals": {"x": 2.5}, "Abstract": {"x": 2.0, "y": 3.0}}
-    assert metric_names(table) == {
+    assert mlflow_names(table) == {
         "eval/x": 4.0, "eval/y": 4.0, "eval/Animals/x": 2.5, "eval/Abstract/x": 2.0, "eval/Abstract/y": 3.0,
     }  # fmt: skip
     write_scores(tmp_path / "scores.parquet", items, columns)
