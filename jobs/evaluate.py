@@ -51,7 +51,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="where the published sets were put (default: <storage>/prompts)",
     )
-    add("--column", help="column of the prompt (default: prompt or Prompt)")
+    add("--column", help="column of the prompt (default: prompt, Prompt or caption)")
     add("--category-column", metavar="COLUMN", help="column of the category (default: category or Category, if there)")
     add("--metrics", nargs="+", default=["judge"], metavar="METRIC", help="see above (default: judge)")
     add("--count", type=_count(1), metavar="N", help="pictures (default: one a prompt)")
