@@ -51,7 +51,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="FOLDER",
         help="where the published sets were put (default: <storage>/prompts)",
     )
-    add("--column", help="column of the prompt (default: prompt or Prompt)")
+    add("--column", help="column of the prompt (default: prompt, Prompt or caption)")
     add("--category-column", metavar="COLUMN", help="column of the category (default: category or Category, if there)")
     add("--metrics", nargs="+", default=["judge"], metavar="METRIC", help="see above (default: judge)")
     add("--count", type=_count(1), metavar="N", help="pictures (default: one a prompt)")
@@ -112,6 +112,12 @@ def plan_of(arguments: argparse.Namespace):
     from raydistill.evaluation.weights import parse_weights
 
     told = arguments
+    for option, place in (("--storage", told.storage), ("--out", told.out)):
+        if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and place is not None and not place.is_absolute():
+            raise ValueError(
+                f"{option} {place}: is relative, and under `ray job submit` the working directory is a copy that is thrown "
+                "away; name an absolute folder"
+            )
     prompts = open_prompts(
         told.prompts, told.prompt_sets or told.storage / "prompts", told.column, told.category_column
     )
@@ -135,7 +141,7 @@ def _resources(told: argparse.Namespace, stages: int):
 
     gpus = told.gpus
     if gpus is None:  # all stages run at once, and a stage without its share would wait for ever
-        gpus = round(1 / (stages - 1 + told.actors) - 0.005, 2) if torch.cuda.is_available() else 0.0
+        gpus = int(100 / (stages - 1 + told.actors)) / 100 if torch.cuda.is_available() else 0.0
     if gpus < 0:
         raise ValueError(f"--gpus {gpus}: must not be negative")
     threads = int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdecimal() else None

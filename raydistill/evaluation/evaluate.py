@@ -23,7 +23,7 @@ from raydistill.data.prompts import PromptFileError
 from raydistill.evaluation.command import PREFIX, parse_command, run_command
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, PICTURES, SETTINGS_FILE, Parts, replace_text
 from raydistill.evaluation.promptsets import CategorisedPrompts, Item, write_items
-from raydistill.evaluation.results import ALL, mean_table, metric_names, write_scores
+from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
@@ -265,11 +265,11 @@ def _of_set(plan: Plan, parts: Parts, metric: Metric, run_once: Callable[..., An
 
 
 def collect(plan: Plan, parts: Parts) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """(means, columns) of all picture metrics of this call."""
+    """(means, columns) of all picture metrics that are complete in the folder, this call's and earlier ones."""
     columns: dict[str, list[float | None]] = {}
-    for metric in plan.metrics:
-        if metric.name not in SET_METRICS:
-            columns |= parts.read(metric.name)
+    for name in plan.settings["metrics"]:
+        if name not in SET_METRICS and not parts.missing(name):
+            columns |= parts.read(name)
     return mean_table(plan.items, columns), columns
 
 
@@ -335,9 +335,12 @@ def log_results(
         tags={"stage": "evaluation", "git_commit": source_version(), "evaluated": subject.title},
         parent_run_id=parent_id, resume_run_id=resume,
     )  # fmt: skip
-    replace_text(memory, json.dumps({"run_id": run_id, "parent": parent_id}) + "\n")
+    logged = client.get_run(run_id).data.metrics
+    values = {key: value for key, value in mlflow_names(table).items() if logged.get(key) != value}
+    step = known.get("step", 0) + any(key in logged for key in values) if resume else 0
+    replace_text(memory, json.dumps({"run_id": run_id, "parent": parent_id, "step": step}) + "\n")
     tracker = Tracker(uri, run_id)
-    tracker.metrics(metric_names(table), 0)
+    tracker.metrics(values, step)
     for name in (SCORES_FILE, RESULTS_FILE, GRID_FILE):
         tracker.artifact(plan.folder / name)
     with Image.open(plan.folder / GRID_FILE) as picture:

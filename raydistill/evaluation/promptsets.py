@@ -15,7 +15,10 @@ from pathlib import Path
 from raydistill.config import SHAPES_PREFIX, local_path
 from raydistill.data.prompts import PromptFileError, PromptReport, PromptSet, read_prompts
 
-PROMPT_COLUMNS, CATEGORY_COLUMNS = ("prompt", "Prompt"), ("category", "Category")  # looked for where none is named
+PROMPT_COLUMNS, CATEGORY_COLUMNS = (
+    ("prompt", "Prompt", "caption"),
+    ("category", "Category"),
+)  # looked for where none is named
 PAIRS = "shapes-pairs"  # two objects, held out
 PAIRS_COUNT = 128
 
@@ -31,8 +34,7 @@ class Published:
 PUBLISHED = {
     "parti": Published("PartiPrompts.tsv", "https://github.com/google-research/parti: PartiPrompts.tsv"),
     "hpsv2": Published("hpsv2", "https://huggingface.co/datasets/zhwang/HPDv2: benchmark/*.json (four lists)"),
-    "hpsv3": Published("hpsv3.jsonl", "https://huggingface.co/MizzenAI: the HPSv3 benchmark's prompts, one object a "
-                       "line with prompt and category"),
+    "hpsv3": Published("hpsv3", "https://huggingface.co/datasets/MizzenAI/HPDv3: benchmark/benchmark_*.json (twelve lists)"),
     "imagereward": Published("imagereward.json", "https://github.com/THUDM/ImageReward: benchmark/benchmark-prompts.json"),
     "dpg": Published("dpg", "https://github.com/TencentQQGYLab/ELLA: dpg_bench/prompts/*.txt (one prompt a file)"),
 }  # fmt: skip
@@ -81,7 +83,7 @@ def open_prompts(
         name: a file that `read_prompts` reads; a .json list of texts or objects; a folder of .json lists (each file a
             category) or of .txt files (one prompt each); heldout and shapes-pairs; or a key of PUBLISHED.
         sets: folder where the published sets were put.
-        column: of the prompt; None: prompt or Prompt.
+        column: of the prompt; None: prompt, Prompt or caption.
         category_column: of the category; None: category or Category, where the file has it.
 
     Raises:
@@ -159,7 +161,7 @@ def _collected(title: str, path: Path, column: str | None, category_column: str 
             names = (category_column,) if category_column else CATEGORY_COLUMNS
             category = next((record[c] for c in names if c in record), None)
             if category is None and path.is_dir() and file.suffix == ".json":
-                category = file.stem
+                category = file.stem.removeprefix("benchmark_")
             if category is not None:
                 categories[len(texts)] = str(category)
     report = PromptReport(str(path), len(texts), len(texts), len(texts) - len(set(texts)))

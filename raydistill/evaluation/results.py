@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raydistill.evaluation.promptsets import Item
 
 ALL = "all prompts"
+_NOT_IN_A_NAME = re.compile(r"[^\w\-. ]")
 
 Columns = Mapping[str, Sequence[float | None]]
 
@@ -51,10 +53,10 @@ def mean_table(items: Sequence[Item], columns: Columns) -> dict[str, dict[str, f
     return table
 
 
-def metric_names(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """MLflow's names: eval/<column> as in training, and eval/<category>/<column>."""
+def mlflow_names(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """eval/<column> as in training, and eval/<category>/<column>; what MLflow takes in no name becomes _."""
     return {
-        f"eval/{column}" if who == ALL else f"eval/{who}/{column}": value
+        f"eval/{column}" if who == ALL else f"eval/{_NOT_IN_A_NAME.sub('_', who)}/{column}": value
         for who, scores in table.items()
         for column, value in scores.items()
     }

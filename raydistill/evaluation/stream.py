@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
 from raydistill.evaluation.parts import Parts, Stage, StageFailed
+from raydistill.teachers import placement
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,6 @@ class StagePlan:
     actors: int = 1
     cpus: float = 0.25
     gpus: float = 0.0
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], object] = lambda pictures: None) -> None:
@@ -58,6 +58,8 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
     done(sum(len(parts.rows(b)) for b in parts.batches if b not in set(batches)))
     if not batches:
         return
+    stages = [stage for stage in stages if missing[stage.metric]]
+    check_room(stages, ray.cluster_resources())
     quiet_ray_data()
     rows = ray.data.from_items(
         [{"batch": batch} for batch in batches], override_num_blocks=min(len(batches), MAX_BLOCKS)
@@ -68,8 +70,6 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
     rows.context.print_on_execution_start = False
     rows.context.issue_detectors_config.detectors = []
     for stage in stages:
-        if not missing[stage.metric]:
-            continue
         arguments = {"folder": str(parts.folder), "batch_size": parts.batch_size, "metric": stage.metric}
         arguments |= {"make": stage.make, "arguments": stage.arguments}
         more = {"runtime_env": stage.runtime_env} if stage.runtime_env else {}
@@ -92,6 +92,20 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
     except RayError as error:
         cause = getattr(error, "cause", None)
         raise _failed(cause if isinstance(cause, StageFailed) else error) from error
+
+
+def check_room(stages: list[StagePlan], cluster: dict[str, float]) -> None:
+    """Raises EvaluationFailed where the actors can never be placed: Ray Data would wait for ever without a word."""
+    wanted = {
+        "CPU": sum(stage.actors * stage.cpus for stage in stages),
+        "GPU": sum(stage.actors * stage.gpus for stage in stages),
+    }
+    for kind, amount in wanted.items():
+        if amount > cluster.get(kind, 0.0) + 1e-6 and not placement.autoscaler_present():
+            raise EvaluationFailed(
+                f"the stages need {amount:g} {kind} at once, and the cluster has {cluster.get(kind, 0.0):g}: lower --actors "
+                "or --gpus, or give the metrics one after the other"
+            )
 
 
 def _failed(error: Exception) -> EvaluationFailed:

@@ -22,7 +22,7 @@ from raydistill.evaluation.command import CommandError, parse_command, run_comma
 from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage, StageFailed
 from raydistill.evaluation.promptsets import Item, open_prompts, read_items, write_items
-from raydistill.evaluation.results import ALL, mean_table, metric_names, write_scores
+from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, load_image
 from raydistill.evaluation.subject import Painter, find_subject, save_picture
 from raydistill.shapes import WEIGHTS, miniatures
@@ -352,7 +352,7 @@ def test_means_in_all_and_by_category(tmp_path):
     columns = {"x": [1.0, 2.0, 4.0, 9.0], "y": [None, 3.0, None, 5.0]}
     table = mean_table(items, columns)
     assert table == {ALL: {"x": 4.0, "y": 4.0}, "Animals": {"x": 2.5}, "Abstract": {"x": 2.0, "y": 3.0}}
-    assert metric_names(table) == {
+    assert mlflow_names(table) == {
         "eval/x": 4.0, "eval/y": 4.0, "eval/Animals/x": 2.5, "eval/Abstract/x": 2.0, "eval/Abstract/y": 3.0,
     }  # fmt: skip
     write_scores(tmp_path / "scores.parquet", items, columns)
@@ -490,3 +490,48 @@ def test_an_evaluation_of_other_settings_is_not_mixed_into_a_folder(tmp_path, jo
     assert "count was 4, now 5" in stderr
     again = namespace["plan_of"](namespace["arguments_of"]([*arguments, "--batch-size", "2"]))
     assert again.settings["batch_size"] == 16  # batches are what parts are kept by
+
+
+def test_a_relative_storage_is_refused_under_ray_job_submit(tmp_path, job, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    code, _, stderr = job(*START, "--storage", "outputs")
+    assert code == 2
+    assert "--storage outputs: is relative" in stderr
+
+
+def test_a_metric_is_added_without_drawing_and_earlier_columns_stay(tmp_path):
+    from raydistill.evaluation.evaluate import collect, create_folder, stages_of
+
+    namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
+
+    def plan(*metrics):
+        arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "3", "--metrics", *metrics]
+        return namespace["plan_of"](namespace["arguments_of"](arguments))
+
+    first = plan("judge")
+    parts = create_folder(first)
+    for stage in stages_of(first):
+        Stage(str(parts.folder), parts.batch_size, stage.metric, stage.make, stage.arguments)(rows(0))
+    pictures = {f.name: f.stat().st_mtime_ns for f in (parts.folder / "pictures").iterdir()}
+    (tmp_path / "score.py").write_text(PROGRAM)
+    second = plan(f"command:mps={sys.executable} {tmp_path}/score.py -1")
+    assert second.folder == first.folder
+    create_folder(second)
+    assert parts.missing(DRAW) == []
+    run_command(str(second.folder), parts.batch_size, "mps", list(second.metrics[0].command), str(tmp_path))
+    table, columns = collect(second, parts)
+    assert {"mean", "color", "mps.red"} <= set(columns)
+    assert table[ALL]["mps.length"] == pytest.approx(sum(len(i.prompt) for i in first.items) / 3)
+    assert pictures == {f.name: f.stat().st_mtime_ns for f in (parts.folder / "pictures").iterdir()}
+
+
+def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
+    from raydistill.evaluation import stream
+
+    monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: False)
+    stages = [stream.StagePlan("draw", Counting, {}, gpus=0.5), stream.StagePlan("hpsv3", Counting, {}, gpus=1.0)]
+    with pytest.raises(stream.EvaluationFailed, match="need 1.5 GPU at once, and the cluster has 1: lower"):
+        stream.check_room(stages, {"CPU": 8.0, "GPU": 1.0})
+    stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: True)
+    stream.check_room(stages, {"CPU": 8.0})
