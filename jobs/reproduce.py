@@ -4,14 +4,14 @@ table1: two students x (start, three teachers, merged, shared space), with the t
 table3: a one-step start against the raw multi-step model as the start, same steps.
 Every cell is a run of its own, nested in one MLflow run; those that are done are kept, so the same command goes on where
 it stopped, and table3 shares runs with table1. --seeds N: default 2, with --quick 1; --quick: half the steps. The result
-is <storage>/<run.name>/<table>.json; run.name is paper, or paper-quick."""
+is <storage>/<run.name>/<table>-<N>-seeds.json; run.name is paper, or paper-quick."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
 
-from raydistill.evaluation.reproduce import TABLES, check, reproduce
+from raydistill.evaluation.reproduce import TABLES, check, reproduce, result_name
 from raydistill.job import run_job
 
 
@@ -41,7 +41,7 @@ def main() -> int:
     def check_cells(config, run, inputs):
         check(table, seeds, quick, config, run)
 
-    return run_job(__doc__, work, f"{table}.json", None, check_cells, others)
+    return run_job(__doc__, work, result_name(table, seeds), None, check_cells, others)
 
 
 if __name__ == "__main__":

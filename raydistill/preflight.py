@@ -24,7 +24,7 @@ from raydistill.config import (
 )
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.runs import TrackingAway, mask, prepare, tracking_uri
+from raydistill.runs import TrackingAway, TrackingError, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
 
 
@@ -158,9 +158,10 @@ def _check_tracking(config: Config) -> None:
     storage = check_storage(config)
     try:
         prepare(tracking_uri(config, storage))
-    except TrackingAway as error:
+    except TrackingError as error:
+        away = isinstance(error, TrackingAway)
         begun = config.run.name is not None and "mlflow" in RunFolder(storage, config.run.name).recall()
-        if not begun:  # or the store did answer once, and the run waits for it
+        if not (away and begun):  # or the store did answer once, and the run waits for it
             raise ConfigError(f"tracking.uri: {error}") from error
 
 

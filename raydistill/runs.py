@@ -104,14 +104,30 @@ def prepare(uri: str) -> None:
     """Create or migrate the store once, before any worker opens it: parallel first uses race on migration.
 
     Raises:
-        TrackingAway: the store cannot be reached or created.
+        TrackingAway: the store does not answer.
+        TrackingError: no URI of a store, or one that will not be usable later either.
     """
     try:
         with _alone(uri):
             _open_file(uri)
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise TrackingAway(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+        kind = TrackingAway if _may_pass(error) else TrackingError
+        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a store that raised this may answer later: it could not be reached, is locked, or has failed inside."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):  # its code is INTERNAL_ERROR where a server or a connection failed
+        wrapped = error.__cause__ or error.__context__
+        if wrapped is not None and not isinstance(wrapped, MlflowException):
+            return _may_pass(wrapped)
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") and "URI" not in str(error)
+    return isinstance(error, (OSError, requests.RequestException, OperationalError, sqlite3.OperationalError))
 
 
 # -- what a run is described by ---------------------------------------------------------------------------

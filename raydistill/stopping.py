@@ -1,11 +1,14 @@
-"""SIGTERM, as a spot drain, `kubectl delete` or `ray job stop` sends it to a driver: checkpoint, then leave.
+"""SIGTERM, as a spot drain or `kubectl delete` sends it to a driver: checkpoint, then leave.
 
 A distillation under way is asked by a file in its folder, which its workers see after the update they are at; they write
-a checkpoint and end. Every other stage keeps what it has anyway, and is left at once, as by a second SIGTERM.
+a checkpoint and end, within LEAVE_WITHIN_S, or the driver leaves without them: workers may be waiting for nodes or teachers.
+Every other stage keeps what it has anyway, and is left at once, as by a second SIGTERM. `ray job stop` sends SIGTERM too, but
+kills after 3 s unless RAY_JOB_STOP_WAIT_TIME_S on the head says otherwise.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_FILE = "stop"
+LEAVE_WITHIN_S = 90  # clouds that take a spot node back give about two minutes
 
 
 class Stopped(BaseException):
@@ -36,6 +40,7 @@ def leaving_on_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -44,7 +49,14 @@ def _on_sigterm(number: int, frame: FrameType | None) -> None:
         raise Stopped("asked to leave by SIGTERM")
     _Stop.asked = True
     (_Stop.folder / STOP_FILE).touch()
-    print("SIGTERM: the update under way ends, then a checkpoint; a second SIGTERM leaves at once", flush=True)
+    signal.signal(signal.SIGALRM, _too_late)
+    signal.setitimer(signal.ITIMER_REAL, LEAVE_WITHIN_S)
+    # not by print: the signal may have come in the middle of one
+    os.write(1, b"SIGTERM: the update under way ends, then a checkpoint; a second SIGTERM leaves at once\n")
+
+
+def _too_late(number: int, frame: FrameType | None) -> None:
+    raise Stopped(f"asked to leave by SIGTERM; no checkpoint came within {LEAVE_WITHIN_S} s, the last one counts")
 
 
 @contextmanager
@@ -55,6 +67,7 @@ def draining(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _Stop.folder = None
         (folder / STOP_FILE).unlink(missing_ok=True)
     if _Stop.asked:  # also where that came too late for this distillation, but in time for what comes after it

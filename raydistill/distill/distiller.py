@@ -459,7 +459,8 @@ class Distiller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
-        self.guard.load_state_dict(state["guard"])
+        if "guard" in state:  # checkpoints of versions before 0.2 have none: the average begins anew
+            self.guard.load_state_dict(state["guard"])
         self.student.load_state_dict(state["student"])
         with torch.no_grad():
             for name, parameter in self.fake.trainable().items():

@@ -156,7 +156,7 @@ def _train(stage: Stage) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     distiller, submit = _assemble(stage, config, rank, world)
-    first, best, score, stopped = _restore(distiller)
+    first, best, score, stopped, collapse = _restore(distiller)
     batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
@@ -168,6 +168,7 @@ def _train(stage: Stage) -> None:
     from raydistill.distill.schedule import distillation_step
 
     if observer:
+        observer.collapse = collapse
         observer.catch_up(first)
     steps = StepLog(step_file(stage.path(), rank))
     try:
@@ -351,17 +352,17 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any) -> tuple[int, float, float, str | None]:
-    """(steps done, best score, last score, why it was stopped) of the last checkpoint, or a fresh start."""
+def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]:
+    """(steps done, best score, last score, why it was stopped, lasting alarm) of the last checkpoint, or a fresh start."""
     from raydistill.distill.state import load_state
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, float("-inf"), 0.0, None
+        return 0, float("-inf"), 0.0, None, None
     with checkpoint.as_directory() as folder:
         state, about = load_state(Path(folder))
     distiller.load_state_dict(state)
-    return about["step"], about["best"], about["score"], about.get("stopped")
+    return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
 
 
 def _checkpoint(
@@ -381,6 +382,7 @@ def _checkpoint(
             "best": observer.best,
             "score": observer.score,
             "stopped": stopped,
+            "collapse": observer.collapse,
             "mlflow_run": observer.stage.mlflow_run,
         }
         save_state(Path(folder), distiller.state_dict(), about)

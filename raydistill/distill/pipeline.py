@@ -59,7 +59,7 @@ class Pipeline:
         """Open a run; a store that is away is waited for, as training before and after would not need it."""
         from raydistill.tracking import TrackingAway
 
-        deadline = time.monotonic() + self.config.tracking.retry_for_s
+        deadline, told = time.monotonic() + self.config.tracking.retry_for_s, float("-inf")
         while True:
             try:
                 return self._open(*arguments, **keywords)
@@ -67,7 +67,9 @@ class Pipeline:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-                print(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}", flush=True)
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    print(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}", flush=True)
                 time.sleep(min(5.0, left))
 
     @contextmanager

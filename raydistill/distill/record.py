@@ -1,12 +1,14 @@
 """What every step consumed and gave: one JSON line a step, in a file for each worker, beside the checkpoints.
 
-It proves what a run that was killed and resumed has seen: a step that is done again after a restart has a line again,
-and of several lines of one step the last one counts, as it is the one that the weights rest on.
+It proves what a run that was killed and resumed has seen: a step that is done again after a restart has a line again.
+That line counts, and nothing that was written before it for this step or a later one: the weights do not rest on it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,16 +37,19 @@ class StepLog:
 
     def __init__(self, file: Path) -> None:
         cut = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = file.open("a", encoding="utf-8")
+        self._file = file.open("ab", buffering=0)  # what a full disk refused is not tried again by `close`
         if cut:  # a full disk ended an earlier line
-            self._file.write("\n")
+            self._write(b"\n")
 
     def add(self, step: int, sample_ids: Iterable[Iterable[int]], values: Mapping[str, Any]) -> None:
         """Keep one step: its number (from 1), its batches' sample ids, and numbers that belong to it."""
         line = {"step": step, "samples": [ranges(ids) for ids in sample_ids]}
         line |= {"values": {name: float(value) for name, value in values.items()}}
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
+        self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
+        if self._file.write(data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         self._file.close()
@@ -64,8 +69,12 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
 
 def steps_of(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Step number -> the line that counts, in the order of steps."""
-    last = {line["step"]: line for line in lines}
-    return dict(sorted(last.items()))
+    found: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        while found and next(reversed(found)) >= line["step"]:
+            found.popitem()
+        found[line["step"]] = line
+    return found
 
 
 def consumed(lines: Iterable[dict[str, Any]]) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.config import CONFIGS, Config, read_yaml, validate
-from raydistill.distill.pipeline import Pipeline, changed, distil, opened, shared_space
+from raydistill.distill.pipeline import Pipeline, RunFailed, changed, distil, opened, shared_space
 from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
 from raydistill.runs import tracking_uri
 
@@ -44,6 +44,11 @@ class Cell:
     def name(self) -> str:
         assert self.config.run.name is not None
         return self.config.run.name
+
+
+def result_name(table: str, seeds: int) -> str:
+    """File of a run's folder; a table of more seeds is another one."""
+    return f"{table}-{seeds}-seeds.json"
 
 
 def cells(table: str, config: Config, storage: Path, seeds: int, quick: bool) -> list[Cell]:
@@ -121,11 +126,11 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
         tracker.text(text, f"{table}.md")
         tracker.note(text)
         tracker.close()
-        write_summary(run.path / f"{table}.json", summary)
+        write_summary(run.path / result_name(table, seeds), summary)
         print(text)
         for line in verdicts(summary):
             print(line)
-        print(f"results   {run.path / f'{table}.json'}")
+        print(f"results   {run.path / result_name(table, seeds)}")
         print(f"MLflow    {ui_command(pipeline.uri)}")
     return summary
 
@@ -140,10 +145,19 @@ def _run_cell(cell: Cell, pipeline: Pipeline, planned: Sequence[Cell]) -> dict[s
         with pipeline.timed(cell.name):
             distil(cell.config, folder, check_inputs(cell.config), parent=pipeline.parent)
     about = json.loads(file.read_text())
+    _same_length(cell.name, about["steps"], cell.config)
     return {
         "student": cell.student, "row": cell.row, "seed": cell.seed, "before": about["student_before"],
         "after": about["student_after"], "teacher": about["teacher"], "mlflow_run_id": about["mlflow_run_id"],
     }  # fmt: skip
+
+
+def _same_length(name: str, steps: int, config: Config) -> None:
+    """Raises RunFailed for a finished cell of another length: a table compares equal ones."""
+    if steps != config.distill.steps:
+        raise RunFailed(
+            f"{name} ended after {steps} updates, and this table is of {config.distill.steps}: use another run.name"
+        )
 
 
 def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> None:
@@ -192,8 +206,10 @@ def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) 
             tracker.artifact(folder / "export")
             tracker.close()
             pipeline.finish(run_id)
-            write_summary(folder / "summary.json", {"student_after": accuracy, "mlflow_run_id": run_id})
+            about = {"student_after": accuracy, "steps": config.distill.steps, "mlflow_run_id": run_id}
+            write_summary(folder / "summary.json", about)
     about = json.loads((folder / "summary.json").read_text())
+    _same_length(name, about["steps"], config)
     return {
         "student": student, "row": MERGED, "seed": seed, "after": about["student_after"],
         "mlflow_run_id": about["mlflow_run_id"],

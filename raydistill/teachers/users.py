@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "raydistill-teachers"
 LOOK_EVERY_S = 2.0
-ENDS = 1 << 20  # bytes at each end of a weight file that are hashed
+EVERY, SAMPLE = 1 << 20, 1 << 12  # of every EVERY bytes of a weight file so many are hashed, and its first EVERY whole
 DECIDE_NUMBERS = ("dtype", "slice", "shards", "threads_per_rank")
 
 
@@ -36,21 +36,30 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
     """As `service.start`, for this driver; a service that it finds running just as it would start it is taken over.
 
     Raises:
-        TeacherStartError: see `service.start`.
+        TeacherStartError: see `service.start`; or other living runs use a service of this name that is another one.
     """
     told = _describe(model_folder, config)
     _put(name, "user/" + _me(), "")
     _keep(name, config.linger_s)
+    others = living(name) - {_me()}
     try:
         if told == _description(name) and service.exists(name):
             log.info("teacher %s: found running, taken over", name)
-            service.wait_until_ready(config, name)
+            service.wait_until_ready(config, name, patient=bool(others))
             return
+        if others:
+            raise TeacherStartError(
+                f"run.name: a living run on this cluster (Ray job {', '.join(sorted(others))}) has teachers of the name "
+                f"{name} with another model or other settings; choose another run.name"
+            )
+        _internal_kv_del(f"{name}/description", namespace=NAMESPACE)  # of what is replaced now
         service.launch(model_folder, config, name)
         _put(name, "description", json.dumps(told))
         service.wait_until_ready(config, name)
     except BaseException:
-        forget(name)
+        _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
+        if not living(name):
+            forget(name)
         raise
 
 
@@ -145,9 +154,10 @@ def _describe(model_folder: str, config: Teachers) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Hash of a diffusers folder: its JSON files whole, of its weight files the name, the size and both ends.
+    """Hash of a diffusers folder: its JSON files whole, of its weight files name, size, beginning, and a sample of every MiB.
 
-    The ends hold a safetensors file's header, that is, every tensor's name and shape.
+    The beginning holds a safetensors file's header, that is, every tensor's name and shape. The samples are 4 kB each: 24 GB
+    are read in seconds, and what changes a tensor of a megabyte or more is seen.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")):
@@ -156,12 +166,10 @@ def fingerprint(folder: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as data:
-            digest.update(data.read(size if file.suffix == ".json" else ENDS))
-            if file.suffix != ".json" and size > 2 * ENDS:
-                data.seek(-ENDS, 2)
-                digest.update(data.read())
-            else:
-                digest.update(data.read())
+            digest.update(data.read(size if file.suffix == ".json" else EVERY))
+            for place in range(EVERY, size if file.suffix != ".json" else 0, EVERY):
+                data.seek(place)
+                digest.update(data.read(SAMPLE))
     return digest.hexdigest()
 
 
