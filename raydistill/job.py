@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, from_command_line
-from raydistill.distill.pipeline import RunFailed, changed
-from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
 from raydistill.stopping import Stopped, leaving_on_sigterm
 
 RESUMABLE = 75
 
-Work = Callable[[Config, RunFolder, Inputs], Any]
+if TYPE_CHECKING:  # imported once the command line is known to be right: torch and diffusers take seconds
+    from raydistill.preflight import Inputs, RunFolder
+
+Work = Callable[[Config, "RunFolder", "Inputs"], Any]
 
 
 def run_job(
@@ -43,6 +44,9 @@ def run_job(
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
+    from raydistill.distill.pipeline import RunFailed, changed
+    from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+
     try:
         config = changed(config, changes or {})
         run = open_run_folder(config)

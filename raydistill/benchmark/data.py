@@ -23,7 +23,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raydistill.benchmark.measure import ray_cluster
     from raydistill.config import CONFIGS, load, resolve
-    from raydistill.data.encode import conditioned_batches
+    from raydistill.data.encode import CACHE_BYTES, conditioned_batches
 
     torch.set_num_threads(1)
     config = load(CONFIGS / "shapes.yaml")
@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             prompts, folders, seed=0, first=0, stop=arguments.batches, rank=0, world=1, batch_size=arguments.batch_size
         )
         streaming = _drain(stream, arguments)
-    return {"reading": reading, "streaming": streaming, "wait": wait, "batch_size": arguments.batch_size}
+    common = {"batch_size": arguments.batch_size, "cache_bytes": CACHE_BYTES}
+    return {"reading": reading, "streaming": streaming, "wait": wait} | common
 
 
 def _read(arguments: argparse.Namespace) -> tuple[dict[str, float], Any]:

@@ -31,18 +31,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     replicas, trainers = [], []
     settings = Teachers(shards=1, cpus_per_rank=0.01)
     nbytes = int(arguments.megabytes * 1e6)
-    with ray_cluster(16, 4 << 30), idle_service(settings, replicas=1) as idle:
+    shared = max((count for count in arguments.replicas if count <= max(arguments.trainers, default=0)), default=0)
+    with ray_cluster(16, 4 << 30):
         for count in arguments.replicas:
             print(f"{count} replicas …", flush=True)
-            idle.set(0.0)
-            idle.start(count)
-            client, request = idle.client(), request_of(nbytes)
-            _stream(client, request, 4 * count, 2 * count)  # every replica once, for its connections
-            idle.set(arguments.seconds)
-            row = {"replicas": count} | _stream(client, request, arguments.requests * count, 2 * count)
-            if arguments.trainers and count == max(c for c in arguments.replicas if c <= max(arguments.trainers)):
-                trainers = [_trainers(n, idle, count, nbytes, arguments) for n in arguments.trainers]
-            replicas.append(row | {"of_linear": row["per_s"] * arguments.seconds / count})
+            with idle_service(settings, f"idle-{count}", count) as idle:
+                client, request = idle.client(), request_of(nbytes)
+                _stream(client, request, 4 * count, 2 * count)  # every replica once, for its connections
+                idle.set(arguments.seconds)
+                row = {"replicas": count} | _stream(client, request, arguments.requests * count, 2 * count)
+                replicas.append(row | {"of_linear": row["per_s"] * arguments.seconds / count})
+                if count == shared:
+                    trainers = [_trainers(n, idle, count, nbytes, arguments) for n in arguments.trainers]
     return {"replicas": replicas, "trainers": trainers} | {
         name: getattr(arguments, name) for name in ("seconds", "requests", "megabytes", "steps")
     }
@@ -83,7 +83,7 @@ class _Trainer:
 
 
 def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """`count` trainers with a teacher replica each, whose fake updates take as long as a request."""
+    """`count` trainers that share the replicas; their fake updates take a fifth longer than a request."""
     import ray
 
     print(f"{count} trainers …", flush=True)

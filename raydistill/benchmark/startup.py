@@ -82,7 +82,7 @@ def _imports() -> dict[str, float]:
 
     kinds = {
         "nothing": "pass",
-        "the job": "import raydistill.job",
+        "the job": "import raydistill.preflight, raydistill.distill.pipeline",
         "a trainer": "import raydistill.distill.loop, raydistill.distill.distiller",
         "a teacher rank": "import raydistill.spaces, raydistill.teachers.zero3",
         "a text encoder": "import raydistill.data.encode",

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, flatten, resolve, validate
-from raydistill.preflight import Inputs, RunFolder
 
 if TYPE_CHECKING:
     from raydistill.bridge.ablation import Cell
     from raydistill.data.synthesis import Recipe
+    from raydistill.preflight import Inputs, RunFolder
 
 PAIRS_FOLDER = "pairs"  # of a run; its summary is written when the set is complete
 PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"
