@@ -20,7 +20,7 @@ import numpy as np
 from raydistill.config import Teachers
 from raydistill.teachers import service
 from raydistill.teachers.request import Payload
-from raydistill.teachers.shard import Rank, actor
+from raydistill.teachers.shard import TeacherRank, actor
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SETTINGS = "model_index.json"  # where the service expects a model's folder to begin
 
 
-class IdleRank(Rank):
+class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
     def __init__(self, rank: int, world: int) -> None:  # without the imports of a network

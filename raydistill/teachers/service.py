@@ -22,7 +22,7 @@ from raydistill.config import Teachers
 from raydistill.teachers import placement
 from raydistill.teachers.load import Load, Meter
 from raydistill.teachers.request import Answer, ReplicaBroken, TeacherError, TeacherStartError, one_line
-from raydistill.teachers.shard import TeacherRank
+from raydistill.teachers.shard import TeacherRank, actor
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _Gauges:
 class TeacherReplica:
     """Coordinator of one ZeRO-3 group. Losing any rank ends the whole group; Serve starts another."""
 
-    rank_actor = TeacherRank
+    rank_actor = actor(TeacherRank)
 
     async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
         self._config = config = Teachers.model_validate(config)

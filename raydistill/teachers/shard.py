@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch must be imported after the environment is set
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
 
-class Rank:
+class TeacherRank:
     """Rank `rank` of `world`; answers pings while it computes."""
 
     def __init__(self, rank: int, world: int) -> None:
@@ -145,9 +145,6 @@ class Rank:
         )
 
 
-def actor(rank: type[Rank]) -> Any:
+def actor(rank: type[TeacherRank]) -> Any:
     """A kind of rank as a Ray actor."""
     return ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)(rank)
-
-
-TeacherRank = actor(Rank)

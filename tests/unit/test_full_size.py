@@ -112,7 +112,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
     with counting.counted():
         worker = counting.distiller(config, student, teacher, BATCH)
         seen.watch(worker)
-        made = worker.make()
+        (made,) = worker.make()  # one micro-batch
         assert made.noise.shape == (BATCH, 4, 64, 64)
         assert made.x_t.shape == (BATCH, channels, 128, 128)
         assert made.t_B.shape == (BATCH,)
@@ -134,7 +134,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         assert rows == [BATCH * (2 if guided_twice else 1)]
 
         worker.fake_update()
-        worker.student_update(made, scores)
+        worker.student_update([made], [scores])
     grid = FEATURE_GRID.get(name, 64)
     assert set(seen.student) == {(BATCH, 4, 64, 64) * 2}
     assert set(seen.bridge) == {(BATCH, 4, 64, 64, BATCH, channels, 128, 128)}

@@ -224,7 +224,7 @@ def observe(build, tmp_path):
 
 def go(worker, observer, step):
     distillation_step(worker, no_scores, 1, overlap=True)
-    observer.after_step(step, 1, {})
+    observer.after_step(step, 1, {"time/step": 1.0})
 
 
 def test_without_a_judge_a_student_that_drifts_away_is_not_the_best(observe, tmp_path):
