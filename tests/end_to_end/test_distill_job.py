@@ -275,14 +275,14 @@ def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_pa
         (replica,) = job.processes("ray::ServeReplica")
         replica.kill()
         job.process.send_signal(signal.SIGTERM)
-        code, seen = job.wait(watch=["ray::RayTrainWorker"])
+        code, _ = job.wait()
         assert code == 75, job.text()
         assert "can be continued with run.name=struck" in job.text()
         assert "a worker failed: OSError: " in job.text()
         assert "is the disk full?" in job.text()
         assert job.left() == []
-    assert len(seen["ray::RayTrainWorker"]) == 2, "the one that found the disk full, and its successor"
-    assert [line["step"] for line in read_lines(step_file(folder, 0))][-1] == 1
+    steps = [line["step"] for line in read_lines(step_file(folder, 0))]
+    assert steps[-1] == 1, "by a successor of the worker that found the disk full before its first step"
     client = client_of(mlflow_server.uri)
     ids = json.loads((tmp_path / "struck" / "run.json").read_text())["mlflow"]
     assert {client.get_run(ids[stage]).info.status for stage in ("pipeline", "distill")} == {"KILLED"}

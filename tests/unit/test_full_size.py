@@ -128,7 +128,8 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         layout = counting.conditioning_layout(teacher)
         conditioning, empty = (counting.empty_conditioning(layout, n, torch.bfloat16) for n in (BATCH, 1))
         with torch.no_grad():
-            scores = teacher.predict_x0(network, made.x_t, made.t_B, conditioning, empty, config.teacher.guidance_scale)
+            x_t, t_B = made.x_t.to("meta"), made.t_B.to("meta")  # they come on the CPU, to be sent
+            scores = teacher.predict_x0(network, x_t, t_B, conditioning, empty, config.teacher.guidance_scale)
         assert scores.shape == made.x_t.shape
         assert scores.dtype == torch.float32
         assert rows == [BATCH * (2 if guided_twice else 1)]
