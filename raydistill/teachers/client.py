@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from raydistill.config import Teachers
+from raydistill.teachers import service
 from raydistill.teachers.load import LoadLog
 from raydistill.teachers.request import (
     GenerateRequest,
@@ -197,7 +198,7 @@ class PendingScores:
 
     def _look_after_service(self, waited: float) -> None:
         """Say what is awaited. Raises ReplicaBroken if the service is gone, so that the wait counts as a failure."""
-        application = serve.status().applications.get(self._client.name)
+        application = service.applications().get(self._client.name)
         if application is None:
             raise ReplicaBroken("there is no such service")
         well = application.status == "RUNNING"

@@ -7,6 +7,7 @@ request; it passes the reference on to every rank and joins their answers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, RayActorError
+from ray.serve.schema import ApplicationStatusOverview
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config import Teachers
@@ -222,6 +224,7 @@ def launch(model_folder: str, config: Teachers, name: str, replica: type | None 
         placement_group_strategy="PACK",
         **({"placement_group_bundle_label_selector": selectors} if selectors else {}),
     ).bind(str(Path(model_folder).resolve()), config.model_dump())
+    applications()  # after which this process knows the controller that runs now
     try:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
         target = serve.RunTarget(application, name=name, route_prefix=None)
@@ -249,9 +252,22 @@ def _scale(config: Teachers) -> dict[str, Any]:
     }
 
 
+def applications() -> dict[str, ApplicationStatusOverview]:
+    """Serve's applications on this cluster; none if Serve does not run.
+
+    Another driver may have shut Serve down since this one last asked, and even started it again: this process then still
+    knows the dead controller.
+    """
+    try:
+        return serve.status().applications
+    except ActorDiedError:
+        serve.shutdown()  # forgets the dead controller; it can reach no other
+        return serve.status().applications
+
+
 def exists(name: str) -> bool:
     """Whether there is a service `name` that Serve has not given up."""
-    application = serve.status().applications.get(name)
+    application = applications().get(name)
     return application is not None and application.status not in ("DEPLOY_FAILED", "DELETING")
 
 
@@ -287,7 +303,7 @@ def wait_until_ready(config: Teachers, name: str, patient: bool = False) -> None
 
 def _state(name: str) -> str:
     """Serve's word for the service `name`. Raises TeacherStartError once Serve gave it up."""
-    application = serve.status().applications.get(name)
+    application = applications().get(name)
     if application is None:
         raise TeacherStartError(f"teacher {name} was removed while it started")
     if application.status == "DEPLOY_FAILED":
@@ -299,10 +315,11 @@ def _state(name: str) -> str:
 
 def stop(name: str) -> None:
     """Stop the service `name`, if it runs; the last one takes Serve's own actors with it."""
-    if name in serve.status().applications:
-        serve.delete(name)
-    if not serve.status().applications:
-        serve.shutdown()
+    with contextlib.suppress(ActorDiedError):  # another driver stopped the last one at the same time
+        if name in applications():
+            serve.delete(name)
+        if not applications():
+            serve.shutdown()
     deadline = time.monotonic() + 20
     while placement.groups(name) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,0 +1,136 @@
+"""Who uses a teacher service: runs share one, the last takes it down, a crashed one never does, a resumed one finds it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+import torch
+
+from raydistill.config import Teachers
+from raydistill.spaces import load_space
+from raydistill.teachers import service, users
+from raydistill.teachers.client import ScoreRequest, TeacherClient
+from raydistill.teachers.request import TeacherStartError
+
+pytestmark = pytest.mark.timeout(300)
+CONFIG = Teachers(shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=200, linger_s=600)
+NAME = "teacher-shared"
+
+# a run of its own: joins the service, says so, and uses it until its standard input ends
+OTHER = """
+import sys
+import ray
+from raydistill.config import Teachers
+from raydistill.teachers import service, users
+ray.init(address=sys.argv[1], log_to_driver=False)
+config = Teachers.model_validate_json(sys.argv[4])
+getattr(users, sys.argv[2])(sys.argv[3], config, "teacher-shared")
+print("joined", flush=True)
+sys.stdin.read()
+users.release("teacher-shared")
+print("left", flush=True)
+"""
+
+
+@pytest.fixture
+def other(ray_cluster):
+    """`other("start" or "attach", model folder, config)` -> a driver that uses the service."""
+    processes = []
+
+    def join(how: str, folder, config: Teachers = CONFIG) -> subprocess.Popen:
+        address = ray.get_runtime_context().gcs_address
+        command = [sys.executable, "-c", OTHER, address, how, str(folder), config.model_dump_json()]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_AUTH_MODE": "token"},
+        )
+        processes.append(process)
+        assert process.stdout.readline() == "joined\n"
+        return process
+
+    yield join
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def running() -> bool:
+    return NAME in service.applications()
+
+
+def keepers() -> list[dict]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return [actor for actor in named if actor["namespace"] == users.NAMESPACE]
+
+
+def until(reached, timeout: float = 30) -> None:
+    deadline = time.monotonic() + timeout
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def score(folder, seed: int = 0) -> torch.Tensor:
+    space = load_space(folder)
+    generator = torch.Generator().manual_seed(seed)
+    x_t = torch.randn(3, *space.latent_shape, generator=generator)
+    conditioning = {"prompt_embeds": torch.randn(3, 20, 64, generator=generator)}
+    return (
+        TeacherClient(NAME, CONFIG).submit(ScoreRequest(x_t, torch.full((3,), 0.5), conditioning, None, 1.0)).result()
+    )
+
+
+def pids() -> set[int]:
+    return {rank["pid"] for rank in TeacherClient(NAME, CONFIG).describe()}
+
+
+def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
+    other, sd_folder, flux_folder, tmp_path
+):
+    with pytest.raises(TeacherStartError, match="there is no teacher service 'teacher-shared' on this cluster"):
+        users.attach(str(sd_folder), CONFIG, NAME)
+
+    first = other("start", sd_folder)
+    ranks = pids()
+    with pytest.raises(TeacherStartError, match="its model is .* is another one"):
+        users.attach(str(flux_folder), CONFIG, NAME)
+    with pytest.raises(TeacherStartError, match=r"teachers.slice: it runs with 4, not 8"):
+        users.attach(str(sd_folder), CONFIG.model_copy(update={"slice": 8}), NAME)
+    assert len(users.living(NAME)) == 1
+    elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
+    users.attach(str(elsewhere), CONFIG, NAME)
+    expected = score(sd_folder)
+    assert len(users.living(NAME)) == 2
+
+    first.send_signal(signal.SIGKILL)  # the run that started it
+    until(lambda: len(users.living(NAME)) == 1)
+    time.sleep(2 * users.LOOK_EVERY_S)
+    assert torch.equal(score(sd_folder), expected)
+
+    resumed = other("start", sd_folder)
+    assert pids() == ranks, "a resumed run takes its service over as it is"
+    users.release(NAME)
+    assert running(), "the other one still uses it"
+    resumed.stdin.close()
+    assert resumed.stdout.readline() == "left\n"
+    assert not running()
+    assert users.services() == []
+    until(lambda: not keepers())
+
+
+def test_a_service_that_only_crashed_runs_used_is_taken_down(other, sd_folder):
+    run = other("start", sd_folder, CONFIG.model_copy(update={"linger_s": 1.0}))
+    assert running()
+    run.send_signal(signal.SIGKILL)
+    until(lambda: not running())
+    until(lambda: users.services() == [] and not keepers())
