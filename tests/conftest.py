@@ -13,6 +13,7 @@ import torch
 # One thread here and in every process that the tests start: equal thread counts give equal bits.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # of every cluster and driver alike; Ray reads it once
 
 
 @pytest.fixture(scope="session")

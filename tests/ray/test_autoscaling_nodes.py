@@ -36,12 +36,13 @@ def free_port() -> int:
         return opened.getsockname()[1]
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    found = []
+def marked(mark: str) -> set[psutil.Process]:
+    """Processes with the mark, and their children: those that have given themselves a title have no environment left."""
+    found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found |= {process, *process.children(recursive=True)}
     return found
 
 
@@ -53,18 +54,24 @@ def until(reached, seconds: float, what: str) -> None:
 
 
 @pytest.fixture
-def cluster(tmp_path, tmp_path_factory):
+def cluster(tmp_path):
     """Address of a head without CPUs for work, whose autoscaler may add two nodes for teachers."""
     port, mark = free_port(), uuid.uuid4().hex
     node = {"node_config": {}, "min_workers": 0}
-    config = {
+    nothing = ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands",
+               "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files")  # fmt: skip
+    config = dict.fromkeys(nothing, []) | {
+        "auth": {},
+        "file_mounts": {},
         "cluster_name": "local",
         "max_workers": 2,
         "idle_timeout_minutes": 0.1,
         "upscaling_speed": 1,
         "provider": {
-            "type": "fake_multinode", "gcs_address": f"{ray.util.get_node_ip_address()}:{port}", "head_node_id": HEAD,
-            "launch_multiple": True,
+            # by its module: the wheel lacks the defaults of "fake_multinode"
+            "type": "external", "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"{ray.util.get_node_ip_address()}:{port}", "head_node_id": HEAD,
+            "launch_multiple": True, "disable_node_updaters": True,
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {
@@ -77,6 +84,7 @@ def cluster(tmp_path, tmp_path_factory):
     environment = os.environ | {
         MARK: mark, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+        "RAY_NODE_TYPE_NAME": "ray.head.default",  # as `ray up` sets it
     }  # fmt: skip
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", "--num-cpus=1",
@@ -89,14 +97,15 @@ def cluster(tmp_path, tmp_path_factory):
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         yield address
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
         processes = marked(mark)
         for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=10)
-        for process in alive + marked(mark):
+        _, alive = psutil.wait_procs(processes, timeout=5)
+        for process in marked(mark).union(alive):
             with contextlib.suppress(psutil.Error):
                 process.kill()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -52,7 +51,6 @@ def other(ray_cluster):
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"RAY_AUTH_MODE": "token"},
         )
         processes.append(process)
         assert process.stdout.readline() == "joined\n"
