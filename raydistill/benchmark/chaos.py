@@ -39,6 +39,12 @@ RARE = ("driver", "node", "train controller", "Serve controller")  # slow to men
 AWAY_S = 5.0  # how long the MLflow server stays away
 PATIENCE_S = 240.0  # for a run to go on after a fault
 LEFT_S = 20.0  # for processes to end by themselves
+# what a cluster keeps for itself once it has run anything
+CLUSTERS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor",
+                "ray::_StatsActor", "ray::_UsageCollectionActor", "ray::ActorLocationTracker")  # fmt: skip
+CLEANER = (
+    "ray::PlacementGroupCleaner"  # of Ray Train; outlives a controller that was killed (its exit fails in a thread)
+)
 OWN_TIMES = ("time/", "throughput/", "teachers/")  # metrics that two runs need not share
 
 
@@ -208,9 +214,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         soak.run()
         chaos_s = time.monotonic() - chaos_started
-        left = _left(lambda: [title for title, _ in world.workers() if "::IDLE" not in title])
+        left = _left(lambda: [title for title, _ in world.workers() if not title.startswith((*CLUSTERS_OWN, CLEANER))])
+        cleaners = len(world.titled(CLEANER))
         compared = _compare(world, storage, steps)
-    left += _left(lambda: [" ".join(process.cmdline())[:80] for process in world.marked()])
+    left += _left(lambda: [" ".join(process.cmdline()) for process in world.marked()])
     result = {
         "steps": steps,
         "kills": len(soak.strikes),
@@ -220,7 +227,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "quiet_step_s": round(_step_time(storage / "quiet" / "distill"), 3),
         "chaos_s": round(chaos_s, 1),
         "recovery": _recovery(soak.strikes),
-        "processes_left": left,
+        "processes_left": [title.strip()[:80] for title in left],
+        "ray_train_cleaners_left": cleaners,
         **compared,
     }
     clean = ("weights_differing", "metrics_differing", "prompts_doubled", "prompts_skipped", "requests_lost")
@@ -386,5 +394,6 @@ def table(result: dict[str, Any]) -> str:
         "score requests, asked again, lost": f"{result['requests']}, {result['requests_repeated']}, {result['requests_lost']}",
         "values missing in MLflow": result["mlflow_values_missing"],
         "processes left over": len(result["processes_left"]),
+        "Ray Train's cleaners left until the cluster ends": result["ray_train_cleaners_left"],
     }
     return "\n".join([*rows, *(f"| {name} | {value} |" for name, value in facts.items())])
