@@ -249,6 +249,14 @@ class Distill(Section):
     checkpoint_every: Count = Field(500, description="student updates between checkpoints")
     evaluate_every: Count = Field(500, description="student updates between evaluations")
     workers: Count = Field(1, description="Ray Train workers")
+    min_workers: Count | None = Field(
+        None,
+        description="go on with as few workers when nodes are lost, and with more as they come back; the update's samples "
+        "stay the same, so fewer workers are slower. The Bridge is trained by that many. null: always distill.workers",
+    )
+    resize_after_s: NonNegative = Field(
+        60, description="how often it is looked whether more workers fit; a restart goes back to the last checkpoint"
+    )
     cpus_per_worker: Positive = Field(0.5, description="Ray CPUs each worker reserves")
     gpus_per_worker: NonNegative = Field(0, description="Ray GPUs each worker reserves")
     threads: Count = Field(1, description="CPU threads of each worker")
@@ -271,6 +279,17 @@ class Distill(Section):
         False, description="end the distillation at a collapse alarm, and export the best student so far"
     )
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold workers; none: any node")
+
+    @model_validator(mode="after")
+    def _elastic(self) -> Distill:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) <= workers ({self.workers}) does not hold")
+        return self
+
+    @property
+    def fewest(self) -> int:
+        """Workers that there are at any time."""
+        return self.min_workers or self.workers
 
 
 class Prompts(Section):
@@ -353,6 +372,8 @@ class Config(Section):
             )
         if self.vsd.weight == 0 and self.discriminator.weight == 0:
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
+        if self.bridge.trainable and self.distill.fewest < self.distill.workers:
+            raise ValueError("distill.min_workers: with bridge.trainable the number of workers is fixed")
         return self
 
 

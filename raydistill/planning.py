@@ -141,7 +141,7 @@ def count_run(config: Config) -> Counts:
     batch, scale = config.distill.batch_size, guidance_scale(config, teacher)
     parts = config.distill.micro_batches
     small = parts if batch > parts else 2 * parts  # one sample a part, or two
-    share = max(1, config.bridge.batch_size // config.distill.workers)
+    share = max(1, config.bridge.batch_size // config.distill.fewest)
     latents = 4 * math.prod(teacher.latent_shape)
     trainer = counting.count_trainer(config, student, teacher, batch)
     return Counts(
@@ -339,7 +339,7 @@ def _is_run(role: str, config: Config) -> bool:
 def _count_roles(config: Config, roles: Sequence[str]) -> dict[str, Any]:
     """One count for each role at the configured sizes; seconds to a minute."""
     student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    share = max(1, config.bridge.batch_size // config.distill.workers)
+    share = max(1, config.bridge.batch_size // config.distill.fewest)
     count = {
         "trainer": lambda: counting.count_trainer(config, student, teacher),
         "teacher rank": lambda: counting.count_teacher(config, teacher, guidance_scale(config, teacher)),

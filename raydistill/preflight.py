@@ -174,10 +174,10 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
     if config.bridge.projector == "identity" and config.bridge.trainable:
         raise ConfigError("bridge.trainable=true: the identity has nothing to train")
     trains = config.bridge.trainable or (config.bridge.checkpoint is None and config.bridge.projector != "identity")
-    if trains and config.bridge.batch_size % config.distill.workers:
+    if trains and config.bridge.batch_size % config.distill.fewest:
         raise ConfigError(
-            f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.workers} "
-            "workers (distill.workers)"
+            f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.fewest} "
+            "workers (distill.min_workers, else distill.workers)"
         )
     if trains and config.bridge.attention.weight > 0:
         check_network(teacher)

@@ -32,8 +32,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         wait = _wait(folders, arguments)
         reading, prompts = _read(arguments)
         stream = conditioned_batches(
-            prompts, folders, seed=0, first=0, stop=arguments.batches, rank=0, world=1, batch_size=arguments.batch_size
-        )
+            prompts, folders, seed=0, first=0, stop=arguments.batches,
+            rows=range(arguments.batch_size), slot_size=arguments.batch_size,
+        )  # fmt: skip
         streaming = _drain(stream, arguments)
     common = {"batch_size": arguments.batch_size, "cache_bytes": CACHE_BYTES}
     return {"reading": reading, "streaming": streaming, "wait": wait} | common
@@ -83,8 +84,8 @@ def _wait(folders: dict[str, str], arguments: argparse.Namespace) -> dict[str, f
     prompts = read_prompts(resolve(config.prompts.path), "prompt", "skip", 2000)
     per_step, skipped = 1 + config.fake_score.updates, 3
     worker.batches = conditioned_batches(
-        prompts, folders, seed=0, first=0, stop=(arguments.steps + skipped) * per_step, rank=0, world=1,
-        batch_size=arguments.batch_size,
+        prompts, folders, seed=0, first=0, stop=(arguments.steps + skipped) * per_step,
+        rows=range(arguments.batch_size), slot_size=arguments.batch_size,
     )  # fmt: skip
     waits, steps = [], []
     for i in range(arguments.steps + skipped):

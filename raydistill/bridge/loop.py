@@ -89,7 +89,7 @@ def train_bridge(
         train_worker,
         train_loop_config=asdict(settings),
         scaling_config=ScalingConfig(
-            num_workers=distill.workers,
+            num_workers=distill.fewest,
             use_gpu=distill.gpus_per_worker > 0,
             resources_per_worker=resources,
             label_selector=distill.node_labels or None,

@@ -1,8 +1,9 @@
 """Conditioning for trainers: text encoders in Ray Data actors, streamed in an order that can be resumed anywhere.
 
-The cursor is a slot number. Slot s is one batch for every worker: worker r of W takes the positions
-(s W + r) B … (s W + r) B + B - 1 of the prompt set's endless order (`PromptSet.at`). Each position is read exactly
-once by construction, whatever the number of restarts, and a resume encodes nothing that was consumed before.
+The cursor is a slot number. Slot s is one batch of all workers together, G rows: the positions s G … s G + G - 1 of the
+prompt set's endless order (`PromptSet.at`), of which each worker reads its own (`own_rows`). Each position is read
+exactly once by construction, whatever the number of restarts, and of workers after each; a resume encodes nothing that
+was consumed before.
 
 Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), and one
 "role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such tensors travel as uint16.
@@ -198,9 +199,14 @@ def conditioning(batch: Mapping[str, Any], role: str) -> Conditioning:
 # -- streaming ------------------------------------------------------------------------------------------
 
 
-def slot_positions(slot: int, rank: int, world: int, batch_size: int) -> np.ndarray:
-    """Positions [B] of a slot's rows for one worker, int64."""
-    return np.arange(batch_size, dtype=np.int64) + (slot * world + rank) * batch_size
+def own_rows(rank: int, world: int, parts: int, part_size: int) -> range:
+    """Rows of every slot that worker `rank` of `world` reads: consecutive parts out of `parts`, as evenly as it goes."""
+    return range(rank * parts // world * part_size, (rank + 1) * parts // world * part_size)
+
+
+def slot_positions(slot: int, rows: range, slot_size: int) -> np.ndarray:
+    """Positions [B] of a slot's `rows`, int64."""
+    return np.arange(rows.start, rows.stop, dtype=np.int64) + slot * slot_size
 
 
 @functools.lru_cache(maxsize=2)
@@ -212,10 +218,10 @@ def _fetch(prompts: ray.ObjectRef) -> PromptSet:
 
 
 def _rows_of_slots(
-    slots: Batch, prompts: ray.ObjectRef, seed: int, rank: int, world: int, batch_size: int
+    slots: Batch, prompts: ray.ObjectRef, seed: int, rows: range, slot_size: int
 ) -> dict[str, np.ndarray]:
     """Slot numbers -> sample_id, prompt_id and prompt of their rows."""
-    positions = np.concatenate([slot_positions(slot, rank, world, batch_size) for slot in slots["slot"].tolist()])
+    positions = np.concatenate([slot_positions(slot, rows, slot_size) for slot in slots["slot"].tolist()])
     ids, texts = _fetch(prompts).at(seed, positions)
     return {"sample_id": positions, "prompt_id": ids, "prompt": np.array(texts, dtype=object)}
 
@@ -227,9 +233,8 @@ def conditioned_batches(
     seed: int,
     first: int,
     stop: int,
-    rank: int,
-    world: int,
-    batch_size: int,
+    rows: range,
+    slot_size: int,
     dtype: str | Mapping[str, str] = "float32",
     chunk: int = CHUNK,
     encoders: int = 1,
@@ -248,8 +253,8 @@ def conditioned_batches(
         folders, dtype, chunk, threads: see `PromptEncoder`. Folders must exist on every node.
         seed: of the order of prompts.
         first, stop: slots to read; a resume starts at the first slot that was not consumed.
-        rank, world: this worker, and the number of workers.
-        batch_size: rows B per slot and worker.
+        rows: of each slot, those of this worker: B of them.
+        slot_size: rows G of a slot, of all workers together.
         encoders: actors of this worker that encode.
         cpus_per_encoder, gpus_per_encoder: Ray resources of each; with a GPU share they encode on "cuda".
         prefetch: batches fetched ahead into this process.
@@ -258,17 +263,18 @@ def conditioned_batches(
     Raises:
         ValueError: a number is out of range.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 … world - 1, not {rank} of {world}")
-    if not 0 <= first <= stop or batch_size < 1:
-        raise ValueError(f"need 0 <= first <= stop and batch_size >= 1, not {first}, {stop} and {batch_size}")
+    batch_size = len(rows)
+    if not 0 <= rows.start < rows.stop <= slot_size or rows.step != 1:
+        raise ValueError(f"rows must lie within 0 … {slot_size} and be at least one, not {rows}")
+    if not 0 <= first <= stop:
+        raise ValueError(f"need 0 <= first <= stop, not {first} and {stop}")
     if first == stop:
         return
     import ray.data
 
     quiet_ray_data()
     rows_of_slots = functools.partial(
-        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rank=rank, world=world, batch_size=batch_size
+        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rows=rows, slot_size=slot_size
     )
     encoder = {
         "folders": {role: str(folder) for role, folder in folders.items()},

@@ -7,7 +7,8 @@
 Every random number comes from (seed, purpose, sample id): nothing here keeps generator state.
 
 A batch is computed in `distill.micro_batches` equal parts. Every loss is a mean over samples of what each sample gives
-by itself, so the mean of the parts' gradients is the batch's, up to rounding.
+by itself, so the mean of the parts' gradients is the batch's, up to rounding. Where fewer workers than usual share the
+parts of all, some have more of them than others: each divides by what they have on average, before the mean of all.
 
 With `distill.mixed_precision` the networks' forward passes run under bfloat16 autocast, without loss scaling: bfloat16
 has float32's range. What stays float32: weights, sums of gradients, optimizers, losses, the discriminator's head, the
@@ -104,12 +105,16 @@ class Distiller:
         average: Callable[[list[torch.Tensor]], None] = lambda gradients: None,
         device: torch.device | str = "cpu",
         anchor: Objective | None = None,
+        parts: int | None = None,
+        mean_parts: float | None = None,
     ) -> None:
         """
         Args:
             batches: conditioned batches; k + 1 per update, the student's first.
             average: averages tensors of one dtype over the workers in place.
             anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
+            parts: equal parts in which this worker computes its batches; default `distill.micro_batches`.
+            mean_parts: those of a worker on average, where workers have batches of different sizes; default `parts`.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device, self.batches, self.average, self.real = torch.device(device), batches, average, real
@@ -117,6 +122,8 @@ class Distiller:
         self.student = student.to(device).eval().requires_grad_(True)
         self.bridge = bridge.to(device).eval().requires_grad_(False)
         self.anchor = anchor if config.bridge.trainable else None
+        self.parts = parts or config.distill.micro_batches
+        self.mean_parts = mean_parts or self.parts
         if config.bridge.trainable:
             if anchor is None:
                 raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
@@ -218,7 +225,7 @@ class Distiller:
         started = time.perf_counter()
         batch = next(self.batches)
         self._add("time/data", time.perf_counter() - started)
-        count = self.config.distill.micro_batches
+        count = self.parts
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         self.consumed.append(ids.tolist())
         if len(ids) % count:
@@ -258,18 +265,18 @@ class Distiller:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started = time.perf_counter()
         parts = self._next()
-        rows = [self._fake_gradients(part, len(parts)) for part in parts]
+        rows = [self._fake_gradients(part) for part in parts]
         self._step(fake=self.config.fake_score.max_grad_norm)
         self.metrics["loss/fake"] = mean_of(rows)["fake"]
         if self.discriminator is not None:
             for row, part in zip(rows, parts, strict=True):
-                self._real_gradients(row, part, len(parts))
+                self._real_gradients(row, part)
             self._step(discriminator=self.config.student.max_grad_norm)
             mean = mean_of(rows)
             self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
         self._add("time/fake", time.perf_counter() - started)
 
-    def _fake_gradients(self, part: Part, parts: int) -> dict[str, torch.Tensor]:
+    def _fake_gradients(self, part: Part) -> dict[str, torch.Tensor]:
         """Of the fake score's loss, and of the discriminator's on its features of student samples."""
         ids = part.sample_ids
         with torch.no_grad():
@@ -280,15 +287,15 @@ class Distiller:
         prediction, features = self._fake(x_t, t_B, part.teacher_conditioning)
         wanted = target(self.teacher_space.path, self.teacher_space.prediction, x, eps, t_B)
         loss = torch.nn.functional.mse_loss(prediction.float(), wanted)
-        self._accumulate(loss, parts, "fake")
+        self._accumulate(loss, "fake")
         row = {"fake": loss}
         if self.discriminator is not None:
             logits = self.discriminator(require_finite(features.detach(), "the fake score's features"))
             row |= {"discriminator": fake_logits_loss(logits), "accuracy": (logits < 0).float().mean()}
-            self._accumulate(row["discriminator"], parts, "discriminator")
+            self._accumulate(row["discriminator"], "discriminator")
         return row
 
-    def _real_gradients(self, row: dict[str, torch.Tensor], part: Part, parts: int) -> None:
+    def _real_gradients(self, row: dict[str, torch.Tensor], part: Part) -> None:
         """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
         ids = part.sample_ids
         with torch.no_grad():
@@ -301,7 +308,7 @@ class Distiller:
                 features = self.fake.features(x_t, t_B, self._to(conditioning))
         logits = self.discriminator(require_finite(features, "the fake score's features"))
         loss = real_logits_loss(logits)
-        self._accumulate(loss, parts, "discriminator")
+        self._accumulate(loss, "discriminator")
         row["discriminator"] = loss + row["discriminator"]
         row["accuracy"] = ((logits > 0).float().mean() + row["accuracy"]) / 2
 
@@ -325,7 +332,7 @@ class Distiller:
                 x0_real = next(answers)
                 waited += time.perf_counter() - waiting
             own = None if pairs is None else pairs.part(index, len(parts))
-            rows.append(self._student_gradients(made, x0_real, own, len(parts)))
+            rows.append(self._student_gradients(made, x0_real, own))
         mean = mean_of(rows)
         if answers is not None:
             mean["vsd/gradient_norm"] = math.sqrt(mean.pop("vsd/gradient_square"))
@@ -346,7 +353,7 @@ class Distiller:
         self._add("time/student", time.perf_counter() - started - waited)
 
     def _student_gradients(
-        self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None, parts: int
+        self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None
     ) -> dict[str, torch.Tensor]:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, space, row = self.config, self.teacher_space, {}
@@ -372,12 +379,12 @@ class Distiller:
             loss = loss + config.bridge.anchor_weight * require_finite(own, "the Bridge's own loss")
             row |= {f"bridge/{name}": value for name, value in losses.items()}
             names.append("bridge")
-        self._accumulate(loss, parts, *names)
+        self._accumulate(loss, *names)
         return row
 
     def _watch_latents(self) -> None:
         """Statistics of this update's Bridge output over all workers, and how far they are from the teacher's."""
-        total = torch.stack(self._moments).mean(0)  # parts are equally large
+        total = torch.stack(self._moments).sum(0) / self.mean_parts  # parts are equally large
         self.average([total])
         self.metrics |= self.guard.observe(total.cpu())
 
@@ -385,10 +392,10 @@ class Distiller:
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
-    def _accumulate(self, loss: torch.Tensor, parts: int, *names: str) -> None:
+    def _accumulate(self, loss: torch.Tensor, *names: str) -> None:
         """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters."""
         require_finite(loss, f"the {' and '.join(names)} loss")
-        torch.autograd.backward(loss / parts, inputs=[p for name in names for p in self._parameters(name)])
+        torch.autograd.backward(loss / self.mean_parts, inputs=[p for name in names for p in self._parameters(name)])
 
     def _step(self, **max_grad_norms: float) -> dict[str, float]:
         """Average the gradients over workers, clip them and step the named optimizers.

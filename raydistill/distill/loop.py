@@ -105,7 +105,8 @@ def _trainer(stage: Stage, config: Config) -> Any:
         train_worker,
         train_loop_config=asdict(stage),
         scaling_config=ScalingConfig(
-            num_workers=distill.workers,
+            num_workers=distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers),
+            elastic_resize_monitor_interval_s=distill.resize_after_s,
             use_gpu=distill.gpus_per_worker > 0,
             resources_per_worker=resources,
             label_selector=distill.node_labels or None,
@@ -179,7 +180,7 @@ def _train(stage: Stage) -> None:
             metrics = distiller.pop_metrics() | (submit.metrics() if submit else {})
             if observer:
                 observer.after_step(step, world, metrics)
-            steps.add(step, distiller.pop_sample_ids(), metrics)
+            steps.add(step, world, distiller.pop_sample_ids(), metrics)
             stopped = _told_by_rank_0(observer.collapse if observer else None, world) if stops else None
             leave = step < config.distill.steps and _asked_to_stop(stage, distiller.device, rank, world)
             _checkpoint(distiller, config, observer, step, stopped, leave)
@@ -230,9 +231,10 @@ def _note_non_finite(stage: Stage, rank: int, step: int, error: Exception) -> No
 
 def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
     """Conditioned batches from the first step that is not done; a generator."""
-    from raydistill.data.encode import conditioned_batches
+    from raydistill.data.encode import conditioned_batches, own_rows
     from raydistill.data.prompts import read_prompts
 
+    distill = config.distill
     per_step = 1 + config.fake_score.updates
     prompts = read_prompts(
         resolve(config.prompts.path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
@@ -242,10 +244,11 @@ def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
         {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
         seed=config.run.seed,
         first=first * per_step,
-        stop=config.distill.steps * per_step,
-        rank=rank,
-        world=world,
-        batch_size=config.distill.batch_size,
+        stop=distill.steps * per_step,
+        rows=own_rows(
+            rank, world, distill.workers * distill.micro_batches, distill.batch_size // distill.micro_batches
+        ),
+        slot_size=distill.workers * distill.batch_size,
         dtype=config.prompts.encoder_dtype,
         encoders=config.prompts.encoders,
         cpus_per_encoder=config.prompts.cpus_per_encoder,
@@ -258,7 +261,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     """Load every network of a worker and connect it to its teachers."""
     from raydistill.bridge.loop import build_objective
     from raydistill.bridge.model import Bridge
-    from raydistill.data.encode import encode_unconditional
+    from raydistill.data.encode import encode_unconditional, own_rows
     from raydistill.distill.distiller import Distiller
     from raydistill.spaces import load_space
     from raydistill.teachers.client import TeacherClient
@@ -274,6 +277,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     gan = config.discriminator
     real = load_real(Path(stage.real), teacher_space, gan.real_count) if stage.real and gan.weight > 0 else None
     anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
+    parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
     distiller = Distiller(
         config,
         student_space,
@@ -286,6 +290,8 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         average_over_workers if world > 1 else lambda gradients: None,
         device,
         anchor,
+        len(own_rows(rank, world, parts, 1)),
+        parts / world,
     )
     if not stage.service:
         return distiller, None
@@ -454,7 +460,8 @@ class Observer:
     def after_step(self, step: int, world: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is time, and log; adds what it measures to `metrics`."""
         seconds = metrics["time/step"]
-        metrics["throughput/samples_per_s"] = world * self.config.distill.batch_size / seconds
+        metrics["throughput/samples_per_s"] = self.config.distill.workers * self.config.distill.batch_size / seconds
+        metrics["throughput/workers"] = world
         drifted = self.distiller.guard.alarm
         self._alarm(step, drifted)
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:

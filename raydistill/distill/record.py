@@ -41,9 +41,9 @@ class StepLog:
         if cut:  # a full disk ended an earlier line
             self._write(b"\n")
 
-    def add(self, step: int, sample_ids: Iterable[Iterable[int]], values: Mapping[str, Any]) -> None:
-        """Keep one step: its number (from 1), its batches' sample ids, and numbers that belong to it."""
-        line = {"step": step, "samples": [ranges(ids) for ids in sample_ids]}
+    def add(self, step: int, world: int, sample_ids: Iterable[Iterable[int]], values: Mapping[str, Any]) -> None:
+        """Keep one step: its number (from 1), how many workers did it, its batches' sample ids, and its numbers."""
+        line = {"step": step, "world": world, "samples": [ranges(ids) for ids in sample_ids]}
         line |= {"values": {name: float(value) for name, value in values.items()}}
         self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
@@ -77,8 +77,20 @@ def steps_of(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return found
 
 
+def consumed_by_all(folder: Path) -> np.ndarray:
+    """Sample ids that the final weights of a stage rest on, of all its workers and however many there were, int64."""
+    whole = steps_of(read_lines(step_file(folder, 0)))
+    found = []
+    for rank in range(max((line["world"] for line in whole.values()), default=0)):
+        own = steps_of(read_lines(step_file(folder, rank)))
+        # a worker that is no longer there has lines of steps that the others did again without it
+        kept = (line for step, line in own.items() if step in whole and rank < whole[step]["world"] == line["world"])
+        found.append(consumed(kept))
+    return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
+
 def consumed(lines: Iterable[dict[str, Any]]) -> np.ndarray:
-    """Sample ids that the final weights rest on, in the order in which they were consumed, int64."""
+    """Sample ids of one worker that the final weights rest on, in the order in which they were consumed, int64."""
     parts = [
         np.arange(first, last + 1)
         for line in steps_of(lines).values()

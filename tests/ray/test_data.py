@@ -12,7 +12,7 @@ import ray
 import torch
 
 from raydistill.data import encode
-from raydistill.data.encode import conditioned_batches, conditioning, encode_prompt_list, slot_positions
+from raydistill.data.encode import conditioned_batches, conditioning, encode_prompt_list, own_rows, slot_positions
 from raydistill.data.prompts import PromptSet
 from raydistill.spaces import load_space
 
@@ -31,8 +31,8 @@ def stream(ray_cluster, folders):
     opened = []
 
     def start(first, stop, rank=0, **changes):
-        settings = {"seed": SEED, "world": WORLD, "batch_size": BATCH} | changes
-        opened.append(conditioned_batches(PROMPTS, folders, first=first, stop=stop, rank=rank, **settings))
+        settings = {"seed": SEED, "rows": own_rows(rank, WORLD, WORLD, BATCH), "slot_size": WORLD * BATCH} | changes
+        opened.append(conditioned_batches(PROMPTS, folders, first=first, stop=stop, **settings))
         return opened[-1]
 
     yield start
@@ -48,7 +48,7 @@ def expected(folders):
 
 def check(batch, slot: int, rank: int, expected) -> None:
     """Ids, prompts and conditioning of one slot, bit for bit."""
-    positions = slot_positions(slot, rank, WORLD, BATCH)
+    positions = slot_positions(slot, own_rows(rank, WORLD, WORLD, BATCH), WORLD * BATCH)
     ids, prompts = PROMPTS.at(SEED, positions)
     assert batch["sample_id"].dtype == np.int64
     assert batch["sample_id"].tolist() == positions.tolist()
@@ -78,9 +78,13 @@ def wait_for_no_encoders() -> None:
     assert not encoders()
 
 
-def test_slots_of_all_workers_cover_every_position_once():
-    positions = [slot_positions(slot, rank, 3, 5) for slot in range(4) for rank in range(3)]
-    assert np.concatenate(positions).tolist() == list(range(60))
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6])
+def test_slots_of_all_workers_cover_every_position_once_however_many_there_are(world):
+    """Six parts of five rows; four workers have one or two parts each."""
+    rows = [own_rows(rank, world, 6, 5) for rank in range(world)]
+    positions = [slot_positions(slot, own, 30) for slot in range(4) for own in rows]
+    assert np.concatenate(positions).tolist() == list(range(120))
+    assert {len(own) for own in rows} == ({5, 10} if world == 4 else {30 // world})
 
 
 def test_batches_come_in_order_with_the_numbers_of_the_text_encoders(stream, expected):
@@ -146,7 +150,7 @@ def test_workers_stream_side_by_side_when_most_cpus_are_taken(ray_cluster, folde
     class Worker:
         def read(self, rank: int) -> list[int]:
             stream = conditioned_batches(
-                PROMPTS, folders, seed=SEED, first=2, stop=5, rank=rank, world=2, batch_size=BATCH
+                PROMPTS, folders, seed=SEED, first=2, stop=5, rows=own_rows(rank, 2, 2, BATCH), slot_size=2 * BATCH
             )
             return [position for batch in stream for position in batch["sample_id"].tolist()]
 
@@ -162,7 +166,7 @@ def test_nothing_to_read_starts_nothing(stream):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"rank": 2}, "rank"), ({"first": 8}, "first"), ({"batch_size": 0}, "1")]
+    ("changes", "said"), [({"rows": range(4, 9)}, "rows"), ({"rows": range(0)}, "rows"), ({"first": 8}, "first")]
 )
 def test_wrong_numbers_are_refused(stream, changes, said):
     settings = {"first": 0, "stop": 7} | changes

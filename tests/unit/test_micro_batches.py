@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,7 +54,7 @@ def batches(tables, size):
 def build(spaces, tables):
     """`build(*overrides, device, anchor)` -> a worker with random weights that are the same each time."""
 
-    def start(*overrides, device="cpu", anchor=None):
+    def start(*overrides, device="cpu", anchor=None, rows=None, average=lambda tensors: None, **parts):
         config = load(overrides=[*SMALL, *overrides])
         student, teacher = spaces
         latents = torch.randn(8, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
@@ -60,8 +62,12 @@ def build(spaces, tables):
         torch.manual_seed(7)
         bridge = Bridge.create(student, teacher, config.bridge)
         stream = batches(tables, config.distill.batch_size)
+        if rows is not None:  # those of a worker
+            stream = ({name: column[rows] for name, column in batch.items()} for batch in stream)
         unet, network = student.load_network(), teacher.load_network()
-        return Distiller(config, student, teacher, unet, bridge, network, real, stream, device=device, anchor=anchor)
+        return Distiller(
+            config, student, teacher, unet, bridge, network, real, stream, average, device, anchor, **parts
+        )
 
     return start
 
@@ -124,6 +130,35 @@ def test_the_mean_gradient_of_the_parts_is_the_batchs(build, submit, parts):
     for field in ("sample_ids", "noise", "t_B"):  # a sample's numbers do not depend on how its batch is divided
         assert torch.equal(torch.cat([getattr(made, field) for made in several]), getattr(one[0], field))
     torch.testing.assert_close(torch.cat([made.x_t for made in several]), one[0].x_t, rtol=1e-4, atol=1e-4)
+
+
+def test_workers_with_more_and_fewer_parts_average_to_the_same_gradient(build, submit):
+    """One worker with a quarter of the samples, one with the rest, as when two have to do what four did."""
+    whole, _ = gradients_of(build(), submit)
+    sums, barrier = {}, threading.Barrier(2)
+
+    def averaging(rank):
+        def average(tensors):
+            sums[rank] = [tensor.clone() for tensor in tensors]
+            barrier.wait(60)
+            means = [(one + other) / 2 for one, other in zip(sums[0], sums[1], strict=True)]
+            barrier.wait(60)
+            for tensor, mean in zip(tensors, means, strict=True):
+                tensor.copy_(mean)
+
+        return average
+
+    shares = ((slice(0, 2), 1), (slice(2, 8), 3))
+    workers = [
+        build(rows=rows, average=averaging(rank), parts=parts, mean_parts=2.0)
+        for rank, (rows, parts) in enumerate(shares)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        (first, _), (second, _) = pool.map(lambda worker: gradients_of(worker, submit), workers)
+    for name, gradient in whole.items():
+        assert ((first[name] + second[name]) / 2 - gradient).norm() <= 2e-4 * gradient.norm(), name
+    drifts = [worker.pop_metrics()["guard/latent_drift"] for worker in workers]
+    assert drifts[0] == drifts[1]
 
 
 def flat(state):
