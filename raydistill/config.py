@@ -195,6 +195,11 @@ class FakeScore(Section):
         "transformer blocks are kept and trained (no UNets)",
     )
     rank: Count = Field(64, description="LoRA rank")
+    shard: bool = Field(
+        False,
+        description="lora: every worker holds 1/distill.workers of the frozen copy's blocks and gathers them one by one "
+        "(FSDP2): less memory, the same numbers up to rounding, more communication",
+    )
     first_blocks: Count | None = Field(
         None, description="blocks that a truncated network keeps at its input; null: a quarter of them, rounded up"
     )
@@ -372,6 +377,10 @@ class Config(Section):
             )
         if self.vsd.weight == 0 and self.discriminator.weight == 0:
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
+        if self.fake_score.shard and self.fake_score.kind != "lora":
+            raise ValueError(f"fake_score.shard: nothing of kind={self.fake_score.kind} is frozen; use kind=lora")
+        if self.fake_score.shard and self.distill.fewest < self.distill.workers:
+            raise ValueError("distill.min_workers: with fake_score.shard the number of workers is fixed")
         if self.bridge.trainable and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with bridge.trainable the number of workers is fixed")
         return self

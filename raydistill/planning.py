@@ -209,6 +209,13 @@ def trainer_bytes(counts: Counts, batch: int) -> float:
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
 
 
+def shared_bytes(counts: Counts, config: Config) -> float:
+    """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; a gathered piece stays."""
+    workers, frozen = config.distill.workers, counts.trainer.weights.fake_frozen
+    piece = 4 * min(counts.network.parameters, counts.network.piece + PREFETCHED)
+    return max(0, frozen - frozen // workers - piece) if workers > 1 else 0
+
+
 def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
     """Every role on every kind of GPU."""
     rows = []
@@ -232,32 +239,38 @@ def _teacher_advice(least: int | None) -> str:
 
 
 def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
-    needs = trainer_bytes(counts, counts.batch)
+    saved, sharded = shared_bytes(counts, config), config.fake_score.shard
+
+    def need(batch: int) -> float:
+        return trainer_bytes(counts, batch) - (saved if sharded else 0)
+
+    needs = need(counts.batch)
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
     parts = config.distill.micro_batches
     # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
     more = [m for m in range(parts + 1, counts.batch + 1) if counts.batch % m == 0]
-    more = [m for m in more if trainer_bytes(counts, counts.batch // m * parts) <= has]
-    fitting = [batch for batch in range(parts, counts.batch, parts) if trainer_bytes(counts, batch) <= has]
+    more = [m for m in more if need(counts.batch // m * parts) <= has]
+    fitting = [batch for batch in range(parts, counts.batch, parts) if need(batch) <= has]
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
-    would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak <= has else []
+    recomputing = counts.recomputing.peak - (saved if sharded else 0)
+    would += ["distill.gradient_checkpointing=true"] if recomputing <= has else []
+    would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
     return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
-    """(what, bytes that remain) of measures that add up, at the configured batch; only the first is a setting.
+    """(what, bytes that remain) of measures that add up, at the configured batch; the last is no setting.
 
     Recomputing is counted; the others take away what they move: the frozen base to the other workers' GPUs (a gathered
     piece stays), AdamW's two moments to the host.
     """
-    needs, weights, workers = counts.recomputing.peak, counts.trainer.weights, config.distill.workers
+    needs, weights = counts.recomputing.peak, counts.trainer.weights
     steps = [("distill.gradient_checkpointing", needs)]
-    if workers > 1 and weights.fake_frozen:
-        piece = 4 * min(counts.network.parameters, counts.network.piece + PREFETCHED)
-        needs -= max(0, weights.fake_frozen - weights.fake_frozen // workers - piece)
-        steps.append((f"frozen base sharded over {workers}", needs))
+    if saved := shared_bytes(counts, config):
+        needs -= saved
+        steps.append(("fake_score.shard", needs))
     needs -= weights.optimizers
     steps.append(("optimizers on the host", needs))
     return steps
@@ -596,7 +609,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             f"  {fit.role:<16}{fit.gpu:<9}{fit.needs / GIB:8.1f} of {fit.has / GIB:6.1f}  {verdict:<13} {fit.advice}"
         )
     remedies = ", ".join(f"{label} {size / GIB:.1f} GiB" for label, size in trainer_remedies(counts, config))
-    lines.append(f"  a trainer would need, adding up (only the first is a setting of this version): {remedies}")
+    lines.append(f"  a trainer would need, adding up (the last is no setting): {remedies}")
     host = host_bytes(counts, config)
     lines.append(
         "  host memory of one trainer: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in host.items())

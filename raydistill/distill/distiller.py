@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.bridge.objective import Objective
 from raydistill.config import Config
@@ -107,6 +108,7 @@ class Distiller:
         anchor: Objective | None = None,
         parts: int | None = None,
         mean_parts: float | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """
         Args:
@@ -115,6 +117,7 @@ class Distiller:
             anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
             parts: equal parts in which this worker computes its batches; default `distill.micro_batches`.
             mean_parts: those of a worker on average, where workers have batches of different sizes; default `parts`.
+            mesh: of the workers that share one frozen copy of the teacher (`fake_score.shard`); None: each has its own.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device, self.batches, self.average, self.real = torch.device(device), batches, average, real
@@ -128,9 +131,8 @@ class Distiller:
             if anchor is None:
                 raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
             self.bridge.projector.requires_grad_(True)
-        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, config.discriminator.depth_fraction).to(
-            device
-        )
+        depth = config.discriminator.depth_fraction
+        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depth, mesh).to(device)
         self.use_gan = config.discriminator.weight > 0
         self.discriminator: Discriminator | None = None
         self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None

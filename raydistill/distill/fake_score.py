@@ -5,15 +5,21 @@
     truncated  the copy's first and last transformer blocks, all of them trained; must learn to do without the others
 
 Its features at one block also feed the discriminator.
+
+A frozen copy can be shared by all workers (`mesh`): each holds an equal part of every block, and gathers a block for as
+long as it computes with it, forwards and backwards. Blocks are FSDP2 units of their own, without a common root: a pass
+for features alone ends in the middle, and leaves no unit waiting for the others. All workers must run equally many passes.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.config import ConfigError
 from raydistill.config import FakeScore as FakeScoreConfig
@@ -39,13 +45,31 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
         raise ConfigError(f"fake_score.kind=truncated: {error}; {remedy}") from None
 
 
+def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Leave this worker its share of the parts' frozen parameters, on the mesh's device; what is trained stays whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    # of views that are changed in place, which no network here does: the numbers are those of the whole copy
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    for part in parts:
+        fully_shard(part, mesh=mesh, ignored_params={p for p in part.parameters() if p.requires_grad})
+
+
 class FakeScore(nn.Module):
     """Network with trainable part, its denoising prediction and its features."""
 
-    def __init__(self, space: Space, network: nn.Module, config: FakeScoreConfig, depth_fraction: float) -> None:
+    def __init__(
+        self,
+        space: Space,
+        network: nn.Module,
+        config: FakeScoreConfig,
+        depth_fraction: float,
+        mesh: DeviceMesh | None = None,
+    ) -> None:
         """
         Args:
             network: the teacher's, of its own copy: it is changed in place.
+            mesh: the workers among whom the frozen base is partitioned; None: each has all of it.
 
         Raises:
             ConfigError: `config` asks for a truncated network, and this one cannot be cut so.
@@ -56,6 +80,8 @@ class FakeScore(nn.Module):
             network.requires_grad_(False)
             lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(space.lora_targets))
             network = inject_adapter_in_model(lora, network)
+            if mesh is not None:
+                _partition(space.large_parts(network), mesh)
         else:
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)

@@ -292,6 +292,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         anchor,
         len(own_rows(rank, world, parts, 1)),
         parts / world,
+        _mesh(device, world) if config.fake_score.shard and world > 1 else None,
     )
     if not stage.service:
         return distiller, None
@@ -299,6 +300,13 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     return distiller, Teachers(
         TeacherClient(stage.service, config.teachers), empty, guidance_scale(config, teacher_space)
     )
+
+
+def _mesh(device: torch.device, world: int) -> Any:
+    """All workers in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (world,))
 
 
 class Teachers:

@@ -211,6 +211,10 @@ class Space(ABC):
         """The transformer blocks that image tokens pass, in order; none in a UNet, which is no plain list of blocks."""
         return [block for name in self.block_lists for block in getattr(network, name)]
 
+    def large_parts(self, network: nn.Module) -> list[nn.Module]:
+        """Modules that run one after another and hold nearly all of the network: its blocks, also those of a UNet."""
+        return self.blocks(network)
+
     def truncated(self, network: nn.Module, first: int, last: int) -> nn.Module:
         """The network without the blocks between its first `first` and its last `last` ones.
 

@@ -33,6 +33,9 @@ class StableDiffusionSpace(DiscreteSpace):
             return_dict=False,
         )[0]
 
+    def large_parts(self, network):
+        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+
     def feature_block(self, network, depth_fraction):
         """Down blocks, then the middle: a depth of 1/2 or more is the middle block."""
         blocks = [*network.down_blocks, network.mid_block]

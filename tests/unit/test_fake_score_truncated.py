@@ -377,7 +377,7 @@ def test_the_planner_counts_the_parameters_bytes_and_flops_of_what_is_left(count
 
 def test_where_nothing_is_frozen_sharding_the_base_is_no_remedy(counted):
     for kind, labels in (
-        ("lora", ["distill.gradient_checkpointing", "frozen base sharded over 8", "optimizers on the host"]),
+        ("lora", ["distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host"]),
         ("truncated", ["distill.gradient_checkpointing", "optimizers on the host"]),
     ):
         trainer = counted[kind]

@@ -1,0 +1,110 @@
+"""A frozen copy that two workers share: the numbers of two whole copies, up to rounding, in little more than half the memory.
+
+Bits differ because the processor's kernels sum in another order where a gathered weight does not lie on a cache line.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+from raydistill.bridge.model import Bridge
+from raydistill.config import ConfigError, load
+from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.loop import _mesh, average_over_workers
+from raydistill.distill.schedule import distillation_step
+from raydistill.spaces import load_space
+
+WORLD, BATCH = 2, 2
+SETTINGS = (
+    "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=2",
+    "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "distill.workers=2",
+)  # fmt: skip
+CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
+
+
+class Answer:
+    def __init__(self, scores):
+        self.scores = scores
+
+    def result(self):
+        return self.scores
+
+    def ready(self):
+        return True
+
+
+def train(rank: int, config, student, teacher) -> tuple[dict, list, int]:
+    """Two updates of one worker: its state, its metrics, and how many parameters of the fake score it held."""
+    tables = [space.encode_prompts(space.load_text(), CAPTIONS) for space in (student, teacher)]
+
+    def batches():
+        for slot in itertools.count():
+            ids = list(range((slot * WORLD + rank) * BATCH, (slot * WORLD + rank + 1) * BATCH))
+            yield {"sample_id": ids} | {
+                f"{role}.{name}": value[[i % len(CAPTIONS) for i in ids]].numpy()
+                for role, table in zip(("student", "teacher"), tables, strict=True)
+                for name, value in table.items()
+            }
+
+    torch.manual_seed(7)
+    bridge = Bridge.create(student, teacher, config.bridge)
+    latents = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
+    real = Real(latents, tables[1], torch.arange(4) % len(CAPTIONS))
+    mesh = _mesh(torch.device("cpu"), WORLD) if config.fake_score.shard else None
+    distiller = Distiller(
+        config, student, teacher, student.load_network(), bridge, teacher.load_network(), real, batches(),
+        average_over_workers, mesh=mesh,
+    )  # fmt: skip
+    metrics = []
+    for _ in range(2):
+        distillation_step(distiller, lambda made: Answer(torch.zeros_like(made.x_t)), config.fake_score.updates, True)
+        metrics.append({k: v for k, v in distiller.pop_metrics().items() if not k.startswith("time/")})
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in distiller.fake.network.parameters())
+    return distiller.state_dict(), metrics, held
+
+
+def worker(rank: int, folders, overrides, results) -> None:
+    """The same with a whole copy and with a shared one."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(results / "store"), WORLD)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    student, teacher = (load_space(folder) for folder in folders)
+    for shard in (False, True):
+        config = load(overrides=[*SETTINGS, *overrides, f"fake_score.shard={shard}"])
+        torch.save(train(rank, config, student, teacher), results / f"{shard}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("family", "overrides"), [("flux", ()), ("sdxl", ("distill.gradient_checkpointing=true",))])
+def test_a_shared_copy_gives_the_numbers_of_a_whole_one(
+    sd_folder, flux_folder, diffusion_folders, tmp_path, family, overrides
+):
+    folders = (sd_folder, flux_folder if family == "flux" else diffusion_folders[family])
+    torch.multiprocessing.spawn(worker, (folders, overrides, tmp_path), nprocs=WORLD)
+    for rank in range(WORLD):
+        (state, metrics, whole), (other, others, part) = (
+            torch.load(tmp_path / f"{shard}-{rank}.pt", weights_only=True) for shard in (False, True)
+        )
+        assert state.keys() == other.keys()
+        for name in ("student", "fake", "discriminator"):
+            assert state[name].keys() == other[name].keys()
+            for key, value in state[name].items():  # AdamW turns a gradient's rounding near 0 into a step of lr
+                assert (other[name][key] - value).norm() <= 1e-3 * (value.norm() + 1e-3), key
+        for one, two in zip(metrics, others, strict=True):
+            assert two == pytest.approx(one, rel=1e-4)
+            assert one["loss/fake"] > 0
+        assert metrics[0] != metrics[1]
+        assert part < 0.75 * whole
+
+
+@pytest.mark.parametrize("other", ["fake_score.kind=full", "distill.min_workers=1"])
+def test_what_cannot_be_shared_is_refused(other):
+    with pytest.raises(ConfigError, match=r"fake_score\.shard"):
+        load(overrides=["distill.workers=2", "fake_score.shard=true", other])
