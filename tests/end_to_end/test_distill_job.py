@@ -315,7 +315,7 @@ def both(tmp_path_factory):
         "distill.workers=2", "distill.cpus_per_worker=0.3", "controls=[no_vsd,shared_space]",
         "bridge.checkpoint=null", "bridge.steps=2", "bridge.batch_size=8", "bridge.trainable=true",
         "synthesis.count=64", "discriminator.real_data=null",
-        "distill.micro_batches=2", "distill.in_flight=1", "distill.mixed_precision=true",
+        "distill.micro_batches=2", "distill.in_flight=1", "distill.mixed_precision=true", "fake_score.shard=true",
         "distill.steps=3", "distill.drift_limit=1e-6", "distill.stop_on_collapse=true",
     )  # fmt: skip
     with started(storage, storage, "run.name=both", *settings) as job:
