@@ -34,8 +34,9 @@ FAULTS: dict[str, str | None] = {
     "driver": None,
     "MLflow server": None,
     "node": None,
+    "head node": None,
 }
-RARE = ("driver", "node", "train controller", "Serve controller")  # slow to mend: once in two rounds
+RARE = ("driver", "node", "head node", "train controller", "Serve controller")  # slow to mend: once in two rounds
 AWAY_S = 5.0  # how long the MLflow server stays away
 PATIENCE_S = 240.0  # for a run to go on after a fault
 LEFT_S = 20.0  # for processes to end by themselves
@@ -168,6 +169,10 @@ class Soak:
         elif fault == "node":
             self.world.kill_node()
             self.world.add_node()
+        elif fault == "head node":
+            driver.kill()  # it runs there
+            driver.wait()
+            self.world.lose_head()
         elif fault == "MLflow server" and self.choice.random() < 0.5:
             self.world.server.signal(signal.SIGSTOP)
             self.repair = time.monotonic() + AWAY_S, lambda: self.world.server.signal(signal.SIGCONT)
@@ -180,7 +185,7 @@ class Soak:
         if strike.back is None:
             if strike.fault == "driver":
                 back = driver.pid not in strike.ended and driver.poll() is None
-            elif strike.fault in ("node", "text encoder", "MLflow server"):
+            elif strike.fault in ("node", "head node", "text encoder", "MLflow server"):
                 back = True  # what was on it comes with the next update; the other two may not be needed for it
             else:
                 back = any(process.pid not in strike.ended for process in self.world.titled(FAULTS[strike.fault]))

@@ -92,15 +92,10 @@ class World:
         os.environ[MARK] = self.mark
         self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
         from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-        from ray.cluster_utils import Cluster
 
         try:
             ensure_token_if_auth_enabled()  # as ray.init does for a cluster of its own
-            self.cluster = Cluster(
-                initialize_head=True,
-                head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
-            )
-            self.add_node()
+            self._start_cluster()
             self.server.start()
         except BaseException:
             self.__exit__()
@@ -124,6 +119,22 @@ class World:
         shutil.rmtree(self._temporary, ignore_errors=True)
 
     # -- nodes -------------------------------------------------------------------------------------
+    def _start_cluster(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
+        )
+        self.add_node()
+
+    def lose_head(self) -> None:
+        """SIGKILL to everything of the cluster's nodes, the head's too; then another cluster, at another address."""
+        for node in (self.cluster.head_node, *self.cluster.worker_nodes):
+            node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        self.cluster.shutdown()
+        self._start_cluster()
+
     def add_node(self) -> None:
         self.node = self.cluster.add_node(num_cpus=2, labels=dict(SPOT))
 
