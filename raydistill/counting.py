@@ -32,6 +32,7 @@ from raydistill import config as configuration
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.bridge.model import Bridge, read_description
+from raydistill.bridge.trainer import DECODE_BATCH
 from raydistill.config import Config, ConfigError, local_path
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.hub import cached
@@ -344,6 +345,7 @@ class Weights:
 
     student: int  # with its EMA
     fake_frozen: int
+    fake_block: int  # of it, its largest block
     fake_trained: int
     bridge: int
     discriminator: int
@@ -445,6 +447,10 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
         weights = Weights(
             student=nbytes(worker.student.parameters()) + nbytes(ema),
             fake_frozen=nbytes(p for p in worker.fake.parameters() if id(p) not in frozen),
+            fake_block=max(
+                nbytes(p for p in block.parameters() if id(p) not in frozen)
+                for block in teacher.large_parts(worker.fake.network)
+            ),
             fake_trained=nbytes(trained),
             bridge=nbytes(worker.bridge.parameters()),
             discriminator=nbytes(discriminator),
@@ -519,11 +525,20 @@ class BridgeTraining:
     prior: int  # elements of the frozen decoder blocks
     probe: int  # elements of the teacher's first blocks
     step: Work
+    validation: Work  # pictures through the teacher's VAE
+    text: int  # bytes of the teacher's text encoders, which stay where the prompts are too many for a table
+
+    @property
+    def peak(self) -> float:
+        """Most bytes of tensors at any time."""
+        return max(self.step.peak, self.validation.peak) + self.text
 
 
 def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> BridgeTraining:
-    """One step of `batch` pairs: the loss of the configuration, its gradient, Adam."""
+    """One step of `batch` pairs: the loss of the configuration, its gradient, Adam; and its validation."""
     settings = bridge_settings(config)
+    attends, encoding = settings.attention.weight > 0, getattr(torch, config.prompts.encoder_dtype)
+    text = sum(numel(encoder) for encoder in empty_text_encoders(teacher).values()) if attends else 0
     with counted() as meter:
         bridge = empty_bridge(config, student, teacher).train()
         probe, inputs = None, {}
@@ -540,7 +555,8 @@ def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> 
             bridge.projector.gradient_checkpointing = True
             if probe:
                 probe.network.enable_gradient_checkpointing()
-        modules = [bridge, *([probe.network] if probe else [])]
+        vae = teacher.load_vae()
+        modules = [bridge, vae, *([probe.network] if probe else [])]
         for module in modules:
             for tensor in (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)
@@ -557,8 +573,12 @@ def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> 
         before = meter.live
         first = meter.count(step)
         work = Work(first.flops, first.peak + meter.live - before)  # as the next step, which has Adam's state
+        latents = torch.empty(teacher.vae_batch(DECODE_BATCH), *teacher.latent_shape, device="meta")
+        with torch.no_grad():
+            validation = meter.count(lambda: teacher.decode(vae, latents))
         trained = sum(p.numel() for p in bridge.trainable_parameters())
-        return BridgeTraining(trained, numel(bridge) - trained, numel(probe.network) if probe else 0, work)
+        prior, probed = numel(bridge) - trained, numel(probe.network) if probe else 0
+        return BridgeTraining(trained, prior, probed, work, validation, text * encoding.itemsize)
 
 
 @contextlib.contextmanager

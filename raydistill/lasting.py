@@ -12,14 +12,26 @@ FATAL_FILE = "fatal.txt"
 def is_lasting(error: BaseException) -> bool:
     """Whether the same inputs would fail again.
 
-    Wrong input and numbers that are not finite would; lost processes, nodes, files and services may come back.
+    Wrong input, numbers that are not finite and a GPU that is too small would; lost processes, nodes, files and services
+    may come back.
     """
+    import torch
+
     from raydistill.distill.state import CheckpointError
     from raydistill.teachers.request import TeacherError, TeacherUnavailable
 
     if isinstance(error, TeacherUnavailable):
         return False
-    return isinstance(error, (ValueError, TypeError, ArithmeticError, LookupError, CheckpointError, TeacherError))
+    lasting = (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        LookupError,
+        torch.OutOfMemoryError,
+        CheckpointError,
+        TeacherError,
+    )
+    return isinstance(error, lasting)
 
 
 @contextmanager

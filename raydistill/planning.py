@@ -209,11 +209,10 @@ def trainer_bytes(counts: Counts, batch: int) -> float:
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
 
 
-def shared_bytes(counts: Counts, config: Config) -> float:
-    """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; a gathered piece stays."""
-    workers, frozen = config.distill.workers, counts.trainer.weights.fake_frozen
-    piece = 4 * min(counts.network.parameters, counts.network.piece + PREFETCHED)
-    return max(0, frozen - frozen // workers - piece) if workers > 1 else 0
+def shared_bytes(weights: counting.Weights, config: Config) -> float:
+    """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; two gathered blocks stay."""
+    workers, frozen = config.distill.workers, weights.fake_frozen
+    return max(0, frozen - frozen // workers - 2 * weights.fake_block) if workers > 1 else 0
 
 
 def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
@@ -239,7 +238,7 @@ def _teacher_advice(least: int | None) -> str:
 
 
 def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
-    saved, sharded = shared_bytes(counts, config), config.fake_score.shard
+    saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
 
     def need(batch: int) -> float:
         return trainer_bytes(counts, batch) - (saved if sharded else 0)
@@ -268,7 +267,7 @@ def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
     """
     needs, weights = counts.recomputing.peak, counts.trainer.weights
     steps = [("distill.gradient_checkpointing", needs)]
-    if saved := shared_bytes(counts, config):
+    if saved := shared_bytes(weights, config):
         needs -= saved
         steps.append(("fake_score.shard", needs))
     needs -= weights.optimizers
@@ -277,7 +276,7 @@ def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
 
 
 def _fit_bridge(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
-    needs = counts.bridge.step.peak
+    needs = counts.bridge.peak
     return Fit("Bridge training", gpu, needs, has, _bridge_advice(config, fits=needs <= has))
 
 
@@ -364,10 +363,10 @@ def _count_roles(config: Config, roles: Sequence[str]) -> dict[str, Any]:
 def _launch_bytes(counts: dict[str, Any], role: str, config: Config) -> float:
     """Most bytes of tensors of one role."""
     if role == "trainer":
-        return counts[role].peak
+        return counts[role].peak - (shared_bytes(counts[role].weights, config) if config.fake_score.shard else 0)
     if role == "teacher rank":
         return _rank_bytes(counts[role], config, config.teachers.shards)
-    return counts[role].step.peak
+    return counts[role].peak
 
 
 def _advice(counts: dict[str, Any], role: str, config: Config, has: float) -> str:

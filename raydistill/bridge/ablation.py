@@ -83,7 +83,6 @@ def cells(config: Config, student: Space, teacher: Space) -> list[Cell]:
             update={
                 "projector": variant.projector,
                 "prior": variant.prior,
-                "batch_size": max(1, config.bridge.batch_size // config.distill.fewest),  # a cell is one worker
                 "attention": config.bridge.attention.model_copy(update={"weight": weight if variant.attention else 0}),
             }
         )

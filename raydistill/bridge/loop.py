@@ -242,7 +242,7 @@ def build_objective(
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))
         probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
-        captions = Captions(teacher, pairs.prompts(), device)
+        captions = Captions(teacher, pairs.prompts(), device, getattr(torch, config.prompts.encoder_dtype))
         if config.bridge.gradient_checkpointing:
             probe.network.enable_gradient_checkpointing()
     return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions, split_seed)

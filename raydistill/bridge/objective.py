@@ -21,17 +21,20 @@ from raydistill.data.pairs import Pairs, PairSet, split
 from raydistill.diffusion.noise import normal
 from raydistill.spaces.base import Conditioning, Space
 
+TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
+
 
 class Captions:
     """Teacher conditioning of prompts.
 
-    Up to `table_limit` distinct prompts are encoded once, in fixed chunks, and the text encoders are let go; of more
-    prompts a table would not fit, so each batch is encoded when needed. Either way a batch's numbers depend on it alone.
+    Where the conditioning of all distinct prompts takes up to `table_bytes`, they are encoded once, in fixed chunks, and the
+    text encoders are let go; otherwise each batch is encoded when needed. Either way a batch's numbers depend on it alone.
 
     Args:
         space: the teacher's.
         prompts: all prompts that may be asked for.
         device: where the encoders run and conditioning is returned.
+        dtype: of the encoders and of the conditioning.
         chunk: prompts encoded at once.
     """
 
@@ -40,16 +43,24 @@ class Captions:
         space: Space,
         prompts: Sequence[str],
         device: torch.device | str = "cpu",
-        table_limit: int = 4096,
+        dtype: torch.dtype = torch.float32,
+        table_bytes: int = TABLE_BYTES,
         chunk: int = 64,
     ) -> None:
         distinct = sorted(set(prompts))
         self._space, self._device = space, device
-        self._text = space.load_text().to(device)
+        self._text = space.load_text(dtype).to(device)
         self._row: dict[str, int] | None = None
-        if len(distinct) <= table_limit:
-            parts = [self._encode(distinct[start : start + chunk]) for start in range(0, len(distinct), chunk)]
-            self._table = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+        first = self._encode(distinct[:chunk])
+        row_bytes = sum(value[0].nbytes for value in first.values())
+        if len(distinct) * row_bytes <= table_bytes:
+            self._table = {
+                name: value.new_empty(len(distinct), *value.shape[1:], device="cpu") for name, value in first.items()
+            }
+            for start in range(0, len(distinct), chunk):
+                part = self._encode(distinct[start : start + chunk]) if start else first
+                for name, value in part.items():
+                    self._table[name][start : start + chunk] = value.cpu()
             self._row = {prompt: row for row, prompt in enumerate(distinct)}
             self._text = None
 

@@ -23,7 +23,7 @@ from raydistill.evaluation.grids import grid
 from raydistill.evaluation.metrics import l1, psnr, ssim
 
 VALIDATION_PAIRS = 256  # pictures that are decoded at most; more would not change the second digit
-DECODE_BATCH = 16
+DECODE_BATCH = 16  # at most, see Space.vae_batch
 PICTURES = 8
 
 
@@ -69,7 +69,7 @@ class BridgeTrainer:
         """One Adam update; returns this worker's losses.
 
         Raises:
-            TrainingDiverged: a loss is not finite; nothing was updated.
+            TrainingDiverged: a loss or the gradient is not finite; nothing was updated.
         """
         loss, parts = self.objective(self.module, batch, self.step_count)
         values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
@@ -82,6 +82,9 @@ class BridgeTrainer:
             group["lr"] = self.lr(self.step_count)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        gradients = [p.grad for p in self.bridge.trainable_parameters() if p.grad is not None]
+        if not torch.nn.utils.get_total_norm(gradients).isfinite():  # of all workers' mean: all see the same
+            raise TrainingDiverged(f"step {self.step_count}: the gradient is not finite; a lower bridge.lr may help")
         self.optimizer.step()
         self.step_count += 1
         return values
@@ -96,12 +99,16 @@ class BridgeTrainer:
         teacher = self.bridge.teacher
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
-        ids = self.objective.held_out_ids[:VALIDATION_PAIRS]
+        ids = self.objective.held_out_ids
+        ids = ids[
+            np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)
+        ]  # of all kinds: rows may be sorted
+        size = teacher.vae_batch(DECODE_BATCH)
         scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None
         self.bridge.eval()
-        for start in range(0, len(ids), DECODE_BATCH):
-            batch = self.objective.pairs.rows(ids[start : start + DECODE_BATCH])
+        for start in range(0, len(ids), size):
+            batch = self.objective.pairs.rows(ids[start : start + size])
             z_T = batch.z_T.to(self.device).float()
             z_hat = self.bridge(batch.z_S.to(self.device).float())
             true, made = teacher.decode(self._vae, z_T), teacher.decode(self._vae, z_hat)

@@ -333,7 +333,7 @@ def read_pairs(
 
 
 def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) positions, ascending. No prompt is in both.
+    """(training, held-out) positions, ascending. No prompt is in both, also where a text stands on several lines.
 
     Sets with fewer distinct prompts than 1 / share (all captions empty, say) are split by row instead.
 
@@ -342,7 +342,9 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
     """
     if len(pairs) < 2:
         raise PairsError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
-    _, group = np.unique(pairs.prompt_ids(), return_inverse=True)
+    first: dict[str, int] = {}  # id of each text
+    ids = [first.setdefault(text, i) for text, i in zip(pairs.prompts(), pairs.prompt_ids().tolist(), strict=True)]
+    _, group = np.unique(ids, return_inverse=True)
     if group.max() + 1 < 1 / share:
         group = np.arange(len(pairs))
     count = int(group.max()) + 1

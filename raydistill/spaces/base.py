@@ -133,6 +133,10 @@ class Space(ABC):
         """Pixels a side."""
         return self.latent_shape[1] * self.downscale
 
+    def vae_batch(self, most: int) -> int:
+        """Pictures for one pass of the VAE, at most: about a megapixel (16 of them would take 52 GB in float32)."""
+        return max(1, min(most, 2**20 // self.resolution**2))
+
     # -- the latent affine map (always from the VAE's config) ----------------------------------------
     @property
     def scaling(self) -> tuple[float, float]:

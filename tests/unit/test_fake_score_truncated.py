@@ -381,7 +381,7 @@ def test_where_nothing_is_frozen_sharding_the_base_is_no_remedy(counted):
         ("truncated", ["distill.gradient_checkpointing", "optimizers on the host"]),
     ):
         trainer = counted[kind]
-        counts = SimpleNamespace(trainer=trainer, recomputing=trainer, network=SimpleNamespace(parameters=0, piece=0))
+        counts = SimpleNamespace(trainer=trainer, recomputing=trainer)
         remedies = planning.trainer_remedies(counts, configuration("distill.workers=8", kind=kind))
         assert [label for label, _ in remedies] == labels
 

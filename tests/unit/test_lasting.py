@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import ray.exceptions
+import torch
 
 from raydistill.bridge.attention import AttentionError
 from raydistill.bridge.trainer import TrainingDiverged
@@ -17,7 +18,7 @@ from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUn
 
 @pytest.mark.parametrize(
     "error",
-    [AttentionError, TrainingDiverged, ConfigError, PairsError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError],
+    [AttentionError, TrainingDiverged, ConfigError, PairsError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, torch.OutOfMemoryError],
 )  # fmt: skip
 def test_wrong_input_and_bad_numbers_last(error, tmp_path):
     assert is_lasting(error("why"))

@@ -166,6 +166,15 @@ def test_split_shares_no_prompt_and_holds_out_the_share(tmp_path):
     assert not np.array_equal(held_out, split(pairs, 0.1, seed=1)[1])
 
 
+def test_a_text_on_several_lines_is_one_prompt(tmp_path):
+    z = torch.zeros(40, 1, 2, 2)
+    texts = [f"p{i % 20}" for i in range(40)]
+    write_pairs(tmp_path, 0, texts, range(1, 41), range(40), z, z)
+    training, held_out = split(read_pairs(tmp_path), 0.1, seed=0)
+    assert len(held_out) == 4
+    assert not {texts[i] for i in training} & {texts[i] for i in held_out}
+
+
 def test_split_of_one_prompt_is_by_row(tmp_path):
     z = torch.zeros(10, 1, 2, 2)
     write_pairs(tmp_path, 0, [""] * 10, [0] * 10, range(10), z, z)

@@ -471,3 +471,17 @@ def test_the_job_names_what_it_does_not_know():
     assert done.stderr.strip() == (
         "error: plan.trainer_gpu: H1000 is not in the table (H100, H200, A100-80, L40S, 4090)"
     )
+
+
+def test_bridge_training_counts_text_encoders_and_the_pictures_of_its_validation():
+    """Published: T5-XXL's encoder has 4.76 B parameters, CLIP L and bigG 0.82 B; a megapixel through the VAE takes gigabytes."""
+    smaller = ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"]
+    config = load(CONFIGS / "sd35_medium_sd15.yaml", smaller)
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    counted = counting.count_bridge(config, student, teacher, 1)
+    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    assert counted.text == pytest.approx(5.58e9 * size, rel=0.02)
+    assert counted.validation.peak > 3e9
+    assert counted.peak > counted.text + 3e9
+    without = load(CONFIGS / "sd35_medium_sd15.yaml", [*smaller, "bridge.attention.weight=0"])
+    assert counting.count_bridge(without, student, teacher, 1).text == 0
