@@ -286,8 +286,10 @@ def _bridge_advice(config: Config, fits: bool) -> str:
 
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
-    """Main memory of one trainer, by what fills it: float32 text encoders, and the discriminator's teacher samples."""
-    encoders = 4 * sum(parameters for parameters, _ in counts.text.values())
+    """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
+    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    encoders = size * sum(parameters for parameters, _ in counts.text.values())
+    encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
     return {"text encoders": encoders} | (
         {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes}
@@ -450,6 +452,15 @@ def _gather(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
     return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 
 
+def text_rate(config: Config, gpus: dict[str, Gpu]) -> float:
+    """FLOP/s of one worker's text encoders; those with a share of a GPU run beside the teachers."""
+    plan, prompts = config.plan, config.prompts
+    if not prompts.gpus_per_encoder:
+        return prompts.encoders * prompts.threads_per_encoder * 1e9 * plan.cpu_gflops
+    whole = gpus[plan.teacher_gpu].flops_per_s(prompts.encoder_dtype, plan.efficiency)
+    return prompts.encoders * min(1.0, prompts.gpus_per_encoder) * whole
+
+
 def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     """Seconds of a step on the configured kinds of GPU."""
     plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
@@ -469,7 +480,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
         updates=updates,
         student=trainer.student.flops / rate + reduced["student"],
         teacher=rounds[min(config.teachers.replicas, at_once) - 1] * one,
-        text=prompts * counts.text_flops / (1e9 * plan.cpu_gflops),  # one single-threaded encoder per worker
+        text=prompts * counts.text_flops / text_rate(config, gpus),
         overlap=config.distill.overlap,
         replicas_needed=needed,
     )
@@ -496,11 +507,13 @@ def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
     if needs_samples(config):
         result.append(_synthesis(counts, config, gpus, ranks, held))
     if counts.bridge is not None:
-        rate = gpus[plan.trainer_gpu].flops_per_s("float32", plan.efficiency)
+        dtype = "bfloat16" if config.bridge.mixed_precision else "float32"
+        rate = gpus[plan.trainer_gpu].flops_per_s(dtype, plan.efficiency)
         seconds = config.bridge.steps * counts.bridge.step.flops / rate
         result.append(Phase("Bridge training", seconds / 3600, trainers, held, "trainers"))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
+    held += config.distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
     result.append(Phase("distillation", config.distill.steps * timing.step / 3600, trainers, held, bound))
     return result
 
@@ -628,6 +641,16 @@ def _requests(counts: Counts, config: Config) -> str:
     )
 
 
+def _encoders(config: Config) -> str:
+    prompts = config.prompts
+    if prompts.gpus_per_encoder:
+        return (
+            f"on {prompts.encoders} x {prompts.gpus_per_encoder:g} {config.plan.teacher_gpu} in {prompts.encoder_dtype}"
+        )
+    threads = prompts.encoders * prompts.threads_per_encoder
+    return "on one CPU thread" if threads == 1 else f"on {threads} CPU threads"
+
+
 def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
     k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
@@ -642,7 +665,7 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"  student        {_amount(trainer.student.flops, 'FLOP'):>13} {timing.student:9.3f} s",
         f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
         f"{config.teachers.replicas} x {config.teachers.shards} {config.plan.teacher_gpu}",
-        f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s on one CPU thread, ahead of the trainers",
+        f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s {_encoders(config)}, ahead of the trainers",
         f"  trainers compute in {dtype}: {rate:g} of {trainer_gpu.bf16_tflops:g} TFLOP/s at the peak"
         + (" (a student that starts at t = 999 stays float32, which is not in these seconds)" if mixed else ""),
         f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "

@@ -52,7 +52,10 @@ def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for part in parts:
-        fully_shard(part, mesh=mesh, ignored_params={p for p in part.parameters() if p.requires_grad})
+        trained = {p for p in part.parameters() if p.requires_grad}
+        fully_shard(
+            part, mesh=mesh, reshard_after_forward=True, ignored_params=trained
+        )  # a root's default is to keep it
 
 
 class FakeScore(nn.Module):

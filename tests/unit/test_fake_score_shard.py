@@ -65,6 +65,7 @@ def train(rank: int, config, student, teacher) -> tuple[dict, list, int]:
     for _ in range(2):
         distillation_step(distiller, lambda made: Answer(torch.zeros_like(made.x_t)), config.fake_score.updates, True)
         metrics.append({k: v for k, v in distiller.pop_metrics().items() if not k.startswith("time/")})
+    # once all is computed no block is left gathered
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in distiller.fake.network.parameters())
     return distiller.state_dict(), metrics, held
 
