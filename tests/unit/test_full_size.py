@@ -86,7 +86,8 @@ class Seen:
 @pytest.fixture(params=TEACHERS)
 def pair(request, tmp_path) -> tuple[str, Config, Space, Space]:
     """(name, configuration, student, teacher) of a family with SD 1.5."""
-    settings = [f"distill.batch_size={BATCH}", "distill.gradient_checkpointing=false", "bridge.depths=[1]"]
+    settings = [f"distill.batch_size={BATCH}", "distill.micro_batches=1", "distill.gradient_checkpointing=false"]
+    settings.append("bridge.depths=[1]")
     config = load(CONFIGS / f"{request.param}_sd15.yaml", settings)
     student = shortened(config.student.model, tmp_path / "student", FEWER_OF_A_STUDENT)
     return request.param, config, student, shortened(config.teacher.model, tmp_path / "teacher")
