@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import ablate_bridge, bridge_only, check_ablation
+from raydistill.distill.pipeline import ablate_bridge, bridge_only, check_ablation, check_trainable
 from raydistill.job import run_job
 
 UNTRAINED = {"bridge": {"checkpoint": None}}
@@ -16,17 +16,13 @@ UNTRAINED = {"bridge": {"checkpoint": None}}
 
 def main() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--ablate"]
-    if len(arguments) < len(sys.argv) - 1:
-        return run_job(
-            __doc__,
-            ablate_bridge,
-            "ablation.json",
-            UNTRAINED,
-            check_ablation,
-            ["teacher rank", "Bridge training"],
-            arguments,
-        )
-    return run_job(__doc__, bridge_only, "bridge/bridge.json", UNTRAINED, roles=["teacher rank", "Bridge training"])
+    ablate = len(arguments) < len(sys.argv) - 1
+    work, result, check = (
+        (ablate_bridge, "ablation.json", check_ablation)
+        if ablate
+        else (bridge_only, "bridge/bridge.json", check_trainable)
+    )
+    return run_job(__doc__, work, result, UNTRAINED, check, ["teacher rank", "Bridge training"], arguments)
 
 
 if __name__ == "__main__":

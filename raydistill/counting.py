@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,6 +37,7 @@ from raydistill.distill.distiller import Distiller, Real
 from raydistill.hub import cached
 from raydistill.model_configs import HUB_MODELS, write_folder
 from raydistill.spaces import Conditioning, Space, load_space
+from raydistill.spaces.base import diffusers_class
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
@@ -238,7 +238,7 @@ def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> n
     """A diffusers network of the folder on the meta device, frozen."""
     config = space.part_config(name)
     with without_initial_values(), torch.device("meta"):
-        network = getattr(diffusers, config["_class_name"]).from_config(config)
+        network = diffusers_class(config).from_config(config)
     return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
 
 

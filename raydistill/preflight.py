@@ -108,8 +108,10 @@ def check_inputs(config: Config) -> Inputs:
         ],
     )
     student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
+    student.check_files(network=config.student.unet is None)
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
+    teacher.check_files()
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
@@ -167,7 +169,7 @@ def _check_tracking(config: Config) -> None:
 
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
     from raydistill.bridge.attention import check_network
-    from raydistill.bridge.model import Bridge, check_pair, doublings
+    from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 
     if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
         raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
@@ -186,7 +188,7 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
     elif config.bridge.projector == "identity":
         Bridge.create(student, teacher, config.bridge)
     else:
-        doublings(student, teacher)
+        projector_parameters(student, teacher, config.bridge)  # made without memory: it cannot be, or it can
 
 
 def _check_micro_batches(config: Config) -> None:

@@ -79,12 +79,13 @@ def _matrix_peak(device: Any) -> float:
 
 def _random_network(space: Any, dtype: Any, device: Any) -> Any:
     """The family's network at its real size with small random weights, made on the device."""
-    import diffusers
     import torch
+
+    from raydistill.spaces.base import diffusers_class
 
     config = space.part_config(space.network_name)
     with torch.device("meta"):
-        network = getattr(diffusers, config["_class_name"]).from_config(config)
+        network = diffusers_class(config).from_config(config)
     buffers = {name: buffer for name, buffer in network.named_buffers() if buffer.device.type == "meta"}
     network = network.to(dtype).to_empty(device=device)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,9 +24,10 @@ from torch import nn
 from raydistill import config as configuration
 from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
-from raydistill.spaces.base import ModelFolderError, Space
+from raydistill.spaces.base import Space, weight_files
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
+SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "vae_sha256")  # of bridge.json
 ARCHITECTURE_KEYS = ("projector", "prior", "embed_dim", "depths", "heads", "window")
 
 
@@ -60,13 +62,9 @@ def _scaling(space: Space) -> list[float | None]:
 
 @cache
 def _fingerprint(folder: str, scaling: str) -> str:
-    name = "diffusion_pytorch_model"
-    files = sorted({*Path(folder).glob(f"{name}.safetensors"), *Path(folder).glob(f"{name}-*-of-*.safetensors")})
-    if not files:
-        raise ModelFolderError(f"{folder}: no {name}.safetensors")
     digest = hashlib.sha256(scaling.encode())
     where = {}
-    for file in files:
+    for file in weight_files(Path(folder), "diffusion_pytorch_model"):
         with safe_open(file, framework="pt") as tensors:
             where |= dict.fromkeys(tensors.keys(), file)
     for key in sorted(where):
@@ -121,11 +119,11 @@ class SpatialPrior(nn.Module):
 
 def _projector(architecture: configuration.Bridge, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
     a = architecture
-    if a.projector == "unet":
-        return UNetProjector(in_channels, out_channels, a.embed_dim, upscale)
-    if a.projector == "mlp":
-        return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
     try:
+        if a.projector == "unet":
+            return UNetProjector(in_channels, out_channels, a.embed_dim, upscale)
+        if a.projector == "mlp":
+            return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
         return SwinIR(in_channels, out_channels, a.embed_dim, a.depths, a.heads, a.window, upscale=upscale)
     except ValueError as error:
         raise BridgeError(f"bridge: {error}") from None
@@ -261,9 +259,18 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         saved = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise BridgeError(f"{folder}: not a saved Bridge ({DESCRIPTION_FILE}: {error})") from None
-    missing = [key for key in ("architecture", "student", "teacher") if key not in saved]
+    if not isinstance(saved, dict):
+        raise BridgeError(f"{file}: holds no JSON object")
+    missing = [key for key in ("architecture", *SIDES) if not isinstance(saved.get(key), dict)]
+    keys = {"architecture": ARCHITECTURE_KEYS} | dict.fromkeys(SIDES, SIDE_KEYS)
+    missing += [f"{part}.{key}" for part in keys if part not in missing for key in keys[part] if key not in saved[part]]
     if missing:
         raise BridgeError(f"{file}: lacks {', '.join(missing)}")
+    try:
+        configuration.Bridge(**saved["architecture"])
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise BridgeError(f"{file}: architecture: {wrong}") from None
     return saved
 
 

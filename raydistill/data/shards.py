@@ -229,12 +229,19 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
     """Refuse to mix two kinds of rows in one folder.
 
     Raises:
-        SynthesisError: the folder has shards that were made with other settings; names each one.
+        SynthesisError: the folder has shards that were made with other settings, each of which is named, or with
+            settings that nobody knows.
     """
     file = Path(folder, SETTINGS_FILE)
-    if not file.is_file() or not existing_shards(folder):
+    if not existing_shards(folder):
         return
-    found = json.loads(file.read_text())
+    try:
+        found = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise SynthesisError(
+            f"{folder}: holds shards, but {file.name}, which says how they were made, cannot be read ({error}); "
+            "use another folder, or name this one in bridge.pairs if its pairs are complete"
+        ) from None
     changed = [
         f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]

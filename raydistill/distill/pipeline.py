@@ -126,6 +126,14 @@ def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     return folder
 
 
+def check_trainable(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises BridgeError where there is nothing to train."""
+    from raydistill.bridge.model import BridgeError
+
+    if config.bridge.projector == "identity":
+        raise BridgeError("bridge.projector=identity has nothing to train: use swinir, unet or mlp")
+
+
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises BridgeError where a variant cannot be built for this pair of spaces."""
     from raydistill.bridge.ablation import cells

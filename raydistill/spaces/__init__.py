@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from raydistill.spaces.base import Conditioning, ModelFolderError, Space
+from raydistill.spaces.base import Conditioning, ModelFolderError, Space, read_settings
 from raydistill.spaces.flux import FluxSpace
 from raydistill.spaces.flux2 import Flux2KleinSpace
 from raydistill.spaces.kolors import KolorsSpace
@@ -39,7 +38,7 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
     index = Path(folder, "model_index.json")
     if not index.is_file():
         raise ModelFolderError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
-    found = json.loads(index.read_text()).get("_class_name")
+    found = read_settings(index).get("_class_name")
     if family is not None and found != family:
         raise ModelFolderError(f"{folder}: is a {found}, but a {family} is needed here")
     if found not in FAMILIES:

@@ -46,6 +46,55 @@ class ModelFolderError(ValueError):
     """A model folder is missing, incomplete, or of another family than asked for."""
 
 
+class Settings(dict[str, Any]):
+    """A JSON file of a model folder; asking for a key that it lacks names the file."""
+
+    def __init__(self, values: dict[str, Any], file: str = "") -> None:
+        super().__init__(values)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ModelFolderError(f"{self.file}: lacks {key!r}")
+
+
+def read_settings(file: Path) -> Settings:
+    """A JSON object. Raises ModelFolderError, which names the file, where it is missing or damaged."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(f"{file}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ModelFolderError(f"{file}: holds no JSON object")
+    return Settings(values, str(file))
+
+
+def diffusers_class(config: Settings) -> type:
+    """The class that a part's configuration names. Raises ModelFolderError where this diffusers has none such."""
+    name = config["_class_name"]
+    found = getattr(diffusers, str(name), None)
+    if found is None:
+        raise ModelFolderError(f"{config.file}: diffusers {diffusers.__version__} has no class {name!r}")
+    return found
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """The safetensors of one network: `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names.
+
+    Raises:
+        ModelFolderError: there is neither, or a file that the index names is not there.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if not index.is_file():
+        if not single.is_file():
+            raise ModelFolderError(f"{folder}: no {single.name} (or {index.name})")
+        return [single]
+    files = [folder / name for name in sorted(set(read_settings(index)["weight_map"].values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
+    return files
+
+
 class Space(ABC):
     """One pipeline folder, read as a member of its family."""
 
@@ -60,20 +109,20 @@ class Space(ABC):
 
     # -- reading the folder ------------------------------------------------------------------------
     @cached_property
-    def index(self) -> dict[str, Any]:
+    def index(self) -> Settings:
         """model_index.json."""
-        return json.loads(Path(self.folder, "model_index.json").read_text())
+        return read_settings(Path(self.folder, "model_index.json"))
 
-    def part_config(self, name: str) -> dict[str, Any]:
+    def part_config(self, name: str) -> Settings:
         """config.json (or scheduler_config.json) of one pipeline part."""
         for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
             if file.is_file():
-                return json.loads(file.read_text())
+                return read_settings(file)
         raise ModelFolderError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
 
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only."""
-        module_class = getattr(diffusers, self.part_config(name)["_class_name"])
+        module_class = diffusers_class(self.part_config(name))
         try:
             module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
         except OSError as error:
@@ -113,9 +162,30 @@ class Space(ABC):
 
     unused_parts: ClassVar[dict[str, None]] = {}
 
+    def check_files(self, *, network: bool = True) -> None:
+        """Every part that is used has its configuration and, if it is a network, its weights; loads nothing.
+
+        Args:
+            network: False where the diffusion network's weights come from elsewhere.
+
+        Raises:
+            ModelFolderError: a file is missing or damaged; it is named.
+        """
+        for part in (self.network_name, "vae", "scheduler"):
+            diffusers_class(self.part_config(part))
+        for part in ("vae", *([self.network_name] if network else [])):
+            weight_files(Path(self.folder, part), "diffusion_pytorch_model")
+        self._check_text_parts({self.network_name: None, "vae": None} | self.unused_parts)
+        for name, kind in self.index.items():
+            if name.startswith("text_encoder") and isinstance(kind, list) and kind[0] is not None:
+                self.part_config(name)
+                weight_files(Path(self.folder, name), "model")
+        self.denormalise(self.normalise(torch.zeros(1, *self.latent_shape)))  # reads what the latents' map needs
+        self.path, self.prediction  # noqa: B018 - read from the scheduler's configuration, where not the family's own
+
     # -- geometry ----------------------------------------------------------------------------------
     @cached_property
-    def vae_config(self) -> dict[str, Any]:
+    def vae_config(self) -> Settings:
         return self.part_config("vae")
 
     @cached_property
@@ -263,7 +333,7 @@ class Space(ABC):
     def scheduler(self) -> Any:
         """The folder's own scheduler; copied for each use, since schedulers keep state."""
         config = self.part_config("scheduler")
-        return getattr(diffusers, config["_class_name"]).from_config(config)
+        return diffusers_class(config).from_config(config)
 
     def start_sampling(self, steps: int) -> Any:
         """A fresh scheduler with its timesteps set for `steps` evaluations."""

@@ -6,7 +6,6 @@ the safetensors one parameter at a time. The forward pass gathers a layer just b
 
 from __future__ import annotations
 
-import json
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -14,15 +13,13 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
-import diffusers
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
-from raydistill.spaces.base import ModelFolderError, Space
+from raydistill.spaces.base import ModelFolderError, Space, diffusers_class, weight_files
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # Layers no larger than this stay gathered on every rank, up to 1/200 of the network in all: a norm or a bias costs
 # more to gather than to keep.
 PERSISTENT_NUMEL, PERSISTENT_SHARE = 100_000, 1 / 200
@@ -64,7 +61,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
             f"asked to load as rank {rank} of {world}, but the process group says {group[0]} of {group[1]}"
         )
     config = space.part_config(space.network_name)
-    network_class = getattr(diffusers, config["_class_name"])
+    network_class = diffusers_class(config)
     settings = _deepspeed_config(dtype, numel=0)
     # zero.Init takes the dtype from the configuration; its own `dtype` argument overrides float32 with float16.
     with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -124,19 +121,11 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
 
 def _safetensors(folder: Path) -> dict[str, Path]:
     """Tensor name -> the file that holds it; single-file and sharded folders."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files = {name: folder / file for name, file in weight_map.items()}
-        missing = sorted({file.name for file in files.values() if not file.is_file()})
-        if missing:
-            raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
-        return files
-    file = folder / WEIGHTS_NAME
-    if not file.is_file():
-        raise ModelFolderError(f"{folder}: no {WEIGHTS_NAME} (or {index.name})")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
+    where = {}
+    for file in weight_files(folder, "diffusion_pytorch_model"):
+        with safe_open(file, framework="pt") as opened:
+            where |= dict.fromkeys(opened.keys(), file)
+    return where
 
 
 def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:

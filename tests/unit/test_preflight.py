@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
 
 import pytest
@@ -9,10 +11,11 @@ import torch
 import yaml
 
 from raydistill.bridge.model import BridgeError
-from raydistill.config import ConfigError, load
+from raydistill.config import ConfigError, load, resolve
 from raydistill.data.pairs import PairsError, write_pairs
 from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
 from raydistill.shapes.captions import single_scenes
+from raydistill.spaces.base import ModelFolderError, weight_files
 
 CAPTION = single_scenes(held_out=False)[0].caption
 PASSWORD = "hunter2"
@@ -172,3 +175,95 @@ def test_an_identity_cannot_be_trained_along(configure):
     settings = ("teacher.model=shapes:sd15", "bridge.checkpoint=null", "bridge.projector=identity")
     with pytest.raises(ConfigError, match=r"bridge\.trainable=true: the identity has nothing to train"):
         check_inputs(configure(*settings, "discriminator.real_data=null", "bridge.trainable=true"))
+
+
+UNTRAINED = "bridge.checkpoint=null"
+
+
+def test_a_bridge_that_cannot_be_built_is_refused_before_its_pairs_are_made(configure, tmp_path):
+    with pytest.raises(BridgeError, match=r"^bridge: .*100.*6"):
+        check_inputs(configure(UNTRAINED, "bridge.embed_dim=100", "bridge.heads=6"))
+    assert not (tmp_path / "storage").exists()
+
+
+def copied(tmp_path, model):
+    folder = tmp_path / model
+    shutil.copytree(resolve(f"shapes:{model}"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", r"transformer: no diffusion_pytorch_model\.safetensors"),
+        ("vae/diffusion_pytorch_model.safetensors", r"vae: no diffusion_pytorch_model\.safetensors"),
+        ("text_encoder_2/model.safetensors", r"text_encoder_2: no model\.safetensors"),
+        ("text_encoder/config.json", r"no text_encoder/config\.json"),
+        ("scheduler/scheduler_config.json", r"no scheduler/config\.json"),
+    ],
+)
+def test_a_file_that_a_model_folder_lacks_is_named(configure, tmp_path, part, message):
+    folder = copied(tmp_path, "flux")
+    (folder / part).unlink()
+    with pytest.raises(ModelFolderError, match=message):
+        check_inputs(configure(f"teacher.model={folder}"))
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [
+        ("transformer/config.json", "in_channels"),
+        ("transformer/config.json", "_class_name"),
+        ("vae/config.json", "scaling_factor"),
+        ("vae/config.json", "block_out_channels"),
+    ],
+)
+def test_a_key_that_a_model_folder_lacks_is_named_with_its_file(configure, tmp_path, part, key):
+    file = copied(tmp_path, "flux") / part
+    settings = json.loads(file.read_text())
+    del settings[key]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ModelFolderError, match=rf"{part}: lacks '{key}'"):
+        check_inputs(configure(f"teacher.model={tmp_path / 'flux'}", UNTRAINED))
+
+
+@pytest.mark.parametrize("part", ["model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize("text", ['{"_class_name": "Fl', "[1]"])
+def test_a_damaged_file_of_a_model_folder_is_named(configure, tmp_path, part, text):
+    folder = copied(tmp_path, "flux")
+    (folder / part).write_text(text)
+    with pytest.raises(ModelFolderError, match=part):
+        check_inputs(configure(f"teacher.model={folder}"))
+
+
+def test_a_class_that_diffusers_does_not_have_is_named(configure, tmp_path):
+    file = copied(tmp_path, "flux") / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "OtherTransformer"}))
+    with pytest.raises(
+        ModelFolderError, match=r"transformer/config\.json: diffusers .* has no class 'OtherTransformer'"
+    ):
+        check_inputs(configure(f"teacher.model={tmp_path / 'flux'}"))
+
+
+def test_shards_of_weights_that_the_index_names_must_be_there(tmp_path):
+    names = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors"}
+    names["b"] = names["a"].replace("1-of", "2-of")
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (tmp_path / names["a"]).touch()
+    with pytest.raises(ModelFolderError, match=f"names {names['b']}, which is not there"):
+        weight_files(tmp_path, "diffusion_pytorch_model")
+    (tmp_path / names["b"]).touch()
+    assert weight_files(tmp_path, "diffusion_pytorch_model") == [tmp_path / name for name in names.values()]
+
+
+@pytest.mark.parametrize("lacking", ["teacher.vae_sha256", "student.latent_shape", "architecture.heads", "student"])
+def test_what_bridge_json_lacks_is_named(configure, tmp_path, lacking):
+    folder = tmp_path / "bridge"
+    shutil.copytree(resolve(configure().bridge.checkpoint), folder)
+    saved = json.loads((folder / "bridge.json").read_text())
+    part, _, key = lacking.partition(".")
+    del (saved[part] if key else saved)[key or part]
+    (folder / "bridge.json").write_text(json.dumps(saved))
+    with pytest.raises(BridgeError, match=rf"bridge\.json: lacks {lacking}$"):
+        check_inputs(configure(f"bridge.checkpoint={folder}"))

@@ -150,6 +150,16 @@ def test_held_out_prompts_are_refused_before_anything_is_written(spaces, local, 
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.parametrize("text", [None, '{"seed": ', "[1]"])
+def test_shards_of_unknown_settings_are_not_continued(spaces, local, tmp_path, text):
+    synthesise(local, *spaces, PROMPTS, tmp_path, count=1, **SETTINGS)
+    (tmp_path / "synthesis.json").unlink()
+    if text is not None:
+        (tmp_path / "synthesis.json").write_text(text)
+    with pytest.raises(SynthesisError, match=r"synthesis\.json, which says how they were made, cannot be read"):
+        synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS)
+
+
 def test_rows_of_other_settings_are_not_mixed(spaces, local, tmp_path):
     synthesise(local, *spaces, PROMPTS, tmp_path, count=1, **SETTINGS)
     with pytest.raises(SynthesisError, match="seed was 5, now 6"):
