@@ -185,6 +185,9 @@ class Synthesis(Section):
         0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU"
     )
     threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
+    node_labels: dict[str, str] = Field(
+        {}, description="labels of the nodes that may hold these actors; none: any node"
+    )
     in_flight: Count = Field(2, description="requests each asking actor has under way; a few per teacher replica")
 
 
@@ -596,7 +599,7 @@ _FREE_KEYS = re.compile(
     r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
     r"gradient_checkpointing|in_flight|drift_limit|stop_on_collapse)|"
     r"prompts\.(encoders|cpus_per_encoder)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
-    r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight)"
+    r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight|node_labels)"
 )
 
 

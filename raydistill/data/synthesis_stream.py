@@ -75,7 +75,7 @@ def synthesise_on_ray(
     writer = recipe.writer(folder, settings.max_failed_rows)
     missing = writer.missing
     if missing:
-        _wait_for_room(settings, pools=2 if recipe.samples else 1)
+        _wait_for_room(settings, recipe.samples)
         batches = _encoded(recipe, list(writer.requests(recipe.batch_size)), settings, client)
         try:
             for batch in batches:
@@ -178,7 +178,8 @@ def _encoded(
     quiet_ray_data()
     told = ray.put(recipe)
     device = "cuda" if settings.gpus_per_encoder else "cpu"
-    share = {"num_cpus": settings.cpus_per_encoder, "num_gpus": settings.gpus_per_encoder}
+    where = {"label_selector": settings.node_labels or None}
+    share = {"num_cpus": settings.cpus_per_encoder, "num_gpus": settings.gpus_per_encoder} | where
     actor = {"recipe": told, "device": device, "threads": settings.threads_per_encoder}
     one_by_one = {"batch_size": 1, "batch_format": "numpy"}
     rows = _dataset(requests)
@@ -194,7 +195,7 @@ def _encoded(
         )
     else:
         pictures = rows.map_batches(
-            _read_images, fn_kwargs={"recipe": told}, num_cpus=settings.cpus_per_encoder, **one_by_one
+            _read_images, fn_kwargs={"recipe": told}, num_cpus=settings.cpus_per_encoder, **where, **one_by_one
         )
     encoded = pictures.map_batches(
         _Encoder,
@@ -224,21 +225,31 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
     return rows
 
 
-def _wait_for_room(settings: Synthesis, pools: int) -> None:
-    """Wait for the actors' resources. Raises SynthesisFailed, since Ray Data would wait for ever without a word."""
-    actors = pools * settings.encoders
-    wanted = {"CPU": actors * settings.cpus_per_encoder, "GPU": actors * settings.gpus_per_encoder}
+def _wait_for_room(settings: Synthesis, samples: bool) -> None:
+    """Wait until there is room for all actors, and for a task that reads images, each of them whole on one node.
+
+    Where nodes may be added, Ray Data itself asks for them.
+
+    Raises:
+        SynthesisFailed: there is still none; Ray Data would wait for ever without a word.
+    """
+    actors = settings.encoders * (2 if samples else 1)
+    wanted = [{"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}] * actors
+    wanted += [] if samples else [{"CPU": settings.cpus_per_encoder}]
     deadline = time.monotonic() + ROOM_PATIENCE_S
     while not placement.autoscaler_present():
-        free = ray.available_resources()
-        if all(free.get(kind, 0.0) >= amount - 1e-6 for kind, amount in wanted.items()):
+        nodes = placement.free_resources(settings.node_labels)
+        have = "; ".join(f"{node.get('CPU', 0):.2f} CPU and {node.get('GPU', 0):.2f} GPU" for node in nodes)
+        if placement.place(wanted, nodes):
             return
         if time.monotonic() > deadline:
-            have = ", ".join(f"{free.get(kind, 0.0):.2f} {kind}" for kind in wanted)
+            labels = ", ".join(f"{key}={value}" for key, value in settings.node_labels.items())
             raise SynthesisFailed(
-                f"synthesis cannot be placed: {actors} actors need {wanted['CPU']:g} CPU and {wanted['GPU']:g} GPU, "
-                f"and {have} are free beside the teachers. Lower synthesis.encoders, synthesis.cpus_per_encoder or "
-                "synthesis.gpus_per_encoder, or add nodes"
+                f"synthesis cannot be placed: {actors} actors need {settings.cpus_per_encoder:g} CPU and "
+                f"{settings.gpus_per_encoder:g} GPU each{'' if samples else ', a reader of images as many CPU besides'}; "
+                f"free on the {len(nodes)} nodes{f' labelled {labels}' if labels else ''}: {have or 'nothing'}. Lower "
+                "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder, "
+                f"{'change synthesis.node_labels, ' if labels else ''}or add nodes"
             )
         time.sleep(1)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group_table
 
@@ -28,17 +31,31 @@ def label_selectors(config: Teachers) -> list[dict[str, str]] | None:
 
 def fits(config: Teachers) -> bool:
     """Whether all replicas fit the nodes as they are, if nothing else ran on them."""
-    wanted_labels = config.node_labels.items()
-    nodes = (node for node in ray.nodes() if node["Alive"] and wanted_labels <= (node.get("Labels") or {}).items())
-    free = [dict(node["Resources"]) for node in nodes]
+    nodes = [dict(node["Resources"]) for node in labelled_nodes(config.node_labels)]
     coordinator, rank, *_ = bundles(config)
-    wanted = [rank] * (config.shards * config.replicas) + [coordinator] * config.replicas
-    for bundle in wanted:
-        node = next((n for n in free if all(n.get(kind, 0) >= amount - 1e-9 for kind, amount in bundle.items())), None)
+    return place([rank] * (config.shards * config.replicas) + [coordinator] * config.replicas, nodes)
+
+
+def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Entries of `ray.nodes()`: those alive that carry all of these labels."""
+    wanted = labels.items()
+    return [node for node in ray.nodes() if node["Alive"] and wanted <= (node.get("Labels") or {}).items()]
+
+
+def free_resources(labels: Mapping[str, str]) -> list[dict[str, float]]:
+    """What is free now on each node that carries all of these labels."""
+    free = available_resources_per_node()
+    return [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(labels)]
+
+
+def place(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
+    """Whether each of the wanted amounts finds a node, the first that has it all; takes them from `nodes`."""
+    for amounts in wanted:
+        node = next((n for n in nodes if all(n.get(kind, 0) >= much - 1e-6 for kind, much in amounts.items())), None)
         if node is None:
             return False
-        for kind, amount in bundle.items():
-            node[kind] -= amount
+        for kind, much in amounts.items():
+            node[kind] = node.get(kind, 0) - much
     return True
 
 

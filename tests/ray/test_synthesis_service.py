@@ -232,8 +232,12 @@ def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, m
     monkeypatch.setattr(synthesis_stream, "ROOM_PATIENCE_S", 0.0)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     told = recipe(spaces, open_images(tmp_path), count=1)
-    with pytest.raises(SynthesisFailed, match="need 0.6 CPU and 3 GPU, and .* 0.00 GPU are free"):
+    with pytest.raises(SynthesisFailed, match="3 actors need 0.2 CPU and 1 GPU each.* CPU and 0.00 GPU"):
         synthesise_on_ray(told, tmp_path / "set", Synthesis(encoders=3, gpus_per_encoder=1))
+    with pytest.raises(
+        SynthesisFailed, match="on the 0 nodes labelled role=none: nothing.*change synthesis.node_labels"
+    ):
+        synthesise_on_ray(told, tmp_path / "set", Synthesis(node_labels={"role": "none"}))
 
 
 # -- the job ------------------------------------------------------------------------------------------------
