@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 
@@ -12,6 +22,7 @@ from raydistill.config import load
 from raydistill.data.pairs import PairsError, write_pairs
 from raydistill.spaces import load_space
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -109,3 +120,74 @@ def test_mistakes_are_told_before_any_worker_starts(
     assert not (tmp_path / "run").exists()
     with pytest.raises(BridgeTrainingFailed, match="not finite"):
         train_bridge(configure("bridge.lr=1e30", "bridge.attention.weight=0"), tmp_path / "diverged", pairs_folder)
+
+
+# -- the job ------------------------------------------------------------------------------------------------
+
+
+def wait_until(done, process, log, what):
+    deadline = time.monotonic() + 200
+    while not (found := done()):
+        assert process.poll() is None, f"the job ended before {what}:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"no {what} after 200 s:\n{log.read_text()}"
+        time.sleep(0.02)
+    return found
+
+
+def latest(folder):
+    return max((path.name for path in folder.glob("checkpoint_*")), default="")
+
+
+def training_worker():
+    """Process of a Ray Train worker of this cluster, which is this process's child."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("RayTrainWorker" in word for word in process.cmdline()):
+                return process
+    return None
+
+
+@pytest.mark.timeout(600)
+def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
+    ray_cluster, pairs_folder, sd_folder, flux_folder, tmp_path
+):
+    """kill -9 of the driver, the same command again, kill -9 of its worker: the same weights, one MLflow run."""
+    overrides = [
+        f"storage={tmp_path}", "run.name=killed", f"bridge.pairs={pairs_folder}", f"student.model={sd_folder}",
+        "student.unet=null", f"teacher.model={flux_folder}", "bridge.batch_size=4", "bridge.embed_dim=16",
+        "bridge.depths=[2]", "bridge.steps=30", "bridge.checkpoint_every=3", "distill.cpus_per_worker=0.5",
+        "distill.max_failures=1",
+    ]  # fmt: skip
+    plain = build_trainer(load(None, [*overrides, "bridge.checkpoint=null"]), pairs_folder)
+    for _ in range(30):
+        plain.step(plain.objective.batch(plain.step_count))
+
+    checkpoints, log = tmp_path / "killed" / "bridge-checkpoints", tmp_path / "log"
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    for kill in ("driver", "worker"):
+        before = latest(checkpoints)
+        with log.open("w") as stream:
+            command = [sys.executable, str(ROOT / "jobs" / "train_bridge.py"), *overrides]
+            process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=ROOT, env=environment)
+        try:
+            wait_until(lambda before=before: latest(checkpoints) > before, process, log, "another checkpoint")
+            assert not (tmp_path / "killed" / "bridge").exists()
+            if kill == "driver":
+                process.kill()
+                process.wait(30)
+            else:
+                wait_until(training_worker, process, log, "worker").kill()
+                assert process.wait(300) == 0, log.read_text()
+        finally:
+            process.kill()
+            process.wait(30)
+
+    assert largest_difference(weights(tmp_path / "killed" / "bridge"), plain.bridge.projector.state_dict()) == 0
+    from mlflow import MlflowClient
+
+    store = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = json.loads((tmp_path / "killed" / "run.json").read_text())["mlflow"]["bridge"]
+    assert store.get_run(run_id).info.status == "FINISHED"
+    points = {point.step: point.value for point in store.get_metric_history(run_id, "eval/psnr")}
+    assert sorted(points) == list(range(3, 31, 3))
+    assert points[30] == pytest.approx(plain.validation()[0]["eval/psnr"])

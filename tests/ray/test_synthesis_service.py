@@ -201,7 +201,8 @@ def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_pat
     (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:900])
     images = open_images(folder)
     told = recipe(spaces, images, count=9, posterior="sample")
-    assert synthesise_on_ray(told, tmp_path / "set", Synthesis(max_failed_rows=1)) == 9
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    assert synthesise_on_ray(told, tmp_path / "set", Synthesis(max_failed_rows=1, node_labels=here)) == 9
     pairs = load_pairs(tmp_path / "set")
     assert pairs.prompts == ["", "caption 1", "", "caption 3", "", "", "caption 7", ""]
     (failure,) = map(json.loads, (tmp_path / "set" / "failures.jsonl").read_text().splitlines())
