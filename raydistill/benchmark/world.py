@@ -122,6 +122,7 @@ class World:
     def _start_cluster(self) -> None:
         from ray.cluster_utils import Cluster
 
+        Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, but makes no folder
         self.cluster = Cluster(
             initialize_head=True,
             head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
