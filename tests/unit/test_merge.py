@@ -335,11 +335,11 @@ def test_the_mean_of_a_tensor_is_the_same_in_pieces(piece, tmp_path, monkeypatch
 
 
 def test_memory_does_not_grow_with_the_model(exports, space, tmp_path):
-    """Two students of 100 MB in 48 tensors: what is needed is a few tensors in float64, not a third of one student."""
+    """Two students of 200 MB in 96 tensors: a few tensors in float64 are needed, not a third of one student."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         pytest.skip("needs Linux's /proc/self/clear_refs to measure the peak")
-    entries = {f"t{i}": Entry((512, 1024), "float32") for i in range(48)}
+    entries = {f"t{i}": Entry((512, 1024), "float32") for i in range(96)}
     folders = [tmp_path / name for name in ("one", "two")]
     for number, folder in enumerate(folders):
         folder.mkdir()
@@ -351,11 +351,11 @@ def test_memory_does_not_grow_with_the_model(exports, space, tmp_path):
     reset.write_text("5")  # the most so far becomes what is used now
     before = memory_kib("VmRSS")
     merge_students(sources, [0.5, 0.5], tmp_path / "mean")
-    assert memory_kib("VmHWM") - before < 32 * 1024
+    assert memory_kib("VmHWM") - before < 64 * 1024  # the process has other uses too
     file = tmp_path / "mean" / WEIGHTS
-    assert file.stat().st_size > 100e6
+    assert file.stat().st_size > 200e6
     with safe_open(file, "pt") as opened:
-        assert opened.get_tensor("t47").eq(0.5).all()
+        assert opened.get_tensor("t95").eq(0.5).all()
 
 
 # -- provenance -----------------------------------------------------------------------------------------------
