@@ -228,14 +228,16 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
 def _wait_for_room(settings: Synthesis, samples: bool) -> None:
     """Wait until there is room for all actors, and for a task that reads images, each of them whole on one node.
 
-    Where nodes may be added, Ray Data itself asks for them.
+    Ray Data reads images inside the actors where both reserve the same, so that reading needs its own room only beside
+    actors on GPUs. Where nodes may be added, Ray Data itself asks for them.
 
     Raises:
         SynthesisFailed: there is still none; Ray Data would wait for ever without a word.
     """
     actors = settings.encoders * (2 if samples else 1)
     wanted = [{"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}] * actors
-    wanted += [] if samples else [{"CPU": settings.cpus_per_encoder}]
+    reader = not samples and settings.gpus_per_encoder > 0
+    wanted += [{"CPU": settings.cpus_per_encoder}] * reader
     deadline = time.monotonic() + ROOM_PATIENCE_S
     while not placement.autoscaler_present():
         nodes = placement.free_resources(settings.node_labels)
@@ -246,7 +248,7 @@ def _wait_for_room(settings: Synthesis, samples: bool) -> None:
             labels = ", ".join(f"{key}={value}" for key, value in settings.node_labels.items())
             raise SynthesisFailed(
                 f"synthesis cannot be placed: {actors} actors need {settings.cpus_per_encoder:g} CPU and "
-                f"{settings.gpus_per_encoder:g} GPU each{'' if samples else ', a reader of images as many CPU besides'}; "
+                f"{settings.gpus_per_encoder:g} GPU each{', a reader of images as many CPU besides' if reader else ''}; "
                 f"free on the {len(nodes)} nodes{f' labelled {labels}' if labels else ''}: {have or 'nothing'}. Lower "
                 "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder, "
                 f"{'change synthesis.node_labels, ' if labels else ''}or add nodes"
