@@ -304,7 +304,7 @@ def both(tmp_path_factory):
     """
     storage = tmp_path_factory.mktemp("both")
     settings = (
-        "distill.workers=2", "distill.cpus_per_worker=0.3", "controls=[no_vsd,shared_space]",
+        "teachers.shards=1", "distill.workers=2", "distill.cpus_per_worker=0.3", "controls=[no_vsd,shared_space]",
         "bridge.checkpoint=null", "bridge.steps=2", "bridge.batch_size=8", "bridge.trainable=true",
         "synthesis.count=64", "discriminator.real_data=null",
         "distill.micro_batches=2", "distill.in_flight=1", "distill.mixed_precision=true", "fake_score.shard=true",
@@ -398,7 +398,12 @@ def test_a_teacher_of_nan_is_named_by_the_worker_and_not_tried_again(finished, b
     for name in ("teacher.json", "teacher.safetensors"):  # its evaluation is done, so it is found out by a worker
         shutil.copy(storage / "whole" / name, tmp_path / "nan" / name)
     with started(
-        tmp_path, tmp_path, "run.name=nan", f"teacher.model={broken_teacher}", "distill.max_failures=3"
+        tmp_path,
+        tmp_path,
+        "run.name=nan",
+        f"teacher.model={broken_teacher}",
+        "distill.max_failures=3",
+        "teachers.shards=1",
     ) as job:
         code, seen = job.wait(watch=["ray::RayTrainWorker"])
         assert code == 1, job.text()
