@@ -41,7 +41,7 @@ def main() -> int:
     def check_cells(config, run, inputs):
         check(table, seeds, quick, config, run)
 
-    return run_job(__doc__, work, result_name(table, seeds), None, check_cells, others)
+    return run_job(__doc__, work, result_name(table, seeds), check=check_cells, arguments=others)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def main() -> int:
         if ablate
         else (bridge_only, "bridge/bridge.json", check_trainable)
     )
-    return run_job(__doc__, work, result, UNTRAINED, check, ["teacher rank", "Bridge training"], arguments)
+    roles = ["teacher rank", "Bridge training"]
+    return run_job(__doc__, work, result, changes=UNTRAINED, check=check, roles=roles, arguments=arguments)
 
 
 if __name__ == "__main__":

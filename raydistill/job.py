@@ -27,6 +27,7 @@ def run_job(
     purpose: str,
     work: Work,
     result: str,
+    *,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     check: Work | None = None,
     roles: Sequence[str] = ("teacher rank", "trainer", "Bridge training"),

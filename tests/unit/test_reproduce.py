@@ -10,7 +10,7 @@ import mlflow
 import pytest
 import torch
 
-from raydistill.config import load
+from raydistill.config import load, to_yaml
 from raydistill.distill.loop import load_unet
 from raydistill.distill.pipeline import changed, opened
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
@@ -151,3 +151,24 @@ def test_the_readme_shows_the_table_that_was_measured():
     assert summarise(summary["cells"]) == summary["rows"]
     assert f"`{summary['command']}`" in (root / "README.md").read_text()
     assert markdown(summary) in (root / "README.md").read_text()
+
+
+def test_the_command_reads_its_own_options_and_the_configuration_s(run_script, tmp_path):
+    code, out, _ = run_script("reproduce", "--quick", "table1", "--print-config", "student.lr=3e-5")
+    assert code == 0
+    assert "name: paper-quick" in out
+    assert "lr: 3.0e-05" in out
+    code, _, error = run_script("reproduce", "table3", "student.lt=1")
+    assert code == 2
+    assert "unknown key student.lt; did you mean student.lr?" in error
+    code, _, error = run_script("reproduce", "--seeds", "none", "table3")
+    assert (code, error) == (2, "error: --seeds needs a number of at least 1\n")
+    code, _, error = run_script("reproduce", "table2")
+    assert (code, error) == (2, "error: name one table, table1 or table3\n")
+
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "config.yaml").write_text(to_yaml(load(overrides=["run.name=paper", f"storage={tmp_path}"])))
+    (tmp_path / "paper" / "table1-3-seeds.json").write_text("{}")
+    code, out, _ = run_script("reproduce", "table1", "--seeds", "3", f"storage={tmp_path}")
+    assert code == 0
+    assert out.startswith(f"run paper is finished: {tmp_path}/paper/table1-3-seeds.json")
