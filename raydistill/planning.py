@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from raydistill import counting
 from raydistill.config import Config, ConfigError, Count, Positive, Section, get
+from raydistill.distill.load import guidance_scale
 from raydistill.spaces import Space
 
 GIB = 1 << 30
@@ -97,11 +98,6 @@ class Counts:
     def text_flops(self) -> float:
         """One prompt through all text encoders."""
         return sum(flops for _, flops in self.text.values())
-
-
-def guidance_scale(config: Config, teacher: Space) -> float:
-    scale = config.teacher.guidance_scale
-    return teacher.default_guidance_scale if scale is None else scale
 
 
 def conditioning_bytes(teacher: Space) -> int:

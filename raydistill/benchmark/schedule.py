@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.benchmark.measure import ray_cluster
     from raydistill.config import Teachers
     from raydistill.data.encode import encode_unconditional
+    from raydistill.distill.load import guidance_scale
     from raydistill.distill.loop import Teachers as Submit
-    from raydistill.distill.loop import guidance_scale
     from raydistill.teachers import service
     from raydistill.teachers.client import TeacherClient
 
@@ -77,7 +77,7 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     from raydistill.data.encode import TextEncoder
     from raydistill.data.prompts import read_prompts
     from raydistill.distill.distiller import Distiller
-    from raydistill.distill.loop import load_real, load_unet
+    from raydistill.distill.load import load_real, load_unet
     from raydistill.spaces import load_space
 
     config = load(

@@ -57,7 +57,7 @@ def _families() -> dict[str, Any]:
     """A maker of each real family's request at the paper's batch."""
     from raydistill.config import CONFIGS, load
     from raydistill.counting import conditioning_layout, open_space
-    from raydistill.planning import guidance_scale
+    from raydistill.distill.load import guidance_scale
 
     requests = {}
     for file in sorted((CONFIGS / "teachers").glob("*.yaml")):

@@ -263,6 +263,7 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     from raydistill.bridge.model import Bridge
     from raydistill.data.encode import encode_unconditional, own_rows
     from raydistill.distill.distiller import Distiller
+    from raydistill.distill.load import guidance_scale, load_real, load_unet
     from raydistill.spaces import load_space
     from raydistill.teachers.client import TeacherClient
 
@@ -326,35 +327,6 @@ class Teachers:
     def metrics(self) -> dict[str, float]:
         """Latency, busy fraction and queue of the service as this worker saw them, and its requests."""
         return self.client.metrics()
-
-
-def guidance_scale(config: Config, teacher_space: Any) -> float:
-    """The configured guidance, else the teacher family's default."""
-    configured = config.teacher.guidance_scale
-    return teacher_space.default_guidance_scale if configured is None else configured
-
-
-def load_unet(space: Any, checkpoint: str | None) -> torch.nn.Module:
-    """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
-
-    Raises:
-        WeightsError: the checkpoint is no student of this family, or cannot be read safely.
-    """
-    from raydistill.spaces.onestep import load_student
-
-    return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
-
-
-def load_real(folder: Path, teacher_space: Any, count: int) -> Any:
-    """The first `count` teacher samples, in memory, with the conditioning of their own captions."""
-    from raydistill.data.pairs import read_pairs
-    from raydistill.distill.distiller import Real
-    from raydistill.evaluation.evaluator import encode_table
-
-    pairs = read_pairs(folder, z_T_shape=teacher_space.latent_shape)
-    pairs = pairs.rows(range(min(count, len(pairs))))
-    table, row = encode_table(teacher_space, pairs.prompts)
-    return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))
 
 
 def average_over_workers(gradients: list[torch.Tensor]) -> None:

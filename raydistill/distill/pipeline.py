@@ -371,7 +371,7 @@ def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
     """The teacher's row of the table; drawn once a run."""
     import json
 
-    from raydistill.distill.loop import guidance_scale
+    from raydistill.distill.load import guidance_scale
     from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
     from raydistill.evaluation.teacher import draw_teacher
     from raydistill.teachers.client import TeacherClient
@@ -427,7 +427,7 @@ def _synthesise(pipeline: Pipeline, service: str | None) -> str:
 def _recipe(config: Config, inputs: Inputs) -> Recipe:
     """What decides the rows of the run's pairs."""
     from raydistill.data.synthesis import Recipe
-    from raydistill.distill.loop import guidance_scale
+    from raydistill.distill.load import guidance_scale
 
     synthesis = config.synthesis
     return Recipe(

@@ -173,7 +173,7 @@ def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> Non
 
 def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) -> dict[str, Any]:
     """The mean of one student's distillations from all teachers, judged as they were."""
-    from raydistill.distill.loop import load_unet
+    from raydistill.distill.load import load_unet
     from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, save_pictures
     from raydistill.evaluation.grids import grid
     from raydistill.evaluation.summary import write_summary

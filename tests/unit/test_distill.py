@@ -12,7 +12,7 @@ from raydistill.config import load
 from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
-from raydistill.distill.loop import load_real, load_unet
+from raydistill.distill.load import load_real, load_unet
 from raydistill.distill.losses import (
     NonFiniteError,
     fake_logits_loss,

@@ -11,7 +11,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.config import load
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.loop import load_unet
+from raydistill.distill.load import load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.student import x0_gain
 from raydistill.shapes import WEIGHTS

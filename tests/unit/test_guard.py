@@ -15,7 +15,8 @@ from raydistill.config import load
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.guard import LatentGuard, drift, mean_and_std, moments
-from raydistill.distill.loop import Observer, Stage, load_unet
+from raydistill.distill.load import load_unet
+from raydistill.distill.loop import Observer, Stage
 from raydistill.distill.losses import NonFiniteError, require_finite
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.state import load_state

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 from raydistill.config import load
-from raydistill.distill.loop import load_unet
+from raydistill.distill.load import load_unet
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.preflight import check_inputs
 from raydistill.shapes import WEIGHTS

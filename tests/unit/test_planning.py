@@ -23,7 +23,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.config import CONFIGS, ConfigError, load
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.loop import load_unet
+from raydistill.distill.load import load_unet
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.teachers.request import ScoreRequest

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raydistill.config import load, to_yaml
-from raydistill.distill.loop import load_unet
+from raydistill.distill.load import load_unet
 from raydistill.distill.pipeline import changed, opened
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.reproduce import (

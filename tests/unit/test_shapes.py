@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from raydistill.bridge.model import check_pair, vae_fingerprint
 from raydistill.data.pairs import read_pairs
-from raydistill.distill.loop import load_unet
+from raydistill.distill.load import load_unet
 from raydistill.distill.student import one_step_x0
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.building.models import MODELS, STUDENTS, TEACHERS

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import random
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 
 from raydistill.bridge.model import Bridge
 from raydistill.config import Config, validate
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.diffusion.noise import normal
-from raydistill.distill.distiller import Distiller, Made
+from raydistill.distill.distiller import Distiller
+from raydistill.distill.local import LocalScores, local_batches
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.student import one_step_x0
 from raydistill.shapes.building.frame import Build, cached, fit
 from raydistill.shapes.building.models import STUDENTS, encode_unique
 from raydistill.shapes.captions import evaluation_captions, sample_scene, single_scenes
-from raydistill.spaces import Conditioning, Space, load_space
+from raydistill.spaces import load_space
 
 START_GUIDANCE = 1.0  # of the weak student when it distils itself into its one-step start
 
@@ -99,37 +97,9 @@ def build_start(build: Build, name: str) -> None:
         Bridge.create(space, space, start_config(build, name).bridge),
         space.load_network(),
         None,
-        _local_batches(build, prompts, table, row_of),
+        local_batches(prompts, dict.fromkeys(("student", "teacher"), (table, row_of)), 32, build.seed),
     )
     scores = LocalScores(space, unet, {k: v[:1] for k, v in table.items()}, START_GUIDANCE)
     for _ in tqdm(range(build.steps(100)), desc=f"{name}_start", disable=None):
         distillation_step(distiller, scores, 4, overlap=False)
     distiller.student.half().save_pretrained(build.weights / f"{name}-onestep" / "unet")
-
-
-def _local_batches(build: Build, prompts: PromptSet, table: dict, row_of: dict[str, int]) -> Iterator[dict]:
-    """What `conditioned_batches` gives, without Ray, for a student that is its own teacher."""
-    for slot in itertools.count():
-        positions = range(slot * 32, slot * 32 + 32)
-        rows = [row_of[c] for c in prompts.at(build.seed, positions)[1]]
-        columns = {f"{role}.{k}": v[rows].numpy() for role in ("student", "teacher") for k, v in table.items()}
-        yield {"sample_id": list(positions)} | columns
-
-
-class LocalScores:
-    """Teacher in this process, with the interface of the service's client."""
-
-    def __init__(self, space: Space, network: nn.Module, unconditional: Conditioning, guidance_scale: float) -> None:
-        self.space, self.network = space, network
-        self.unconditional, self.guidance_scale = unconditional, guidance_scale
-
-    def __call__(self, made: Made) -> LocalScores:
-        self._made = made
-        return self
-
-    @torch.no_grad()
-    def result(self) -> torch.Tensor:
-        made = self._made
-        return self.space.predict_x0(
-            self.network, made.x_t, made.t_B, made.teacher_conditioning, self.unconditional, self.guidance_scale
-        )
