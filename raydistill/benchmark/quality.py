@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -20,7 +21,6 @@ from typing import Any
 
 SHARE = 0.9  # of the teacher's accuracy
 REAL_PAIR = "sd35_medium_sd15"  # what an update costs at real size is counted for this one
-WHOLE_LR = 1e-4  # of a fake score all of whose weights are trained; LoRA has the configuration's 5e-4
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class Variant:
     separate: bool = False  # the discriminator sees the student's samples in a forward pass of its own
 
     def overrides(self) -> list[str]:
-        lr = [] if self.kind == "lora" else [f"fake_score.lr={WHOLE_LR}"]
         gan = [] if self.gan else ["discriminator.weight=0"]
-        return [f"fake_score.kind={self.kind}", f"fake_score.updates={self.k}", *lr, *gan]
+        return [f"fake_score.kind={self.kind}", f"fake_score.updates={self.k}", *gan]
 
 
 DEFAULT, DMD2 = "default: lora, k = 2, GAN", "DMD2's: full, k = 5, separate passes"
@@ -148,18 +147,18 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     def accuracy() -> float:
         return evaluator.accuracy(evaluator.draw(distiller.evaluated, config.student.start_timestep))["mean"]
 
-    curve, updates = [(0, accuracy())], None
+    curve, updates = [[0, accuracy()]], None
     while updates is None and curve[-1][0] < cell.most:
         for _ in range(cell.every):
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
-        curve.append((curve[-1][0] + cell.every, accuracy()))
+        curve.append([curve[-1][0] + cell.every, accuracy()])
         updates = crossing(curve, SHARE * teacher)
     found = {"cell": settings, "teacher": teacher, "updates": updates, "curve": curve}
     _write(file, found)
     return found
 
 
-def crossing(curve: list[tuple[int, float]], wanted: float) -> float | None:
+def crossing(curve: Sequence[Sequence[float]], wanted: float) -> float | None:
     """Where a curve first reaches `wanted`, on the straight line between its points; None: nowhere."""
     for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
         if y1 >= wanted:
@@ -283,8 +282,8 @@ def table(result: dict[str, Any]) -> str:
         f"Until the mean attribute accuracy on {result['pictures']} pictures of training captions is {SHARE:.0%} of the "
         f"teacher's {result['teacher']:.3f}, from {result['start']:.3f}; an evaluation every {result['every']} updates, "
         f"{result['seeds']} seeds. Forwards: FLOPs of all networks, counted, in units of one unguided forward of the teacher "
-        "on one sample, for each sample of the batch; evaluations and text encoders are left out. A fake score all of whose "
-        f"weights are trained has the learning rate {WHOLE_LR:g}. At real size: the same recipe's update for {REAL_PAIR}, "
+        "on one sample, for each sample of the batch; evaluations and text encoders are left out. At real "
+        f"size: the same recipe's update for {REAL_PAIR}, "
         "counted, times the miniature's number of updates; gradient checkpointing off."
     )
     return f"{markdown(columns, rows)}\n\n{notes}"

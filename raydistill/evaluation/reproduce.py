@@ -162,6 +162,8 @@ def _same_length(name: str, steps: int, config: Config) -> None:
 
 def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> None:
     """The same teacher draws the same held-out pictures for every student and seed: take another cell's."""
+    if (folder.path / "teacher.json").is_file():  # a cell that goes on
+        return
     for other in planned:
         if other.config.teacher == cell.config.teacher and other.config.evaluation == cell.config.evaluation:
             source = Path(other.config.storage, other.name)

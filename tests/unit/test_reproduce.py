@@ -22,6 +22,7 @@ from raydistill.evaluation.reproduce import (
     START,
     STUDENTS,
     TEACHERS,
+    _take_teacher,
     cells,
     check,
     markdown,
@@ -30,7 +31,7 @@ from raydistill.evaluation.reproduce import (
     verdicts,
 )
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.preflight import RunFolder, check_inputs, create_run_folder
+from raydistill.preflight import RunFolder, check_inputs, create_run_folder, open_run_folder
 
 ALL = {"mean": 0.9, "size": 0.9}
 WEAK = {"mean": 0.5, "size": 0.5}
@@ -172,3 +173,18 @@ def test_the_command_reads_its_own_options_and_the_configuration_s(run_script, t
     code, out, _ = run_script("reproduce", "table1", "--seeds", "3", f"storage={tmp_path}")
     assert code == 0
     assert out.startswith(f"run paper is finished: {tmp_path}/paper/table1-3-seeds.json")
+
+
+def test_a_teachers_pictures_are_taken_from_another_cell_and_a_cell_that_goes_on_keeps_its_own(config, tmp_path):
+    planned = cells("table1", config, tmp_path, seeds=2, quick=True)
+    folders = [open_run_folder(cell.config) for cell in planned]
+    for folder in folders:
+        folder.path.mkdir(parents=True)
+    first = folders[0].path
+    (first / "teacher.json").write_text("{}")
+    (first / "teacher.safetensors").write_bytes(b"pictures")
+    for cell, folder in zip(planned, folders, strict=True):
+        _take_teacher(cell, folder, planned)
+        same_teacher = cell.config.teacher == planned[0].config.teacher
+        assert (folder.path / "teacher.json").is_file() == same_teacher
+        assert (folder.path / "teacher.safetensors").is_file() == same_teacher
