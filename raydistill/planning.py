@@ -20,11 +20,15 @@ from pydantic import ValidationError
 from raydistill import counting
 from raydistill.config import Config, ConfigError, Count, Positive, Section, get
 from raydistill.distill.load import guidance_scale
+from raydistill.export.pipeline import licence_of
 from raydistill.spaces import Space
 
 GIB = 1 << 30
 GPU_TABLE = Path(__file__).with_name("gpus.yaml")
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
+PAPER_HOURS = (
+    "64 GPU-hours for the Bridge and 160 for 3,000 student updates (8 H100; teachers in the trainers' processes)"
+)
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
 
 
@@ -585,10 +589,15 @@ def _amount(number: float, unit: str) -> str:
 def _sizes(counts: Counts, config: Config) -> str:
     network, weights = counts.network, counts.trainer.weights
     student = counts.trainer.gradients["student"] // 4
+    licences = {
+        model: licence_of(model, family)
+        for model, family in ((config.teacher.model, counts.teacher), (config.student.model, counts.student))
+    }
     lines = [
         f"{config.teacher.model} ({counts.teacher}) teaches {config.student.model} ({counts.student})",
         f"{config.distill.steps} student updates of {config.distill.workers} x {counts.batch} samples, "
         f"{config.fake_score.updates} fake-score updates each",
+        *(f"  licence of {model}: {licence.name}. {licence.terms}" for model, licence in licences.items()),
         "",
         "PARAMETERS (exact, from the configuration files)",
         f"  teacher {network.parameters:,}; student {student:,}; trained part of the fake score "
@@ -694,6 +703,7 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     gpu_hours = sum(phase.hours * (phase.trainer_gpus + phase.teacher_gpus) for phase in parts)
     kind = "spot" if plan.spot else "on-demand"
     lines.append(f"  in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(parts, config, gpus):,.0f} ({kind})")
+    lines.append(f"  the paper's own: {PAPER_HOURS}")
     timing = schedule(counts, config, gpus)
     if timing.text >= timing.work + timing.wait:
         hours = config.distill.steps * (timing.work + timing.wait) / 3600
