@@ -104,15 +104,15 @@ class Counts:
         return sum(flops for _, flops in self.text.values())
 
 
-def conditioning_bytes(teacher: Space) -> int:
-    """One prompt's conditioning as it travels: float32 and integers."""
+def conditioning_bytes(teacher: Space, dtype: torch.dtype = torch.float32) -> int:
+    """One prompt's conditioning as it travels: real numbers in the text encoders' `dtype`, and integers."""
     layout = counting.conditioning_layout(teacher).values()
-    return sum(math.prod(shape) * torch.empty(0, dtype=kind).element_size() for shape, kind in layout)
+    return sum(math.prod(shape) * (dtype if kind.is_floating_point else kind).itemsize for shape, kind in layout)
 
 
-def request_bytes(teacher: Space, batch: int, guided: bool) -> int:
+def request_bytes(teacher: Space, batch: int, guided: bool, dtype: torch.dtype = torch.float32) -> int:
     """Tensors of a ScoreRequest: x_t and t in float32, the conditioning, and with guidance one unconditional row."""
-    latents, row = 4 * math.prod(teacher.latent_shape), conditioning_bytes(teacher)
+    latents, row = 4 * math.prod(teacher.latent_shape), conditioning_bytes(teacher, dtype)
     return batch * (latents + 4 + row) + (row if guided else 0)
 
 
@@ -142,7 +142,7 @@ def count_run(config: Config) -> Counts:
     parts = config.distill.micro_batches
     small = parts if batch > parts else 2 * parts  # one sample a part, or two
     share = max(1, config.bridge.batch_size // config.distill.fewest)
-    latents = 4 * math.prod(teacher.latent_shape)
+    latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
     trainer = counting.count_trainer(config, student, teacher, batch)
     return Counts(
         student=student.pipeline_class,
@@ -162,9 +162,9 @@ def count_run(config: Config) -> Counts:
             for part, value in counting.count_text(space).items()
         },
         vae={role: counting.count_vae(space) for role, space in spaces.items()},
-        request_bytes=request_bytes(teacher, batch // parts, scale != 1.0),
+        request_bytes=request_bytes(teacher, batch // parts, scale != 1.0, encoding),
         answer_bytes=batch // parts * latents,
-        real_row_bytes=latents + conditioning_bytes(teacher),
+        real_row_bytes=latents + conditioning_bytes(teacher, encoding),
     )
 
 

@@ -65,17 +65,21 @@ def _families() -> dict[str, Any]:
         space, batch = open_space(config.teacher.model), config.distill.batch_size
         scale = guidance_scale(config, space)
         layout, shape = conditioning_layout(space), space.latent_shape
-        requests[f"{file.stem}, {batch} samples"] = lambda a=(shape, layout, batch, scale): _request(*a)
+        dtype = config.prompts.encoder_dtype
+        requests[f"{file.stem}, {batch} samples"] = lambda a=(shape, layout, batch, scale, dtype): _request(*a)
     return requests
 
 
-def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: float) -> Any:
+def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: float, dtype: str) -> Any:
     import torch
 
     from raydistill.teachers.client import ScoreRequest
 
     def rows(count: int) -> dict[str, torch.Tensor]:
-        return {name: torch.zeros(count, *part, dtype=kind) for name, (part, kind) in layout.items()}
+        return {
+            name: torch.zeros(count, *part, dtype=getattr(torch, dtype) if kind.is_floating_point else kind)
+            for name, (part, kind) in layout.items()
+        }
 
     return ScoreRequest(torch.zeros(batch, *shape), torch.full((batch,), 0.5), rows(batch), rows(1), scale)
 

@@ -55,7 +55,7 @@ class TextEncoder:
     """
 
     def __init__(
-        self, space: Space, dtype: torch.dtype = torch.float32, device: str = "cpu", chunk: int = CHUNK
+        self, space: Space, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", chunk: int = CHUNK
     ) -> None:
         self.space = space
         self.chunk = chunk
@@ -122,7 +122,7 @@ def encode_prompt_list(
 
 
 def encode_unconditional(
-    space: Space, dtype: torch.dtype = torch.float32, device: str = "cpu", chunk: int = CHUNK
+    space: Space, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", chunk: int = CHUNK
 ) -> Conditioning:
     """As `TextEncoder.encode_unconditional`; loads the text encoders and drops them again."""
     return TextEncoder(space, dtype, device, chunk).encode_unconditional()

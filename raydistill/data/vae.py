@@ -22,7 +22,7 @@ from raydistill.diffusion.noise import normal
 from raydistill.spaces import Space
 
 PREVIEW_PIXELS = 64
-VAE_BATCH = 8  # pictures per VAE forward
+VAE_BATCH = 8  # pictures per VAE forward, at most
 
 
 def resized(images: torch.Tensor, pixels: int) -> torch.Tensor:
@@ -38,12 +38,15 @@ def previews(images: torch.Tensor, pixels: int = PREVIEW_PIXELS) -> list[bytes]:
     return [png(Image.fromarray(image)) for image in small.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def in_chunks(forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-    """forward(*inputs) along the batch, VAE_BATCH at a time; the last chunk is filled up by repeating its last row."""
-    results = []
-    for parts in zip(*(tensor.split(VAE_BATCH) for tensor in inputs), strict=True):
+def in_chunks(space: Space, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+    """forward(*inputs) along the batch, as many at a time as the VAE of `space` may see, at most VAE_BATCH.
+
+    The last chunk is filled up by repeating its last row.
+    """
+    size, results = space.vae_batch(VAE_BATCH), []
+    for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
         count = len(parts[0])
-        filled = [torch.cat([part, part[-1:].expand(VAE_BATCH - count, *part.shape[1:])]) for part in parts]
+        filled = [torch.cat([part, part[-1:].expand(size - count, *part.shape[1:])]) for part in parts]
         results.append(forward(*filled)[:count])
     return torch.cat(results)
 
@@ -69,7 +72,9 @@ class PairEncoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, H, W] of the teacher -> pictures on `device`."""
-        return in_chunks(lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device))
+        return in_chunks(
+            self.teacher, lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device)
+        )
 
     def __call__(
         self, latents: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
@@ -100,7 +105,7 @@ class PairEncoder:
         purpose: str,
     ) -> torch.Tensor:
         if self.posterior == "mean":
-            return in_chunks(lambda part: space.encode(vae, part), pictures).float().cpu()
+            return in_chunks(space, lambda part: space.encode(vae, part), pictures).float().cpu()
         if rows is None:
             raise ValueError("a sample of the posterior is drawn for a row of the set: rows must be given")
         noise = normal(self.seed, rows, space.latent_shape, purpose).to(pictures)
@@ -109,4 +114,4 @@ class PairEncoder:
             posterior = vae.encode(part.to(vae.dtype)).latent_dist
             return space.normalise(posterior.mean + posterior.std * noise.to(posterior.mean))
 
-        return in_chunks(sample, pictures, noise).float().cpu()
+        return in_chunks(space, sample, pictures, noise).float().cpu()

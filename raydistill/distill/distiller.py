@@ -175,7 +175,11 @@ class Distiller:
             self.optimizers["discriminator"] = adamw(list(self.discriminator.parameters()), config.discriminator.lr)
 
     def _to(self, conditioning: Conditioning) -> Conditioning:
-        return {name: value.to(self.device) for name, value in conditioning.items()}
+        """On the device, real numbers in float32 as the networks' weights are: text encoders may have had another dtype."""
+        return {
+            name: value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in conditioning.items()
+        }
 
     # -- random numbers ----------------------------------------------------------------------------
     def _normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:

@@ -29,9 +29,20 @@ def load_unet(space: Space, checkpoint: str | None) -> torch.nn.Module:
     return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
 
 
-def load_real(folder: Path, teacher_space: Space, count: int) -> Real:
-    """The first `count` teacher samples, in memory, with the conditioning of their own captions."""
+def load_real(
+    folder: Path,
+    teacher_space: Space,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Real:
+    """The first `count` teacher samples, in memory, with the conditioning of their own captions.
+
+    Args:
+        dtype: of the text encoders and of the conditioning.
+        device: where they run, before anything else is there.
+    """
     pairs = read_pairs(folder, z_T_shape=teacher_space.latent_shape)
     pairs = pairs.rows(range(min(count, len(pairs))))
-    table, row = encode_table(teacher_space, pairs.prompts)
+    table, row = encode_table(teacher_space, pairs.prompts, dtype, device)
     return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))

@@ -276,7 +276,10 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     gan = config.discriminator
-    real = load_real(Path(stage.real), teacher_space, gan.real_count) if stage.real and gan.weight > 0 else None
+    encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
+    empty = encode_unconditional(teacher_space, encoding, device) if stage.service else None
+    if stage.real and gan.weight > 0:
+        real = load_real(Path(stage.real), teacher_space, gan.real_count, encoding, device)
     anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
     parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
     distiller = Distiller(
@@ -295,9 +298,8 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
         parts / world,
         _mesh(device, world) if config.fake_score.shard and world > 1 else None,
     )
-    if not stage.service:
+    if empty is None:
         return distiller, None
-    empty = encode_unconditional(teacher_space)
     return distiller, Teachers(
         TeacherClient(stage.service, config.teachers), empty, guidance_scale(config, teacher_space)
     )

@@ -5,6 +5,7 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1].
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from raydistill.distill.student import one_step_x0
 from raydistill.shapes.judge import Judge
 from raydistill.spaces import Conditioning, Space
 
+TEXT_BATCH = 64  # prompts per forward of the text encoders
+
 
 class FixedPrompts:
     """`count` prompts in a seeded order, each picture with its own fixed noise.
@@ -29,6 +32,12 @@ class FixedPrompts:
         self.seed = seed
         self.captions = prompts.at(seed, range(count))[1]
 
+    def first(self, count: int) -> FixedPrompts:
+        """The same set without what comes after its first `count`."""
+        shorter = copy.copy(self)
+        shorter.captions = self.captions[:count]
+        return shorter
+
     def noise(self, space: Space, start: int, stop: int) -> torch.Tensor:
         return normal(self.seed, range(start, stop), space.latent_shape, "evaluation")
 
@@ -38,11 +47,21 @@ class FixedPrompts:
             yield start, start + len(part), part
 
 
-def encode_table(space: Space, prompts: list[str]) -> tuple[Conditioning, dict[str, int]]:
-    """Conditioning of the distinct prompts, one row each, and every prompt's row."""
+def encode_table(
+    space: Space, prompts: list[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Conditioning, dict[str, int]]:
+    """Conditioning of the distinct prompts, one row each, on the CPU, and every prompt's row.
+
+    Args:
+        dtype: of the text encoders and of the table.
+        device: where they run; they are dropped afterwards.
+    """
     unique = list(dict.fromkeys(prompts))
-    text = space.load_text()
-    parts = [space.encode_prompts(text, unique[i : i + 64]) for i in range(0, len(unique), 64)]
+    text = space.load_text(dtype).to(device)
+    parts = []
+    for start in range(0, len(unique), TEXT_BATCH):
+        encoded = space.encode_prompts(text, unique[start : start + TEXT_BATCH])
+        parts.append({name: value.cpu() for name, value in encoded.items()})
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {p: i for i, p in enumerate(unique)}
 
 

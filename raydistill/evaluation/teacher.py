@@ -19,8 +19,13 @@ Generate = Callable[..., "object"]  # TeacherClient.generate
 def draw_teacher(
     generate: Generate, space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """(pictures [N, 3, S, S], the judge's table). Two requests are under way at any time."""
-    table, row = encode_table(space, ["", *fixed.captions])
+    """(pictures [N, 3, S, S], the judge's table). Two requests are under way at any time.
+
+    Without a judge only those are drawn that the grid shows.
+    """
+    if config.evaluation.judge is None:
+        fixed = fixed.first(config.evaluation.grid)
+    table, row = encode_table(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
     empty = space.unconditional({name: value[:1] for name, value in table.items()})
     vae = space.load_vae()
 

@@ -226,8 +226,10 @@ class Space(ABC):
         return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
 
     def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]."""
-        return vae.decode(self.denormalise(latents).to(vae.dtype)).sample.float().clamp(-1, 1)
+        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time."""
+        raw = self.denormalise(latents).to(vae.dtype)
+        parts = [vae.decode(part).sample.float().clamp(-1, 1) for part in raw.split(self.vae_batch(len(raw)))]
+        return torch.cat(parts)
 
     # -- text --------------------------------------------------------------------------------------
     @abstractmethod

@@ -9,6 +9,7 @@ import torch
 
 from raydistill.bridge.model import Bridge
 from raydistill.config import load
+from raydistill.data.encode import PromptEncoder
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.load import load_unet
@@ -135,3 +136,22 @@ def test_recomputed_activations_and_parts_keep_their_meaning_in_bfloat16(late):
     for name, gradient in kept.items():
         assert torch.equal(recomputed[name], gradient), name
         assert cosine(parts[name], gradient) > 0.999, name
+
+
+@pytest.mark.parametrize("overrides", [[], ["distill.mixed_precision=true"]])
+@pytest.mark.parametrize("which", ["late", "early"])
+def test_text_encoders_may_have_another_dtype_than_the_networks(request, which, overrides):
+    """What they give in bfloat16 is, up to their rounding, what they give in float32; networks keep their own dtype."""
+    shipped = request.getfixturevalue(which)
+    folders = {"student": shipped.student.folder, "teacher": shipped.teacher.folder}
+    columns = PromptEncoder(folders, dtype="bfloat16")({"prompt": shipped.samples.prompts})
+    worker = shipped.worker(*overrides)
+    worker.batches = ({"sample_id": list(range(8 * slot, 8 * slot + 8))} | columns for slot in itertools.count())
+    made = list(worker.make())
+    assert {value.dtype for value in made[0].student_conditioning.values()} == {torch.bfloat16}, "as it travels"
+    assert made[0].x_t.dtype == torch.float32
+    worker.fake_update()
+    worker.student_update(made, [shipped.submit(part).result() for part in made])
+    reference = shipped.worker(*overrides)
+    expected = next(iter(reference.make())).x_t
+    assert cosine(made[0].x_t.flatten(), expected.flatten()) > 0.999

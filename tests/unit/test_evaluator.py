@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
+from raydistill.config import CONFIGS, load
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.evaluation.evaluator import FixedPrompts
+from raydistill.evaluation.evaluator import FixedPrompts, encode_table
+from raydistill.evaluation.teacher import draw_teacher
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, parse
 from raydistill.spaces import load_space
@@ -61,3 +63,40 @@ def test_every_picture_has_noise_of_its_own_whatever_the_batches(shipped):
     assert sum((captions for _, captions in parts), []) == fixed.captions
     assert len({tuple(noise.flatten().tolist()) for noise in whole}) == 10
     assert not torch.equal(whole, FixedPrompts(shipped, 10, 6).noise(space, 0, 10))
+
+
+@pytest.mark.parametrize(("judge", "drawn"), [(None, 6), ("shapes:judge", 20)])
+def test_without_a_judge_a_teacher_draws_what_is_shown(judge, drawn):
+    """At real sizes the others would cost minutes each, for nothing."""
+    settings = [
+        "evaluation.count=20",
+        "evaluation.grid=6",
+        "evaluation.batch_size=8",
+        f"evaluation.judge={judge or 'null'}",
+    ]
+    config = load(CONFIGS / "shapes.yaml", settings)
+    space, asked = load_space(WEIGHTS / "flux"), []
+    network = space.load_network()
+
+    class Answer:
+        def __init__(self, *request):
+            asked.append(len(request[0]))
+            self.latents = space.sample(network, *request[:3], 1, 1.0)
+
+        def result(self):
+            return self.latents
+
+    fixed = FixedPrompts(read_prompts(WEIGHTS / "heldout.txt"), 20, 3)
+    pictures, table = draw_teacher(Answer, space, fixed, config, 1.0)
+    assert sum(asked) == len(pictures) == drawn
+    assert bool(table) == (judge is not None)
+
+
+def test_texts_are_encoded_in_the_dtype_that_is_asked_for():
+    space = load_space(WEIGHTS / "flux")
+    whole, row = encode_table(space, ["a", "b", "a"])
+    half, _ = encode_table(space, ["a", "b", "a"], torch.bfloat16)
+    assert row == {"a": 0, "b": 1}
+    assert {name: value.dtype for name, value in half.items()} == dict.fromkeys(whole, torch.bfloat16)
+    for name, value in whole.items():
+        torch.testing.assert_close(half[name].float(), value, rtol=0.05, atol=0.05)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
+from raydistill.data.vae import in_chunks
 from raydistill.spaces import ModelFolderError, load_space
 from raydistill.spaces.flux import pack, unpack
 
@@ -77,3 +78,23 @@ def test_wrong_folders_are_named(tmp_path, flux_folder):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MysteryPipeline"}))
     with pytest.raises(ModelFolderError, match="MysteryPipeline is not a known family"):
         load_space(tmp_path)
+
+
+@pytest.mark.parametrize(("pixels", "most"), [(1024, 1), (512, 4), (64, 6)])
+def test_a_vae_never_sees_more_than_a_megapixel_at_once(flux_folder, monkeypatch, pixels, most):
+    """16 pictures of 1024 px would take it 52 GB."""
+    space = load_space(flux_folder)
+    monkeypatch.setattr(type(space), "resolution", pixels)  # as a real model's; the miniature's pictures are small
+    vae, seen = space.load_vae(), []
+    vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    vae.encoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    latents = torch.randn(6, *space.latent_shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        pictures = space.decode(vae, latents)
+        assert max(seen) == most
+        assert sum(seen) == len(pictures) == 6
+        torch.testing.assert_close(pictures[5:], space.decode(vae, latents[5:]), rtol=0, atol=1e-5)
+        seen.clear()
+        z_T = in_chunks(space, lambda part: space.encode(vae, part), pictures)
+    assert max(seen) == min(8, 2**20 // pixels**2)
+    torch.testing.assert_close(z_T[:1], space.encode(vae, pictures[:1]), rtol=0, atol=1e-5)
