@@ -218,6 +218,9 @@ class Discriminator(Section):
     weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
     lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
     width: Count = Field(64, description="channels of the convolutional head")
+    fake_weight: NonNegative = Field(
+        0.0, description="weight of the head's loss in the fake score's own gradient (DMD2 has one); 0: none reaches it"
+    )
     depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="depth of the block whose features are read"
     )

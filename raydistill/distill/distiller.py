@@ -272,11 +272,14 @@ class Distiller:
         started = time.perf_counter()
         parts = self._next()
         rows = [self._fake_gradients(part) for part in parts]
-        self._step(fake=self.config.fake_score.max_grad_norm)
+        if not self._shapes_features:
+            self._step(fake=self.config.fake_score.max_grad_norm)
         self.metrics["loss/fake"] = mean_of(rows)["fake"]
         if self.discriminator is not None:
             for row, part in zip(rows, parts, strict=True):
                 self._real_gradients(row, part)
+            if self._shapes_features:
+                self._step(fake=self.config.fake_score.max_grad_norm)
             self._step(discriminator=self.config.student.max_grad_norm)
             mean = mean_of(rows)
             self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
@@ -293,13 +296,26 @@ class Distiller:
         prediction, features = self._fake(x_t, t_B, part.teacher_conditioning)
         wanted = target(self.teacher_space.path, self.teacher_space.prediction, x, eps, t_B)
         loss = torch.nn.functional.mse_loss(prediction.float(), wanted)
-        self._accumulate(loss, "fake")
         row = {"fake": loss}
         if self.discriminator is not None:
-            logits = self.discriminator(require_finite(features.detach(), "the fake score's features"))
+            logits = self.discriminator(require_finite(self._seen(features), "the fake score's features"))
             row |= {"discriminator": fake_logits_loss(logits), "accuracy": (logits < 0).float().mean()}
-            self._accumulate(row["discriminator"], "discriminator")
+            loss = loss + self._head_gradients(row["discriminator"])
+        self._accumulate(loss, "fake")
         return row
+
+    @property
+    def _shapes_features(self) -> bool:
+        """Whether the discriminator's loss reaches the weights of the fake score, whose features it reads."""
+        return self.discriminator is not None and self.config.discriminator.fake_weight > 0
+
+    def _seen(self, features: torch.Tensor) -> torch.Tensor:
+        return features if self._shapes_features else features.detach()
+
+    def _head_gradients(self, loss: torch.Tensor) -> torch.Tensor:
+        """Of the head's own weights; returns the loss's share in the fake score's."""
+        self._accumulate(loss, "discriminator", keep=self._shapes_features)
+        return self.config.discriminator.fake_weight * loss if self._shapes_features else torch.zeros_like(loss)
 
     def _real_gradients(self, row: dict[str, torch.Tensor], part: Part) -> None:
         """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
@@ -310,11 +326,13 @@ class Distiller:
             latents = require_finite(latents.to(self.device), "the teacher samples of discriminator.real_data")
             t_B = self._full_range_t(ids, "real_t")
             x_t = add_noise(self.teacher_space.path, latents, self._normal(ids, latents.shape[1:], "real_noise"), t_B)
-            with self._autocast():
-                features = self.fake.features(x_t, t_B, self._to(conditioning))
+        with torch.set_grad_enabled(self._shapes_features), self._autocast():
+            features = self.fake.features(x_t, t_B, self._to(conditioning))
         logits = self.discriminator(require_finite(features, "the fake score's features"))
         loss = real_logits_loss(logits)
-        self._accumulate(loss, "discriminator")
+        share = self._head_gradients(loss)
+        if self._shapes_features:
+            self._accumulate(share, "fake")
         row["discriminator"] = loss + row["discriminator"]
         row["accuracy"] = ((logits > 0).float().mean() + row["accuracy"]) / 2
 
@@ -398,10 +416,15 @@ class Distiller:
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
-    def _accumulate(self, loss: torch.Tensor, *names: str) -> None:
-        """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters."""
+    def _accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False) -> None:
+        """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters.
+
+        Args:
+            keep: the graph, for another loss that shares it.
+        """
         require_finite(loss, f"the {' and '.join(names)} loss")
-        torch.autograd.backward(loss / self.mean_parts, inputs=[p for name in names for p in self._parameters(name)])
+        parameters = [p for name in names for p in self._parameters(name)]
+        torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
 
     def _step(self, **max_grad_norms: float) -> dict[str, float]:
         """Average the gradients over workers, clip them and step the named optimizers.

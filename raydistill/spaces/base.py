@@ -88,11 +88,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         if not single.is_file():
             raise ModelFolderError(f"{folder}: no {single.name} (or {index.name})")
         return [single]
-    files = [folder / name for name in sorted(set(read_settings(index)["weight_map"].values()))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ModelFolderError(f"{folder}: {index.name} names {', '.join(missing)}, which is not there")
-    return files
+    names = sorted({str(name) for name in read_settings(index)["weight_map"].values()})
+    foreign = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if foreign:
+        raise ModelFolderError(f"{folder}: {index.name} names {', '.join(foreign)}, which is not a file beside it")
+    return [folder / name for name in names]
 
 
 class Space(ABC):

@@ -281,6 +281,36 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     assert sum(accuracies[-40:]) / 40 > 0.56
 
 
+def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tables):
+    """Section 3 of the method: DMD2 does so, by default nothing of it does. Student samples and teacher samples alike."""
+    found = {}
+    for weight in (0.0, 0.25, 1e6):
+        distiller = make_distiller(configuration(discriminator__fake_weight=weight), spaces, tables)
+        gradients, step = {}, distiller._step
+
+        def spy(gradients=gradients, distiller=distiller, step=step, **norms):
+            for name in norms:
+                gradients[name] = torch.cat([p.grad.flatten() for p in distiller._parameters(name)])
+            return step(**norms)
+
+        distiller._step = spy
+        distiller.fake_update()
+        found[weight] = gradients
+    none, some, most = (found[weight]["fake"] for weight in found)
+    difference = some - none
+    assert difference.abs().max() > 1e-6
+    torch.testing.assert_close(difference / 0.25, (most - none) / 1e6, rtol=1e-2, atol=1e-5)  # linear in the weight
+    distiller = make_distiller(configuration(discriminator__fake_weight=0.25), spaces, tables)
+    part = distiller._next()[0]
+    row = distiller._fake_gradients(part)
+    student_half = torch.cat([p.grad.flatten() for p in distiller._parameters("fake")]) - none
+    distiller._real_gradients(row, part)
+    both = torch.cat([p.grad.flatten() for p in distiller._parameters("fake")]) - none
+    assert student_half.abs().max() > 1e-6
+    assert (both - student_half).abs().max() > 1e-6
+    assert torch.equal(both, difference)
+
+
 def test_a_full_fake_score_trains_everything(spaces, tables):
     config, (_, space) = configuration(fake_score__kind="full"), spaces
     fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
@@ -331,10 +361,10 @@ def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, ta
     )}  # fmt: skip
     taken = {}
 
-    def spy(loss, parts, *names):
+    def spy(loss, *names, **more):
         if "bridge" in names:
             taken["with_anchor"] = loss
-        return accumulate(loss, parts, *names)
+        return accumulate(loss, *names, **more)
 
     accumulate, distiller._accumulate = distiller._accumulate, spy
     run(config, spaces, tables, steps=1, distiller=distiller)

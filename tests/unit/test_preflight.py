@@ -251,8 +251,15 @@ def test_shards_of_weights_that_the_index_names_must_be_there(tmp_path):
     names["b"] = names["a"].replace("1-of", "2-of")
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (tmp_path / names["a"]).touch()
-    with pytest.raises(ModelFolderError, match=f"names {names['b']}, which is not there"):
+    with pytest.raises(ModelFolderError, match=f"names {names['b']}, which is not a file beside it"):
         weight_files(tmp_path, "diffusion_pytorch_model")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    for outside in ("../outside.safetensors", str(tmp_path / names["a"])):
+        (tmp_path.parent / "outside.safetensors").touch()
+        index.write_text(json.dumps({"weight_map": names | {"b": outside}}))
+        with pytest.raises(ModelFolderError, match=f"names {outside}, which is not a file beside it"):
+            weight_files(tmp_path, "diffusion_pytorch_model")
+    index.write_text(json.dumps({"weight_map": names}))
     (tmp_path / names["b"]).touch()
     assert weight_files(tmp_path, "diffusion_pytorch_model") == [tmp_path / name for name in names.values()]
 
