@@ -118,7 +118,7 @@ def _check(config: Config, pairs_folder: str | Path) -> None:
     """Refuse what no worker could train on, before any is started."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     doublings(student, teacher)
-    read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     if config.bridge.projector == "identity":
         raise BridgeTrainingFailed("bridge.projector identity has nothing to train")
 
@@ -237,7 +237,7 @@ def build_objective(
         PairsError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    pairs = read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))

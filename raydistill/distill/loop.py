@@ -271,11 +271,11 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     teacher_space = load_space(resolve(config.teacher.model))
     unet = load_unet(student_space, config.student.unet)
     if stage.bridge:
-        bridge = Bridge.load(Path(stage.bridge), student_space, teacher_space)
+        bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     gan = config.discriminator
-    real = load_real(Path(stage.real), teacher_space, gan.real_count) if stage.real and gan.weight > 0 else None
+    real = load_real(resolve(stage.real), teacher_space, gan.real_count) if stage.real and gan.weight > 0 else None
     anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
     parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
     distiller = Distiller(

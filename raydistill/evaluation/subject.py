@@ -24,6 +24,7 @@ from raydistill.evaluation.grids import to_pil
 from raydistill.evaluation.promptsets import Item
 from raydistill.export.source import Export, SourceError, find_export, open_one_step
 from raydistill.spaces import load_space
+from raydistill.storage import present
 
 DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -172,7 +173,7 @@ class Painter:
         if subject.unet is not None:
             from raydistill.spaces.onestep import load_student
 
-            network = load_student(self.space, Path(subject.unet)).to(dtype)
+            network = load_student(self.space, present(subject.unet)).to(dtype)
         else:
             network = self.space.load_network(dtype)
         self.network = network.to(self.device)
