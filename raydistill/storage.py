@@ -69,6 +69,14 @@ class Remote:
         return _filesystem(self.scheme, self.key.partition("/")[0], endpoint)
 
     # -- as pathlib --------------------------------------------------------------------------------
+    def resolve(self) -> Remote:
+        return self
+
+    def is_dir(self) -> bool:
+        from pyarrow.fs import FileType
+
+        return self.filesystem.get_file_info(self.key).type == FileType.Directory
+
     def is_file(self) -> bool:
         return self.filesystem.get_file_info(self.key).is_file
 
@@ -305,6 +313,11 @@ def _fetch(source: Remote, target: Path, entries: list[tuple[str, int, int]]) ->
 # -- outputs ----------------------------------------------------------------------------------------------
 
 
+def staged(source: Place) -> Path:
+    """A path to read from: a `Remote` is staged. Raises as `stage`."""
+    return stage(str(source)) if isinstance(source, Remote) else source
+
+
 @contextlib.contextmanager
 def writing(target: Place) -> Iterator[Path]:
     """A local path to write a file or folder to: `target` itself, or one that is stored there at the block's end."""
@@ -328,10 +341,11 @@ def reading(source: Place) -> Iterator[Path]:
 
 
 def replace_text(file: Place, text: str) -> None:
-    """Write a small file in one step."""
+    """Write a small file in one step, and the folder it lies in."""
     if isinstance(file, Remote):
         file.write_text(text)
         return
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)

@@ -1,5 +1,6 @@
 """Inputs and outputs by URI, against a server on this machine that speaks S3."""
 
+import json
 import os
 import pickle
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from raydistill import storage
-from raydistill.config import Config, ConfigError, check_paths, load, local_path, resolve
+from raydistill.config import Config, ConfigError, check_paths, load, local_path, resolve, to_yaml
 from raydistill.data.images import open_images
 from raydistill.data.pairs import read_pairs
 from raydistill.data.prompts import read_prompts
@@ -231,3 +232,84 @@ def test_folders_go_there_and_back_with_their_descriptions_last(folder, monkeypa
 def test_an_untouched_configuration_asks_no_store():
     for key in ("prompts.path", "evaluation.prompts", "bridge.checkpoint"):
         check_paths(Config(), [key])
+
+
+# -- exports ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(bucket, tmp_path_factory):
+    """`s3://…/runs` with a run `mine` that has an export, made from the shipped one-step start."""
+    from raydistill.export.pipeline import ModelCard, export_student
+    from raydistill.spaces.onestep import load_student
+
+    space = load_space(WEIGHTS / "sd15")
+    local = tmp_path_factory.mktemp("run")
+    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15-onestep", 1, "0" * 32, "0" * 12, {"mean": 0.5})
+    export_student(space, load_student(space, WEIGHTS / "sd15-onestep"), 999, local / "export", card)
+    (local / "config.yaml").write_text(to_yaml(Config()))
+    (local / "run.json").write_text(json.dumps({"mlflow": {"pipeline": "a" * 32, "no_vsd": "b" * 32}}))
+    runs = remote(f"{bucket}/runs")
+    (runs / "mine").upload(local)
+    (runs / "mine" / "no_vsd" / "export").upload(local / "export")
+    return runs
+
+
+def test_an_export_is_found_by_its_uri_its_runs_and_its_name_in_storage_by_uri(exported, cache):
+    from raydistill.export.source import SourceError, find_export, open_one_step
+
+    for text, storage_ in (
+        (f"{exported}/mine/export", Path("outputs")),
+        (f"{exported}/mine", Path("outputs")),
+        ("mine", exported),
+        ("a" * 32, exported),
+    ):
+        export = find_export(text, storage_)
+        assert (export.name, export.run) == ("mine", exported / "mine")
+        assert export.run_config() == Config()
+        assert open_one_step(export)[1] == 999
+    assert find_export("b" * 32, exported).name == "mine/no_vsd"
+    assert len([place_ for place_ in (cache / "staged").iterdir() if place_.is_dir() and place_.name[0] != "."]) == 2
+    with pytest.raises(SourceError, match="no such folder, and no run of that name in s3://"):
+        find_export("yours", exported)
+    with pytest.raises(SourceError, match="name --tracking-uri"):
+        find_export("c" * 32, exported)
+
+
+def test_sample_draws_with_a_student_in_a_bucket(exported, tmp_path, run_script):
+    prompts = exported.parent / "prompts.txt"
+    prompts.write_text("a small red circle at the left on a white background\n")
+    common = ("--prompts", prompts, "--storage", exported, "--device", "cpu")
+    code, _, errors = run_script("sample", "mine", *common)
+    assert (code, "name it with --out" in errors) == (2, True)
+    code, _, errors = run_script("sample", "mine", *common, "--out", exported / "pictures")
+    assert (code, "must be a folder of this machine" in errors) == (2, True)
+    code, out, errors = run_script("sample", f"{exported}/mine", *common, "--out", tmp_path / "pictures")
+    assert code == 0, errors
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+
+
+def test_merge_writes_to_a_bucket_what_it_writes_to_a_folder(exported, tmp_path, run_script):
+    students = (f"{exported}/mine", f"{exported}/mine/no_vsd/export")
+    for out in (tmp_path / "merged", exported.parent / "merged"):
+        code, _, errors = run_script("merge", *students, "--weights", 1, 3, "--out", out)
+        assert code == 0, errors
+    code, _, errors = run_script("merge", *students, "--out", exported.parent / "merged")
+    assert (code, "exists already" in errors) == (2, True)
+    there = resolve(f"{exported.parent}/merged")
+    names = sorted(f.relative_to(there) for f in there.rglob("*") if f.is_file())
+    assert names == sorted(f.relative_to(tmp_path / "merged") for f in (tmp_path / "merged").rglob("*") if f.is_file())
+    assert all((there / f).read_bytes() == (tmp_path / "merged" / f).read_bytes() for f in names)
+
+
+def test_evaluate_finds_a_student_in_a_bucket_and_says_what_it_needs_beside_it(exported, tmp_path, run_script):
+    from raydistill.evaluation.subject import find_subject
+
+    subject = find_subject("mine", exported)
+    assert (subject.name, subject.start_timestep, subject.run_id) == ("mine", 999, "a" * 32)
+    code, _, errors = run_script("evaluate", "mine", "--storage", exported)
+    assert (code, "--tracking-uri or MLFLOW_TRACKING_URI to an MLflow server" in errors) == (2, True)
+    code, _, errors = run_script(
+        "evaluate", "mine", "--storage", exported, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"
+    )
+    assert (code, "name it with --out" in errors) == (2, True)
