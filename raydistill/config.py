@@ -22,6 +22,9 @@ from urllib.parse import unquote
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+if typing.TYPE_CHECKING:
+    from raydistill.storage import Place
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHAPES_PREFIX = "shapes:"
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -354,7 +357,9 @@ class Plan(Section):
 class Config(Section):
     """Root of the tree."""
 
-    storage: str = Field("outputs", description="folder that roots everything a run writes")
+    storage: str = Field(
+        "outputs", description="folder that roots everything a run writes, or s3://bucket/prefix, gs://bucket/prefix"
+    )
     run: Run = Run()
     student: Student = Student()
     teacher: Teacher = Teacher()
@@ -713,8 +718,15 @@ def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> C
     return config
 
 
-def check_storage(config: Config) -> Path:
-    """Absolute storage root. A relative one inside `ray job submit`'s throw-away working copy is refused."""
+def check_storage(config: Config) -> Place:
+    """Absolute storage root, or a URI's. Raises ConfigError: a wrong URI, or a relative folder under `ray job submit`."""
+    from raydistill.storage import place
+
+    if is_uri(config.storage):
+        try:
+            return place(config.storage)
+        except ConfigError as error:
+            raise ConfigError(f"storage: {error}") from None
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():
         raise ConfigError(
             f"storage: {config.storage!r} is relative, and under `ray job submit` the working directory is a copy that is "

@@ -256,8 +256,7 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Place) ->
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        served = uri.startswith(("http://", "https://", "databricks"))
-        location = None if served else _artifacts(uri, storage)
+        location = artifact_root(uri, storage)
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:
@@ -272,8 +271,10 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Place) ->
     return found.experiment_id
 
 
-def _artifacts(uri: str, storage: Place) -> str:
-    """Where runs of a store without a server keep their artifacts."""
+def artifact_root(uri: str, storage: Place) -> str | None:
+    """Where runs keep their artifacts; None: where the server says. Raises TrackingError where there is no place."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
     if not isinstance(storage, Remote):
         return (storage.absolute() / "mlartifacts").as_uri()
     file = uri.removeprefix("sqlite:///")

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 
 RETRIES, RETRY_S = 8, 60  # attempts of a request to S3; seconds for which one to GCS is tried again
 STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs)/(?P<key>.+)")
-_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|TOKEN|CREDENTIAL|PERMISSION|UNAUTH|\b40[13]\b", re.I)
+_DENIED = re.compile(
+    r"AWS Error [A-Z_]*(ACCESS|TOKEN|SIGNATURE|CREDENTIAL|CLIENT)|HTTP status 40[13]|UNAUTHENTICATED|PERMISSION_DENIED"
+)
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the machine's service account",
@@ -349,6 +351,25 @@ def replace_text(file: Place, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(file)
+
+
+def move_folder(source: Place, target: Place) -> None:
+    """Move a folder's files into another folder, where they replace those of their names."""
+    with reading(source) as local:
+        if isinstance(target, Remote):
+            target.upload(local)
+        else:
+            shutil.copytree(local, target, dirs_exist_ok=True)
+    if isinstance(source, Remote):
+        source.filesystem.delete_dir(source.key)
+    else:
+        shutil.rmtree(source)
+
+
+def require_folder(storage: Place, what: str) -> None:
+    """Raises ConfigError for a URI."""
+    if isinstance(storage, Remote):
+        raise ConfigError(f"storage: {storage}: {what} needs a folder that every node sees, and goes by no URI")
 
 
 def for_ray_train(folder: Place) -> dict[str, Any]:
