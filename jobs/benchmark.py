@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from raydistill.benchmark import SECTIONS
+from raydistill.storage import local_argument
 
 
 def main() -> int:
@@ -34,7 +35,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"benchmark.py {name}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--storage", type=Path, default=Path("outputs"), metavar="FOLDER", help="where results go")
+    parser.add_argument(
+        "--storage", type=local_argument, default=Path("outputs"), metavar="FOLDER", help="where results go"
+    )
     return parser
 
 

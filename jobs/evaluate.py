@@ -23,6 +23,8 @@ import os
 import sys
 from pathlib import Path
 
+from raydistill.storage import argument, local_argument
+
 EXAMPLES = """examples:
   python jobs/evaluate.py mine --count 512
   python jobs/evaluate.py shapes:sd15 --unet shapes:sd15-onestep --start-timestep 999
@@ -37,7 +39,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", metavar="MODEL", help="run's name or folder, diffusers folder, or MLflow run id")
+    add("model", metavar="MODEL", help="run's name or folder, diffusers folder, URI of one, or MLflow run id")
     add(
         "--prompts",
         default="heldout",
@@ -47,7 +49,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--prompt-sets",
-        type=Path,
+        type=argument,
         metavar="FOLDER",
         help="where the published sets were put (default: <storage>/prompts)",
     )
@@ -70,7 +72,12 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         "(clipscore, hpsv3, hpsv3.base, hpsv2, imagereward, imagereward.config, imagereward.tokenizer, fid)",
     )
     add("--judge", default="shapes:judge", help="judge of judge and frechet (default: shapes:judge)")
-    add("--out", type=Path, metavar="DIR", help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)")
+    add(
+        "--out",
+        type=local_argument,
+        metavar="DIR",
+        help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)",
+    )
     add("--batch-size", type=_count(1), default=16, metavar="N", help="pictures at once (default: 16)")
     add("--actors", type=_count(1), default=1, metavar="N", help="actors that draw (default: 1)")
     add(
@@ -82,7 +89,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
-    add("--storage", type=Path, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
     add(
         "--tracking-uri",
         default=os.environ.get("MLFLOW_TRACKING_URI"),
@@ -112,10 +119,11 @@ def plan_of(arguments: argparse.Namespace):
     from raydistill.evaluation.weights import parse_weights
 
     told = arguments
-    for option, place in (("--storage", told.storage), ("--out", told.out)):
-        if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and place is not None and not place.is_absolute():
+    for option, folder in (("--storage", told.storage), ("--out", told.out)):
+        relative = isinstance(folder, Path) and not folder.is_absolute()
+        if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and relative:
             raise ValueError(
-                f"{option} {place}: is relative, and under `ray job submit` the working directory is a copy that is thrown "
+                f"{option} {folder}: is relative, and under `ray job submit` the working directory is a copy that is thrown "
                 "away; name an absolute folder"
             )
     prompts = open_prompts(
@@ -150,15 +158,15 @@ def _resources(told: argparse.Namespace, stages: int):
 
 def main() -> int:
     arguments = arguments_of()
-    from raydistill.runs import TrackingError, prepare, ui_command
+    from raydistill.runs import TrackingError, prepare, sqlite_uri, ui_command
 
-    uri = arguments.tracking_uri or f"sqlite:///{arguments.storage.absolute()}/mlflow.db"
     try:
+        uri = arguments.tracking_uri or sqlite_uri(arguments.storage, "--tracking-uri")
         plan = plan_of(arguments)
         prepare(uri)
-    except (ValueError, TrackingError) as error:  # every input error of the project is one, and says what to do
+    except (ValueError, OSError, TrackingError) as error:  # every input error of the project says what to do
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, OSError) else 2
     print(
         f"model     {plan.subject.title}\nprompts   {plan.prompts.prompts.report}\nfolder    {plan.folder}", flush=True
     )

@@ -15,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 
+from raydistill.storage import argument, writing
+
 EXAMPLES = """examples:
   python jobs/merge.py from-sdxl from-flux from-sd35 --out outputs/merged
   python jobs/merge.py from-sdxl from-flux --weights 1 3 --out outputs/merged
@@ -27,11 +29,11 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("students", nargs="+", metavar="STUDENT", help="export's folder, run's name or folder, or MLflow run id")
+    add("students", nargs="+", metavar="STUDENT", help="export's folder, run's name or folder, URI of one, or MLflow run id")  # fmt: skip
     add("--weights", type=float, nargs="+", metavar="W", help="one positive number a student, in the same order; they "
         "are scaled to the sum 1 (default: all equal)")  # fmt: skip
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
-    add("--storage", type=Path, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add("--out", type=argument, required=True, metavar="FOLDER", help="folder or URI to write; must not exist")
+    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
     add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
         help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
     return parser.parse_args(argv)
@@ -51,11 +53,12 @@ def main() -> int:
         sources = open_sources(exports)
         for source, share in zip(sources, shares, strict=True):
             print(f"source    {share:.4f}  {source.export.folder}")
-        with tqdm(total=len(sources[0].tensors), desc="merge", unit="tensor", disable=None) as bar:
-            merge_students(sources, shares, arguments.out, bar.update)
-    except ValueError as error:  # every input error of the project is one, and says what to do
+        bar = tqdm(total=len(sources[0].tensors), desc="merge", unit="tensor", disable=None)
+        with bar, writing(arguments.out) as folder:
+            merge_students(sources, shares, folder, bar.update)
+    except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     print(f"pipeline  {arguments.out}  (num_inference_steps=1, guidance_scale=0)")
     print(f"card      {arguments.out / 'README.md'}")
     return 0

@@ -18,6 +18,8 @@ import secrets
 import sys
 from pathlib import Path
 
+from raydistill.storage import argument, local_argument
+
 EXAMPLES = """examples:
   python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
   python jobs/sample.py outputs/mine/export --prompts prompts.txt --upgrade --out pictures
@@ -29,10 +31,10 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("student", metavar="STUDENT", help="export's folder, run's name or folder, or MLflow run id")
+    add("student", metavar="STUDENT", help="export's folder, run's name or folder, URI of one, or MLflow run id")
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
-    texts.add_argument("--prompts", type=Path, metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, parquet)")
+    texts.add_argument("--prompts", metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, parquet)")
     add("--column", default="prompt", help="column of a tabular prompt file (default: prompt)")
     add("--number", type=_count(1), default=1, metavar="N", help="number of the first --prompt (default: 1); with a "
         "line's number, draws one line of a prompt file again")  # fmt: skip
@@ -42,7 +44,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bridge", help="Bridge of --upgrade (default: the run's)")
     add("--teacher", help="teacher whose VAE decodes with --upgrade (default: the run's)")
     add("--base", help="student model that the Bridge was trained with (default: the run's, else the export itself)")
-    add("--out", type=Path, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
+    add("--out", type=local_argument, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
     add(
         "--columns",
         type=_count(1),
@@ -57,7 +59,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the networks (default: float32)",
     )
-    add("--storage", type=Path, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
     add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
         help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
     arguments = parser.parse_args(argv)
@@ -82,6 +84,7 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from raydistill.config import local_path
     from raydistill.data.prompts import read_prompts
     from raydistill.export.sampling import Album, NotFinite, Sampler, find_upgrade, pictures_of, sample, typed_prompts
     from raydistill.export.source import find_export, open_one_step
@@ -89,7 +92,7 @@ def main() -> int:
 
     try:
         if arguments.prompts is not None:
-            prompts = read_prompts(arguments.prompts, arguments.column)
+            prompts = read_prompts(local_path(arguments.prompts), arguments.column)
             print(f"prompts   {prompts.report}")
         else:
             prompts = typed_prompts(arguments.prompt, arguments.number)
@@ -102,9 +105,9 @@ def main() -> int:
         if arguments.upgrade:
             upgrade = find_upgrade(export, arguments.bridge, arguments.teacher, arguments.base)
         sampler = Sampler(space, upgrade, device, getattr(torch, arguments.dtype))
-    except ValueError as error:  # every input error of the project is one, and says what to do
+    except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
     pictures = pictures_of(prompts, arguments.seeds)
     columns = arguments.columns or (len(arguments.seeds) if len(arguments.seeds) > 1 else 8)
     side = (upgrade.teacher if upgrade else space).resolution
@@ -128,6 +131,8 @@ def main() -> int:
 def _new_folder(arguments: argparse.Namespace) -> Path:
     """Where to write. Raises ValueError where something is there already."""
     now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    if arguments.out is None and not isinstance(arguments.storage, Path):
+        raise ValueError(f"--storage {arguments.storage}: pictures go to a folder of this machine; name it with --out")
     folder = arguments.out or arguments.storage / "samples" / now
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--out {folder}: exists and is not an empty folder; pictures are never overwritten")

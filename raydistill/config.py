@@ -17,12 +17,17 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+if typing.TYPE_CHECKING:
+    from raydistill.storage import Place
+
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 SHAPES_PREFIX = "shapes:"
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
 
 
@@ -355,7 +360,9 @@ class Plan(Section):
 class Config(Section):
     """Root of the tree."""
 
-    storage: str = Field("outputs", description="folder that roots everything a run writes")
+    storage: str = Field(
+        "outputs", description="folder that roots everything a run writes, or s3://bucket/prefix, gs://bucket/prefix"
+    )
     run: Run = Run()
     student: Student = Student()
     teacher: Teacher = Teacher()
@@ -395,29 +402,48 @@ class Config(Section):
 # -- reading --------------------------------------------------------------------------------------------
 
 
+def is_uri(text: str) -> bool:
+    """Whether `text` reads as scheme://something."""
+    return _URI.match(text) is not None
+
+
 def local_path(path: str) -> Path:
-    """A path of the configuration; `shapes:NAME` is a part of the embedded world."""
+    """A path of the configuration on this machine.
+
+    `shapes:NAME` is a part of the embedded world; what `s3://` and `gs://` name is fetched once a node (`storage.stage`).
+
+    Raises:
+        ConfigError: a URI of another scheme, of nothing, or that may not be read.
+        OSError: the store of a URI does not answer.
+    """
     if path.startswith(SHAPES_PREFIX):
         from raydistill.shapes import WEIGHTS
 
         return WEIGHTS / path.removeprefix(SHAPES_PREFIX)
+    if path.startswith("file:///"):
+        return Path(unquote(path.removeprefix("file://")))
+    if is_uri(path):
+        from raydistill.storage import stage
+
+        return stage(path)
     return Path(path).expanduser()
 
 
 def resolve(path: str) -> Path:
-    """A path of the configuration, or the cached folder of a hub model `org/name[@revision]`.
+    """`local_path`, or the cached folder of a hub model `org/name[@revision]`.
 
-    `check_paths` downloads hub models when a run starts; here nothing is downloaded.
+    `check_paths` downloads hub models when a run starts; here none is downloaded.
 
     Raises:
-        ConfigError: a hub model is not in this machine's cache.
+        ConfigError: as `local_path`, or a hub model is not in this machine's cache.
     """
     found = local_path(path)
     if found.exists():
         return found
     from raydistill.hub import cached, is_hub_id
+    from raydistill.storage import present
 
-    return cached(path) if is_hub_id(path) else found
+    return cached(path) if is_hub_id(path) else present(found)
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
@@ -568,19 +594,20 @@ def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
-    """Every named path must exist; models of the hub are downloaded. Raises ConfigError naming key and path."""
+    """Every named path must exist; models of the hub, and URIs, are fetched. Raises ConfigError naming key and path."""
     from raydistill.hub import download, is_hub_id
 
     for key in keys:
         value = get(config, key)
-        if value is None or local_path(value).exists():
-            continue
-        if key not in HUB_KEYS or not is_hub_id(value):
-            raise ConfigError(f"{key}: {value} does not exist (looked at {local_path(value)})")
         try:
-            download(value)
-        except ConfigError as error:
+            if value is None or (found := local_path(value)).exists():
+                continue
+            if key in HUB_KEYS and is_hub_id(value):
+                download(value)
+                continue
+        except (ConfigError, OSError) as error:
             raise ConfigError(f"{key}: {error}") from None
+        raise ConfigError(f"{key}: {value} does not exist (looked at {found})")
 
 
 def get(config: Config, key: str) -> Any:
@@ -694,8 +721,15 @@ def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> C
     return config
 
 
-def check_storage(config: Config) -> Path:
-    """Absolute storage root. A relative one inside `ray job submit`'s throw-away working copy is refused."""
+def check_storage(config: Config) -> Place:
+    """Absolute storage root, or a URI's. Raises ConfigError: a wrong URI, or a relative folder under `ray job submit`."""
+    from raydistill.storage import place
+
+    if is_uri(config.storage):
+        try:
+            return place(config.storage)
+        except ConfigError as error:
+            raise ConfigError(f"storage: {error}") from None
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():
         raise ConfigError(
             f"storage: {config.storage!r} is relative, and under `ray job submit` the working directory is a copy that is "

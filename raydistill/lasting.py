@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from raydistill.storage import Place
 
 FATAL_FILE = "fatal.txt"
 
@@ -35,7 +36,7 @@ def is_lasting(error: BaseException) -> bool:
 
 
 @contextmanager
-def written_down(folder: Path) -> Iterator[None]:
+def written_down(folder: Place) -> Iterator[None]:
     """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
     try:
         yield
@@ -45,12 +46,12 @@ def written_down(folder: Path) -> Iterator[None]:
         raise
 
 
-def fatal(folder: Path) -> str | None:
+def fatal(folder: Place) -> str | None:
     """The lasting error of an earlier attempt, if there was one."""
     file = folder / FATAL_FILE
     return file.read_text() if file.is_file() else None
 
 
-def forget(folder: Path) -> None:
+def forget(folder: Place) -> None:
     """Whoever starts again has mended it."""
     (folder / FATAL_FILE).unlink(missing_ok=True)

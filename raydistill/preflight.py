@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,19 +25,20 @@ from raydistill.config import (
 )
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.runs import TrackingAway, TrackingError, mask, prepare, tracking_uri
+from raydistill.runs import TrackingAway, TrackingError, artifact_root, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
+from raydistill.storage import Place, Remote, cause, replace_text
 
 
 @dataclass(frozen=True)
 class RunFolder:
     """`<storage>/<run.name>/`: everything a run keeps."""
 
-    storage: Path
+    storage: Place
     name: str
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         return self.storage / self.name
 
     def recall(self) -> dict[str, Any]:
@@ -45,9 +47,7 @@ class RunFolder:
         return json.loads(file.read_text()) if file.is_file() else {}
 
     def remember(self, **values: Any) -> None:
-        temporary = self.path / "run.tmp"
-        temporary.write_text(json.dumps(self.recall() | values, indent=1))
-        temporary.replace(self.path / "run.json")
+        replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,10 @@ def open_run_folder(config: Config) -> RunFolder:
         name = f"{now}-{secrets.token_hex(2)}"
     run = RunFolder(storage, name)
     saved = run.path / "config.yaml"
-    if saved.is_file():
-        before, now_ = mathematical(validate(yaml.safe_load(saved.read_text()))), mathematical(config)
+    with _of_storage(storage):
+        text = saved.read_text() if saved.is_file() else None
+    if text is not None:
+        before, now_ = mathematical(validate(yaml.safe_load(text))), mathematical(config)
         changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if changed:
             raise ConfigError(
@@ -80,6 +82,17 @@ def open_run_folder(config: Config) -> RunFolder:
                 "Use another run.name, or the old settings"
             )
     return run
+
+
+@contextlib.contextmanager
+def _of_storage(storage: Place) -> Iterator[None]:
+    """What a bucket refuses is an error of the key `storage`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(storage, Remote):
+            raise ConfigError(f"storage: {storage}: {cause(error, storage.scheme)}") from error
+        raise
 
 
 def create_run_folder(run: RunFolder, config: Config) -> None:
@@ -138,6 +151,7 @@ def check_inputs(config: Config) -> Inputs:
             resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
         )
         _check_disjoint("synthesis.images", images.prompts, held_out)
+    _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
     return Inputs(student, teacher, prompts, held_out, notes, images)
 
@@ -156,10 +170,21 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     return (checkpoint.describe(), *([conflict] if conflict else []))
 
 
+def _check_bucket(storage: Place) -> None:
+    """A bucket takes an object and gives it away again."""
+    if isinstance(storage, Remote):
+        probe = storage / f".probe-{secrets.token_hex(4)}"
+        with _of_storage(storage):
+            probe.write_text("")
+            probe.unlink()
+
+
 def _check_tracking(config: Config) -> None:
     storage = check_storage(config)
+    uri = tracking_uri(config, storage)
     try:
-        prepare(tracking_uri(config, storage))
+        artifact_root(uri, storage)
+        prepare(uri)
     except TrackingError as error:
         away = isinstance(error, TrackingAway)
         begun = config.run.name is not None and "mlflow" in RunFolder(storage, config.run.name).recall()

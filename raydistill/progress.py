@@ -9,13 +9,23 @@ import json
 import os
 import threading
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
+from raydistill.storage import Place, Remote
 
-def write_progress(file: Path, **values: float | int | str) -> None:
-    """Replace the file atomically. Needs `step` and `total`."""
+BUCKET_EVERY_S = 2  # a progress file in a bucket is written and read less often
+_last_written: dict[Remote, float] = {}
+
+
+def write_progress(file: Place, **values: float | int | str) -> None:
+    """Replace the file atomically; one in a bucket every BUCKET_EVERY_S, and at the end. Needs `step` and `total`."""
+    if isinstance(file, Remote):
+        now = time.monotonic()
+        if now - _last_written.get(file, float("-inf")) > BUCKET_EVERY_S or values["step"] == values["total"]:
+            _last_written[file] = now
+            file.write_text(json.dumps(values))
+        return
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(values))
     temporary.replace(file)
@@ -24,7 +34,7 @@ def write_progress(file: Path, **values: float | int | str) -> None:
 class ProgressWatcher:
     """Context in which a thread follows a progress file."""
 
-    def __init__(self, file: Path, stage: str, unit: str = "step") -> None:
+    def __init__(self, file: Place, stage: str, unit: str = "step") -> None:
         self.file, self.stage, self.unit = file, stage, unit
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -46,7 +56,7 @@ class ProgressWatcher:
 
     def _follow(self) -> None:
         bar, first, last_line, last_step = None, None, 0.0, -1
-        while not self._stop.wait(0.5):
+        while not self._stop.wait(BUCKET_EVERY_S if isinstance(self.file, Remote) else 0.5):
             now = self._read()
             if now is None:
                 continue

@@ -20,7 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydistill.config import Config, config_hash
+from raydistill.config import Config, ConfigError, config_hash
+from raydistill.storage import Place, Remote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -46,16 +47,29 @@ class TrackingAway(TrackingError):
 # -- where runs are kept ----------------------------------------------------------------------------------
 
 
-def tracking_uri(config: Config, storage: Path) -> str:
+def tracking_uri(config: Config, storage: Place) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
 
     SQLite paths are made absolute: every process of a cluster has its own working directory.
+
+    Raises:
+        ConfigError: there is no other store, and `storage` can hold no SQLite file.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage, "tracking.uri")
     path = uri.removeprefix("sqlite:///")
     if path == uri or path.startswith(("/", ":memory:", "file:")):
         return uri
     return f"sqlite:///{Path(path).absolute()}"
+
+
+def sqlite_uri(storage: Place, option: str) -> str:
+    """The SQLite file in `storage`. Raises ConfigError, which names the option to set, where that is no folder."""
+    if isinstance(storage, Remote):
+        raise ConfigError(
+            f"{option}: {storage} cannot hold MLflow's database; set {option} or MLFLOW_TRACKING_URI to an MLflow server, "
+            "http://host:5000"
+        )
+    return f"sqlite:///{storage.absolute()}/mlflow.db"
 
 
 def ui_command(uri: str) -> str:
@@ -181,7 +195,7 @@ def open_run(
     experiment: str,
     name: str,
     *,
-    storage: Path,
+    storage: Place,
     params: Mapping[str, Any],
     tags: Mapping[str, Any],
     parent_run_id: str | None = None,
@@ -191,7 +205,8 @@ def open_run(
 
     Args:
         uri: tracking URI.
-        experiment: MLflow experiment, created if missing (unless a server decides, artifacts go to `storage`).
+        experiment: MLflow experiment, created if missing (unless a server decides, artifacts go to `storage`, or
+            beside a SQLite file where that is a URI).
         name: display name of a new run.
         storage: folder that roots everything a run writes.
         params: flat parameters; secrets are masked, long values cut. On resume, those logged before with another
@@ -205,7 +220,7 @@ def open_run(
 
     Raises:
         TrackingAway: unreachable store.
-        TrackingError: deleted experiment or run, or no such run.
+        TrackingError: no server although `storage` is a URI, deleted experiment or run, or no such run.
     """
     prepare(uri)
     client = client_of(uri)
@@ -235,14 +250,13 @@ def open_run(
     return run.info.run_id
 
 
-def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Path) -> str:
+def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Place) -> str:
     """Id of the experiment; made with an absolute artifact location, unless a server has its own."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
-        served = uri.startswith(("http://", "https://", "databricks"))
-        location = None if served else (storage.absolute() / "mlartifacts").as_uri()
+        location = artifact_root(uri, storage)
         try:
             return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
         except MlflowException:
@@ -255,6 +269,18 @@ def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Path) -> 
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
         )
     return found.experiment_id
+
+
+def artifact_root(uri: str, storage: Place) -> str | None:
+    """Where runs keep their artifacts; None: where the server says. Raises TrackingError where there is no place."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
+    if not isinstance(storage, Remote):
+        return (storage.absolute() / "mlartifacts").as_uri()
+    file = uri.removeprefix("sqlite:///")
+    if file == uri:
+        raise TrackingError(f"{mask('uri', uri)}: with storage={storage}, MLflow's artifacts need an MLflow server")
+    return (Path(file).parent / "mlartifacts").as_uri()
 
 
 def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:

@@ -11,13 +11,16 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
+
+from raydistill.storage import Place, Remote
 
 STOP_FILE = "stop"
 LEAVE_WITHIN_S = 90  # clouds that take a spot node back give about two minutes
+LOOK_EVERY_S = 2
 
 
 class Stopped(BaseException):
@@ -25,8 +28,9 @@ class Stopped(BaseException):
 
 
 class _Stop:
-    folder: Path | None = None  # of the distillation under way
+    folder: Place | None = None  # of the distillation under way
     asked = False
+    looked = float("-inf")  # when a worker last asked a bucket
 
 
 @contextmanager
@@ -60,7 +64,7 @@ def _too_late(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def draining(folder: Path) -> Iterator[None]:
+def draining(folder: Place) -> Iterator[None]:
     """Around a distillation. Raises Stopped at its end if it was asked to leave."""
     (folder / STOP_FILE).unlink(missing_ok=True)
     _Stop.folder = folder
@@ -74,6 +78,10 @@ def draining(folder: Path) -> Iterator[None]:
         raise Stopped("asked to leave by SIGTERM; a checkpoint was written")
 
 
-def asked_to_stop(folder: Path) -> bool:
-    """In a worker."""
+def asked_to_stop(folder: Place) -> bool:
+    """In a worker, after every update; a bucket is asked every LOOK_EVERY_S."""
+    if isinstance(folder, Remote):
+        if time.monotonic() - _Stop.looked < LOOK_EVERY_S:
+            return False
+        _Stop.looked = time.monotonic()
     return (folder / STOP_FILE).exists()

@@ -35,6 +35,7 @@ from raydistill.runs import (
     tracking_uri,
     ui_command,
 )
+from raydistill.storage import Place, place, reading
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -107,17 +108,18 @@ class Tracker:
         name, copy = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name), image.copy()
         self._add(f"picture {name} of step {step}", lambda client: self._send_image(client, copy, name, int(step)))
 
-    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+    def artifact(self, path: str | Place, folder: str | None = None) -> None:
         """Upload a file, or a folder with all it holds; it must stay there until `flush` or `close` returns."""
-        path = Path(path)
+        source = place(str(path))
 
         def send(client: MlflowClient) -> None:
-            if path.is_dir():
-                client.log_artifacts(self.run_id, str(path), f"{folder}/{path.name}" if folder else path.name)
-            else:
-                client.log_artifact(self.run_id, str(path), folder)
+            with reading(source) as path:
+                if path.is_dir():
+                    client.log_artifacts(self.run_id, str(path), f"{folder}/{path.name}" if folder else path.name)
+                else:
+                    client.log_artifact(self.run_id, str(path), folder)
 
-        self._add(f"artifact {path}", send)
+        self._add(f"artifact {source}", send)
 
     def text(self, text: str, file: str) -> None:
         """Log `text` as the artifact `file`."""

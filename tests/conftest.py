@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import runpy
+import uuid
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,33 @@ def ray_cluster():
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The address of a server on this machine that speaks S3."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server):
+    """A new empty bucket, `s3://name`; this process and those it starts find the server as a user's would."""
+    import boto3
+
+    name = f"raydistill-{uuid.uuid4().hex[:8]}"
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ENDPOINT_URL", s3_server)
+        environment.setenv("AWS_ACCESS_KEY_ID", "tester")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "none")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=name)
+        yield f"s3://{name}"
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from raydistill.data.pairs import Pairs, read_pairs
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.spaces import load_space
+from raydistill.storage import Place, Remote, for_ray_train, place
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,7 +39,7 @@ class BridgeTrainingFailed(RuntimeError):
 class TrainedBridge:
     """A saved Bridge and its quality on held-out pairs (keys of `BridgeTrainer.validation`)."""
 
-    folder: Path
+    folder: Place
     metrics: dict[str, float]
 
 
@@ -55,7 +56,7 @@ class _Settings:
 
 def train_bridge(
     config: Config,
-    run_dir: str | Path,
+    run_dir: str | Place,
     pairs_folder: str | Path,
     tracking_uri: str | None = None,
     tracking_run: str | None = None,
@@ -66,7 +67,7 @@ def train_bridge(
 
     Args:
         config: whole configuration.
-        run_dir: absolute folder on storage that every node sees; the result is `run_dir/bridge`.
+        run_dir: absolute folder on storage that every node sees, or a URI; the result is `run_dir/bridge`.
         pairs_folder: parquet shards of pairs, on such storage too.
         tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
 
@@ -77,7 +78,7 @@ def train_bridge(
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
 
-    run_dir = Path(run_dir)
+    run_dir = place(str(run_dir))
     _check(config, pairs_folder)
     run_dir.mkdir(parents=True, exist_ok=True)
     forget(run_dir)
@@ -96,7 +97,7 @@ def train_bridge(
         ),
         run_config=RunConfig(
             name="bridge-checkpoints",
-            storage_path=str(run_dir),
+            **for_ray_train(run_dir),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -118,13 +119,17 @@ def _check(config: Config, pairs_folder: str | Path) -> None:
     """Refuse what no worker could train on, before any is started."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     doublings(student, teacher)
-    read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     if config.bridge.projector == "identity":
         raise BridgeTrainingFailed("bridge.projector identity has nothing to train")
 
 
-def _collect(checkpoint: Any, folder: Path) -> TrainedBridge:
+def _collect(checkpoint: Any, folder: Place) -> TrainedBridge:
     """Copy the last checkpoint's Bridge to where the next stage looks for it."""
+    if isinstance(folder, Remote):
+        with checkpoint.as_directory() as source:
+            folder.upload(Path(source, BRIDGE_FOLDER))
+            return TrainedBridge(folder, read_description(Path(source, BRIDGE_FOLDER))["metrics"])
     with checkpoint.as_directory() as source, tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         copied = Path(shutil.copytree(Path(source, BRIDGE_FOLDER), Path(unfinished, BRIDGE_FOLDER)))
         shutil.rmtree(folder, ignore_errors=True)
@@ -161,7 +166,7 @@ class MetricLog:
 def train_worker(settings: dict[str, Any]) -> None:
     """Body of every Ray Train worker; errors that last are written down for `train_bridge`."""
     told = _Settings(**settings)
-    folder = Path(told.progress).parent
+    folder = place(told.progress).parent
     if fatal(folder) is None:
         with written_down(folder):
             _train(told)
@@ -188,7 +193,7 @@ def _train(told: _Settings) -> None:
                 log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
                 if rank == 0:
                     write_progress(
-                        Path(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
+                        place(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
                     )
             if step % config.bridge.checkpoint_every == 0 or step == last:
                 _checkpoint(trainer, log)
@@ -237,7 +242,7 @@ def build_objective(
         PairsError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = read_pairs(pairs_folder, teacher.latent_shape, student.latent_shape)
+    pairs = read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))

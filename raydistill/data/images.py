@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from raydistill.storage import present
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
 
@@ -60,6 +62,10 @@ class ImageSet(ABC):
         for prompt in self.prompts:
             digest.update(prompt.encode() + b"\n")
         self.fingerprint = digest.hexdigest()  # of names, sizes and captions
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On another node, which may not have staged the source yet."""
+        self.__dict__ |= state | {"source": str(present(state["source"]))}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -121,7 +127,7 @@ class FolderImages(ImageSet):
         listing = sorted(_image_files(folder))
         if not listing:
             raise ImagesError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
-        self.folder, self.files = folder, [name for name, _ in listing]
+        self.files = [name for name, _ in listing]
         captions, bad = [], {}
         for row, name in enumerate(self.files):
             try:
@@ -138,7 +144,7 @@ class FolderImages(ImageSet):
 
     def read(self, row: int) -> bytes:
         try:
-            return (self.folder / self.files[row]).read_bytes()
+            return Path(self.source, self.files[row]).read_bytes()
         except OSError as error:
             raise BadImage(f"{self.files[row]}: {error.strerror}") from None
 
@@ -162,7 +168,7 @@ class ParquetImages(ImageSet):
     """Images in a column of one or more parquet files: bytes, or structs with a field `bytes`."""
 
     def __init__(self, source: Path, files: Sequence[Path], image_column: str, caption_column: str | None) -> None:
-        self.files = [str(file) for file in files]
+        self.files = [file.relative_to(source).as_posix() for file in files]  # "." where the source is the only one
         self.column = image_column
         lengths, captions = [], []
         for file in files:
@@ -178,7 +184,7 @@ class ParquetImages(ImageSet):
     def _place(self, row: int) -> tuple[str, int]:
         """(file, row in it)."""
         index = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.files[index], int(row - self.starts[index])
+        return str(Path(self.source, self.files[index])), int(row - self.starts[index])
 
     def name(self, row: int) -> str:
         file, inside = self._place(row)

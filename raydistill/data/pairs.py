@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from raydistill.diffusion.noise import uniform
+from raydistill.storage import Place, Remote, place, writing
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
@@ -68,13 +69,13 @@ class Pairs:
 # -- writing --------------------------------------------------------------------------------------------
 
 
-def shard_file(folder: str | Path, shard_index: int) -> Path:
-    return Path(folder, f"pairs-{shard_index:05d}.parquet")
+def shard_file(folder: str | Place, shard_index: int) -> Place:
+    return place(str(folder)) / f"pairs-{shard_index:05d}.parquet"
 
 
-def existing_shards(folder: str | Path) -> list[int]:
+def existing_shards(folder: str | Place) -> list[int]:
     """Indices of the complete shards, ascending; empty for a folder that does not exist."""
-    folder = Path(folder)
+    folder = place(str(folder))
     names = (SHARD_NAME.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
     return sorted(int(name[1]) for name in names if name)
 
@@ -86,22 +87,27 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def captioned_previews(files: Sequence[Path], count: int) -> tuple[torch.Tensor, list[str]]:
+def captioned_previews(files: Sequence[Place], count: int) -> tuple[torch.Tensor, list[str]]:
     """At most `count` previews spread over some shards, [N, 3, H, W] in [-1, 1], and their prompts.
 
     Shards must have previews. Only these two columns are read, of `count` shards at most.
     """
     chosen = [files[index * len(files) // min(count, len(files))] for index in range(min(count, len(files)))]
     images, prompts = [], []
-    for place, file in enumerate(chosen):
-        share = (place + 1) * count // len(chosen) - place * count // len(chosen)
-        table = pq.read_table(file, columns=["prompt", "preview"])
+    for number, file in enumerate(chosen):
+        share = (number + 1) * count // len(chosen) - number * count // len(chosen)
+        table = pq.read_table(**_where(file), columns=["prompt", "preview"])
         share = min(share, len(table))
         rows = table.take([index * len(table) // share for index in range(share)]) if share else table
         prompts += rows["prompt"].to_pylist()
         images += [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in rows["preview"].to_pylist()]
     pixels = torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 1, 1, 3)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, prompts
+
+
+def _where(file: Place) -> dict[str, Any]:
+    """How pyarrow is told which file is meant."""
+    return {"source": file.key, "filesystem": file.filesystem} if isinstance(file, Remote) else {"source": file}
 
 
 def _latent_column(latents: torch.Tensor, name: str, count: int) -> pa.Array:
@@ -117,7 +123,7 @@ def _latent_column(latents: torch.Tensor, name: str, count: int) -> pa.Array:
 
 
 def write_pairs(
-    folder: str | Path,
+    folder: str | Place,
     shard_index: int,
     prompts: Sequence[str],
     prompt_ids: Sequence[int] | torch.Tensor,
@@ -128,7 +134,7 @@ def write_pairs(
     rows: Sequence[int] | np.ndarray | None = None,
     teacher: tuple[str, str] | None = None,
     about: Mapping[str, Any] | None = None,
-) -> Path:
+) -> Place:
     """Write one shard atomically, replacing an older one of this index.
 
     Args:
@@ -166,6 +172,10 @@ def write_pairs(
     if about is not None:
         table = table.replace_schema_metadata({ABOUT: json.dumps(about, sort_keys=True)})
     file = shard_file(folder, shard_index)
+    if isinstance(file, Remote):
+        with writing(file) as local:
+            pq.write_table(table, local, compression="zstd")
+        return file
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -178,14 +188,14 @@ def write_pairs(
     return file
 
 
-def remove_abandoned(folder: str | Path) -> None:
-    """Delete what writers that were killed in mid-write left behind, once it is an hour old."""
-    for file in Path(folder).glob(".pairs-*.parquet.*"):
+def remove_abandoned(folder: Place) -> None:
+    """Delete what writers that were killed in mid-write left behind, once it is an hour old; in a bucket there is none."""
+    for file in () if isinstance(folder, Remote) else folder.glob(".pairs-*.parquet.*"):
         if time.time() - file.stat().st_mtime > ABANDONED_S:
             file.unlink(missing_ok=True)
 
 
-def about_shard(folder: str | Path, shard_index: int) -> dict[str, Any]:
+def about_shard(folder: str | Place, shard_index: int) -> dict[str, Any]:
     """What a shard says of itself: "rows", how many it covers, and "failed", those of them it lacks, with reasons.
 
     A shard from another writer, which says nothing, covers the rows that it has.
@@ -201,9 +211,15 @@ def about_shard(folder: str | Path, shard_index: int) -> dict[str, Any]:
 # -- reading --------------------------------------------------------------------------------------------
 
 
-def _open(file: Path) -> pq.ParquetFile:
+def count_rows(folder: str | Place) -> int:
+    """Rows of all shards. Raises PairsError."""
+    files = [shard_file(folder, index) for index in existing_shards(folder)]
+    return sum(_open(file).metadata.num_rows for file in files)
+
+
+def _open(file: Place) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(**_where(file))
     except (OSError, pa.ArrowInvalid) as error:
         raise PairsError(f"{file}: not a readable parquet file: {error}") from None
 

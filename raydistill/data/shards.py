@@ -9,16 +9,15 @@ Shapes: B rows, C×H×W normalised latents, float16.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from raydistill.data.pairs import about_shard, existing_shards, remove_abandoned, write_pairs
+from raydistill.storage import Place, place, replace_text
 
 SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 
@@ -100,7 +99,7 @@ class PairWriter:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         count: int,
         shard_size: int,
         at: Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, list[str]]],
@@ -109,11 +108,11 @@ class PairWriter:
         max_failed_rows: int,
         settings: Mapping[str, Any],
     ) -> None:
-        self.folder, self.count, self.shard_size = Path(folder), count, shard_size
+        self.folder, self.count, self.shard_size = place(str(folder)), count, shard_size
         self.at, self.seed, self.teacher, self.max_failed_rows = at, seed, teacher, max_failed_rows
         check_settings(self.folder, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _replace(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+        replace_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
         remove_abandoned(self.folder)
         self.failures: list[Failure] = []
         self._open = {}  # shards that are to be made
@@ -139,7 +138,7 @@ class PairWriter:
             for first in range(shard.start, shard.stop, batch_size):
                 yield Request(first, min(batch_size, shard.stop - first))
 
-    def add(self, batch: Batch) -> list[Path]:
+    def add(self, batch: Batch) -> list[Place]:
         """Take encoded rows; the shards that they complete are written and returned.
 
         Raises:
@@ -186,7 +185,7 @@ class PairWriter:
                 f"one: row {new[-1].row}: {new[-1].reason}. All of them: {self.folder / FAILURES_FILE}"
             )
 
-    def _write(self, index: int, shard: _Shard) -> Path:
+    def _write(self, index: int, shard: _Shard) -> Place:
         failed = {failure.row for failure in shard.failures}
         good = np.array([row for row in range(shard.start, shard.stop) if row not in failed], dtype=np.int64)
         kept = {name: values[good - shard.start] for name, values in shard.columns.items()}
@@ -216,7 +215,7 @@ class PairWriter:
         """failures.jsonl: one object a line, by row; no failures, no file."""
         lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in sorted(self.failures, key=_row)]
         if lines:
-            _replace(self.folder / FAILURES_FILE, "\n".join(lines) + "\n")
+            replace_text(self.folder / FAILURES_FILE, "\n".join(lines) + "\n")
         else:
             (self.folder / FAILURES_FILE).unlink(missing_ok=True)
 
@@ -225,14 +224,14 @@ def _row(failure: Failure) -> int:
     return failure.row
 
 
-def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
+def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
     """Refuse to mix two kinds of rows in one folder.
 
     Raises:
         SynthesisError: the folder has shards that were made with other settings, each of which is named, or with
             settings that nobody knows.
     """
-    file = Path(folder, SETTINGS_FILE)
+    file = place(str(folder)) / SETTINGS_FILE
     if not existing_shards(folder):
         return
     try:
@@ -247,10 +246,3 @@ def check_settings(folder: str | Path, settings: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise SynthesisError(f"{folder}: holds rows of other settings ({'; '.join(changed)}); use another folder")
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a small file in one move."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)

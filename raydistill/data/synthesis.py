@@ -34,6 +34,7 @@ from raydistill.data.shards import Batch, PairWriter, Request, SynthesisError, S
 from raydistill.data.vae import PairEncoder, previews, resized
 from raydistill.diffusion.noise import normal
 from raydistill.spaces import Conditioning, Space
+from raydistill.storage import Place
 
 __all__ = [
     "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "SynthesisError", "SynthesisFailed", "TeacherAsker",
@@ -140,7 +141,7 @@ class Recipe:
         """Whether a teacher draws the pictures."""
         return isinstance(self.source, PromptSet)
 
-    def writer(self, folder: str | Path, max_failed_rows: int) -> PairWriter:
+    def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter:
         """Open the set in a folder. Errors as in `PairWriter`."""
         return PairWriter(
             folder,

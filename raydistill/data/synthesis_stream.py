@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -33,6 +32,7 @@ from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_ro
 from raydistill.data.vae import PairEncoder
 from raydistill.progress import write_progress
 from raydistill.spaces import ModelFolderError
+from raydistill.storage import Place
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import TeacherError, one_line
@@ -45,12 +45,12 @@ log = logging.getLogger(__name__)
 ROOM_PATIENCE_S = 60.0  # how long the actors may wait for resources where no node can be added
 RATE_WINDOW = 16  # requests over which the throughput is measured
 
-Watcher = Callable[[PairWriter, list[Path]], None]
+Watcher = Callable[[PairWriter, list[Place]], None]
 
 
 def synthesise_on_ray(
     recipe: Recipe,
-    folder: str | Path,
+    folder: str | Place,
     settings: Synthesis,
     client: TeacherClient | None = None,
     watch: Watcher = lambda writer, written: None,
@@ -275,13 +275,13 @@ def _plain(error: RayError) -> Exception:
 class SynthesisLog:
     """Progress on the screen; throughput, failures and pictures in MLflow. A `Watcher`."""
 
-    def __init__(self, tracker: Tracker, progress: Path, pictures: int) -> None:
+    def __init__(self, tracker: Tracker, progress: Place, pictures: int) -> None:
         """`progress`: file that a `ProgressWatcher` shows; `pictures`: how many a grid has."""
         self.tracker, self.progress, self.pictures = tracker, progress, pictures
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)  # seconds, rows done
         self._shown = False
 
-    def __call__(self, writer: PairWriter, written: list[Path]) -> None:
+    def __call__(self, writer: PairWriter, written: list[Place]) -> None:
         self._arrivals.append((time.monotonic(), writer.done))
         values = {"failed": len(writer.failures)} | self._rate()
         write_progress(self.progress, step=writer.done, total=writer.count, **values)
@@ -295,13 +295,13 @@ class SynthesisLog:
         (first, before), (last, now) = self._arrivals[0], self._arrivals[-1]
         return {"pictures_per_s": (now - before) / (last - first)} if last > first else {}
 
-    def finish(self, folder: Path, rows: int) -> None:
+    def finish(self, folder: Place, rows: int) -> None:
         """The whole set of `rows` rows: pictures spread over it, and the list of failures."""
         self._show([shard_file(folder, index) for index in existing_shards(folder)], rows)
         if (folder / FAILURES_FILE).is_file():
             self.tracker.artifact(folder / FAILURES_FILE)
 
-    def _show(self, files: list[Path], step: int) -> None:
+    def _show(self, files: list[Place], step: int) -> None:
         from raydistill.evaluation.grids import grid
 
         images, captions = captioned_previews(files, self.pictures)

@@ -6,8 +6,10 @@ the same code with another configuration.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import operator
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from raydistill.config import Config, resolve, validate
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.stopping import asked_to_stop, draining
+from raydistill.storage import Place, for_ray_train, place, reading, replace_text, writing
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,8 @@ class Stage:
     mlflow_uri: str
     mlflow_run: str
 
-    def path(self, *parts: str) -> Path:
-        return Path(self.folder, *parts)
+    def path(self, *parts: str) -> Place:
+        return functools.reduce(operator.truediv, parts, place(self.folder))
 
 
 def launch(stage: Stage) -> dict[str, Any]:
@@ -113,7 +116,7 @@ def _trainer(stage: Stage, config: Config) -> Any:
         ),
         run_config=RunConfig(
             name="checkpoints",
-            storage_path=str(stage.path()),
+            **for_ray_train(stage.path()),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
             checkpoint_config=CheckpointConfig(
@@ -165,13 +168,13 @@ def _train(stage: Stage) -> None:
     stops = config.distill.stop_on_collapse
     last = first if stops and stopped else config.distill.steps  # a collapse that was met before
     step = first
-    from raydistill.distill.record import StepLog, step_file
+    from raydistill.distill.record import open_log
     from raydistill.distill.schedule import distillation_step
 
     if observer:
         observer.collapse = collapse
         observer.catch_up(first)
-    steps = StepLog(step_file(stage.path(), rank))
+    steps = open_log(stage.path(), rank)
     try:
         if observer and first == 0:
             observer.before()
@@ -183,7 +186,9 @@ def _train(stage: Stage) -> None:
             steps.add(step, world, distiller.pop_sample_ids(), metrics)
             stopped = _told_by_rank_0(observer.collapse if observer else None, world) if stops else None
             leave = step < config.distill.steps and _asked_to_stop(stage, distiller.device, rank, world)
-            _checkpoint(distiller, config, observer, step, stopped, leave)
+            if _due(config, step, stopped, leave):
+                steps.keep()  # before the checkpoint counts these steps as done
+                _checkpoint(distiller, observer, step, stopped)
             if stopped:
                 break
             if leave:
@@ -272,14 +277,14 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     teacher_space = load_space(resolve(config.teacher.model))
     unet = load_unet(student_space, config.student.unet)
     if stage.bridge:
-        bridge = Bridge.load(Path(stage.bridge), student_space, teacher_space)
+        bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     gan = config.discriminator
     encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
     empty = encode_unconditional(teacher_space, encoding, device) if stage.service else None
     if stage.real and gan.weight > 0:
-        real = load_real(Path(stage.real), teacher_space, gan.real_count, encoding, device)
+        real = load_real(resolve(stage.real), teacher_space, gan.real_count, encoding, device)
     anchor = build_objective(config, stage.pairs, device, rank, world) if config.bridge.trainable else None
     parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
     distiller = Distiller(
@@ -353,12 +358,13 @@ def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]
     return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
 
 
-def _checkpoint(
-    distiller: Any, config: Config, observer: Observer | None, step: int, stopped: str | None, now: bool = False
-) -> None:
-    """Report every `checkpoint_every` steps, at the end, after a collapse and `now`; a barrier for all workers."""
-    if step % config.distill.checkpoint_every and step != config.distill.steps and not stopped and not now:
-        return
+def _due(config: Config, step: int, stopped: str | None, leave: bool) -> bool:
+    """Whether a step ends with a checkpoint: every `checkpoint_every`, the last one, after a collapse, before leaving."""
+    return step % config.distill.checkpoint_every == 0 or step == config.distill.steps or bool(stopped) or leave
+
+
+def _checkpoint(distiller: Any, observer: Observer | None, step: int, stopped: str | None) -> None:
+    """Report the state; a barrier for all workers."""
     from raydistill.distill.state import require_room, save_state
 
     if observer is None:
@@ -374,7 +380,8 @@ def _checkpoint(
             "mlflow_run": observer.stage.mlflow_run,
         }
         save_state(Path(folder), distiller.state_dict(), about)
-        require_room(observer.stage.path(), sum(file.stat().st_size for file in Path(folder).iterdir()))
+        if isinstance(storage := observer.stage.path(), Path):
+            require_room(storage, sum(file.stat().st_size for file in Path(folder).iterdir()))
         ray.train.report(
             {"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder)
         )
@@ -417,9 +424,9 @@ class Observer:
     def _keep_best(self, step: int) -> None:
         from raydistill.distill.state import save_state
 
-        folder = self.stage.path("best")
-        folder.mkdir(exist_ok=True)
-        save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
+        with writing(self.stage.path("best")) as folder:
+            folder.mkdir(exist_ok=True)
+            save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
 
     def _keep(self, name: str, pictures: torch.Tensor, table: dict[str, float], step: int) -> None:
         from raydistill.evaluation.evaluator import save_pictures
@@ -508,21 +515,19 @@ class Observer:
         from raydistill.export.pipeline import export_student
 
         unet = self.distiller.evaluated
-        state, about = load_state(self.stage.path("best"))
+        with reading(self.stage.path("best")) as folder:
+            state, about = load_state(folder)
         self.distiller.load_best_state(state)
         pictures, table = self._evaluate(self.final)
         self._keep("after", pictures, table, step)
         space = self.distiller.student_space
-        export_student(
-            space,
-            unet,
-            self.config.student.start_timestep,
-            self.stage.path("export"),
-            self._card(about["step"], table),
-        )
+        card = self._card(about["step"], table)
+        with writing(self.stage.path("export")) as folder:
+            export_student(space, unet, self.config.student.start_timestep, folder, card)
         self.tracker.artifact(self.stage.path("export"))
         if self.config.bridge.trainable:
-            self.distiller.bridge.save(self.stage.path("bridge"), {"step": about["step"]})
+            with writing(self.stage.path("bridge")) as folder:
+                self.distiller.bridge.save(folder, {"step": about["step"]})
             self.tracker.artifact(self.stage.path("bridge"))
         result = {
             "before": json.loads(self.stage.path("before.json").read_text()),
@@ -531,6 +536,4 @@ class Observer:
             "best_step": about["step"],
             "stopped": stopped,
         }
-        temporary = self.stage.path("result.tmp")
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(self.stage.path("result.json"))
+        replace_text(self.stage.path("result.json"), json.dumps(result, indent=1))

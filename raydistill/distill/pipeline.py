@@ -110,15 +110,13 @@ def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
-    from pathlib import Path
-
     from raydistill.bridge.model import read_description
     from raydistill.tracking import Tracker, ui_command
 
     with opened(config, run, inputs) as pipeline:
         folder = _bridge(pipeline, _pairs_alone(pipeline))
         tracker = Tracker(pipeline.uri, pipeline.parent)
-        metrics = dict(read_description(Path(folder))["metrics"])
+        metrics = dict(read_description(resolve(folder))["metrics"])
         tracker.metrics(metrics, int(metrics.pop("step", config.bridge.steps)))
         tracker.close()
         print(f"folder    {folder}  (bridge.checkpoint={folder})")
@@ -137,7 +135,9 @@ def check_trainable(config: Config, run: RunFolder, inputs: Inputs) -> None:
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises BridgeError where a variant cannot be built for this pair of spaces."""
     from raydistill.bridge.ablation import cells
+    from raydistill.storage import require_folder
 
+    require_folder(run.storage, "--ablate")
     cells(config, inputs.student, inputs.teacher)
 
 
@@ -223,14 +223,14 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     Raises:
         RunFailed: with the reason; the run can be continued.
     """
-    from raydistill.data.pairs import read_pairs
+    from raydistill.data.pairs import count_rows
     from raydistill.data.shards import FAILURES_FILE
     from raydistill.evaluation.summary import write_summary
     from raydistill.tracking import ui_command
 
     with opened(config, run, inputs) as pipeline:
         folder = _pairs_alone(pipeline)
-        rows = len(read_pairs(folder))
+        rows = count_rows(folder)
         failed = _recipe(config, inputs).count - rows
         seconds = pipeline.seconds["synthesis"]
         write_summary(
@@ -489,13 +489,12 @@ def _distillation(
 
 def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     """Table on screen, grid, summary.json, and all of it in MLflow."""
-    import shutil
-
     from rich.console import Console
 
     from raydistill.evaluation.evaluator import FixedPrompts, load_pictures
     from raydistill.evaluation.grids import before_after
     from raydistill.evaluation.summary import markdown, table, write_summary
+    from raydistill.storage import move_folder, writing
     from raydistill.tracking import Tracker, ui_command
 
     run, config = pipeline.run, pipeline.config
@@ -511,10 +510,10 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     pictures = [load_pictures(file) for file in (stage / "before.safetensors", stage / "after.safetensors")]
     sheet = before_after(*pictures, load_pictures(run.path / "teacher.safetensors"), captions)
     (run.path / "grids").mkdir(exist_ok=True)
-    sheet.save(run.path / "grids" / "before_after.png")
+    with writing(run.path / "grids" / "before_after.png") as file:
+        sheet.save(file)
     if (stage / "export").is_dir():
-        shutil.copytree(stage / "export", run.path / "export", dirs_exist_ok=True)
-        shutil.rmtree(stage / "export")
+        move_folder(stage / "export", run.path / "export")
 
     summary = {
         "student_before": main["before"],

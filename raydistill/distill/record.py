@@ -1,5 +1,7 @@
 """What every step consumed and gave: one JSON line a step, in a file for each worker, beside the checkpoints.
 
+A bucket has no files that grow: there a worker's log is a folder of that name, one object for each checkpoint's steps.
+
 It proves what a run that was killed and resumed has seen: a step that is done again after a restart has a line again.
 That line counts, and nothing that was written before it for this step or a later one: the weights do not rest on it.
 """
@@ -15,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.storage import Place, Remote
 
-def step_file(folder: Path, rank: int) -> Path:
+
+def step_file(folder: Place, rank: int) -> Place:
     """The log of one worker of a stage."""
     return folder / f"steps-{rank}.jsonl"
 
@@ -51,15 +55,46 @@ class StepLog:
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
+    def keep(self) -> None:
+        """Called before a checkpoint that counts the steps so far as done: they are written."""
+
     def close(self) -> None:
         self._file.close()
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
+class BucketLog(StepLog):
+    """Objects 00000.jsonl, 00001.jsonl … in the order of writing, each written whole by `keep`.
+
+    Between two checkpoints the lines wait in memory: a SIGKILL loses those of steps that are done again anyway.
+    """
+
+    def __init__(self, folder: Remote) -> None:
+        self._folder, self._lines = folder, []
+        self._next = max((int(file.name.partition(".")[0]) for file in folder.iterdir()), default=-1) + 1
+
+    def _write(self, data: bytes) -> None:
+        self._lines.append(data)
+
+    def keep(self) -> None:
+        if self._lines:
+            (self._folder / f"{self._next:05d}.jsonl").write_bytes(b"".join(self._lines))
+            self._next, self._lines = self._next + 1, []
+
+    def close(self) -> None:
+        self.keep()
+
+
+def open_log(folder: Place, rank: int) -> StepLog:
+    """The log of one worker of a stage, which goes on after what is there."""
+    file = step_file(folder, rank)
+    return BucketLog(file) if isinstance(file, Remote) else StepLog(file)
+
+
+def read_lines(file: Place) -> list[dict[str, Any]]:
     """Every whole line in the order of writing; a line that was cut is left out, as its step is not done."""
     lines = []
-    if file.is_file():
-        for text in file.read_text(encoding="utf-8").splitlines():
+    for part in file.iterdir() if isinstance(file, Remote) else [file] if file.is_file() else []:
+        for text in part.read_text(encoding="utf-8").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
@@ -77,7 +112,7 @@ def steps_of(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return found
 
 
-def consumed_by_all(folder: Path) -> np.ndarray:
+def consumed_by_all(folder: Place) -> np.ndarray:
     """Sample ids that the final weights of a stage rest on, of all its workers and however many there were, int64."""
     whole = steps_of(read_lines(step_file(folder, 0)))
     found = []

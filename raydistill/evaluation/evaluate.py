@@ -27,6 +27,7 @@ from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_s
 from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
+from raydistill.storage import Place
 
 PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
@@ -146,7 +147,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def open_folder(
-    out: Path | None, storage: Path, subject: Subject, prompts: CategorisedPrompts, items: list[Item],
+    out: Path | None, storage: Place, subject: Subject, prompts: CategorisedPrompts, items: list[Item],
     metrics: list[Metric], reference: Path | None, resources: Resources, batch_size: int,
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
     """(folder, settings) of this evaluation, or of the same one begun before; nothing is written.
@@ -166,6 +167,8 @@ def open_folder(
         "count": len(items),
         "seed": items[0].seed,
     }  # fmt: skip
+    if out is None and not isinstance(storage, Path):
+        raise ConfigError(f"--storage {storage}: pictures go to a folder that every node sees; name it with --out")
     if out is None:
         digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
         out = storage / "evaluations" / f"{_plain(subject.name)}-{_plain(prompts.name)}-{digest}"
@@ -301,7 +304,7 @@ def _grid(plan: Plan, shown: int = 32) -> Any:
 
 
 def log_results(
-    plan: Plan, table: dict[str, dict[str, float]], uri: str, experiment: str, storage: Path
+    plan: Plan, table: dict[str, dict[str, float]], uri: str, experiment: str, storage: Place
 ) -> tuple[str, str | None]:
     """Log to a run nested in the one that made the model, where this store has it, else to a run of its own.
 

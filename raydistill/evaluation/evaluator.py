@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from raydistill.diffusion.noise import normal
 from raydistill.distill.student import one_step_x0
 from raydistill.shapes.judge import Judge
 from raydistill.spaces import Conditioning, Space
+from raydistill.storage import Place, reading, writing
 
 TEXT_BATCH = 64  # prompts per forward of the text encoders
 
@@ -91,16 +91,18 @@ class StudentEvaluator:
         return self.judge.accuracy(pictures, self.fixed.captions) if self.judge else {}
 
 
-def save_pictures(file: Path, pictures: torch.Tensor) -> None:
+def save_pictures(file: Place, pictures: torch.Tensor) -> None:
     """Lossless small store of pictures: uint8 safetensors."""
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, file)
+    with writing(file) as local:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
 
 
-def load_pictures(file: Path) -> torch.Tensor:
+def load_pictures(file: Place) -> torch.Tensor:
     """What `save_pictures` wrote, back in [-1, 1]."""
     from safetensors.torch import load_file
 
-    return load_file(file)["pictures"].float() / 127.5 - 1
+    with reading(file) as local:
+        return load_file(local)["pictures"].float() / 127.5 - 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from raydistill.config import SHAPES_PREFIX, local_path
 from raydistill.data.prompts import PromptFileError, PromptReport, PromptSet, read_prompts
+from raydistill.storage import Place, staged
 
 PROMPT_COLUMNS, CATEGORY_COLUMNS = (
     ("prompt", "Prompt", "caption"),
@@ -75,7 +76,7 @@ class CategorisedPrompts:
 
 
 def open_prompts(
-    name: str, sets: Path, column: str | None = None, category_column: str | None = None
+    name: str, sets: Place, column: str | None = None, category_column: str | None = None
 ) -> CategorisedPrompts:
     """The prompts that `name` names: a file, a folder of them, an embedded set, or a published one.
 
@@ -96,6 +97,7 @@ def open_prompts(
         path = sets / PUBLISHED[name].place
         if not path.exists():
             raise PromptFileError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
+        path = staged(path)
     if not path.exists():
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
         raise PromptFileError(f"{path}: no such file, and no set of that name; sets: {known}")

@@ -20,6 +20,7 @@ from raydistill.config import CONFIGS, Config, read_yaml, validate
 from raydistill.distill.pipeline import Pipeline, RunFailed, changed, distil, opened, shared_space
 from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
 from raydistill.runs import tracking_uri
+from raydistill.storage import require_folder
 
 STUDENTS, TEACHERS = ("sd15", "sd21"), ("flux", "sd3", "sdxl")
 TABLES = ("table1", "table3")
@@ -87,6 +88,7 @@ def _pair(config: Config, student: str, teacher: str) -> Config:
 
 def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -> None:
     """Raises ValueError for any cell that could not start."""
+    require_folder(run.storage, "jobs/reproduce.py")
     for cell in cells(table, config, run.storage, seeds, quick):
         check_inputs(cell.config)
 

@@ -24,6 +24,7 @@ from raydistill.evaluation.grids import to_pil
 from raydistill.evaluation.promptsets import Item
 from raydistill.export.source import Export, SourceError, find_export, open_one_step
 from raydistill.spaces import load_space
+from raydistill.storage import Place, place, present
 
 DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -74,7 +75,7 @@ class Subject:
 
 def find_subject(
     model: str,
-    storage: Path,
+    storage: Place,
     tracking_uri: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -84,7 +85,7 @@ def find_subject(
     """The model that `model` names, and how to sample it.
 
     Args:
-        model: run's name or folder, an export or any diffusers folder, a hub model in the cache, or an MLflow run id.
+        model: run's name or folder, an export or any diffusers folder, a URI of one, a hub model in the cache, or an MLflow run id.
         storage, tracking_uri: as `find_export` takes them.
         steps: None: 1 where the folder is a one-step export, else 28.
         guidance_scale: None: none for a single step, else the family's own.
@@ -101,17 +102,17 @@ def find_subject(
     if unet is not None:
         from raydistill.spaces.onestep import open_student
 
-        place = resolve(unet)
+        weights = resolve(unet)
         space = load_space(export.folder, "StableDiffusionPipeline")
-        found = open_student(space, place)
+        found = open_student(space, weights)
         start = start_timestep or found.start_timestep
         if start is None:
             raise ConfigError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
         if not 0 < start < space.path.num_train_timesteps:
             raise ConfigError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
         _one_step_only(steps, guidance_scale)
-        name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else place.stem
-        return Subject(name, folder, str(place.resolve()), start, 1, 1.0, run_id)
+        name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
+        return Subject(name, folder, str(weights.resolve()), start, 1, 1.0, run_id)
     start = _start_of(export) if steps in (None, 1) else None
     if start is not None:
         _one_step_only(steps, guidance_scale)
@@ -120,7 +121,7 @@ def find_subject(
     return Subject(export.name, folder, None, None, steps or DEFAULT_STEPS, scale, run_id)
 
 
-def _find(model: str, storage: Path, tracking_uri: str | None) -> Export:
+def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
     try:
         return find_export(model, storage, tracking_uri)
     except SourceError as error:
@@ -128,7 +129,7 @@ def _find(model: str, storage: Path, tracking_uri: str | None) -> Export:
 
         if is_hub_id(model):
             return Export(resolve(model), model)
-        folder = resolve(model)
+        folder = place(model)
         if (folder / "unet" / "config.json").is_file():
             raise SourceError(
                 f"{model}: a UNet alone; name the pipeline that it belongs to and the UNet with --unet "
@@ -172,7 +173,7 @@ class Painter:
         if subject.unet is not None:
             from raydistill.spaces.onestep import load_student
 
-            network = load_student(self.space, Path(subject.unet)).to(dtype)
+            network = load_student(self.space, present(subject.unet)).to(dtype)
         else:
             network = self.space.load_network(dtype)
         self.network = network.to(self.device)

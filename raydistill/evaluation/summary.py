@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
+from raydistill.storage import Place, Remote, place
+
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
     """Who (student before, student after, teacher, controls) × metric; `first` leads, then order of appearance.
@@ -44,18 +46,21 @@ def _columns(rows: Mapping[str, Mapping[str, float]], first: str) -> list[str]:
     return sorted(columns, key=lambda name: name != first)
 
 
-def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:
+def write_summary(path: str | Place, summary: Mapping[str, Any]) -> Place:
     """Write JSON in one move: a reader sees the old file or the new one, whole.
 
     Numbers of torch and NumPy become plain ones, paths become text; NaN and infinities become null, which JSON lacks.
     """
-    path = Path(path)
+    path = place(str(path))
+    text = json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if isinstance(path, Remote):
+        path.write_text(text)
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with fresh.open("w", encoding="utf-8") as file:
-            json.dump(_plain(summary), file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.config import SHAPES_PREFIX, Config, local_path, validate
+from raydistill.config import SHAPES_PREFIX, Config, is_uri, validate
 from raydistill.spaces import Space, load_space
+from raydistill.storage import Place, Remote, place, staged
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -24,7 +25,7 @@ class Export:
 
     folder: Path
     name: str  # for people: the run's name, or the folder's
-    run: Path | None = None  # folder of the run that made it, where there is one
+    run: Place | None = None  # folder of the run that made it, where there is one
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises ConfigError where this version cannot read it."""
@@ -34,45 +35,53 @@ class Export:
         return validate(yaml.safe_load(file.read_text())) if file and file.is_file() else None
 
 
-def find_export(text: str, storage: Path, tracking_uri: str | None = None) -> Export:
+def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> Export:
     """The exported student that `text` names.
 
     Args:
-        text: an export's folder, a run's folder or name, or an MLflow run id (of the run or of its distillation).
+        text: an export's folder, a run's folder or name, a URI of one, or an MLflow run id (of the run or of its
+            distillation).
         storage: where the runs are.
         tracking_uri: MLflow's, asked where the run of an id is not in `storage`; None: the SQLite file in `storage`.
 
+    An export in a bucket is staged.
+
     Raises:
-        SourceError: there is none.
+        SourceError, ConfigError: there is none, or a URI cannot be read.
+        OSError: the store of a URI does not answer.
     """
-    path = local_path(text)
-    places = [path] if text.startswith(SHAPES_PREFIX) else [path, storage / text]
-    for place in places:
-        if (place / "model_index.json").is_file():
-            full = place.resolve()
+    path = place(text)
+    places = [path] if text.startswith(SHAPES_PREFIX) or is_uri(text) else [path, storage / text]
+    for found in places:
+        if (found / "model_index.json").is_file():
+            full = found.resolve()
             above = full.parent if full.name == EXPORT_FOLDER else None
-            return Export(place, (above or full).name, above if above and (above / "config.yaml").is_file() else None)
-        if (place / EXPORT_FOLDER / "model_index.json").is_file():
-            return Export(place / EXPORT_FOLDER, place.resolve().name, place)
+            run = above if above and (above / "config.yaml").is_file() else None
+            return Export(staged(found), (above or full).name, run)
+        if (found / EXPORT_FOLDER / "model_index.json").is_file():
+            return Export(staged(found / EXPORT_FOLDER), found.resolve().name, found)
     if _RUN_ID.fullmatch(text):
         return _of_run_id(text, storage, tracking_uri)
-    found = next((place for place in places if place.is_dir()), None)
+    found = next((found for found in places if found.is_dir()), None)
     if found is None:
         raise SourceError(f"{text}: no such folder, and no run of that name in {storage}")
     what = "a run that has exported no student yet" if (found / "config.yaml").is_file() else "no diffusers pipeline"
     raise SourceError(f"{found}: {what} (neither model_index.json nor {EXPORT_FOLDER}/model_index.json)")
 
 
-def _of_run_id(run_id: str, storage: Path, uri: str | None) -> Export:
-    """The export of an MLflow run: its files here where there are any, else its artifacts."""
-    for file in sorted(storage.glob("*/run.json")):
-        stages = json.loads(file.read_text()).get("mlflow", {})
+def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
+    """The export of an MLflow run: its files in `storage` where there are any, else its artifacts."""
+    for run in sorted(storage.iterdir(), key=str) if storage.is_dir() else ():
+        if not (run / "run.json").is_file():
+            continue
+        stages = json.loads((run / "run.json").read_text()).get("mlflow", {})
         for stage, known in stages.items():
             # the export of the main distillation is moved to the run's folder at the end
-            folder = file.parent if stage in ("pipeline", "distill") else file.parent / stage
+            own = () if stage in ("pipeline", "distill") else (stage,)
+            folder = run / stage if own else run
             if known == run_id and (folder / EXPORT_FOLDER / "model_index.json").is_file():
-                return Export(folder / EXPORT_FOLDER, folder.relative_to(storage).as_posix(), file.parent)
-    if uri is None and (storage / "mlflow.db").is_file():
+                return Export(staged(folder / EXPORT_FOLDER), "/".join((run.name, *own)), run)
+    if uri is None and not isinstance(storage, Remote) and (storage / "mlflow.db").is_file():
         uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
     if uri is None:
         raise SourceError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")

@@ -13,6 +13,7 @@ from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
 from raydistill.spaces.z_image import ZImageSpace
+from raydistill.storage import present
 
 FAMILIES: dict[str, type[Space]] = {
     family.pipeline_class: family
@@ -35,7 +36,8 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
     Raises:
         ModelFolderError: not a pipeline folder, or of an unknown or another family.
     """
-    index = Path(folder, "model_index.json")
+    folder = present(folder)
+    index = folder / "model_index.json"
     if not index.is_file():
         raise ModelFolderError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
     found = read_settings(index).get("_class_name")

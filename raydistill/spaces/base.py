@@ -25,6 +25,7 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
+from raydistill.storage import present
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -106,6 +107,10 @@ class Space(ABC):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = str(folder)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """On another node, which may not have staged the folder yet."""
+        self.__dict__ |= state | {"folder": str(present(state["folder"]))}
 
     # -- reading the folder ------------------------------------------------------------------------
     @cached_property

@@ -240,6 +240,48 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
     assert same_weights(exported(storage / "whole"), exported(folder))
 
 
+def test_a_run_in_a_bucket_goes_on_after_a_kill_with_the_bits_of_one_in_a_folder(
+    finished, bucket, tmp_path, monkeypatch
+):
+    """Prompts, Bridge and teacher samples come from the bucket, and everything is killed after the first checkpoint."""
+    from raydistill.distill.record import consumed, read_lines, step_file
+    from raydistill.shapes import WEIGHTS
+    from raydistill.storage import reading, remote
+
+    monkeypatch.setenv("RAYDISTILL_CACHE", str(tmp_path / "cache"))
+    inputs, runs = remote(f"{bucket}/inputs"), remote(f"{bucket}/runs")
+    named = {
+        "prompts.path": "prompts.txt",
+        "bridge.checkpoint": "bridge/sd15-flux",
+        "discriminator.real_data": "samples/flux",
+    }
+    for name in named.values():
+        (inputs / name).upload(WEIGHTS / name)
+    settings = (
+        "run.name=far", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        *(f"{key}={inputs}/{name}" for key, name in named.items()),
+    )  # fmt: skip
+    stage = runs / "far" / "distill"
+    with started(tmp_path, runs, *settings) as job:
+        job.until(lambda: any(name.endswith("state.pt") for name, *_ in (stage / "checkpoints").entries()), pause=0.2)
+        for process in job.processes():
+            process.kill()
+        assert job.process.wait() == -signal.SIGKILL
+        assert job.left() == []
+    done = [line["step"] for line in read_lines(step_file(stage, 0))]
+    assert done[:1] == [1], "what a checkpoint counts as done is in the log"
+    result = job_of(runs, *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert consumed(read_lines(step_file(stage, 0))).tolist() == list(range(2 * 2 * 4))  # steps, batches, samples
+    with reading(runs / "far" / "export") as export:
+        assert same_weights(exported(finished[0] / "whole"), exported(export.parent))
+    whole = json.loads((finished[0] / "whole" / "summary.json").read_text())
+    far = json.loads((runs / "far" / "summary.json").read_text())
+    tables = ("student_before", "student_after", "teacher", "steps", "best_step")
+    assert {name: far[name] for name in tables} == {name: whole[name] for name in tables}
+    assert not (stage / "export").exists()
+
+
 @pytest.fixture
 def mlflow_server(tmp_path):
     """A tracking server that the test may kill and start again."""

@@ -1,0 +1,454 @@
+"""Inputs and outputs by URI, against a server on this machine that speaks S3."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raydistill import storage
+from raydistill.config import Config, ConfigError, check_paths, load, local_path, resolve, to_yaml
+from raydistill.data.images import open_images
+from raydistill.data.pairs import read_pairs
+from raydistill.data.prompts import read_prompts
+from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.shapes import WEIGHTS
+from raydistill.spaces import load_space
+from raydistill.storage import Remote, place, present, reading, remote, replace_text, writing
+
+
+@pytest.fixture
+def folder(bucket):
+    """A prefix that no other test uses."""
+    return remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    found = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("RAYDISTILL_CACHE", str(found))
+    return found
+
+
+def test_prompts_pairs_weights_and_models_are_read_by_uri(folder):
+    for name in ("prompts.txt", "samples/flux", "bridge/sd15-flux", "sd15"):
+        (folder / name).upload(WEIGHTS / name)
+    rules = ("prompt", "skip", 2000)
+    here, there = (read_prompts(resolve(f"{root}/prompts.txt"), *rules) for root in (WEIGHTS, folder))
+    assert there.prompts == here.prompts
+    assert (there.ids == here.ids).all()
+    assert read_pairs(resolve(f"{folder}/samples/flux")).prompts() == read_pairs(WEIGHTS / "samples/flux").prompts()
+    for name in ("bridge/sd15-flux", "sd15"):
+        staged = resolve(f"{folder}/{name}")
+        assert staged.name == Path(name).name  # which is part of what Bridges and pairs say of their models
+        files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
+        assert len(files) > 1
+        assert all((staged / file).read_bytes() == (WEIGHTS / name / file).read_bytes() for file in files)
+    space = load_space(resolve(f"{folder}/sd15"), "StableDiffusionPipeline")
+    space.check_files()
+
+
+def test_several_processes_fetch_once(folder, cache, tmp_path):
+    source = tmp_path / "set"
+    source.mkdir()
+    for index in range(4):
+        (source / f"pairs-{index:05d}.parquet").write_bytes(os.urandom(1 << 20))
+    (folder / "set").upload(source)
+    code = (
+        "import sys\n"
+        "from raydistill import storage\n"
+        "download = storage.Remote.download\n"
+        "def told(self, target):\n"
+        "    print('fetched', flush=True)\n"
+        "    download(self, target)\n"
+        "storage.Remote.download = told\n"
+        "print(storage.stage(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", code, f"{folder}/set"]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    lines = [process.communicate(timeout=120)[0].split() for process in running]
+    assert [process.returncode for process in running] == [0] * 4
+    assert sum(line.count("fetched") for line in lines) == 1
+    (place_,) = {line[-1] for line in lines}
+    assert sorted(f.name for f in Path(place_).iterdir()) == sorted(f.name for f in source.iterdir())
+    assert not list((cache / "staged").glob(".*[!k]"))  # nothing unfinished; the locks stay
+
+
+def test_an_object_that_changes_is_fetched_again(folder):
+    (folder / "prompts.txt").write_text("one\n")
+    first = resolve(f"{folder}/prompts.txt")
+    assert resolve(f"{folder}/prompts.txt") == first
+    (folder / "prompts.txt").write_text("one\ntwo\n")
+    second = resolve(f"{folder}/prompts.txt")
+    assert (first.read_text(), second.read_text()) == ("one\n", "one\ntwo\n")
+
+
+def test_a_killed_fetch_leaves_nothing_that_counts(folder, cache):
+    (folder / "prompts.txt").write_text("whole\n")
+    entries = (folder / "prompts.txt").entries()
+    digest = storage._digest(folder / "prompts.txt", entries)
+    cut = cache / "staged" / f".{digest}" / "s3" / (folder / "prompts.txt").key
+    cut.parent.mkdir(parents=True)
+    cut.write_text("who")
+    assert resolve(f"{folder}/prompts.txt").read_text() == "whole\n"
+
+
+def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(folder, cache):
+    """A Space and images travel in pickles; the other node is this one with an empty cache."""
+    (folder / "sd15").upload(WEIGHTS / "sd15")
+    for name in ("a.png", "b.png"):
+        (folder / "images" / name).upload(next((WEIGHTS.parent / "pictures").glob("*.png")))
+    space = load_space(resolve(f"{folder}/sd15"))
+    images = open_images(resolve(f"{folder}/images"), "image", None)
+    sent, path = pickle.dumps((space, images)), Path(space.folder)
+    shutil.rmtree(cache / "staged")
+    space, images = pickle.loads(sent)
+    assert space.part_config("vae")["_class_name"] == "AutoencoderKL"
+    assert images.picture(1, 32).shape == (3, 32, 32)
+    shutil.rmtree(cache / "staged")
+    assert load_space(str(path)).folder == str(path)
+    shutil.rmtree(cache / "staged")
+    (folder / "sd15" / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"{folder}/sd15: has changed since"):
+        present(path)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("{folder}/none.txt", "no such object, and none below it"),
+        ("s3://no-such-bucket-here/prompts.txt", "no such object, and none below it"),
+        ("hdfs://host/prompts.txt", "unknown scheme hdfs://; use s3://, gs://, file:// or a path"),
+        ("s3://", "not a bucket and a key"),
+        ("s3://bucket/a/../b", "not a bucket and a key"),
+        ("s3://AKIAUSER:pa55word@bucket/x", "credentials and options do not belong in a URI"),
+        ("s3://bucket/x?secret_key=pa55word", "credentials and options do not belong in a URI"),
+        ("file:///no/such/prompts.txt", "does not exist (looked at /no/such/prompts.txt)"),
+    ],
+)
+def test_a_wrong_uri_is_named_with_key_and_cause_and_without_secrets(uri, message, folder):
+    config = load(None, [f"prompts.path={uri.format(folder=folder)}"])
+    with pytest.raises(ConfigError) as error:
+        check_paths(config, ["prompts.path"])
+    assert str(error.value).startswith("prompts.path: ")
+    assert message in str(error.value)
+    assert "pa55word" not in str(error.value)
+
+
+def test_a_store_that_refuses_says_which_credentials_are_read(folder, monkeypatch):
+    """The server's answer to a request without any valid key, given by another real server that knows only refusals."""
+    import http.server
+    import threading
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(403)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        with pytest.raises(ConfigError, match="prompts.path: s3://.*AWS_ACCESS_KEY_ID.*, or the machine's role"):
+            check_paths(load(None, [f"prompts.path={folder}/prompts.txt"]), ["prompts.path"])
+        server.shutdown()
+
+
+def test_a_store_that_is_away_is_no_wrong_input(folder, monkeypatch):
+    monkeypatch.setattr(storage, "RETRIES", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="cannot be read: .*Could not connect"):
+        resolve(f"{folder}/prompts.txt")
+
+
+def test_file_uris_are_paths(tmp_path):
+    (tmp_path / "my prompts.txt").touch()
+    assert local_path(f"file://{tmp_path}/my%20prompts.txt") == tmp_path / "my prompts.txt"
+    assert place(f"file://{tmp_path}") == tmp_path
+    assert isinstance(place("s3://bucket/runs/"), Remote)
+    assert str(place("s3://bucket/runs/")) == "s3://bucket/runs"
+    assert place("outputs") == Path("outputs")
+
+
+def test_a_remote_place_means_what_a_path_means(folder):
+    file = folder / "run" / "note.txt"
+    assert not file.exists()
+    assert folder.iterdir() == []
+    replace_text(file, "zwölf")
+    assert file.is_file()
+    assert not (folder / "run").is_file()
+    assert (folder / "run").exists()
+    assert file.read_text() == "zwölf"
+    assert (folder / "run").iterdir() == [file]
+    assert (file.name, file.parent) == ("note.txt", folder / "run")
+    file.unlink()
+    file.unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError):
+        file.unlink()
+    with pytest.raises(FileNotFoundError):
+        file.read_text()
+    with pytest.raises(OSError, match="NO_SUCH_BUCKET"):
+        Remote("s3", "no-such-bucket-here/x").write_text("")
+    assert pickle.loads(pickle.dumps(file)) == file
+
+
+def test_a_block_that_fails_stores_nothing(folder):
+    def write():
+        with writing(folder / "export") as local:
+            local.mkdir()
+            (local / "model_index.json").write_text("{}")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert not (folder / "export").exists()
+
+
+def test_folders_go_there_and_back_with_their_descriptions_last(folder, monkeypatch):
+    order = []
+    import pyarrow.fs
+
+    copy = pyarrow.fs.copy_files
+    monkeypatch.setattr(pyarrow.fs, "copy_files", lambda *a, **k: (order.append(a[1]), copy(*a, **k)))
+    with writing(folder / "export") as local:
+        (local / "unet").mkdir(parents=True)
+        for name in ("README.md", "model_index.json", "unet/config.json", "unet/weights.safetensors"):
+            (local / name).write_text(name)
+    assert order[-1].endswith("export/model_index.json")
+    assert len(order) == 4
+    with reading(folder / "export") as local:
+        assert (local / "unet" / "weights.safetensors").read_text() == "unet/weights.safetensors"
+    assert not local.exists()
+
+
+def test_an_untouched_configuration_asks_no_store():
+    for key in ("prompts.path", "evaluation.prompts", "bridge.checkpoint"):
+        check_paths(Config(), [key])
+
+
+# -- exports ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(bucket, tmp_path_factory):
+    """`s3://…/runs` with a run `mine` that has an export, made from the shipped one-step start."""
+    from raydistill.export.pipeline import ModelCard, export_student
+    from raydistill.spaces.onestep import load_student
+
+    space = load_space(WEIGHTS / "sd15")
+    local = tmp_path_factory.mktemp("run")
+    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15-onestep", 1, "0" * 32, "0" * 12, {"mean": 0.5})
+    export_student(space, load_student(space, WEIGHTS / "sd15-onestep"), 999, local / "export", card)
+    (local / "config.yaml").write_text(to_yaml(Config()))
+    (local / "run.json").write_text(json.dumps({"mlflow": {"pipeline": "a" * 32, "no_vsd": "b" * 32}}))
+    runs = remote(f"{bucket}/runs")
+    (runs / "mine").upload(local)
+    (runs / "mine" / "no_vsd" / "export").upload(local / "export")
+    return runs
+
+
+def test_an_export_is_found_by_its_uri_its_runs_and_its_name_in_storage_by_uri(exported, cache):
+    from raydistill.export.source import SourceError, find_export, open_one_step
+
+    for text, storage_ in (
+        (f"{exported}/mine/export", Path("outputs")),
+        (f"{exported}/mine", Path("outputs")),
+        ("mine", exported),
+        ("a" * 32, exported),
+    ):
+        export = find_export(text, storage_)
+        assert (export.name, export.run) == ("mine", exported / "mine")
+        assert export.run_config() == Config()
+        assert open_one_step(export)[1] == 999
+    assert find_export("b" * 32, exported).name == "mine/no_vsd"
+    assert len([place_ for place_ in (cache / "staged").iterdir() if place_.is_dir() and place_.name[0] != "."]) == 2
+    with pytest.raises(SourceError, match="no such folder, and no run of that name in s3://"):
+        find_export("yours", exported)
+    with pytest.raises(SourceError, match="name --tracking-uri"):
+        find_export("c" * 32, exported)
+
+
+def test_sample_draws_with_a_student_in_a_bucket(exported, tmp_path, run_script):
+    prompts = exported.parent / "prompts.txt"
+    prompts.write_text("a small red circle at the left on a white background\n")
+    common = ("--prompts", prompts, "--storage", exported, "--device", "cpu")
+    code, _, errors = run_script("sample", "mine", *common)
+    assert (code, "name it with --out" in errors) == (2, True)
+    code, _, errors = run_script("sample", "mine", *common, "--out", exported / "pictures")
+    assert (code, "must be a folder of this machine" in errors) == (2, True)
+    code, out, errors = run_script("sample", f"{exported}/mine", *common, "--out", tmp_path / "pictures")
+    assert code == 0, errors
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+
+
+def test_merge_writes_to_a_bucket_what_it_writes_to_a_folder(exported, tmp_path, run_script):
+    students = (f"{exported}/mine", f"{exported}/mine/no_vsd/export")
+    for out in (tmp_path / "merged", exported.parent / "merged"):
+        code, _, errors = run_script("merge", *students, "--weights", 1, 3, "--out", out)
+        assert code == 0, errors
+    code, _, errors = run_script("merge", *students, "--out", exported.parent / "merged")
+    assert (code, "exists already" in errors) == (2, True)
+    there = resolve(f"{exported.parent}/merged")
+    names = sorted(f.relative_to(there) for f in there.rglob("*") if f.is_file())
+    assert names == sorted(f.relative_to(tmp_path / "merged") for f in (tmp_path / "merged").rglob("*") if f.is_file())
+    assert all((there / f).read_bytes() == (tmp_path / "merged" / f).read_bytes() for f in names)
+
+
+def test_evaluate_finds_a_student_in_a_bucket_and_says_what_it_needs_beside_it(exported, tmp_path, run_script):
+    from raydistill.evaluation.subject import find_subject
+
+    subject = find_subject("mine", exported)
+    assert (subject.name, subject.start_timestep, subject.run_id) == ("mine", 999, "a" * 32)
+    code, _, errors = run_script("evaluate", "mine", "--storage", exported)
+    assert (code, "--tracking-uri or MLFLOW_TRACKING_URI to an MLflow server" in errors) == (2, True)
+    code, _, errors = run_script(
+        "evaluate", "mine", "--storage", exported, "--tracking-uri", f"sqlite:///{tmp_path}/mlflow.db"
+    )
+    assert (code, "name it with --out" in errors) == (2, True)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------
+
+
+def test_the_log_of_steps_loses_nothing_that_a_checkpoint_counts(folder):
+    from raydistill.distill.record import consumed, open_log, read_lines, step_file, steps_of
+
+    log = open_log(folder, 0)
+    for step in (1, 2, 3):
+        log.add(step, 1, [[2 * step, 2 * step + 1]], {"loss/vsd": 0.1 * step})
+        if step == 2:
+            log.keep()
+    # not closed, as a killed worker would leave it: step 3 is not kept, and done again
+    lines = read_lines(step_file(folder, 0))
+    assert list(steps_of(lines)) == [1, 2]
+    again = open_log(folder, 0)
+    for step in (2, 3, 4):
+        again.add(step, 1, [[2 * step, 2 * step + 1]], {"loss/vsd": 0.3 * step})
+    again.close()
+    lines = read_lines(step_file(folder, 0))
+    assert [line["step"] for line in lines] == [1, 2, 2, 3, 4]
+    assert steps_of(lines)[2]["values"] == {"loss/vsd": 0.3 * 2}
+    assert consumed(lines).tolist() == list(range(2, 10))
+    assert read_lines(step_file(folder, 1)) == []
+
+
+def test_a_run_folder_in_a_bucket_keeps_what_it_is_told(folder):
+    config = load(None, [f"storage={folder}", "run.name=mine"])
+    run = open_run_folder(config)
+    assert run.path == folder / "mine"
+    assert run.recall() == {}
+    create_run_folder(run, config)
+    run.remember(mlflow={"pipeline": "a"})
+    run.remember(seconds={"distill": 1.5})
+    again = open_run_folder(config)
+    assert again.recall() == {"mlflow": {"pipeline": "a"}, "seconds": {"distill": 1.5}}
+    with pytest.raises(ConfigError, match="must not change them: student.lr"):
+        open_run_folder(load(None, [f"storage={folder}", "run.name=mine", "student.lr=0.5"]))
+
+
+def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
+    import numpy as np
+    import torch
+
+    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, png, shard_file
+    from raydistill.data.shards import FAILURES_FILE, PairWriter, SynthesisError
+
+    def writer(place_, seed=0):
+        names = lambda rows: (np.asarray(rows), [f"prompt {row}" for row in rows])  # noqa: E731
+        return PairWriter(place_, 5, 2, names, seed, ("flux", "1"), 1, {"seed": seed})
+
+    def rows(*numbers):
+        z = torch.arange(len(numbers) * 4, dtype=torch.float16).reshape(-1, 1, 2, 2).numpy() + numbers[0]
+        preview = np.array([png(Image.new("RGB", (4, 4))) for _ in numbers], dtype=object)
+        failure = np.array(["broken" if row == 2 else "" for row in numbers], dtype=object)
+        return {"row": np.array(numbers), "z_T": z, "z_S": z, "preview": preview, "failure": failure}
+
+    here, there = tmp_path / "pairs", folder / "pairs"
+    for place_ in (here, there):
+        first = writer(place_)
+        first.add(rows(0, 1))
+        first.add(rows(2))  # half a shard, which nobody completes
+        second = writer(place_)
+        assert [(request.first, request.kept) for request in second.requests(2)] == [(2, 2), (4, 1)]
+        second.add(rows(2, 3))
+        second.add(rows(4))
+        second.finish()
+        assert writer(place_).missing == 0
+        assert existing_shards(place_) == [0, 1, 2]
+        assert count_rows(place_) == 4
+        assert json.loads((place_ / FAILURES_FILE).read_text())["row"] == 2
+        assert captioned_previews([shard_file(place_, 0)], 2)[1] == ["prompt 0", "prompt 1"]
+        with pytest.raises(SynthesisError, match="seed was 0, now 1"):
+            writer(place_, seed=1)
+    staged = resolve(str(there))
+    assert {f.name: f.read_bytes() for f in staged.iterdir()} == {f.name: f.read_bytes() for f in here.iterdir()}
+
+
+def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
+    from raydistill import lasting, progress, stopping
+
+    with pytest.raises(ValueError), lasting.written_down(folder):
+        raise ValueError("twice the same")
+    assert lasting.fatal(folder) == "ValueError: twice the same"
+    lasting.forget(folder)
+    assert lasting.fatal(folder) is None
+
+    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0)
+    assert not stopping.asked_to_stop(folder)
+
+    def distil():
+        with stopping.leaving_on_sigterm(), stopping.draining(folder):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping.asked_to_stop(folder)
+
+    with pytest.raises(stopping.Stopped):
+        distil()
+    assert not stopping.asked_to_stop(folder)
+
+    monkeypatch.setattr(progress, "BUCKET_EVERY_S", 0.1)
+    with progress.ProgressWatcher(folder / "progress.json", "distill"):
+        progress.write_progress(folder / "progress.json", step=2, total=2)
+        deadline = time.monotonic() + 20
+        shown = ""
+        while "distill: step 2/2" not in shown:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            shown += capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "tracking.uri: s3://.* cannot hold MLflow's database; set tracking.uri or MLFLOW_TRACKING_URI"),
+        (["tracking.uri=postgresql://u:pa55word@h/db"], "tracking.uri: .*artifacts need an MLflow server"),
+        (["storage=s3://no-such-bucket-here/runs"], "storage: s3://no-such-bucket-here/runs: .*NO_SUCH_BUCKET"),
+        (["storage=hdfs://host/runs"], "storage: hdfs://host/runs: unknown scheme"),
+        (["storage=s3://key:pa55word@bucket/runs"], "storage: s3://.*credentials and options do not belong"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_named_before_anything_starts(overrides, message, folder, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match=message) as error:
+        check_inputs(load(None, [f"storage={folder}", *overrides]))
+    assert "pa55word" not in str(error.value)
+    assert folder.iterdir() == []
+
+
+def test_what_needs_a_folder_says_so(folder):
+    from raydistill.distill.pipeline import check_ablation
+
+    config = load(None, [f"storage={folder}"])
+    with pytest.raises(ConfigError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
+        check_ablation(config, open_run_folder(config), None)
