@@ -27,6 +27,7 @@ from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_s
 from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
+from raydistill.export.sampling import SHEETS
 
 PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
@@ -118,7 +119,7 @@ def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
     """The folder of pictures that set metrics compare with; of an earlier evaluation, its pictures.
 
     Raises:
-        ConfigError: it is missing, not asked for, or has fewer than two pictures.
+        ConfigError: it is missing, not asked for, has fewer than two pictures, or pictures of pictures.
     """
     wanted = [metric.name for metric in metrics if metric.name in SET_METRICS]
     if place is None:
@@ -131,6 +132,11 @@ def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
     if not wanted:
         raise ConfigError(f"--reference belongs to --metrics {' and '.join(SET_METRICS)}")
     folder = place / PICTURES if (place / SETTINGS_FILE).is_file() else place
+    if all((folder / name).is_file() for name in SHEETS):
+        raise ConfigError(
+            f"--reference {folder}: {' and '.join(SHEETS)}, which jobs/sample.py wrote beside its pictures, would count as two "
+            "of them; move them away"
+        )
     if len(pictures_in(folder)) < 2:
         raise ConfigError(
             f"--reference {folder}: a folder of at least two pictures is needed ({', '.join(PICTURE_SUFFIXES)})"
@@ -245,10 +251,10 @@ def run_evaluation(plan: Plan, done: Callable[[int], object] = lambda pictures: 
         if metric.command and parts.missing(metric.name):
             arguments = (str(plan.folder), parts.batch_size, metric.name, list(metric.command), str(Path.cwd()))
             run_once(run_command, *arguments, gpus=plan.resources.gpus)
-    table, columns = collect(plan, parts)
     for metric in plan.metrics:
         if metric.name in SET_METRICS:
-            table[ALL][metric.name] = _of_set(plan, parts, metric, run_once)
+            parts.write_set(metric.name, _of_set(plan, parts, metric, run_once))
+    table, columns = collect(plan, parts)
     finish(plan, table, columns)
     return table
 
@@ -265,12 +271,16 @@ def _of_set(plan: Plan, parts: Parts, metric: Metric, run_once: Callable[..., An
 
 
 def collect(plan: Plan, parts: Parts) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """(means, columns) of all picture metrics that are complete in the folder, this call's and earlier ones."""
+    """(table, columns of picture metrics) of all that is complete in the folder, this call's metrics and earlier ones."""
     columns: dict[str, list[float | None]] = {}
     for name in plan.settings["metrics"]:
         if name not in SET_METRICS and not parts.missing(name):
             columns |= parts.read(name)
-    return mean_table(plan.items, columns), columns
+    table = mean_table(plan.items, columns)
+    for name in plan.settings["metrics"]:
+        if name in SET_METRICS and (value := parts.read_set(name)) is not None:
+            table[ALL][name] = value
+    return table, columns
 
 
 def finish(plan: Plan, table: dict[str, dict[str, float]], columns: dict[str, list[float | None]]) -> None:

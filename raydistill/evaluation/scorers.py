@@ -114,13 +114,10 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def judge_features(folder: str | Path, files: Sequence[str | Path], batch_size: int = 64) -> torch.Tensor:
-    """The judge's features [N, 128] of picture files."""
+def judge_features(folder: str | Path, files: Sequence[str | Path]) -> torch.Tensor:
+    """The judge's features [N, 128] of picture files, which may differ in size."""
     judge = Judge.load(Path(folder))
-    parts = []
-    for start in range(0, len(files), batch_size):  # resized by `embed`, so pictures may differ in size
-        parts += [judge.embed(load_image(file)[None]) for file in files[start : start + batch_size]]
-    return torch.cat(parts)
+    return torch.cat([judge.embed(load_image(file)[None]) for file in files])
 
 
 def judge_frechet(folder: str, files: Sequence[str], reference: Sequence[str], threads: int | None = None) -> float:
