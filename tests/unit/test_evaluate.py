@@ -189,7 +189,7 @@ def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_fol
 # -- prompt sets ------------------------------------------------------------------------------------------
 
 
-def test_partiprompts_as_published_have_categories(tmp_path):
+def test_partiprompts_as_published_have_categories(tmp_path, monkeypatch):
     file = tmp_path / "PartiPrompts.tsv"
     file.write_text(PARTI)
     found = open_prompts(str(file), tmp_path)
@@ -204,6 +204,8 @@ def test_partiprompts_as_published_have_categories(tmp_path):
     other = open_prompts(str(file), tmp_path, category_column="Challenge")
     assert set(other.categories.values()) == {"Basic", "Complex"}
     assert open_prompts("parti", tmp_path).prompts.prompts == found.prompts.prompts  # by name, from the sets' folder
+    monkeypatch.chdir(tmp_path)
+    assert {open_prompts(name, tmp_path).name for name in (file.name, f"./{file.name}", str(file))} == {"PartiPrompts"}
     with pytest.raises(PromptFileError, match=r"no column 'Kind' \(--category-column\); the file has: 'Prompt'"):
         open_prompts(str(file), tmp_path, category_column="Kind")
     with pytest.raises(PromptFileError, match=r"no column 'text' \(--column\)"):
@@ -494,7 +496,7 @@ def test_prompts_the_judge_cannot_read_are_named(tmp_path, job):
     code, _, stderr = job(*START, "--prompts", file, "--storage", tmp_path)
     assert code == 2
     assert "prompt 2: not a caption of the shapes world: 'a photo of a dog'" in stderr
-    assert "leave out --metrics judge" in stderr
+    assert "name others, for example --metrics clipscore" in stderr
 
 
 def test_an_evaluation_of_other_settings_is_not_mixed_into_a_folder(tmp_path, job):
