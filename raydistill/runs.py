@@ -51,7 +51,13 @@ def tracking_uri(config: Config, storage: Path) -> str:
 
     SQLite paths are made absolute: every process of a cluster has its own working directory.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+    return absolute(
+        config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{storage.absolute()}/mlflow.db"
+    )
+
+
+def absolute(uri: str) -> str:
+    """`uri`, a relative SQLite path in it made absolute."""
     path = uri.removeprefix("sqlite:///")
     if path == uri or path.startswith(("/", ":memory:", "file:")):
         return uri

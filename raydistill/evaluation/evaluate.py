@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
 from raydistill.export.sampling import SHEETS
+from raydistill.runs import MASK, TrackingError, absolute, client_of, mask
 
 PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
@@ -112,7 +114,10 @@ def _check_judged(items: list[Item]) -> None:
         try:
             parse(item.prompt)
         except ValueError as error:
-            raise PromptFileError(f"prompt {item.prompt_id}: {error}; leave out --metrics judge") from None
+            raise PromptFileError(
+                f"prompt {item.prompt_id}: {error}; the judge, which scores where no --metrics are named, reads no other: name "
+                "others, for example --metrics clipscore"
+            ) from None
 
 
 def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
@@ -163,7 +168,7 @@ def open_folder(
         ConfigError: the folder holds an evaluation of other settings, or something else.
     """
     decides = {
-        "model": {k: v for k, v in asdict(subject).items() if k not in ("name", "run_id")},
+        "model": {k: v for k, v in asdict(subject).items() if k not in ("name", "run_id", "tracking_uri")},
         "weights": subject.fingerprint(),
         "dtype": resources.dtype,
         "items": hashlib.blake2b(
@@ -310,6 +315,26 @@ def _grid(plan: Plan, shown: int = 32) -> Any:
 # -- MLflow -----------------------------------------------------------------------------------------------
 
 
+def store_of(named: str | None, subject: Subject, storage: Path) -> str:
+    """Where to log: as named, else where the run that made the model is, MLFLOW_TRACKING_URI, a SQLite file in `storage`.
+
+    Raises:
+        ConfigError: the run's own store needs a secret, which its configuration does not keep.
+    """
+    own, environment = subject.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
+    file = (own or "").removeprefix("sqlite:///")
+    if file.startswith("/") and not Path(file).is_file():  # the run's folder was moved, and came without it
+        own = None
+    if own is not None and MASK in own and named is None:
+        if environment is None:
+            raise ConfigError(
+                f"{subject.name}: its run is logged to {own}, and the secret is not kept: name it with --tracking-uri or "
+                "MLFLOW_TRACKING_URI"
+            )
+        own = None
+    return absolute(named or own or environment or f"sqlite:///{storage.absolute()}/mlflow.db")
+
+
 def log_results(
     plan: Plan, table: dict[str, dict[str, float]], uri: str, experiment: str, storage: Path
 ) -> tuple[str, str | None]:
@@ -318,11 +343,11 @@ def log_results(
     The same evaluation logs to the same run again. Returns (run id, id of the run above it or None).
 
     Raises:
-        TrackingError: the store cannot be used.
+        TrackingError: the store cannot be used, or went away before everything was sent.
     """
     from PIL import Image
 
-    from raydistill.runs import client_of
+    from raydistill.evaluation.summary import markdown
     from raydistill.tracking import Tracker, open_run, source_version
 
     client = client_of(uri)
@@ -339,10 +364,11 @@ def log_results(
               "start_timestep": subject.start_timestep, "guidance_scale": subject.guidance_scale,
               "prompts": plan.prompts.name, "count": len(plan.items), "seed": plan.settings["seed"],
               "reference": plan.reference}  # fmt: skip
+    found_by = {key: parent.data.tags[key] for key in ("teacher", "student") if parent and key in parent.data.tags}
     run_id = open_run(
         uri, experiment, f"{subject.name}/evaluation/{plan.prompts.name}", storage=storage,
         params={key: str(value) for key, value in params.items() if value is not None},
-        tags={"stage": "evaluation", "git_commit": source_version(), "evaluated": subject.title},
+        tags=found_by | {"stage": "evaluation", "git_commit": source_version(), "evaluated": subject.title},
         parent_run_id=parent_id, resume_run_id=resume,
     )  # fmt: skip
     logged = client.get_run(run_id).data.metrics
@@ -351,11 +377,13 @@ def log_results(
     replace_text(memory, json.dumps({"run_id": run_id, "parent": parent_id, "step": step}) + "\n")
     tracker = Tracker(uri, run_id)
     tracker.metrics(values, step)
+    tracker.note(markdown(table))
     for name in (SCORES_FILE, RESULTS_FILE, GRID_FILE):
         tracker.artifact(plan.folder / name)
     with Image.open(plan.folder / GRID_FILE) as picture:
         tracker.image(picture, "evaluation", 0)
-    tracker.finish()
+    if lost := tracker.finish():
+        raise TrackingError(f"{mask('uri', uri)}: {lost} entries of run {run_id} could not be logged")
     return run_id, parent_id
 
 
