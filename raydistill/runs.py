@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MASK = "***"
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on GenAI traces
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # of the UI's side « Model training»
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
