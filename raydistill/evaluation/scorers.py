@@ -83,8 +83,7 @@ class ClipScorer:
         """[3, S, S], normalised."""
         with Image.open(file) as picture:
             picture = picture.convert("RGB")
-            factor = self.size / min(picture.size)
-            width, height = (max(self.size, int(side * factor)) for side in picture.size)
+            width, height = (self.size * side // min(picture.size) for side in picture.size)
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self.size) // 2, (height - self.size) // 2
             picture = picture.crop((left, top, left + self.size, top + self.size))
