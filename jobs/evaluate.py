@@ -92,9 +92,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
     add(
         "--tracking-uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI"),
         metavar="URI",
-        help="MLflow (default: $MLFLOW_TRACKING_URI, else <storage>/mlflow.db)",
+        help="MLflow (default: that of the run that made the model, else $MLFLOW_TRACKING_URI, else <storage>/mlflow.db)",
     )
     add(
         "--experiment", default="raydistill", help="MLflow experiment of a model that no run made (default: raydistill)"
@@ -129,9 +128,8 @@ def plan_of(arguments: argparse.Namespace):
     prompts = open_prompts(
         told.prompts, told.prompt_sets or told.storage / "prompts", told.column, told.category_column
     )
-    subject = find_subject(
-        told.model, told.storage, told.tracking_uri, told.steps, told.guidance, told.unet, told.start_timestep
-    )
+    asked = told.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")  # for a run id that is not in storage
+    subject = find_subject(told.model, told.storage, asked, told.steps, told.guidance, told.unet, told.start_timestep)
     items = prompts.items(told.count, told.seed)
     metrics = find_metrics(told.metrics, parse_weights(told.weights), items, told.judge)
     reference = open_reference(told.reference, metrics)
@@ -158,11 +156,12 @@ def _resources(told: argparse.Namespace, stages: int):
 
 def main() -> int:
     arguments = arguments_of()
-    from raydistill.runs import TrackingError, prepare, sqlite_uri, ui_command
+    from raydistill.evaluation.evaluate import store_of
+    from raydistill.runs import TrackingError, prepare, ui_command
 
     try:
-        uri = arguments.tracking_uri or sqlite_uri(arguments.storage, "--tracking-uri")
         plan = plan_of(arguments)
+        uri = store_of(arguments.tracking_uri, plan.subject, arguments.storage)
         prepare(uri)
     except (ValueError, OSError, TrackingError) as error:  # every input error of the project says what to do
         print(f"error: {error}", file=sys.stderr)
@@ -191,6 +190,8 @@ def main() -> int:
     )
     print(f"scores    {plan.folder / 'scores.parquet'}\ngrid      {plan.folder / 'grid.png'}")
     print(f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else "") + f"; {ui_command(uri)}")
+    if plan.subject.run_id and parent is None:
+        print(f"note      the run that made the model, {plan.subject.run_id}, is not in this store (--tracking-uri)")
     return 0
 
 

@@ -8,6 +8,7 @@ is <storage>/<run.name>/<table>-<N>-seeds.json; run.name is paper, or paper-quic
 
 from __future__ import annotations
 
+import argparse
 import sys
 from functools import partial
 
@@ -16,18 +17,16 @@ from raydistill.job import run_job
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    quick = "--quick" in arguments
-    seeds = 1 if quick else 2
-    arguments = [argument for argument in arguments if argument != "--quick"]
-    if "--seeds" in arguments:
-        at = arguments.index("--seeds")
-        value = arguments[at + 1 : at + 2]
-        if not value or not value[0].isdecimal() or int(value[0]) < 1:
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the rest is the configuration's
+    own.add_argument("--quick", action="store_true")
+    own.add_argument("--seeds", nargs="?", const="")
+    told, arguments = own.parse_known_args()
+    quick, seeds = told.quick, 1 if told.quick else 2
+    if told.seeds is not None:
+        if not told.seeds.isdecimal() or int(told.seeds) < 1:
             print("error: --seeds needs a number of at least 1", file=sys.stderr)
             return 2
-        seeds = int(value[0])
-        del arguments[at : at + 2]
+        seeds = int(told.seeds)
     wanted = [argument for argument in arguments if argument in TABLES]
     if len(wanted) != 1 and not {"-h", "--help"} & set(arguments):
         print(f"error: name one table, {' or '.join(TABLES)}", file=sys.stderr)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MASK = "***"
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on GenAI traces
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # of the UI's side « Model training»
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
@@ -55,7 +55,11 @@ def tracking_uri(config: Config, storage: Place) -> str:
     Raises:
         ConfigError: there is no other store, and `storage` can hold no SQLite file.
     """
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage, "tracking.uri")
+    return absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage, "tracking.uri"))
+
+
+def absolute(uri: str) -> str:
+    """`uri`, a relative SQLite path in it made absolute."""
     path = uri.removeprefix("sqlite:///")
     if path == uri or path.startswith(("/", ":memory:", "file:")):
         return uri

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_s
 from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
+from raydistill.export.sampling import SHEETS
+from raydistill.runs import MASK, TrackingError, absolute, client_of, mask, sqlite_uri
 from raydistill.storage import Place
 
 PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
@@ -112,14 +115,17 @@ def _check_judged(items: list[Item]) -> None:
         try:
             parse(item.prompt)
         except ValueError as error:
-            raise PromptFileError(f"prompt {item.prompt_id}: {error}; leave out --metrics judge") from None
+            raise PromptFileError(
+                f"prompt {item.prompt_id}: {error}; the judge, which scores where no --metrics are named, reads no other: name "
+                "others, for example --metrics clipscore"
+            ) from None
 
 
 def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
     """The folder of pictures that set metrics compare with; of an earlier evaluation, its pictures.
 
     Raises:
-        ConfigError: it is missing, not asked for, or has fewer than two pictures.
+        ConfigError: it is missing, not asked for, has fewer than two pictures, or pictures of pictures.
     """
     wanted = [metric.name for metric in metrics if metric.name in SET_METRICS]
     if place is None:
@@ -132,6 +138,11 @@ def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
     if not wanted:
         raise ConfigError(f"--reference belongs to --metrics {' and '.join(SET_METRICS)}")
     folder = place / PICTURES if (place / SETTINGS_FILE).is_file() else place
+    if all((folder / name).is_file() for name in SHEETS):
+        raise ConfigError(
+            f"--reference {folder}: {' and '.join(SHEETS)}, which jobs/sample.py wrote beside its pictures, would count as two "
+            "of them; move them away"
+        )
     if len(pictures_in(folder)) < 2:
         raise ConfigError(
             f"--reference {folder}: a folder of at least two pictures is needed ({', '.join(PICTURE_SUFFIXES)})"
@@ -158,7 +169,7 @@ def open_folder(
         ConfigError: the folder holds an evaluation of other settings, or something else.
     """
     decides = {
-        "model": {k: v for k, v in asdict(subject).items() if k not in ("name", "run_id")},
+        "model": {k: v for k, v in asdict(subject).items() if k not in ("name", "run_id", "tracking_uri")},
         "weights": subject.fingerprint(),
         "dtype": resources.dtype,
         "items": hashlib.blake2b(
@@ -248,10 +259,10 @@ def run_evaluation(plan: Plan, done: Callable[[int], object] = lambda pictures: 
         if metric.command and parts.missing(metric.name):
             arguments = (str(plan.folder), parts.batch_size, metric.name, list(metric.command), str(Path.cwd()))
             run_once(run_command, *arguments, gpus=plan.resources.gpus)
-    table, columns = collect(plan, parts)
     for metric in plan.metrics:
         if metric.name in SET_METRICS:
-            table[ALL][metric.name] = _of_set(plan, parts, metric, run_once)
+            parts.write_set(metric.name, _of_set(plan, parts, metric, run_once))
+    table, columns = collect(plan, parts)
     finish(plan, table, columns)
     return table
 
@@ -268,12 +279,16 @@ def _of_set(plan: Plan, parts: Parts, metric: Metric, run_once: Callable[..., An
 
 
 def collect(plan: Plan, parts: Parts) -> tuple[dict[str, dict[str, float]], dict[str, list[float | None]]]:
-    """(means, columns) of all picture metrics that are complete in the folder, this call's and earlier ones."""
+    """(table, columns of picture metrics) of all that is complete in the folder, this call's metrics and earlier ones."""
     columns: dict[str, list[float | None]] = {}
     for name in plan.settings["metrics"]:
         if name not in SET_METRICS and not parts.missing(name):
             columns |= parts.read(name)
-    return mean_table(plan.items, columns), columns
+    table = mean_table(plan.items, columns)
+    for name in plan.settings["metrics"]:
+        if name in SET_METRICS and (value := parts.read_set(name)) is not None:
+            table[ALL][name] = value
+    return table, columns
 
 
 def finish(plan: Plan, table: dict[str, dict[str, float]], columns: dict[str, list[float | None]]) -> None:
@@ -303,6 +318,27 @@ def _grid(plan: Plan, shown: int = 32) -> Any:
 # -- MLflow -----------------------------------------------------------------------------------------------
 
 
+def store_of(named: str | None, subject: Subject, storage: Place) -> str:
+    """Where to log: as named, else where the run that made the model is, MLFLOW_TRACKING_URI, a SQLite file in `storage`.
+
+    Raises:
+        ConfigError: the run's own store needs a secret, which its configuration does not keep; or `storage` can hold no
+            SQLite file.
+    """
+    own, environment = subject.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
+    file = (own or "").removeprefix("sqlite:///")
+    if file.startswith("/") and not Path(file).is_file():  # the run's folder was moved, and came without it
+        own = None
+    if own is not None and MASK in own and named is None:
+        if environment is None:
+            raise ConfigError(
+                f"{subject.name}: its run is logged to {own}, and the secret is not kept: name it with --tracking-uri or "
+                "MLFLOW_TRACKING_URI"
+            )
+        own = None
+    return absolute(named or own or environment or sqlite_uri(storage, "--tracking-uri"))
+
+
 def log_results(
     plan: Plan, table: dict[str, dict[str, float]], uri: str, experiment: str, storage: Place
 ) -> tuple[str, str | None]:
@@ -311,11 +347,11 @@ def log_results(
     The same evaluation logs to the same run again. Returns (run id, id of the run above it or None).
 
     Raises:
-        TrackingError: the store cannot be used.
+        TrackingError: the store cannot be used, or went away before everything was sent.
     """
     from PIL import Image
 
-    from raydistill.runs import client_of
+    from raydistill.evaluation.summary import markdown
     from raydistill.tracking import Tracker, open_run, source_version
 
     client = client_of(uri)
@@ -332,10 +368,11 @@ def log_results(
               "start_timestep": subject.start_timestep, "guidance_scale": subject.guidance_scale,
               "prompts": plan.prompts.name, "count": len(plan.items), "seed": plan.settings["seed"],
               "reference": plan.reference}  # fmt: skip
+    found_by = {key: parent.data.tags[key] for key in ("teacher", "student") if parent and key in parent.data.tags}
     run_id = open_run(
         uri, experiment, f"{subject.name}/evaluation/{plan.prompts.name}", storage=storage,
         params={key: str(value) for key, value in params.items() if value is not None},
-        tags={"stage": "evaluation", "git_commit": source_version(), "evaluated": subject.title},
+        tags=found_by | {"stage": "evaluation", "git_commit": source_version(), "evaluated": subject.title},
         parent_run_id=parent_id, resume_run_id=resume,
     )  # fmt: skip
     logged = client.get_run(run_id).data.metrics
@@ -344,11 +381,13 @@ def log_results(
     replace_text(memory, json.dumps({"run_id": run_id, "parent": parent_id, "step": step}) + "\n")
     tracker = Tracker(uri, run_id)
     tracker.metrics(values, step)
+    tracker.note(markdown(table))
     for name in (SCORES_FILE, RESULTS_FILE, GRID_FILE):
         tracker.artifact(plan.folder / name)
     with Image.open(plan.folder / GRID_FILE) as picture:
         tracker.image(picture, "evaluation", 0)
-    tracker.finish()
+    if lost := tracker.finish():
+        raise TrackingError(f"{mask('uri', uri)}: {lost} entries of run {run_id} could not be logged")
     return run_id, parent_id
 
 

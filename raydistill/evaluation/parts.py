@@ -84,6 +84,18 @@ class Parts:
                 columns.setdefault(name, []).extend(values)
         return columns
 
+    def write_set(self, metric: str, value: float) -> None:
+        """Keep the one number that a metric has for all pictures together; an earlier one is replaced."""
+        replace_text(self._set_file(metric), json.dumps(value))
+
+    def read_set(self, metric: str) -> float | None:
+        """What `write_set` kept; None where it was never computed."""
+        file = self._set_file(metric)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def _set_file(self, metric: str) -> Path:
+        return self.folder / PARTS / metric / "set.json"
+
 
 Scorer = Callable[[list[str], list[str]], Scores]  # picture files, prompts -> scores
 

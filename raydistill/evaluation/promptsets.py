@@ -101,7 +101,7 @@ def open_prompts(
     if not path.exists():
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
         raise PromptFileError(f"{path}: no such file, and no set of that name; sets: {known}")
-    title = name if path.name in (name, "") or name in PUBLISHED or name in EMBEDDED else path.stem
+    title = name if name in PUBLISHED or name in EMBEDDED else path.resolve().stem
     if path.is_dir() or path.suffix.lower() == ".json":
         return _collected(title, path, column, category_column)
     return _tabular(title, path, column, category_column)

@@ -84,8 +84,7 @@ class ClipScorer:
         """[3, S, S], normalised."""
         with Image.open(file) as picture:
             picture = picture.convert("RGB")
-            factor = self.size / min(picture.size)
-            width, height = (max(self.size, int(side * factor)) for side in picture.size)
+            width, height = (self.size * side // min(picture.size) for side in picture.size)
             picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             left, top = (width - self.size) // 2, (height - self.size) // 2
             picture = picture.crop((left, top, left + self.size, top + self.size))
@@ -115,13 +114,10 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def judge_features(folder: str | Path, files: Sequence[str | Path], batch_size: int = 64) -> torch.Tensor:
-    """The judge's features [N, 128] of picture files."""
+def judge_features(folder: str | Path, files: Sequence[str | Path]) -> torch.Tensor:
+    """The judge's features [N, 128] of picture files, which may differ in size."""
     judge = Judge.load(present(folder))
-    parts = []
-    for start in range(0, len(files), batch_size):  # resized by `embed`, so pictures may differ in size
-        parts += [judge.embed(load_image(file)[None]) for file in files[start : start + batch_size]]
-    return torch.cat(parts)
+    return torch.cat([judge.embed(load_image(file)[None]) for file in files])
 
 
 def judge_frechet(folder: str, files: Sequence[str], reference: Sequence[str], threads: int | None = None) -> float:

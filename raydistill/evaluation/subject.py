@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from PIL.PngImagePlugin import PngInfo
 
 from raydistill.config import ConfigError, resolve
@@ -45,6 +46,7 @@ class Subject:
         start_timestep: of the single step; None: `steps` steps of the folder's own scheduler.
         guidance_scale: of classifier-free guidance, or embedded; 1 is none.
         run_id: MLflow run that made the model, where known.
+        tracking_uri: store that the configuration of that run names; None: none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Subject:
     steps: int
     guidance_scale: float
     run_id: str | None = None
+    tracking_uri: str | None = None
 
     @property
     def title(self) -> str:
@@ -97,7 +100,7 @@ def find_subject(
     """
     export = _find(model, storage, tracking_uri)
     space = load_space(export.folder)
-    run_id = _run_of(export, model)
+    run = (_run_of(export, model), _store_of(export))
     folder = str(Path(export.folder).resolve())
     if unet is not None:
         from raydistill.spaces.onestep import open_student
@@ -112,13 +115,13 @@ def find_subject(
             raise ConfigError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
         _one_step_only(steps, guidance_scale)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
-        return Subject(name, folder, str(weights.resolve()), start, 1, 1.0, run_id)
+        return Subject(name, folder, str(weights.resolve()), start, 1, 1.0)  # no run of MODEL made these weights
     start = _start_of(export) if steps in (None, 1) else None
     if start is not None:
         _one_step_only(steps, guidance_scale)
-        return Subject(export.name, folder, None, start, 1, 1.0, run_id)
+        return Subject(export.name, folder, None, start, 1, 1.0, *run)
     scale = space.default_guidance_scale if guidance_scale is None else guidance_scale
-    return Subject(export.name, folder, None, None, steps or DEFAULT_STEPS, scale, run_id)
+    return Subject(export.name, folder, None, None, steps or DEFAULT_STEPS, scale, *run)
 
 
 def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
@@ -160,6 +163,13 @@ def _run_of(export: Export, model: str) -> str | None:
     if export.run is not None and (export.run / "run.json").is_file():
         return json.loads((export.run / "run.json").read_text()).get("mlflow", {}).get("pipeline")
     return model if _RUN_ID.fullmatch(model) else None
+
+
+def _store_of(export: Export) -> str | None:
+    """`tracking.uri` of the run that made the export; its configuration may be another version's."""
+    file = export.run / "config.yaml" if export.run is not None else None
+    tree = yaml.safe_load(file.read_text()) if file is not None and file.is_file() else None
+    return ((tree or {}).get("tracking") or {}).get("uri")
 
 
 class Painter:

@@ -29,6 +29,7 @@ from raydistill.export.tensors import first_difference
 from raydistill.spaces import Space, load_space
 from raydistill.spaces.onestep import load_student
 
+SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
 SHEET_CELL = 256  # pixels a picture has at most on the contact sheet
 
 
@@ -243,7 +244,7 @@ class Album:
         rows = -(-len(self._images) // columns)
         blank = Image.new("RGB", self._images[0].size)
         filled = self._images + [blank] * (rows * columns - len(self._images))
-        files = [self.folder / "grid.png", self.folder / "sheet.png"]
+        files = [self.folder / name for name in SHEETS]
         make_image_grid(filled, rows, columns).save(files[0])
         grid(torch.stack(self._cells), self._captions, columns, title=title).save(files[1])
         return files

@@ -12,6 +12,7 @@ from raydistill.spaces import Space, load_space
 from raydistill.storage import Place, Remote, place, staged
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
+DOWNLOADS = "downloads"  # of storage
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -85,11 +86,15 @@ def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
         uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
     if uri is None:
         raise SourceError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")
-    return _of_artifacts(run_id, uri)
+    return _of_artifacts(run_id, uri, storage)
 
 
-def _of_artifacts(run_id: str, uri: str) -> Export:
-    """The `export` artifact of a run, or of the distillation that is nested in it; downloaded unless it is local."""
+def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
+    """The `export` artifact of a run, or of the distillation that is nested in it.
+
+    One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
+    then has one place, which every node sees.
+    """
     from raydistill.runs import client_of, mask, reason
 
     client = client_of(uri)
@@ -101,8 +106,17 @@ def _of_artifacts(run_id: str, uri: str) -> Export:
         runs = [run, *client.search_runs([run.info.experiment_id], nested)]
         for candidate in runs:
             if any(file.path == EXPORT_FOLDER for file in client.list_artifacts(candidate.info.run_id)):
-                place = {"artifact_path": EXPORT_FOLDER, "run_id": candidate.info.run_id, "tracking_uri": uri}
-                return Export(Path(download_artifacts(**place)), run.info.run_name or run_id)
+                made_by, name = candidate.info.run_id, run.info.run_name or run_id
+                artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
+                if candidate.info.artifact_uri.startswith(("file:", "/")):
+                    return Export(Path(download_artifacts(**artifact)), name)
+                place = storage / DOWNLOADS / made_by
+                if not place.is_dir():
+                    from raydistill.export.pipeline import replacing
+
+                    with replacing(place) as fresh:
+                        download_artifacts(**artifact, dst_path=str(fresh))
+                return Export(place / EXPORT_FOLDER, name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
         raise SourceError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
     raise SourceError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")

@@ -40,7 +40,7 @@ class Judge(nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, 128] features (also used for Fréchet distances)."""
         images = images.float()
-        if images.shape[-1] != RESOLUTION:
+        if images.shape[-2:] != (RESOLUTION, RESOLUTION):
             images = F.interpolate(images, size=RESOLUTION, mode="bilinear", antialias=True)
         return self.hidden(self.features(images))
 

@@ -23,7 +23,7 @@ from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage, StageFailed
 from raydistill.evaluation.promptsets import Item, open_prompts, read_items, write_items
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
-from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, load_image
+from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, judge_frechet, load_image
 from raydistill.evaluation.subject import Painter, find_subject, save_picture
 from raydistill.shapes import WEIGHTS, miniatures
 from raydistill.shapes.captions import Scene, evaluation_captions, parse
@@ -83,6 +83,25 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * root_trace
     assert frechet_distance(x, y) == pytest.approx(float(wanted), rel=1e-9)
     assert frechet_distance(y, x) == pytest.approx(float(wanted), rel=1e-9)
+
+
+def test_frechet_distance_of_picture_files_of_any_size(tmp_path):
+    captions = evaluation_captions(12)
+    images = render([parse(caption) for caption in captions], 64, seed=1)
+    sets = {}
+    for name, some in (("one", images[:6]), ("other", images[6:])):
+        (tmp_path / name).mkdir()
+        sets[name] = [tmp_path / name / f"{i}.png" for i in range(6)]
+        for item, file, image in zip(items_of(captions[:6]), sets[name], some, strict=True):
+            save_picture(file, image, item, "test")
+    tall = torch.nn.functional.interpolate(images[:1], size=(96, 64))[0]
+    save_picture(sets["one"][0], tall, items_of(captions)[0], "test")
+    judge = Judge.load(WEIGHTS / "judge")
+    features = [torch.cat([judge.embed(load_image(file)[None]) for file in files]) for files in sets.values()]
+    distance = judge_frechet(str(WEIGHTS / "judge"), sets["one"], sets["other"])
+    assert distance > 1
+    assert distance == pytest.approx(frechet_distance(*features))
+    assert judge_frechet(str(WEIGHTS / "judge"), sets["one"], sets["one"]) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(("x", "y"), [((1, 2), (3, 2)), ((3, 2), (3, 4)), ((3,), (3, 2))])
@@ -146,7 +165,9 @@ def clip_folder(tmp_path_factory) -> Path:
 def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_folder):
     captions = [SINGLE, PAIR, "a small green cross at the top on a black background"]
     items = items_of(captions)
-    images = torch.rand(3, 3, 40, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1  # wider than high
+    images = (
+        torch.rand(3, 3, 44, 99, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )  # 99 * (24 / 44) is a bit below 54
     folder = folder_of(tmp_path, items, images)
     files = [folder / "pictures" / item.file_name for item in items]
     scorer = ClipScorer(str(clip_folder))
@@ -157,20 +178,20 @@ def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_fol
     wanted = []
     for file, caption in zip(files, captions, strict=True):
         pixels = processor(Image.open(file), return_tensors="pt")["pixel_values"]
-        assert (scorer.pixels(file) - pixels[0]).abs().max() < 0.05
+        assert torch.equal(scorer.pixels(file), pixels[0])
         ids = CLIPTokenizer.from_pretrained(clip_folder)(caption, truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
             out = scorer.model(pixel_values=pixels, input_ids=ids["input_ids"])
         x, y = out.image_embeds[0].double(), out.text_embeds[0].double()
         wanted.append(float(100 * (x @ y / x.norm() / y.norm()).clamp_min(0)))
     assert max(wanted) > 1
-    assert scorer([str(f) for f in files], captions)["clipscore"] == pytest.approx(wanted, abs=0.5)
+    assert scorer([str(f) for f in files], captions)["clipscore"] == pytest.approx(wanted, abs=1e-3)
 
 
 # -- prompt sets ------------------------------------------------------------------------------------------
 
 
-def test_partiprompts_as_published_have_categories(tmp_path):
+def test_partiprompts_as_published_have_categories(tmp_path, monkeypatch):
     file = tmp_path / "PartiPrompts.tsv"
     file.write_text(PARTI)
     found = open_prompts(str(file), tmp_path)
@@ -185,6 +206,8 @@ def test_partiprompts_as_published_have_categories(tmp_path):
     other = open_prompts(str(file), tmp_path, category_column="Challenge")
     assert set(other.categories.values()) == {"Basic", "Complex"}
     assert open_prompts("parti", tmp_path).prompts.prompts == found.prompts.prompts  # by name, from the sets' folder
+    monkeypatch.chdir(tmp_path)
+    assert {open_prompts(name, tmp_path).name for name in (file.name, f"./{file.name}", str(file))} == {"PartiPrompts"}
     with pytest.raises(PromptFileError, match=r"no column 'Kind' \(--category-column\); the file has: 'Prompt'"):
         open_prompts(str(file), tmp_path, category_column="Kind")
     with pytest.raises(PromptFileError, match=r"no column 'text' \(--column\)"):
@@ -475,7 +498,7 @@ def test_prompts_the_judge_cannot_read_are_named(tmp_path, job):
     code, _, stderr = job(*START, "--prompts", file, "--storage", tmp_path)
     assert code == 2
     assert "prompt 2: not a caption of the shapes world: 'a photo of a dog'" in stderr
-    assert "leave out --metrics judge" in stderr
+    assert "name others, for example --metrics clipscore" in stderr
 
 
 def test_an_evaluation_of_other_settings_is_not_mixed_into_a_folder(tmp_path, job):
@@ -523,6 +546,51 @@ def test_a_metric_is_added_without_drawing_and_earlier_columns_stay(tmp_path):
     assert {"mean", "color", "mps.red"} <= set(columns)
     assert table[ALL]["mps.length"] == pytest.approx(sum(len(i.prompt) for i in first.items) / 3)
     assert pictures == {f.name: f.stat().st_mtime_ns for f in (parts.folder / "pictures").iterdir()}
+
+
+def test_the_distance_to_a_reference_stays_when_another_metric_is_added(tmp_path, monkeypatch):
+    from raydistill.evaluation import stream
+    from raydistill.evaluation.evaluate import run_evaluation
+
+    def here(parts, stages, done=None):  # as Ray Data would, in this process
+        for stage in stages:
+            work = Stage(str(parts.folder), parts.batch_size, stage.metric, stage.make, stage.arguments)
+            work(rows(*parts.batches))
+
+    monkeypatch.setattr(stream, "run_stages", here)
+    monkeypatch.setattr(stream, "run_once", lambda work, *arguments, **_: work(*arguments))
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for item, image in zip(items_of(["a"] * 4), render([parse(SINGLE)] * 4, 64, seed=0), strict=True):
+        save_picture(reference / item.file_name, image, item, "test")
+    namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
+
+    def results(*more):
+        arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "4", *map(str, more)]
+        plan = namespace["plan_of"](namespace["arguments_of"](arguments))
+        table = run_evaluation(plan)
+        assert json.loads((plan.folder / "results.json").read_text())["results"] == table
+        return table[ALL]
+
+    distance = results("--metrics", "frechet", "--reference", reference)["frechet"]
+    assert distance > 1
+    both = results("--metrics", "judge")
+    assert (both["frechet"], "mean" in both) == (distance, True)
+    (reference / items_of(["a"])[0].file_name).unlink()  # another reference: computed anew
+    again = results("--metrics", "frechet", "--reference", reference)
+    assert again["frechet"] != distance
+    assert again["mean"] == both["mean"]
+
+
+def test_sheets_of_sampled_pictures_are_no_reference(tmp_path, job):
+    (tmp_path / "drawn").mkdir()
+    for name in ("grid.png", "sheet.png", "00001-seed0.png"):
+        save_picture(tmp_path / "drawn" / name, torch.zeros(3, 8, 8), items_of(["a"])[0], "test")
+    code, _, stderr = job(
+        *START, "--metrics", "frechet", "--reference", tmp_path / "drawn", "--storage", tmp_path / "s"
+    )
+    assert code == 2
+    assert "grid.png and sheet.png, which jobs/sample.py wrote" in stderr
 
 
 def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
