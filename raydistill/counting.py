@@ -11,12 +11,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +36,7 @@ from raydistill.hub import cached
 from raydistill.model_configs import HUB_MODELS, write_folder
 from raydistill.spaces import Conditioning, Space, load_space
 from raydistill.spaces.base import diffusers_class
+from raydistill.spaces.lengths import text_lengths
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
@@ -255,23 +254,6 @@ def empty_text_encoders(space: Space) -> dict[str, nn.Module]:
             with torch.device("meta"):
                 encoders[part] = network_class(config, **settings).eval().requires_grad_(False)
     return encoders
-
-
-def text_lengths(space: Space) -> dict[str, int]:
-    """Tokens that each text encoder reads, as the family's `encode_prompts` asks for them."""
-    family = type(space).__name__
-    fixed = {"KolorsSpace": 256, "PixArtSigmaSpace": 300}
-    longest = {"FluxSpace": ("tokenizer_2", 512), "StableDiffusion3Space": ("tokenizer_3", 256)}
-    longest |= {"Flux2KleinSpace": ("tokenizer", 512), "ZImageSpace": ("tokenizer", 512)}
-    lengths = {}
-    for part, entry in space.index.items():
-        if part.startswith("tokenizer") and isinstance(entry, list) and entry[1] is not None:
-            settings = json.loads(Path(space.folder, part, "tokenizer_config.json").read_text())
-            length = settings["model_max_length"]
-            if longest.get(family, (None,))[0] == part:
-                length = min(length, longest[family][1])
-            lengths[part.replace("tokenizer", "text_encoder")] = fixed.get(family, length)
-    return lengths
 
 
 def conditioning_layout(space: Space) -> Layout:

@@ -5,8 +5,8 @@ prompt set's endless order (`PromptSet.at`), of which each worker reads its own 
 exactly once by construction, whatever the number of restarts, and of workers after each; a resume encodes nothing that
 was consumed before.
 
-Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), and one
-"role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such tensors travel as uint16.
+Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), cut (bool: longer than a
+role's text encoders read), and one "role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such tensors travel as uint16.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import transformers
 
 from raydistill.data.prompts import PromptSet
 from raydistill.spaces import Conditioning, Space, load_space
+from raydistill.spaces.lengths import are_cut
 
 if TYPE_CHECKING:  # imported where it is used: encoding alone needs no Ray
     import ray
@@ -33,6 +34,7 @@ if TYPE_CHECKING:  # imported where it is used: encoding alone needs no Ray
 
 CACHE_BYTES = 256 << 20  # encoded prompts each text encoder keeps
 MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
+CUT = "cut"
 CHUNK = 16  # prompts per forward of a text encoder
 
 Batch = dict[str, np.ndarray]
@@ -72,6 +74,10 @@ class TextEncoder:
             rows |= self._encode_chunk(missing[start : start + self.chunk])
         self._remember(rows)
         return {name: torch.stack([rows[prompt][name] for prompt in prompts]) for name in rows[prompts[0]]}
+
+    def are_cut(self, prompts: Sequence[str]) -> np.ndarray:
+        """Whether each prompt is longer than these text encoders read; bool [B]."""
+        return are_cut(self.space, self._text, prompts)
 
     def encode_unconditional(self) -> Conditioning:
         """One row [1, …] of every conditioning tensor: what classifier-free guidance contrasts prompts with."""
@@ -163,8 +169,9 @@ class PromptEncoder:
     def __call__(self, batch: Batch) -> Batch:
         """Batch with a "prompt" column -> the same with "role.name" columns."""
         prompts = [str(prompt) for prompt in batch["prompt"]]
-        columns = dict(batch)
+        columns = dict(batch) | {CUT: np.zeros(len(prompts), dtype=bool)}
         for role, encoder in self.encoders.items():
+            columns[CUT] |= encoder.are_cut(prompts)
             for name, value in encoder.encode(prompts).items():
                 columns[f"{role}.{name}"] = _to_numpy(value)
         return columns

@@ -27,12 +27,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.bridge.objective import Objective
 from raydistill.config import Config
+from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal, uniform
@@ -234,6 +236,8 @@ class Distiller:
         count = self.parts
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         self.consumed.append(ids.tolist())
+        if CUT in batch:
+            self._add("data/cut_prompts", float(np.sum(batch[CUT])))
         if len(ids) % count:
             raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {count} equal parts")
         roles = [columns_of(batch, role) for role in ("student", "teacher")]

@@ -397,6 +397,7 @@ class Observer:
         self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
         self.best, self.score = best, score
         self.collapse: str | None = None  # the alarm, while it lasts
+        self.told_of_cuts = False
         self.started = time.monotonic()
         self.samples = config.distill.batch_size * config.distill.steps
         evaluation, device = config.evaluation, distiller.device
@@ -451,6 +452,13 @@ class Observer:
         seconds = metrics["time/step"]
         metrics["throughput/samples_per_s"] = self.config.distill.workers * self.config.distill.batch_size / seconds
         metrics["throughput/workers"] = world
+        if metrics.get("data/cut_prompts") and not self.told_of_cuts:
+            self.told_of_cuts = True
+            print(
+                f"{self.stage.name}: update {step} has prompts that are longer than a text encoder reads; their ends are "
+                "lost (data/cut_prompts counts them)",
+                flush=True,
+            )
         drifted = self.distiller.guard.alarm
         self._alarm(step, drifted)
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from raydistill.counting import open_space
 from raydistill.data import encode
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list
 from raydistill.spaces import load_space
+from raydistill.spaces.lengths import are_cut, text_lengths
 
 PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
 
@@ -28,6 +30,7 @@ def test_columns_are_what_the_diffusers_pipelines_encode(encoder, sd_folder, flu
     assert set(batch) == {
         "prompt",
         "sample_id",
+        "cut",
         "student.prompt_embeds",
         "teacher.prompt_embeds",
         "teacher.pooled_prompt_embeds",
@@ -99,3 +102,28 @@ def test_unknown_role_is_named(encoder):
 def test_no_prompts_is_an_error(sd_folder):
     with pytest.raises(ValueError, match="no prompts"):
         encode_prompt_list(load_space(sd_folder), [])
+
+
+def test_prompts_that_a_role_reads_only_in_part_are_marked(encoder):
+    """The miniature tokenizers give every word a token, and both encoders read 20 with their marks."""
+    fits, long = "red " * 17, "red " * 30
+    assert encoder(batch_of([fits, long, "", "a"]))["cut"].tolist() == [False, True, False, False]
+
+
+def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole():
+    """SD 3.5: CLIP reads 77 tokens, T5 256."""
+
+    class Text:
+        def tokenizer(self, prompts, verbose):
+            return {"input_ids": [prompt.split() for prompt in prompts]}
+
+        tokenizer_2 = tokenizer_3 = tokenizer
+
+    space = open_space("stabilityai/stable-diffusion-3.5-medium")
+    assert sorted(text_lengths(space).values()) == [77, 77, 256]
+    assert are_cut(space, Text(), ["a " * 77, "a " * 200, "a " * 256, "a " * 257]).tolist() == [
+        False,
+        False,
+        False,
+        True,
+    ]

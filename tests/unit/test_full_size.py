@@ -21,6 +21,7 @@ from raydistill.config import CONFIGS, Config, load
 from raydistill.data.vae import resized
 from raydistill.model_configs import HUB_MODELS, write_folder
 from raydistill.spaces import Space, load_space
+from raydistill.spaces.lengths import text_lengths
 
 BATCH = 2
 TEACHERS = {  # channels, tokens and width of the text, pooled width, does the network see conditional and empty prompts
@@ -185,7 +186,7 @@ def test_text_encoders_give_what_the_network_takes(name):
     """Widths of all encoders of a family make up the width of its conditioning."""
     space = counting.open_space(load(CONFIGS / f"{name}_sd15.yaml").teacher.model)
     _, tokens, width, pooled, _ = TEACHERS[name]
-    lengths = counting.text_lengths(space)
+    lengths = text_lengths(space)
     configs = {part: space.part_config(part) for part in lengths}
     hidden = {part: c.get("d_model") or c.get("hidden_size") for part, c in configs.items()}
     made = {
