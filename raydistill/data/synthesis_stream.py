@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOM_PATIENCE_S = 60.0  # how long the actors may wait for resources where no node can be added
 RATE_WINDOW = 16  # requests over which the throughput is measured
 
 Watcher = Callable[[PairWriter, list[Place]], None]
@@ -226,34 +225,25 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
 
 
 def _wait_for_room(settings: Synthesis, samples: bool) -> None:
-    """Wait until there is room for all actors, and for a task that reads images, each of them whole on one node.
+    """Wait until there is room for all actors, and for a task that reads images.
 
     Ray Data reads images inside the actors where both reserve the same, so that reading needs its own room only beside
-    actors on GPUs. Where nodes may be added, Ray Data itself asks for them.
+    actors on GPUs.
 
     Raises:
-        SynthesisFailed: there is still none; Ray Data would wait for ever without a word.
+        SynthesisFailed: there is still none.
     """
-    actors = settings.encoders * (2 if samples else 1)
-    wanted = [{"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}] * actors
-    reader = not samples and settings.gpus_per_encoder > 0
-    wanted += [{"CPU": settings.cpus_per_encoder}] * reader
-    deadline = time.monotonic() + ROOM_PATIENCE_S
-    while not placement.autoscaler_present():
-        nodes = placement.free_resources(settings.node_labels)
-        have = "; ".join(f"{node.get('CPU', 0):.2f} CPU and {node.get('GPU', 0):.2f} GPU" for node in nodes)
-        if placement.place(wanted, nodes):
-            return
-        if time.monotonic() > deadline:
-            labels = ", ".join(f"{key}={value}" for key, value in settings.node_labels.items())
-            raise SynthesisFailed(
-                f"synthesis cannot be placed: {actors} actors need {settings.cpus_per_encoder:g} CPU and "
-                f"{settings.gpus_per_encoder:g} GPU each{', a reader of images as many CPU besides' if reader else ''}; "
-                f"free on the {len(nodes)} nodes{f' labelled {labels}' if labels else ''}: {have or 'nothing'}. Lower "
-                "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder, "
-                f"{'change synthesis.node_labels, ' if labels else ''}or add nodes"
-            )
-        time.sleep(1)
+    keys = "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder"
+    amounts, labels = {"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}, settings.node_labels
+    needs = [
+        placement.Need("the actors of synthesis", settings.encoders * (2 if samples else 1), amounts, keys, labels)
+    ]
+    if not samples and settings.gpus_per_encoder > 0:
+        needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
+    try:
+        placement.wait_for_room(needs)
+    except placement.NoRoom as error:
+        raise SynthesisFailed(str(error)) from None
 
 
 def _plain(error: RayError) -> Exception:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -16,6 +18,7 @@ from ray.util.placement_group import placement_group_table
 from raydistill.config import Teachers
 
 COORDINATOR_CPUS = 0.01
+ROOM_PATIENCE_S = 60.0  # how long actors may wait for resources where no node can be added
 
 
 def bundles(config: Teachers) -> list[dict[str, float]]:
@@ -57,6 +60,60 @@ def place(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float
         for kind, much in amounts.items():
             node[kind] = node.get(kind, 0) - much
     return True
+
+
+class NoRoom(RuntimeError):
+    """Actors found no nodes; says what was asked, what there is, and what would fit."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Equal actors, each of which must find all that it needs on one node."""
+
+    what: str  # "train workers"
+    count: int
+    amounts: Mapping[str, float]
+    keys: str  # settings that change the need, for the message
+    labels: Mapping[str, str] = field(default_factory=dict)  # that the nodes must carry
+
+
+def wait_for_room(needs: Sequence[Need], patience_s: float | None = None) -> None:
+    """Wait until all needs find room on the nodes as they are; where nodes may be added, Ray asks for them itself.
+
+    Args:
+        patience_s: default ROOM_PATIENCE_S.
+
+    Raises:
+        NoRoom: there is still none; Ray Train and Ray Data would wait for ever.
+    """
+    deadline = time.monotonic() + (ROOM_PATIENCE_S if patience_s is None else patience_s)
+    while not autoscaler_present():
+        free = available_resources_per_node()
+        nodes = [(node.get("Labels") or {}, dict(free.get(node["NodeID"], {}))) for node in labelled_nodes({})]
+        if (problem := lacking(needs, nodes)) is None:
+            return
+        if time.monotonic() > deadline:
+            raise NoRoom(problem)
+        time.sleep(1)
+
+
+def lacking(needs: Sequence[Need], nodes: Sequence[tuple[Mapping[str, str], dict[str, float]]]) -> str | None:
+    """What does not fit on nodes of these (labels, free resources), the first needs first; None: everything does."""
+    for need in needs:
+        fitting = [free for labels, free in nodes if need.labels.items() <= labels.items()]
+        have = "; ".join(f"{_floor(free.get('CPU', 0))} CPU and {_floor(free.get('GPU', 0))} GPU" for free in fitting)
+        placed = 0
+        while placed < need.count and place([need.amounts], fitting):
+            placed += 1
+        if placed < need.count:
+            each = " + ".join(f"{much:g} {kind}" for kind, much in need.amounts.items() if much)
+            labels = ", ".join(f"{key}={value}" for key, value in need.labels.items())
+            return (
+                f"{need.what} cannot be placed: asked for {need.count} of {each} each, room for {placed}; free on the "
+                f"{len(fitting)} node(s){f' labelled {labels}' if labels else ''}: {have or 'nothing'}. Lower {need.keys}"
+                f"{', change the labels' if labels else ''}, or add nodes"
+            )
+    return None
 
 
 def requested_against_available(config: Teachers) -> str:

@@ -33,7 +33,7 @@ from raydistill.data.synthesis import LocalTeacher, Recipe, encode_images, synth
 from raydistill.data.synthesis_stream import synthesise_on_ray
 from raydistill.diffusion.noise import uniform
 from raydistill.spaces import load_space
-from raydistill.teachers import service
+from raydistill.teachers import placement, service
 from raydistill.teachers.client import NonFiniteScores, TeacherClient, TeacherError
 
 pytestmark = pytest.mark.timeout(600)
@@ -230,14 +230,14 @@ def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, t
 
 
 def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, monkeypatch):
-    monkeypatch.setattr(synthesis_stream, "ROOM_PATIENCE_S", 0.0)
+    monkeypatch.setattr(placement, "ROOM_PATIENCE_S", 0.0)
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     told = recipe(spaces, open_images(tmp_path), count=1)
-    with pytest.raises(SynthesisFailed, match="3 actors need 0.2 CPU and 1 GPU each.* CPU and 0.00 GPU"):
-        synthesise_on_ray(told, tmp_path / "set", Synthesis(encoders=3, gpus_per_encoder=1))
     with pytest.raises(
-        SynthesisFailed, match="on the 0 nodes labelled role=none: nothing.*change synthesis.node_labels"
+        SynthesisFailed, match=r"asked for 3 of 0.2 CPU \+ 1 GPU each, room for 0; free on .* CPU and 0 GPU"
     ):
+        synthesise_on_ray(told, tmp_path / "set", Synthesis(encoders=3, gpus_per_encoder=1))
+    with pytest.raises(SynthesisFailed, match=r"on the 0 node\(s\) labelled role=none: nothing.*change the labels"):
         synthesise_on_ray(told, tmp_path / "set", Synthesis(node_labels={"role": "none"}))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydistill.teachers.placement import place
+from raydistill.teachers.placement import Need, lacking, place
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,22 @@ from raydistill.teachers.placement import place
 )
 def test_each_amount_needs_one_node_that_has_it_all(wanted, nodes, fits):
     assert place(wanted, nodes) is fits
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    workers = Need("train workers", 3, {"CPU": 2, "GPU": 1}, "distill.workers", {"role": "trainer"})
+    encoders = Need("text encoders", 2, {"CPU": 1, "GPU": 0}, "prompts.encoders")
+
+    def nodes(cpus: float, gpus: float):
+        return [({"role": "trainer"}, {"CPU": cpus, "GPU": gpus}), ({"role": "teacher"}, {"CPU": 8.0, "GPU": 8.0})]
+
+    assert lacking([workers, encoders], nodes(6, 3)) is None
+    assert lacking([workers, encoders], nodes(6, 2)) == (
+        "train workers cannot be placed: asked for 3 of 2 CPU + 1 GPU each, room for 2; free on the 1 node(s) labelled "
+        "role=trainer: 6 CPU and 2 GPU. Lower distill.workers, change the labels, or add nodes"
+    )
+    full = [({"role": "trainer"}, {"CPU": 7.5, "GPU": 3.0})]
+    assert lacking([workers, encoders], full) == (
+        "text encoders cannot be placed: asked for 2 of 1 CPU each, room for 1; free on the 1 node(s): 1.5 CPU and 0 GPU. "
+        "Lower prompts.encoders, or add nodes"
+    )
