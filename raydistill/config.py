@@ -432,18 +432,18 @@ def local_path(path: str) -> Path:
 def resolve(path: str) -> Path:
     """`local_path`, or the cached folder of a hub model `org/name[@revision]`.
 
-    `check_paths` downloads hub models when a run starts; here none is downloaded.
+    `check_paths` downloads hub models when a run starts; a node that does not share its cache does so here.
 
     Raises:
-        ConfigError: as `local_path`, or a hub model is not in this machine's cache.
+        ConfigError: as `local_path`, or a hub model cannot be fetched.
     """
     found = local_path(path)
     if found.exists():
         return found
-    from raydistill.hub import cached, is_hub_id
+    from raydistill.hub import is_hub_id, on_this_node
     from raydistill.storage import present
 
-    return cached(path) if is_hub_id(path) else present(found)
+    return on_this_node(path) if is_hub_id(path) else present(found)
 
 
 def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:

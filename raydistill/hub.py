@@ -1,14 +1,17 @@
-"""Models of the Hugging Face hub: downloaded once when a run starts, then read from the cache.
+"""Models of the Hugging Face hub: downloaded once a node, then read from the cache.
 
-The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). On several nodes it must lie on a file
-system that all of them see: the driver downloads, teachers and trainers only read. Weights are safetensors, never
-pickles. A token comes from HF_TOKEN, or from `hf auth login`; it is handed to the client by the client itself and
+The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). Where nodes share it, the driver downloads and
+all others only read; where each has its own disk, the first process of a node that needs a model fetches it and the others
+wait, so that a replica on a new node starts by itself. Weights are safetensors, never pickles. A token comes from HF_TOKEN, or from `hf auth login`; it is handed to the client by the client itself and
 appears in no message, file or log of this project.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from raydistill.config import ConfigError
@@ -19,6 +22,12 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revis
 ALLOWED = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
 VARIANTS = ["*.fp16.*", "*.fp16-*"]  # only taken where there is nothing else (Kolors)
 IGNORED = ["*.bf16.*", "*.non_ema.*", "safety_checker/*", "image_encoder/*", "vae_1_0/*"]
+
+
+# A file of a model in the cache of whichever node.
+SNAPSHOT = re.compile(
+    r".*/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?:/(?P<rest>.*))?"
+)
 
 
 def is_hub_id(text: str) -> bool:
@@ -42,11 +51,47 @@ def cached(model: str) -> Path:
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
     except LocalEntryNotFoundError:
-        raise ConfigError(
-            f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}; HF_HOME must be the same "
-            "folder on every node, where the driver has put it"
-        ) from None
+        raise ConfigError(f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}") from None
     return Path(folder)
+
+
+def on_this_node(model: str) -> Path:
+    """The folder of a hub model; fetched first where this node's cache lacks it, by one process while others wait.
+
+    Raises:
+        ConfigError: see `download`.
+    """
+    if not _mark(model).is_file():
+        with _locked(model):
+            if not _mark(model).is_file():
+                return download(model)
+    return cached(model)
+
+
+def counterpart(path: Path) -> Path:
+    """A path in the hub cache of another node, in this node's; other paths as they are. Raises as `on_this_node`."""
+    match = SNAPSHOT.fullmatch(str(path))
+    if match is None or path.exists():
+        return path
+    folder = on_this_node(f"{match['org']}/{match['name']}@{match['revision']}")
+    return folder / match["rest"] if match["rest"] else folder
+
+
+def _mark(model: str) -> Path:
+    """A file that says that all of the model is in the cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, ".raydistill", model.replace("/", "--"))
+
+
+@contextlib.contextmanager
+def _locked(model: str) -> Iterator[None]:
+    """One process of this node at a time; the lock goes with its holder."""
+    file = _mark(model).with_suffix(".lock")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def download(model: str) -> Path:
@@ -76,6 +121,9 @@ def download(model: str) -> Path:
         problem = f"the hub answers with status {error.response.status_code}"
     else:
         if (folder / "model_index.json").is_file():
+            mark = _mark(model)
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
             return folder
         problem = "not a diffusers pipeline (no model_index.json)"
     raise ConfigError(f"{model}: {problem}")

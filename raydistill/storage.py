@@ -246,14 +246,18 @@ def stage(uri: str) -> Path:
 
 
 def present(path: str | Path) -> Path:
-    """A path as another node gave it: what it has staged is staged here too, in the same version.
+    """A path as another node gave it: what it has staged, or fetched from the hub, is fetched here too, the same version.
 
     Raises as `stage`; ConfigError also where the objects have changed meanwhile.
     """
     path = Path(path)
     match = STAGED.fullmatch(str(path))
-    if match is None or path.exists():
+    if path.exists():
         return path
+    if match is None:
+        from raydistill.hub import counterpart
+
+        return counterpart(path)
     source = Remote(match["scheme"], match["key"])
     entries = _entries(source)
     if _digest(source, entries) != match["digest"]:

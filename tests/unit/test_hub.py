@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if "org/gated" in path:
             return self._send(403, X_Error_Code="GatedRepo", X_Error_Message="awaiting review")
-        if path in ("/api/models/org/kolors", "/api/models/org/kolors/revision/main"):
+        if path in ("/api/models/org/kolors", *(f"/api/models/org/kolors/revision/{name}" for name in ("main", SHA))):
             return self._send(200, json.dumps({"id": "org/kolors", "sha": SHA, "siblings": []}).encode())
         if path.startswith("/api/models/org/kolors/revision/"):
             return self._send(404, X_Error_Code="RevisionNotFound")
@@ -158,10 +159,35 @@ def test_what_cannot_be_fetched_is_said_in_one_line(model, endpoint, message, hu
     assert TOKEN not in done.stderr
 
 
-def test_without_a_cached_copy_a_worker_says_where_it_looked(hub, tmp_path):
-    done = ask("resolve('org/kolors')", hub, tmp_path)
-    assert f"nor in the hub cache {tmp_path / 'hub'}" in done.stderr
+def test_a_node_with_a_disk_of_its_own_fetches_a_model_once_for_all_its_processes(hub, tmp_path):
+    driver = ask("print(download('org/kolors'))", hub, tmp_path / "driver").stdout.strip()
+    sizes = len(Hub.seen)
+    # as the driver names the folder to a rank on another node, whose cache is elsewhere and empty
+    code = f"from raydistill.storage import present; print(present({driver!r} + '/unet/config.json'))"
+    with ThreadPoolExecutor(3) as pool:
+        there = list(
+            pool.map(
+                lambda _: ask(code.replace(str(tmp_path / "driver"), "/elsewhere"), hub, tmp_path / "node"), range(3)
+            )
+        )
+    assert {done.returncode for done in there} == {0}, there[0].stderr
+    (file,) = {Path(done.stdout.strip()) for done in there}
+    assert file == tmp_path / "node" / Path(driver).relative_to(tmp_path / "driver") / "unet" / "config.json"
+    assert file.read_bytes() == b"{}"
+    paths = [path for path, _ in Hub.seen[sizes:] if "/resolve/" in path and path.endswith("/unet/config.json")]
+    assert len(paths) <= 2, "its head and the file, once"
+    Hub.seen.clear()
+    assert ask(f"print(resolve('org/kolors@{SHA}'))", hub, tmp_path / "node").returncode == 0
     assert Hub.seen == []
+
+
+def test_a_copy_that_was_left_half_fetched_is_completed(hub, tmp_path):
+    folder = Path(ask("print(download('org/kolors'))", hub, tmp_path).stdout.strip())
+    (tmp_path / "hub" / ".raydistill" / "org--kolors").unlink()  # it was killed before the end
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    done = ask("print(resolve('org/kolors'))", hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("text", ["org/name", "black-forest-labs/FLUX.2-klein-base-4B", "org/name@v1.0"])
