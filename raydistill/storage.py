@@ -220,7 +220,8 @@ def cause(error: OSError, scheme: str) -> str:
     from raydistill.runs import reason
 
     text = reason(error)
-    hint = f"no credentials that allow it; they are read from {_CREDENTIALS[scheme]}: " if _DENIED.search(text) else ""
+    denied = _DENIED.search(text) or "OAuth2 access token" in text  # so GCS, without any
+    hint = f"no credentials that allow it; they are read from {_CREDENTIALS[scheme]}: " if denied else ""
     return hint + text
 
 

@@ -169,8 +169,8 @@ def test_a_store_that_refuses_says_which_credentials_are_read(folder, monkeypatc
 def test_a_store_that_is_away_is_no_wrong_input(folder, monkeypatch):
     monkeypatch.setattr(storage, "RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="cannot be read: .*Could not connect"):
-        resolve(f"{folder}/prompts.txt")
+    with pytest.raises(OSError, match="cannot be read: When .*Could not connect"):  # without advice on credentials
+        resolve(f"{folder}/access/token.txt")
 
 
 def test_file_uris_are_paths(tmp_path):
