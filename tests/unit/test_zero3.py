@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def _rank_process(rank: int, port: int, cases: list[Case], folder: str) -> None:
     from raydistill.spaces.flux import FluxSpace
     from raydistill.teachers import zero3
 
+    assert "mlflow" not in sys.modules  # a second of every rank's start
     store = torch.distributed.TCPStore("127.0.0.1", port, WORLD, rank == 0)
     zero3.init_process_group(rank, WORLD, store, torch.device("cpu"))
     found = []
