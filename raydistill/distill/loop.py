@@ -156,6 +156,7 @@ def _said(stage: str) -> Iterator[None]:
 
 
 def _train(stage: Stage) -> None:
+    from raydistill.data.encode import Early
     from raydistill.distill.losses import NonFiniteError
     from raydistill.teachers.request import NonFiniteScores
     from raydistill.tracking import SystemMetrics, Tracker
@@ -164,9 +165,10 @@ def _train(stage: Stage) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
+    batches = Early(_batches_from(config, _steps_done(), rank, world))  # encoders start while networks load
     distiller, submit = _assemble(stage, config, rank, world)
     first, best, score, stopped, collapse = _restore(distiller)
-    batches = distiller.batches = _batches_from(config, first, rank, world)
+    distiller.batches = batches
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
@@ -394,6 +396,17 @@ def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]
         state, about = load_state(Path(folder))
     distiller.load_state_dict(state)
     return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
+
+
+def _steps_done() -> int:
+    """Of the last checkpoint, whose tensors stay where they are."""
+    from raydistill.distill.state import load_about
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return load_about(Path(folder))["step"]
 
 
 def _checkpoint(

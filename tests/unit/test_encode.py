@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 
 from raydistill.data import encode
-from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list
+from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
 from raydistill.spaces import load_space
 
 PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
@@ -99,3 +101,31 @@ def test_unknown_role_is_named(encoder):
 def test_no_prompts_is_an_error(sd_folder):
     with pytest.raises(ValueError, match="no prompts"):
         encode_prompt_list(load_space(sd_folder), [])
+
+
+def test_the_first_batch_is_fetched_early_and_the_others_when_asked_for():
+    asked = threading.Event()
+    made = []
+
+    def batches():
+        for number in range(3):
+            made.append(number)
+            asked.set()
+            yield {"sample_id": np.array([number])}
+
+    early = Early(batches())
+    assert asked.wait(30)
+    assert [batch["sample_id"].item() for batch in early] == [0, 1, 2]
+    assert made == [0, 1, 2]
+    assert list(Early(iter(()))) == []
+
+
+def test_an_early_stream_that_fails_says_so_when_it_is_asked():
+    def batches():
+        raise ZeroDivisionError
+        yield
+
+    early = Early(batches())
+    with pytest.raises(ZeroDivisionError):
+        next(early)
+    early.close()
