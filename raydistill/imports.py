@@ -1,4 +1,4 @@
-"""Importing a library without an optional package of its that costs every process a second and is of no use here."""
+"""Importing a library without optional packages of its that cost every process a second and are of no use here."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def left_out(package: str) -> Iterator[None]:
-    """Whatever is imported in the block finds `package` not installed; one that is imported already stays.
+def left_out(*packages: str) -> Iterator[None]:
+    """Whatever is imported in the block finds these packages not installed; one that is imported already stays.
 
-    Only for libraries that do without it: any other raises ImportError.
+    Only for libraries that do without them: any other raises ImportError.
     """
-    if package in sys.modules:
-        yield
-        return
-    sys.modules[package] = None  # Python's own way to say that there is none
+    absent = [package for package in packages if package not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # None is Python's own way to say that there is none
     try:
         yield
     finally:
-        del sys.modules[package]
+        for package in absent:
+            del sys.modules[package]

@@ -11,7 +11,7 @@ from raydistill.imports import left_out
 
 def test_a_package_is_left_out_of_the_block_alone(monkeypatch):
     monkeypatch.delitem(sys.modules, "wave", raising=False)
-    with left_out("wave"), pytest.raises(ImportError):
+    with left_out("sys", "wave"), pytest.raises(ImportError):
         import wave
     import wave
 
