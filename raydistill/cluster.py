@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+
+from raydistill.beside import beside
 
 
 def quiet() -> None:
@@ -17,30 +20,57 @@ def quiet() -> None:
     logging.getLogger(cleaner).setLevel(logging.ERROR)
 
 
+# The environment of a cluster of our own, whose processes inherit it.
+OWN = {
+    # What `runtime_env` says in a cluster that runs already: said there, every worker process is started twice over,
+    # and none of those that Ray keeps ready can be used. (ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "raydistill.cluster.quiet",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each training; nobody takes this one node away
+}
+
+
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(meanwhile: Iterable[str] = ()) -> Iterator[None]:
     """Ray for the length of the block.
 
     Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
     machine and takes it down again.
+
+    Args:
+        meanwhile: modules that the block needs; they are imported while Ray starts.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
     quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    ray.init(
-        address="auto" if joins else "local",
-        include_dashboard=None if joins else False,
-        logging_level=logging.WARNING,
-        log_to_driver=True,
-        runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"},
-    )
+    imports = beside(lambda: [import_module(name) for name in meanwhile])
+    with _environment({} if joins else OWN):
+        ray.init(
+            address="auto" if joins else "local",
+            include_dashboard=None if joins else False,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"} if joins else None,
+        )
+        try:
+            imports.result()
+            yield
+        finally:
+            from ray import serve
+
+            if not joins:
+                serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those that are not set, for the length of the block."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= ours
     try:
         yield
     finally:
-        from ray import serve
-
-        if not joins:
-            serve.shutdown()
-        ray.shutdown()
+        for name in ours:
+            del os.environ[name]

@@ -66,7 +66,7 @@ def run_job(
 
     create_run_folder(run, config)
     try:
-        with connected(), leaving_on_sigterm():
+        with connected(meanwhile=("ray.serve", "raydistill.distill.loop")), leaving_on_sigterm():
             work(config, run, inputs)
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)

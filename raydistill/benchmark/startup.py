@@ -13,14 +13,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-PHASES = {  # what ends each phase: a file that appears in the run's folder, or a line that the job prints
-    "imports, configuration and checks": ("file", "config.yaml"),
-    "Ray, MLflow": ("line", "run "),
-    "until the stage begins": ("line", "— start teacher"),
-    "teacher service": ("line", "— teacher evaluation"),
-    "teacher's pictures": ("line", "— distill"),
-    "workers, networks, prompts, first evaluation": ("file", "distill/before.json"),
-    "first student update": ("file", "distill/progress.json"),
+EVENTS = {  # a file that appears in the run's folder, or a line that the job prints
+    "checked": ("file", "config.yaml"),
+    "connected": ("line", "run "),
+    "teachers begun": ("line", "— start teacher"),
+    "teachers ready": ("line", "— teacher evaluation"),
+    "teachers drew": ("file", "teacher.json"),
+    "trainers begun": ("line", "— distill"),
+    "start evaluated": ("file", "distill/before.json"),
+    "first update": ("file", "distill/progress.json"),
+}
+PHASES = {  # begins and ends with; some go on beside each other
+    "imports, configuration and checks": (None, "checked"),
+    "Ray, MLflow": ("checked", "connected"),
+    "teacher service": ("teachers begun", "teachers ready"),
+    "teacher's pictures": ("teachers ready", "teachers drew"),
+    "workers, networks, first evaluation": ("trainers begun", "start evaluated"),
+    "first student update": ("all ready", "first update"),
 }
 
 
@@ -37,8 +46,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"starts": starts, "imports": _imports()}
 
 
-def _start(evaluated: int) -> dict[str, float]:
-    """Seconds of each phase of one run of one step."""
+def _start(evaluated: int) -> dict[str, tuple[float, float]]:
+    """Seconds from the command to the beginning and the end of each phase of one run of one step."""
     script = Path(__file__).parents[2] / "jobs" / "distill.py"
     with tempfile.TemporaryDirectory(prefix="raydistill-startup-") as storage:
         folder = Path(storage, "start")
@@ -53,27 +62,30 @@ def _start(evaluated: int) -> dict[str, float]:
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
         reader = threading.Thread(target=lambda: lines.extend((time.perf_counter(), line) for line in job.stdout))
         reader.start()
-        waiting, ends = dict(PHASES), {}
+        waiting, ends = dict(EVENTS), {}
         while waiting and job.poll() is None:
-            for phase, (kind, name) in list(waiting.items()):
+            for event, (kind, name) in list(waiting.items()):
                 if kind == "file" and (folder / name).is_file():
-                    ends[phase] = time.perf_counter()
+                    ends[event] = time.perf_counter()
                 elif kind == "line":
                     found = next((at for at, line in list(lines) if line.startswith(name)), None)
                     if found is not None:
-                        ends[phase] = found
-                if phase in ends:
-                    del waiting[phase]
+                        ends[event] = found
+                if event in ends:
+                    del waiting[event]
             time.sleep(0.02)
         code = job.wait()
         reader.join()
         ended = time.perf_counter()
     if code or waiting:
         raise RuntimeError(f"the run ended with {code}:\n" + "".join(line for _, line in lines[-20:]))
-    seconds, before = {}, started
-    for phase in PHASES:
-        seconds[phase], before = ends[phase] - before, ends[phase]
-    return seconds | {"to the first step": before - started, "the whole run of one step": ended - started}
+    at = {None: 0.0} | {event: end - started for event, end in ends.items()}
+    at["all ready"] = max(at["teachers ready"], at["start evaluated"])
+    phases = {phase: (at[first], at[last]) for phase, (first, last) in PHASES.items()}
+    return phases | {
+        "to the first step": (0.0, at["first update"]),
+        "the whole run of one step": (0.0, ended - started),
+    }
 
 
 def _imports() -> dict[str, float]:
@@ -99,12 +111,14 @@ def table(result: dict[str, Any]) -> str:
     names = list(result["starts"][0])
     first = markdown(
         ("phase", *(f"start {i + 1}" for i in range(len(result["starts"])))),
-        [(name, *(f"{start[name]:.1f} s" for start in result["starts"])) for name in names],
+        [(name, *("{:.1f} – {:.1f} s".format(*start[name]) for start in result["starts"])) for name in names],
     )
     second = markdown(
         ("imports of", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in result["imports"].items()]
     )
-    notes = "A run of one step with few pictures; phases follow each other, none overlaps another in this table."
+    notes = (
+        "A run of one step with few pictures; seconds since the command. Phases go on beside each other where they can."
+    )
     return f"{first}\n\n{second}\n\n{notes}"
 
 

@@ -16,7 +16,8 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import transformers
 
+from raydistill.beside import beside
 from raydistill.data.prompts import PromptSet
 from raydistill.spaces import Conditioning, Space, load_space
 from raydistill.spaces.lengths import are_cut
@@ -250,7 +252,7 @@ def conditioned_batches(
     threads: int = 1,
     prefetch: int = 2,
     in_flight_bytes: int = 256 << 20,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches of the slots first … stop - 1 for one worker, in order; see the top of this file for the columns.
 
     Call it inside the worker that consumes the batches; closing the generator ends the encoders.
@@ -308,6 +310,28 @@ def conditioned_batches(
         yield from batches
     finally:
         batches.close()
+
+
+class Early(Iterator[Batch]):
+    """The batches of a generator, whose first is fetched from now on, in a thread, while the caller does other things."""
+
+    def __init__(self, batches: Generator[Batch]) -> None:
+        self._batches = batches
+        self._first: Future[Batch | None] | None = beside(lambda: next(batches, None))  # until it was asked for
+
+    def __next__(self) -> Batch:
+        """Raises StopIteration after the last one."""
+        if self._first is None:
+            return next(self._batches)
+        first, self._first = self._first.result(), None
+        if first is None:
+            raise StopIteration
+        return first
+
+    def close(self) -> None:
+        """End the generator; one whose first batch is still under way ends with the process, as nothing can stop it."""
+        if self._first is None or self._first.done():
+            self._batches.close()
 
 
 def _slots(first: int, stop: int, in_flight_bytes: int) -> ray.data.Dataset:

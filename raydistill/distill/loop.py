@@ -12,7 +12,8 @@ import logging
 import operator
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import ray
 import ray.train
 import torch
 
+from raydistill.beside import beside, result
 from raydistill.config import Config, resolve, validate
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
@@ -55,8 +57,11 @@ class Stage:
         return functools.reduce(operator.truediv, parts, place(self.folder))
 
 
-def launch(stage: Stage) -> dict[str, Any]:
+def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
+
+    Args:
+        needs: what runs beside it; the first failure there ends the wait for the stage, and is raised.
 
     Raises:
         DistillationFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
@@ -68,13 +73,13 @@ def launch(stage: Stage) -> dict[str, Any]:
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
-        _fit(stage, config)
+        _fit(stage, config, needs)
         if (reason := fatal(stage.path())) is not None:
             raise DistillationFailed(f"{stage.name}: {reason}")
     return json.loads(stage.path("result.json").read_text())
 
 
-def _fit(stage: Stage, config: Config) -> None:
+def _fit(stage: Stage, config: Config, needs: Sequence[Future[Any]]) -> None:
     """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
 
     Raises:
@@ -85,13 +90,16 @@ def _fit(stage: Stage, config: Config) -> None:
     losses = 0
     while True:
         try:
-            _trainer(stage, config).fit()
+            result(beside(_trainer(stage, config).fit), needs)
             return
         except TrainingFailedError as error:
             reasons = getattr(error, "worker_failures", None) or {"": error}
             texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
             raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
         except ray.exceptions.RayActorError as error:
+            for need in needs:
+                if need.done():
+                    need.result()  # which raises, if it was this one's
             losses += 1
             if losses > config.distill.max_failures >= 0:
                 raise DistillationFailed(f"{stage.name}: Ray Train's controller died {losses} times") from error
@@ -151,6 +159,7 @@ def _said(stage: str) -> Iterator[None]:
 
 
 def _train(stage: Stage) -> None:
+    from raydistill.data.encode import Early
     from raydistill.distill.losses import NonFiniteError
     from raydistill.teachers.request import NonFiniteScores
     from raydistill.tracking import SystemMetrics, Tracker
@@ -159,9 +168,10 @@ def _train(stage: Stage) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
+    batches = Early(_batches_from(config, _steps_done(), rank, world))  # encoders start while networks load
     distiller, submit = _assemble(stage, config, rank, world)
     first, best, score, stopped, collapse = _restore(distiller)
-    batches = distiller.batches = _batches_from(config, first, rank, world)
+    distiller.batches = batches
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
@@ -178,6 +188,8 @@ def _train(stage: Stage) -> None:
     try:
         if observer and first == 0:
             observer.before()
+        if submit and first < last:
+            submit.wait_for_start()
         for step in range(first + 1, last + 1):
             distillation_step(distiller, submit, config.fake_score.updates, config.distill.overlap)
             metrics = distiller.pop_metrics() | (submit.metrics() if submit else {})
@@ -331,6 +343,13 @@ class Teachers:
             ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, self.scale)
         )
 
+    def wait_for_start(self) -> None:
+        """Until the teachers are ready for the first time; the driver ends the run where they cannot be."""
+        from raydistill.teachers import users
+
+        while not users.ready(self.client.name):
+            time.sleep(0.2)
+
     def metrics(self) -> dict[str, float]:
         """Latency, busy fraction and queue of the service as this worker saw them, and its requests."""
         return self.client.metrics()
@@ -356,6 +375,17 @@ def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]
         state, about = load_state(Path(folder))
     distiller.load_state_dict(state)
     return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
+
+
+def _steps_done() -> int:
+    """Of the last checkpoint, whose tensors stay where they are."""
+    from raydistill.distill.state import load_about
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return load_about(Path(folder))["step"]
 
 
 def _due(config: Config, step: int, stopped: str | None, leave: bool) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from raydistill.beside import beside
 from raydistill.config import Config, flatten, resolve, validate
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Pipeline:
             tags=run_tags(config, stage),
             **more,
         )
+        self._alone = threading.Lock()  # of stages that go on beside each other
         self.open: list[str] = []  # MLflow runs that have not ended, the parent first
         self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
 
@@ -47,7 +51,8 @@ class Pipeline:
         """Open a run, or the same one again on a resume."""
         known = self.run.recall().get("mlflow", {})
         run_id = self._patiently(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
-        self.run.remember(mlflow=known | {stage: run_id})
+        with self._alone:
+            self.run.remember(mlflow=known | {stage: run_id})
         self.open.append(run_id)
         return run_id
 
@@ -80,8 +85,9 @@ class Pipeline:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
-            self.run.remember(seconds=self.seconds)
+            with self._alone:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
+                self.run.remember(seconds=self.seconds)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         from raydistill.tracking import Tracker
@@ -303,9 +309,10 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
     needs_pairs = needs_bridge or config.bridge.trainable
     needs_samples = needs_pairs or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
     results: dict[str, Any] = {}
-    with _teachers(pipeline, config, service):
-        with pipeline.timed("teacher evaluation"):
-            results["teacher"] = _evaluate_teacher(pipeline, service)
+    with _teachers(pipeline, config, service) as teachers:  # who start while the trainers do
+        pictures = beside(lambda: _evaluate_teacher(pipeline, service, teachers))
+        if needs_samples:
+            teachers.result()
         pairs = _synthesise(pipeline, service) if needs_samples else None
         bridge = _bridge(pipeline, pairs) if needs_bridge else config.bridge.checkpoint
         real = config.discriminator.real_data
@@ -318,17 +325,21 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
             real_folder,
             service if config.vsd.weight > 0 else None,
             pairs,
+            [teachers, pictures],
         )
         if "no_vsd" in config.controls:
             control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = _distillation(
                 pipeline, "no_vsd", control, str(resolve(bridge)) if bridge else None, real_folder, None, pairs
             )
+        results["teacher"] = pictures.result()
     if "shared_space" in config.controls:
         control = shared_space(config)
         shared = f"teacher-{run.name}-shared"
-        with _teachers(pipeline, control, shared):
-            results["shared_space"] = _distillation(pipeline, "shared_space", control, None, None, shared)
+        with _teachers(pipeline, control, shared) as teachers:
+            results["shared_space"] = _distillation(
+                pipeline, "shared_space", control, None, None, shared, needs=[teachers]
+            )
     return results
 
 
@@ -354,21 +365,33 @@ def shared_space(config: Config) -> Config:
 
 
 @contextmanager
-def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[None]:
-    """The teacher service for the length of the block."""
+def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[Future[None]]:
+    """The teacher service for the length of the block, which begins at once: what is yielded is done when they are ready.
+
+    Its failure is a TeacherStartError; a block that needs teachers, or waits for what does, must look at it.
+    """
     from raydistill.teachers import users
 
-    start = users.attach if name == config.teachers.service else users.start
-    with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
-        start(str(resolve(config.teacher.model)), config.teachers, name)  # leaves nothing behind if it fails
+    given_up = threading.Event()
+
+    def start() -> None:
+        how = users.attach if name == config.teachers.service else users.start
+        with pipeline.timed("start " + name.replace(f"teacher-{pipeline.run.name}", "teacher")):
+            # leaves nothing behind if it fails
+            how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
+
+    teachers = beside(start)
     try:
-        yield
+        yield teachers
     finally:
-        users.release(name)
+        given_up.set()
+        wait([teachers])
+        if teachers.exception() is None:
+            users.release(name)
 
 
-def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
-    """The teacher's row of the table; drawn once a run."""
+def _evaluate_teacher(pipeline: Pipeline, service: str, teachers: Future[None]) -> dict[str, float]:
+    """The teacher's row of the table; drawn once a run, when its teachers are ready."""
     import json
 
     from raydistill.distill.load import guidance_scale
@@ -379,12 +402,15 @@ def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
     config, folder = pipeline.config, pipeline.run.path
     if (folder / "teacher.json").is_file():
         return json.loads((folder / "teacher.json").read_text())
-    space = pipeline.inputs.teacher
-    fixed = FixedPrompts(pipeline.inputs.held_out, config.evaluation.count, config.evaluation.seed)
-    client = TeacherClient(service, config.teachers)
-    pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
-    save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
-    (folder / "teacher.json").write_text(json.dumps(table))
+    teachers.result()
+    with pipeline.timed("teacher evaluation"):
+        space = pipeline.inputs.teacher
+        fixed = FixedPrompts(pipeline.inputs.held_out, config.evaluation.count, config.evaluation.seed)
+        client = TeacherClient(service, config.teachers)
+        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
+        save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
+        (folder / "teacher.tmp").write_text(json.dumps(table))
+        (folder / "teacher.tmp").replace(folder / "teacher.json")
     return table
 
 
@@ -393,7 +419,8 @@ def _pairs_alone(pipeline: Pipeline) -> str:
     config, service = pipeline.config, pipeline.config.teachers.service or f"teacher-{pipeline.run.name}"
     if config.bridge.pairs is not None or config.synthesis.images is not None:
         return _synthesise(pipeline, None)
-    with _teachers(pipeline, config, service):
+    with _teachers(pipeline, config, service) as teachers:
+        teachers.result()
         return _synthesise(pipeline, service)
 
 
@@ -464,7 +491,9 @@ def _distillation(
     real: str | None,
     service: str | None,
     pairs: str | None = None,
+    needs: Sequence[Future[Any]] = (),
 ) -> dict[str, Any]:
+    """`needs`: what runs beside it, and without which it is in vain."""
     from raydistill.distill.loop import Stage, launch
 
     with pipeline.timed(name):
@@ -479,7 +508,7 @@ def _distillation(
             pipeline.uri,
             pipeline.stage_run(config, name),
         )
-        result = launch(stage)
+        result = launch(stage, needs)
         pipeline.finish(stage.mlflow_run)
     return result
 

@@ -58,5 +58,16 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], saved["about"]
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
-        what = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error
+        raise _damaged(folder, error) from error
+
+
+def load_about(folder: Path) -> dict[str, Any]:
+    """The second half of `load_state`, without reading the tensors. Raises CheckpointError naming the folder."""
+    try:
+        return torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=True)["about"]
+    except Exception as error:  # noqa: BLE001 (as above)
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: damaged or incomplete checkpoint ({type(error).__name__}: {error})")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -271,16 +272,22 @@ def exists(name: str) -> bool:
     return application is not None and application.status not in ("DEPLOY_FAILED", "DELETING")
 
 
-def wait_until_ready(config: Teachers, name: str, patient: bool = False) -> None:
+def wait_until_ready(
+    config: Teachers, name: str, patient: bool = False, given_up: threading.Event | None = None
+) -> None:
     """Second half of `start`. Raises TeacherStartError, with nothing left running.
 
-    `patient`: a service of another run; it is left alone.
+    Args:
+        patient: a service of another run; it is left alone.
+        given_up: once set, it is not waited for any longer.
     """
     started = logged = pending_since = time.monotonic()
+    given_up = given_up or threading.Event()
     patience = config.start_timeout_s if placement.autoscaler_present() else PLACEMENT_PATIENCE_S
     try:
         while (state := _state(name)) != "RUNNING":
-            time.sleep(0.2)
+            if given_up.wait(0.2):
+                raise TeacherStartError(f"teacher {name} is not needed any more")
             now = time.monotonic()
             waiting = placement.pending_groups(name)
             pending_since = pending_since if waiting else now

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from raydistill.imports import left_out
 from raydistill.teachers.request import Payload, TeacherError, rows_from_wire
 
 if TYPE_CHECKING:  # torch must be imported after the environment is set
@@ -34,9 +35,13 @@ class TeacherRank:
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-        # All ranks import at once, rather than the others after rank 0 has said where to meet.
-        import raydistill.spaces  # noqa: F401
-        import raydistill.teachers.zero3  # noqa: F401
+        # All ranks import at once, rather than the others after rank 0 has said where to meet. A rank runs one network:
+        # for text encoders and LoRAs diffusers would import for most of another second.
+        with left_out("transformers", "peft"):
+            import diffusers.models.modeling_utils  # noqa: F401 (what every network begins with)
+
+            import raydistill.spaces
+            import raydistill.teachers.zero3  # noqa: F401
 
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 

@@ -32,8 +32,11 @@ EVERY, SAMPLE = 1 << 20, 1 << 12  # of every EVERY bytes of a weight file so man
 DECIDE_NUMBERS = ("dtype", "slice", "shards", "threads_per_rank")
 
 
-def start(model_folder: str, config: Teachers, name: str) -> None:
+def start(model_folder: str, config: Teachers, name: str, given_up: threading.Event | None = None) -> None:
     """As `service.start`, for this driver; a service that it finds running just as it would start it is taken over.
+
+    Args:
+        given_up: set by whoever does not need it any more, while it starts.
 
     Raises:
         TeacherStartError: see `service.start`; or other living runs use a service of this name that is another one.
@@ -45,7 +48,8 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
     try:
         if told == _description(name) and service.exists(name):
             log.info("teacher %s: found running, taken over", name)
-            service.wait_until_ready(config, name, patient=bool(others))
+            service.wait_until_ready(config, name, patient=bool(others), given_up=given_up)
+            _put(name, "ready/" + _me(), "")
             return
         if others:
             raise TeacherStartError(
@@ -55,7 +59,8 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
         _internal_kv_del(f"{name}/description", namespace=NAMESPACE)  # of what is replaced now
         service.launch(model_folder, config, name)
         _put(name, "description", json.dumps(told))
-        service.wait_until_ready(config, name)
+        service.wait_until_ready(config, name, given_up=given_up)
+        _put(name, "ready/" + _me(), "")
     except BaseException:
         _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
         if not living(name):
@@ -63,8 +68,8 @@ def start(model_folder: str, config: Teachers, name: str) -> None:
         raise
 
 
-def attach(model_folder: str, config: Teachers, name: str) -> None:
-    """Use the running service `name` that another run started.
+def attach(model_folder: str, config: Teachers, name: str, given_up: threading.Event | None = None) -> None:
+    """Use the running service `name` that another run started. `given_up`: see `start`.
 
     Raises:
         TeacherStartError: there is none, or its answers would not be those of this teacher and these settings.
@@ -72,7 +77,8 @@ def attach(model_folder: str, config: Teachers, name: str) -> None:
     _put(name, "user/" + _me(), "")  # first, so that the last other user leaves it standing
     try:
         _check_same(_describe(model_folder, config), name)
-        service.wait_until_ready(config, name, patient=True)
+        service.wait_until_ready(config, name, patient=True, given_up=given_up)
+        _put(name, "ready/" + _me(), "")
     except BaseException:
         _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
         raise
@@ -99,10 +105,16 @@ def _check_same(wanted: dict[str, Any], name: str) -> None:
 
 def release(name: str) -> None:
     """This driver does not need the service any more; if no other living driver does, it is stopped."""
-    _internal_kv_del(f"{name}/user/{_me()}", namespace=NAMESPACE)
+    for key in ("ready", "user"):
+        _internal_kv_del(f"{name}/{key}/{_me()}", namespace=NAMESPACE)
     if not living(name):
         service.stop(name)
         forget(name)
+
+
+def ready(name: str) -> bool:
+    """In a driver and its workers: whether `start` or `attach` of this driver is done, and `release` still to come."""
+    return _internal_kv_get(f"{name}/ready/{_me()}", namespace=NAMESPACE) is not None
 
 
 def living(name: str) -> set[str]:

@@ -11,14 +11,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed
-import deepspeed.ops
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
+from raydistill.imports import left_out
 from raydistill.spaces.base import ModelFolderError, Space, diffusers_class, weight_files
+
+with left_out("mlflow"):  # for its autotuner's own logs
+    import deepspeed
+import deepspeed.ops
 
 # Layers no larger than this stay gathered on every rank, up to 1/200 of the network in all: a norm or a bias costs
 # more to gather than to keep.

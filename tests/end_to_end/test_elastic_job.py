@@ -8,11 +8,12 @@ import time
 
 import numpy as np
 import pytest
+from jobs_started import JOB_S, TEST_S
 
 from raydistill.benchmark.world import World
 from raydistill.distill.record import consumed_by_all, read_lines, step_file
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(TEST_S)
 BATCH, FAKE_UPDATES = 2, 1
 SETTINGS = (
     "distill.steps=100000",  # more than there is time for: SIGTERM ends it
@@ -41,7 +42,7 @@ def test_a_lost_node_costs_a_worker_and_no_prompt_and_runs_share_teachers(tmp_pa
         settings = (*SETTINGS, *stored, "run.name=elastic")
         job = world.start_job("distill", settings, log)
 
-        def until(reached, seconds: float = 500) -> None:
+        def until(reached, seconds: float = JOB_S) -> None:
             deadline = time.monotonic() + seconds
             while not reached():
                 assert job.poll() is None, log.read_text()
@@ -60,19 +61,19 @@ def test_a_lost_node_costs_a_worker_and_no_prompt_and_runs_share_teachers(tmp_pa
         world.add_node()
         until(lambda: worlds()[-1] == 2)
 
-        assert other.wait(timeout=500) == 0, other_log.read_text()
+        assert other.wait(timeout=JOB_S) == 0, other_log.read_text()
         done = lines()[-1]["step"]
         until(lambda: lines()[-1]["step"] > done + 1)  # whose teachers the other run has left alone
 
         job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=120) == 75, log.read_text()
+        assert job.wait(timeout=JOB_S) == 75, log.read_text()
         assert "a checkpoint was written" in log.read_text()
         assert world.titled("ray::TeacherRank") == []
         reached = lines()[-1]["step"]
         assert json.loads((tmp_path / "elastic" / "distill" / "progress.json").read_text())["step"] == reached
 
         job = world.start_job("distill", (*settings, f"distill.steps={reached + 2}"), log)
-        assert job.wait(timeout=500) == 0, log.read_text()
+        assert job.wait(timeout=JOB_S) == 0, log.read_text()
     assert worlds()[0] == worlds()[-1] == 2
     assert [line["step"] for line in lines()[-2:]] == [reached + 1, reached + 2], "no update is done again"
     ids = np.sort(consumed_by_all(folder))

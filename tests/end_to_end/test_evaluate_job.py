@@ -1,21 +1,14 @@
 """jobs/evaluate.py as a user starts it: killed and gone on with, in parquet, JSON and MLflow."""
 
-import contextlib
 import json
-import os
-import subprocess
 import sys
-import time
-import uuid
-from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from jobs_started import ROOT, TEST_S, command, running, whole
 
-ROOT = Path(__file__).resolve().parents[2]
-MARK = "RAYDISTILL_TEST_JOB"
+pytestmark = pytest.mark.timeout(TEST_S)
 COUNT, BATCH = 120, 2
 SCORER = """
 import json, sys
@@ -23,37 +16,6 @@ for line in open(sys.argv[1]):
     row = json.loads(line)
     open(sys.argv[2], "a").write(json.dumps({"id": row["id"], "score": len(row["prompt"])}) + "\\n")
 """
-
-
-def processes(mark):
-    """Live processes that inherited the mark."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-@pytest.fixture
-def start(tmp_path):
-    """`start(*arguments)` -> a process of its own; nothing of it is left at the end."""
-    marks, environment = [], {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
-
-    def begin(*arguments):
-        marks.append(uuid.uuid4().hex)
-        command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), *map(str, arguments)]
-        log = (tmp_path / f"{len(marks)}.log").open("w")
-        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment | {MARK: marks[-1]})
-
-    yield begin
-    deadline = time.monotonic() + 20  # Ray ends its own processes when their driver is gone
-    for mark in marks:
-        while processes(mark) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for process in processes(mark):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
 
 
 @pytest.fixture
@@ -78,46 +40,44 @@ def storage(tmp_path):
     return folder
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_results_under_the_run_that_made_the_model(tmp_path, storage, start):
+def test_a_killed_evaluation_goes_on_to_the_same_results_under_the_run_that_made_the_model(tmp_path, storage):
     (tmp_path / "score.py").write_text(SCORER)
     prompts = tmp_path / "prompts.csv"
     captions = (ROOT / "raydistill/shapes/weights/heldout.txt").read_text().splitlines()
     rows = [f"{caption},{'even' if i % 2 else 'odd'}" for i, caption in enumerate(captions)]
     prompts.write_text("\n".join(["prompt,category", *rows]) + "\n")
-    command = f"command:length={sys.executable} {tmp_path}/score.py"
+    scorer = f"command:length={sys.executable} {tmp_path}/score.py"
     common = ["mine", "--storage", storage, "--prompts", prompts, "--count", COUNT, "--batch-size", BATCH,
-              "--metrics", "judge", command]  # fmt: skip
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+              "--metrics", "judge", scorer]  # fmt: skip
+    killed, undisturbed = tmp_path / "killed", tmp_path / "whole"
 
-    job = start(*common, "--out", killed)
-    deadline = time.monotonic() + 120
-    while not list((killed / "parts" / "judge").glob("*.json")):
-        assert job.poll() is None, (tmp_path / "1.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    job.kill()
-    job.wait()
-    done = {file.name: file.stat().st_mtime_ns for file in (killed / "parts" / "judge").glob("*.json")}
+    with running(tmp_path, command("evaluate", *common, "--out", killed)) as job:
+        job.until(lambda: list((killed / "parts" / "judge").glob("*.json")), pause=0.01)
+        job.process.kill()
+        job.process.wait()
+        done = {file.name: file.stat().st_mtime_ns for file in (killed / "parts" / "judge").glob("*.json")}
     assert 0 < len(done) < COUNT // BATCH
     assert not (killed / "scores.parquet").exists()
 
-    assert start(*common, "--out", killed).wait(200) == 0, (tmp_path / "2.log").read_text()
+    code, text = whole(tmp_path, command("evaluate", *common, "--out", killed))
+    assert code == 0, text
     again = {name: (killed / "parts" / "judge" / name).stat().st_mtime_ns for name in done}
     assert again == done  # what was there is not made again
-    assert start(*common, "--out", whole).wait(200) == 0, (tmp_path / "3.log").read_text()
+    code, text = whole(tmp_path, command("evaluate", *common, "--out", undisturbed))
+    assert code == 0, text
 
-    first, second = (pq.read_table(folder / "scores.parquet") for folder in (killed, whole))
+    first, second = (pq.read_table(folder / "scores.parquet") for folder in (killed, undisturbed))
     assert first.equals(second)
     assert len(first) == COUNT
     assert {"prompt", "prompt_id", "seed", "category", "mean", "all", "color", "relation", "length"} <= set(
         first.column_names
     )
-    names = {file.name for file in (whole / "pictures").iterdir()}
+    names = {file.name for file in (undisturbed / "pictures").iterdir()}
     assert len(names) == COUNT
-    assert all((killed / "pictures" / n).read_bytes() == (whole / "pictures" / n).read_bytes() for n in names)
+    assert all((killed / "pictures" / n).read_bytes() == (undisturbed / "pictures" / n).read_bytes() for n in names)
 
     results = json.loads((killed / "results.json").read_text())["results"]
-    assert results == json.loads((whole / "results.json").read_text())["results"]
+    assert results == json.loads((undisturbed / "results.json").read_text())["results"]
     assert set(results) == {"all prompts", "even", "odd"}
     scores = first.to_pydict()
     assert results["all prompts"]["mean"] == pytest.approx(sum(scores["mean"]) / COUNT)

@@ -1,18 +1,15 @@
 """jobs/train_bridge.py --ablate as a user starts it: two-step trainings in the embedded world."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from jobs_started import TEST_S, command, whole
 
 from raydistill.bridge.ablation import TABLES, VARIANTS
 from raydistill.data.pairs import write_pairs
 
-ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(TEST_S)
 
 
 @pytest.fixture
@@ -25,23 +22,23 @@ def pairs(tmp_path):
 
 
 def ablate(storage, pairs):
-    command = [
-        sys.executable, str(ROOT / "jobs" / "train_bridge.py"), "--ablate", f"storage={storage}", "run.name=ablation",
-        f"bridge.pairs={pairs}", "bridge.steps=2", "bridge.ablation_seeds=1", "bridge.batch_size=4",
-        "bridge.embed_dim=16", "bridge.depths=[2]", "distill.cpus_per_worker=1",
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    """(exit code, what it printed)"""
+    settings = (
+        f"storage={storage}", "run.name=ablation", f"bridge.pairs={pairs}", "bridge.steps=2", "bridge.ablation_seeds=1",
+        "bridge.batch_size=4", "bridge.embed_dim=16", "bridge.depths=[2]", "distill.cpus_per_worker=1",
+    )  # fmt: skip
+    return whole(storage, command("train_bridge", "--ablate", *settings))
 
 
 def test_an_ablation_trains_every_variant_and_goes_on_with_what_is_missing(tmp_path, pairs):
     import mlflow
 
-    done = ablate(tmp_path, pairs)
-    assert done.returncode == 0, done.stderr
+    code, text = ablate(tmp_path, pairs)
+    assert code == 0, text
     file = tmp_path / "ablation" / "ablation.json"
     first = json.loads(file.read_text())
     assert first["rows"].keys() == {variant.name for variant in VARIANTS}
-    assert all(f"| {table} |" in done.stdout for table in TABLES)
+    assert all(f"| {table} |" in text for table in TABLES)
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     parent = client.get_run(first["mlflow_run_id"])
@@ -53,9 +50,9 @@ def test_an_ablation_trains_every_variant_and_goes_on_with_what_is_missing(tmp_p
     cells = {path.name: path.read_bytes() for path in (tmp_path / "ablation" / "ablation").glob("*.json")}
     file.unlink()
     (tmp_path / "ablation" / "ablation" / "full-seed0.json").unlink()
-    again = ablate(tmp_path, pairs)
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("-seed0: eval/psnr") + again.stderr.count("-seed0: eval/psnr") == 1
+    code, text = ablate(tmp_path, pairs)
+    assert code == 0, text
+    assert text.count("-seed0: eval/psnr") == 1
     second = json.loads(file.read_text())
     assert second["rows"] == first["rows"]
     others = {path.name: path.read_bytes() for path in (tmp_path / "ablation" / "ablation").glob("*.json")}

@@ -23,7 +23,7 @@ from raydistill.spaces import load_space
 from raydistill.teachers import service
 from raydistill.teachers.client import ScoreRequest, TeacherClient
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 MARK = "RAYDISTILL_TEST_CLUSTER"
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 LABELS = {"role": "teacher"}

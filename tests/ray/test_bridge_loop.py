@@ -23,7 +23,7 @@ from raydistill.data.pairs import PairsError, write_pairs
 from raydistill.spaces import load_space
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def training_worker():
     return None
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
     ray_cluster, pairs_folder, sd_folder, flux_folder, tmp_path
 ):

@@ -36,7 +36,7 @@ from raydistill.spaces import load_space
 from raydistill.teachers import placement, service
 from raydistill.teachers.client import NonFiniteScores, TeacherClient, TeacherError
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[2]
 TEACHERS = Teachers(shards=2, slice=2, cpus_per_rank=0.1, start_timeout_s=400)
 PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")]

@@ -17,7 +17,7 @@ from raydistill.teachers import service
 from raydistill.teachers.client import NonFiniteScores, ScoreRequest, TeacherClient, TeacherError, TeacherUnavailable
 from raydistill.teachers.request import TeacherStartError
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 CONFIG = Teachers(shards=2, slice=4, cpus_per_rank=0.1, start_timeout_s=400)
 WIDTHS = {"flux": {"prompt_embeds": (20, 64), "pooled_prompt_embeds": (64,)}, "sd": {"prompt_embeds": (20, 64)}}
 

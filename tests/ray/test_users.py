@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,7 +19,7 @@ from raydistill.teachers import service, users
 from raydistill.teachers.client import ScoreRequest, TeacherClient
 from raydistill.teachers.request import TeacherStartError
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 CONFIG = Teachers(shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=200, linger_s=600)
 NAME = "teacher-shared"
 
@@ -107,6 +108,7 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     assert len(users.living(NAME)) == 1
     elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
     users.attach(str(elsewhere), CONFIG, NAME)
+    assert users.ready(NAME)
     expected = score(sd_folder)
     assert len(users.living(NAME)) == 2
 
@@ -118,6 +120,7 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     resumed = other("start", sd_folder)
     assert pids() == ranks, "a resumed run takes its service over as it is"
     users.release(NAME)
+    assert not users.ready(NAME)
     assert running(), "the other one still uses it"
     resumed.stdin.close()
     assert resumed.stdout.readline() == "left\n"
@@ -132,3 +135,14 @@ def test_a_service_that_only_crashed_runs_used_is_taken_down(other, sd_folder):
     run.send_signal(signal.SIGKILL)
     until(lambda: not running())
     until(lambda: users.services() == [] and not keepers())
+
+
+def test_a_start_that_nobody_needs_any_more_leaves_nothing(ray_cluster, sd_folder):
+    given_up = threading.Event()
+    given_up.set()
+    with pytest.raises(TeacherStartError, match="teacher-shared is not needed any more"):
+        users.start(str(sd_folder), CONFIG, NAME, given_up)
+    assert not users.ready(NAME)
+    assert not running()
+    assert users.services() == []
+    until(lambda: not keepers())

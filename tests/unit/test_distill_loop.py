@@ -10,18 +10,22 @@ import itertools
 import json
 import shutil
 import socket
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 
+from raydistill.beside import beside
 from raydistill.config import load, validate
 from raydistill.distill import loop
 from raydistill.distill.losses import NonFiniteError
 from raydistill.distill.state import load_state
 from raydistill.shapes import WEIGHTS
+from raydistill.teachers.request import TeacherStartError
 
 SMALL = (
     "vsd.weight=0", "distill.steps=4", "distill.batch_size=4", "distill.micro_batches=2", "fake_score.updates=1",
@@ -53,7 +57,7 @@ class Train:
 
 
 def batches(config, first, rank, world):
-    """As `loop._batches_from`, of eight captions."""
+    """As `loop._batches_from`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
     from raydistill.data.encode import TextEncoder
     from raydistill.spaces import load_space
 
@@ -62,12 +66,15 @@ def batches(config, first, rank, world):
     tables = {
         role: TextEncoder(load_space(loop.resolve(model))).encode(captions) for role, model in models.items()
     }  # fmt: skip
-    for slot in itertools.count(first * (1 + config.fake_score.updates)):
+
+    def batch(slot):
         ids = [(slot * world + rank) * config.distill.batch_size + i for i in range(config.distill.batch_size)]
         rows = [i % 8 for i in ids]
-        yield {"sample_id": ids} | {
+        return {"sample_id": ids} | {
             f"{role}.{name}": value[rows].numpy() for role, table in tables.items() for name, value in table.items()
         }
+
+    return (batch(slot) for slot in itertools.count(first * (1 + config.fake_score.updates)))
 
 
 def work(rank, settings, world, port):
@@ -160,3 +167,25 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tm
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
     assert data.metrics["guard/non_finite"] == caught.value.count >= 1
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [TeacherStartError("cannot be placed"), RayActorError()], ids=lambda e: type(e).__name__
+)
+def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypatch, error):
+    """As of teachers that cannot be placed: the trainers wait for them, or for a place of their own, and say nothing."""
+    never = threading.Event()
+    starts = []
+    monkeypatch.setattr(loop, "_trainer", lambda stage, config: starts.append(stage) or SimpleNamespace(fit=never.wait))
+
+    def fail():
+        never.wait(0.5)
+        raise error
+
+    try:
+        with pytest.raises(type(error)) as raised:
+            loop.launch(loop.Stage(**stage()), [beside(fail)])
+    finally:
+        never.set()
+    assert raised.value is error
+    assert len(starts) == 1, "it is not taken for the loss of Ray Train's controller"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import diffusers
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from raydistill.counting import open_space
 from raydistill.data import encode
-from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list
+from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
 from raydistill.spaces import load_space
 from raydistill.spaces.lengths import are_cut, text_lengths
 
@@ -127,3 +129,31 @@ def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole()
         False,
         True,
     ]
+
+
+def test_the_first_batch_is_fetched_early_and_the_others_when_asked_for():
+    asked = threading.Event()
+    made = []
+
+    def batches():
+        for number in range(3):
+            made.append(number)
+            asked.set()
+            yield {"sample_id": np.array([number])}
+
+    early = Early(batches())
+    assert asked.wait(30)
+    assert [batch["sample_id"].item() for batch in early] == [0, 1, 2]
+    assert made == [0, 1, 2]
+    assert list(Early(iter(()))) == []
+
+
+def test_an_early_stream_that_fails_says_so_when_it_is_asked():
+    def batches():
+        raise ZeroDivisionError
+        yield
+
+    early = Early(batches())
+    with pytest.raises(ZeroDivisionError):
+        next(early)
+    early.close()

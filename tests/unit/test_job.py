@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 import ray
 from PIL import Image
+
+from raydistill.shapes import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,3 +92,35 @@ def test_models_of_other_stages_need_not_fit(job, tmp_path):
     )
     assert code == 2
     assert "holds rows of other settings" in error  # the last check of all: the others passed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prompts.path={empty}"], "empty"),
+        (["prompts.path={blank}", "prompts.on_bad_row=fail"], "2"),
+        (["student.model=shapes:flux"], "is a FluxPipeline, but a StableDiffusionPipeline is needed"),
+        (["bridge.checkpoint={other}"], "another teacher VAE"),
+        (["prompts.path=shapes:heldout.txt"], "held-out prompts must occur in no training set"),
+        (["teachers.shard=3"], "did you mean teachers.shards"),
+        (["run.name=../escape"], "run.name"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_starts(run_script, overrides, message, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("a small red circle at the left on a white background\n\n")
+    other = tmp_path / "other"
+    other.mkdir()
+    description = json.loads((WEIGHTS / "bridge" / "sd15-flux" / "bridge.json").read_text())
+    description["teacher"]["vae_sha256"] = "0" * 64
+    (other / "bridge.json").write_text(json.dumps(description))
+    names = {"empty": tmp_path / "empty.txt", "blank": tmp_path / "blank.txt", "other": other}
+    cluster = ray.is_initialized()  # another test's
+    code, output, error = run_script(
+        "distill", f"storage={tmp_path / 'storage'}", *[override.format(**names) for override in overrides]
+    )
+    assert code == 2
+    assert message in error
+    assert ray.is_initialized() == cluster
+    assert "Traceback" not in output + error
+    assert not (tmp_path / "storage").exists()

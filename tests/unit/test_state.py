@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.distill.state import CheckpointError, load_state, require_room, save_state
+from raydistill.distill.state import CheckpointError, load_about, load_state, require_room, save_state
 
 
 def state(value: float) -> dict:
@@ -26,7 +26,7 @@ def state(value: float) -> dict:
 def test_a_state_comes_back_with_the_same_bits(tmp_path):
     save_state(tmp_path, state(1.0), {"step": 3, "best": 0.25})
     found, about = load_state(tmp_path)
-    assert about == {"step": 3, "best": 0.25}
+    assert about == load_about(tmp_path) == {"step": 3, "best": 0.25}
     assert torch.equal(found["student"]["weight"], torch.full((64, 64), 1.0))
     assert torch.equal(found["student"]["bias"], state(1.0)["student"]["bias"])
     assert found["optimizers"]["student"]["param_groups"] == [{"betas": (0.0, 0.9)}]
@@ -160,6 +160,8 @@ def test_a_malicious_state_is_refused_and_never_executed(tmp_path, kind):
     else:
         torch.save(content, tmp_path / "state.pt", _use_new_zipfile_serialization=kind == "torch")
     assert_refused(tmp_path)
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        load_about(tmp_path)
     assert not evidence.exists()
     if kind == "pickle":
         pickle.loads((tmp_path / "state.pt").read_bytes())

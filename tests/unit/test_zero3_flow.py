@@ -40,7 +40,7 @@ def _rank_process(rank: int, port: int, folders: dict[str, str], results: str) -
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_partitioned_scores_equal_those_of_the_whole_network(tmp_path):
     folders = {name: str(save(tmp_path / name)) for name, save in SAVE.items()}
     port = torch.distributed.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False).port
