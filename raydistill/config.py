@@ -98,8 +98,12 @@ class Teachers(Section):
     cpus_per_rank: Positive = Field(0.2, description="Ray CPUs each rank reserves")
     gpus_per_rank: NonNegative = Field(0, description="Ray GPUs each rank reserves")
     threads_per_rank: Count = Field(1, description="CPU threads of each rank")
-    request_timeout_s: Positive = Field(600, description="longest time one request may take before it is retried")
-    retry_for_s: Positive = Field(600, description="how long the client keeps retrying while the service is down")
+    request_timeout_s: Positive = Field(
+        600, description="longest time the ranks may work on one request, its wait for their time apart; retried once"
+    )
+    retry_for_s: Positive = Field(
+        600, description="how long the service may be away, in all, while an answer is awaited"
+    )
     start_timeout_s: Positive = Field(600, description="longest time until the service is ready")
     node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold ranks; none: any node")
     service: str | None = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
     def __init__(self, rank: int, world: int) -> None:  # without the imports of a network
-        self.rank, self.world, self.facts = rank, world, {"rank": rank}
+        self.rank, self.world, self.facts = rank, world, {"rank": rank, "pid": os.getpid(), "requests": 0}
 
     def open_store(self) -> tuple[str, int]:
         return "", 0
@@ -40,7 +41,11 @@ class IdleRank(TeacherRank):
     def load(self, model_folder: str, dtype: str, slice_size: int, threads: int, address: tuple[str, int]) -> None:
         self.file, self.dtype_name, self.slice_size = Path(model_folder, SETTINGS), dtype, slice_size
 
+    def recover(self) -> None:
+        """Nothing is gathered, and ranks never meet."""
+
     def predict_x0(self, payload: Payload) -> np.ndarray:
+        self.facts["requests"] += 1
         settings, started = json.loads(self.file.read_text()), time.perf_counter()
         answer = self._without_network(payload) if settings["slices"] else self._without_copies(payload)
         time.sleep(max(0.0, settings["seconds"] - (time.perf_counter() - started)))

@@ -22,6 +22,7 @@ from raydistill.teachers.request import (
     GenerateRequest,
     NonFiniteScores,
     ReplicaBroken,
+    RequestTooLong,
     ScoreRequest,
     TeacherError,
     TeacherUnavailable,
@@ -120,7 +121,8 @@ class PendingScores:
             check_finite: refuse NaN and infinity; a caller that switches this off must look for them itself.
 
         Raises:
-            TeacherUnavailable: the service stayed away for `retry_for_s`.
+            TeacherUnavailable: the service was away for `retry_for_s`, or worked on this request for more than
+                `request_timeout_s` twice.
             NonFiniteScores: the teacher answered with NaN or infinity; names the samples and their t.
             TeacherError: the request cannot be answered.
         """
@@ -147,69 +149,98 @@ class PendingScores:
         self._response = getattr(self._client.handle(), self._method).remote([self._payload])
 
     def _await_answer(self) -> np.ndarray:
-        failing_since, pause = None, FIRST_PAUSE_S
+        client, outage, pause, late = self._client, _Outage(), FIRST_PAUSE_S, 0
         while True:
             try:
                 if self._response is None:
-                    self._client.repeated += 1
+                    client.repeated += 1
                     self._ask()
-                answer = self._wait_once()
-                self._client.answered += 1
-                if failing_since is not None:
-                    log.warning("teacher %s is back after %.1f s", self._client.name, time.monotonic() - failing_since)
+                answer = self._wait_once(outage)
+                client.answered += 1
+                self._is_back(outage)
                 return answer
             except Exception as error:
                 if not _worth_retrying(error):
-                    raise TeacherError(f"teacher {self._client.name}: {getattr(error, 'cause', error)}") from None
+                    raise TeacherError(f"teacher {client.name}: {getattr(error, 'cause', error)}") from None
                 self._response = None
-                self._client.forget_handle()
-                now = time.monotonic()
-                failing_since = failing_since or now
-                left = self._client.config.retry_for_s - (now - failing_since)
+                client.forget_handle()
+                late += isinstance(error, RequestTooLong)
+                if late > 1:
+                    raise TeacherUnavailable(
+                        f"teacher {client.name} was too slow for this request twice: {error}. Raise "
+                        "teachers.request_timeout_s, or make the request smaller (distill.batch_size, synthesis.batch_size)"
+                    ) from error
+                left = client.config.retry_for_s - outage.lasts()
                 if left <= 0:
                     raise TeacherUnavailable(
-                        f"teacher {self._client.name} did not answer for teachers.retry_for_s="
-                        f"{self._client.config.retry_for_s:g} s; last failure: {one_line(error)}"
+                        f"teacher {client.name} did not answer for teachers.retry_for_s={client.config.retry_for_s:g} s; "
+                        f"last failure: {one_line(error)}"
                     ) from error
-                log.warning(
-                    "teacher %s stalls, asking again (%.0f s left): %s", self._client.name, left, one_line(error)
-                )
+                log.warning("teacher %s stalls, asking again (%.0f s left): %s", client.name, left, one_line(error))
                 time.sleep(min(pause, left))
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _wait_once(self) -> np.ndarray:
-        """Wait for the answer of the current attempt, up to request_timeout_s, looking after the service meanwhile."""
+    def _wait_once(self, outage: _Outage) -> np.ndarray:
+        """Wait for the answer of the current attempt, for as long as the service lives.
+
+        How long the ranks may work on it is the replica's to say: only there is it known when the work began.
+        """
         asked = time.monotonic()
         while True:
-            left = self._client.config.request_timeout_s - (time.monotonic() - asked)
             try:
-                kind, answer, load = self._response.result(timeout_s=max(0.0, min(LOOK_EVERY_S, left)))
+                kind, answer, load = self._response.result(timeout_s=LOOK_EVERY_S)
                 break
-            except TimeoutError:
-                waited = time.monotonic() - asked
-                if waited >= self._client.config.request_timeout_s:
-                    self._response.cancel()
-                    raise TimeoutError(f"no answer within teachers.request_timeout_s={waited:.0f} s") from None
-                self._look_after_service(waited)
+            except TimeoutError as error:
+                if isinstance(error, RayTaskError):  # of the replica
+                    raise
+            if self._service_lives(time.monotonic() - asked):
+                self._is_back(outage)
+            elif outage.lasts() >= self._client.config.retry_for_s:
+                self._response.cancel()
+                raise ReplicaBroken("the service does not come back")
         if kind == "done":
             self._client.load.add(load)
             return answer
-        raise (TeacherError if kind == "rejected" else ReplicaBroken)(answer)
+        raise {"rejected": TeacherError, "late": RequestTooLong}.get(kind, ReplicaBroken)(answer)
 
-    def _look_after_service(self, waited: float) -> None:
-        """Say what is awaited. Raises ReplicaBroken if the service is gone, so that the wait counts as a failure."""
-        application = service.applications().get(self._client.name)
-        if application is None:
-            raise ReplicaBroken("there is no such service")
-        well = application.status == "RUNNING"
-        text = "" if well else f"; the service is {application.status.value}, asking again is automatic"
+    def _service_lives(self, waited: float) -> bool:
+        """Whether a replica is there to answer; says what is awaited. Raises ReplicaBroken if there is no such service."""
+        name = self._client.name
+        try:
+            application = service.applications().get(name)
+        except RayError as error:
+            state = f"Serve's controller is away ({type(error).__name__})"
+        else:
+            if application is None:
+                raise ReplicaBroken("there is no such service")
+            state = application.status.value
+        lives = state == "RUNNING" or self._pings()
+        said = "" if state == "RUNNING" else f"; the service is {state}" if lives else f"; no replica answers: {state}"
         log.log(
-            logging.INFO if well else logging.WARNING,
+            logging.INFO if state == "RUNNING" else logging.WARNING,
             "teacher %s: waiting for an answer, %.0f s so far%s",
-            self._client.name,
+            name,
             waited,
-            text,
+            said,
         )
+        return lives
+
+    def _pings(self) -> bool:
+        """Whether some replica answers, although Serve does not call the service RUNNING: another one may be replaced."""
+        try:
+            ping = self._client.handle().describe.remote()
+        except (RayError, RayServeException):
+            return False
+        try:
+            ping.result(timeout_s=LOOK_EVERY_S)
+        except Exception:  # noqa: BLE001 (whatever it is: there is no answer)
+            ping.cancel()
+            return False
+        return True
+
+    def _is_back(self, outage: _Outage) -> None:
+        if (lasted := outage.end()) is not None:
+            log.warning("teacher %s is back after %.1f s", self._client.name, lasted)
 
     def _of_right_shape(self, answer: np.ndarray) -> torch.Tensor:
         import torch
@@ -230,6 +261,27 @@ class PendingScores:
                 f"{', '.join(map(self._label, bad[:8]))}{more}",
                 len(bad),
             )
+
+
+class _Outage:
+    """For how long a service was away while one answer was awaited, in all."""
+
+    def __init__(self) -> None:
+        self._before, self._since = 0.0, None
+
+    def lasts(self) -> float:
+        """It is away (still, or again): seconds in all."""
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return self._before + now - self._since
+
+    def end(self) -> float | None:
+        """It is there: seconds it was away just now, None if it was not."""
+        if self._since is None:
+            return None
+        lasted, self._since = time.monotonic() - self._since, None
+        self._before += lasted
+        return lasted
 
 
 def _worth_retrying(error: Exception) -> bool:

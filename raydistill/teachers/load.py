@@ -34,16 +34,6 @@ class Meter:
         self._born = clock()
         self._work: deque[tuple[float, float]] = deque()  # (start, end) of finished work, in order, not overlapping
         self._working_since: float | None = None
-        self._present = 0  # requests that have arrived and are not answered
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Around the whole stay of a request."""
-        self._present += 1
-        try:
-            yield
-        finally:
-            self._present -= 1
 
     @contextmanager
     def work(self) -> Iterator[None]:
@@ -55,14 +45,9 @@ class Meter:
             self._work.append((self._working_since, self._clock()))
             self._working_since = None
 
-    def load(self, arrived: float) -> Load:
-        """Of a request that arrived at `arrived` (this meter's clock) and is being answered now."""
-        return Load(self._clock() - arrived, self.busy_fraction(), self._present - 1)
-
-    @property
-    def queue(self) -> int:
-        """Requests that wait for their turn."""
-        return max(0, self._present - (self._working_since is not None))
+    def load(self, arrived: float, queue: int) -> Load:
+        """Of a request that arrived at `arrived` (this meter's clock) and is done now, with `queue` others behind it."""
+        return Load(self._clock() - arrived, self.busy_fraction(), queue)
 
     def busy_fraction(self) -> float:
         now = self._clock()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the coordinator of a replica handles these without importin
 
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
-Answer = tuple[str, Any, Any]  # ("done", [B, C, H, W] array, Load), ("rejected", why, None) or ("broken", why, None)
+Answer = tuple[str, Any, Any]  # ("done", [B, C, H, W] array, Load), or ("rejected", "late" or "broken", why, None)
 
 
 class TeacherError(RuntimeError):
@@ -44,6 +44,10 @@ class TeacherStartError(TeacherError):
 
 class ReplicaBroken(RuntimeError):
     """This replica lost a rank and is about to be replaced; another one gives the same answer."""
+
+
+class RequestTooLong(ReplicaBroken):
+    """The ranks worked on this request for longer than they may; the replica is about to be replaced."""
 
 
 def one_line(error: BaseException) -> str:

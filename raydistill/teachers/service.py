@@ -17,22 +17,32 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
 from ray.serve.schema import ApplicationStatusOverview
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config import Teachers
 from raydistill.teachers import placement
 from raydistill.teachers.load import Load, Meter
-from raydistill.teachers.request import Answer, ReplicaBroken, TeacherError, TeacherStartError, one_line
+from raydistill.teachers.request import (
+    Answer,
+    ReplicaBroken,
+    RequestTooLong,
+    TeacherError,
+    TeacherStartError,
+    one_line,
+)
 from raydistill.teachers.shard import TeacherRank, actor
+from raydistill.teachers.turns import Turns
 
 log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 1.0, 60.0
 PING_TIMEOUT_S = 30.0  # below HEALTH_TIMEOUT_S, so that the replica itself names the silent rank
 STRAGGLER_S = 30.0  # once one rank has failed, how long the others may take to answer
-ONGOING_REQUESTS = 16  # per replica; they run one by one, waiting here costs less than in the callers' routers
+# Per replica, more than anybody asks at once: they run one by one and wait in the replica, which shares its time fairly;
+# what waited in the callers' routers would be let in by chance.
+ONGOING_REQUESTS = 1000
 LOG_EVERY_S, PLACEMENT_PATIENCE_S = 10.0, 60.0
 
 
@@ -74,7 +84,7 @@ class TeacherReplica:
     async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
         self._config = config = Teachers.model_validate(config)
         self._broken: str | None = None
-        self._lock = asyncio.Lock()
+        self._turns = Turns()
         self._meter, self._gauges = Meter(), _Gauges()
         group = ray.util.get_current_placement_group()
         environment = {
@@ -109,7 +119,7 @@ class TeacherReplica:
 
     async def check_health(self) -> None:
         """Called by Serve every HEALTH_PERIOD_S; raises once a rank is lost or silent."""
-        self._gauges.show(self._meter.busy_fraction(), self._meter.queue)
+        self._gauges.show(self._meter.busy_fraction(), self._turns.waiting)
         if self._broken is None:
             try:
                 await asyncio.wait_for(self.describe(), PING_TIMEOUT_S)
@@ -120,41 +130,47 @@ class TeacherReplica:
 
     async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
         """Failures are answers too: raised ones would only fill Serve's log with tracebacks."""
+        arrived = time.monotonic()
+        await self._turns.take(payload.job_id().hex())  # the run that asks; if it goes away now, nothing is computed
+        work = asyncio.ensure_future(self._in_turn(method, payload, arrived))
         try:
-            # A caller that goes away must not release the lock while the ranks still compute.
-            return "done", *await asyncio.shield(asyncio.ensure_future(self._measured(method, payload)))
+            return "done", *await asyncio.shield(work)  # a caller that goes away does not stop the ranks
         except TeacherError as error:
             return "rejected", str(error), None
+        except RequestTooLong as error:
+            return "late", str(error), None
         except ReplicaBroken as error:
             return "broken", str(error), None
 
-    async def _measured(self, method: str, payload: ray.ObjectRef) -> tuple[np.ndarray, Load]:
-        arrived = time.monotonic()
-        with self._meter.request():
+    async def _in_turn(self, method: str, payload: ray.ObjectRef, arrived: float) -> tuple[np.ndarray, Load]:
+        """Work on a request that has its turn, and end the turn. The order of requests is the same on every rank."""
+        try:
             answer = await self._fan_out(method, payload)
-            load = self._meter.load(arrived)
+            load = self._meter.load(arrived, self._turns.waiting)
+        finally:
+            self._turns.pass_on()
         self._gauges.answered(load)
         return answer, load
 
     async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:
-        """One request to all ranks. The lock keeps the order of requests the same on every rank."""
-        async with self._lock:
-            if self._broken is not None:
-                raise ReplicaBroken(self._broken)
-            limit = self._config.request_timeout_s
-            with self._meter.work():
-                answers = [asyncio.wrap_future(getattr(r, method).remote(payload).future()) for r in self._ranks]
-                done, pending = await asyncio.wait(answers, timeout=limit, return_when=asyncio.FIRST_EXCEPTION)
-            failed = any(answer.exception() for answer in done)
-            if failed and pending:
-                _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
-            errors = [answer.exception() if answer.done() else None for answer in answers]
-            if all(isinstance(error, TeacherError) for error in errors):
-                await self._recover()
-            self._judge(errors, len(pending), failed)
-            if self._broken is not None:
-                raise ReplicaBroken(self._broken)
-            return np.concatenate([answer.result() for answer in answers])
+        """One request to all ranks."""
+        if self._broken is not None:
+            raise ReplicaBroken(self._broken)
+        with self._meter.work():
+            answers = [asyncio.wrap_future(getattr(r, method).remote(payload).future()) for r in self._ranks]
+            done, pending = await asyncio.wait(
+                answers, timeout=self._config.request_timeout_s, return_when=asyncio.FIRST_EXCEPTION
+            )
+        failed = any(answer.exception() for answer in done)
+        if failed and pending:
+            _, pending = await asyncio.wait(pending, timeout=STRAGGLER_S)
+        errors = [answer.exception() if answer.done() else None for answer in answers]
+        if _blame_the_request(errors):
+            await self._recover()
+        self._judge(errors, len(pending), failed)
+        if self._broken is not None:
+            raise ReplicaBroken(self._broken)
+        return np.concatenate([answer.result() for answer in answers])
 
     async def _recover(self) -> None:
         """Make all ranks ready for the next request after one that they all refused."""
@@ -164,16 +180,22 @@ class TeacherReplica:
             self._give_up("ranks did not come together again after a refused request")
 
     def _judge(self, errors: list[BaseException | None], silent: int, failed: bool) -> None:
-        """Ranks that all refuse blame the request (raises TeacherError); any other failure is the group's."""
+        """Ranks that all refuse, or cannot get it, blame the request (raises TeacherError); other failures are the group's.
+
+        Raises RequestTooLong if the group is given up because of this request's time alone.
+        """
         first = next((error for error in errors if error is not None), None)
         said = f": {one_line(first)}" if first is not None else ""
+        if silent and not failed:
+            limit = f"teachers.request_timeout_s={self._config.request_timeout_s:g} s"
+            late = f"{silent} of {len(errors)} ranks did not answer within {limit}"
+            self._give_up(late)
+            raise RequestTooLong(late)
         if silent:
-            late = (
-                "after another failed" if failed else f"within request_timeout_s={self._config.request_timeout_s:g} s"
-            )
-            self._give_up(f"{silent} of {len(errors)} ranks did not answer {late}{said}")
-        elif all(isinstance(error, TeacherError) for error in errors):
-            raise TeacherError(str(getattr(first, "cause", first)))
+            self._give_up(f"{silent} of {len(errors)} ranks did not answer after another failed{said}")
+        elif _blame_the_request(errors):
+            lost = f"the request was lost with the process that sent it{said}"
+            raise TeacherError(lost if _is_lost(first) else str(getattr(first, "cause", first)))
         elif first is not None:
             lost = any(isinstance(error, RayActorError) for error in errors)
             self._give_up(f"{'a rank died' if lost else 'ranks failed differently'}{said}")
@@ -192,6 +214,15 @@ class TeacherReplica:
     def __del__(self) -> None:
         """Serve calls this when it stops the replica."""
         self._kill_ranks()
+
+
+def _blame_the_request(errors: list[BaseException | None]) -> bool:
+    return all(isinstance(error, TeacherError) or _is_lost(error) for error in errors)
+
+
+def _is_lost(error: BaseException | None) -> bool:
+    """Whether a rank could not get the payload, as when the process or node that sent it is no more."""
+    return isinstance(getattr(error, "cause", error), ObjectLostError)
 
 
 def start(model_folder: str, config: Teachers, name: str, replica: type | None = None) -> None:
@@ -320,12 +351,19 @@ def _state(name: str) -> str:
     return application.status.value
 
 
-def stop(name: str) -> None:
-    """Stop the service `name`, if it runs; the last one takes Serve's own actors with it."""
+def stop(name: str, only: bool = True) -> None:
+    """Stop the service `name`, if it runs; the last one takes Serve's own actors with it.
+
+    Args:
+        only: nobody is about to start another one; if somebody is, Serve stays.
+
+    Raises:
+        TimeoutError: its replicas still end their last requests after a minute.
+    """
     with contextlib.suppress(ActorDiedError):  # another driver stopped the last one at the same time
         if name in applications():
             serve.delete(name)
-        if not applications():
+        if only and not applications():
             serve.shutdown()
     deadline = time.monotonic() + 20
     while placement.groups(name) and time.monotonic() < deadline:

@@ -44,7 +44,7 @@ def other(ray_cluster):
     """`other("start" or "attach", model folder, config)` -> a driver that uses the service."""
     processes = []
 
-    def join(how: str, folder, config: Teachers = CONFIG) -> subprocess.Popen:
+    def join(how: str, folder, config: Teachers = CONFIG, wait: bool = True) -> subprocess.Popen:
         address = ray.get_runtime_context().gcs_address
         command = [sys.executable, "-c", OTHER, address, how, str(folder), config.model_dump_json()]
         process = subprocess.Popen(
@@ -54,7 +54,7 @@ def other(ray_cluster):
             text=True,
         )
         processes.append(process)
-        assert process.stdout.readline() == "joined\n"
+        assert not wait or process.stdout.readline() == "joined\n"
         return process
 
     yield join
@@ -65,6 +65,10 @@ def other(ray_cluster):
 
 def running() -> bool:
     return NAME in service.applications()
+
+
+def crash_serve_controller() -> None:
+    ray.kill(ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve"), no_restart=False)
 
 
 def keepers() -> list[dict]:
@@ -117,11 +121,17 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     time.sleep(2 * users.LOOK_EVERY_S)
     assert torch.equal(score(sd_folder), expected)
 
+    with pytest.raises(TeacherStartError, match="is another one"):
+        users.attach(str(flux_folder), CONFIG, NAME)  # which is the end of this driver's use, too
+    assert not users.living(NAME)
+    assert running(), "it waits for a run to resume"
     resumed = other("start", sd_folder)
     assert pids() == ranks, "a resumed run takes its service over as it is"
+    users.attach(str(sd_folder), CONFIG, NAME)
     users.release(NAME)
     assert not users.ready(NAME)
     assert running(), "the other one still uses it"
+    crash_serve_controller()  # Ray starts it again, and repeats what it was asked
     resumed.stdin.close()
     assert resumed.stdout.readline() == "left\n"
     assert not running()
@@ -129,10 +139,26 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     until(lambda: not keepers())
 
 
-def test_a_service_that_only_crashed_runs_used_is_taken_down(other, sd_folder):
-    run = other("start", sd_folder, CONFIG.model_copy(update={"linger_s": 1.0}))
-    assert running()
-    run.send_signal(signal.SIGKILL)
+def test_who_comes_while_a_service_is_taken_down_has_one_and_if_it_crashes_that_goes(other, sd_folder, monkeypatch):
+    """The last user has seen nobody and stops the service; then another one comes."""
+    users.start(str(sd_folder), CONFIG, NAME)
+    before, stop, late = pids(), service.stop, []
+
+    def stop_late(name: str, **options: bool) -> None:
+        late.append(other("start", sd_folder, CONFIG.model_copy(update={"linger_s": 1.0}), wait=False))
+        until(lambda: users.living(NAME), 100)
+        stop(name, **options)
+
+    monkeypatch.setattr(service, "stop", stop_late)
+    users.release(NAME)
+    (newcomer,) = late
+    assert newcomer.stdout.readline() == "joined\n"
+    assert len(users.living(NAME)) == 1
+    assert users.services() == [NAME]
+    assert len(keepers()) == 1
+    assert not pids() & before
+
+    newcomer.send_signal(signal.SIGKILL)
     until(lambda: not running())
     until(lambda: users.services() == [] and not keepers())
 

@@ -45,13 +45,9 @@ def test_busy_fraction_is_work_over_the_life_and_later_over_the_last_minute():
 def test_an_answer_tells_its_latency_and_who_waits_behind_it():
     clock = Clock()
     meter = Meter(clock)
-    with meter.request():
-        arrived = clock()
-        with meter.request(), meter.request():
-            clock.now += 3
-            assert meter.load(arrived) == Load(3, 0.0, 2)
-    with meter.request():
-        assert meter.load(clock()).queue == 0
+    arrived = clock()
+    clock.now += 3
+    assert meter.load(arrived, 2) == Load(3, 0.0, 2)
 
 
 def test_the_client_gathers_recent_answers():

@@ -1,4 +1,4 @@
-"""Whether a request is still under way, as the client tells it from Ray Serve's responses."""
+"""What a client makes of Ray Serve's responses: whether a request is under way, and how long it is worth waiting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from raydistill.config import Teachers
-from raydistill.teachers.client import PendingScores, TeacherClient
+from raydistill.teachers import client as client_module
+from raydistill.teachers.client import PendingScores, TeacherClient, TeacherUnavailable
 
 SHAPE = (2, 1, 2, 2)
 
@@ -64,3 +65,93 @@ def test_a_lost_request_is_under_way_no_longer_and_its_loss_is_met_by_result(ask
     later.append(("done", scores, None))
     assert torch.equal(pending.result(), torch.from_numpy(scores))
     assert len(responses) == 2
+
+
+class Serve:
+    """Ray Serve with one request of ours, on a clock that waiting turns. `states`: (until when, state, answers pings)."""
+
+    def __init__(self, states, answers):
+        self.now, self.states, self.answers, self.asked, self.cancelled = 0.0, states, answers, 0, 0
+        self.client = TeacherClient("teacher", Teachers(request_timeout_s=600, retry_for_s=600))
+        self.client.handle = lambda: SimpleNamespace(
+            predict_x0=SimpleNamespace(remote=self.ask),
+            describe=SimpleNamespace(remote=lambda: SimpleNamespace(result=self.ping, cancel=lambda: None)),
+        )
+        self.client.load = SimpleNamespace(add=lambda load: None)
+
+    def state(self):
+        return next((state, pings) for until, state, pings in self.states if self.now < until)
+
+    def applications(self):
+        return {"teacher": SimpleNamespace(status=SimpleNamespace(value=self.state()[0]))}
+
+    def ask(self, payload):
+        at, answer = self.answers[self.asked]
+        self.asked += 1
+
+        def result(timeout_s):
+            if self.now < at:
+                self.sleep(timeout_s)
+                raise GetTimeoutError
+            return answer
+
+        return SimpleNamespace(result=result, cancel=self.cancel)
+
+    def ping(self, timeout_s):
+        if not self.state()[1]:
+            raise RayActorError
+
+    def cancel(self):
+        self.cancelled += 1
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+DONE = ("done", np.ones(SHAPE, dtype=np.float32), None)
+LATE = ("late", "1 of 1 ranks did not answer within teachers.request_timeout_s=600 s", None)
+
+
+@pytest.fixture
+def result_on(monkeypatch):
+    """`result_on(states, answers)`: (the Serve afterwards, what was raised or None) of a request that is waited for."""
+
+    def wait(states, answers):
+        serve = Serve(states, answers)
+        monkeypatch.setattr(client_module, "time", serve)
+        monkeypatch.setattr(client_module.service, "applications", serve.applications)
+        try:
+            PendingScores(serve.client, "predict_x0", None, SHAPE, str).result()
+        except TeacherUnavailable as error:
+            return serve, str(error)
+        return serve, None
+
+    return wait
+
+
+def test_time_in_the_queue_of_a_living_service_is_not_counted(result_on):
+    serve, error = result_on([(1e9, "RUNNING", True)], [(20_000, DONE)])
+    assert (error, serve.asked) == (None, 1)
+    serve, error = result_on([(1e9, "DEPLOYING", True)], [(20_000, DONE)])  # another replica is being replaced
+    assert (error, serve.asked) == (None, 1)
+
+
+def test_a_service_that_is_away_for_retry_for_s_is_given_up_and_the_request_leaves_its_queue(result_on):
+    serve, error = result_on([(1000, "RUNNING", True), (1e9, "DEPLOYING", False)], [(1e9, DONE)])
+    assert "did not answer for teachers.retry_for_s=600 s" in error
+    assert 1590 < serve.now < 1620
+    assert (serve.asked, serve.cancelled) == (1, 1)
+    away = [(400, "DEPLOYING", False), (5000, "RUNNING", True), (5150, "UNHEALTHY", False), (1e9, "RUNNING", True)]
+    serve, error = result_on(away, [(9000, DONE)])
+    assert (error, serve.asked) == (None, 1)
+
+
+def test_a_request_that_is_too_slow_for_the_ranks_is_tried_twice_and_the_key_is_named(result_on):
+    serve, error = result_on([(1e9, "RUNNING", True)], [(600, LATE), (1200, DONE)])
+    assert (error, serve.asked) == (None, 2)
+    serve, error = result_on([(1e9, "RUNNING", True)], [(600, LATE), (1200, LATE)])
+    assert "too slow for this request twice" in error
+    assert "Raise teachers.request_timeout_s" in error
