@@ -80,7 +80,9 @@ class TeacherClient:
         return self.handle().describe.remote().result(timeout_s=60)
 
     def handle(self) -> Any:
-        """The Serve handle. Raises RayServeException while there is no such service."""
+        """The Serve handle. Raises RayServeException while there is no such service, TeacherError after Ray's end."""
+        if not ray.is_initialized():  # in a thread that outlives a run which failed: Serve would start a cluster for it
+            raise TeacherError("Ray was shut down")
         if self._handle is None:
             self._handle = serve.get_app_handle(self.name)
         return self._handle

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from raydistill.config import Teachers
 from raydistill.teachers import client as client_module
-from raydistill.teachers.client import PendingScores, TeacherClient, TeacherUnavailable
+from raydistill.teachers.client import PendingScores, TeacherClient, TeacherError, TeacherUnavailable
 
 SHAPE = (2, 1, 2, 2)
 
@@ -155,3 +156,10 @@ def test_a_request_that_is_too_slow_for_the_ranks_is_tried_twice_and_the_key_is_
     serve, error = result_on([(1e9, "RUNNING", True)], [(600, LATE), (1200, LATE)])
     assert "too slow for this request twice" in error
     assert "Raise teachers.request_timeout_s" in error
+
+
+def test_a_thread_that_outlives_its_run_starts_no_cluster(monkeypatch):
+    """Of a run that failed while its teacher's pictures were drawn: Ray is shut down, and Serve would start it again."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(TeacherError, match="Ray was shut down"):
+        TeacherClient("teacher", Teachers()).handle()
