@@ -26,7 +26,7 @@ from raydistill.spaces import load_space
 if TYPE_CHECKING:
     from PIL import Image
 
-BRIDGE_FOLDER, STATE_FILE = "bridge", "trainer.pt"
+BRIDGE_FOLDER = "bridge"
 LOG_EVERY = 10
 
 
@@ -170,12 +170,15 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _train(told: _Settings) -> None:
     import ray.train
 
+    from raydistill.training import newest_state
+
     config = validate(told.config)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
-    _restore(trainer)
+    if (found := newest_state("bridge", rank, world_size)) is not None:
+        trainer.load_state_dict(found[0])
     log = MetricLog(told.tracking_uri, told.tracking_run) if rank == 0 else MetricLog(None, None)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
@@ -258,18 +261,11 @@ def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
             yield batch
 
 
-def _restore(trainer: BridgeTrainer) -> None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load_state_dict(torch.load(Path(folder, STATE_FILE), map_location="cpu", weights_only=True))
-
-
 def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
     import ray.train
+
+    from raydistill.distill.state import save_state
 
     if trainer.objective.rank:
         ray.train.report({})
@@ -280,5 +276,5 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     log.image(picture, "reconstruction", step)
     with tempfile.TemporaryDirectory() as folder:
         trainer.bridge.save(Path(folder, BRIDGE_FOLDER), metrics | {"step": step})
-        torch.save(trainer.state_dict(), Path(folder, STATE_FILE))
+        save_state(Path(folder), trainer.state_dict(), {"step": step})
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -116,9 +116,7 @@ def _trainer(stage: Stage, config: Config) -> Any:
             storage_path=str(stage.path()),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # by time: one may be damaged; the best is in best/
         ),
     )
 
@@ -157,7 +155,7 @@ def _train(stage: Stage) -> None:
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     distiller, submit = _assemble(stage, config, rank, world)
-    first, best, score, stopped, collapse = _restore(distiller)
+    first, best, score, stopped, collapse = _restore(stage, distiller, rank, world)
     batches = distiller.batches = _batches_from(config, first, rank, world)
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
@@ -338,15 +336,14 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]:
+def _restore(stage: Stage, distiller: Any, rank: int, world: int) -> tuple[int, float, float, str | None, str | None]:
     """(steps done, best score, last score, why it was stopped, lasting alarm) of the last checkpoint, or a fresh start."""
-    from raydistill.distill.state import load_state
+    from raydistill.training import newest_state
 
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    found = newest_state(stage.name, rank, world)
+    if found is None:
         return 0, float("-inf"), 0.0, None, None
-    with checkpoint.as_directory() as folder:
-        state, about = load_state(Path(folder))
+    state, about = found
     distiller.load_state_dict(state)
     return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
 
@@ -502,12 +499,17 @@ class Observer:
             step: updates that were done.
             stopped: the collapse that ended the stage; None: it went to its end.
         """
-        from raydistill.distill.state import load_state
+        from raydistill.distill.state import CheckpointError, load_state
         from raydistill.export.pipeline import export_student
 
         unet = self.distiller.evaluated
-        state, about = load_state(self.stage.path("best"))
-        self.distiller.load_best_state(state)
+        try:
+            state, about = load_state(self.stage.path("best"))
+        except CheckpointError as error:
+            about = {"step": step}
+            print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
+        else:
+            self.distiller.load_best_state(state)
         pictures, table = self._evaluate(self.final)
         self._keep("after", pictures, table, step)
         space = self.distiller.student_space

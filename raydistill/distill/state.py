@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+# What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
+DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is damaged or does not belong here."""
@@ -49,7 +52,12 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, about) of a checkpoint folder. Raises CheckpointError naming the folder."""
+    """(state, about) of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete; names the folder.
+        OSError, MemoryError: it could not be read this time.
+    """
     file = folder / "state.pt"
     try:
         with zipfile.ZipFile(file) as archive:
@@ -57,6 +65,10 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], saved["about"]
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
+            raise
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error

@@ -79,8 +79,13 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
         plain.step(plain.objective.batch(plain.step_count))
         states.append({name: value.clone() for name, value in plain.bridge.projector.state_dict().items()})
 
-    short = train_bridge(configure("bridge.steps=2"), tmp_path, pairs_folder, *mlflow_run)
+    every = "bridge.checkpoint_every=1"
+    short = train_bridge(configure("bridge.steps=2", every), tmp_path, pairs_folder, *mlflow_run)
     assert largest_difference(weights(short.folder), states[1]) == 0
+    state = latest(tmp_path / "bridge-checkpoints", "/state.pt")
+    damaged = bytearray(state.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    state.write_bytes(damaged)  # the checkpoint before it counts
     longer = train_bridge(configure(), tmp_path, pairs_folder, *mlflow_run)
     assert largest_difference(weights(longer.folder), states[3]) == 0
     assert longer.metrics["step"] == 4
@@ -93,7 +98,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
 
     client = MlflowClient(mlflow_run[0])
     history = client.get_metric_history(mlflow_run[1], "eval/psnr")
-    assert [point.step for point in history] == [2, 4]
+    assert [point.step for point in history] == [1, 2, 4]
     assert history[-1].value == pytest.approx(longer.metrics["eval/psnr"])
     assert any("reconstruction" in file.path for file in client.list_artifacts(mlflow_run[1], "images"))
 
@@ -134,8 +139,8 @@ def wait_until(done, process, log, what):
     return found
 
 
-def latest(folder):
-    return max((path.name for path in folder.glob("checkpoint_*")), default="")
+def latest(folder, file=""):
+    return max(folder.glob(f"checkpoint_*{file}"), default=Path())
 
 
 def training_worker():

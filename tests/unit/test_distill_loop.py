@@ -1,6 +1,6 @@
 """What every Ray Train worker runs, in processes of torch's own: stopped by a collapse, resumed, broken by a value.
 
-Ray Train's part is played by `Train`, which keeps the last checkpoint in a folder; prompts are encoded in the process.
+Ray Train's part is played by `Train`, which keeps the last two checkpoints in folders; prompts are encoded in the process.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import itertools
 import json
 import shutil
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from raydistill import training
 from raydistill.config import load, validate
 from raydistill.distill import loop
 from raydistill.distill.losses import NonFiniteError
@@ -34,22 +35,52 @@ class Train:
     """`ray.train` as a worker sees it."""
 
     def __init__(self, folder, rank, world):
-        self.folder, self.context = Path(folder, "checkpoint"), SimpleNamespace(
+        self.folder, self.context = Path(folder), SimpleNamespace(
             get_world_rank=lambda: rank, get_world_size=lambda: world
         )  # fmt: skip
-        self.Checkpoint = SimpleNamespace(from_directory=lambda folder: folder)
+        self.Checkpoint = Checkpoint
 
     def get_context(self):
         return self.context
 
     def get_checkpoint(self):
-        if not self.folder.is_dir():
-            return None
-        return SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(self.folder)))
+        found = kept(self.folder)
+        return Checkpoint(str(found[-1])) if found else None
+
+    def get_all_reported_checkpoints(self):
+        return [SimpleNamespace(checkpoint=Checkpoint(str(path))) for path in kept(self.folder)]
 
     def report(self, metrics, checkpoint=None):
         if checkpoint is not None:
-            shutil.copytree(checkpoint, self.folder, dirs_exist_ok=True)
+            found = kept(self.folder)
+            number = int(found[-1].name.removeprefix("checkpoint_")) + 1 if found else 0
+            shutil.copytree(checkpoint.path, self.folder / f"checkpoint_{number:03}")
+            for old in found[:-1]:
+                shutil.rmtree(old)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: str
+
+    @classmethod
+    def from_directory(cls, folder):
+        return cls(str(folder))
+
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+
+def kept(folder):
+    """Checkpoints of a stage, the oldest first."""
+    return sorted(Path(folder).glob("checkpoint_*"))
+
+
+def damage(folder):
+    """Flip one bit in the middle of a state: among the weights."""
+    content = bytearray((folder / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "state.pt").write_bytes(content)
 
 
 def batches(config, first, rank, world):
@@ -73,7 +104,7 @@ def batches(config, first, rank, world):
 def work(rank, settings, world, port):
     """The body of one worker."""
     torch.set_num_threads(1)
-    loop.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
+    loop.ray = training.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
     loop._batches_from = batches
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
@@ -128,7 +159,7 @@ def test_two_workers_stop_together_at_a_collapse_and_export_the_best(stage, tmp_
     assert told["best_step"] <= told["steps"]
     assert data.tags["collapse_alarm"] == told["stopped"]
     assert data.metrics["guard/latent_drift_average"] > 0.02
-    assert load_state(tmp_path / "checkpoint")[1]["step"] == told["steps"]  # although none was due
+    assert load_state(kept(tmp_path)[-1])[1]["step"] == told["steps"]  # although none was due
     assert (tmp_path / "export" / "model_index.json").is_file()
     # killed before its result was there: the next attempt trains no further, and says the same
     Path(settings["folder"], "result.json").unlink()
@@ -152,6 +183,7 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tm
     """One worker, in this process."""
     settings = stage("student.lr=1e30")
     monkeypatch.setattr(loop, "ray", loop.ray)
+    monkeypatch.setattr(training, "ray", training.ray)
     monkeypatch.setattr(loop, "_batches_from", batches)
     with pytest.raises(NonFiniteError) as caught:
         work(0, settings, 1, None)
@@ -160,3 +192,34 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tm
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
     assert data.metrics["guard/non_finite"] == caught.value.count >= 1
     assert not (tmp_path / "result.json").exists()
+
+
+def test_two_workers_go_on_from_the_checkpoint_before_a_damaged_one_with_the_same_bits(stage, tmp_path, capfd):
+    settings = stage("distill.checkpoint_every=1", "distill.workers=2")
+    start(settings, world=2)
+    before, newest = kept(tmp_path)
+    wanted, told = load_state(newest), result(settings)
+    damage(newest)
+    (tmp_path / "result.json").unlink()
+    capfd.readouterr()
+    start(settings, world=2)
+    said = capfd.readouterr().out
+    assert f"{newest}: damaged or incomplete checkpoint" in said
+    assert f"going on from {before}, step 3" in said
+    found = load_state(kept(tmp_path)[-1])
+    assert found[1] == wanted[1]
+    assert found[0]["student"].keys() == wanted[0]["student"].keys()
+    assert all(torch.equal(value, wanted[0]["student"][name]) for name, value in found[0]["student"].items())
+    assert result(settings) == told
+
+    damage(tmp_path / "best")  # found out at the end, and no reason to lose the run
+    (tmp_path / "result.json").unlink()
+    start(settings, world=2)
+    assert f"{tmp_path / 'best'}: damaged" in (said := capfd.readouterr().out)
+    assert "the student of update 4 is exported instead" in said
+    assert result(settings)["best_step"] == 4
+
+    for folder in kept(tmp_path):
+        damage(folder)
+    with pytest.raises(Exception, match=f"none is left. Remove {tmp_path} to begin again"):
+        start(settings, world=2)

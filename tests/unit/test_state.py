@@ -134,6 +134,19 @@ def test_a_torch_file_of_something_else_is_refused_by_name(tmp_path, content):
     assert_refused(tmp_path)
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, ""), MemoryError()])
+def test_what_a_disk_refuses_once_is_no_damage(tmp_path, monkeypatch, error):
+    saved_bytes(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("zipfile.ZipFile.testzip", fail)
+    with pytest.raises(type(error)) as caught:
+        load_state(tmp_path)
+    assert caught.value is error
+
+
 def test_a_missing_state_is_refused_by_name(tmp_path):
     assert_refused(tmp_path)
     assert_refused(tmp_path / "nowhere")
