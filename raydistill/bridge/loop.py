@@ -74,8 +74,10 @@ def train_bridge(
         BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
         BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    from raydistill.training import fit
 
     run_dir = Path(run_dir)
     _check(config, pairs_folder)
@@ -102,13 +104,8 @@ def train_bridge(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        with ProgressWatcher(progress, "bridge"):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        reasons = getattr(error, "worker_failures", None) or {"": error}
-        texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
-        raise BridgeTrainingFailed(f"bridge: {'; '.join(sorted(texts))}") from error
+    with ProgressWatcher(progress, "bridge"):
+        result = fit(lambda: trainer, "bridge", distill.max_failures, BridgeTrainingFailed)
     if (reason := fatal(run_dir)) is not None:
         raise BridgeTrainingFailed(f"bridge: {reason}")
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)

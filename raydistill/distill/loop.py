@@ -7,7 +7,6 @@ the same code with another configuration.
 from __future__ import annotations
 
 import json
-import logging
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,8 +23,7 @@ from raydistill.config import Config, resolve, validate
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.stopping import asked_to_stop, draining
-
-log = logging.getLogger(__name__)
+from raydistill.training import fit, newest_state
 
 CAUGHT_UP = 200  # last steps whose metrics a resume offers to the tracker again
 
@@ -65,34 +63,10 @@ def launch(stage: Stage) -> dict[str, Any]:
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
-        _fit(stage, config)
+        fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, DistillationFailed)
         if (reason := fatal(stage.path())) is not None:
             raise DistillationFailed(f"{stage.name}: {reason}")
     return json.loads(stage.path("result.json").read_text())
-
-
-def _fit(stage: Stage, config: Config) -> None:
-    """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
-
-    Raises:
-        DistillationFailed: see `launch`.
-    """
-    from ray.train import TrainingFailedError
-
-    losses = 0
-    while True:
-        try:
-            _trainer(stage, config).fit()
-            return
-        except TrainingFailedError as error:
-            reasons = getattr(error, "worker_failures", None) or {"": error}
-            texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
-            raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
-        except ray.exceptions.RayActorError as error:
-            losses += 1
-            if losses > config.distill.max_failures >= 0:
-                raise DistillationFailed(f"{stage.name}: Ray Train's controller died {losses} times") from error
-            log.warning("%s: Ray Train's controller died; going on from the last checkpoint", stage.name)
 
 
 def _trainer(stage: Stage, config: Config) -> Any:
@@ -338,8 +312,6 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
 
 def _restore(stage: Stage, distiller: Any, rank: int, world: int) -> tuple[int, float, float, str | None, str | None]:
     """(steps done, best score, last score, why it was stopped, lasting alarm) of the last checkpoint, or a fresh start."""
-    from raydistill.training import newest_state
-
     found = newest_state(stage.name, rank, world)
     if found is None:
         return 0, float("-inf"), 0.0, None, None

@@ -10,11 +10,14 @@ import errno
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
 DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 
@@ -40,9 +43,12 @@ def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> No
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good."""
+    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good.
+
+    Some is left over: Ray Train writes its list of checkpoints in place, and a full disk would leave it empty.
+    """
     free = shutil.disk_usage(folder).free
-    if free < size:
+    if free < size + MARGIN:
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint of {size / 2**20:.0f} MiB does not fit, {free / 2**20:.0f} MiB are free; the ones before it "
@@ -59,12 +65,28 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         OSError, MemoryError: it could not be read this time.
     """
     file = folder / "state.pt"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+    with _damage_named(folder):
+        _compare_checksums(file)
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], saved["about"]
+
+
+def check_state(folder: Path) -> None:
+    """As `load_state`, of the checksums alone and in little memory; the same errors."""
+    with _damage_named(folder):
+        _compare_checksums(folder / "state.pt")
+
+
+def _compare_checksums(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)

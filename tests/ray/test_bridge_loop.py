@@ -86,6 +86,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
     damaged = bytearray(state.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     state.write_bytes(damaged)  # the checkpoint before it counts
+    (tmp_path / "bridge-checkpoints" / "checkpoint_manager_snapshot.json").write_text("")  # by a full disk, or a kill
     longer = train_bridge(configure(), tmp_path, pairs_folder, *mlflow_run)
     assert largest_difference(weights(longer.folder), states[3]) == 0
     assert longer.metrics["step"] == 4

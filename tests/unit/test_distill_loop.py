@@ -21,7 +21,7 @@ from raydistill import training
 from raydistill.config import load, validate
 from raydistill.distill import loop
 from raydistill.distill.losses import NonFiniteError
-from raydistill.distill.state import load_state
+from raydistill.distill.state import CheckpointError, load_state
 from raydistill.shapes import WEIGHTS
 
 SMALL = (
@@ -140,6 +140,15 @@ def start(settings, world=1):
     torch.multiprocessing.spawn(work, (settings, world, port), nprocs=world)
 
 
+@pytest.fixture
+def work_here(monkeypatch):
+    """`work` of one worker in this process."""
+    monkeypatch.setattr(loop, "ray", loop.ray)
+    monkeypatch.setattr(training, "ray", training.ray)
+    monkeypatch.setattr(loop, "_batches_from", batches)
+    return lambda settings: work(0, settings, 1, None)
+
+
 def tracked(settings):
     import mlflow
 
@@ -179,14 +188,10 @@ def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(sta
     assert tracked(settings).tags["collapse_alarm"].startswith("step ")
 
 
-def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tmp_path):
-    """One worker, in this process."""
+def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_path):
     settings = stage("student.lr=1e30")
-    monkeypatch.setattr(loop, "ray", loop.ray)
-    monkeypatch.setattr(training, "ray", training.ray)
-    monkeypatch.setattr(loop, "_batches_from", batches)
     with pytest.raises(NonFiniteError) as caught:
-        work(0, settings, 1, None)
+        work_here(settings)
     data = tracked(settings)
     assert data.tags["non_finite"].startswith("step ")
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
@@ -194,18 +199,18 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tm
     assert not (tmp_path / "result.json").exists()
 
 
-def test_two_workers_go_on_from_the_checkpoint_before_a_damaged_one_with_the_same_bits(stage, tmp_path, capfd):
-    settings = stage("distill.checkpoint_every=1", "distill.workers=2")
-    start(settings, world=2)
+def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, work_here, tmp_path, capfd):
+    settings = stage("distill.checkpoint_every=1", "distill.steps=3")
+    work_here(settings)
     before, newest = kept(tmp_path)
     wanted, told = load_state(newest), result(settings)
     damage(newest)
     (tmp_path / "result.json").unlink()
     capfd.readouterr()
-    start(settings, world=2)
+    work_here(settings)
     said = capfd.readouterr().out
     assert f"{newest}: damaged or incomplete checkpoint" in said
-    assert f"going on from {before}, step 3" in said
+    assert f"going on from {before}, step 2" in said
     found = load_state(kept(tmp_path)[-1])
     assert found[1] == wanted[1]
     assert found[0]["student"].keys() == wanted[0]["student"].keys()
@@ -214,12 +219,12 @@ def test_two_workers_go_on_from_the_checkpoint_before_a_damaged_one_with_the_sam
 
     damage(tmp_path / "best")  # found out at the end, and no reason to lose the run
     (tmp_path / "result.json").unlink()
-    start(settings, world=2)
+    work_here(settings)
     assert f"{tmp_path / 'best'}: damaged" in (said := capfd.readouterr().out)
-    assert "the student of update 4 is exported instead" in said
-    assert result(settings)["best_step"] == 4
+    assert "the student of update 3 is exported instead" in said
+    assert result(settings)["best_step"] == 3
 
     for folder in kept(tmp_path):
         damage(folder)
-    with pytest.raises(Exception, match=f"none is left. Remove {tmp_path} to begin again"):
-        start(settings, world=2)
+    with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path} to begin again"):
+        work_here(settings)
