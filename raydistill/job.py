@@ -64,14 +64,14 @@ def run_job(
         return 2
     from raydistill.cluster import connected
 
-    create_run_folder(run, config)
     try:
+        create_run_folder(run, config)
         with connected(), leaving_on_sigterm():
             work(config, run, inputs)
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return RESUMABLE
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
         print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raydistill.files import replace_text
+
 FATAL_FILE = "fatal.txt"
 
 
@@ -41,7 +43,7 @@ def written_down(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if is_lasting(error):
-            (folder / FATAL_FILE).write_text(f"{type(error).__name__}: {error}")
+            replace_text(folder / FATAL_FILE, f"{type(error).__name__}: {error}")
         raise
 
 

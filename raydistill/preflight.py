@@ -24,6 +24,7 @@ from raydistill.config import (
 )
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.files import read_json, replace_text
 from raydistill.runs import TrackingAway, TrackingError, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
 
@@ -42,12 +43,11 @@ class RunFolder:
     def recall(self) -> dict[str, Any]:
         """MLflow run ids and stage times of this run so far."""
         file = self.path / "run.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        cure = "restore it, or remove it: the run then goes on under new MLflow runs"
+        return read_json(file, cure) if file.is_file() else {}
 
     def remember(self, **values: Any) -> None:
-        temporary = self.path / "run.tmp"
-        temporary.write_text(json.dumps(self.recall() | values, indent=1))
-        temporary.replace(self.path / "run.json")
+        replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def open_run_folder(config: Config) -> RunFolder:
     run = RunFolder(storage, name)
     saved = run.path / "config.yaml"
     if saved.is_file():
-        before, now_ = mathematical(validate(yaml.safe_load(saved.read_text()))), mathematical(config)
+        before, now_ = mathematical(_read_config(saved)), mathematical(config)
         changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if changed:
             raise ConfigError(
@@ -82,12 +82,25 @@ def open_run_folder(config: Config) -> RunFolder:
     return run
 
 
+def _read_config(file: Path) -> Config:
+    """Raises ConfigError naming the file."""
+    try:
+        return validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
+            "run.name"
+        ) from error
+
+
 def create_run_folder(run: RunFolder, config: Config) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     uri = config.tracking.uri and mask("uri", config.tracking.uri)
     tracking = config.tracking.model_copy(update={"uri": uri})
     shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
-    (run.path / "config.yaml").write_text(to_yaml(shown))
+    file, text = run.path / "config.yaml", to_yaml(shown)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        replace_text(file, text)
 
 
 def check_inputs(config: Config) -> Inputs:

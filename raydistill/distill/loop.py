@@ -20,6 +20,7 @@ import ray.train
 import torch
 
 from raydistill.config import Config, resolve, validate
+from raydistill.files import read_json, replace_text
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.stopping import asked_to_stop, draining
@@ -49,6 +50,9 @@ class Stage:
     def path(self, *parts: str) -> Path:
         return Path(self.folder, *parts)
 
+    def result(self) -> dict[str, Any]:
+        return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")
+
 
 def launch(stage: Stage) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
@@ -59,14 +63,14 @@ def launch(stage: Stage) -> dict[str, Any]:
     """
     config = validate(stage.config)
     if stage.path("result.json").is_file():
-        return json.loads(stage.path("result.json").read_text())
+        return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
         fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, DistillationFailed)
         if (reason := fatal(stage.path())) is not None:
             raise DistillationFailed(f"{stage.name}: {reason}")
-    return json.loads(stage.path("result.json").read_text())
+    return stage.result()
 
 
 def _trainer(stage: Stage, config: Config) -> Any:
@@ -394,7 +398,7 @@ class Observer:
 
         count = self.config.evaluation.grid
         save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
-        self.stage.path(f"{name}.json").write_text(json.dumps(table))
+        replace_text(self.stage.path(f"{name}.json"), json.dumps(table))
         self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
         self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
 
@@ -497,12 +501,10 @@ class Observer:
             self.distiller.bridge.save(self.stage.path("bridge"), {"step": about["step"]})
             self.tracker.artifact(self.stage.path("bridge"))
         result = {
-            "before": json.loads(self.stage.path("before.json").read_text()),
+            "before": read_json(self.stage.path("before.json"), "restore it, or use another run.name"),
             "after": table,
             "steps": step,
             "best_step": about["step"],
             "stopped": stopped,
         }
-        temporary = self.stage.path("result.tmp")
-        temporary.write_text(json.dumps(result, indent=1))
-        temporary.replace(self.stage.path("result.json"))
+        replace_text(self.stage.path("result.json"), json.dumps(result, indent=1))

@@ -374,17 +374,18 @@ def _evaluate_teacher(pipeline: Pipeline, service: str) -> dict[str, float]:
     from raydistill.distill.load import guidance_scale
     from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
     from raydistill.evaluation.teacher import draw_teacher
+    from raydistill.files import read_json, replace_text
     from raydistill.teachers.client import TeacherClient
 
     config, folder = pipeline.config, pipeline.run.path
     if (folder / "teacher.json").is_file():
-        return json.loads((folder / "teacher.json").read_text())
+        return read_json(folder / "teacher.json", "remove it, and the teacher is drawn again")
     space = pipeline.inputs.teacher
     fixed = FixedPrompts(pipeline.inputs.held_out, config.evaluation.count, config.evaluation.seed)
     client = TeacherClient(service, config.teachers)
     pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
     save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
-    (folder / "teacher.json").write_text(json.dumps(table))
+    replace_text(folder / "teacher.json", json.dumps(table))
     return table
 
 

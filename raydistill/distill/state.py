@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from raydistill.files import replace_text
+
 MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
 DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
@@ -39,7 +41,7 @@ def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> No
             "free. The older one is kept; free space, then continue with the same run.name"
         ) from error
     unfinished.replace(folder / "state.pt")
-    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    replace_text(folder / "about.json", json.dumps(about, indent=1))
 
 
 def require_room(folder: Path, size: int) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from raydistill.files import replace_text
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
@@ -51,16 +51,7 @@ def write_summary(path: str | Path, summary: Mapping[str, Any]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            json.dump(_plain(summary), file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    replace_text(path, json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 
