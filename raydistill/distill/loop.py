@@ -26,8 +26,6 @@ from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.stopping import asked_to_stop, draining
 from raydistill.training import fit, newest_state
 
-CAUGHT_UP = 200  # last steps whose metrics a resume offers to the tracker again
-
 
 class DistillationFailed(RuntimeError):
     """A stage ended without a result; the message says why."""
@@ -407,8 +405,7 @@ class Observer:
         from raydistill.distill.record import read_lines, step_file, steps_of
 
         lines = steps_of(read_lines(step_file(self.stage.path(), 0)))
-        for step in [step for step in lines if step <= first][-CAUGHT_UP:]:
-            self.tracker.metrics(lines[step]["values"], step)
+        self.tracker.catch_up({step: line["values"] for step, line in lines.items() if step <= first})
 
     def after_step(self, step: int, world: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is time, and log; adds what it measures to `metrics`."""
