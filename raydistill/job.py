@@ -3,7 +3,7 @@
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
 2  wrong input; nothing was started
-75 asked to leave by SIGTERM (EX_TEMPFAIL: try again); the same run.name continues it
+75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, from_command_line
-from raydistill.stopping import Stopped, leaving_on_sigterm
+from raydistill.stopping import Stopped, leaving_on_signals
 
 RESUMABLE = 75
 
@@ -66,7 +66,7 @@ def run_job(
 
     try:
         create_run_folder(run, config)
-        with connected(), leaving_on_sigterm():
+        with connected(), leaving_on_signals():
             work(config, run, inputs)
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)

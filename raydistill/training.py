@@ -35,6 +35,8 @@ def fit(make: Callable[[], Any], stage: str, max_failures: int, failed: type[Exc
     while True:
         trainer = make()
         mend_list(stage, trainer.run_config.storage_path, trainer.run_config.name)
+        # Ray Train's handler of SIGINT would abort the controller and end this process with 0: `stopping` has a better one
+        trainer._register_sigint_handler = lambda controller: None
         try:
             return trainer.fit()
         except ray.train.TrainingFailedError as error:

@@ -251,8 +251,8 @@ def mlflow_server(tmp_path):
     server.kill()
 
 
-def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_path, mlflow_server):
-    """First life: a text encoder and a Serve replica are killed, the disk is full, SIGTERM. Second: the train worker is
+def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, mlflow_server):
+    """First life: a text encoder and a Serve replica are killed, the disk is full, Ctrl-C. Second: the train worker is
     killed, and MLflow is away for a while. Each kill is a SIGKILL of a real process."""
     from raydistill.distill.record import consumed, read_lines, step_file
     from raydistill.runs import client_of
@@ -266,9 +266,10 @@ def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_pa
         job.until((folder / "before.json").is_file)  # the first step comes next
         (replica,) = job.processes("ray::ServeReplica")
         replica.kill()
-        job.process.send_signal(signal.SIGTERM)
+        job.process.send_signal(signal.SIGINT)  # Ctrl-C; the elastic run leaves by SIGTERM
         code, _ = job.wait()
         assert code == 75, job.text()
+        assert "asked to leave by SIGINT; a checkpoint was written" in job.text()
         assert "can be continued with run.name=struck" in job.text()
         assert "a worker failed: OSError: " in job.text()
         assert "is the disk full?" in job.text()

@@ -1,4 +1,4 @@
-"""SIGTERM: a distillation is asked to end, everything else is left at once."""
+"""SIGTERM and Ctrl-C: a distillation is asked to end, everything else is left at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_sigterm
+from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals
 
 
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
     time.sleep(0.05)
 
 
@@ -21,7 +21,7 @@ def test_a_stage_that_keeps_what_it_has_is_left_at_once():
     before, reached = signal.getsignal(signal.SIGTERM), []
 
     def run() -> None:
-        with leaving_on_sigterm():
+        with leaving_on_signals():
             try:
                 terminate()
                 reached.append("after")
@@ -34,18 +34,20 @@ def test_a_stage_that_keeps_what_it_has_is_left_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path):
-    seen = []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path, number):
+    before, seen = signal.getsignal(number), []
 
     def run() -> None:
-        with leaving_on_sigterm(), draining(tmp_path):
+        with leaving_on_signals(), draining(tmp_path):
             seen.append(asked_to_stop(tmp_path))
-            terminate()
+            terminate(number)
             seen.append(asked_to_stop(tmp_path))
 
-    with pytest.raises(Stopped, match="checkpoint"):
+    with pytest.raises(Stopped, match=f"by {number.name}; a checkpoint"):
         run()
     assert seen == [False, True]
+    assert signal.getsignal(number) is before
     assert not (tmp_path / STOP_FILE).exists()  # or the resumed run would stop again
 
 
@@ -53,7 +55,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     reached = []
 
     def run() -> None:
-        with leaving_on_sigterm(), draining(tmp_path):
+        with leaving_on_signals(), draining(tmp_path):
             terminate()
             reached.append("first")
             terminate()
@@ -66,7 +68,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
 
 def test_a_stale_request_does_not_stop_the_next_run(tmp_path):
     (tmp_path / STOP_FILE).touch()
-    with leaving_on_sigterm(), draining(tmp_path):
+    with leaving_on_signals(), draining(tmp_path):
         assert not asked_to_stop(tmp_path)
 
 
@@ -74,7 +76,7 @@ def test_another_thread_leaves_the_process_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with leaving_on_sigterm():
+        with leaving_on_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
