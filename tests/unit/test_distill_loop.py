@@ -224,7 +224,6 @@ def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, w
     assert "the student of update 3 is exported instead" in said
     assert result(settings)["best_step"] == 3
 
-    for folder in kept(tmp_path):
-        damage(folder)
+    damage(kept(tmp_path)[-1])  # the other one is damaged still
     with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path} to begin again"):
         work_here(settings)
