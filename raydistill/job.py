@@ -2,7 +2,7 @@
 
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
-2  wrong input; nothing was started
+2  wrong input, or another living job has the run; nothing was started
 75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, from_command_line
+from raydistill.lease import RunTaken, held
 from raydistill.stopping import Stopped, leaving_on_signals
 
 RESUMABLE = 75
@@ -65,9 +66,14 @@ def run_job(
     from raydistill.cluster import connected
 
     try:
-        create_run_folder(run, config)
-        with connected(), leaving_on_signals():
-            work(config, run, inputs)
+        run.path.mkdir(parents=True, exist_ok=True)
+        with held(run.path):
+            create_run_folder(run, config)
+            with connected(), leaving_on_signals():
+                work(config, run, inputs)
+    except RunTaken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return RESUMABLE

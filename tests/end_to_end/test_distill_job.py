@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from raydistill.lease import RunTaken, held
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "distill.steps=2",
@@ -213,6 +215,8 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
         job.until((folder / "distill" / "before.json").is_file)  # the first step comes next
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         assert len(ranks) == 2
+        with pytest.raises(RunTaken, match=f"process {job.process.pid} "), held(folder):
+            pytest.fail("the job lives")
         os.kill(max(ranks), signal.SIGKILL)
         seen = set(ranks)
 
