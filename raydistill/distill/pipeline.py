@@ -260,6 +260,8 @@ def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
 @contextmanager
 def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> Iterator[Pipeline]:
     """Open the run's MLflow parent and close it with the status that the block deserves."""
+    from ray.exceptions import RayError
+
     from raydistill.bridge.loop import BridgeTrainingFailed
     from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
@@ -281,6 +283,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         yield pipeline
     except (
         DistillationFailed, BridgeTrainingFailed, SynthesisFailed, TeacherError, TrackingError, ValueError, OSError,
+        RayError,
     ) as error:  # fmt: skip
         pipeline.give_up("FAILED")
         raise RunFailed(f"{type(error).__name__}: {error}") from error

@@ -144,20 +144,21 @@ def latest(folder, file=""):
     return max(folder.glob(f"checkpoint_*{file}"), default=Path())
 
 
-def training_worker():
-    """Process of a Ray Train worker of this cluster, which is this process's child."""
+def process_of(actor):
+    """Process of an actor of this cluster, which is this process's child."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("RayTrainWorker" in word for word in process.cmdline()):
+            if any(actor in word for word in process.cmdline()):
                 return process
     return None
 
 
 @pytest.mark.timeout(600)
-def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
+def test_a_job_whose_driver_controller_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
     ray_cluster, pairs_folder, sd_folder, flux_folder, tmp_path
 ):
-    """kill -9 of the driver, the same command again, kill -9 of its worker: the same weights, one MLflow run."""
+    """kill -9 of the driver, the same command again, of Ray Train's controller, of a worker: the same weights, one MLflow
+    run."""
     overrides = [
         f"storage={tmp_path}", "run.name=killed", f"bridge.pairs={pairs_folder}", f"student.model={sd_folder}",
         "student.unet=null", f"teacher.model={flux_folder}", "bridge.batch_size=4", "bridge.embed_dim=16",
@@ -170,7 +171,7 @@ def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_a
 
     checkpoints, log = tmp_path / "killed" / "bridge-checkpoints", tmp_path / "log"
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    for kill in ("driver", "worker"):
+    for life in ("first", "second"):
         before = latest(checkpoints)
         with log.open("w") as stream:
             command = [sys.executable, str(ROOT / "jobs" / "train_bridge.py"), *overrides]
@@ -178,11 +179,15 @@ def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_a
         try:
             wait_until(lambda before=before: latest(checkpoints) > before, process, log, "another checkpoint")
             assert not (tmp_path / "killed" / "bridge").exists()
-            if kill == "driver":
+            if life == "first":
                 process.kill()
                 process.wait(30)
             else:
-                wait_until(training_worker, process, log, "worker").kill()
+                for actor in ("ray::TrainController", "ray::RayTrainWorker"):
+                    wait_until(lambda actor=actor: process_of(actor), process, log, actor).kill()
+                    before = latest(checkpoints)
+                    if actor == "ray::TrainController":
+                        wait_until(lambda before=before: latest(checkpoints) > before, process, log, "one more")
                 assert process.wait(300) == 0, log.read_text()
         finally:
             process.kill()

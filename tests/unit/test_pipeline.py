@@ -6,6 +6,7 @@ import re
 
 import mlflow
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from raydistill.bridge.loop import BridgeTrainingFailed
 from raydistill.config import load
@@ -70,6 +71,7 @@ EXPECTED = [
     DistillationFailed("distill: worker 0 failed"),
     BridgeTrainingFailed("bridge: worker 0 failed"),
     TeacherUnavailable("teacher-x did not answer"),
+    ActorUnavailableError("the Serve controller is being replaced", None),
 ]
 
 
