@@ -16,9 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from raydistill.files import replace_text
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOP_FILE = "stop"
 LEAVE_WITHIN_S = 90  # clouds that take a spot node back give about two minutes
+TRACKING_WITHIN_S = 10.0  # of that for a store that does not answer: once in a worker, once in the driver
 
 
 class Stopped(BaseException):
@@ -62,7 +65,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 
 def _too_late(number: int, frame: FrameType | None) -> None:
-    raise Stopped(f"asked to leave by {_Stop.asked}; no checkpoint came within {LEAVE_WITHIN_S} s, the last one counts")
+    written = _written(_Stop.folder)
+    raise Stopped(
+        f"asked to leave by {_Stop.asked}; {written or f'no checkpoint came within {LEAVE_WITHIN_S} s, the last one counts'}"
+    )
+
+
+def _written(folder: Path) -> str | None:
+    """What `say_written` has said; None: nothing yet."""
+    step = (folder / STOP_FILE).read_text()
+    return f"a checkpoint was written after update {step}" if step else None
 
 
 @contextmanager
@@ -70,16 +82,23 @@ def draining(folder: Path) -> Iterator[None]:
     """Around a distillation. Raises Stopped at its end if it was asked to leave."""
     (folder / STOP_FILE).unlink(missing_ok=True)
     _Stop.folder = folder
+    written = None
     try:
         yield
+        written = _written(folder) if _Stop.asked else None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         _Stop.folder = None
         (folder / STOP_FILE).unlink(missing_ok=True)
     if _Stop.asked:  # also where that came too late for this distillation, but in time for what comes after it
-        raise Stopped(f"asked to leave by {_Stop.asked}; a checkpoint was written")
+        raise Stopped(f"asked to leave by {_Stop.asked}; {written or 'the distillation had ended'}")
 
 
 def asked_to_stop(folder: Path) -> bool:
     """In a worker."""
     return (folder / STOP_FILE).exists()
+
+
+def say_written(folder: Path, step: int) -> None:
+    """In the worker that was asked to stop, once its checkpoint is on storage: the driver tells the user."""
+    replace_text(folder / STOP_FILE, str(step))

@@ -23,7 +23,7 @@ from raydistill.config import Config, resolve, validate
 from raydistill.files import read_json, replace_text
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
-from raydistill.stopping import asked_to_stop, draining
+from raydistill.stopping import TRACKING_WITHIN_S, asked_to_stop, draining, say_written
 from raydistill.training import fit, newest_state
 
 
@@ -138,7 +138,7 @@ def _train(stage: Stage) -> None:
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
     stops = config.distill.stop_on_collapse
     last = first if stops and stopped else config.distill.steps  # a collapse that was met before
-    step = first
+    step, leave = first, False
     from raydistill.distill.record import StepLog, step_file
     from raydistill.distill.schedule import distillation_step
 
@@ -161,6 +161,8 @@ def _train(stage: Stage) -> None:
             if stopped:
                 break
             if leave:
+                if observer:
+                    say_written(stage.path(), step)
                 return
         if observer:
             observer.finish(step, stopped if stops else None)
@@ -170,10 +172,11 @@ def _train(stage: Stage) -> None:
     finally:
         steps.close()
         batches.close()
+        deadline = time.monotonic() + TRACKING_WITHIN_S
         if system:
-            system.stop()
+            system.stop(TRACKING_WITHIN_S / 2)
         if tracker:
-            tracker.close()
+            tracker.close(deadline - time.monotonic() if leave else 60.0)
 
 
 def _asked_to_stop(stage: Stage, device: torch.device, rank: int, world: int) -> bool:

@@ -83,16 +83,17 @@ class Pipeline:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
             self.run.remember(seconds=self.seconds)
 
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+    def finish(self, run_id: str, status: str = "FINISHED", within_s: float = 60.0) -> None:
         from raydistill.tracking import Tracker
 
-        Tracker(self.uri, run_id).finish(status)
+        Tracker(self.uri, run_id).finish(status, within_s)
         self.open.remove(run_id)
 
-    def give_up(self, status: str) -> None:
-        """End every run that is still open, stages before their parent."""
+    def give_up(self, status: str, within_s: float = 60.0) -> None:
+        """End every run that is still open, stages before their parent; a store that is away is waited for once."""
+        deadline = time.monotonic() + within_s
         for run_id in reversed(list(self.open)):
-            self.finish(run_id, status)
+            self.finish(run_id, status, max(0.0, deadline - time.monotonic()))
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
     from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
     from raydistill.runs import TrackingError
-    from raydistill.stopping import Stopped
+    from raydistill.stopping import TRACKING_WITHIN_S, Stopped
     from raydistill.teachers.client import TeacherError
 
     try:
@@ -291,7 +292,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         pipeline.give_up("KILLED")
         raise RunFailed("interrupted") from None
     except Stopped:
-        pipeline.give_up("KILLED")
+        pipeline.give_up("KILLED", TRACKING_WITHIN_S)
         raise
     except BaseException:
         pipeline.give_up("FAILED")

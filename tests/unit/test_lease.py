@@ -35,15 +35,14 @@ def contents(folder):
 
 def test_a_second_job_of_a_run_ends_with_two_names_the_first_and_touches_nothing(holder, run_script):
     process, folder = holder
-    (folder / "config.yaml").write_text("distill: {max_failures: 7}\n")
+    (folder / "run.json").write_text('{"seconds": {}}')
     before = contents(folder)
     code, _, error = run_script("distill", f"storage={folder.parent}", "run.name=mine")
     assert code == 2
     assert f"run.name=mine is under way: process {process.pid} on " in error
     after = contents(folder)
-    assert after.keys() == before.keys()
     assert {path: data for path, (data, _) in after.items()} == {path: data for path, (data, _) in before.items()}
-    assert after[folder / "config.yaml"] == before[folder / "config.yaml"]
+    assert after[folder / "run.json"] == before[folder / "run.json"]
 
 
 def test_a_killed_holder_and_one_that_left_are_no_obstacle(holder, capfd):

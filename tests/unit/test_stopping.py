@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals
+from raydistill import stopping
+from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals, say_written
 
 
 def terminate(number: int = signal.SIGTERM) -> None:
@@ -43,10 +44,12 @@ def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path, number):
             seen.append(asked_to_stop(tmp_path))
             terminate(number)
             seen.append(asked_to_stop(tmp_path))
+            say_written(tmp_path, 7)
+            seen.append(asked_to_stop(tmp_path))
 
-    with pytest.raises(Stopped, match=f"by {number.name}; a checkpoint"):
+    with pytest.raises(Stopped, match=f"by {number.name}; a checkpoint was written after update 7"):
         run()
-    assert seen == [False, True]
+    assert seen == [False, True, True]
     assert signal.getsignal(number) is before
     assert not (tmp_path / STOP_FILE).exists()  # or the resumed run would stop again
 
@@ -64,6 +67,32 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     with pytest.raises(Stopped):
         run()
     assert reached == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(7, "a checkpoint was written after update 7"), (None, "no checkpoint came within 0.2 s")]
+)
+def test_a_driver_that_cannot_wait_longer_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, step, said):
+    monkeypatch.setattr(stopping, "LEAVE_WITHIN_S", 0.2)
+
+    def run() -> None:
+        with leaving_on_signals(), draining(tmp_path):
+            terminate()
+            if step:
+                say_written(tmp_path, step)
+            time.sleep(5)
+
+    with pytest.raises(Stopped, match=said):
+        run()
+
+
+def test_a_request_after_the_last_update_says_so(tmp_path):
+    def run() -> None:
+        with leaving_on_signals(), draining(tmp_path):
+            terminate()
+
+    with pytest.raises(Stopped, match="the distillation had ended"):
+        run()
 
 
 def test_a_stale_request_does_not_stop_the_next_run(tmp_path):
