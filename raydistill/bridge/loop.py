@@ -74,9 +74,6 @@ def train_bridge(
         BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
         BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
     from raydistill.training import fit
 
     run_dir = Path(run_dir)
@@ -86,8 +83,22 @@ def train_bridge(
     distill = config.distill
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
+    with ProgressWatcher(progress, "bridge"):
+        result = fit(
+            lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures, BridgeTrainingFailed
+        )
+    if (reason := fatal(run_dir)) is not None:
+        raise BridgeTrainingFailed(f"bridge: {reason}")
+    return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
+
+
+def _ray_trainer(config: Config, settings: _Settings, run_dir: Path) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=asdict(settings),
         scaling_config=ScalingConfig(
@@ -104,11 +115,6 @@ def train_bridge(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    with ProgressWatcher(progress, "bridge"):
-        result = fit(lambda: trainer, "bridge", distill.max_failures, BridgeTrainingFailed)
-    if (reason := fatal(run_dir)) is not None:
-        raise BridgeTrainingFailed(f"bridge: {reason}")
-    return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
 
 def _check(config: Config, pairs_folder: str | Path) -> None:
