@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import ray.exceptions
 import torch
-from ray.train import CheckpointConfig
+from ray.train import CheckpointConfig, RunConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
@@ -99,3 +99,15 @@ def test_a_controller_that_cannot_start_says_why_and_is_not_tried_again(tmp_path
     trainer = Trainer(tmp_path, [ray.exceptions.ActorDiedError(cause)])
     with pytest.raises(Failed, match="cannot start: CheckpointManagerInitializationError: corrupted"):
         fit(lambda: trainer, "distill", -1, Failed)
+
+
+def test_the_handler_of_ctrl_c_that_fit_leaves_out_is_still_ray_trains(tmp_path, monkeypatch):
+    """`fit` replaces it by its private name, which a later Ray might change."""
+    from ray.train.torch import TorchTrainer
+
+    asked = []
+    monkeypatch.setattr(TorchTrainer, "_register_sigint_handler", asked.append, raising=True)
+    monkeypatch.setattr(TorchTrainer, "fit", lambda self: self._register_sigint_handler("controller") or "done")
+    trainer = TorchTrainer(print, run_config=RunConfig(name="checkpoints", storage_path=str(tmp_path)))
+    assert fit(lambda: trainer, "distill", 0, Failed) == "done"
+    assert asked == []
