@@ -2,8 +2,8 @@
 
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
-2  wrong input; nothing was started
-75 asked to leave by SIGTERM (EX_TEMPFAIL: try again); the same run.name continues it
+2  wrong input, or another living job has the run; nothing was started
+75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config import Config, from_command_line
-from raydistill.stopping import Stopped, leaving_on_sigterm
+from raydistill.lease import RunTaken, held
+from raydistill.stopping import Stopped, leaving_on_signals
 
 RESUMABLE = 75
 
@@ -64,14 +65,19 @@ def run_job(
         return 2
     from raydistill.cluster import connected
 
-    create_run_folder(run, config)
     try:
-        with connected(meanwhile=("ray.serve", "raydistill.distill.loop")), leaving_on_sigterm():
-            work(config, run, inputs)
+        run.path.mkdir(parents=True, exist_ok=True)
+        with held(run.path):
+            create_run_folder(run, config)
+            with connected(meanwhile=("ray.serve", "raydistill.distill.loop")), leaving_on_signals():
+                work(config, run, inputs)
+    except RunTaken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return RESUMABLE
-    except RunFailed as error:
+    except (RunFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
         print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return 1
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raydistill.storage import Place
+from raydistill.storage import Place, replace_text
 
 FATAL_FILE = "fatal.txt"
 
@@ -42,7 +42,7 @@ def written_down(folder: Place) -> Iterator[None]:
         yield
     except Exception as error:
         if is_lasting(error):
-            (folder / FATAL_FILE).write_text(f"{type(error).__name__}: {error}")
+            replace_text(folder / FATAL_FILE, f"{type(error).__name__}: {error}")
         raise
 
 

@@ -25,6 +25,7 @@ from raydistill.config import (
 )
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.files import read_json
 from raydistill.runs import TrackingAway, TrackingError, artifact_root, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
 from raydistill.storage import Place, Remote, cause, replace_text
@@ -44,7 +45,8 @@ class RunFolder:
     def recall(self) -> dict[str, Any]:
         """MLflow run ids and stage times of this run so far."""
         file = self.path / "run.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        cure = "restore it, or remove it: the run then goes on under new MLflow runs"
+        return read_json(file, cure) if file.is_file() else {}
 
     def remember(self, **values: Any) -> None:
         replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
@@ -72,9 +74,9 @@ def open_run_folder(config: Config) -> RunFolder:
     run = RunFolder(storage, name)
     saved = run.path / "config.yaml"
     with _of_storage(storage):
-        text = saved.read_text() if saved.is_file() else None
+        text = saved.read_text(encoding="utf-8") if saved.is_file() else None
     if text is not None:
-        before, now_ = mathematical(validate(yaml.safe_load(text))), mathematical(config)
+        before, now_ = mathematical(_read_config(saved, text)), mathematical(config)
         changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if changed:
             raise ConfigError(
@@ -95,12 +97,25 @@ def _of_storage(storage: Place) -> Iterator[None]:
         raise
 
 
+def _read_config(file: Place, text: str) -> Config:
+    """Raises ConfigError naming the file."""
+    try:
+        return validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
+            "run.name"
+        ) from error
+
+
 def create_run_folder(run: RunFolder, config: Config) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     uri = config.tracking.uri and mask("uri", config.tracking.uri)
     tracking = config.tracking.model_copy(update={"uri": uri})
     shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
-    (run.path / "config.yaml").write_text(to_yaml(shown))
+    file, text = run.path / "config.yaml", to_yaml(shown)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        replace_text(file, text)
 
 
 def check_inputs(config: Config) -> Inputs:

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -348,14 +349,23 @@ def reading(source: Place) -> Iterator[Path]:
 
 
 def replace_text(file: Place, text: str) -> None:
-    """Write a small file in one step, and the folder it lies in."""
+    """Write a small file in one move, and the folder it lies in.
+
+    A reader sees the old file or the new one, whole, also after a kill or on a full disk.
+    """
     if isinstance(file, Remote):
         file.write_text(text)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    fresh = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with fresh.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.replace(file)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def move_folder(source: Place, target: Place) -> None:

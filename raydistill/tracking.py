@@ -58,6 +58,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 METRICS_KEPT, JOBS_KEPT = 200_000, 1000  # what waits in memory while the store is away
+EARLIER_AT_ONCE = 20  # steps of one request, some thirty values each
 
 
 class Tracker:
@@ -73,6 +74,7 @@ class Tracker:
         self.uri, self.run_id, self.interval = uri, run_id, interval
         self.lost = 0
         self._metrics: deque[tuple[str, float, int, int]] = deque()  # key, value, timestamp (ms), step
+        self._earlier: deque[tuple[int, Mapping[str, float]]] = deque()  # step, values; sent before all others
         self._jobs: deque[tuple[str, Callable[[MlflowClient], None]]] = deque()
         self._pending = 0  # includes what the thread is sending
         self._nudged = self._closed = self._away = False
@@ -101,6 +103,13 @@ class Tracker:
             while len(self._metrics) > METRICS_KEPT:
                 self._metrics.popleft()
                 self._drop(1)
+            self._condition.notify_all()
+
+    def catch_up(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Offer the values of earlier steps, in their order, before anything else; what the run has is left out."""
+        with self._condition:
+            self._earlier.extend(steps.items())
+            self._pending += len(steps)
             self._condition.notify_all()
 
     def image(self, image: Image, name: str, step: int) -> None:
@@ -147,6 +156,7 @@ class Tracker:
         with self._condition:
             self._drop(self._pending)
             self._metrics.clear()
+            self._earlier.clear()
             self._jobs.clear()
             self._closed = True
             self._condition.notify_all()
@@ -177,13 +187,14 @@ class Tracker:
         client, delay = None, 0.0
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._metrics or self._jobs or self._closed)
+                self._condition.wait_for(lambda: self._earlier or self._metrics or self._jobs or self._closed)
                 if self._closed:
                     return
                 if self._condition.wait_for(lambda: self._nudged or self._closed, delay or self.interval):
                     self._nudged, delay = False, 0.0
             try:
                 client = client or client_of(self.uri)
+                self._send_earlier(client)
                 self._send_metrics(client)
                 self._send_jobs(client)
                 if self._away:
@@ -201,6 +212,37 @@ class Tracker:
                 self._pending -= count
                 self.lost += count if lost else 0
                 self._condition.notify_all()
+
+    def _send_earlier(self, client: MlflowClient) -> None:
+        """Nothing later goes first: the last step that a run has for a key says that it has all before it."""
+        from mlflow.entities import Metric
+
+        while True:
+            with self._condition:
+                some = [self._earlier.popleft() for _ in range(min(EARLIER_AT_ONCE, len(self._earlier)))]
+            if not some:
+                return
+            now, rows = int(time.time() * 1000), []
+            try:
+                for step, values in some:
+                    named = ((_metric_name(key), float(value)) for key, value in values.items())
+                    rows += [
+                        Metric(key, value, now, step)
+                        for key, value in named
+                        if math.isfinite(value) and step > self._logged_until(client, key)
+                    ]
+                for start in range(0, len(rows), 1000):  # MLflow's limit per request
+                    client.log_batch(self.run_id, metrics=rows[start : start + 1000])
+            except Exception as error:
+                if _hopeless(error):
+                    log.warning("tracking: the values of %d steps were refused: %s", len(some), reason(error))
+                    self._done(len(some), lost=True)
+                    continue
+                with self._condition:
+                    if not self._closed:
+                        self._earlier.extendleft(reversed(some))
+                raise
+            self._done(len(some))
 
     def _send_metrics(self, client: MlflowClient) -> None:
         from mlflow.entities import Metric

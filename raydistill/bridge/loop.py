@@ -27,7 +27,7 @@ from raydistill.storage import Place, Remote, for_ray_train, place
 if TYPE_CHECKING:
     from PIL import Image
 
-BRIDGE_FOLDER, STATE_FILE = "bridge", "trainer.pt"
+BRIDGE_FOLDER = "bridge"
 LOG_EVERY = 10
 
 
@@ -75,8 +75,7 @@ def train_bridge(
         BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
         BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
     """
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from raydistill.training import fit
 
     run_dir = place(str(run_dir))
     _check(config, pairs_folder)
@@ -85,8 +84,26 @@ def train_bridge(
     distill = config.distill
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
+    with ProgressWatcher(progress, "bridge"):
+        result = fit(
+            lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures, BridgeTrainingFailed
+        )
+    if (reason := fatal(run_dir)) is not None:
+        raise BridgeTrainingFailed(f"bridge: {reason}")
+    return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
+
+
+def _ray_trainer(config: Config, settings: _Settings, run_dir: Place) -> Any:
+    """Once there is room for it. Raises BridgeTrainingFailed."""
+    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from raydistill.training import wait_for_room
+
+    wait_for_room(config, BridgeTrainingFailed)
+    distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=asdict(settings),
         scaling_config=ScalingConfig(
@@ -103,16 +120,6 @@ def train_bridge(
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    try:
-        with ProgressWatcher(progress, "bridge"):
-            result = trainer.fit()
-    except TrainingFailedError as error:
-        reasons = getattr(error, "worker_failures", None) or {"": error}
-        texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
-        raise BridgeTrainingFailed(f"bridge: {'; '.join(sorted(texts))}") from error
-    if (reason := fatal(run_dir)) is not None:
-        raise BridgeTrainingFailed(f"bridge: {reason}")
-    return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
 
 def _check(config: Config, pairs_folder: str | Path) -> None:
@@ -175,12 +182,15 @@ def train_worker(settings: dict[str, Any]) -> None:
 def _train(told: _Settings) -> None:
     import ray.train
 
+    from raydistill.training import newest_state
+
     config = validate(told.config)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
-    _restore(trainer)
+    if (found := newest_state("bridge", rank, world_size)) is not None:
+        trainer.load_state_dict(found[0])
     log = MetricLog(told.tracking_uri, told.tracking_run) if rank == 0 else MetricLog(None, None)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
@@ -263,18 +273,11 @@ def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
             yield batch
 
 
-def _restore(trainer: BridgeTrainer) -> None:
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load_state_dict(torch.load(Path(folder, STATE_FILE), map_location="cpu", weights_only=True))
-
-
 def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
     import ray.train
+
+    from raydistill.distill.state import save_state
 
     if trainer.objective.rank:
         ray.train.report({})
@@ -285,5 +288,5 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     log.image(picture, "reconstruction", step)
     with tempfile.TemporaryDirectory() as folder:
         trainer.bridge.save(Path(folder, BRIDGE_FOLDER), metrics | {"step": step})
-        torch.save(trainer.state_dict(), Path(folder, STATE_FILE))
+        save_state(Path(folder), trainer.state_dict(), {"step": step})
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import operator
 import tempfile
 import time
@@ -23,16 +22,13 @@ import ray
 import ray.train
 import torch
 
-from raydistill.beside import beside, result
 from raydistill.config import Config, resolve, validate
+from raydistill.files import read_json
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
-from raydistill.stopping import asked_to_stop, draining
+from raydistill.stopping import TRACKING_WITHIN_S, asked_to_stop, draining, say_written
 from raydistill.storage import Place, for_ray_train, place, reading, replace_text, writing
-
-log = logging.getLogger(__name__)
-
-CAUGHT_UP = 200  # last steps whose metrics a resume offers to the tracker again
+from raydistill.training import fit, newest_state, wait_for_room
 
 
 class DistillationFailed(RuntimeError):
@@ -56,6 +52,9 @@ class Stage:
     def path(self, *parts: str) -> Place:
         return functools.reduce(operator.truediv, parts, place(self.folder))
 
+    def result(self) -> dict[str, Any]:
+        return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")
+
 
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
@@ -69,47 +68,22 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """
     config = validate(stage.config)
     if stage.path("result.json").is_file():
-        return json.loads(stage.path("result.json").read_text())
+        return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
-        _fit(stage, config, needs)
+        fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, DistillationFailed, needs)
         if (reason := fatal(stage.path())) is not None:
             raise DistillationFailed(f"{stage.name}: {reason}")
-    return json.loads(stage.path("result.json").read_text())
-
-
-def _fit(stage: Stage, config: Config, needs: Sequence[Future[Any]]) -> None:
-    """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
-
-    Raises:
-        DistillationFailed: see `launch`.
-    """
-    from ray.train import TrainingFailedError
-
-    losses = 0
-    while True:
-        try:
-            result(beside(_trainer(stage, config).fit), needs)
-            return
-        except TrainingFailedError as error:
-            reasons = getattr(error, "worker_failures", None) or {"": error}
-            texts = {str(reason).strip().splitlines()[-1] for reason in reasons.values()}
-            raise DistillationFailed(f"{stage.name}: {'; '.join(sorted(texts))}") from error
-        except ray.exceptions.RayActorError as error:
-            for need in needs:
-                if need.done():
-                    need.result()  # which raises, if it was this one's
-            losses += 1
-            if losses > config.distill.max_failures >= 0:
-                raise DistillationFailed(f"{stage.name}: Ray Train's controller died {losses} times") from error
-            log.warning("%s: Ray Train's controller died; going on from the last checkpoint", stage.name)
+    return stage.result()
 
 
 def _trainer(stage: Stage, config: Config) -> Any:
+    """Once there is room for it. Raises DistillationFailed."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    wait_for_room(config, DistillationFailed)
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
     return TorchTrainer(
@@ -127,9 +101,7 @@ def _trainer(stage: Stage, config: Config) -> Any:
             **for_ray_train(stage.path()),
             logging_config=LoggingConfig(log_level="WARNING"),
             failure_config=FailureConfig(max_failures=distill.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="score", checkpoint_score_order="max"
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),  # by time: one may be damaged; the best is in best/
         ),
     )
 
@@ -168,16 +140,19 @@ def _train(stage: Stage) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
-    batches = Early(_batches_from(config, _steps_done(), rank, world))  # encoders start while networks load
+    found = newest_state(stage.name, rank, world)
+    done = found[1]["step"] if found else 0
+    batches = Early(_batches_from(config, done, rank, world))  # encoders start while networks load
     distiller, submit = _assemble(stage, config, rank, world)
-    first, best, score, stopped, collapse = _restore(distiller)
+    first, best, score, stopped, collapse = _restore(distiller, found)
+    del found
     distiller.batches = batches
     tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if rank == 0 else None
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if rank == 0 else None
     observer = Observer(stage, config, distiller, tracker, best, score) if rank == 0 else None
     stops = config.distill.stop_on_collapse
     last = first if stops and stopped else config.distill.steps  # a collapse that was met before
-    step = first
+    step, leave = first, False
     from raydistill.distill.record import open_log
     from raydistill.distill.schedule import distillation_step
 
@@ -204,6 +179,8 @@ def _train(stage: Stage) -> None:
             if stopped:
                 break
             if leave:
+                if observer:
+                    say_written(stage.path(), step)
                 return
         if observer:
             observer.finish(step, stopped if stops else None)
@@ -213,10 +190,11 @@ def _train(stage: Stage) -> None:
     finally:
         steps.close()
         batches.close()
+        deadline = time.monotonic() + TRACKING_WITHIN_S
         if system:
-            system.stop()
+            system.stop(TRACKING_WITHIN_S / 2)
         if tracker:
-            tracker.close()
+            tracker.close(deadline - time.monotonic() if leave else 60.0)
 
 
 def _asked_to_stop(stage: Stage, device: torch.device, rank: int, world: int) -> bool:
@@ -364,28 +342,15 @@ def average_over_workers(gradients: list[torch.Tensor]) -> None:
         gradient.copy_(mean)
 
 
-def _restore(distiller: Any) -> tuple[int, float, float, str | None, str | None]:
-    """(steps done, best score, last score, why it was stopped, lasting alarm) of the last checkpoint, or a fresh start."""
-    from raydistill.distill.state import load_state
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+def _restore(
+    distiller: Any, found: tuple[dict[str, Any], dict[str, Any]] | None
+) -> tuple[int, float, float, str | None, str | None]:
+    """(steps done, best score, last score, why it was stopped, lasting alarm) of what was `found`; None: a fresh start."""
+    if found is None:
         return 0, float("-inf"), 0.0, None, None
-    with checkpoint.as_directory() as folder:
-        state, about = load_state(Path(folder))
+    state, about = found
     distiller.load_state_dict(state)
     return about["step"], about["best"], about["score"], about.get("stopped"), about.get("collapse")
-
-
-def _steps_done() -> int:
-    """Of the last checkpoint, whose tensors stay where they are."""
-    from raydistill.distill.state import load_about
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as folder:
-        return load_about(Path(folder))["step"]
 
 
 def _due(config: Config, step: int, stopped: str | None, leave: bool) -> bool:
@@ -465,7 +430,7 @@ class Observer:
 
         count = self.config.evaluation.grid
         save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
-        self.stage.path(f"{name}.json").write_text(json.dumps(table))
+        replace_text(self.stage.path(f"{name}.json"), json.dumps(table))
         self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
         self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
 
@@ -474,8 +439,7 @@ class Observer:
         from raydistill.distill.record import read_lines, step_file, steps_of
 
         lines = steps_of(read_lines(step_file(self.stage.path(), 0)))
-        for step in [step for step in lines if step <= first][-CAUGHT_UP:]:
-            self.tracker.metrics(lines[step]["values"], step)
+        self.tracker.catch_up({step: line["values"] for step, line in lines.items() if step <= first})
 
     def after_step(self, step: int, world: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is time, and log; adds what it measures to `metrics`."""
@@ -549,13 +513,18 @@ class Observer:
             step: updates that were done.
             stopped: the collapse that ended the stage; None: it went to its end.
         """
-        from raydistill.distill.state import load_state
+        from raydistill.distill.state import CheckpointError, load_state
         from raydistill.export.pipeline import export_student
 
         unet = self.distiller.evaluated
-        with reading(self.stage.path("best")) as folder:
-            state, about = load_state(folder)
-        self.distiller.load_best_state(state)
+        try:
+            with reading(self.stage.path("best")) as folder:
+                state, about = load_state(folder)
+        except CheckpointError as error:
+            about = {"step": step}
+            print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
+        else:
+            self.distiller.load_best_state(state)
         pictures, table = self._evaluate(self.final)
         self._keep("after", pictures, table, step)
         space = self.distiller.student_space
@@ -568,7 +537,7 @@ class Observer:
                 self.distiller.bridge.save(folder, {"step": about["step"]})
             self.tracker.artifact(self.stage.path("bridge"))
         result = {
-            "before": json.loads(self.stage.path("before.json").read_text()),
+            "before": read_json(self.stage.path("before.json"), "restore it, or use another run.name"),
             "after": table,
             "steps": step,
             "best_step": about["step"],

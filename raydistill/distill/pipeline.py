@@ -89,16 +89,17 @@ class Pipeline:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
                 self.run.remember(seconds=self.seconds)
 
-    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+    def finish(self, run_id: str, status: str = "FINISHED", within_s: float = 60.0) -> None:
         from raydistill.tracking import Tracker
 
-        Tracker(self.uri, run_id).finish(status)
+        Tracker(self.uri, run_id).finish(status, within_s)
         self.open.remove(run_id)
 
-    def give_up(self, status: str) -> None:
-        """End every run that is still open, stages before their parent."""
+    def give_up(self, status: str, within_s: float = 60.0) -> None:
+        """End every run that is still open, stages before their parent; a store that is away is waited for once."""
+        deadline = time.monotonic() + within_s
         for run_id in reversed(list(self.open)):
-            self.finish(run_id, status)
+            self.finish(run_id, status, max(0.0, deadline - time.monotonic()))
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
@@ -266,11 +267,13 @@ def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
 @contextmanager
 def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> Iterator[Pipeline]:
     """Open the run's MLflow parent and close it with the status that the block deserves."""
+    from ray.exceptions import RayError
+
     from raydistill.bridge.loop import BridgeTrainingFailed
     from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
     from raydistill.runs import TrackingError
-    from raydistill.stopping import Stopped
+    from raydistill.stopping import TRACKING_WITHIN_S, Stopped
     from raydistill.teachers.client import TeacherError
 
     try:
@@ -287,6 +290,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         yield pipeline
     except (
         DistillationFailed, BridgeTrainingFailed, SynthesisFailed, TeacherError, TrackingError, ValueError, OSError,
+        RayError,
     ) as error:  # fmt: skip
         pipeline.give_up("FAILED")
         raise RunFailed(f"{type(error).__name__}: {error}") from error
@@ -294,7 +298,7 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         pipeline.give_up("KILLED")
         raise RunFailed("interrupted") from None
     except Stopped:
-        pipeline.give_up("KILLED")
+        pipeline.give_up("KILLED", TRACKING_WITHIN_S)
         raise
     except BaseException:
         pipeline.give_up("FAILED")
@@ -397,11 +401,13 @@ def _evaluate_teacher(pipeline: Pipeline, service: str, teachers: Future[None]) 
     from raydistill.distill.load import guidance_scale
     from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
     from raydistill.evaluation.teacher import draw_teacher
+    from raydistill.files import read_json
+    from raydistill.storage import replace_text
     from raydistill.teachers.client import TeacherClient
 
     config, folder = pipeline.config, pipeline.run.path
     if (folder / "teacher.json").is_file():
-        return json.loads((folder / "teacher.json").read_text())
+        return read_json(folder / "teacher.json", "remove it, and the teacher is drawn again")
     teachers.result()
     with pipeline.timed("teacher evaluation"):
         space = pipeline.inputs.teacher
@@ -409,8 +415,7 @@ def _evaluate_teacher(pipeline: Pipeline, service: str, teachers: Future[None]) 
         client = TeacherClient(service, config.teachers)
         pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
         save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
-        (folder / "teacher.tmp").write_text(json.dumps(table))
-        (folder / "teacher.tmp").replace(folder / "teacher.json")
+        replace_text(folder / "teacher.json", json.dumps(table))
     return table
 
 

@@ -10,10 +10,18 @@ import errno
 import json
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from raydistill.storage import replace_text
+
+MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
+# What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
+DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 
 
 class CheckpointError(RuntimeError):
@@ -33,13 +41,16 @@ def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> No
             "free. The older one is kept; free space, then continue with the same run.name"
         ) from error
     unfinished.replace(folder / "state.pt")
-    (folder / "about.json").write_text(json.dumps(about, indent=1))
+    replace_text(folder / "about.json", json.dumps(about, indent=1))
 
 
 def require_room(folder: Path, size: int) -> None:
-    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good."""
+    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good.
+
+    Some is left over: Ray Train writes its list of checkpoints in place, and a full disk would leave it empty.
+    """
     free = shutil.disk_usage(folder).free
-    if free < size:
+    if free < size + MARGIN:
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint of {size / 2**20:.0f} MiB does not fit, {free / 2**20:.0f} MiB are free; the ones before it "
@@ -49,25 +60,39 @@ def require_room(folder: Path, size: int) -> None:
 
 
 def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, about) of a checkpoint folder. Raises CheckpointError naming the folder."""
+    """(state, about) of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete; names the folder.
+        OSError, MemoryError: it could not be read this time.
+    """
     file = folder / "state.pt"
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+    with _damage_named(folder):
+        _compare_checksums(file)
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], saved["about"]
-    except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
-        raise _damaged(folder, error) from error
 
 
-def load_about(folder: Path) -> dict[str, Any]:
-    """The second half of `load_state`, without reading the tensors. Raises CheckpointError naming the folder."""
+def check_state(folder: Path) -> None:
+    """As `load_state`, of the checksums alone and in little memory; the same errors."""
+    with _damage_named(folder):
+        _compare_checksums(folder / "state.pt")
+
+
+def _compare_checksums(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
     try:
-        return torch.load(folder / "state.pt", weights_only=True, map_location="cpu", mmap=True)["about"]
-    except Exception as error:  # noqa: BLE001 (as above)
-        raise _damaged(folder, error) from error
-
-
-def _damaged(folder: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{folder}: damaged or incomplete checkpoint ({type(error).__name__}: {error})")
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error

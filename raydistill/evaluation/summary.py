@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from raydistill.storage import Place, Remote, place
+from raydistill.storage import Place, place, replace_text
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
@@ -52,20 +50,7 @@ def write_summary(path: str | Place, summary: Mapping[str, Any]) -> Place:
     Numbers of torch and NumPy become plain ones, paths become text; NaN and infinities become null, which JSON lacks.
     """
     path = place(str(path))
-    text = json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if isinstance(path, Remote):
-        path.write_text(text)
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    replace_text(path, json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 
 

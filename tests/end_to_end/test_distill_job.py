@@ -13,6 +13,8 @@ import pytest
 from jobs_started import SMALL, TEST_S, exported, history, job_of, mlflow_runs, same_weights, started
 from safetensors.torch import load_file, save_file
 
+from raydistill.lease import RunTaken, held
+
 pytestmark = pytest.mark.timeout(TEST_S)
 
 
@@ -95,6 +97,8 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
         job.until(lambda: "— teacher evaluation" in job.text())  # the teachers are ready: the first step comes next
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         assert len(ranks) == 2
+        with pytest.raises(RunTaken, match=f"process {job.process.pid} "), held(folder):
+            pytest.fail("the job lives")
         os.kill(max(ranks), signal.SIGKILL)
         seen = set(ranks)
 
@@ -175,8 +179,8 @@ def mlflow_server(tmp_path):
     server.kill()
 
 
-def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_path, mlflow_server):
-    """First life: a text encoder is killed, the disk is full, a Serve replica is killed, SIGTERM. Second: the train worker is
+def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, mlflow_server):
+    """First life: a text encoder is killed, the disk is full, a Serve replica is killed, Ctrl-C. Second: the train worker is
     killed, and MLflow is away for a while. Each kill is a SIGKILL of a real process."""
     from raydistill.distill.record import consumed, read_lines, step_file
     from raydistill.runs import client_of
@@ -193,9 +197,10 @@ def test_faults_of_every_part_and_a_spot_drain_change_no_number(finished, tmp_pa
         job.until(lambda: "— teacher evaluation" in job.text())  # the first step comes next
         (replica,) = job.processes("ray::ServeReplica")
         replica.kill()
-        job.process.send_signal(signal.SIGTERM)
+        job.process.send_signal(signal.SIGINT)  # Ctrl-C; the elastic run leaves by SIGTERM
         code, _ = job.wait()
         assert code == 75, job.text()
+        assert "asked to leave by SIGINT; a checkpoint was written" in job.text()
         assert "can be continued with run.name=struck" in job.text()
         assert "is the disk full?" in job.text()
         assert job.left() == []

@@ -79,8 +79,14 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
         plain.step(plain.objective.batch(plain.step_count))
         states.append({name: value.clone() for name, value in plain.bridge.projector.state_dict().items()})
 
-    short = train_bridge(configure("bridge.steps=2"), tmp_path, pairs_folder, *mlflow_run)
+    every = "bridge.checkpoint_every=1"
+    short = train_bridge(configure("bridge.steps=2", every), tmp_path, pairs_folder, *mlflow_run)
     assert largest_difference(weights(short.folder), states[1]) == 0
+    state = latest(tmp_path / "bridge-checkpoints", "/state.pt")
+    damaged = bytearray(state.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    state.write_bytes(damaged)  # the checkpoint before it counts
+    (tmp_path / "bridge-checkpoints" / "checkpoint_manager_snapshot.json").write_text("")  # by a full disk, or a kill
     longer = train_bridge(configure(), tmp_path, pairs_folder, *mlflow_run)
     assert largest_difference(weights(longer.folder), states[3]) == 0
     assert longer.metrics["step"] == 4
@@ -93,7 +99,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
 
     client = MlflowClient(mlflow_run[0])
     history = client.get_metric_history(mlflow_run[1], "eval/psnr")
-    assert [point.step for point in history] == [2, 4]
+    assert [point.step for point in history] == [1, 2, 4]
     assert history[-1].value == pytest.approx(longer.metrics["eval/psnr"])
     assert any("reconstruction" in file.path for file in client.list_artifacts(mlflow_run[1], "images"))
 
@@ -134,24 +140,25 @@ def wait_until(done, process, log, what):
     return found
 
 
-def latest(folder):
-    return max((path.name for path in folder.glob("checkpoint_*")), default="")
+def latest(folder, file=""):
+    return max(folder.glob(f"checkpoint_*{file}"), default=Path())
 
 
-def training_worker():
-    """Process of a Ray Train worker of this cluster, which is this process's child."""
+def process_of(actor):
+    """Process of an actor of this cluster, which is this process's child."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("RayTrainWorker" in word for word in process.cmdline()):
+            if any(actor in word for word in process.cmdline()):
                 return process
     return None
 
 
 @pytest.mark.timeout(1200)
-def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
+def test_a_job_whose_driver_controller_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
     ray_cluster, pairs_folder, sd_folder, flux_folder, tmp_path
 ):
-    """kill -9 of the driver, the same command again, kill -9 of its worker: the same weights, one MLflow run."""
+    """kill -9 of the driver, the same command again, of Ray Train's controller, of a worker: the same weights, one MLflow
+    run."""
     overrides = [
         f"storage={tmp_path}", "run.name=killed", f"bridge.pairs={pairs_folder}", f"student.model={sd_folder}",
         "student.unet=null", f"teacher.model={flux_folder}", "bridge.batch_size=4", "bridge.embed_dim=16",
@@ -164,7 +171,7 @@ def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_a
 
     checkpoints, log = tmp_path / "killed" / "bridge-checkpoints", tmp_path / "log"
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    for kill in ("driver", "worker"):
+    for life in ("first", "second"):
         before = latest(checkpoints)
         with log.open("w") as stream:
             command = [sys.executable, str(ROOT / "jobs" / "train_bridge.py"), *overrides]
@@ -172,11 +179,15 @@ def test_a_job_whose_driver_and_worker_are_killed_gives_the_bridge_of_one_left_a
         try:
             wait_until(lambda before=before: latest(checkpoints) > before, process, log, "another checkpoint")
             assert not (tmp_path / "killed" / "bridge").exists()
-            if kill == "driver":
+            if life == "first":
                 process.kill()
                 process.wait(30)
             else:
-                wait_until(training_worker, process, log, "worker").kill()
+                for actor in ("ray::TrainController", "ray::RayTrainWorker"):
+                    wait_until(lambda actor=actor: process_of(actor), process, log, actor).kill()
+                    before = latest(checkpoints)
+                    if actor == "ray::TrainController":
+                        wait_until(lambda before=before: latest(checkpoints) > before, process, log, "one more")
                 assert process.wait(300) == 0, log.read_text()
         finally:
             process.kill()

@@ -1,6 +1,6 @@
 """What every Ray Train worker runs, in processes of torch's own: stopped by a collapse, resumed, broken by a value.
 
-Ray Train's part is played by `Train`, which keeps the last checkpoint in a folder; prompts are encoded in the process.
+Ray Train's part is played by `Train`, which keeps the last two checkpoints in folders; prompts are encoded in the process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import shutil
 import socket
 import threading
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +19,12 @@ import pytest
 import torch
 from ray.exceptions import RayActorError
 
+from raydistill import training
 from raydistill.beside import beside
 from raydistill.config import load, validate
 from raydistill.distill import loop
 from raydistill.distill.losses import NonFiniteError
-from raydistill.distill.state import load_state
+from raydistill.distill.state import CheckpointError, load_state
 from raydistill.shapes import WEIGHTS
 from raydistill.teachers.request import TeacherStartError
 
@@ -38,22 +39,52 @@ class Train:
     """`ray.train` as a worker sees it."""
 
     def __init__(self, folder, rank, world):
-        self.folder, self.context = Path(folder, "checkpoint"), SimpleNamespace(
+        self.folder, self.context = Path(folder), SimpleNamespace(
             get_world_rank=lambda: rank, get_world_size=lambda: world
         )  # fmt: skip
-        self.Checkpoint = SimpleNamespace(from_directory=lambda folder: folder)
+        self.Checkpoint = Checkpoint
 
     def get_context(self):
         return self.context
 
     def get_checkpoint(self):
-        if not self.folder.is_dir():
-            return None
-        return SimpleNamespace(as_directory=lambda: contextlib.nullcontext(str(self.folder)))
+        found = kept(self.folder)
+        return Checkpoint(str(found[-1])) if found else None
+
+    def get_all_reported_checkpoints(self):
+        return [SimpleNamespace(checkpoint=Checkpoint(str(path))) for path in kept(self.folder)]
 
     def report(self, metrics, checkpoint=None):
         if checkpoint is not None:
-            shutil.copytree(checkpoint, self.folder, dirs_exist_ok=True)
+            found = kept(self.folder)
+            number = int(found[-1].name.removeprefix("checkpoint_")) + 1 if found else 0
+            shutil.copytree(checkpoint.path, self.folder / f"checkpoint_{number:03}")
+            for old in found[:-1]:
+                shutil.rmtree(old)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: str
+
+    @classmethod
+    def from_directory(cls, folder):
+        return cls(str(folder))
+
+    def as_directory(self):
+        return contextlib.nullcontext(self.path)
+
+
+def kept(folder):
+    """Checkpoints of a stage, the oldest first."""
+    return sorted(Path(folder).glob("checkpoint_*"))
+
+
+def damage(folder):
+    """Flip one bit in the middle of a state: among the weights."""
+    content = bytearray((folder / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "state.pt").write_bytes(content)
 
 
 def batches(config, first, rank, world):
@@ -80,7 +111,7 @@ def batches(config, first, rank, world):
 def work(rank, settings, world, port):
     """The body of one worker."""
     torch.set_num_threads(1)
-    loop.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
+    loop.ray = training.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
     loop._batches_from = batches
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
@@ -116,6 +147,15 @@ def start(settings, world=1):
     torch.multiprocessing.spawn(work, (settings, world, port), nprocs=world)
 
 
+@pytest.fixture
+def work_here(monkeypatch):
+    """`work` of one worker in this process."""
+    monkeypatch.setattr(loop, "ray", loop.ray)
+    monkeypatch.setattr(training, "ray", training.ray)
+    monkeypatch.setattr(loop, "_batches_from", batches)
+    return lambda settings: work(0, settings, 1, None)
+
+
 def tracked(settings):
     import mlflow
 
@@ -135,7 +175,7 @@ def test_two_workers_stop_together_at_a_collapse_and_export_the_best(stage, tmp_
     assert told["best_step"] <= told["steps"]
     assert data.tags["collapse_alarm"] == told["stopped"]
     assert data.metrics["guard/latent_drift_average"] > 0.02
-    assert load_state(tmp_path / "checkpoint")[1]["step"] == told["steps"]  # although none was due
+    assert load_state(kept(tmp_path)[-1])[1]["step"] == told["steps"]  # although none was due
     assert (tmp_path / "export" / "model_index.json").is_file()
     # killed before its result was there: the next attempt trains no further, and says the same
     Path(settings["folder"], "result.json").unlink()
@@ -155,13 +195,10 @@ def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(sta
     assert tracked(settings).tags["collapse_alarm"].startswith("step ")
 
 
-def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, monkeypatch, tmp_path):
-    """One worker, in this process."""
+def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_path):
     settings = stage("student.lr=1e30")
-    monkeypatch.setattr(loop, "ray", loop.ray)
-    monkeypatch.setattr(loop, "_batches_from", batches)
     with pytest.raises(NonFiniteError) as caught:
-        work(0, settings, 1, None)
+        work_here(settings)
     data = tracked(settings)
     assert data.tags["non_finite"].startswith("step ")
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
@@ -189,3 +226,33 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
         never.set()
     assert raised.value is error
     assert len(starts) == 1, "it is not taken for the loss of Ray Train's controller"
+
+
+def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, work_here, tmp_path, capfd):
+    settings = stage("distill.checkpoint_every=1", "distill.steps=3")
+    work_here(settings)
+    before, newest = kept(tmp_path)
+    wanted, told = load_state(newest), result(settings)
+    damage(newest)
+    (tmp_path / "result.json").unlink()
+    capfd.readouterr()
+    work_here(settings)
+    said = capfd.readouterr().out
+    assert f"{newest}: damaged or incomplete checkpoint" in said
+    assert f"going on from {before}, step 2" in said
+    found = load_state(kept(tmp_path)[-1])
+    assert found[1] == wanted[1]
+    assert found[0]["student"].keys() == wanted[0]["student"].keys()
+    assert all(torch.equal(value, wanted[0]["student"][name]) for name, value in found[0]["student"].items())
+    assert result(settings) == told
+
+    damage(tmp_path / "best")  # found out at the end, and no reason to lose the run
+    (tmp_path / "result.json").unlink()
+    work_here(settings)
+    assert f"{tmp_path / 'best'}: damaged" in (said := capfd.readouterr().out)
+    assert "the student of update 3 is exported instead" in said
+    assert result(settings)["best_step"] == 3
+
+    damage(kept(tmp_path)[-1])  # the other one is damaged still
+    with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path} to begin again"):
+        work_here(settings)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+import socket
+import time
 
 import mlflow
 import pytest
+from ray.exceptions import ActorUnavailableError
 
+from raydistill import stopping
 from raydistill.bridge.loop import BridgeTrainingFailed
 from raydistill.config import load
 from raydistill.data.prompts import PromptSet
@@ -70,6 +74,7 @@ EXPECTED = [
     DistillationFailed("distill: worker 0 failed"),
     BridgeTrainingFailed("bridge: worker 0 failed"),
     TeacherUnavailable("teacher-x did not answer"),
+    ActorUnavailableError("the Serve controller is being replaced", None),
 ]
 
 
@@ -101,6 +106,23 @@ def test_an_interrupt_ends_them_as_killed(fail, client):
     with pytest.raises(RunFailed, match="interrupted"):
         fail(KeyboardInterrupt())
     assert statuses(client, fail) == ["KILLED", "FINISHED", "KILLED"]
+
+
+def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(run, monkeypatch):
+    monkeypatch.setattr(stopping, "TRACKING_WITHIN_S", 1.0)
+    started = []
+
+    def leave(port: int) -> None:
+        with opened(*run) as pipeline:
+            for stage in ("bridge", "distill"):
+                pipeline.stage_run(run[0], stage)
+            pipeline.uri = f"http://127.0.0.1:{port}"
+            started.append(time.monotonic())
+            raise stopping.Stopped
+
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(stopping.Stopped):
+        leave(silent.getsockname()[1])  # takes connections and says nothing
+    assert time.monotonic() - started[0] < 30
 
 
 def test_a_run_that_ends_well_is_finished(run, client):

@@ -1,4 +1,4 @@
-"""SIGTERM: a distillation is asked to end, everything else is left at once."""
+"""SIGTERM and Ctrl-C: a distillation is asked to end, everything else is left at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import time
 
 import pytest
 
-from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_sigterm
+from raydistill import stopping
+from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals, say_written
 
 
-def terminate() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def terminate(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
     time.sleep(0.05)
 
 
@@ -21,7 +22,7 @@ def test_a_stage_that_keeps_what_it_has_is_left_at_once():
     before, reached = signal.getsignal(signal.SIGTERM), []
 
     def run() -> None:
-        with leaving_on_sigterm():
+        with leaving_on_signals():
             try:
                 terminate()
                 reached.append("after")
@@ -34,18 +35,22 @@ def test_a_stage_that_keeps_what_it_has_is_left_at_once():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path):
-    seen = []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path, number):
+    before, seen = signal.getsignal(number), []
 
     def run() -> None:
-        with leaving_on_sigterm(), draining(tmp_path):
+        with leaving_on_signals(), draining(tmp_path):
             seen.append(asked_to_stop(tmp_path))
-            terminate()
+            terminate(number)
+            seen.append(asked_to_stop(tmp_path))
+            say_written(tmp_path, 7)
             seen.append(asked_to_stop(tmp_path))
 
-    with pytest.raises(Stopped, match="checkpoint"):
+    with pytest.raises(Stopped, match=f"by {number.name}; a checkpoint was written after update 7"):
         run()
-    assert seen == [False, True]
+    assert seen == [False, True, True]
+    assert signal.getsignal(number) is before
     assert not (tmp_path / STOP_FILE).exists()  # or the resumed run would stop again
 
 
@@ -53,7 +58,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     reached = []
 
     def run() -> None:
-        with leaving_on_sigterm(), draining(tmp_path):
+        with leaving_on_signals(), draining(tmp_path):
             terminate()
             reached.append("first")
             terminate()
@@ -64,9 +69,35 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     assert reached == ["first"]
 
 
+@pytest.mark.parametrize(
+    ("step", "said"), [(7, "a checkpoint was written after update 7"), (None, "no checkpoint came within 0.2 s")]
+)
+def test_a_driver_that_cannot_wait_longer_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, step, said):
+    monkeypatch.setattr(stopping, "LEAVE_WITHIN_S", 0.2)
+
+    def run() -> None:
+        with leaving_on_signals(), draining(tmp_path):
+            terminate()
+            if step:
+                say_written(tmp_path, step)
+            time.sleep(5)
+
+    with pytest.raises(Stopped, match=said):
+        run()
+
+
+def test_a_request_after_the_last_update_says_so(tmp_path):
+    def run() -> None:
+        with leaving_on_signals(), draining(tmp_path):
+            terminate()
+
+    with pytest.raises(Stopped, match="the distillation had ended"):
+        run()
+
+
 def test_a_stale_request_does_not_stop_the_next_run(tmp_path):
     (tmp_path / STOP_FILE).touch()
-    with leaving_on_sigterm(), draining(tmp_path):
+    with leaving_on_signals(), draining(tmp_path):
         assert not asked_to_stop(tmp_path)
 
 
@@ -74,7 +105,7 @@ def test_another_thread_leaves_the_process_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with leaving_on_sigterm():
+        with leaving_on_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

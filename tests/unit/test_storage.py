@@ -409,7 +409,7 @@ def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
     assert not stopping.asked_to_stop(folder)
 
     def distil():
-        with stopping.leaving_on_sigterm(), stopping.draining(folder):
+        with stopping.leaving_on_signals(), stopping.draining(folder):
             os.kill(os.getpid(), signal.SIGTERM)
             assert stopping.asked_to_stop(folder)
 

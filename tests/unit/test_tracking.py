@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from PIL import Image
@@ -225,6 +226,29 @@ def test_resumed_curves_continue_without_doubled_steps(uri, client, run_id):
     assert curve(client, run_id, "eval/mean") == [(0, 0.5), (4, 0.6)]
     names = [entry.path.split("+")[2] for entry in client.list_artifacts(run_id, "images") if "png" in entry.path]
     assert sorted(names) == ["2", "4"]
+
+
+def test_values_of_earlier_steps_are_offered_whole_and_before_later_ones(uri, client, run_id, monkeypatch):
+    """A store that was away for 300 steps and then lost its only sender; the successor too is lost, at its first request."""
+    first = Tracker(uri, run_id, interval=0.01)
+    first.metrics({"loss/vsd": 1}, 1)
+    assert first.close() == 0
+    lines = {step: {"loss/vsd": float(step), "loss/gan": 0.5, "loss/nan": math.nan} for step in range(1, 301)}
+    sent = []
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", lambda _, run, metrics: sent.extend(metrics) or 1 / 0)
+    lost = Tracker(uri, run_id, interval=0.01)
+    lost.catch_up(lines)
+    lost.metrics({"loss/vsd": 301.0}, 301)
+    assert lost.close(timeout=0.5) > 0
+    assert 1 < max(metric.step for metric in sent) < 301
+    monkeypatch.undo()
+    again = Tracker(uri, run_id, interval=0.01)
+    again.catch_up(lines)
+    again.metrics({"loss/vsd": 301.0}, 301)
+    assert again.close() == 0
+    assert curve(client, run_id, "loss/vsd") == [(step, float(step)) for step in range(1, 302)]
+    assert [step for step, _ in curve(client, run_id, "loss/gan")] == list(range(1, 301))
+    assert "loss/nan" not in client.get_run(run_id).data.metrics
 
 
 def test_failing_store_delays_nothing_and_loses_nothing(uri, client, run_id, caplog):

@@ -1,0 +1,146 @@
+"""One living job for each run: whoever starts a run holds its folder, and a second driver is told who does.
+
+On one machine a lock says it, which goes with its holder however that ends. Across machines, where a lock may not be seen,
+the holder touches the file every few seconds, and whoever finds another machine's name in it watches it for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from raydistill.storage import Place, Remote
+
+LEASE_FILE = "owner.json"
+BEAT_EVERY_S, WATCHED_FOR_S = 5.0, 30.0  # six beats that fail to come say that the holder is gone
+
+
+class RunTaken(ValueError):
+    """Another living job has this run."""
+
+
+@contextmanager
+def held(folder: Place) -> Iterator[None]:
+    """Hold a run's folder, which exists, for the length of the block.
+
+    Raises:
+        RunTaken: a living job has it; the message says which. Nothing was changed then.
+    """
+    if isinstance(folder, Remote):
+        with _held_remotely(folder):
+            yield
+        return
+    with (folder / LEASE_FILE).open("a+") as file:
+        locked, owner = _lock(file), _owner(file)
+        here = owner is None or owner["host"] == socket.gethostname()
+        if locked is False and here:
+            raise _taken(folder, owner)
+        if owner is not None and not (locked and here):
+            _watch(folder, owner)
+        file.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
+        file.flush()
+        ended = threading.Event()
+        heart = threading.Thread(target=_beat, args=(file.fileno(), ended), name="raydistill-lease", daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            heart.join()
+            file.truncate(0)  # left in order: nobody needs to watch
+
+
+@contextmanager
+def _held_remotely(folder: Remote) -> Iterator[None]:
+    """A bucket has no locks: the holder writes the object anew every few seconds."""
+    file, ended = folder / LEASE_FILE, threading.Event()
+    if file.is_file():
+        seen = file.read_text()
+        owner = json.loads(seen)
+        print(
+            f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True
+        )
+        deadline = time.monotonic() + WATCHED_FOR_S
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            if file.is_file() and file.read_text() != seen:
+                raise _taken(folder, owner)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    file.write_text(json.dumps(me))
+
+    def beat() -> None:
+        number = 0
+        while not ended.wait(BEAT_EVERY_S):
+            number += 1
+            with contextlib.suppress(OSError):
+                file.write_text(json.dumps(me | {"beat": number}))
+
+    heart = threading.Thread(target=beat, name="raydistill-lease", daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        file.unlink(missing_ok=True)
+
+
+def _lock(file: TextIO) -> bool | None:
+    """Whether the file is locked for this process now; None: its file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _owner(file: TextIO) -> dict[str, Any] | None:
+    file.seek(0)
+    try:
+        return json.loads(file.read())
+    except ValueError:  # nobody, or one that was killed while it wrote
+        return None
+
+
+def _watch(folder: Path, owner: dict[str, Any]) -> None:
+    """Raises RunTaken as soon as the owner touches the file."""
+    print(f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
+    deadline, seen = time.monotonic() + WATCHED_FOR_S, _touched(folder)
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if _touched(folder) != seen:
+            raise _taken(folder, owner)
+
+
+def _touched(folder: Path) -> int:
+    with (folder / LEASE_FILE).open() as file:  # opened anew: NFS then asks its server
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
+def _beat(descriptor: int, ended: threading.Event) -> None:
+    while not ended.wait(BEAT_EVERY_S):
+        with contextlib.suppress(OSError):  # storage that is away for a moment
+            os.utime(descriptor)
+
+
+def _named(owner: dict[str, Any] | None) -> str:
+    return f"process {owner['pid']} on {owner['host']}, started {owner['started']}" if owner else "another process"
+
+
+def _taken(folder: Place, owner: dict[str, Any] | None) -> RunTaken:
+    return RunTaken(
+        f"run.name={folder.name} is under way: {_named(owner)}, has {folder}. Wait for it, stop it, or use another run.name"
+    )

@@ -1,0 +1,60 @@
+"""Small files of a run: whole at every moment, and named when something else has damaged them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from raydistill.config import ConfigError, load
+from raydistill.distill.loop import Stage
+from raydistill.files import DamagedFile, read_json
+from raydistill.preflight import create_run_folder, open_run_folder
+from raydistill.storage import replace_text
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    replace_text(file, "{}")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_text(file, '{"steps": 1}')
+    assert file.read_text() == "{}"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": 1', "\x00\x00"])
+def test_a_damaged_file_is_named_with_its_cure(tmp_path, text):
+    file = tmp_path / "teacher.json"
+    file.write_text(text)
+    with pytest.raises(DamagedFile, match=f"^{file} is damaged .*: remove it$"):
+        read_json(file, "remove it")
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(DamagedFile, match="result.json is damaged .*: remove it, and the stage ends again"):
+        Stage("distill", {}, str(tmp_path), *[None] * 4, "", "").result()
+
+
+def test_a_run_whose_files_were_cut_says_so(tmp_path):
+    config = load(overrides=[f"storage={tmp_path}", "run.name=mine"])
+    run = open_run_folder(config)
+    create_run_folder(run, config)
+    saved = run.path / "config.yaml"
+    text, written = saved.read_text(), saved.stat().st_mtime_ns
+    create_run_folder(run, config)
+    assert saved.stat().st_mtime_ns == written, "it says the same, so it is left alone"
+    middle = text.index("student:") + 5
+    for cut in ("", text[:middle], text[: text.index("steps:") + 7] + "'"):
+        saved.write_text(cut)
+        with pytest.raises(ConfigError, match=rf"{saved} is damaged.*restore it, or use another run\.name"):
+            open_run_folder(config)
+    saved.write_text(text)
+    assert open_run_folder(config) == run
+    run.remember(mlflow={"pipeline": "1"})
+    assert run.recall() == {"mlflow": {"pipeline": "1"}}
+    (run.path / "run.json").write_text("")
+    with pytest.raises(DamagedFile, match=r"run\.json is damaged"):
+        run.recall()

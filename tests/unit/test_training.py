@@ -1,0 +1,115 @@
+"""The driver's side of Ray Train: a list of checkpoints that was damaged, and controllers that are lost or cannot start."""
+
+from __future__ import annotations
+
+import pytest
+import ray.exceptions
+import torch
+from ray.train import CheckpointConfig, RunConfig
+from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
+from ray.train.v2._internal.execution.storage import StorageContext
+
+from raydistill import training
+from raydistill.distill.state import save_state
+from raydistill.training import fit, mend_list
+
+LIST = "checkpoint_manager_snapshot.json"
+
+
+class Failed(RuntimeError):
+    """What `fit` is told to raise."""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three checkpoints of a stage, the last one cut."""
+    folder = tmp_path / "checkpoints"
+    for number in range(3):
+        (folder / f"checkpoint_2026-01-0{number + 1}").mkdir(parents=True)
+        save_state(folder / f"checkpoint_2026-01-0{number + 1}", {"weight": torch.ones(9)}, {"step": number})
+    state = folder / "checkpoint_2026-01-03" / "state.pt"
+    state.write_bytes(state.read_bytes()[:-40])
+    return folder
+
+
+def run_of(folder):
+    return RunConfig(storage_path=str(folder.parent), name=folder.name)
+
+
+def as_ray_reads_it(folder):
+    return CheckpointManager(CheckpointConfig(num_to_keep=2), StorageContext(str(folder.parent), folder.name))
+
+
+@pytest.mark.parametrize("content", ["", '{"ray_version": "2.60.0", "checkpoint_re', '{"a": 1}', "\udcff"])
+def test_a_damaged_list_is_written_anew_from_the_whole_checkpoints(folder, content, capfd):
+    (folder / LIST).write_text(content, errors="surrogateescape")
+    with pytest.raises(Exception):  # noqa: B017 (whatever Ray Train raises: that is why)
+        as_ray_reads_it(folder)
+    mend_list("distill", run_of(folder))
+    said = capfd.readouterr().out
+    assert "checkpoint_2026-01-03: damaged or incomplete" in said
+    assert f"{folder / LIST}, was damaged: 2 found there; going on from checkpoint_2026-01-02" in said
+    found = as_ray_reads_it(folder)
+    assert found.latest_checkpoint_result.checkpoint.path == str(folder / "checkpoint_2026-01-02")
+    assert len(found.best_checkpoint_results) == 2
+    mended = (folder / LIST).read_bytes()
+    mend_list("distill", run_of(folder))
+    assert (folder / LIST).read_bytes() == mended
+    assert capfd.readouterr().out == ""
+
+
+def test_a_list_without_any_whole_checkpoint_goes_and_one_that_names_a_lost_one_is_mended(folder, capfd):
+    (folder / LIST).write_text("")
+    mend_list("distill", run_of(folder))
+    (folder / "checkpoint_2026-01-02").rename(folder.parent / "lost")
+    mend_list("distill", run_of(folder))
+    assert as_ray_reads_it(folder).latest_checkpoint_result.checkpoint.path == str(folder / "checkpoint_2026-01-01")
+    (folder / "checkpoint_2026-01-01").rename(folder.parent / "lost-too")
+    mend_list("distill", run_of(folder))
+    assert not (folder / LIST).exists()
+    assert "was damaged: none found there" in capfd.readouterr().out
+    mend_list("distill", run_of(folder.parent / "nowhere" / folder.name))
+    assert not (folder.parent / "nowhere").exists()
+
+
+class Trainer:
+    """Of a controller that dies as told."""
+
+    def __init__(self, folder, deaths):
+        self.run_config, self.deaths = run_of(folder / "checkpoints"), deaths
+
+    def fit(self):
+        if self.deaths:
+            raise self.deaths.pop()
+        return "done"
+
+
+def test_a_lost_controller_is_started_again_after_a_growing_pause(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(training.time, "sleep", pauses.append)
+    trainer = Trainer(tmp_path, [ray.exceptions.ActorUnavailableError("away", None) for _ in range(8)])
+    assert fit(lambda: trainer, "distill", -1, Failed) == "done"
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
+    trainer = Trainer(tmp_path, [ray.exceptions.RayActorError() for _ in range(3)])
+    with pytest.raises(Failed, match="controller died 2 times"):
+        fit(lambda: trainer, "distill", 1, Failed)
+
+
+def test_a_controller_that_cannot_start_says_why_and_is_not_tried_again(tmp_path):
+    text = "ray::TrainController.__init__()\nCheckpointManagerInitializationError: corrupted"
+    cause = ray.exceptions.RayTaskError("__init__", text, ValueError("corrupted"))
+    trainer = Trainer(tmp_path, [ray.exceptions.ActorDiedError(cause)])
+    with pytest.raises(Failed, match="cannot start: CheckpointManagerInitializationError: corrupted"):
+        fit(lambda: trainer, "distill", -1, Failed)
+
+
+def test_the_handler_of_ctrl_c_that_fit_leaves_out_is_still_ray_trains(tmp_path, monkeypatch):
+    """`fit` replaces it by its private name, which a later Ray might change."""
+    from ray.train.torch import TorchTrainer
+
+    asked = []
+    monkeypatch.setattr(TorchTrainer, "_register_sigint_handler", asked.append, raising=True)
+    monkeypatch.setattr(TorchTrainer, "fit", lambda self: self._register_sigint_handler("controller") or "done")
+    trainer = TorchTrainer(print, run_config=RunConfig(name="checkpoints", storage_path=str(tmp_path)))
+    assert fit(lambda: trainer, "distill", 0, Failed) == "done"
+    assert asked == []
