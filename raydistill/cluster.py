@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import import_module
-
-from raydistill.beside import beside
 
 
 def quiet() -> None:
@@ -30,21 +27,17 @@ OWN = {
 
 
 @contextmanager
-def connected(meanwhile: Iterable[str] = ()) -> Iterator[None]:
+def connected() -> Iterator[None]:
     """Ray for the length of the block.
 
     Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
     machine and takes it down again.
-
-    Args:
-        meanwhile: modules that the block needs; they are imported while Ray starts.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     import ray
 
     quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    imports = beside(lambda: [import_module(name) for name in meanwhile])
     with _environment({} if joins else OWN):
         ray.init(
             address="auto" if joins else "local",
@@ -54,7 +47,6 @@ def connected(meanwhile: Iterable[str] = ()) -> Iterator[None]:
             runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"} if joins else None,
         )
         try:
-            imports.result()
             yield
         finally:
             from ray import serve

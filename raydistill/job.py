@@ -69,7 +69,7 @@ def run_job(
         run.path.mkdir(parents=True, exist_ok=True)
         with held(run.path):
             create_run_folder(run, config)
-            with connected(meanwhile=("ray.serve", "raydistill.distill.loop")), leaving_on_signals():
+            with connected(), leaving_on_signals():
                 work(config, run, inputs)
     except RunTaken as error:
         print(f"error: {error}", file=sys.stderr)

@@ -398,17 +398,19 @@ def _evaluate_teacher(pipeline: Pipeline, service: str, teachers: Future[None]) 
     """The teacher's row of the table; drawn once a run, when its teachers are ready."""
     import json
 
-    from raydistill.distill.load import guidance_scale
-    from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
-    from raydistill.evaluation.teacher import draw_teacher
     from raydistill.files import read_json
-    from raydistill.storage import replace_text
-    from raydistill.teachers.client import TeacherClient
 
     config, folder = pipeline.config, pipeline.run.path
     if (folder / "teacher.json").is_file():
         return read_json(folder / "teacher.json", "remove it, and the teacher is drawn again")
     teachers.result()
+    # not before: the driver's other threads have imported what they need by now
+    from raydistill.distill.load import guidance_scale
+    from raydistill.evaluation.evaluator import FixedPrompts, save_pictures
+    from raydistill.evaluation.teacher import draw_teacher
+    from raydistill.storage import replace_text
+    from raydistill.teachers.client import TeacherClient
+
     with pipeline.timed("teacher evaluation"):
         space = pipeline.inputs.teacher
         fixed = FixedPrompts(pipeline.inputs.held_out, config.evaluation.count, config.evaluation.seed)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ray.exceptions import RayActorError
+from ray.train import RunConfig
 
 from raydistill import training
 from raydistill.beside import beside
@@ -213,7 +214,11 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
     """As of teachers that cannot be placed: the trainers wait for them, or for a place of their own, and say nothing."""
     never = threading.Event()
     starts = []
-    monkeypatch.setattr(loop, "_trainer", lambda stage, config: starts.append(stage) or SimpleNamespace(fit=never.wait))
+
+    def waiting(stage):
+        return SimpleNamespace(fit=never.wait, run_config=RunConfig(name="checkpoints", storage_path=str(stage.path())))
+
+    monkeypatch.setattr(loop, "_trainer", lambda stage, config: starts.append(stage) or waiting(stage))
 
     def fail():
         never.wait(0.5)
