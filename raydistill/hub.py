@@ -87,10 +87,11 @@ def _mark(model: str) -> Path:
 @contextlib.contextmanager
 def _locked(model: str) -> Iterator[None]:
     """One process of this node at a time; the lock goes with its holder."""
-    file = _mark(model).with_suffix(".lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    file = _mark(model).with_name(f"{_mark(model).name}.lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that may only be read needs no lock
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(file.open("w")), fcntl.LOCK_EX)
         yield
 
 
@@ -121,9 +122,9 @@ def download(model: str) -> Path:
         problem = f"the hub answers with status {error.response.status_code}"
     else:
         if (folder / "model_index.json").is_file():
-            mark = _mark(model)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            with contextlib.suppress(OSError):  # a cache that may only be read: it is looked through again next time
+                _mark(model).parent.mkdir(parents=True, exist_ok=True)
+                _mark(model).touch()
             return folder
         problem = "not a diffusers pipeline (no model_index.json)"
     raise ConfigError(f"{model}: {problem}")

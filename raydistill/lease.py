@@ -10,9 +10,11 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any, TextIO
 from raydistill.storage import Place, Remote
 
 LEASE_FILE = "owner.json"
+READ_BACK_S = 2.0
 BEAT_EVERY_S, WATCHED_FOR_S = 5.0, 30.0  # six beats that fail to come say that the holder is gone
 
 
@@ -77,13 +80,21 @@ def _held_remotely(folder: Remote) -> Iterator[None]:
             if file.is_file() and file.read_text() != seen:
                 raise _taken(folder, owner)
     me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    me["token"] = uuid.uuid4().hex
     file.write_text(json.dumps(me))
+    time.sleep(READ_BACK_S)  # of two that came at once, the one that wrote last has it
+    if not _is_mine(file, me):
+        raise _taken(folder, json.loads(file.read_text()))
 
     def beat() -> None:
         number = 0
         while not ended.wait(BEAT_EVERY_S):
             number += 1
             with contextlib.suppress(OSError):
+                if not _is_mine(file, me):  # this one was away for so long that another took over
+                    print(f"{folder} was taken over by another job: leaving", flush=True)
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    return
                 file.write_text(json.dumps(me | {"beat": number}))
 
     heart = threading.Thread(target=beat, name="raydistill-lease", daemon=True)
@@ -93,7 +104,13 @@ def _held_remotely(folder: Remote) -> Iterator[None]:
     finally:
         ended.set()
         heart.join()
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # whoever comes next watches it then
+            if _is_mine(file, me):
+                file.unlink(missing_ok=True)
+
+
+def _is_mine(file: Remote, me: dict[str, Any]) -> bool:
+    return json.loads(file.read_text()).get("token") == me["token"]
 
 
 def _lock(file: TextIO) -> bool | None:

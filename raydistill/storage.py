@@ -182,9 +182,9 @@ def remote(uri: str) -> Remote:
     bucket = key.partition("/")[0]
     if scheme not in _CREDENTIALS:
         raise ConfigError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, file:// or a path")
-    if "@" in bucket or "?" in key or "#" in key:
+    if "@" in bucket or ":" in bucket or "?" in key or "#" in key:  # a secret may hold slashes
         raise ConfigError(
-            f"{mask('uri', uri)}: credentials and options do not belong in a URI; they are read from the environment "
+            f"{scheme}://…: credentials and options do not belong in a URI; they are read from the environment "
             f"({_CREDENTIALS[scheme]}{'; AWS_ENDPOINT_URL' if scheme == 's3' else ''})"
         )
     parts = PurePosixPath(key).parts

@@ -26,25 +26,42 @@ LONGEST_PAUSE_S = 60.0  # between a lost controller and the next
 # -- the driver -------------------------------------------------------------------------------------------
 
 
-def wait_for_room(config: Config, failed: type[Exception]) -> None:
-    """Wait until there is room for the fewest workers that will do, and for their text encoders.
+def wait_for_room(config: Config, failed: type[Exception], service: str | None = None, encoders: bool = True) -> None:
+    """Wait until there is room for the fewest workers that will do.
+
+    Args:
+        service: of teachers that this run starts meanwhile: room for those that are not placed yet is not the workers'.
+        encoders: the workers' text encoders need room as well.
 
     Raises:
         failed: there is still none, and no node can be added; Ray Train would wait for ever.
     """
-    distill, prompts = config.distill, config.prompts
-    keys = "distill.workers (or set distill.min_workers), distill.cpus_per_worker or distill.gpus_per_worker"
-    worker = {"CPU": distill.cpus_per_worker, "GPU": distill.gpus_per_worker}
-    encoder = {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder}
-    needs = [
-        placement.Need("train workers", distill.fewest, worker, keys, distill.node_labels),
-        placement.Need(
+    distill, prompts, teachers = config.distill, config.prompts, config.teachers
+
+    def needs() -> list[placement.Need]:
+        placed = sum(state == "CREATED" for state in placement.groups(service)) if service else teachers.replicas
+        ranks = placement.Need(
+            "teacher ranks",
+            max(0, teachers.replicas - placed) * teachers.shards,
+            {"CPU": teachers.cpus_per_rank, "GPU": teachers.gpus_per_rank},
+            "teachers.replicas, teachers.cpus_per_rank or teachers.gpus_per_rank",
+            teachers.node_labels,
+        )
+        workers = placement.Need(
+            "train workers",
+            distill.fewest,
+            {"CPU": distill.cpus_per_worker, "GPU": distill.gpus_per_worker},
+            "distill.workers (or set distill.min_workers), distill.cpus_per_worker or distill.gpus_per_worker",
+            distill.node_labels,
+        )
+        texts = placement.Need(
             "text encoders",
             distill.fewest * prompts.encoders,
-            encoder,
+            {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder},
             "prompts.encoders, prompts.cpus_per_encoder or prompts.gpus_per_encoder",
-        ),
-    ]
+        )
+        return [ranks, workers, *([texts] if encoders else [])]
+
     try:
         placement.wait_for_room(needs)
     except placement.NoRoom as error:
@@ -71,9 +88,8 @@ def fit(
     while True:
         trainer = make()
         mend_list(stage, trainer.run_config)
-        # Ray Train's handler of SIGINT would abort the controller and end this process with 0: `stopping` has a better one
-        trainer._register_sigint_handler = lambda controller: None
         try:
+            # in a thread, where Ray Train leaves SIGINT alone: `stopping` has a better handler than its own
             return result(beside(trainer.fit), needs)
         except ray.train.TrainingFailedError as error:
             reasons = getattr(error, "worker_failures", None) or {"": error}

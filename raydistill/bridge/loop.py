@@ -75,7 +75,7 @@ def train_bridge(
         BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
         BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
     """
-    from raydistill.training import fit
+    from raydistill.training import fit, wait_for_room
 
     run_dir = place(str(run_dir))
     _check(config, pairs_folder)
@@ -85,6 +85,7 @@ def train_bridge(
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
     with ProgressWatcher(progress, "bridge"):
+        wait_for_room(config, BridgeTrainingFailed, encoders=False)  # captions are encoded in the workers
         result = fit(
             lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures, BridgeTrainingFailed
         )
@@ -94,13 +95,9 @@ def train_bridge(
 
 
 def _ray_trainer(config: Config, settings: _Settings, run_dir: Place) -> Any:
-    """Once there is room for it. Raises BridgeTrainingFailed."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from raydistill.training import wait_for_room
-
-    wait_for_room(config, BridgeTrainingFailed)
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
     return TorchTrainer(

@@ -241,7 +241,7 @@ def _wait_for_room(settings: Synthesis, samples: bool) -> None:
     if not samples and settings.gpus_per_encoder > 0:
         needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
     try:
-        placement.wait_for_room(needs)
+        placement.wait_for_room(lambda: needs)
     except placement.NoRoom as error:
         raise SynthesisFailed(str(error)) from None
 

@@ -72,6 +72,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
+        wait_for_room(config, DistillationFailed, stage.service if stage.service != config.teachers.service else None)
         fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, DistillationFailed, needs)
         if (reason := fatal(stage.path())) is not None:
             raise DistillationFailed(f"{stage.name}: {reason}")
@@ -79,11 +80,9 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
 
 
 def _trainer(stage: Stage, config: Config) -> Any:
-    """Once there is room for it. Raises DistillationFailed."""
     from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    wait_for_room(config, DistillationFailed)
     distill = config.distill
     resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
     return TorchTrainer(

@@ -272,13 +272,14 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
     from raydistill.bridge.loop import BridgeTrainingFailed
     from raydistill.data.shards import SynthesisFailed
     from raydistill.distill.loop import DistillationFailed
+    from raydistill.files import DamagedFile
     from raydistill.runs import TrackingError
     from raydistill.stopping import TRACKING_WITHIN_S, Stopped
     from raydistill.teachers.client import TeacherError
 
     try:
         pipeline = Pipeline(config, run, inputs, parent)
-    except TrackingError as error:
+    except (TrackingError, DamagedFile) as error:
         raise RunFailed(f"{type(error).__name__}: {error}") from error
     print(f"run {run.name} in {run.path}", flush=True)
     print(f"prompts: {inputs.prompts.report}", flush=True)

@@ -168,7 +168,7 @@ class PendingScores:
                 client.forget_handle()
                 late += isinstance(error, RequestTooLong)
                 if late > 1:
-                    raise TeacherUnavailable(
+                    raise TeacherError(
                         f"teacher {client.name} was too slow for this request twice: {error}. Raise "
                         "teachers.request_timeout_s, or make the request smaller (distill.batch_size, synthesis.batch_size)"
                     ) from error

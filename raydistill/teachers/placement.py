@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,10 +77,11 @@ class Need:
     labels: Mapping[str, str] = field(default_factory=dict)  # that the nodes must carry
 
 
-def wait_for_room(needs: Sequence[Need], patience_s: float | None = None) -> None:
+def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None = None) -> None:
     """Wait until all needs find room on the nodes as they are; where nodes may be added, Ray asks for them itself.
 
     Args:
+        needs: asked at every look.
         patience_s: default ROOM_PATIENCE_S.
 
     Raises:
@@ -90,7 +91,7 @@ def wait_for_room(needs: Sequence[Need], patience_s: float | None = None) -> Non
     while not autoscaler_present():
         free = available_resources_per_node()
         nodes = [(node.get("Labels") or {}, dict(free.get(node["NodeID"], {}))) for node in labelled_nodes({})]
-        if (problem := lacking(needs, nodes)) is None:
+        if (problem := lacking(needs(), nodes)) is None:
             return
         if time.monotonic() > deadline:
             raise NoRoom(problem)

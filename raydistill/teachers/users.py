@@ -55,7 +55,7 @@ def start(model_folder: str, config: Teachers, name: str, given_up: threading.Ev
         others = living(name) - {_me()}
         if told == _description(name) and service.exists(name):
             log.info("teacher %s: found running, taken over", name)
-            service.wait_until_ready(config, name, patient=bool(others), given_up=given_up)
+            service.wait_until_ready(config, name, patient=True, given_up=given_up)
             _put(name, "ready/" + _me(), "")
             return
         if others:
@@ -65,7 +65,7 @@ def start(model_folder: str, config: Teachers, name: str, given_up: threading.Ev
             )
         _put(name, "description", json.dumps(told))
         service.launch(model_folder, config, name)
-        service.wait_until_ready(config, name, given_up=given_up)
+        service.wait_until_ready(config, name, patient=True, given_up=given_up)  # `release` takes it down, marked
         _put(name, "ready/" + _me(), "")
 
 

@@ -156,8 +156,10 @@ def test_a_run_in_a_bucket_goes_on_after_a_kill_with_the_bits_of_one_in_a_folder
         assert job.left() == []
     done = [line["step"] for line in read_lines(step_file(stage, 0))]
     assert done[:1] == [1], "what a checkpoint counts as done is in the log"
-    result = job_of(runs, *settings)
-    assert result.returncode == 0, result.stdout + result.stderr
+    with started(tmp_path, runs, *settings) as job:
+        code, _ = job.wait()
+        assert code == 0, job.text()
+        assert job.left() == []
     assert consumed(read_lines(step_file(stage, 0))).tolist() == list(range(2 * 2 * 4))  # steps, batches, samples
     with reading(runs / "far" / "export") as export:
         assert same_weights(exported(finished[0] / "whole"), exported(export.parent))
@@ -196,7 +198,9 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
         job.until((folder / "before.json").is_file)  # by its successor
         job.until(lambda: "— teacher evaluation" in job.text())  # the first step comes next
         (replica,) = job.processes("ray::ServeReplica")
+        ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         replica.kill()
+        job.until(lambda: {process.pid for process in job.processes("ray::TeacherRank")} - ranks, pause=0.2)
         job.process.send_signal(signal.SIGINT)  # Ctrl-C; the elastic run leaves by SIGTERM
         code, _ = job.wait()
         assert code == 75, job.text()

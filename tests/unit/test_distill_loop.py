@@ -218,6 +218,7 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
     def waiting(stage):
         return SimpleNamespace(fit=never.wait, run_config=RunConfig(name="checkpoints", storage_path=str(stage.path())))
 
+    monkeypatch.setattr(loop, "wait_for_room", lambda *_: None)  # without a cluster there is none
     monkeypatch.setattr(loop, "_trainer", lambda stage, config: starts.append(stage) or waiting(stage))
 
     def fail():

@@ -158,3 +158,9 @@ def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
     with opened(*run) as second, second.timed("bridge"):
         pass
     assert second.seconds["bridge"] >= first.seconds["bridge"] > 0
+
+
+def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):
+    (run[1].path / "run.json").write_text("")
+    with pytest.raises(RunFailed, match=r"run\.json is damaged .*restore it, or remove it"), opened(*run):
+        pytest.fail("it cannot be opened")

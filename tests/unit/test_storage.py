@@ -130,6 +130,7 @@ def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(f
         ("s3://", "not a bucket and a key"),
         ("s3://bucket/a/../b", "not a bucket and a key"),
         ("s3://AKIAUSER:pa55word@bucket/x", "credentials and options do not belong in a URI"),
+        ("s3://AKIAUSER:pa55/word@bucket/x", "credentials and options do not belong in a URI"),
         ("s3://bucket/x?secret_key=pa55word", "credentials and options do not belong in a URI"),
         ("file:///no/such/prompts.txt", "does not exist (looked at /no/such/prompts.txt)"),
     ],

@@ -12,7 +12,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 
 from raydistill.config import Teachers
 from raydistill.teachers import client as client_module
-from raydistill.teachers.client import PendingScores, TeacherClient, TeacherError, TeacherUnavailable
+from raydistill.teachers.client import PendingScores, TeacherClient, TeacherError
 
 SHAPE = (2, 1, 2, 2)
 
@@ -126,7 +126,7 @@ def result_on(monkeypatch):
         monkeypatch.setattr(client_module.service, "applications", serve.applications)
         try:
             PendingScores(serve.client, "predict_x0", None, SHAPE, str).result()
-        except TeacherUnavailable as error:
+        except TeacherError as error:
             return serve, str(error)
         return serve, None
 

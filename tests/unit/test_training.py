@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import ray.exceptions
 import torch
@@ -10,6 +12,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from raydistill import training
+from raydistill.config import load
 from raydistill.distill.state import save_state
 from raydistill.training import fit, mend_list
 
@@ -103,13 +106,30 @@ def test_a_controller_that_cannot_start_says_why_and_is_not_tried_again(tmp_path
         fit(lambda: trainer, "distill", -1, Failed)
 
 
-def test_the_handler_of_ctrl_c_that_fit_leaves_out_is_still_ray_trains(tmp_path, monkeypatch):
-    """`fit` replaces it by its private name, which a later Ray might change."""
-    from ray.train.torch import TorchTrainer
-
-    asked = []
-    monkeypatch.setattr(TorchTrainer, "_register_sigint_handler", asked.append, raising=True)
-    monkeypatch.setattr(TorchTrainer, "fit", lambda self: self._register_sigint_handler("controller") or "done")
-    trainer = TorchTrainer(print, run_config=RunConfig(name="checkpoints", storage_path=str(tmp_path)))
+def test_ray_train_runs_in_a_thread_where_it_leaves_ctrl_c_alone(tmp_path):
+    where = []
+    trainer = Trainer(tmp_path, [])
+    trainer.fit = lambda: where.append(threading.current_thread()) or "done"
     assert fit(lambda: trainer, "distill", 0, Failed) == "done"
-    assert asked == []
+    assert where != [threading.main_thread()]
+
+
+def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed_yet(monkeypatch):
+    config = load(overrides=["distill.workers=3", "distill.min_workers=2", "teachers.shards=2", "teachers.replicas=2"])
+    asked = []
+    monkeypatch.setattr(training.placement, "wait_for_room", lambda needs: asked.append(needs()))
+    monkeypatch.setattr(training.placement, "groups", lambda name: {"mine": ["CREATED", "PENDING"]}[name])
+    training.wait_for_room(config, Failed, "mine")
+    training.wait_for_room(config, Failed, encoders=False)
+    found = [{need.what: need.count for need in needs} for needs in asked]
+    assert found == [
+        {"teacher ranks": 2, "train workers": 2, "text encoders": 2},
+        {"teacher ranks": 0, "train workers": 2},
+    ]
+
+    def none(needs):
+        raise training.placement.NoRoom("train workers cannot be placed")
+
+    monkeypatch.setattr(training.placement, "wait_for_room", none)
+    with pytest.raises(Failed, match="train workers cannot be placed"):
+        training.wait_for_room(config, Failed)
