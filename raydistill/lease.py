@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,65 +49,69 @@ def held(folder: Place) -> Iterator[None]:
         if locked is False and here:
             raise _taken(folder, owner)
         if owner is not None and not (locked and here):
-            _watch(folder, owner)
+            _watch(folder, owner, lambda: _touched(folder))
         file.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": started}))
+        file.write(json.dumps(_me()))
         file.flush()
-        ended = threading.Event()
-        heart = threading.Thread(target=_beat, args=(file.fileno(), ended), name="raydistill-lease", daemon=True)
-        heart.start()
         try:
-            yield
+            with _beating(lambda: os.utime(file.fileno())):
+                yield
         finally:
-            ended.set()
-            heart.join()
             file.truncate(0)  # left in order: nobody needs to watch
 
 
 @contextmanager
 def _held_remotely(folder: Remote) -> Iterator[None]:
     """A bucket has no locks: the holder writes the object anew every few seconds."""
-    file, ended = folder / LEASE_FILE, threading.Event()
+    file = folder / LEASE_FILE
     if file.is_file():
         seen = file.read_text()
-        owner = json.loads(seen)
-        print(
-            f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True
-        )
-        deadline = time.monotonic() + WATCHED_FOR_S
-        while time.monotonic() < deadline:
-            time.sleep(0.5)
-            if file.is_file() and file.read_text() != seen:
-                raise _taken(folder, owner)
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    me["token"] = uuid.uuid4().hex
+        _watch(folder, json.loads(seen), lambda: file.read_text() if file.is_file() else seen)
+    me = _me() | {"token": uuid.uuid4().hex}
     file.write_text(json.dumps(me))
     time.sleep(READ_BACK_S)  # of two that came at once, the one that wrote last has it
     if not _is_mine(file, me):
         raise _taken(folder, json.loads(file.read_text()))
+    numbers = itertools.count(1)
 
     def beat() -> None:
-        number = 0
-        while not ended.wait(BEAT_EVERY_S):
-            number += 1
-            with contextlib.suppress(OSError):
-                if not _is_mine(file, me):  # this one was away for so long that another took over
-                    print(f"{folder} was taken over by another job: leaving", flush=True)
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
-                file.write_text(json.dumps(me | {"beat": number}))
+        if _is_mine(file, me):
+            file.write_text(json.dumps(me | {"beat": next(numbers)}))
+        else:  # this one was away for so long that another took over
+            print(f"{folder} was taken over by another job: leaving", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    heart = threading.Thread(target=beat, name="raydistill-lease", daemon=True)
+    try:
+        with _beating(beat):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # whoever comes next watches it then
+            if _is_mine(file, me):
+                file.unlink(missing_ok=True)
+
+
+def _me() -> dict[str, Any]:
+    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+
+
+@contextmanager
+def _beating(beat: Callable[[], None]) -> Iterator[None]:
+    """`beat` every few seconds for the length of the block; storage may be away for a moment."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(BEAT_EVERY_S):
+            with contextlib.suppress(OSError):
+                beat()
+
+    heart = threading.Thread(target=run, name="raydistill-lease", daemon=True)
     heart.start()
     try:
         yield
     finally:
         ended.set()
         heart.join()
-        with contextlib.suppress(OSError):  # whoever comes next watches it then
-            if _is_mine(file, me):
-                file.unlink(missing_ok=True)
 
 
 def _is_mine(file: Remote, me: dict[str, Any]) -> bool:
@@ -132,25 +137,19 @@ def _owner(file: TextIO) -> dict[str, Any] | None:
         return None
 
 
-def _watch(folder: Path, owner: dict[str, Any]) -> None:
-    """Raises RunTaken as soon as the owner touches the file."""
+def _watch(folder: Place, owner: dict[str, Any], look: Callable[[], object]) -> None:
+    """Raises RunTaken as soon as what `look` sees of the owner changes."""
     print(f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
-    deadline, seen = time.monotonic() + WATCHED_FOR_S, _touched(folder)
+    deadline, seen = time.monotonic() + WATCHED_FOR_S, look()
     while time.monotonic() < deadline:
         time.sleep(0.5)
-        if _touched(folder) != seen:
+        if look() != seen:
             raise _taken(folder, owner)
 
 
 def _touched(folder: Path) -> int:
     with (folder / LEASE_FILE).open() as file:  # opened anew: NFS then asks its server
         return os.fstat(file.fileno()).st_mtime_ns
-
-
-def _beat(descriptor: int, ended: threading.Event) -> None:
-    while not ended.wait(BEAT_EVERY_S):
-        with contextlib.suppress(OSError):  # storage that is away for a moment
-            os.utime(descriptor)
 
 
 def _named(owner: dict[str, Any] | None) -> str:

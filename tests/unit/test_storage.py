@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from raydistill import storage
+from raydistill import lease, storage
 from raydistill.config import Config, ConfigError, check_paths, load, local_path, resolve, to_yaml
 from raydistill.data.images import open_images
 from raydistill.data.pairs import read_pairs
@@ -451,3 +451,15 @@ def test_what_needs_a_folder_says_so(folder):
     config = load(None, [f"storage={folder}"])
     with pytest.raises(ConfigError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
         check_ablation(config, open_run_folder(config), None)
+
+
+def test_a_bucket_s_run_belongs_to_one_living_job_and_a_dead_one_s_can_be_taken(folder, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT_EVERY_S", 0.2)
+    monkeypatch.setattr(lease, "WATCHED_FOR_S", 2.0)
+    monkeypatch.setattr(lease, "READ_BACK_S", 0.1)
+    with lease.held(folder), pytest.raises(lease.RunTaken, match=f"process {os.getpid()} on "), lease.held(folder):
+        pytest.fail("the first one lives")
+    assert not (folder / lease.LEASE_FILE).exists()
+    (folder / lease.LEASE_FILE).write_text('{"host": "gone", "pid": 1, "started": "once"}')
+    with lease.held(folder):
+        assert "gone" not in (folder / lease.LEASE_FILE).read_text()
