@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -280,8 +280,8 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
                 ) from None
 
 
-def _check_disjoint(key: str, training: list[str], held_out: PromptSet) -> None:
-    common = set(training) & set(held_out.prompts)
+def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
+    common = set(held_out.prompts).intersection(training)
     if common:
         raise ConfigError(
             f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "

@@ -220,7 +220,7 @@ def slot_positions(slot: int, rows: range, slot_size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=2)
 def _fetch(prompts: ray.ObjectRef) -> PromptSet:
-    """One copy of the prompt set per process."""
+    """The prompt set, whose columns stay where they lie in the object store of this node."""
     import ray
 
     return ray.get(prompts)

@@ -1,7 +1,8 @@
 """Prompt files: read, check row by row, and put in a reproducible order.
 
 A row's number is its 1-based line in a text file (txt, csv, tsv, jsonl) and its 1-based index in a parquet file;
-it is both what reports name and the prompt's stable id.
+it is both what reports name and the prompt's stable id. Prompts, ids and their order lie on disk (`texts`), so that
+memory does not grow with the file.
 """
 
 from __future__ import annotations
@@ -9,15 +10,18 @@ from __future__ import annotations
 import csv
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from raydistill.data.texts import Spill, Texts, permutation, repeated
+
 ROWS_NAMED = 5  # row numbers given per kind of bad row
 COLUMNS_NAMED = 20  # where the column is missing
+PARQUET_ROWS = 4096  # read at a time
 CSV_FIELD_LIMIT = 1 << 20  # characters; the csv module's own limit is 128 KiB and would hide what is wrong
 
 
@@ -42,7 +46,7 @@ class PromptReport:
     source: str
     rows: int = 0
     good: int = 0
-    duplicates: int = 0  # rows whose text appeared before; they are kept
+    duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
     bad: dict[str, int] = field(default_factory=dict)  # kind -> rows
     first_bad: dict[str, list[int]] = field(default_factory=dict)  # kind -> its first row numbers
 
@@ -72,15 +76,20 @@ class PromptSet:
     """Prompts with stable ids and an endless, reproducible order.
 
     Attributes:
-        prompts: N texts.
+        prompts: N texts, as a sequence.
         ids: int64 [N], the row numbers of the file.
         report: what reading found.
     """
 
-    def __init__(self, prompts: Sequence[str], ids: Sequence[int] | None = None, report: PromptReport | None = None):
-        self.prompts = list(prompts)
+    def __init__(
+        self,
+        prompts: Iterable[str],
+        ids: Sequence[int] | np.ndarray | None = None,
+        report: PromptReport | None = None,
+    ) -> None:
+        self.prompts = prompts if isinstance(prompts, Texts) else Texts(prompts)
         self.ids = np.asarray(range(1, len(self.prompts) + 1) if ids is None else ids, dtype=np.int64)
-        if not self.prompts:
+        if not len(self.prompts):
             raise ValueError("a PromptSet needs at least one prompt")
         if len(self.ids) != len(self.prompts):
             raise ValueError(f"{len(self.prompts)} prompts but {len(self.ids)} ids")
@@ -108,9 +117,7 @@ class PromptSet:
 
 @functools.lru_cache(maxsize=4)  # a batch touches one epoch, or two at the seam
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    permutation = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(count)
-    permutation.flags.writeable = False  # shared by everybody who asks for this epoch
-    return permutation
+    return permutation(count, np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))))
 
 
 # -- reading --------------------------------------------------------------------------------------------
@@ -136,26 +143,29 @@ def read_prompts(
     """
     path = Path(path)
     report = PromptReport(str(path))
-    prompts, ids, seen = [], [], set()
-    for row, get in _rows(path, column):
-        report.rows += 1
-        try:
-            prompt = _checked(get(), max_characters)
-        except BadRow as bad:
-            if on_bad_row == "fail":
-                raise PromptFileError(f"{path}, row {row}: {bad}") from None
-            report.add_bad(str(bad), row)
-            continue
-        report.duplicates += prompt in seen
-        seen.add(prompt)
-        prompts.append(prompt)
-        ids.append(row)
-    report.good = len(prompts)
+    ids, hashes = Spill(np.int64), Spill(np.int64)
+
+    def usable() -> Iterator[str]:
+        for row, get in _rows(path, column):
+            report.rows += 1
+            try:
+                prompt = _checked(get(), max_characters)
+            except BadRow as bad:
+                if on_bad_row == "fail":
+                    raise PromptFileError(f"{path}, row {row}: {bad}") from None
+                report.add_bad(str(bad), row)
+                continue
+            ids.append(row)
+            hashes.append(hash(prompt))
+            yield prompt
+
+    prompts = Texts(usable())
+    report.good, report.duplicates = len(prompts), repeated(hashes)
     if not report.rows:
         raise PromptFileError(f"{path}: the file has no rows")
-    if not prompts:
+    if not len(prompts):
         raise PromptFileError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
-    return PromptSet(prompts, ids, report)
+    return PromptSet(prompts, ids.array(), report)
 
 
 def _rows(path: Path, column: str) -> Iterator[Row]:
@@ -305,7 +315,7 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
             raise PromptFileError(f"{path}: column {column!r} holds {kind}, not strings")
         number = 0
         try:
-            for batch in file.iter_batches(columns=[column]):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
                 # as bytes, since one undecodable string would otherwise spoil its whole batch
                 for raw in batch.column(0).cast(value).cast(pa.large_binary()).to_pylist():
                     number += 1

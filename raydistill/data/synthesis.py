@@ -179,14 +179,14 @@ class Recipe:
 
 def _fingerprint(prompts: PromptSet) -> str:
     """Short hash of texts and ids."""
-    digest = hashlib.blake2b(prompts.ids.tobytes(), digest_size=8)
+    digest = hashlib.blake2b(prompts.ids, digest_size=8)
     for prompt in prompts.prompts:
         digest.update(prompt.encode() + b"\n")
     return digest.hexdigest()
 
 
-def _refuse(source: str, prompts: Collection[str], forbidden: Collection[str]) -> None:
-    common = set(prompts) & set(forbidden)
+def _refuse(source: str, prompts: Iterable[str], forbidden: Collection[str]) -> None:
+    common = set(forbidden).intersection(prompts)
     if common:
         raise SynthesisError(
             f"{source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}"

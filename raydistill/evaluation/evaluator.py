@@ -6,7 +6,7 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1].
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -48,7 +48,7 @@ class FixedPrompts:
 
 
 def encode_table(
-    space: Space, prompts: list[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    space: Space, prompts: Iterable[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Conditioning, dict[str, int]]:
     """Conditioning of the distinct prompts, one row each, on the CPU, and every prompt's row.
 

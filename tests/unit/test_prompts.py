@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.data.prompts import PromptFileError, PromptSet, read_prompts
+from raydistill.data.texts import CHUNK, Spill, Texts, permutation, repeated
 
 
 def write(folder, name: str, content: bytes):
@@ -191,3 +194,82 @@ def test_json_escapes_of_a_written_file_come_back(tmp_path):
     texts = ['quote " comma , tab \t end', "emoji \U0001f680", "back\\slash"]
     file = write(tmp_path, "p.jsonl", "\n".join(json.dumps({"prompt": text}) for text in texts).encode())
     assert read_prompts(file).prompts == texts
+
+
+# -- on disk ------------------------------------------------------------------------------------------
+
+# reads as many prompts as the file has with a few MiB more than Python, numpy and pyarrow take, or fails
+FRUGAL = """
+import re, resource, sys
+import numpy as np
+import pyarrow.parquet
+from raydistill.data.prompts import PromptSet, read_prompts
+
+np.random.Generator(np.random.Philox(0)).permutation(9)
+small = read_prompts(sys.argv[1] + "/small" + sys.argv[2])
+small.at(0, range(5))
+data = 1024 * int(re.search(r"VmData:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (data + (int(sys.argv[3]) << 20),) * 2)
+prompts = read_prompts(sys.argv[1] + "/large" + sys.argv[2])
+for epoch in range(6):
+    prompts.at(0, range(epoch * len(prompts), epoch * len(prompts) + 64))
+assert sum(1 for _ in prompts.prompts) == len(prompts) and len(prompts.order(0, 0)) == len(prompts)
+print(len(prompts), prompts.report.duplicates)
+"""
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
+    rows, room = 300_000, 8  # MiB; a list of them takes 57
+    for name, count in (("small", 10), ("large", rows)):
+        file = tmp_path / f"{name}{suffix}"
+        texts = [f"a photograph of thing number {i // 2}, oil on canvas, highly detailed" for i in range(count)]
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"prompt": texts}), file, row_group_size=10_000)
+        elif suffix == ".jsonl":
+            file.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+        else:
+            quoted = texts if suffix == ".txt" else ["prompt", *(f'"{text}"' for text in texts)]
+            file.write_text("\n".join(quoted))
+    command = [sys.executable, "-c", FRUGAL, str(tmp_path), suffix, str(room)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == [str(rows), str(rows // 2)]
+
+
+def test_a_copy_for_other_processes_is_a_few_buffers():
+    prompts = PromptSet([f"prompt {i}" for i in range(10_000)])
+    buffers = []
+    rest = pickle.dumps(prompts, protocol=5, buffer_callback=buffers.append)
+    assert len(rest) < 2000
+    read_only = [bytes(buffer) for buffer in buffers]  # as in Ray's object store
+    there = pickle.loads(rest, buffers=read_only)
+    assert there.prompts == prompts.prompts
+    assert there.at(3, [5, 10_000])[1] == prompts.at(3, [5, 10_000])[1]
+
+
+def test_texts_are_a_sequence():
+    texts = ["", "a", "naïve", "\ud800 of a command line", "", "z" * 70_000]
+    stored = Texts(iter(texts))
+    assert stored == texts
+    assert stored != texts[:-1]
+    assert stored != [*texts[:-1], "y"]
+    assert [stored[i] for i in range(-6, 6)] == texts * 2
+    assert stored[1:-1:2] == texts[1:-1:2]
+    assert "naïve" in stored
+    with pytest.raises(IndexError):
+        stored[6]
+    assert list(Texts([])) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
+def test_what_lies_on_disk_is_what_memory_would_hold(count):
+    values = np.random.default_rng(count).integers(-count // 2, count // 2 + 1, count)
+    spill = Spill(np.int64)
+    for value in values.tolist():
+        spill.append(value)
+    assert repeated(spill) == count - len(set(values.tolist()))
+    texts = [str(value) for value in values.tolist()]
+    assert list(Texts(texts)) == texts
+    order = permutation(count, np.random.default_rng(3))
+    assert (order == np.random.default_rng(3).permutation(count)).all()
