@@ -135,19 +135,19 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
     Returns:
         variant, seed, parameters, embed_dim, steps, seconds and the metrics of `BridgeTrainer.validation`.
     """
-    from raydistill.bridge.loop import MetricLog
+    from raydistill.bridge.loop import CURVES, MetricLog
     from raydistill.progress import write_progress
 
     config = validate(cell.config)
     torch.set_num_threads(config.distill.threads)
     device = torch.device("cuda" if config.distill.gpus_per_worker else "cpu")
     trainer = build_trainer(config, pairs, device, split_seed=cell.split_seed)
-    state, steps, seconds = folder / f"{cell.name}.pt", config.bridge.steps, 0.0
+    state, steps, seconds, curves = folder / f"{cell.name}.pt", config.bridge.steps, 0.0, {}
     if state.is_file():
         saved = torch.load(state, map_location="cpu", weights_only=True)
-        seconds = saved.pop("seconds")
+        seconds, curves = saved["seconds"], saved[CURVES]
         trainer.load_state_dict(saved)
-    log, started = MetricLog(*(tracking or (None, None))), time.monotonic() - seconds
+    log, started = MetricLog(*(tracking or (None, None)), curves), time.monotonic() - seconds
     try:
         while trainer.step_count < steps:
             losses = trainer.step(trainer.objective.batch(trainer.step_count))
@@ -157,7 +157,8 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
                 write_progress(progress_file(folder, cell), step=step, total=steps)
             if step % config.bridge.checkpoint_every == 0 and step < steps:
                 unfinished = state.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a lost task may still be writing
-                torch.save(trainer.state_dict() | {"seconds": time.monotonic() - started}, unfinished)
+                beside = {"seconds": time.monotonic() - started, CURVES: log.curves}
+                torch.save(trainer.state_dict() | beside, unfinished)
                 unfinished.replace(state)
         seconds = time.monotonic() - started
         metrics, picture = trainer.validation()

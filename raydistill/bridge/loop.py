@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 BRIDGE_FOLDER = "bridge"
 LOG_EVERY = 10
+CURVES = "curves"
 
 
 class BridgeTrainingFailed(RuntimeError):
@@ -145,16 +146,25 @@ def _collect(checkpoint: Any, folder: Place) -> TrainedBridge:
 
 
 class MetricLog:
-    """Curves and pictures of one training in MLflow; without a store or a run they go nowhere."""
+    """Curves and pictures of one training in MLflow; without a store or a run they go nowhere.
 
-    def __init__(self, uri: str | None, run: str | None) -> None:
-        self._tracker = None
+    A checkpoint takes `curves` along: what waited in a killed process's memory is offered again by the next one, and the
+    run's tracker leaves out what it has.
+
+    Attributes:
+        curves: step -> values, of this process and those before it.
+    """
+
+    def __init__(self, uri: str | None, run: str | None, curves: Mapping[int, Mapping[str, float]] = {}) -> None:
+        self._tracker, self.curves = None, {step: dict(values) for step, values in curves.items()}
         if uri and run:
             from raydistill.tracking import Tracker
 
             self._tracker = Tracker(uri, run)
+            self._tracker.catch_up(curves)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
+        self.curves.setdefault(step, {}).update(values)
         if self._tracker:
             self._tracker.metrics(values, step)
 
@@ -186,9 +196,11 @@ def _train(told: _Settings) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
     trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
+    curves: dict[int, dict[str, float]] = {}
     if (found := newest_state("bridge", rank, world_size)) is not None:
         trainer.load_state_dict(found[0])
-    log = MetricLog(told.tracking_uri, told.tracking_run) if rank == 0 else MetricLog(None, None)
+        curves = found[0].get(CURVES, curves)
+    log = MetricLog(told.tracking_uri, told.tracking_run, curves) if rank == 0 else MetricLog(None, None)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
     try:
@@ -285,5 +297,5 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     log.image(picture, "reconstruction", step)
     with tempfile.TemporaryDirectory() as folder:
         trainer.bridge.save(Path(folder, BRIDGE_FOLDER), metrics | {"step": step})
-        save_state(Path(folder), trainer.state_dict(), {"step": step})
+        save_state(Path(folder), trainer.state_dict() | {CURVES: log.curves}, {"step": step})
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

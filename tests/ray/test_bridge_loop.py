@@ -80,7 +80,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
         states.append({name: value.clone() for name, value in plain.bridge.projector.state_dict().items()})
 
     every = "bridge.checkpoint_every=1"
-    short = train_bridge(configure("bridge.steps=2", every), tmp_path, pairs_folder, *mlflow_run)
+    short = train_bridge(configure("bridge.steps=2", every), tmp_path, pairs_folder)  # MLflow hears nothing of it yet
     assert largest_difference(weights(short.folder), states[1]) == 0
     state = latest(tmp_path / "bridge-checkpoints", "/state.pt")
     damaged = bytearray(state.read_bytes())
@@ -98,7 +98,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
     assert again.folder == tmp_path / "bridge"
 
     client = MlflowClient(mlflow_run[0])
-    history = client.get_metric_history(mlflow_run[1], "eval/psnr")
+    history = sorted(client.get_metric_history(mlflow_run[1], "eval/psnr"), key=lambda point: point.step)
     assert [point.step for point in history] == [1, 2, 4]
     assert history[-1].value == pytest.approx(longer.metrics["eval/psnr"])
     assert any("reconstruction" in file.path for file in client.list_artifacts(mlflow_run[1], "images"))
@@ -204,6 +204,5 @@ def test_a_job_whose_driver_controller_and_worker_are_killed_gives_the_bridge_of
     run_id = json.loads((tmp_path / "killed" / "run.json").read_text())["mlflow"]["bridge"]
     assert store.get_run(run_id).info.status == "FINISHED"
     points = {point.step: point.value for point in store.get_metric_history(run_id, "eval/psnr")}
-    # the killed worker's last point may have been in its memory alone
-    assert set(range(6, STEPS + 1, 3)) <= points.keys() <= set(range(3, STEPS + 1, 3))
+    assert points.keys() == set(range(3, STEPS + 1, 3))
     assert points[STEPS] == pytest.approx(plain.validation()[0]["eval/psnr"])
