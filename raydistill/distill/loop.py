@@ -411,9 +411,10 @@ class Observer:
         return pictures, evaluator.accuracy(pictures)
 
     def before(self) -> None:
-        """The start, on the held-out prompts; kept for the summary."""
+        """The start, on the held-out prompts; kept for the summary. Its curves on training prompts begin here too."""
         pictures, table = self._evaluate(self.final)
         self._keep("before", pictures, table, 0)
+        self.tracker.metrics(self._look(0)[1], 0)
         self._keep_best(0)  # for a run that collapses before its first evaluation, which is better than this
 
     def _keep_best(self, step: int) -> None:
@@ -455,16 +456,11 @@ class Observer:
         drifted = self.distiller.guard.alarm
         self._alarm(step, drifted)
         if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:
-            pictures, table = self._evaluate(self.periodic)
-            metrics |= {f"eval/periodic_{key}": value for key, value in table.items()}
-            judged = table[self.config.evaluation.metric] if table else None
+            judged, table = self._look(step)
+            metrics |= table
             # without a judge the last student counts as the best, unless its latents have drifted away
             self.score = float(step) if judged is None else judged
             self._guard(step, judged, keep=judged is not None or drifted is None)
-            from raydistill.evaluation.grids import grid
-
-            count = self.config.evaluation.grid
-            self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
         self.tracker.metrics(metrics, step)
         write_progress(
             self.stage.path("progress.json"),
@@ -474,6 +470,16 @@ class Observer:
             wait_teacher_s=float(metrics.get("time/wait_teacher", 0.0)),
             score=float(self.score),
         )
+
+    def _look(self, step: int) -> tuple[float | None, dict[str, float]]:
+        """(what students are compared by, metrics) of the student on training prompts, whose pictures are logged."""
+        from raydistill.evaluation.grids import grid
+
+        pictures, table = self._evaluate(self.periodic)
+        count = self.config.evaluation.grid
+        self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
+        judged = table[self.config.evaluation.metric] if table else None
+        return judged, {f"eval/periodic_{key}": value for key, value in table.items()}
 
     def _alarm(self, step: int, reason: str | None) -> None:
         """Say once that the student collapses, on screen and in the run's tags; None: it does not, or no longer."""
@@ -535,8 +541,16 @@ class Observer:
             with writing(self.stage.path("bridge")) as folder:
                 self.distiller.bridge.save(folder, {"step": about["step"]})
             self.tracker.artifact(self.stage.path("bridge"))
+        before = read_json(self.stage.path("before.json"), "restore it, or use another run.name")
+        metric = self.config.evaluation.metric
+        if table and table[metric] < before[metric]:
+            worse = (
+                f"eval/{metric} on held-out prompts is {table[metric]:.3f}, and was {before[metric]:.3f} at the start"
+            )
+            print(f"{self.stage.name}: the student is worse than before: {worse}", flush=True)
+            self.tracker.tags({"worse_than_start": worse})
         result = {
-            "before": read_json(self.stage.path("before.json"), "restore it, or use another run.name"),
+            "before": before,
             "after": table,
             "steps": step,
             "best_step": about["step"],

@@ -267,3 +267,20 @@ def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(
     assert observer.collapse.startswith("step 4: evaluation fell to ")
     assert observer.tracker.tagged == [{"collapse_alarm": observer.collapse}]
     assert load_state(tmp_path / "best")[1] == {"step": 2, "score": best}
+    curve = {step for key, step in observer.tracker.values if key == "eval/periodic_mean"}
+    assert curve == {0, 2, 4}  # it begins with the start
+
+
+def test_a_student_that_ends_below_its_start_is_said_to_be_worse(observe, tmp_path, capsys):
+    worker, observer = observe("distill.drift_limit=null")
+    observer.before()
+    before = json.loads((tmp_path / "before.json").read_text())
+    for parameter in worker.evaluated.parameters():
+        parameter.data.zero_()
+    observer._keep_best(1)
+    observer.finish(1, None)
+    after = json.loads((tmp_path / "result.json").read_text())["after"]
+    assert after["mean"] < before["mean"]
+    said = f"eval/mean on held-out prompts is {after['mean']:.3f}, and was {before['mean']:.3f} at the start"
+    assert observer.tracker.tagged == [{"worse_than_start": said}]
+    assert said in capsys.readouterr().out
