@@ -627,6 +627,14 @@ def flatten(config: Config) -> dict[str, Any]:
     return {key: get(config, key) for key, *_ in fields()}
 
 
+def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration with other values of some sections. Raises ConfigError."""
+    tree = config.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return validate(tree)
+
+
 # Changing one of these changes the numbers of a run; a resume with a changed one is refused.
 _FREE_KEYS = re.compile(
     r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"

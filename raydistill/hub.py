@@ -77,6 +77,21 @@ def counterpart(path: Path) -> Path:
     return folder / match["rest"] if match["rest"] else folder
 
 
+def pinned(model: str) -> str:
+    """org/name@commit of what org/name means now; fetched first. A revision that was named stays as it is.
+
+    Raises:
+        ConfigError: see `download`.
+    """
+    repo, revision = _parts(model)
+    return model if revision else f"{repo}@{SNAPSHOT.fullmatch(str(download(model)))['revision']}"
+
+
+def same_but_for_revision(model: str, other: str) -> bool:
+    """Whether `model` leaves the revision open that `other` names."""
+    return "@" not in model and other.partition("@")[0] == model
+
+
 def _mark(model: str) -> Path:
     """A file that says that all of the model is in the cache."""
     from huggingface_hub import constants

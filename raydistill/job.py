@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from raydistill.config import Config, from_command_line
+from raydistill.config import Config, changed, from_command_line
 from raydistill.lease import RunTaken, held
 from raydistill.stopping import Stopped, leaving_on_signals
 
@@ -46,8 +46,8 @@ def run_job(
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
-    from raydistill.distill.pipeline import RunFailed, changed
-    from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+    from raydistill.distill.pipeline import RunFailed
+    from raydistill.preflight import check_inputs, create_run_folder, open_run_folder, pinned
 
     try:
         config = changed(config, changes or {})
@@ -55,6 +55,7 @@ def run_job(
         if (run.path / result).is_file():
             print(f"run {run.name} is finished: {run.path / result}")
             return 0
+        config = pinned(config, run)
         inputs = check_inputs(config)
         if check is not None:
             check(config, run, inputs)

@@ -7,17 +7,21 @@ import datetime
 import json
 import math
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from raydistill.config import (
+    HUB_KEYS,
     Config,
     ConfigError,
+    changed,
     check_paths,
     check_storage,
+    get,
+    local_path,
     mathematical,
     resolve,
     to_yaml,
@@ -72,11 +76,8 @@ def open_run_folder(config: Config) -> RunFolder:
         now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         name = f"{now}-{secrets.token_hex(2)}"
     run = RunFolder(storage, name)
-    saved = run.path / "config.yaml"
-    with _of_storage(storage):
-        text = saved.read_text(encoding="utf-8") if saved.is_file() else None
-    if text is not None:
-        before, now_ = mathematical(_read_config(saved, text)), mathematical(config)
+    if (saved := _saved(run)) is not None:
+        before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
         changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if changed:
             raise ConfigError(
@@ -84,6 +85,54 @@ def open_run_folder(config: Config) -> RunFolder:
                 "Use another run.name, or the old settings"
             )
     return run
+
+
+def pinned(config: Config, run: RunFolder) -> Config:
+    """The configuration with the commit of each hub model whose revision it leaves open: the run's own, or what is
+    fetched now.
+
+    Otherwise a model that is published anew would change a run when it is resumed, or on a node that joins later.
+
+    Raises:
+        ConfigError: a model cannot be fetched; names the key.
+    """
+    from raydistill import hub
+
+    if (saved := _saved(run)) is not None:
+        config = _of_revisions(config, saved)
+    models = {}
+    for key in HUB_KEYS:
+        value = get(config, key)
+        if hub.is_hub_id(value) and not local_path(value).exists():
+            try:
+                models[key] = hub.pinned(value)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
+    return _with_models(config, models)
+
+
+def _of_revisions(config: Config, saved: Config) -> Config:
+    """Hub models whose revision is left open, at the revision that the saved configuration names."""
+    from raydistill.hub import same_but_for_revision
+
+    models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
+    same = {key: before for key, (now, before) in models.items() if same_but_for_revision(now, before)}
+    return _with_models(config, same)
+
+
+def _with_models(config: Config, models: Mapping[str, str]) -> Config:
+    """The configuration with other values of these dotted keys."""
+    return changed(
+        config, {section: {name: model} for key, model in models.items() for section, name in [key.split(".")]}
+    )
+
+
+def _saved(run: RunFolder) -> Config | None:
+    """The configuration that the run has had; None: the run is new."""
+    file = run.path / "config.yaml"
+    with _of_storage(run.storage):
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    return None if text is None else _read_config(file, text)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raydistill.beside import beside
-from raydistill.config import Config, flatten, resolve, validate
+from raydistill.config import Config, changed, flatten, resolve, validate
 
 if TYPE_CHECKING:
     from raydistill.bridge.ablation import Cell
@@ -346,14 +346,6 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
                 pipeline, "shared_space", control, None, None, shared, needs=[teachers]
             )
     return results
-
-
-def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The configuration with other values of some sections. Raises ConfigError."""
-    tree = config.model_dump()
-    for section, values in changes.items():
-        tree[section] |= values
-    return validate(tree)
 
 
 def shared_space(config: Config) -> Config:

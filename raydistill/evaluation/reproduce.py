@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config import CONFIGS, Config, read_yaml, validate
-from raydistill.distill.pipeline import Pipeline, RunFailed, changed, distil, opened, shared_space
+from raydistill.config import CONFIGS, Config, changed, read_yaml, validate
+from raydistill.distill.pipeline import Pipeline, RunFailed, distil, opened, shared_space
 from raydistill.preflight import Inputs, RunFolder, check_inputs, create_run_folder, open_run_folder
 from raydistill.runs import tracking_uri
 from raydistill.storage import require_folder

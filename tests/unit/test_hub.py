@@ -18,7 +18,7 @@ import pytest
 from raydistill.config import ConfigError, check_paths, load, resolve
 from raydistill.hub import download, is_hub_id
 
-SHA = "a" * 40
+SHA, LATER = "a" * 40, "b" * 40
 TOKEN = "hf_secretSECRETsecret"
 FILES = {
     "model_index.json": b'{"_class_name": "KolorsPipeline"}',
@@ -64,6 +64,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Serves org/kolors to everybody, org/gated to nobody, and knows nothing else."""
 
     seen: list[tuple[str, str | None]] = []
+    main = SHA  # the commit of org/kolors that is published
 
     def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -78,20 +79,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if "org/gated" in path:
             return self._send(403, X_Error_Code="GatedRepo", X_Error_Message="awaiting review")
-        if path in ("/api/models/org/kolors", *(f"/api/models/org/kolors/revision/{name}" for name in ("main", SHA))):
-            return self._send(200, json.dumps({"id": "org/kolors", "sha": SHA, "siblings": []}).encode())
+        commits = {"/revision/main": Hub.main, "": Hub.main} | {
+            f"/revision/{commit}": commit for commit in (SHA, LATER)
+        }
+        if (commit := commits.get(path.removeprefix("/api/models/org/kolors"))) is not None:
+            return self._send(200, json.dumps({"id": "org/kolors", "sha": commit, "siblings": []}).encode())
         if path.startswith("/api/models/org/kolors/revision/"):
             return self._send(404, X_Error_Code="RevisionNotFound")
-        if path == f"/api/models/org/kolors/tree/{SHA}":
+        if path in (f"/api/models/org/kolors/tree/{commit}" for commit in (SHA, LATER)):
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                 for name, data in FILES.items()
             ]
             return self._send(200, json.dumps(tree).encode())
-        name = path.removeprefix(f"/org/kolors/resolve/{SHA}/")
+        commit, _, name = path.removeprefix("/org/kolors/resolve/").partition("/")
         if name in FILES:
             etag = hashlib.sha1(FILES[name]).hexdigest()
-            return self._send(200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=SHA)
+            return self._send(200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=commit)
         return self._send(404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -102,7 +106,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    Hub.seen = []
+    Hub.seen, Hub.main = [], SHA
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -214,3 +218,32 @@ def test_only_models_may_come_from_the_hub():
     config = load(overrides=["prompts.path=org/prompts"])
     with pytest.raises(ConfigError, match="prompts.path: org/prompts does not exist"):
         check_paths(config, ["prompts.path"])
+
+
+PIN = """
+from raydistill.config import load
+from raydistill.preflight import create_run_folder, open_run_folder, pinned
+config = load(None, ["storage={storage}", "run.name={name}", "teacher.model={model}"])
+run = open_run_folder(config)
+config = pinned(config, run)
+create_run_folder(run, config)
+print(config.teacher.model)
+"""
+
+
+def test_a_run_keeps_the_commits_of_its_models_when_they_are_published_anew(hub, tmp_path):
+    def pin(name: str, model: str = "org/kolors") -> subprocess.CompletedProcess[str]:
+        return ask(PIN.format(storage=tmp_path / "runs", name=name, model=model), hub, tmp_path)
+
+    assert pin("old").stdout.strip() == f"org/kolors@{SHA}"
+    Hub.main = LATER
+    assert pin("new").stdout.strip() == f"org/kolors@{LATER}"
+    assert pin("old").stdout.strip() == f"org/kolors@{SHA}"  # a resume
+    assert pin("old", f"org/kolors@{SHA}").stdout.strip() == f"org/kolors@{SHA}"
+    other = pin("old", "org/kolors@main")
+    assert other.returncode != 0
+    assert "teacher.model: 'org/kolors@" in other.stderr
+    for _ in range(2):
+        assert pin("named", "org/kolors@main").stdout.strip() == "org/kolors@main"
+    lost = pin("lost", "org/nothing")
+    assert "ConfigError: teacher.model: org/nothing: neither a folder here nor a model of the hub" in lost.stderr

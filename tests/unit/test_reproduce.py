@@ -10,9 +10,9 @@ import mlflow
 import pytest
 import torch
 
-from raydistill.config import load, to_yaml
+from raydistill.config import changed, load, to_yaml
 from raydistill.distill.load import load_unet
-from raydistill.distill.pipeline import changed, opened
+from raydistill.distill.pipeline import opened
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.reproduce import (
     MERGED,
