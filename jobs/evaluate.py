@@ -84,7 +84,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         "--gpus",
         type=float,
         metavar="SHARE",
-        help="GPUs of each actor (default: with a GPU, one divided among the stages)",
+        help="GPUs of each actor (default: where the cluster has one now, one divided among the stages; else none)",
     )
     add(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default: float32)"
@@ -133,25 +133,20 @@ def plan_of(arguments: argparse.Namespace):
     items = prompts.items(told.count, told.seed)
     metrics = find_metrics(told.metrics, parse_weights(told.weights), items, told.judge)
     reference = open_reference(told.reference, metrics)
-    resources = _resources(told, stages=1 + len(metrics))
+    resources = _resources(told)
     folder, settings = open_folder(
         told.out, told.storage, subject, prompts, items, metrics, reference, resources, told.batch_size
     )
     return Plan(subject, prompts, items, metrics, reference, folder, settings, resources)
 
 
-def _resources(told: argparse.Namespace, stages: int):
-    import torch
-
+def _resources(told: argparse.Namespace):
     from raydistill.evaluation.evaluate import Resources
 
-    gpus = told.gpus
-    if gpus is None:  # all stages run at once, and a stage without its share would wait for ever
-        gpus = int(100 / (stages - 1 + told.actors)) / 100 if torch.cuda.is_available() else 0.0
-    if gpus < 0:
-        raise ValueError(f"--gpus {gpus}: must not be negative")
+    if told.gpus is not None and told.gpus < 0:
+        raise ValueError(f"--gpus {told.gpus}: must not be negative")
     threads = int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdecimal() else None
-    return Resources("cuda" if gpus else "cpu", told.dtype, told.actors, gpus, threads)
+    return Resources(told.dtype, told.actors, told.gpus, threads)
 
 
 def main() -> int:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,18 @@ class Metric:
 class Resources:
     """Of the actors."""
 
-    device: str = "cpu"
     dtype: str = "float32"
     actors: int = 1
-    gpus: float = 0.0  # share of each actor
+    gpus: float | None = None  # share of each actor; None: `divided` decides
     threads: int | None = None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
+    def divided(self, metrics: int, gpus: float) -> Resources:
+        """One of the cluster's `gpus` for the actors of all stages, which run at once: drawing, and one a metric."""
+        return replace(self, gpus=int(100 / (metrics + self.actors)) / 100 if gpus else 0.0)
 
 
 @dataclass(frozen=True)
@@ -251,8 +258,13 @@ def run_evaluation(plan: Plan, done: Callable[[int], object] = lambda pictures: 
     Raises:
         EvaluationFailed: a stage or a command failed; what is there is kept.
     """
+    import ray
+
     from raydistill.evaluation.stream import run_once, run_stages
 
+    if plan.resources.gpus is None:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        plan = replace(plan, resources=plan.resources.divided(len(plan.metrics), gpus))
     parts = create_folder(plan)
     run_stages(parts, stages_of(plan), done)
     for metric in plan.metrics:

@@ -566,7 +566,7 @@ def test_the_distance_to_a_reference_stays_when_another_metric_is_added(tmp_path
     namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
 
     def results(*more):
-        arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "4", *map(str, more)]
+        arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "4", "--gpus", "0", *map(str, more)]
         plan = namespace["plan_of"](namespace["arguments_of"](arguments))
         table = run_evaluation(plan)
         assert json.loads((plan.folder / "results.json").read_text())["results"] == table
@@ -603,3 +603,15 @@ def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
     stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
     monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: True)
     stream.check_room(stages, {"CPU": 8.0})
+
+
+def test_one_gpu_of_the_cluster_is_divided_among_the_stages():
+    from raydistill.evaluation.evaluate import Resources
+
+    assert Resources().divided(metrics=2, gpus=0.0) == Resources(gpus=0.0)
+    assert Resources().divided(metrics=2, gpus=0.0).device == "cpu"
+    for metrics in range(4):
+        for actors in (1, 3):
+            found = Resources(actors=actors).divided(metrics, gpus=8.0)
+            assert found.device == "cuda"
+            assert 0.9 < found.gpus * (actors + metrics) <= 1
