@@ -8,13 +8,30 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
+# Loggers whose level is set again by those who own them.
+TALKATIVE = ("ray.serve", "ray.train.v2._internal.execution.context", "mlflow.system_metrics.system_metrics_monitor")
+
+
 def quiet() -> None:
     """Runs first in every worker process: keeps what concerns nobody off the driver's screen."""
     for name in ("ray.data", "ray.serve", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in TALKATIVE:
+        logging.getLogger(name).addFilter(_is_warning)
+    logging.getLogger("DeepSpeed").addFilter(_is_no_guess)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # says twice what a worker prints
     # Asks the dashboard once a second, and complains once a second where there is none, as on a cluster of our own.
     cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _is_no_guess(record: logging.LogRecord) -> bool:
+    """Every process that sees no GPU, as most must not, says that none was found."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 # The environment of a cluster of our own, whose processes inherit it.
