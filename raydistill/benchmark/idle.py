@@ -93,10 +93,10 @@ class IdleService:
         self.config = self.config.model_copy(update={"replicas": replicas})
         service.start(str(self.folder), self.config, self.name, IdleReplica)
 
-    def client(self) -> Any:
+    def client(self, place: float | None = None) -> Any:
         from raydistill.teachers.client import TeacherClient
 
-        return TeacherClient(self.name, self.config)
+        return TeacherClient(self.name, self.config, place)
 
 
 @contextlib.contextmanager

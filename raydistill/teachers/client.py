@@ -42,16 +42,21 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 
 
 class TeacherClient:
-    """Speaks to the service `name` (see service.start). Holds no connection until it is used."""
+    """Speaks to the service `name` (see service.start). Holds no connection until it is used.
 
-    def __init__(self, name: str, config: Teachers) -> None:
-        self.name, self.config = name, config
+    Args:
+        place: where among equally busy replicas its requests begin, 0 <= place < 1: `rank / world` keeps clients apart that
+            ask at the same moment. None: at random.
+    """
+
+    def __init__(self, name: str, config: Teachers, place: float | None = None) -> None:
+        self.name, self.config, self.place = name, config, place
         self._handle: Any = None
         self.load = LoadLog()  # of this process's requests
         self.asked = self.answered = self.repeated = 0  # requests, those with an answer, and attempts after the first
 
-    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers]]:
-        return TeacherClient, (self.name, self.config)
+    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers, float | None]]:
+        return TeacherClient, (self.name, self.config, self.place)
 
     def submit(self, request: ScoreRequest) -> PendingScores:
         """Send a request and return at once. Raises TeacherError if the request itself is wrong."""
@@ -148,7 +153,8 @@ class PendingScores:
         return True
 
     def _ask(self) -> None:
-        self._response = getattr(self._client.handle(), self._method).remote([self._payload])
+        method = getattr(self._client.handle(), self._method)
+        self._response = method.remote([self._payload], place=self._client.place)
 
     def _await_answer(self) -> np.ndarray:
         client, outage, pause, late = self._client, _Outage(), FIRST_PAUSE_S, 0
