@@ -26,6 +26,7 @@ from raydistill.teachers.request import (
     ScoreRequest,
     TeacherError,
     TeacherUnavailable,
+    all_finite,
     one_line,
 )
 
@@ -260,9 +261,8 @@ class PendingScores:
     def _refuse_non_finite(self, scores: torch.Tensor) -> None:
         import torch
 
-        finite = torch.isfinite(scores).flatten(1).all(1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten().tolist()
+        if not all_finite(scores):
+            bad = (~torch.isfinite(scores).flatten(1).all(1)).nonzero().flatten().tolist()
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise NonFiniteScores(
                 f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "

@@ -178,7 +178,8 @@ class TeacherReplica:
         self._judge(errors, len(pending), failed)
         if self._broken is not None:
             raise ReplicaBroken(self._broken)
-        return np.concatenate([answer.result() for answer in answers])
+        parts = [answer.result() for answer in answers]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     async def _recover(self) -> None:
         """Make all ranks ready for the next request after one that they all refused."""
