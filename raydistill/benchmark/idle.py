@@ -20,7 +20,7 @@ import numpy as np
 
 from raydistill.config import Teachers
 from raydistill.teachers import service
-from raydistill.teachers.request import Payload
+from raydistill.teachers.request import Memory, Payload
 from raydistill.teachers.shard import TeacherRank, actor
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
     def __init__(self, rank: int, world: int) -> None:  # without the imports of a network
-        self.rank, self.world, self.facts = rank, world, {"rank": rank, "pid": os.getpid(), "requests": 0}
+        self.rank, self.world, self.memory = rank, world, Memory()
+        self.facts = {"rank": rank, "pid": os.getpid(), "requests": 0}
 
     def open_store(self) -> tuple[str, int]:
         return "", 0
@@ -60,10 +61,8 @@ class IdleRank(TeacherRank):
         return self._slices(payload, self._rows)
 
     def _rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
-        from raydistill.teachers.request import rows_from_wire
-
         self._conditioning(payload, rows)
-        return rows_from_wire(payload["latents"], rows)
+        return self._load("latents", payload["latents"], rows)
 
     def _without_copies(self, payload: Payload) -> np.ndarray:
         """This rank's equal part, without torch: dozens of ranks must fit one machine."""
@@ -93,10 +92,10 @@ class IdleService:
         self.config = self.config.model_copy(update={"replicas": replicas})
         service.start(str(self.folder), self.config, self.name, IdleReplica)
 
-    def client(self) -> Any:
+    def client(self, place: float | None = None) -> Any:
         from raydistill.teachers.client import TeacherClient
 
-        return TeacherClient(self.name, self.config)
+        return TeacherClient(self.name, self.config, place)
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argp
 
     print(f"{count} trainers …", flush=True)
     fake, student = 1.2 * arguments.seconds, 0.3 * arguments.seconds
-    actors = [ray.remote(num_cpus=0.01)(_Trainer).remote(idle.client(), nbytes) for _ in range(count)]
+    actors = [ray.remote(num_cpus=0.01)(_Trainer).remote(idle.client(i / count), nbytes) for i in range(count)]
     ray.get([actor.steps.remote(1, 0.0, 0.0) for actor in actors])
     taken = ray.get([actor.steps.remote(arguments.steps, fake, student) for actor in actors])
     for actor in actors:

@@ -294,9 +294,8 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     )
     if empty is None:
         return distiller, None
-    return distiller, Teachers(
-        TeacherClient(stage.service, config.teachers), empty, guidance_scale(config, teacher_space)
-    )
+    client = TeacherClient(stage.service, config.teachers, rank / world)  # all workers ask at once
+    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space))
 
 
 def _mesh(device: torch.device, world: int) -> Any:

@@ -26,6 +26,7 @@ from raydistill.teachers.request import (
     ScoreRequest,
     TeacherError,
     TeacherUnavailable,
+    all_finite,
     one_line,
 )
 
@@ -42,16 +43,21 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0
 
 
 class TeacherClient:
-    """Speaks to the service `name` (see service.start). Holds no connection until it is used."""
+    """Speaks to the service `name` (see service.start). Holds no connection until it is used.
 
-    def __init__(self, name: str, config: Teachers) -> None:
-        self.name, self.config = name, config
+    Args:
+        place: where among equally busy replicas its requests begin, 0 <= place < 1: `rank / world` keeps clients apart that
+            ask at the same moment. None: at random.
+    """
+
+    def __init__(self, name: str, config: Teachers, place: float | None = None) -> None:
+        self.name, self.config, self.place = name, config, place
         self._handle: Any = None
         self.load = LoadLog()  # of this process's requests
         self.asked = self.answered = self.repeated = 0  # requests, those with an answer, and attempts after the first
 
-    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers]]:
-        return TeacherClient, (self.name, self.config)
+    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers, float | None]]:
+        return TeacherClient, (self.name, self.config, self.place)
 
     def submit(self, request: ScoreRequest) -> PendingScores:
         """Send a request and return at once. Raises TeacherError if the request itself is wrong."""
@@ -148,7 +154,8 @@ class PendingScores:
         return True
 
     def _ask(self) -> None:
-        self._response = getattr(self._client.handle(), self._method).remote([self._payload])
+        method = getattr(self._client.handle(), self._method)
+        self._response = method.remote([self._payload], place=self._client.place)
 
     def _await_answer(self) -> np.ndarray:
         client, outage, pause, late = self._client, _Outage(), FIRST_PAUSE_S, 0
@@ -254,9 +261,8 @@ class PendingScores:
     def _refuse_non_finite(self, scores: torch.Tensor) -> None:
         import torch
 
-        finite = torch.isfinite(scores).flatten(1).all(1)
-        if not bool(finite.all()):
-            bad = (~finite).nonzero().flatten().tolist()
+        if not all_finite(scores):
+            bad = (~torch.isfinite(scores).flatten(1).all(1)).nonzero().flatten().tolist()
             more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
             raise NonFiniteScores(
                 f"teacher {self._client.name} answered with NaN or infinity for {len(bad)} of {len(scores)} samples: "

@@ -66,23 +66,43 @@ def to_wire(tensor: torch.Tensor) -> Wire:
     return tensor.numpy()
 
 
-def rows_from_wire(wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """Some rows of an array from `to_wire`, as a tensor of its own; real-valued ones in `dtype`, if that is given.
+def rows_from_wire(
+    wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None, memory: Memory | None = None, name: str = ""
+) -> torch.Tensor:
+    """Some rows of an array from `to_wire`, copied once; real-valued ones straight into `dtype`, if that is given.
 
-    Rows that follow each other are copied once, straight into their dtype.
+    Args:
+        memory: where the copy goes, under `name`; None: into memory of its own.
     """
     import torch
 
-    name, array = wire if isinstance(wire, tuple) else (None, wire)
-    follow = bool((np.diff(rows) == 1).all())
-    part = array[rows[0] : rows[-1] + 1] if follow else array[rows]
-    with warnings.catch_warnings():  # what Ray hands out is read-only, and torch has no such tensors: copied below
+    kind, array = wire if isinstance(wire, tuple) else (None, wire)
+    with warnings.catch_warnings():  # what Ray hands out is read-only, and torch has no such tensors: only read below
         warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        tensor = torch.from_numpy(part)
-    if name is not None:
-        tensor = tensor.view(getattr(torch, name))
-    wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.to(wanted, copy=follow)
+        shared = torch.from_numpy(array)
+    if kind is not None:
+        shared = shared.view(getattr(torch, kind))
+    wanted = dtype if dtype is not None and shared.is_floating_point() else shared.dtype
+    copy = (memory or Memory()).tensor(name, (len(rows), *shared.shape[1:]), wanted)
+    for place, row in enumerate(rows.tolist()):
+        copy[place].copy_(shared[row])
+    return copy
+
+
+class Memory:
+    """Tensors that are filled again and again: the pages of new ones cost the kernel more than what is copied into them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The one of this name, with anything in it; another one if shape or dtype are others than last time."""
+        import torch
+
+        kept = self._kept.get(name)
+        if kept is None or kept.shape != shape or kept.dtype != dtype:
+            kept = self._kept[name] = torch.empty(shape, dtype=dtype)
+        return kept
 
 
 @dataclass(frozen=True)

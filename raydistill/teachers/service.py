@@ -18,6 +18,7 @@ import numpy as np
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ObjectLostError, RayActorError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import ApplicationStatusOverview
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -32,6 +33,7 @@ from raydistill.teachers.request import (
     TeacherStartError,
     one_line,
 )
+from raydistill.teachers.routing import LeastBusyRouter
 from raydistill.teachers.shard import TeacherRank, actor
 from raydistill.teachers.turns import Turns
 
@@ -69,6 +71,7 @@ class _Gauges:
 
 @serve.deployment(
     max_ongoing_requests=ONGOING_REQUESTS,
+    request_router_config=RequestRouterConfig(request_router_class=LeastBusyRouter),
     health_check_period_s=HEALTH_PERIOD_S,
     health_check_timeout_s=HEALTH_TIMEOUT_S,
     graceful_shutdown_wait_loop_s=0.2,
@@ -105,12 +108,17 @@ class TeacherReplica:
         load = (model_folder, config.dtype, config.slice, config.threads_per_rank, address)
         await asyncio.gather(*(rank.load.remote(*load) for rank in self._ranks))
 
-    async def predict_x0(self, payload: list[ray.ObjectRef]) -> Answer:
-        """x0 estimates [B, C, H, W] float32; the payload's reference comes in a list so that it is not fetched here."""
+    async def predict_x0(self, payload: list[ray.ObjectRef], place: float | None = None) -> Answer:
+        """x0 estimates [B, C, H, W] float32.
+
+        Args:
+            payload: its reference; in a list, so that it is not fetched here.
+            place: read by the caller's router.
+        """
         return await self._answer("predict_x0", payload[0])
 
-    async def sample(self, payload: list[ray.ObjectRef]) -> Answer:
-        """Multi-step samples [B, C, H, W] float32."""
+    async def sample(self, payload: list[ray.ObjectRef], place: float | None = None) -> Answer:
+        """Multi-step samples [B, C, H, W] float32. Arguments as in `predict_x0`."""
         return await self._answer("sample", payload[0])
 
     async def describe(self) -> list[dict[str, Any]]:
@@ -170,7 +178,8 @@ class TeacherReplica:
         self._judge(errors, len(pending), failed)
         if self._broken is not None:
             raise ReplicaBroken(self._broken)
-        return np.concatenate([answer.result() for answer in answers])
+        parts = [answer.result() for answer in answers]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     async def _recover(self) -> None:
         """Make all ranks ready for the next request after one that they all refused."""

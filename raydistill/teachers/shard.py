@@ -18,7 +18,7 @@ import numpy as np
 import ray
 
 from raydistill.imports import left_out
-from raydistill.teachers.request import Payload, TeacherError, rows_from_wire
+from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, rows_from_wire
 
 if TYPE_CHECKING:  # torch must be imported after the environment is set
     import torch
@@ -30,7 +30,7 @@ class TeacherRank:
     """Rank `rank` of `world`; answers pings while it computes."""
 
     def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.memory = rank, world, Memory()
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
@@ -96,17 +96,20 @@ class TeacherRank:
         batch, size = len(payload["latents"]), self.slice_size
         rounds = -(-batch // (size * self.world))
         first = self.rank * rounds * size
-        results = []
+        own = max(0, min(rounds * size, batch - first))
         try:
             self._check(payload)
+            # Ray copies an answer before it begins with the next request.
+            answer = self.memory.tensor("answer", (own, *payload["latents"].shape[1:]), torch.float32)
             with torch.no_grad():
                 for start in range(first, first + rounds * size, size):
                     rows = np.minimum(np.arange(start, start + size), batch - 1)
-                    results.append(forward(payload, rows)[: max(0, batch - start)].float().cpu())
+                    wanted = answer[start - first : start - first + size]
+                    wanted.copy_(forward(payload, rows)[: len(wanted)])
         except Exception as error:
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
-        return torch.cat(results).numpy()
+        return answer.numpy()
 
     def _check(self, payload: Payload) -> None:
         found, expected = payload["latents"].shape[1:], tuple(self.space.latent_shape)
@@ -127,12 +130,12 @@ class TeacherRank:
         torch.distributed.barrier()
 
     def _predict_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
-        x_t, t_B = (rows_from_wire(payload[name], rows).to(self.device) for name in ("latents", "t"))
+        x_t, t_B = (self._load(name, payload[name], rows) for name in ("latents", "t"))
         conditioning, unconditional = self._conditioning(payload, rows)
         return self.space.predict_x0(self.engine, x_t, t_B, conditioning, unconditional, payload["guidance_scale"])
 
     def _sample_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
-        noise = rows_from_wire(payload["latents"], rows).to(self.device)
+        noise = self._load("latents", payload["latents"], rows)
         conditioning, unconditional = self._conditioning(payload, rows)
         steps, guidance_scale = payload["steps"], payload["guidance_scale"]
         return self.space.sample(self.engine, noise, conditioning, unconditional, steps, guidance_scale)
@@ -140,14 +143,17 @@ class TeacherRank:
     def _conditioning(
         self, payload: Payload, rows: np.ndarray
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None]:
-        def load(wires: dict[str, Any], rows: np.ndarray) -> dict[str, torch.Tensor]:
-            return {name: rows_from_wire(wire, rows, self.dtype).to(self.device) for name, wire in wires.items()}
+        def load(field: str, rows: np.ndarray) -> dict[str, torch.Tensor]:
+            return {
+                name: self._load(f"{field}/{name}", wire, rows, self.dtype) for name, wire in payload[field].items()
+            }
 
-        unconditional = payload["unconditional"]
-        return (
-            load(payload["conditioning"], rows),
-            None if unconditional is None else load(unconditional, np.zeros(1, dtype=np.int64)),
-        )
+        guided = payload["unconditional"] is not None
+        return load("conditioning", rows), load("unconditional", np.zeros(1, dtype=np.int64)) if guided else None
+
+    def _load(self, name: str, wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Rows of one array, on the device; on the CPU in memory that the next slice fills again."""
+        return rows_from_wire(wire, rows, dtype, self.memory, name).to(self.device)
 
 
 def actor(rank: type[TeacherRank]) -> Any:

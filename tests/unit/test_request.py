@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from raydistill.teachers.request import all_finite, rows_from_wire, to_wire
+from raydistill.benchmark.idle import IdleRank
+from raydistill.teachers.request import ScoreRequest, all_finite, rows_from_wire, to_wire
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,3 +42,27 @@ def test_rows_are_those_of_the_tensor_in_memory_of_their_own(kind, rows):
         assert torch.equal(found, expected)
         found.zero_()  # a network may work in place
         assert torch.equal(rows_from_wire(wire, np.array(rows), dtype), expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_rank_copies_slice_by_slice_into_the_same_memory_and_answers_with_every_row(world):
+    payload = ScoreRequest(
+        torch.randn(10, 4, 3, 3), torch.rand(10), {"a": torch.randn(10, 5)}, {"a": torch.randn(1, 5)}, 2.0
+    ).payload()
+    places, answers = set(), []
+    for number in range(world):
+        rank = IdleRank(number, world)
+        rank.device, rank.dtype, rank.slice_size = torch.device("cpu"), torch.bfloat16, 4
+        rank.space = SimpleNamespace(latent_shape=(4, 3, 3), folder="none")
+
+        def forward(payload, rows, rank=rank):
+            x_t = rank._load("latents", payload["latents"], rows)
+            conditioning, unconditional = rank._conditioning(payload, rows)
+            for tensor in (x_t, conditioning["a"], unconditional["a"]):
+                assert tensor.untyped_storage().nbytes() <= 4 * tensor[0].nbytes
+                places.add((rank.rank, tensor.data_ptr()))
+            return x_t
+
+        answers += [rank._slices(payload, forward).copy() for _ in range(2)][1:]
+    assert len(places) == 3 * world
+    assert np.array_equal(np.concatenate(answers), payload["latents"])

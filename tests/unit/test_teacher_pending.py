@@ -36,7 +36,7 @@ def asked():
     """(pending, responses so far, answers that later attempts find at once)."""
     responses, later = [], []
 
-    def remote(payload):
+    def remote(payload, place):
         responses.append(Response())
         responses[-1].answer = later.pop() if later else None
         return responses[-1]
@@ -86,7 +86,7 @@ class Serve:
     def applications(self):
         return {"teacher": SimpleNamespace(status=SimpleNamespace(value=self.state()[0]))}
 
-    def ask(self, payload):
+    def ask(self, payload, place):
         at, answer = self.answers[self.asked]
         self.asked += 1
 
