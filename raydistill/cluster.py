@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-
 # Loggers whose level is set again by those who own them.
 TALKATIVE = ("ray.serve", "ray.train.v2._internal.execution.context", "mlflow.system_metrics.system_metrics_monitor")
 
