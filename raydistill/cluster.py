@@ -6,16 +6,20 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 # Loggers whose level is set again by those who own them.
-TALKATIVE = ("ray.serve", "ray.train.v2._internal.execution.context", "mlflow.system_metrics.system_metrics_monitor")
+TALKATIVE = ("ray.serve", "mlflow.system_metrics.system_metrics_monitor")
+REPORTS = "train/v2/_internal/execution/context.py"  # of Ray: this one's name is its file
 
 
 def quiet() -> None:
     """Runs first in every worker process: keeps what concerns nobody off the driver's screen."""
     for name in ("ray.data", "ray.serve", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in TALKATIVE:
+    import ray
+
+    for name in (*TALKATIVE, str(Path(ray.__file__).parent / REPORTS)):
         logging.getLogger(name).addFilter(_is_warning)
     logging.getLogger("DeepSpeed").addFilter(_is_no_guess)
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # says twice what a worker prints
@@ -33,8 +37,12 @@ def _is_no_guess(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
+# The environment of a cluster without a dashboard. Ray Train asks there whether its controller lives; without an address it
+# waits 40 s for one, which keeps a shorter stage from ending for 12 s, or asks another cluster of the machine.
+WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+
 # The environment of a cluster of our own, whose processes inherit it.
-OWN = {
+OWN = WITHOUT_DASHBOARD | {
     # What `runtime_env` says in a cluster that runs already: said there, every worker process is started twice over,
     # and none of those that Ray keeps ready can be used. (ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "raydistill.cluster.quiet",
@@ -54,7 +62,7 @@ def connected() -> Iterator[None]:
 
     quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
-    with _environment({} if joins else OWN):
+    with environment({} if joins else OWN):
         ray.init(
             address="auto" if joins else "local",
             include_dashboard=None if joins else False,
@@ -73,7 +81,7 @@ def connected() -> Iterator[None]:
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Set those that are not set, for the length of the block."""
     ours = {name: value for name, value in variables.items() if name not in os.environ}
     os.environ |= ours

@@ -93,18 +93,19 @@ def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[
 
     import ray
 
-    from raydistill.cluster import quiet
+    from raydistill.cluster import WITHOUT_DASHBOARD, environment, quiet
 
     quiet()
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        object_store_memory=object_store_bytes,
-        logging_level=logging.WARNING,
-        log_to_driver=False,
-        runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"},
-    )
+    with environment(WITHOUT_DASHBOARD):
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"},
+        )
     try:
         yield
     finally:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from raydistill.cluster import WITHOUT_DASHBOARD, environment
+
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MARK = "RAYDISTILL_WORLD"  # environment variable that all processes of a world inherit
 SPOT = {"raydistill-world": "spot"}  # labels of the node that may be lost
@@ -123,10 +125,11 @@ class World:
         from ray.cluster_utils import Cluster
 
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, but makes no folder
-        self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
-        )
+        with environment(WITHOUT_DASHBOARD):
+            self.cluster = Cluster(
+                initialize_head=True,
+                head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
+            )
         self.add_node()
 
     def lose_head(self) -> None:
