@@ -1,8 +1,9 @@
 """What the teacher service adds to a bare Ray actor call, for requests of 0.1 to 256 MB and of every real family.
 
 The rank has no network: it cuts, converts and answers. The bare actor is sent the same arrays and answers with as many
-bytes. Calls take turns, so both see the same machine, and the object store's memory was used before, as in a run that lasts:
-its first use costs the kernel several copies, whichever call happens to meet it.
+bytes, but reads none of them; a rank of its own is also called directly, without client, Serve and coordinator. Calls take
+turns, so all see the same machine, and the object store's memory was used before, as in a run that lasts: its first use
+costs the kernel several copies, whichever call happens to meet it.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import ray
 
-    from raydistill.benchmark.idle import idle_service, request_of
+    from raydistill.benchmark.idle import IdleRank, idle_service, request_of
     from raydistill.benchmark.measure import ray_cluster
     from raydistill.config import Teachers
+    from raydistill.teachers.shard import actor
 
     requests: dict[str, Any] = {
         f"{size:g} MB": lambda size=size: request_of(int(size * 1e6)) for size in arguments.sizes
@@ -41,10 +43,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         config = Teachers(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
         with idle_service(config) as idle:
             idle.set(0.0, slices=True)
-            client = idle.client()
+            client, rank = idle.client(), actor(IdleRank).options(num_cpus=0.1).remote(0, 1)
+            ray.get(rank.load.remote(str(idle.folder), config.dtype, config.slice, config.threads_per_rank, ("", 0)))
             for name, make in requests.items():
                 print(f"{name} …", flush=True)
-                rows.append({"request": name} | _measure(make(), client, bare, arguments.repeats))
+                rows.append({"request": name} | _measure(make(), client, bare, rank, arguments.repeats))
     return {"rows": rows, "repeats": arguments.repeats}
 
 
@@ -96,7 +99,7 @@ def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: 
     return ScoreRequest(torch.zeros(batch, *shape), torch.full((batch,), 0.5), rows(batch), rows(1), scale)
 
 
-def _measure(request: Any, client: Any, bare: Any, repeats: int) -> dict[str, float]:
+def _measure(request: Any, client: Any, bare: Any, rank: Any, repeats: int) -> dict[str, float]:
     import ray
 
     from raydistill.benchmark.measure import copy_seconds, interleaved
@@ -107,6 +110,7 @@ def _measure(request: Any, client: Any, bare: Any, repeats: int) -> dict[str, fl
         {
             "service": lambda: client.submit(request).result(),
             "bare": lambda: ray.get(bare.answer.remote(payload)),
+            "rank": lambda: ray.get(rank.predict_x0.remote(payload)),
             "check": request.payload,
         },
         repeats,
@@ -117,10 +121,13 @@ def _measure(request: Any, client: Any, bare: Any, repeats: int) -> dict[str, fl
         "nbytes": nbytes,
         "service_s": taken["service"],
         "bare_s": taken["bare"],
+        "rank_s": taken["rank"],
         "check_s": taken["check"],
         "copy_s": copy,
         "added_s": taken["service"] - taken["bare"],
         "added_copies": (taken["service"] - taken["bare"]) / copy,
+        "added_to_rank_s": taken["service"] - taken["rank"],
+        "added_to_rank_copies": (taken["service"] - taken["rank"]) / copy,
         "gbytes_per_s": nbytes / taken["service"] / 1e9,
     }
 
@@ -137,15 +144,19 @@ def table(result: dict[str, Any]) -> str:
     from raydistill.benchmark.measure import markdown, megabytes, milliseconds
 
     columns = (
-        "request", "bytes", "bare actor", "service", "added", "of it checking", "one memory copy", "added, in copies",
-        "throughput",
+        "request", "bytes", "bare actor", "rank directly", "service", "added to the bare actor", "to the rank",
+        "of it checking", "one memory copy", "added to the bare actor, in copies", "to the rank", "throughput",
     )  # fmt: skip
     rows = [
         (
             row["request"],
             megabytes(row["nbytes"]),
-            *(milliseconds(row[name]) for name in ("bare_s", "service_s", "added_s", "check_s", "copy_s")),
+            *(
+                milliseconds(row[name])
+                for name in ("bare_s", "rank_s", "service_s", "added_s", "added_to_rank_s", "check_s", "copy_s")
+            ),
             f"{row['added_copies']:.2f}",
+            f"{row['added_to_rank_copies']:.2f}",
             f"{row['gbytes_per_s']:.2f} GB/s",
         )
         for row in result["rows"]
