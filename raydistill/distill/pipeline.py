@@ -49,10 +49,10 @@ class Pipeline:
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
         """Open a run, or the same one again on a resume."""
-        known = self.run.recall().get("mlflow", {})
-        run_id = self._patiently(config, name, stage, parent_run_id=parent, resume_run_id=known.get(stage))
+        known = self.run.recall().get("mlflow", {}).get(stage)
+        run_id = self._patiently(config, name, stage, parent_run_id=parent, resume_run_id=known)
         with self._alone:
-            self.run.remember(mlflow=known | {stage: run_id})
+            self.run.remember(mlflow=self.run.recall().get("mlflow", {}) | {stage: run_id})
         self.open.append(run_id)
         return run_id
 
