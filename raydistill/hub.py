@@ -84,7 +84,7 @@ def pinned(model: str) -> str:
         ConfigError: see `download`.
     """
     repo, revision = _parts(model)
-    return model if revision else f"{repo}@{SNAPSHOT.fullmatch(str(download(model)))['revision']}"
+    return model if revision else f"{repo}@{download(model).name}"
 
 
 def same_but_for_revision(model: str, other: str) -> bool:

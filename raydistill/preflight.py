@@ -78,10 +78,10 @@ def open_run_folder(config: Config) -> RunFolder:
     run = RunFolder(storage, name)
     if (saved := _saved(run)) is not None:
         before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
-        changed = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
-        if changed:
+        others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
+        if others:
             raise ConfigError(
-                f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(changed)}. "
+                f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(others)}. "
                 "Use another run.name, or the old settings"
             )
     return run
@@ -122,9 +122,11 @@ def _of_revisions(config: Config, saved: Config) -> Config:
 
 def _with_models(config: Config, models: Mapping[str, str]) -> Config:
     """The configuration with other values of these dotted keys."""
-    return changed(
-        config, {section: {name: model} for key, model in models.items() for section, name in [key.split(".")]}
-    )
+    sections: dict[str, dict[str, str]] = {}
+    for key, model in models.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = model
+    return changed(config, sections)
 
 
 def _saved(run: RunFolder) -> Config | None:

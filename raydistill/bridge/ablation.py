@@ -145,7 +145,7 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
     state, steps, seconds, curves = folder / f"{cell.name}.pt", config.bridge.steps, 0.0, {}
     if state.is_file():
         saved = torch.load(state, map_location="cpu", weights_only=True)
-        seconds, curves = saved["seconds"], saved[CURVES]
+        seconds, curves = saved["seconds"], saved.get(CURVES, {})
         trainer.load_state_dict(saved)
     log, started = MetricLog(*(tracking or (None, None)), curves), time.monotonic() - seconds
     try:

@@ -155,13 +155,15 @@ class MetricLog:
         curves: step -> values, of this process and those before it.
     """
 
-    def __init__(self, uri: str | None, run: str | None, curves: Mapping[int, Mapping[str, float]] = {}) -> None:
-        self._tracker, self.curves = None, {step: dict(values) for step, values in curves.items()}
+    def __init__(
+        self, uri: str | None, run: str | None, curves: Mapping[int, Mapping[str, float]] | None = None
+    ) -> None:
+        self._tracker, self.curves = None, {step: dict(values) for step, values in (curves or {}).items()}
         if uri and run:
             from raydistill.tracking import Tracker
 
             self._tracker = Tracker(uri, run)
-            self._tracker.catch_up(curves)
+            self._tracker.catch_up(self.curves)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         self.curves.setdefault(step, {}).update(values)

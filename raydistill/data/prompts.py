@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,8 +139,8 @@ def read_prompts(
         max_characters: longer prompts are bad rows.
 
     Raises:
-        PromptFileError: no such file, not readable, unknown suffix, missing column, no usable row, or
-            (on_bad_row="fail") a bad row.
+        PromptFileError: no such file, not readable, unknown suffix, missing column, no usable row, no room for temporary
+            files, or (on_bad_row="fail") a bad row.
     """
     path = Path(path)
     report = PromptReport(str(path))
@@ -159,13 +160,20 @@ def read_prompts(
             hashes.append(hash(prompt))
             yield prompt
 
-    prompts = Texts(usable())
-    report.good, report.duplicates = len(prompts), repeated(hashes)
+    try:
+        prompts = Texts(usable())
+        report.good, report.duplicates = len(prompts), repeated(hashes)
+        rows = ids.array()
+    except OSError as error:
+        raise PromptFileError(
+            f"{path}: no room for its prompts in {tempfile.gettempdir()} ({error.strerror}); make some, or name another folder "
+            "in TMPDIR"
+        ) from error
     if not report.rows:
         raise PromptFileError(f"{path}: the file has no rows")
     if not len(prompts):
         raise PromptFileError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
-    return PromptSet(prompts, ids.array(), report)
+    return PromptSet(prompts, rows, report)
 
 
 def _rows(path: Path, column: str) -> Iterator[Row]:

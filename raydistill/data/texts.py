@@ -1,7 +1,7 @@
 """Long columns on disk: what a file of a million prompts needs, without a million Python objects.
 
-They lie in files without a name, in the folder of temporary files ($TMPDIR), which end with their last reader. Memory
-holds the pages that were just read, and the system drops those as it likes.
+They lie in files without a name, in the folder of temporary files ($TMPDIR, better a disk than memory), which end with
+their last reader. Memory holds the pages that were just read, and the system drops those as it likes.
 """
 
 from __future__ import annotations

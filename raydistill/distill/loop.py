@@ -410,7 +410,11 @@ class Observer:
         return pictures, evaluator.accuracy(pictures)
 
     def before(self) -> None:
-        """The start, on the held-out prompts; kept for the summary. Its curves on training prompts begin here too."""
+        """The start, on the held-out prompts; kept for the summary. Its curves on training prompts begin here too.
+
+        Later students are compared with each other, not with the start, which its owner has: a run exports what it
+        trained, and says where that is worse.
+        """
         pictures, table = self._evaluate(self.final)
         self._keep("before", pictures, table, 0)
         self.tracker.metrics(self._look(0)[1], 0)

@@ -51,6 +51,8 @@ class TeacherClient:
     """
 
     def __init__(self, name: str, config: Teachers, place: float | None = None) -> None:
+        if place is not None and not 0 <= place < 1:
+            raise ValueError(f"place must be at least 0 and below 1, not {place}")
         self.name, self.config, self.place = name, config, place
         self._handle: Any = None
         self.load = LoadLog()  # of this process's requests

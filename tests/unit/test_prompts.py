@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -235,6 +236,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.split() == [str(rows), str(rows // 2)]
+
+
+def test_a_full_disk_for_temporary_files_is_told_with_its_folder(tmp_path):
+    file = write(tmp_path, "p.txt", b"a photograph of a thing\n" * 50_000)
+    code = (
+        "import resource, sys; from raydistill.data.prompts import read_prompts;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); read_prompts(sys.argv[1])"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment)
+    assert ended.returncode == 1
+    told = ended.stderr.strip().splitlines()[-1]
+    assert told.startswith(f"raydistill.data.prompts.PromptFileError: {file}: no room for its prompts in {tmp_path} (")
+    assert told.endswith("make some, or name another folder in TMPDIR")
 
 
 def test_a_copy_for_other_processes_is_a_few_buffers():
