@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import PAIRS_SUMMARY, check_pairs_folder, pairs_only
+from raydistill.distill.partial import PAIRS_SUMMARY, check_pairs_folder, pairs_only
 from raydistill.job import run_job
 
 UNUSED = {  # of other stages: what they name need not fit this teacher

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import ablate_bridge, bridge_only, check_ablation, check_trainable
+from raydistill.distill.partial import ablate_bridge, bridge_only, check_ablation, check_trainable
 from raydistill.job import run_job
 
 UNTRAINED = {"bridge": {"checkpoint": None}}

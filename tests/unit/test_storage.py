@@ -446,7 +446,7 @@ def test_a_storage_that_cannot_be_used_is_named_before_anything_starts(overrides
 
 
 def test_what_needs_a_folder_says_so(folder):
-    from raydistill.distill.pipeline import check_ablation
+    from raydistill.distill.partial import check_ablation
 
     config = load(None, [f"storage={folder}"])
     with pytest.raises(ConfigError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
