@@ -417,7 +417,9 @@ class Observer:
         """
         pictures, table = self._evaluate(self.final)
         self._keep("before", pictures, table, 0)
-        self.tracker.metrics(self._look(0)[1], 0)
+        judged, table = self._look(0)
+        self.score = judged or 0.0
+        self.tracker.metrics(table, 0)
         self._keep_best(0)  # for a run that collapses before its first evaluation, which is better than this
 
     def _keep_best(self, step: int) -> None:
