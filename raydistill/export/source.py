@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.config import SHAPES_PREFIX, Config, is_uri, validate
+from raydistill.config import SHAPES_PREFIX, Config, is_uri, local_path, validate
 from raydistill.spaces import Space, load_space
 from raydistill.storage import Place, Remote, place, staged
 
@@ -107,9 +107,10 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
         for candidate in runs:
             if any(file.path == EXPORT_FOLDER for file in client.list_artifacts(candidate.info.run_id)):
                 made_by, name = candidate.info.run_id, run.info.run_name or run_id
-                artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
                 if candidate.info.artifact_uri.startswith(("file:", "/")):
-                    return Export(Path(download_artifacts(**artifact)), name)
+                    # as it lies there: MLflow would leave a copy among the temporary files
+                    return Export(local_path(candidate.info.artifact_uri) / EXPORT_FOLDER, name)
+                artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
                 place = storage / DOWNLOADS / made_by
                 if not place.is_dir():
                     from raydistill.export.pipeline import replacing

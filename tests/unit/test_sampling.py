@@ -201,6 +201,7 @@ def test_an_mlflow_run_gives_its_export_from_the_artifacts(exports, tmp_path):
     for run_id, name in ((parent, "mine"), (child, "mine/distill")):
         export = find_export(run_id, tmp_path)  # of the SQLite file in storage
         assert export.name == name
+        assert export.folder == tmp_path / "artifacts" / child / "artifacts" / "export"  # no copy is left anywhere
         assert open_one_step(export)[1] == 625
     other = client.create_run(experiment, run_name="other").info.run_id
     with pytest.raises(SourceError, match="has an artifact `export`"):
