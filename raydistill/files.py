@@ -1,8 +1,15 @@
-"""Small files of a run, read with an error that names them; `storage.replace_text` writes them."""
+"""Files of a run: small ones are read with an error that names them (`storage.replace_text` writes them), scratch space."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from raydistill.storage import Place
@@ -18,3 +25,20 @@ def read_json(file: Place, cure: str) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFile(f"{file} is damaged ({error}): {cure}") from error
+
+
+@contextmanager
+def scratch(owner: Place) -> Iterator[Path]:
+    """An empty temporary folder of this machine, for the one process that works for `owner` at a time.
+
+    A process that is killed cannot remove its folder, and a checkpoint may have 10 GB: the next one does, so that they do
+    not add up.
+    """
+    name = hashlib.blake2b(str(owner).encode(), digest_size=8).hexdigest()
+    folder = Path(tempfile.gettempdir(), f"raydistill-{os.getuid()}-{name}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

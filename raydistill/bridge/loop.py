@@ -19,6 +19,7 @@ from raydistill.bridge.objective import Captions, Objective
 from raydistill.bridge.trainer import BridgeTrainer
 from raydistill.config import Config, resolve, validate
 from raydistill.data.pairs import Pairs, read_pairs
+from raydistill.files import scratch
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.spaces import load_space
@@ -217,7 +218,7 @@ def _train(told: _Settings) -> None:
                         place(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
                     )
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log)
+                _checkpoint(trainer, log, place(told.progress).parent / BRIDGE_FOLDER)
     finally:
         log.close()
 
@@ -284,7 +285,7 @@ def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
             yield batch
 
 
-def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
+def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
     import ray.train
 
@@ -297,7 +298,7 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog) -> None:
     metrics, picture = trainer.validation()
     log.metrics(metrics, step)
     log.image(picture, "reconstruction", step)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.bridge.save(Path(folder, BRIDGE_FOLDER), metrics | {"step": step})
-        save_state(Path(folder), trainer.state_dict() | {CURVES: log.curves}, {"step": step})
+    with scratch(stage) as folder:
+        trainer.bridge.save(folder / BRIDGE_FOLDER, metrics | {"step": step})
+        save_state(folder, trainer.state_dict() | {CURVES: log.curves}, {"step": step})
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import operator
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ import ray.train
 import torch
 
 from raydistill.config import Config, resolve, validate
-from raydistill.files import read_json
+from raydistill.files import read_json, scratch
 from raydistill.lasting import fatal, forget, written_down
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.stopping import TRACKING_WITHIN_S, asked_to_stop, draining, say_written
@@ -363,7 +362,7 @@ def _checkpoint(distiller: Any, observer: Observer | None, step: int, stopped: s
     if observer is None:
         ray.train.report({})
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch(observer.stage.path()) as folder:
         about = {
             "step": step,
             "best": observer.best,
@@ -372,9 +371,9 @@ def _checkpoint(distiller: Any, observer: Observer | None, step: int, stopped: s
             "collapse": observer.collapse,
             "mlflow_run": observer.stage.mlflow_run,
         }
-        save_state(Path(folder), distiller.state_dict(), about)
+        save_state(folder, distiller.state_dict(), about)
         if isinstance(storage := observer.stage.path(), Path):
-            require_room(storage, sum(file.stat().st_size for file in Path(folder).iterdir()))
+            require_room(storage, sum(file.stat().st_size for file in folder.iterdir()))
         ray.train.report(
             {"step": step, "score": observer.score}, checkpoint=ray.train.Checkpoint.from_directory(folder)
         )

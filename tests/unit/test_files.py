@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from raydistill.config import ConfigError, load
 from raydistill.distill.loop import Stage
-from raydistill.files import DamagedFile, read_json
+from raydistill.files import DamagedFile, read_json, scratch
 from raydistill.preflight import create_run_folder, open_run_folder
 from raydistill.storage import replace_text
 
@@ -58,3 +61,20 @@ def test_a_run_whose_files_were_cut_says_so(tmp_path):
     (run.path / "run.json").write_text("")
     with pytest.raises(DamagedFile, match=r"run\.json is damaged"):
         run.recall()
+
+
+def test_what_a_killed_process_left_in_its_scratch_goes_with_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os; from pathlib import Path; from raydistill.files import scratch\n"
+        "with scratch(Path('/runs/one')) as folder: (folder / 'state.pt').write_text('half'); os._exit(9)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 9
+    (left,) = tmp_path.iterdir()
+    with scratch(Path("/runs/one")) as folder:
+        assert folder == left
+        assert list(folder.iterdir()) == []
+        with scratch(Path("/runs/two")) as other:
+            assert other != folder
+    assert list(tmp_path.iterdir()) == []
