@@ -84,8 +84,12 @@ class Job:
             time.sleep(0.5)
         return self.process.returncode, seen
 
-    def left(self, patience=20):
-        """What is still alive although the job has ended; nothing is killed here."""
+    def left(self, patience=90):
+        """What is still alive although the job has ended; nothing is killed here.
+
+        A worker of Ray that is about to end when its cluster goes may look for it for a minute (Ray's
+        gcs_rpc_server_reconnect_timeout_s) before it does.
+        """
         deadline = time.monotonic() + patience
         while (processes := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
