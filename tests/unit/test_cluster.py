@@ -1,0 +1,59 @@
+"""The cluster that a job starts for itself, and what it keeps off the screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+from raydistill.cluster import REPORTS, TALKATIVE, quiet
+
+# what Ray Train's cleaner asks once a second
+ASK = """
+import ray
+from raydistill.cluster import connected
+with connected():
+    @ray.remote(num_cpus=0)
+    def ask():
+        from ray.util.state import get_actor
+        from ray.util.state.exception import RayStateApiException
+        try:
+            get_actor("ab" * 16, timeout=10)
+        except RayStateApiException as error:
+            return type(error).__name__
+    print("answer", ray.get(ask.remote()))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_workers_of_an_own_cluster_wait_for_no_dashboard():
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    ended = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment)
+    assert "answer ServerUnavailable" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_notes_are_kept_off_the_screen_whatever_level_their_owners_set_and_warnings_are_not():
+    reports = Path(ray.__file__).parent / REPORTS
+    assert "getLogger(__file__)" in reports.read_text()
+    names = (*TALKATIVE, str(reports), "DeepSpeed")
+    before = {name: list(logging.getLogger(name).filters) for name in names}
+
+    def shown(name: str, level: int, text: str) -> bool:
+        return bool(logging.getLogger(name).filter(logging.LogRecord(name, level, "", 0, text, (), None)))
+
+    try:
+        quiet()
+        for name in names[:-1]:
+            logging.getLogger(name).setLevel(logging.INFO)
+            assert not shown(name, logging.INFO, "a note")
+            assert shown(name, logging.WARNING, "a warning")
+        assert not shown("DeepSpeed", logging.WARNING, "Setting accelerator to CPU. If you have GPU …")
+        assert shown("DeepSpeed", logging.WARNING, "another warning")
+    finally:
+        for name, filters in before.items():
+            logging.getLogger(name).filters[:] = filters
