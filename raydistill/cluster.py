@@ -37,8 +37,9 @@ def _is_no_guess(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
-# The environment of a cluster without a dashboard. Ray Train asks there whether its controller lives; without an address it
-# waits 40 s for one, which keeps a shorter stage from ending for 12 s, or asks another cluster of the machine.
+# The environment of a cluster without a dashboard, of which Ray Train asks whether its controller lives. Without an address it
+# asks whichever cluster of this machine it finds, or the one that an old note names: one that is gone is waited for, which
+# keeps a stage shorter than 40 s from ending for 12 s.
 WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
 
 # The environment of a cluster of our own, whose processes inherit it.

@@ -284,6 +284,9 @@ def test_what_lies_on_disk_is_what_memory_would_hold(count):
     for value in values.tolist():
         spill.append(value)
     assert repeated(spill) == count - len(set(values.tolist()))
+    equal = Spill(np.int64)
+    equal.write(np.zeros(count, np.int64))
+    assert repeated(equal) == count - 1  # also across the seams of what is in memory at a time
     texts = [str(value) for value in values.tolist()]
     assert list(Texts(texts)) == texts
     order = permutation(count, np.random.default_rng(3))
