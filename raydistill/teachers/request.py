@@ -199,13 +199,20 @@ def _check_unconditional(
 
 
 def all_finite(value: torch.Tensor) -> bool:
-    """No NaN, no infinity. One pass and no temporary tensors, thirty times as fast as `isfinite(value).all()`."""
+    """No NaN, no infinity. One pass, no temporary tensors, and one thread: others would go on spinning afterwards, for longer
+    than all of this takes, on the cores that a teacher on this machine needs.
+    """
     import torch
 
-    if value.numel() == 0:
-        return True
-    lowest, highest = torch.aminmax(value)  # NaN anywhere makes both NaN
-    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this Python thread alone
+    try:
+        if value.numel() == 0 or bool(torch.isfinite(value.sum())):
+            return True
+        lowest, highest = torch.aminmax(value)  # finite numbers may have a sum that is not; NaN anywhere makes both NaN
+        return bool(torch.isfinite(lowest) & torch.isfinite(highest))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_finite(name: str, value: torch.Tensor) -> None:

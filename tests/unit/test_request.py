@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +26,29 @@ def test_one_bad_element_anywhere_is_found(dtype, bad):
         assert not all_finite(spoiled)
     assert all_finite(torch.full((4,), torch.finfo(dtype).max, dtype=dtype))
     assert all_finite(torch.empty(2, 0, dtype=dtype))
+    assert not all_finite(torch.tensor([float("inf"), 1.0, float("-inf")], dtype=dtype))
+
+
+def test_looking_for_infinity_uses_one_thread_and_leaves_the_others_to_the_caller():
+    """Another thread of OpenMP would spin on for milliseconds, where a teacher on this machine needs the core."""
+    value = torch.zeros(1 << 24)
+
+    def started(work):  # threads that it started
+        before = set(os.listdir("/proc/self/task"))
+        work()
+        return len(set(os.listdir("/proc/self/task")) - before)
+
+    def both():
+        torch.set_num_threads(2)
+        found = started(lambda: all_finite(value)), torch.get_num_threads()
+        return *found, started(value.sum)
+
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as new:  # a Python thread that has none of OpenMP yet
+            assert new.submit(both).result() == (0, 2, 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int64])
