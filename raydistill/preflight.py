@@ -28,7 +28,7 @@ from raydistill.config import (
     validate,
 )
 from raydistill.data.images import ImageSet, open_images
-from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.files import read_json
 from raydistill.runs import TrackingAway, TrackingError, artifact_root, mask, prepare, tracking_uri
 from raydistill.spaces import Space, load_space
@@ -194,10 +194,7 @@ def check_inputs(config: Config) -> Inputs:
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
-    rules = (config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters)
-    prompts, held_out = (
-        read_prompts(resolve(path), *rules) for path in (config.prompts.path, config.evaluation.prompts)
-    )
+    prompts, held_out = training_prompts(config), held_out_prompts(config)
     _check_disjoint("prompts.path", prompts.prompts, held_out)
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)

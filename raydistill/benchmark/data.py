@@ -75,13 +75,12 @@ def _wait(folders: dict[str, str], arguments: argparse.Namespace) -> dict[str, f
     """Share of a step that a trainer waits for its batches; without teachers, so that nothing hides it."""
     from raydistill.benchmark.measure import median
     from raydistill.benchmark.schedule import trainer
-    from raydistill.config import resolve
     from raydistill.data.encode import conditioned_batches
-    from raydistill.data.prompts import read_prompts
+    from raydistill.data.prompts import training_prompts
     from raydistill.distill.schedule import distillation_step
 
     config, worker = trainer(arguments.batch_size, fake_updates=2)
-    prompts = read_prompts(resolve(config.prompts.path), "prompt", "skip", 2000)
+    prompts = training_prompts(config)
     per_step, skipped = 1 + config.fake_score.updates, 3
     worker.batches = conditioned_batches(
         prompts, folders, seed=0, first=0, stop=(arguments.steps + skipped) * per_step,

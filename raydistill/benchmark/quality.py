@@ -128,8 +128,8 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from raydistill.config import CONFIGS, load, resolve
-    from raydistill.data.prompts import read_prompts
+    from raydistill.config import CONFIGS, load
+    from raydistill.data.prompts import training_prompts
     from raydistill.distill.local import local_distillation
     from raydistill.distill.schedule import distillation_step
     from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
@@ -140,7 +140,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = load(CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
     distiller, scores = local_distillation(config)
-    fixed = FixedPrompts(read_prompts(resolve(config.prompts.path)), cell.pictures, config.evaluation.seed + 1)
+    fixed = FixedPrompts(training_prompts(config), cell.pictures, config.evaluation.seed + 1)
     evaluator = StudentEvaluator(distiller.student_space, fixed, config.evaluation, "cpu")
     teacher = _teacher_accuracy(config, scores, evaluator, folder / f"teacher-{cell.pictures}.json")
 

@@ -75,7 +75,7 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     from raydistill.bridge.model import Bridge
     from raydistill.config import load, resolve
     from raydistill.data.encode import TextEncoder
-    from raydistill.data.prompts import read_prompts
+    from raydistill.data.prompts import training_prompts
     from raydistill.distill.distiller import Distiller
     from raydistill.distill.load import load_real, load_unet
     from raydistill.spaces import load_space
@@ -88,7 +88,7 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
         ]
     )
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    captions = read_prompts(resolve(config.prompts.path), "prompt", "skip", 2000).prompts[:batch_size]
+    captions = training_prompts(config).prompts[:batch_size]
     columns = {
         f"{role}.{name}": value.numpy()
         for role, space in (("student", student), ("teacher", teacher))

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from raydistill.config import Config, resolve
 from raydistill.data.texts import Spill, Texts, permutation, repeated
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
@@ -122,6 +123,21 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 # -- reading --------------------------------------------------------------------------------------------
+
+
+def training_prompts(config: Config) -> PromptSet:
+    """The prompts that a run learns from. Raises PromptFileError."""
+    return _configured(config, config.prompts.path)
+
+
+def held_out_prompts(config: Config) -> PromptSet:
+    """The prompts that a run is judged on, read by the same rules. Raises PromptFileError."""
+    return _configured(config, config.evaluation.prompts)
+
+
+def _configured(config: Config, path: str) -> PromptSet:
+    rules = config.prompts
+    return read_prompts(resolve(path), rules.column, rules.on_bad_row, rules.max_characters)
 
 
 def read_prompts(

@@ -11,7 +11,7 @@ from torch import nn
 from raydistill.bridge.model import Bridge
 from raydistill.config import Config, resolve
 from raydistill.data.encode import Batch, encode_unconditional
-from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.data.prompts import PromptSet, training_prompts
 from raydistill.distill.distiller import Distiller, Made
 from raydistill.distill.load import guidance_scale, load_real, load_unet
 from raydistill.evaluation.evaluator import encode_table
@@ -63,9 +63,7 @@ def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
     The conditioning of every prompt is kept in memory, and so are both copies of the teacher.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    prompts = read_prompts(
-        resolve(config.prompts.path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
-    )
+    prompts = training_prompts(config)
     tables = {
         role: encode_table(space, prompts.prompts) for role, space in (("student", student), ("teacher", teacher))
     }

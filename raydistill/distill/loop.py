@@ -225,13 +225,11 @@ def _note_non_finite(stage: Stage, rank: int, step: int, error: Exception) -> No
 def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
     """Conditioned batches from the first step that is not done; a generator."""
     from raydistill.data.encode import conditioned_batches, own_rows
-    from raydistill.data.prompts import read_prompts
+    from raydistill.data.prompts import training_prompts
 
     distill = config.distill
     per_step = 1 + config.fake_score.updates
-    prompts = read_prompts(
-        resolve(config.prompts.path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
-    )
+    prompts = training_prompts(config)
     return conditioned_batches(
         prompts,
         {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
@@ -383,7 +381,7 @@ class Observer:
     """Rank 0's evaluation, logging and export."""
 
     def __init__(self, stage: Stage, config: Config, distiller: Any, tracker: Any, best: float, score: float) -> None:
-        from raydistill.data.prompts import read_prompts
+        from raydistill.data.prompts import held_out_prompts, training_prompts
         from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 
         self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
@@ -394,15 +392,12 @@ class Observer:
         self.samples = config.distill.batch_size * config.distill.steps
         evaluation, device = config.evaluation, distiller.device
 
-        def evaluator(path: str, count: int, seed: int) -> StudentEvaluator:
-            prompts = read_prompts(
-                resolve(path), config.prompts.column, config.prompts.on_bad_row, config.prompts.max_characters
-            )
+        def evaluator(prompts: Any, count: int, seed: int) -> StudentEvaluator:
             return StudentEvaluator(distiller.student_space, FixedPrompts(prompts, count, seed), evaluation, device)
 
-        self.final = evaluator(evaluation.prompts, evaluation.count, evaluation.seed)
+        self.final = evaluator(held_out_prompts(config), evaluation.count, evaluation.seed)
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
-        self.periodic = evaluator(config.prompts.path, evaluation.periodic_count, evaluation.seed + 1)
+        self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
 
     def _evaluate(self, evaluator: Any) -> tuple[torch.Tensor, dict[str, float]]:
         pictures = evaluator.draw(self.distiller.evaluated, self.config.student.start_timestep)
