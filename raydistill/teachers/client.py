@@ -28,6 +28,7 @@ from raydistill.teachers.request import (
     TeacherUnavailable,
     all_finite,
     one_line,
+    shared_tensor,
 )
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class PendingScores:
             log.warning("teacher %s cannot be reached yet: %s", client.name, one_line(error))
 
     def result(self, check_finite: bool = True) -> torch.Tensor:
-        """Wait for the scores [B, C, H, W], float32.
+        """Wait for the scores [B, C, H, W], float32, in shared memory: not to be written to.
 
         Args:
             check_finite: refuse NaN and infinity; a caller that switches this off must look for them itself.
@@ -254,11 +255,9 @@ class PendingScores:
             log.warning("teacher %s is back after %.1f s", self._client.name, lasted)
 
     def _of_right_shape(self, answer: np.ndarray) -> torch.Tensor:
-        import torch
-
         if answer.shape != self._shape:
             raise TeacherError(f"teacher {self._client.name} answered with shape {answer.shape}, not {self._shape}")
-        return torch.from_numpy(answer.copy())  # what Ray hands out is read-only shared memory
+        return shared_tensor(answer)
 
     def _refuse_non_finite(self, scores: torch.Tensor) -> None:
         import torch

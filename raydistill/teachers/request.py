@@ -77,9 +77,7 @@ def rows_from_wire(
     import torch
 
     kind, array = wire if isinstance(wire, tuple) else (None, wire)
-    with warnings.catch_warnings():  # what Ray hands out is read-only, and torch has no such tensors: only read below
-        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
-        shared = torch.from_numpy(array)
+    shared = shared_tensor(array)
     if kind is not None:
         shared = shared.view(getattr(torch, kind))
     wanted = dtype if dtype is not None and shared.is_floating_point() else shared.dtype
@@ -87,6 +85,15 @@ def rows_from_wire(
     for place, row in enumerate(rows.tolist()):
         copy[place].copy_(shared[row])
     return copy
+
+
+def shared_tensor(array: np.ndarray) -> torch.Tensor:
+    """A tensor in the array's own memory. What Ray hands out is read-only, and torch has no such tensors: only read it."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*", category=UserWarning)
+        return torch.from_numpy(array)
 
 
 class Memory:
