@@ -1,4 +1,4 @@
-"""What a student's quality costs: teacher forwards, by FLOPs, until it reaches 90 % of its teacher's attribute accuracy.
+"""What a student's quality costs: teacher forwards, by FLOPs, until it reaches a share of its teacher's attribute accuracy.
 
 One factor at a time from the default of the shapes world: the fake score's kind, its updates per student update (k), the
 GAN; and the recipe of DMD2: a full copy, k = 5, and a forward pass of its own for the discriminator's view of the
@@ -19,7 +19,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-SHARE = 0.9  # of the teacher's accuracy
 REAL_PAIR = "sd35_medium_sd15"  # what an update costs at real size is counted for this one
 
 
@@ -46,6 +45,7 @@ VARIANTS = (
     Variant("k = 1", k=1),
     Variant("k = 5", k=5),
     Variant("k = 10", k=10),
+    Variant("fake score truncated, k = 1", kind="truncated", k=1),
     Variant("no GAN", gan=False),
     Variant(DMD2, kind="full", k=5, separate=True),
 )
@@ -53,6 +53,14 @@ VARIANTS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=2, help="seeds of each cell")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[0.9],
+        metavar="SHARE",
+        help="of the teacher's accuracy, to be reached",
+    )
     parser.add_argument("--most", type=int, default=160, help="student updates after which a cell gives up")
     parser.add_argument("--every", type=int, default=5, help="student updates between evaluations")
     parser.add_argument("--pictures", type=int, default=512, help="pictures of an evaluation")
@@ -67,18 +75,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     variants = [v for v in VARIANTS if not arguments.only or any(text in v.name for text in arguments.only)]
     folder = arguments.storage / "benchmark" / "quality"
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(arguments, name) for name in ("most", "every", "pictures")}
+    shares = sorted(arguments.shares)
+    settings = {"share": shares[-1]} | {name: getattr(arguments, name) for name in ("most", "every", "pictures")}
     cells = [Cell(variant, seed, **settings) for seed in range(arguments.seeds) for variant in variants]
     with ProcessPoolExecutor(arguments.parallel, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(run_cell, cell, folder): cell for cell in cells}
         for done in tqdm(as_completed(waiting), total=len(cells), desc="quality", unit="cell", disable=None):
             cell, found = waiting[done], done.result()
-            reached = f"{found['updates']:.0f} updates" if found["updates"] else f"not within {cell.most} updates"
+            updates = crossing(found["curve"], cell.share * found["teacher"])
+            reached = f"{updates:.0f} updates" if updates else f"not within {cell.most} updates"
             tqdm.write(f"{cell.variant.name}, seed {cell.seed}: {reached}")
         costs = {v.name: pool.submit(update_cost, v, "shapes") for v in variants}
         real = {} if arguments.no_real_size else {v.name: pool.submit(update_cost, v, REAL_PAIR) for v in variants}
         rows = [
-            _row(v, [f.result() for f, c in waiting.items() if c.variant == v], costs[v.name].result())
+            _row(v, [f.result() for f, c in waiting.items() if c.variant == v], shares, costs[v.name].result())
             | ({"real": real[v.name].result()} if real else {})
             for v in variants
         ]
@@ -88,13 +98,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "teacher": first["teacher"],
         "start": first["curve"][0][1],
         "seeds": arguments.seeds,
+        "shares": shares,
         **settings,
     }
 
 
-def _row(variant: Variant, cells: list[dict[str, Any]], cost: dict[str, float]) -> dict[str, Any]:
+def _row(
+    variant: Variant, cells: list[dict[str, Any]], shares: Sequence[float], cost: dict[str, float]
+) -> dict[str, Any]:
     return asdict(variant) | {
-        "updates": [cell["updates"] for cell in cells],
+        "updates": [[crossing(cell["curve"], share * cell["teacher"]) for cell in cells] for share in shares],
         "best": max(accuracy for cell in cells for _, accuracy in cell["curve"]),
         "miniature": cost,
     }
@@ -109,6 +122,7 @@ class Cell:
 
     variant: Variant
     seed: int
+    share: float
     most: int
     every: int
     pictures: int
@@ -116,15 +130,14 @@ class Cell:
     @property
     def file(self) -> str:
         words = "".join(c if c.isalnum() else " " for c in self.variant.name).split()
-        return f"{'-'.join(words)}-seed{self.seed}.json"
+        return f"{'-'.join(words)}-{self.share:g}-seed{self.seed}.json"
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Distil until the student is good enough, or read what an earlier call has found.
 
     Returns:
-        `updates`: after how many, interpolated between evaluations; None: not within `cell.most`. `curve`: (updates,
-        accuracy) of every evaluation.
+        `curve`: (updates, accuracy) of every evaluation; `teacher`: its accuracy.
     """
     import torch
 
@@ -147,13 +160,12 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     def accuracy() -> float:
         return evaluator.accuracy(evaluator.draw(distiller.evaluated, config.student.start_timestep))["mean"]
 
-    curve, updates = [[0, accuracy()]], None
-    while updates is None and curve[-1][0] < cell.most:
+    curve = [[0, accuracy()]]
+    while curve[-1][0] < cell.most and crossing(curve, cell.share * teacher) is None:
         for _ in range(cell.every):
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
         curve.append([curve[-1][0] + cell.every, accuracy()])
-        updates = crossing(curve, SHARE * teacher)
-    found = {"cell": settings, "teacher": teacher, "updates": updates, "curve": curve}
+    found = {"cell": settings, "teacher": teacher, "curve": curve}
     _write(file, found)
     return found
 
@@ -246,15 +258,32 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
+    texts = [
+        f"{share:.0%} of the teacher's {result['teacher']:.3f}:\n\n{_table(result, i)}"
+        for i, share in enumerate(result["shares"])
+    ]
+    notes = (
+        f"Until the mean attribute accuracy on {result['pictures']} pictures of training captions is that, from "
+        f"{result['start']:.3f}; an evaluation every {result['every']} updates, {result['seeds']} seeds. Forwards: FLOPs of "
+        "all networks, counted, in units of one unguided forward of the teacher on one sample, for each sample of the "
+        "batch; evaluations and text encoders are left out. At real "
+        f"size: the same recipe's update for {REAL_PAIR}, "
+        "counted, times the miniature's number of updates; gradient checkpointing off."
+    )
+    return "\n\n".join([*texts, notes])
+
+
+def _table(result: dict[str, Any], place: int) -> str:
+    """Of one share."""
     from raydistill.benchmark.measure import markdown
 
     known = {row["name"]: row for row in result["rows"]}
     real = any("real" in row for row in result["rows"])
 
     def in_all(row: dict[str, Any], size: str) -> float | None:
-        if None in row["updates"]:
+        if None in row["updates"][place]:
             return None
-        return statistics.fmean(row["updates"]) * row[size]["forwards"] / row[size]["batch"]
+        return statistics.fmean(row["updates"][place]) * row[size]["forwards"] / row[size]["batch"]
 
     def costs(row: dict[str, Any], size: str) -> list[str]:
         """Per sample of a batch."""
@@ -266,9 +295,10 @@ def table(result: dict[str, Any]) -> str:
         ]
 
     def updates(row: dict[str, Any]) -> str:
-        if None in row["updates"]:
+        counts = row["updates"][place]
+        if None in counts:
             return f"not within {result['most']} (best {row['best']:.3f})"
-        return f"{statistics.fmean(row['updates']):.0f} ({', '.join(f'{count:.0f}' for count in row['updates'])})"
+        return f"{statistics.fmean(counts):.0f} ({', '.join(f'{count:.0f}' for count in counts)})"
 
     columns = ["variant", "student updates (seeds)", "forwards an update", "in all", "of DMD2's"]
     columns += ["at real size: an update", "in all", "of DMD2's"] if real else []
@@ -278,12 +308,4 @@ def table(result: dict[str, Any]) -> str:
         for size in ("miniature", "real") if real else ("miniature",):
             cells += costs(row, size)
         rows.append(cells)
-    notes = (
-        f"Until the mean attribute accuracy on {result['pictures']} pictures of training captions is {SHARE:.0%} of the "
-        f"teacher's {result['teacher']:.3f}, from {result['start']:.3f}; an evaluation every {result['every']} updates, "
-        f"{result['seeds']} seeds. Forwards: FLOPs of all networks, counted, in units of one unguided forward of the teacher "
-        "on one sample, for each sample of the batch; evaluations and text encoders are left out. At real "
-        f"size: the same recipe's update for {REAL_PAIR}, "
-        "counted, times the miniature's number of updates; gradient checkpointing off."
-    )
-    return f"{markdown(columns, rows)}\n\n{notes}"
+    return markdown(columns, rows)

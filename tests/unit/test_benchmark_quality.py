@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from raydistill.benchmark import quality
 from raydistill.benchmark.quality import DMD2, VARIANTS, Cell, Variant, crossing, run_cell, table, update_cost
 
 
@@ -45,28 +44,46 @@ def test_costs_follow_from_what_the_recipe_computes():
 
 
 def test_a_cell_ends_when_it_is_good_enough_and_is_not_done_again(tmp_path, monkeypatch):
-    cell = Cell(Variant("k = 1", k=1), seed=0, most=2, every=1, pictures=8)
+    cell = Cell(Variant("k = 1", k=1), seed=0, share=0.9, most=2, every=1, pictures=8)
     found = run_cell(cell, tmp_path)
     assert [updates for updates, _ in found["curve"]] == [0, 1, 2]
-    assert found["updates"] is None, "two updates are not enough"
     assert found["teacher"] > 0.85
-    monkeypatch.setattr(quality, "SHARE", 0.1)
-    assert run_cell(cell, tmp_path) == found, "read, not done again"
-    longer = run_cell(Cell(Variant("k = 1", k=1), seed=0, most=3, every=1, pictures=8), tmp_path)
-    assert len(longer["curve"]) == 2, "other settings are another cell, and a tenth of the teacher is enough at once"
-    assert longer["curve"] == found["curve"][:2], "same seed, same numbers"
-    assert json.loads((tmp_path / cell.file).read_text()) == longer
+    with monkeypatch.context() as patch:
+        patch.setattr("raydistill.distill.local.local_distillation", None)
+        assert run_cell(cell, tmp_path) == found, "read, not done again"
+    easy = Cell(Variant("k = 1", k=1), seed=0, share=0.1, most=3, every=1, pictures=8)
+    found_easy = run_cell(easy, tmp_path)
+    assert found_easy["curve"] == found["curve"][:2], "same numbers, and a tenth of the teacher is enough at once"
+    assert json.loads((tmp_path / easy.file).read_text()) == found_easy
+    assert json.loads((tmp_path / cell.file).read_text()) == found, "of the other share"
 
 
 def test_the_table_compares_with_the_recipe_of_dmd2():
     costs = {"forwards": 100.0, "batch": 10}
     rows = [
-        {"name": VARIANTS[0].name, "updates": [40.0, 44.0], "best": 0.9, "miniature": costs, "real": costs},
-        {"name": "k = 1", "updates": [None, 40.0], "best": 0.8, "miniature": costs, "real": costs},
-        {"name": DMD2, "updates": [42.0, 42.0], "best": 0.9, "miniature": costs | {"forwards": 400.0}, "real": costs},
+        {
+            "name": VARIANTS[0].name,
+            "updates": [[40.0, 44.0], [80.0, 90.0]],
+            "best": 0.9,
+            "miniature": costs,
+            "real": costs,
+        },
+        {"name": "k = 1", "updates": [[None, 40.0], [None, None]], "best": 0.8, "miniature": costs, "real": costs},
+        {
+            "name": DMD2,
+            "updates": [[42.0, 42.0], [None, 100.0]],
+            "best": 0.9,
+            "miniature": costs | {"forwards": 400.0},
+            "real": costs,
+        },
     ]
-    settings = {"most": 60, "every": 5, "pictures": 8, "seeds": 2, "teacher": 0.99, "start": 0.5}
+    settings = {"shares": [0.9, 0.95], "most": 60, "every": 5, "pictures": 8, "seeds": 2, "teacher": 0.99, "start": 0.5}
     text = table({"rows": rows, **settings}).splitlines()
-    assert text[2] == f"| {VARIANTS[0].name} | 42 (40, 44) | 10.0 | 420 | 0.25 | 10.0 | 420 | 1.00 |"
-    assert text[3] == "| k = 1 | not within 60 (best 0.800) | 10.0 | – | – | 10.0 | – | – |"
-    assert text[4].startswith(f"| {DMD2} | 42 (42, 42) | 40.0 | 1,680 | 1.00 |")
+    assert text[0] == "90% of the teacher's 0.990:"
+    assert text[4] == f"| {VARIANTS[0].name} | 42 (40, 44) | 10.0 | 420 | 0.25 | 10.0 | 420 | 1.00 |"
+    assert text[5] == "| k = 1 | not within 60 (best 0.800) | 10.0 | – | – | 10.0 | – | – |"
+    assert text[6].startswith(f"| {DMD2} | 42 (42, 42) | 40.0 | 1,680 | 1.00 |")
+    assert text[8] == "95% of the teacher's 0.990:"
+    assert text[12] == f"| {VARIANTS[0].name} | 85 (80, 90) | 10.0 | 850 | – | 10.0 | 850 | – |", (
+        "DMD2's never came there"
+    )
