@@ -18,9 +18,8 @@ UNUSED = {  # of other stages: what they name need not fit this teacher
 
 
 def main() -> int:
-    return run_job(
-        __doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder, roles=["teacher rank"]
-    )
+    roles = ["teacher rank", "synthesis, prompts", "synthesis, pictures"]
+    return run_job(__doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder, roles=roles)
 
 
 if __name__ == "__main__":

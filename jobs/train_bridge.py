@@ -22,7 +22,7 @@ def main() -> int:
         if ablate
         else (bridge_only, "bridge/bridge.json", check_trainable)
     )
-    roles = ["teacher rank", "Bridge training"]
+    roles = ["teacher rank", "synthesis, prompts", "synthesis, pictures", "Bridge training"]
     return run_job(__doc__, work, result, changes=UNTRAINED, check=check, roles=roles, arguments=arguments)
 
 

@@ -153,6 +153,9 @@ class Bridge(Section):
     )
     steps: Count = Field(10000, description="training steps")
     batch_size: Count = Field(32, description="pairs per step")
+    micro_batches: Count = Field(
+        1, description="equal parts of a worker's pairs that are computed one after another: slower, less memory"
+    )
     lr: Positive = Field(1e-4, description="Adam learning rate")
     lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
@@ -219,7 +222,7 @@ class FakeScore(Section):
         None, description="blocks that a truncated network keeps at its output; null: a quarter of them, rounded up"
     )
     lr: Positive = Field(5e-4, description="AdamW learning rate")
-    updates: Count = Field(5, description="fake-score updates per student update (k)")
+    updates: Count = Field(2, description="fake-score updates per student update (k)")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
 
 
@@ -322,6 +325,7 @@ class Prompts(Section):
     cpus_per_encoder: Positive = Field(0.1, description="Ray CPUs each of these actors reserves")
     gpus_per_encoder: NonNegative = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
     threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
+    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold them; none: any node")
 
 
 class Evaluation(Section):
@@ -348,6 +352,9 @@ class Plan(Section):
 
     trainer_gpu: str = Field("H100", description="kind of GPU of the trainers, a name in raydistill/gpus.yaml")
     teacher_gpu: str = Field("H100", description="kind of GPU of the teachers")
+    encoder_gpu: str | None = Field(
+        None, description="kind of GPU of the text encoders and of synthesis' actors; null: plan.teacher_gpu"
+    )
     efficiency: Fraction = Field(0.4, gt=0, description="share of a GPU's peak arithmetic that the networks reach")
     reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of GPU memory kept free (CUDA context, fragmentation, kernels' workspace)"
@@ -356,6 +363,7 @@ class Plan(Section):
     cpu_gflops: Positive = Field(50, description="float32 GFLOP/s of one CPU thread, for text encoders without a GPU")
     gpus: str | None = Field(None, description="YAML file of further kinds of GPU, as raydistill/gpus.yaml; null: none")
     spot: bool = Field(True, description="price workers as spot instances")
+    head_price: NonNegative = Field(1.06, description="US dollars an hour for the head node, which is never spot")
     launch: Literal["refuse", "warn", "ignore"] = Field(
         "refuse", description="what a job that asks for GPUs does when a role does not fit them; ignore: count nothing"
     )
@@ -622,6 +630,17 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def trains_bridge(config: Config) -> bool:
+    """Whether a run begins by training its Bridge."""
+    return config.bridge.checkpoint is None and config.bridge.projector != "identity"
+
+
+def needs_pairs(config: Config) -> bool:
+    """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
+    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
+    return trains_bridge(config) or config.bridge.trainable or gan
+
+
 def flatten(config: Config) -> dict[str, Any]:
     """Dotted key -> plain value."""
     return {key: get(config, key) for key, *_ in fields()}
@@ -640,7 +659,7 @@ _FREE_KEYS = re.compile(
     r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
     r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
     r"gradient_checkpointing|in_flight|drift_limit|stop_on_collapse)|"
-    r"prompts\.(encoders|cpus_per_encoder)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
+    r"prompts\.(encoders|cpus_per_encoder|node_labels)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
     r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight|node_labels)"
 )
 

@@ -14,7 +14,7 @@ import importlib
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +26,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from raydistill import config as configuration
-from raydistill.bridge.attention import AttentionProbe, sample_rows
-from raydistill.bridge.losses import bridge_loss
+from raydistill.bridge.attention import AttentionProbe
 from raydistill.bridge.model import Bridge, read_description
-from raydistill.bridge.trainer import DECODE_BATCH
+from raydistill.bridge.objective import Objective
+from raydistill.bridge.trainer import DECODE_BATCH, BridgeTrainer
 from raydistill.config import Config, ConfigError, local_path
+from raydistill.data.pairs import Pairs
+from raydistill.data.vae import VAE_BATCH
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.hub import cached
 from raydistill.model_configs import HUB_MODELS, write_folder
@@ -158,18 +160,21 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, device: str = "meta") -> None:
         super().__init__()
-        self.device, self.flops, self.live, self.peak = device, 0, 0, 0
+        self.device, self.flops, self.flops_32, self.live, self.peak = device, 0, 0, 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device:
-                self.watch(leaf)
+            flops = formula(*args, **kwargs, out_val=result)
+            self.flops += flops
+            self.flops_32 += flops if tensors[0].dtype == torch.float32 else 0
+        for tensor in tensors:
+            if tensor.device.type == self.device:
+                self.watch(tensor)
         return result
 
     def watch(self, tensor: torch.Tensor) -> None:
@@ -189,17 +194,20 @@ class Meter(TorchDispatchMode):
 
     def count(self, part: Callable[[], Any]) -> Work:
         """Run a part while this mode is active; goes on from what is alive."""
-        self.peak, before = self.live, self.flops
+        self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
         part()
-        return Work(self.flops - before, self.peak)
+        return Work(self.flops - flops, self.peak, self.flops_32 - flops_32)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a piece of code did: floating point operations, and the most live bytes during it."""
+    """What a piece of code did: floating point operations, the most live bytes during it, and how many of the operations
+    were in float32.
+    """
 
     flops: float
     peak: int
+    flops_32: float = 0.0
 
 
 @contextlib.contextmanager
@@ -230,6 +238,7 @@ def open_space(model: str) -> Space:
         space = load_space(write_folder(name, temporary.name))
         weakref.finalize(space, temporary.cleanup)
     space.load_part = functools.partial(empty_part, space)
+    space.assume_values()
     return space
 
 
@@ -389,10 +398,12 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
     real = Real(torch.zeros(1, *teacher.latent_shape, device=device), table, torch.zeros(1, dtype=torch.long))
     bridge = empty_bridge(config, student, teacher)
     several = config.distill.workers > 1
+    share = config.bridge.batch_size // config.distill.workers
+    anchor = _Losses(config, student, teacher, share) if config.bridge.trainable else None
     return Distiller(
         config, student, teacher, student.load_network(), bridge, teacher.load_network(),
         real if config.discriminator.weight > 0 else None, batches(),
-        torch._utils._flatten_dense_tensors if several else lambda gradients: None, device,
+        torch._utils._flatten_dense_tensors if several else lambda gradients: None, device, anchor,
     )  # fmt: skip
 
 
@@ -403,7 +414,8 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
     """
     with counted() as meter:
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
-        for module in (worker.student, worker.bridge, worker.fake, worker.ema):
+        probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
+        for module in (worker.student, worker.bridge, worker.fake, worker.ema, probe):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)
         part = (batch or config.distill.batch_size) // config.distill.micro_batches
@@ -421,7 +433,7 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
             works.append(meter.count(part))
         held = meter.live
         # Later steps start with the optimizers' state that this first one has built up.
-        make, fake, updated = (Work(w.flops, w.peak + held - b) for w, b in zip(works, before, strict=True))
+        make, fake, updated = (replace(w, peak=w.peak + held - b) for w, b in zip(works, before, strict=True))
         trained = list(worker.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
         ema = [] if worker.ema is None else worker.ema.parameters()
@@ -484,7 +496,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
             buffers=sum(buffer.numel() for buffer in network.buffers()),
             piece=_largest_piece(network, min(PIECE_NUMEL, numel(network) * PIECE_SHARE)),
             samples=samples,
-            score=Work(score.flops, score.peak - before),
+            score=replace(score, peak=score.peak - before),
             evaluations=rows[0] // samples,
         )
 
@@ -516,50 +528,47 @@ class BridgeTraining:
         return max(self.step.peak, self.validation.peak) + self.text
 
 
-def count_bridge(config: Config, student: Space, teacher: Space, batch: int) -> BridgeTraining:
-    """One step of `batch` pairs: the loss of the configuration, its gradient, Adam; and its validation."""
-    settings = bridge_settings(config)
-    attends, encoding = settings.attention.weight > 0, getattr(torch, config.prompts.encoder_dtype)
+class _Losses(Objective):
+    """The Bridge's own losses, on `share` pairs that have shapes but no numbers."""
+
+    def __init__(self, config: Config, student: Space, teacher: Space, share: int) -> None:
+        self.settings, self.seed, self.device, self.world_size = bridge_settings(config), 0, torch.device("meta"), 1
+        self.probe = None
+        if self.settings.attention.weight > 0:
+            network = teacher.load_network(getattr(torch, config.teachers.dtype))
+            self.probe = AttentionProbe(teacher, network, self.settings.attention)
+            if self.settings.gradient_checkpointing:
+                self.probe.network.enable_gradient_checkpointing()
+        layout = conditioning_layout(teacher)
+        self.captions = lambda prompts: empty_conditioning(layout, len(prompts))
+        numbers = torch.arange(share)
+        z_T, z_S = (torch.empty(share, *space.latent_shape, device="meta") for space in (teacher, student))
+        self.pairs = Pairs(numbers.numpy(), [""] * share, numbers, numbers, z_T, z_S, [None] * share)
+
+    def batch(self, step: int) -> Pairs:
+        return self.pairs
+
+
+def count_bridge(config: Config, student: Space, teacher: Space, share: int) -> BridgeTraining:
+    """One step of a worker with `share` pairs, as it takes it, and its validation."""
+    settings, encoding = bridge_settings(config), getattr(torch, config.prompts.encoder_dtype)
+    attends = settings.attention.weight > 0
     text = sum(numel(encoder) for encoder in empty_text_encoders(teacher).values()) if attends else 0
     with counted() as meter:
-        bridge = empty_bridge(config, student, teacher).train()
-        probe, inputs = None, {}
-        if settings.attention.weight > 0:
-            dtype = getattr(torch, config.teachers.dtype)
-            probe = AttentionProbe(teacher, teacher.load_network(dtype), settings.attention)
-            inputs = {
-                "probe": probe,
-                "noise": torch.empty(batch, *teacher.latent_shape, device="meta"),
-                "conditioning": empty_conditioning(conditioning_layout(teacher), batch),
-                "rows": sample_rows(0, 0, settings.attention.rows),
-            }
-        if settings.gradient_checkpointing:
-            bridge.projector.gradient_checkpointing = True
-            if probe:
-                probe.network.enable_gradient_checkpointing()
-        vae = teacher.load_vae()
-        modules = [bridge, vae, *([probe.network] if probe else [])]
-        for module in modules:
+        bridge, losses = empty_bridge(config, student, teacher), _Losses(config, student, teacher, share)
+        bridge.projector.gradient_checkpointing = settings.gradient_checkpointing
+        trainer, vae = BridgeTrainer(bridge, losses), teacher.load_vae()
+        for module in (bridge, vae, *([losses.probe.network] if attends else [])):
             for tensor in (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)
-        optimizer = torch.optim.Adam(bridge.trainable_parameters(), betas=(0.0, 0.999))
-        z_S = torch.empty(batch, *student.latent_shape, device="meta")
-        z_T = torch.empty(batch, *teacher.latent_shape, device="meta")
-
-        def step() -> None:
-            optimizer.zero_grad(set_to_none=True)
-            loss, _ = bridge_loss(bridge(z_S), z_T, settings.attention.weight, **inputs)
-            loss.backward()
-            optimizer.step()
-
         before = meter.live
-        first = meter.count(step)
-        work = Work(first.flops, first.peak + meter.live - before)  # as the next step, which has Adam's state
+        first = meter.count(lambda: trainer.step(losses.batch(0)))
+        work = replace(first, peak=first.peak + meter.live - before)  # as the next step, which has Adam's state
         latents = torch.empty(teacher.vae_batch(DECODE_BATCH), *teacher.latent_shape, device="meta")
         with torch.no_grad():
             validation = meter.count(lambda: teacher.decode(vae, latents))
         trained = sum(p.numel() for p in bridge.trainable_parameters())
-        prior, probed = numel(bridge) - trained, numel(probe.network) if probe else 0
+        prior, probed = numel(bridge) - trained, numel(losses.probe.network) if attends else 0
         return BridgeTraining(trained, prior, probed, work, validation, text * encoding.itemsize)
 
 
@@ -579,22 +588,47 @@ def _without_script(space: Space) -> Iterator[None]:
         text_encoder.apply_rotary_pos_emb = compiled
 
 
-def count_text(space: Space) -> dict[str, tuple[int, float]]:
-    """Parameters, and FLOPs of one prompt, of each text encoder."""
+@dataclass(frozen=True)
+class Text:
+    """A text encoder, and what one prompt of full length takes; the peak without weights, in float32."""
+
+    parameters: int
+    prompt: Work
+
+
+def count_text(space: Space) -> dict[str, Text]:
+    """Each text encoder."""
     lengths, result = text_lengths(space), {}
     for part, encoder in empty_text_encoders(space).items():
         with counted() as meter, torch.no_grad(), _without_script(space):
             ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
-            result[part] = numel(encoder), meter.count(lambda e=encoder, i=ids: e(i)).flops
+            result[part] = Text(numel(encoder), _without_weights(meter, encoder, lambda e=encoder, i=ids: e(i)))
     return result
 
 
-def count_vae(space: Space) -> tuple[int, float, float]:
-    """Parameters of a VAE, and FLOPs of encoding and of decoding one picture."""
-    vae = space.load_vae()
-    channels, height, width = space.latent_shape
+def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Work:
+    """Of a part that runs a module, what is alive beside the module's tensors."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        meter.watch(tensor)
+    before, work = meter.live, meter.count(part)
+    return replace(work, peak=work.peak - before)
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE, and what encoding and decoding `batch` pictures take, as many as go through it at once; peaks without weights."""
+
+    parameters: int
+    batch: int
+    encode: Work
+    decode: Work
+
+
+def count_vae(space: Space) -> Vae:
+    vae, batch = space.load_vae(), space.vae_batch(VAE_BATCH)
     with counted() as meter, torch.no_grad():
-        image = torch.empty(1, 3, space.resolution, space.resolution, device="meta")
-        encode = meter.count(lambda: vae.encode(image).latent_dist.mode())
-        decode = meter.count(lambda: vae.decode(torch.empty(1, channels, height, width, device="meta")))
-    return numel(vae), encode.flops, decode.flops
+        pictures = torch.empty(batch, 3, space.resolution, space.resolution, device="meta")
+        latents = torch.empty(batch, *space.latent_shape, device="meta")
+        encode = _without_weights(meter, vae, lambda: space.encode(vae, pictures))
+        decode = _without_weights(meter, vae, lambda: space.decode(vae, latents))
+    return Vae(numel(vae), batch, encode, decode)

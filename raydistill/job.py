@@ -31,7 +31,7 @@ def run_job(
     *,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     check: Work | None = None,
-    roles: Sequence[str] = ("teacher rank", "trainer", "Bridge training"),
+    roles: Sequence[str] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Body of a job's `main`; returns the exit code.
@@ -42,7 +42,7 @@ def run_job(
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises ValueError.
-        roles: those of `planning.ROLES` that this job runs; they must fit the GPUs they ask for.
+        roles: those of `planning.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
@@ -84,9 +84,10 @@ def run_job(
     return 0
 
 
-def _fit(config: Config, roles: Sequence[str]) -> list[str]:
+def _fit(config: Config, roles: Sequence[str] | None) -> list[str]:
     """The planner's check, which is not even imported where no GPU is asked for. Raises ConfigError."""
-    if not (config.distill.gpus_per_worker or config.teachers.gpus_per_rank):
+    asked = (config.distill.gpus_per_worker, config.teachers.gpus_per_rank)
+    if not any((*asked, config.prompts.gpus_per_encoder, config.synthesis.gpus_per_encoder)):
         return []
     from raydistill.planning import check_launch
 

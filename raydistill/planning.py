@@ -8,9 +8,10 @@ move), memory beside the tensors (plan.reserve), prices. Not in it: start-up, ev
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ import yaml
 from pydantic import ValidationError
 
 from raydistill import counting
-from raydistill.config import Config, ConfigError, Count, Positive, Section, get
+from raydistill.config import Config, ConfigError, Count, Positive, Section, get, needs_pairs, trains_bridge
+from raydistill.data.encode import CHUNK
 from raydistill.distill.load import guidance_scale
 from raydistill.export.pipeline import licence_of
 from raydistill.spaces import Space
@@ -42,6 +44,11 @@ class Gpu(Section):
     per_node: Count
     price: Positive
     spot_price: Positive
+
+    def seconds(self, work: counting.Work, efficiency: float) -> float:
+        """Of a piece of work, whose float32 operations run at float32's peak."""
+        at_peak = (work.flops - work.flops_32) / self.bf16_tflops + work.flops_32 / self.fp32_tflops
+        return at_peak / (1e12 * efficiency)
 
     def flops_per_s(self, dtype: str, efficiency: float) -> float:
         return 1e12 * efficiency * (self.fp32_tflops if dtype == "float32" else self.bf16_tflops)
@@ -70,9 +77,10 @@ def read_gpus(further: str | None = None) -> dict[str, Gpu]:
 def _known_gpus(config: Config) -> dict[str, Gpu]:
     """The table, in which the configured kinds are. Raises ConfigError."""
     gpus = read_gpus(config.plan.gpus)
-    for key in ("trainer_gpu", "teacher_gpu"):
-        if getattr(config.plan, key) not in gpus:
-            raise ConfigError(f"plan.{key}: {getattr(config.plan, key)} is not in the table ({', '.join(gpus)})")
+    for key in ("trainer_gpu", "teacher_gpu", "encoder_gpu"):
+        kind = getattr(config.plan, key)
+        if kind is not None and kind not in gpus:
+            raise ConfigError(f"plan.{key}: {kind} is not in the table ({', '.join(gpus)})")
     return gpus
 
 
@@ -92,8 +100,8 @@ class Counts:
     recomputing: counting.Trainer  # at `batch`, with distill.gradient_checkpointing
     network: counting.Teacher
     bridge: counting.BridgeTraining | None  # one worker's share; None: nothing is trained
-    text: dict[str, tuple[int, float]]  # "role part" -> parameters, FLOPs of one prompt
-    vae: dict[str, tuple[int, float, float]]  # role -> parameters, FLOPs of encoding and decoding one picture
+    text: dict[str, counting.Text]  # "role part"
+    vae: dict[str, counting.Vae]  # by role
     request_bytes: int
     answer_bytes: int
     real_row_bytes: int  # one teacher sample in a worker's memory: latents and conditioning
@@ -101,7 +109,7 @@ class Counts:
     @property
     def text_flops(self) -> float:
         """One prompt through all text encoders."""
-        return sum(flops for _, flops in self.text.values())
+        return sum(encoder.prompt.flops for encoder in self.text.values())
 
 
 def conditioning_bytes(teacher: Space, dtype: torch.dtype = torch.float32) -> int:
@@ -116,13 +124,14 @@ def request_bytes(teacher: Space, batch: int, guided: bool, dtype: torch.dtype =
     return batch * (latents + 4 + row) + (row if guided else 0)
 
 
-def needs_bridge(config: Config) -> bool:
-    return config.bridge.checkpoint is None and config.bridge.projector != "identity"
+def synthesises(config: Config) -> bool:
+    """Whether a run makes pairs."""
+    return config.bridge.pairs is None and needs_pairs(config)
 
 
-def needs_samples(config: Config) -> bool:
-    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
-    return config.bridge.pairs is None and (needs_bridge(config) or gan)
+def samples(config: Config) -> bool:
+    """Whether it makes them from the teacher's samples, not from real images."""
+    return synthesises(config) and config.synthesis.images is None
 
 
 def changed(config: Config, **distill: Any) -> Config:
@@ -140,32 +149,44 @@ def count_run(config: Config) -> Counts:
     spaces = {"student": student, "teacher": teacher}
     batch, scale = config.distill.batch_size, guidance_scale(config, teacher)
     parts = config.distill.micro_batches
-    small = parts if batch > parts else 2 * parts  # one sample a part, or two
     share = max(1, config.bridge.batch_size // config.distill.fewest)
     latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
-    trainer = counting.count_trainer(config, student, teacher, batch)
     return Counts(
         student=student.pipeline_class,
         teacher=teacher.pipeline_class,
-        batch=batch,
-        trainer=trainer,
-        small_batch=small,
-        small_trainer=counting.count_trainer(config, student, teacher, small),
-        recomputing=trainer
-        if config.distill.gradient_checkpointing
-        else counting.count_trainer(changed(config, gradient_checkpointing=True), student, teacher, batch),
+        **_count_trainers(config, counting.count_trainer(config, student, teacher)),
         network=counting.count_teacher(config, teacher, scale),
-        bridge=counting.count_bridge(config, student, teacher, share) if needs_bridge(config) else None,
-        text={
-            f"{role} {part}": value
-            for role, space in spaces.items()
-            for part, value in counting.count_text(space).items()
-        },
+        bridge=counting.count_bridge(config, student, teacher, share) if trains_bridge(config) else None,
+        text=_count_texts(spaces),
         vae={role: counting.count_vae(space) for role, space in spaces.items()},
         request_bytes=request_bytes(teacher, batch // parts, scale != 1.0, encoding),
         answer_bytes=batch // parts * latents,
         real_row_bytes=latents + conditioning_bytes(teacher, encoding),
     )
+
+
+def _count_trainers(config: Config, trainer: counting.Trainer) -> dict[str, Any]:
+    """The fields of Counts that say how a trainer's memory grows; `trainer` is it at the configured sizes."""
+    batch, parts = config.distill.batch_size, config.distill.micro_batches
+    small = parts if batch > parts else 2 * parts  # one sample a part, or two
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+
+    def recomputing() -> counting.Trainer:
+        return counting.count_trainer(changed(config, gradient_checkpointing=True), student, teacher)
+
+    return {
+        "batch": batch,
+        "trainer": trainer,
+        "small_batch": small,
+        "small_trainer": counting.count_trainer(config, student, teacher, small),
+        "recomputing": trainer if config.distill.gradient_checkpointing else recomputing(),
+    }
+
+
+def _count_texts(spaces: Mapping[str, Space]) -> dict[str, counting.Text]:
+    return {
+        f"{role} {part}": value for role, space in spaces.items() for part, value in counting.count_text(space).items()
+    }
 
 
 # -- memory -----------------------------------------------------------------------------------------------
@@ -186,12 +207,9 @@ class Fit:
         return self.needs <= self.has
 
 
-def teacher_bytes(counts: Counts, config: Config, shards: int) -> int:
+def teacher_bytes(counts: Any, config: Config, shards: int) -> int:
     """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
-    return _rank_bytes(counts.network, config, shards)
-
-
-def _rank_bytes(network: counting.Teacher, config: Config, shards: int) -> int:
+    network = counts.network
     element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
@@ -215,37 +233,85 @@ def shared_bytes(weights: counting.Weights, config: Config) -> float:
     return max(0, frozen - frozen // workers - 2 * weights.fake_block) if workers > 1 else 0
 
 
+@dataclass(frozen=True)
+class Role:
+    """Processes that hold a GPU, or a share of one: which key asks for it, of which kind it is, and whether a run has them."""
+
+    key: str
+    kind: Callable[[Config], str]
+    used: Callable[[Config], bool]
+
+
+def encoder_gpu(config: Config) -> str:
+    return config.plan.encoder_gpu or config.plan.teacher_gpu
+
+
+ROLES = {
+    "teacher rank": Role(
+        "teachers.gpus_per_rank", lambda c: c.plan.teacher_gpu, lambda c: c.vsd.weight > 0 or samples(c)
+    ),
+    "trainer": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, lambda c: True),
+    "Bridge training": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, trains_bridge),
+    "text encoder": Role("prompts.gpus_per_encoder", encoder_gpu, lambda c: True),
+    "synthesis, prompts": Role("synthesis.gpus_per_encoder", encoder_gpu, samples),
+    "synthesis, pictures": Role("synthesis.gpus_per_encoder", encoder_gpu, synthesises),
+}
+
+
+def _has(config: Config, role: str, gpu: Gpu) -> float:
+    """Bytes of tensors that one process of a role may have on a kind of GPU."""
+    share = get(config, ROLES[role].key) or 1.0
+    return min(1.0, share) * gpu.memory_gib * GIB * (1 - config.plan.reserve)
+
+
 def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
-    """Every role on every kind of GPU."""
-    rows = []
-    for name, gpu in gpus.items():
-        has = gpu.memory_gib * GIB * (1 - config.plan.reserve)
-        rows.append(_fit_teacher(counts, config, name, has))
-        rows.append(_fit_trainer(counts, config, name, has))
-        if counts.bridge is not None:
-            rows.append(_fit_bridge(counts, config, name, has))
-    return rows
+    """Every role on every kind of GPU; those that ask for none are left out, but for the networks that train and teach."""
+    always = ("teacher rank", "trainer", "Bridge training")
+    roles = [role for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)]
+    return [_fit(role, counts, config, name, _has(config, role, gpu)) for name, gpu in gpus.items() for role in roles]
 
 
-def _fit_teacher(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
-    shards = config.teachers.shards
-    least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
-    return Fit("teacher rank", gpu, teacher_bytes(counts, config, shards), has, _teacher_advice(least))
+def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
+    """Args: counts: a Counts, or anything with those of its fields that the role needs."""
+    if role == "trainer":
+        return _fit_trainer(counts, config, gpu, has)
+    if role == "teacher rank":
+        least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
+        advice = (
+            f"teachers.shards={least} is enough"
+            if least
+            else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+        )
+        return Fit(role, gpu, teacher_bytes(counts, config, config.teachers.shards), has, advice)
+    if role == "Bridge training":
+        needs = counts.bridge.peak
+        return Fit(role, gpu, needs, has, _bridge_advice(config, fits=needs <= has))
+    needs = encoder_bytes(counts, config, role)
+    key = ROLES[role].key
+    return Fit(role, gpu, needs, has, f"with {key}={get(config, key):g}" if needs <= has else f"raise {key}")
 
 
-def _teacher_advice(least: int | None) -> str:
-    return f"teachers.shards={least} is enough" if least else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+def encoder_bytes(counts: Any, config: Config, role: str) -> float:
+    """Most bytes of tensors of an actor that encodes prompts or pictures."""
+    if role == "synthesis, pictures":
+        vaes = counts.vae.values()
+        return 4 * sum(vae.parameters for vae in vaes) + max(work.peak for v in vaes for work in (v.encode, v.decode))
+    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    texts = [t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")]
+    prompts = min(CHUNK, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
+    return size * (sum(text.parameters for text in texts) + prompts * max(text.prompt.peak for text in texts) / 4)
 
 
-def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
+def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
+
+    needs = counts.trainer.peak - (saved if sharded else 0)
+    if needs <= has:
+        return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
 
     def need(batch: int) -> float:
         return trainer_bytes(counts, batch) - (saved if sharded else 0)
 
-    needs = need(counts.batch)
-    if needs <= has:
-        return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
     parts = config.distill.micro_batches
     # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
     more = [m for m in range(parts + 1, counts.batch + 1) if counts.batch % m == 0]
@@ -260,35 +326,37 @@ def _fit_trainer(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
-    """(what, bytes that remain) of measures that add up, at the configured batch; the last is no setting.
+    """(what, bytes that remain) of measures that are not taken yet and add up, at the configured batch; the last is no
+    setting.
 
     Recomputing is counted; the others take away what they move: the frozen base to the other workers' GPUs (a gathered
     piece stays), AdamW's two moments to the host.
     """
-    needs, weights = counts.recomputing.peak, counts.trainer.weights
-    steps = [("distill.gradient_checkpointing", needs)]
+    needs, weights, steps = counts.recomputing.peak, counts.trainer.weights, []
+    if not config.distill.gradient_checkpointing:
+        steps.append(("distill.gradient_checkpointing", needs))
     if saved := shared_bytes(weights, config):
         needs -= saved
-        steps.append(("fake_score.shard", needs))
+        steps += [] if config.fake_score.shard else [("fake_score.shard", needs)]
     needs -= weights.optimizers
-    steps.append(("optimizers on the host", needs))
-    return steps
-
-
-def _fit_bridge(counts: Counts, config: Config, gpu: str, has: float) -> Fit:
-    needs = counts.bridge.peak
-    return Fit("Bridge training", gpu, needs, has, _bridge_advice(config, fits=needs <= has))
+    return [*steps, ("optimizers on the host", needs)]
 
 
 def _bridge_advice(config: Config, fits: bool) -> str:
-    advice = "bridge.gradient_checkpointing is " + ("on" if config.bridge.gradient_checkpointing else "off")
-    return advice if fits else advice + "; lower bridge.batch_size, attention.depth_fraction or attention.rows"
+    bridge = config.bridge
+    if fits:
+        return f"with bridge.micro_batches={bridge.micro_batches}"
+    share = bridge.batch_size // config.distill.fewest
+    more = [count for count in range(bridge.micro_batches + 1, share + 1) if share % count == 0]
+    recompute = [] if bridge.gradient_checkpointing else ["set bridge.gradient_checkpointing=true"]
+    parts = [f"raise bridge.micro_batches ({', '.join(map(str, more))})"] if more else []
+    return " or ".join([*recompute, *parts, "lower bridge.batch_size or bridge.attention.depth_fraction"])
 
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
     size = getattr(torch, config.prompts.encoder_dtype).itemsize
-    encoders = size * sum(parameters for parameters, _ in counts.text.values())
+    encoders = size * sum(encoder.parameters for encoder in counts.text.values())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
     return {"text encoders": encoders} | (
@@ -300,18 +368,12 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
 
 # -- before a launch --------------------------------------------------------------------------------------
 
-ROLES = {  # role -> the key that asks for its GPUs, and the one that names their kind
-    "teacher rank": ("teachers.gpus_per_rank", "plan.teacher_gpu"),
-    "trainer": ("distill.gpus_per_worker", "plan.trainer_gpu"),
-    "Bridge training": ("distill.gpus_per_worker", "plan.trainer_gpu"),
-}
 
-
-def check_launch(config: Config, roles: Sequence[str] = tuple(ROLES)) -> list[str]:
+def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str]:
     """See before a launch that every role fits the GPUs it asks for; counts nothing where none are asked for.
 
     Args:
-        roles: of ROLES, those that this job runs.
+        roles: of ROLES, those that this job runs; None: all.
 
     Returns:
         Lines to print: what was checked, and with plan.launch=warn what does not fit.
@@ -319,72 +381,52 @@ def check_launch(config: Config, roles: Sequence[str] = tuple(ROLES)) -> list[st
     Raises:
         ConfigError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
     """
-    used = [role for role in roles if get(config, ROLES[role][0]) > 0 and _is_run(role, config)]
+    used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
     if not used or config.plan.launch == "ignore":
         return []
     gpus, counts = _known_gpus(config), _count_roles(config, used)
-    fine, wrong = [], []
+    lines, wrong = [], []
     for role in used:
-        key, kind_key = ROLES[role]
-        kind, share = get(config, kind_key), get(config, key)
-        has = min(1.0, share) * gpus[kind].memory_gib * GIB * (1 - config.plan.reserve)
-        needs = _launch_bytes(counts, role, config)
-        (fine if needs <= has else wrong).append(
-            (role, has, f"{role}: needs {needs / GIB:.1f} GiB of tensors, {key}={share:g} {kind} has {has / GIB:.1f}")
+        key, kind = ROLES[role].key, ROLES[role].kind(config)
+        has = _has(config, role, gpus[kind])
+        if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
+            counts.__dict__.update(_count_trainers(config, counts.trainer))
+        fit = _fit(role, counts, config, kind, has)
+        text = (
+            f"{role}: needs {fit.needs / GIB:.1f} GiB of tensors, {key}={get(config, key):g} {kind} has "
+            f"{fit.has / GIB:.1f}"
         )
-    lines = [f"fits: {text}" for _, _, text in fine]
+        if fit.fits:
+            lines.append(f"fits: {text}")
+        else:
+            wrong.append(f"{text}; {fit.advice}")
     if not wrong:
         return lines
-    texts = [f"{text}; {_advice(counts, role, config, has)}" for role, has, text in wrong]
     if config.plan.launch == "warn":
-        return [*lines, *(f"WARNING: {text}" for text in texts)]
+        return [*lines, *(f"WARNING: {text}" for text in wrong)]
     raise ConfigError(
-        f"{'; '.join(texts)}. For another kind of GPU set plan.trainer_gpu and plan.teacher_gpu; plan.launch=warn starts "
-        "all the same"
+        f"{'; '.join(wrong)}. For another kind of GPU set plan.trainer_gpu, plan.teacher_gpu and plan.encoder_gpu; "
+        "plan.launch=warn starts all the same"
     )
 
 
-def _is_run(role: str, config: Config) -> bool:
-    if role == "teacher rank":
-        return config.vsd.weight > 0 or needs_samples(config)
-    return role == "trainer" or needs_bridge(config)
-
-
-def _count_roles(config: Config, roles: Sequence[str]) -> dict[str, Any]:
-    """One count for each role at the configured sizes; seconds to a minute."""
+def _count_roles(config: Config, roles: Sequence[str]) -> SimpleNamespace:
+    """Those fields of Counts that these roles need; seconds to a minute."""
     student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    share = max(1, config.bridge.batch_size // config.distill.fewest)
-    count = {
-        "trainer": lambda: counting.count_trainer(config, student, teacher),
-        "teacher rank": lambda: counting.count_teacher(config, teacher, guidance_scale(config, teacher)),
-        "Bridge training": lambda: counting.count_bridge(config, student, teacher, share),
-    }
-    return {role: count[role]() for role in roles}
-
-
-def _launch_bytes(counts: dict[str, Any], role: str, config: Config) -> float:
-    """Most bytes of tensors of one role."""
-    if role == "trainer":
-        return counts[role].peak - (shared_bytes(counts[role].weights, config) if config.fake_score.shard else 0)
-    if role == "teacher rank":
-        return _rank_bytes(counts[role], config, config.teachers.shards)
-    return counts[role].peak
-
-
-def _advice(counts: dict[str, Any], role: str, config: Config, has: float) -> str:
-    """What would fit into `has` bytes."""
-    if role == "teacher rank":
-        least = next((s for s in SHARDS if _rank_bytes(counts[role], config, s) <= has), None)
-        return _teacher_advice(least)
-    if role == "Bridge training":
-        return _bridge_advice(config, fits=False)
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    if config.distill.gradient_checkpointing:
-        return "lower distill.batch_size (jobs/plan.py says how far)"
-    recomputing = counting.count_trainer(changed(config, gradient_checkpointing=True), student, teacher)
-    if recomputing.peak <= has:
-        return "distill.gradient_checkpointing=true would fit"
-    return "lower distill.batch_size and set distill.gradient_checkpointing=true (jobs/plan.py says how far)"
+    spaces = {"student": student, "teacher": teacher}
+    found: dict[str, Any] = {}
+    if "trainer" in roles:
+        found |= {"batch": config.distill.batch_size, "trainer": counting.count_trainer(config, student, teacher)}
+    if "teacher rank" in roles:
+        found["network"] = counting.count_teacher(config, teacher, guidance_scale(config, teacher))
+    if "Bridge training" in roles:
+        share = max(1, config.bridge.batch_size // config.distill.fewest)
+        found["bridge"] = counting.count_bridge(config, student, teacher, share)
+    if {"text encoder", "synthesis, prompts"} & set(roles):
+        found["text"] = _count_texts(spaces)
+    if "synthesis, pictures" in roles:
+        found["vae"] = {role: counting.count_vae(space) for role, space in spaces.items()}
+    return SimpleNamespace(**found)
 
 
 # -- time -------------------------------------------------------------------------------------------------
@@ -437,11 +479,26 @@ def _all_reduce(nbytes: int, gpu: Gpu, config: Config) -> float:
     return 2 * (workers - 1) / workers * nbytes / _link(gpu, workers, config)
 
 
+def replicas(config: Config, ongoing: int) -> int:
+    """Replicas of the teacher service while so many requests are under way."""
+    teachers = config.teachers
+    if teachers.max_replicas is None:
+        return teachers.replicas
+    wanted = math.ceil(ongoing / teachers.target_ongoing_requests)
+    return min(max(wanted, teachers.min_replicas or teachers.replicas), teachers.max_replicas)
+
+
+def asked_at_once(config: Config) -> int:
+    """Score requests that all workers have under way at most."""
+    distill = config.distill
+    return distill.workers * min(distill.in_flight, distill.micro_batches) if config.vsd.weight > 0 else 0
+
+
 def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
     """One micro-batch on one replica: equally many forwards on every rank, and the way there and back."""
-    network, teachers, plan = counts.network, config.teachers, config.plan
+    network, plan = counts.network, config.plan
     rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
-    compute = network.score.flops / gpu.flops_per_s(teachers.dtype, plan.efficiency)
+    compute = gpu.seconds(network.score, plan.efficiency)
     moved = counts.request_bytes + counts.answer_bytes
     return rounds * max(compute, _gather(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
 
@@ -457,105 +514,139 @@ def text_rate(config: Config, gpus: dict[str, Gpu]) -> float:
     plan, prompts = config.plan, config.prompts
     if not prompts.gpus_per_encoder:
         return prompts.encoders * prompts.threads_per_encoder * 1e9 * plan.cpu_gflops
-    whole = gpus[plan.teacher_gpu].flops_per_s(prompts.encoder_dtype, plan.efficiency)
+    whole = gpus[encoder_gpu(config)].flops_per_s(prompts.encoder_dtype, plan.efficiency)
     return prompts.encoders * min(1.0, prompts.gpus_per_encoder) * whole
 
 
 def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     """Seconds of a step on the configured kinds of GPU."""
     plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
-    gpu, teacher_gpu = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu]
-    rate = gpu.flops_per_s(trainer_dtype(config), plan.efficiency)
+    gpu, teacher_gpu, updates = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu], config.fake_score.updates
+    make, fake, student = (gpu.seconds(work, plan.efficiency) for work in (trainer.make, trainer.fake, trainer.student))
+    gathered = _gather_shared(trainer.weights, gpu, config)  # beside the arithmetic, forwards and backwards
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
-    updates = config.fake_score.updates
-    fake = trainer.fake.flops / rate + reduced["fake"] + reduced.get("discriminator", 0.0)
+    fake = max(fake, 2 * gathered) + reduced["fake"] + reduced.get("discriminator", 0.0)
+    student = max(student, 2 * gathered) + reduced["student"]
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
-    requests, at_once = workers * distill.micro_batches, workers * min(distill.in_flight, distill.micro_batches)
-    rounds = [-(-requests // replicas) for replicas in range(1, at_once + 1)]
+    requests, at_once = workers * distill.micro_batches, asked_at_once(config)
+    rounds = [-(-requests // count) for count in range(1, at_once + 1)]
     needed = next((r for r, n in enumerate(rounds, 1) if n * one <= updates * fake), None)
     prompts = (1 + updates) * counts.batch
+    used = min(replicas(config, at_once), at_once)
     return Schedule(
-        make=trainer.make.flops / rate,
+        make=make,
         fake=fake,
         updates=updates,
-        student=trainer.student.flops / rate + reduced["student"],
-        teacher=rounds[min(config.teachers.replicas, at_once) - 1] * one,
+        student=student,
+        teacher=rounds[used - 1] * one if used else 0.0,
         text=prompts * counts.text_flops / text_rate(config, gpus),
         overlap=config.distill.overlap,
         replicas_needed=needed,
     )
 
 
+def _gather_shared(weights: counting.Weights, gpu: Gpu, config: Config) -> float:
+    """Seconds in which a trainer receives the other workers' parts of the frozen teacher copy, once."""
+    workers = config.distill.workers
+    if not config.fake_score.shard or workers == 1:
+        return 0.0
+    return weights.fake_frozen * (1 - 1 / workers) / _link(gpu, workers, config)
+
+
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run: how long, and which GPUs it holds."""
+    """A part of the run: how long, and which GPUs it holds, by kind of GPU."""
 
     name: str
     hours: float
-    trainer_gpus: float
-    teacher_gpus: float
+    gpus: dict[str, float]
     bound: str  # what decides its length
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * sum(self.gpus.values())
+
+
+def _held(*groups: tuple[str, float]) -> dict[str, float]:
+    """GPUs of each kind."""
+    held: dict[str, float] = {}
+    for kind, count in groups:
+        held[kind] = held.get(kind, 0.0) + count
+    return {kind: count for kind, count in held.items() if count}
 
 
 def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
-    """The run in order. The teacher service is held from the first phase to the last."""
-    plan, timing = config.plan, schedule(counts, config, gpus)
-    ranks = config.teachers.replicas * config.teachers.shards
-    held = ranks * config.teachers.gpus_per_rank
-    trainers = config.distill.workers * config.distill.gpus_per_worker
+    """The run in order. The teacher service is there from the first phase to the last, if it is needed at all."""
+    plan, timing, distill = config.plan, schedule(counts, config, gpus), config.distill
+    a_replica = config.teachers.shards * config.teachers.gpus_per_rank
+    uses_teachers = ROLES["teacher rank"].used(config)
+
+    def teachers(ongoing: int) -> tuple[str, float]:
+        return plan.teacher_gpu, replicas(config, ongoing) * a_replica * uses_teachers
+
+    trainers = plan.trainer_gpu, distill.workers * distill.gpus_per_worker
     result = []
-    if needs_samples(config):
-        result.append(_synthesis(counts, config, gpus, ranks, held))
+    if synthesises(config):
+        actors = config.synthesis.encoders * (2 if samples(config) else 1)
+        hours, bound = _synthesis(counts, config, gpus)
+        held = _held((encoder_gpu(config), actors * config.synthesis.gpus_per_encoder), teachers(_asked(config)))
+        result.append(Phase("synthesis", hours, held, bound))
     if counts.bridge is not None:
-        dtype = "bfloat16" if config.bridge.mixed_precision else "float32"
-        rate = gpus[plan.trainer_gpu].flops_per_s(dtype, plan.efficiency)
-        seconds = config.bridge.steps * counts.bridge.step.flops / rate
-        result.append(Phase("Bridge training", seconds / 3600, trainers, held, "trainers"))
+        seconds = config.bridge.steps * gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency)
+        held = _held((trainers[0], distill.fewest * distill.gpus_per_worker), teachers(0))
+        result.append(Phase("Bridge training", seconds / 3600, held, "trainers"))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
-    held += config.distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
-    result.append(Phase("distillation", config.distill.steps * timing.step / 3600, trainers, held, bound))
+    texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
+    held = _held(trainers, teachers(asked_at_once(config)), texts)
+    result.append(Phase("distillation", distill.steps * timing.step / 3600, held, bound))
     return result
 
 
-def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu], ranks: int, held: float) -> Phase:
-    """Teachers, VAEs and text encoders work side by side; the slowest decides."""
-    plan, synthesis = config.plan, config.synthesis
-    teacher_gpu = gpus[plan.teacher_gpu]
-    forward = max(
-        counts.network.score.flops / teacher_gpu.flops_per_s(config.teachers.dtype, plan.efficiency),
-        _gather(counts, config, teacher_gpu, config.teachers.shards),
-    )
-    on_gpu = synthesis.gpus_per_encoder > 0
-    share = min(1.0, synthesis.gpus_per_encoder)
-    encoder_rate = synthesis.encoders * (
-        share * gpus[plan.trainer_gpu].flops_per_s("float32", plan.efficiency)
-        if on_gpu
-        else 1e9 * plan.cpu_gflops * synthesis.threads_per_encoder
-    )
-    _, encode_T, decode_T = counts.vae["teacher"]
-    _, encode_S, _ = counts.vae["student"]
-    text = sum(flops for name, (_, flops) in counts.text.items() if name.startswith("teacher"))
+def _asked(config: Config) -> int:
+    """Requests for samples that are under way during synthesis."""
+    return config.synthesis.encoders * config.synthesis.in_flight if samples(config) else 0
+
+
+def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[float, str]:
+    """Hours, and what decides them: teachers, VAEs and text encoders work side by side. Of real images, as many as samples."""
+    plan, synthesis, teachers = config.plan, config.synthesis, config.teachers
+    gpu, share = gpus[encoder_gpu(config)], min(1.0, synthesis.gpus_per_encoder)
+    vaes = counts.vae["teacher"], counts.vae["student"]
+    parts = (vaes[0].encode, vaes[0].batch), (vaes[0].decode, vaes[0].batch), (vaes[1].encode, vaes[1].batch)
+
+    def on_encoders(flops: float, dtype: str) -> float:
+        rate = share * gpu.flops_per_s(dtype, plan.efficiency)
+        return flops / (synthesis.encoders * (rate or 1e9 * plan.cpu_gflops * synthesis.threads_per_encoder))
+
+    drawn = samples(config)
     seconds = {
-        "teachers": config.teacher.sampling_steps * forward / counts.network.samples / ranks,
-        "VAEs": (decode_T + encode_T + encode_S) / encoder_rate,
-        "text encoders": text / encoder_rate,
+        "VAEs": sum(on_encoders(work.flops / n, "float32") for work, n in parts if drawn or work is not parts[1][0])
     }
+    if drawn:
+        teacher_gpu = gpus[plan.teacher_gpu]
+        ranks = min(replicas(config, _asked(config)), _asked(config)) * teachers.shards
+        forward = max(
+            teacher_gpu.seconds(counts.network.score, plan.efficiency),
+            _gather(counts, config, teacher_gpu, teachers.shards),
+        )
+        text = sum(encoder.prompt.flops for name, encoder in counts.text.items() if name.startswith("teacher"))
+        seconds["teachers"] = config.teacher.sampling_steps * forward / counts.network.samples / ranks
+        seconds["text encoders"] = on_encoders(text, config.prompts.encoder_dtype)
     bound = max(seconds, key=seconds.get)
-    hours = synthesis.count * seconds[bound] / 3600
-    return Phase("synthesis", hours, 2 * synthesis.encoders * synthesis.gpus_per_encoder, held, bound)
+    return synthesis.count * seconds[bound] / 3600, bound
 
 
 def price(phases: list[Phase], config: Config, gpus: dict[str, Gpu]) -> float:
-    """US dollars for the GPUs."""
+    """US dollars: nodes of the usual size, which are rented whole, and the head node."""
 
-    def per_hour(kind: str) -> float:
-        return gpus[kind].spot_price if config.plan.spot else gpus[kind].price
+    def per_hour(kind: str, count: float) -> float:
+        gpu = gpus[kind]
+        whole = gpu.per_node * math.ceil(count / gpu.per_node)
+        return whole * (gpu.spot_price if config.plan.spot else gpu.price)
 
-    plan = config.plan
     return sum(
-        phase.hours
-        * (phase.trainer_gpus * per_hour(plan.trainer_gpu) + phase.teacher_gpus * per_hour(plan.teacher_gpu))
+        phase.hours * (config.plan.head_price + sum(per_hour(kind, count) for kind, count in phase.gpus.items()))
         for phase in phases
     )
 
@@ -570,9 +661,10 @@ def report(config: Config) -> str:
     sections = (
         _sizes(counts, config),
         _memory(counts, config, gpus),
-        _requests(counts, config),
+        _requests(counts, config, gpus),
         _step(counts, config, gpus),
         _run(counts, config, gpus),
+        _kinds(counts, config, gpus),
         ASSUMPTIONS.format(plan=config.plan),
     )
     return "\n\n".join(sections)
@@ -603,7 +695,7 @@ def _sizes(counts: Counts, config: Config) -> str:
         f"  teacher {network.parameters:,}; student {student:,}; trained part of the fake score "
         f"{counts.trainer.gradients['fake'] // 4:,}; Bridge {weights.bridge // 4:,} "
         f"(its frozen prior in it); discriminator {weights.discriminator // 4:,}",
-        "  text encoders: " + "; ".join(f"{name} {parameters:,}" for name, (parameters, _) in counts.text.items()),
+        "  text encoders: " + "; ".join(f"{name} {encoder.parameters:,}" for name, encoder in counts.text.items()),
     ]
     return "\n".join(lines)
 
@@ -634,24 +726,39 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     return "\n".join(lines)
 
 
-def _requests(counts: Counts, config: Config) -> str:
-    samples = counts.batch // config.distill.micro_batches
-    return (
-        "TRAFFIC\n"
-        f"  one score request {_amount(counts.request_bytes, 'B')} ({_amount(counts.request_bytes / samples, 'B')} "
+def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    size, shards, network = counts.batch // config.distill.micro_batches, config.teachers.shards, counts.network
+    gpu = gpus[config.plan.teacher_gpu]
+    rows = -(-size // (network.samples * shards)) * network.samples * shards
+    lines = [
+        "TRAFFIC",
+        f"  one score request {_amount(counts.request_bytes, 'B')} ({_amount(counts.request_bytes / size, 'B')} "
         f"a sample), its answer {_amount(counts.answer_bytes, 'B')}; "
-        f"{config.distill.workers * config.distill.micro_batches} of them a step\n"
-        "  averaged gradients of a step: "
-        + ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
-    )
+        f"{config.distill.workers * config.distill.micro_batches} of them a step",
+    ]
+    if rows > size:
+        lines.append(
+            f"  ITS {size} SAMPLES ARE FILLED UP TO {rows} with repeats: {shards} rank(s) take slices of "
+            f"{network.samples}. Lower teachers.slice, or distill.micro_batches"
+        )
+    if shards > 1:
+        element = getattr(torch, config.teachers.dtype).itemsize
+        lines.append(
+            f"  ZeRO-3: a rank receives {_amount(network.parameters * element * (1 - 1 / shards), 'B')} a forward, "
+            f"{_gather(counts, config, gpu, shards):.3f} s beside {gpu.seconds(network.score, config.plan.efficiency):.3f} s "
+            f"of arithmetic on {config.plan.teacher_gpu}"
+        )
+    if config.fake_score.shard and config.distill.workers > 1:
+        seconds = _gather_shared(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
+        lines.append(f"  fake_score.shard: a trainer receives the frozen copy's other parts in {seconds:.3f} s a pass")
+    sizes = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
+    return "\n".join([*lines, f"  averaged gradients of a step: {sizes}"])
 
 
 def _encoders(config: Config) -> str:
     prompts = config.prompts
     if prompts.gpus_per_encoder:
-        return (
-            f"on {prompts.encoders} x {prompts.gpus_per_encoder:g} {config.plan.teacher_gpu} in {prompts.encoder_dtype}"
-        )
+        return f"on {prompts.encoders} x {prompts.gpus_per_encoder:g} {encoder_gpu(config)} in {prompts.encoder_dtype}"
     threads = prompts.encoders * prompts.threads_per_encoder
     return "on one CPU thread" if threads == 1 else f"on {threads} CPU threads"
 
@@ -659,20 +766,28 @@ def _encoders(config: Config) -> str:
 def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
     k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
-    dtype, mixed = trainer_dtype(config), config.distill.mixed_precision
-    rate = trainer_gpu.bf16_tflops if mixed else trainer_gpu.fp32_tflops
     score = network.score.flops / network.samples * counts.batch
     text = (1 + k) * counts.batch * counts.text_flops
+    works = ((trainer.make, 1), (trainer.fake, k), (trainer.student, 1))
+    whole, high = (sum(times * getattr(work, name) for work, times in works) for name in ("flops", "flops_32"))
+    speeds = [
+        f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)"
+        for share, dtype, rate in (
+            (1 - high / whole, "bfloat16", trainer_gpu.bf16_tflops),
+            (high / whole, "float32", trainer_gpu.fp32_tflops),
+        )
+        if share > 0
+    ]
+    used = replicas(config, asked_at_once(config))
     lines = [
         f"ONE STUDENT UPDATE, per worker: FLOPs (counted), seconds on {config.plan.trainer_gpu} (modelled)",
         f"  make           {_amount(trainer.make.flops, 'FLOP'):>13} {timing.make:9.3f} s",
         f"  fake score     {_amount(trainer.fake.flops, 'FLOP'):>13} {timing.fake:9.3f} s, {k} times",
         f"  student        {_amount(trainer.student.flops, 'FLOP'):>13} {timing.student:9.3f} s",
         f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
-        f"{config.teachers.replicas} x {config.teachers.shards} {config.plan.teacher_gpu}",
+        f"{used} x {config.teachers.shards} {config.plan.teacher_gpu}",
         f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s {_encoders(config)}, ahead of the trainers",
-        f"  trainers compute in {dtype}: {rate:g} of {trainer_gpu.bf16_tflops:g} TFLOP/s at the peak"
-        + (" (a student that starts at t = 999 stays float32, which is not in these seconds)" if mixed else ""),
+        f"  trainers compute {' and '.join(speeds)}",
         f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "
         f"{timing.wait:.3f} s for teachers",
     ]
@@ -695,19 +810,41 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     total = sum(phase.hours for phase in parts)
     lines = [f"THE RUN on {plan.trainer_gpu} (trainers) and {plan.teacher_gpu} (teachers), modelled"]
     for phase in parts:
-        gpu_hours = phase.hours * (phase.trainer_gpus + phase.teacher_gpus)
+        held = " + ".join(f"{count:g} {kind}" for kind, count in phase.gpus.items()) or "no GPU"
         lines.append(
-            f"  {phase.name:<16}{phase.hours:10.2f} h {phase.hours / total:5.0%}  {phase.trainer_gpus:g} + "
-            f"{phase.teacher_gpus:g} GPUs {gpu_hours:10.0f} GPU-h  decided by {phase.bound}"
+            f"  {phase.name:<16}{phase.hours:10.2f} h {phase.hours / total:5.0%}  {held:<22}{phase.gpu_hours:10.0f} GPU-h  "
+            f"decided by {phase.bound}"
         )
-    gpu_hours = sum(phase.hours * (phase.trainer_gpus + phase.teacher_gpus) for phase in parts)
+    gpu_hours = sum(phase.gpu_hours for phase in parts)
     kind = "spot" if plan.spot else "on-demand"
-    lines.append(f"  in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(parts, config, gpus):,.0f} ({kind})")
+    lines.append(
+        f"  in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(parts, config, gpus):,.0f} ({kind}, whole nodes, "
+        "the head node in it)"
+    )
     lines.append(f"  the paper's own: {PAPER_HOURS}")
     timing = schedule(counts, config, gpus)
     if timing.text >= timing.work + timing.wait:
         hours = config.distill.steps * (timing.work + timing.wait) / 3600
         lines.append(f"  distillation would take {hours:.2f} h if its text encoders kept up")
+    return "\n".join(lines)
+
+
+def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    """The same run with all its GPUs of one kind."""
+    lines = [
+        "THE SAME RUN ON ONE KIND OF GPU, modelled: s a student update, replicas from which on trainers never wait, hours"
+    ]
+    for name in gpus:
+        plan = {"trainer_gpu": name, "teacher_gpu": name, "encoder_gpu": None}
+        other = config.model_copy(update={"plan": config.plan.model_copy(update=plan)})
+        timing, parts = schedule(counts, other, gpus), phases(counts, other, gpus)
+        lacking = [fit.role for fit in memory(counts, other, {name: gpus[name]}) if not fit.fits]
+        needed = "-" if timing.replicas_needed is None else f"{timing.replicas_needed:g}"
+        hours = sum(phase.hours for phase in parts)
+        lines.append(
+            f"  {name:<9}{timing.step:9.2f} s {needed:>4} {hours:10.1f} h  ${price(parts, other, gpus):>9,.0f}"
+            + (f"  does not fit: {', '.join(lacking)}" if lacking else "")
+        )
     return "\n".join(lines)
 
 

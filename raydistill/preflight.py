@@ -25,6 +25,7 @@ from raydistill.config import (
     mathematical,
     resolve,
     to_yaml,
+    trains_bridge,
     validate,
 )
 from raydistill.data.images import ImageSet, open_images
@@ -263,7 +264,7 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
         raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
     if config.bridge.projector == "identity" and config.bridge.trainable:
         raise ConfigError("bridge.trainable=true: the identity has nothing to train")
-    trains = config.bridge.trainable or (config.bridge.checkpoint is None and config.bridge.projector != "identity")
+    trains = config.bridge.trainable or trains_bridge(config)
     if trains and config.bridge.batch_size % config.distill.fewest:
         raise ConfigError(
             f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.fewest} "
@@ -280,17 +281,26 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
 
 
 def _check_micro_batches(config: Config) -> None:
-    """A worker's samples, and the pairs that anchor a Bridge trained along, can be divided."""
-    parts, shares = config.distill.micro_batches, {"distill.batch_size": config.distill.batch_size}
+    """A worker's samples, its pairs while a Bridge is trained, and those that anchor one trained along, can be divided."""
+    shares = {"distill.batch_size": config.distill.batch_size}
     if config.bridge.trainable:
         shares["bridge.batch_size / distill.workers"] = config.bridge.batch_size // config.distill.workers
+    _check_parts("distill.micro_batches", config.distill.micro_batches, shares)
+    if trains_bridge(config):
+        workers = "distill.min_workers" if config.distill.min_workers else "distill.workers"
+        share = {f"bridge.batch_size / {workers}": config.bridge.batch_size // config.distill.fewest}
+        _check_parts("bridge.micro_batches", config.bridge.micro_batches, share)
+
+
+def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
+    """Raises ConfigError with the nearest numbers of parts that divide every share, by name."""
     for name, share in shares.items():
         if share % parts:
             common = math.gcd(*shares.values())
             fitting = [count for count in range(1, common + 1) if common % count == 0]
             near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
             raise ConfigError(
-                f"distill.micro_batches: {name} = {share} cannot be divided by {parts}; set distill.micro_batches to "
+                f"{key}: {name} = {share} cannot be divided by {parts}; set {key} to "
                 f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
             )
 

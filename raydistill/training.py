@@ -59,6 +59,7 @@ def wait_for_room(config: Config, failed: type[Exception], service: str | None =
             distill.fewest * prompts.encoders,
             {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder},
             "prompts.encoders, prompts.cpus_per_encoder or prompts.gpus_per_encoder",
+            prompts.node_labels,
         )
         return [ranks, workers, *([texts] if encoders else [])]
 

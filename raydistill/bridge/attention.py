@@ -19,6 +19,7 @@ from torch import nn
 
 from raydistill import config as configuration
 from raydistill.diffusion.noise import uniform
+from raydistill.precision import autocast
 from raydistill.spaces.base import Conditioning, Space
 
 RowSampler = Callable[[int, int], torch.Tensor]  # (layer, image tokens) -> indices [R] of query rows
@@ -46,8 +47,7 @@ def log_probabilities(q_BRhd: torch.Tensor, k_BKhd: torch.Tensor, temperature: f
     """
     precision = torch.promote_types(q_BRhd.dtype, torch.float32)
     q, k = q_BRhd.to(precision), k_BKhd.to(precision)
-    device = "cpu" if q.device.type == "meta" else q.device.type  # the planner counts on meta tensors
-    with torch.autocast(device, enabled=False):  # differences of logits would drown in bfloat16
+    with autocast(q.device, enabled=False):  # differences of logits would drown in bfloat16
         logits = torch.einsum("brhd,bkhd->bhrk", q, k) / math.sqrt(q.shape[-1])
         if normalize:
             logits = F.layer_norm(logits, logits.shape[-1:], eps=NORMALISATION_EPS)

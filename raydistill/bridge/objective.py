@@ -19,6 +19,7 @@ from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.data.pairs import Pairs, PairSet, split
 from raydistill.diffusion.noise import normal
+from raydistill.precision import autocast
 from raydistill.spaces.base import Conditioning, Space
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
@@ -139,5 +140,5 @@ class Objective:
                 "conditioning": self.captions(batch.prompts),
                 "rows": sample_rows(self.seed, step, self.settings.attention.rows),
             }
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision):
+        with autocast(self.device, self.settings.mixed_precision):
             return bridge_loss(bridge(z_S), z_T, weight, **teacher_inputs)

@@ -6,6 +6,7 @@ uninterrupted one. arXiv 2606.32020: Adam(0, 0.999, 1e-8), alpha = 1.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -66,27 +67,36 @@ class BridgeTrainer:
         return settings.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps)))
 
     def step(self, batch: Pairs) -> dict[str, float]:
-        """One Adam update; returns this worker's losses.
+        """One Adam update, computed in `bridge.micro_batches` equal parts; returns this worker's losses.
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite; nothing was updated.
         """
-        loss, parts = self.objective(self.module, batch, self.step_count)
-        values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
-        wrong = [name for name, value in values.items() if not np.isfinite(value)]
-        if wrong:
-            raise TrainingDiverged(
-                f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
-            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step_count)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        count = self.settings.micro_batches
+        rows = [self._accumulate(batch.part(i, count), last=i == count - 1) for i in range(count)]
+        values = {name: sum(row[name] for row in rows) / count for name in rows[0]}
         gradients = [p.grad for p in self.bridge.trainable_parameters() if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():  # of all workers' mean: all see the same
             raise TrainingDiverged(f"step {self.step_count}: the gradient is not finite; a lower bridge.lr may help")
         self.optimizer.step()
         self.step_count += 1
+        return values
+
+    def _accumulate(self, part: Pairs, last: bool) -> dict[str, float]:
+        """Add a part's share of the mean gradient; the workers' are averaged after the last."""
+        alone = self.module.no_sync if self.module is not self.bridge and not last else contextlib.nullcontext
+        with alone():
+            loss, parts = self.objective(self.module, part, self.step_count)
+            values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
+            wrong = [name for name, value in values.items() if not np.isfinite(value)]
+            if wrong:
+                raise TrainingDiverged(
+                    f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
+                )
+            (loss / self.settings.micro_batches).backward()
         return values
 
     # -- validation --------------------------------------------------------------------------------

@@ -250,6 +250,7 @@ def conditioned_batches(
     cpus_per_encoder: float = 0.1,
     gpus_per_encoder: float = 0.0,
     threads: int = 1,
+    node_labels: Mapping[str, str] | None = None,
     prefetch: int = 2,
     in_flight_bytes: int = 256 << 20,
 ) -> Generator[Batch]:
@@ -266,6 +267,7 @@ def conditioned_batches(
         slot_size: rows G of a slot, of all workers together.
         encoders: actors of this worker that encode.
         cpus_per_encoder, gpus_per_encoder: Ray resources of each; with a GPU share they encode on "cuda".
+        node_labels: of the nodes that may hold them; None: any.
         prefetch: batches fetched ahead into this process.
         in_flight_bytes: object store memory within which the encoders run ahead.
 
@@ -292,7 +294,7 @@ def conditioned_batches(
         "chunk": chunk,
         "threads": threads,
     }
-    share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder}
+    share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder, "label_selector": node_labels or None}
     conditioned = (
         _slots(first, stop, in_flight_bytes)
         .map_batches(rows_of_slots, batch_size=None, batch_format="numpy", **share)  # fused into the encoders

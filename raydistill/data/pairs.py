@@ -60,7 +60,7 @@ class Pairs:
     def part(self, index: int, count: int) -> Pairs:
         """The rows of one of `count` equal parts. Raises ValueError where they cannot be equal."""
         if len(self) % count:
-            raise ValueError(f"distill.micro_batches: {len(self)} pairs have no {count} equal parts")
+            raise ValueError(f"micro_batches: {len(self)} pairs have no {count} equal parts")
         size = len(self) // count
         rows = slice(index * size, (index + 1) * size)
         return Pairs(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))

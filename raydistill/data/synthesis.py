@@ -123,6 +123,7 @@ class Recipe:
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
         steps, guidance_scale: of the teacher's sampling; real images need none.
+        text_dtype: of the text encoders, and of the conditioning that the teacher gets.
     """
 
     teacher: Space
@@ -135,6 +136,7 @@ class Recipe:
     posterior: Posterior = "mean"
     steps: int = 1
     guidance_scale: float = 1.0
+    text_dtype: str = "float32"
 
     @property
     def samples(self) -> bool:
@@ -164,6 +166,7 @@ class Recipe:
             "batch_size": self.batch_size,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
+            "text_dtype": self.text_dtype,
         }
         return {
             "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
@@ -224,7 +227,7 @@ class TeacherAsker:
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe
-        self._text = TextEncoder(recipe.teacher, device=device)
+        self._text = TextEncoder(recipe.teacher, getattr(torch, recipe.text_dtype), device)
         self._empty = self._text.encode_unconditional()
 
     def ask(self, request: Request) -> AskedRows:

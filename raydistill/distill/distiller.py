@@ -52,6 +52,7 @@ from raydistill.distill.losses import (
     vsd_loss,
 )
 from raydistill.distill.student import one_step_x0, x0_gain
+from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
@@ -196,9 +197,7 @@ class Distiller:
 
     # -- forward parts -----------------------------------------------------------------------------
     def _autocast(self, wanted: bool = True) -> torch.autocast:
-        """Around forward passes of networks, and nothing else."""
-        device = "cpu" if self.device.type == "meta" else self.device.type  # the planner counts on meta tensors
-        return torch.autocast(device, torch.bfloat16, enabled=wanted and self.config.distill.mixed_precision)
+        return autocast(self.device, wanted and self.config.distill.mixed_precision)
 
     @cached_property
     def student_in_bfloat16(self) -> bool:

@@ -245,6 +245,7 @@ def _batches_from(config: Config, first: int, rank: int, world: int) -> Any:
         cpus_per_encoder=config.prompts.cpus_per_encoder,
         gpus_per_encoder=config.prompts.gpus_per_encoder,
         threads=config.prompts.threads_per_encoder,
+        node_labels=config.prompts.node_labels,
     )
 
 

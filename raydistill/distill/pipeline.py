@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from raydistill.beside import beside
-from raydistill.config import Config, changed, flatten, resolve
+from raydistill.config import Config, changed, flatten, needs_pairs, resolve, trains_bridge
 
 if TYPE_CHECKING:
     from raydistill.data.synthesis import Recipe
@@ -159,16 +159,13 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 def _stages(pipeline: Pipeline) -> dict[str, Any]:
     config, run = pipeline.config, pipeline.run
     service = config.teachers.service or f"teacher-{run.name}"
-    needs_bridge = config.bridge.checkpoint is None and config.bridge.projector != "identity"
-    needs_pairs = needs_bridge or config.bridge.trainable
-    needs_samples = needs_pairs or (config.discriminator.weight > 0 and config.discriminator.real_data is None)
     results: dict[str, Any] = {}
     with _teachers(pipeline, config, service) as teachers:  # who start while the trainers do
         pictures = beside(lambda: _evaluate_teacher(pipeline, service, teachers))
-        if needs_samples:
+        if needs_pairs(config):
             teachers.result()
-        pairs = _synthesise(pipeline, service) if needs_samples else None
-        bridge = made_bridge(pipeline, pairs) if needs_bridge else config.bridge.checkpoint
+        pairs = _synthesise(pipeline, service) if needs_pairs(config) else None
+        bridge = made_bridge(pipeline, pairs) if trains_bridge(config) else config.bridge.checkpoint
         real = config.discriminator.real_data
         real_folder = str(resolve(real)) if real else pairs
         results["distill"] = _distillation(
@@ -317,6 +314,7 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
         synthesis.posterior,
         config.teacher.sampling_steps,
         guidance_scale(config, inputs.teacher),
+        config.prompts.encoder_dtype,
     )
 
 

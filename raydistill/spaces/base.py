@@ -188,6 +188,9 @@ class Space(ABC):
         self.denormalise(self.normalise(torch.zeros(1, *self.latent_shape)))  # reads what the latents' map needs
         self.path, self.prediction  # noqa: B018 - read from the scheduler's configuration, where not the family's own
 
+    def assume_values(self) -> None:  # noqa: B027 - most families read none
+        """Stand-ins for numbers that the family reads from weight files, for counting where there are none."""
+
     # -- geometry ----------------------------------------------------------------------------------
     @cached_property
     def vae_config(self) -> Settings:

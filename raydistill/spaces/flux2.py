@@ -82,6 +82,10 @@ class Flux2KleinSpace(FlowSpace):
         deviation = (variance + self.vae_config["batch_norm_eps"]).sqrt()
         return mean[:, None, None], deviation[:, None, None]
 
+    def assume_values(self) -> None:
+        channels = 4 * self.vae_config["latent_channels"]
+        self.statistics = torch.zeros(channels, 1, 1), torch.ones(channels, 1, 1)
+
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
         mean, deviation = (value.to(raw) for value in self.statistics)
         return F.pixel_shuffle((F.pixel_unshuffle(raw, 2) - mean) / deviation, 2)

@@ -108,7 +108,7 @@ def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, co
     one = build_trainer(configure("bridge.attention.weight=0"), pairs_folder)
     for _ in range(2):
         one.step(one.objective.batch(one.step_count))
-    overrides = ("bridge.attention.weight=0", "bridge.steps=2", "distill.workers=2")
+    overrides = ("bridge.attention.weight=0", "bridge.steps=2", "distill.workers=2", "bridge.micro_batches=2")
     two = train_bridge(configure(*overrides), tmp_path, pairs_folder)
     # Adam divides by the size of tiny gradients, so rounding may show; a wrong mean would change every weight by lr.
     changed = [(weights(two.folder)[n] - v).abs().flatten() for n, v in one.bridge.projector.state_dict().items()]

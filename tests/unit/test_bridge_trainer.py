@@ -74,6 +74,15 @@ def test_attention_loss_is_added_and_its_gradient_reaches_the_projector(make):
     assert (a - b).norm() > 1e-3 * b.norm()
 
 
+def test_parts_of_a_batch_give_the_update_of_the_whole_up_to_rounding(make):
+    settings = ["bridge.attention.weight=1"]
+    whole, parts = make(*settings), make(*settings, "bridge.micro_batches=4")
+    (one,), (several,) = run(whole, 1), run(parts, 1)
+    assert several == pytest.approx(one, rel=1e-5)
+    gradients = [torch.cat([p.grad.flatten() for p in t.bridge.trainable_parameters()]) for t in (whole, parts)]
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
 def test_resumed_training_equals_uninterrupted_bit_by_bit(make):
     whole, first = make("bridge.attention.weight=1"), make("bridge.attention.weight=1")
     run(whole, 4)

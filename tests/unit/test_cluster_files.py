@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
-from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceRequest, ResourceRequestByCount
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from raydistill.config import CONFIGS, Config, load
-from raydistill.planning import read_gpus
+from raydistill.planning import asked_at_once, read_gpus, replicas
 from raydistill.teachers import placement
 
 ROOT = CONFIGS.parent
@@ -38,24 +39,33 @@ def kubernetes() -> dict[str, dict[str, Any]]:
     return {document["kind"]: document for document in documents}
 
 
-def scheduled(cluster: dict[str, Any], gangs: list[tuple[list[dict[str, float]], list[dict[str, str]]]]):
-    """What Ray's autoscaler would launch for placement groups of (bundles, labels of each)."""
-    config = AutoscalingConfig(copy.deepcopy(cluster), skip_content_hash=True)
+Group = tuple[list[dict[str, float]], list[dict[str, str]]]  # bundles, and labels of each
+Actors = tuple[int, dict[str, float], dict[str, str]]  # how many, what each reserves, and labels
+
+
+def request(amounts: dict[str, float], labels: dict[str, str]) -> ResourceRequest:
     equal = LabelSelectorOperator.LABEL_OPERATOR_IN
-    requests = []
-    for bundles, labels in gangs:
+    selector = [[(key, equal, [value]) for key, value in labels.items()]] if labels else None
+    return ResourceRequestUtil.make(amounts, label_selectors=selector)
+
+
+def scheduled(cluster: dict[str, Any], groups: list[Group], actors: list[Actors]):
+    """What Ray's autoscaler would launch for placement groups, and actors outside of them."""
+    config = AutoscalingConfig(copy.deepcopy(cluster), skip_content_hash=True)
+    gangs = []
+    for bundles, labels in groups:
         gang = GangResourceRequest()
-        for bundle, wanted in zip(bundles, labels, strict=True):
-            selector = [[(key, equal, [value]) for key, value in wanted.items()]] if wanted else None
-            gang.requests.append(ResourceRequestUtil.make(bundle, label_selectors=selector))
-        requests.append(gang)
+        gang.requests.extend(request(bundle, wanted) for bundle, wanted in zip(bundles, labels, strict=True))
+        gangs.append(gang)
+    alone = [ResourceRequestByCount(request=request(*what), count=count) for count, *what in actors]
     reply = ResourceDemandScheduler().schedule(
         SchedulingRequest(
             disable_launch_config_check=True,
             node_type_configs=config.get_node_type_configs(),
             max_num_nodes=config.get_max_num_nodes(),
             idle_timeout_s=config.get_idle_timeout_s(),
-            gang_resource_requests=requests,
+            gang_resource_requests=gangs,
+            resource_requests=alone,
         )
     )
     launched = {request.instance_type: request.count for request in reply.to_launch}
@@ -63,15 +73,32 @@ def scheduled(cluster: dict[str, Any], gangs: list[tuple[list[dict[str, float]],
     return launched, reply.infeasible_gang_resource_requests
 
 
-def demands(config: Config):
-    """The placement groups of a run: its teacher replicas, as the service asks for them, and its trainers."""
-    groups = [
-        (placement.bundles(config.teachers), placement.label_selectors(config.teachers))
-        for _ in range(config.teachers.replicas)
-    ]
-    worker = {"CPU": config.distill.cpus_per_worker, "GPU": config.distill.gpus_per_worker}
-    groups.append(([worker] * config.distill.workers, [config.distill.node_labels] * config.distill.workers))
-    return groups
+def teachers(config: Config, replicas: int) -> list[Group]:
+    """As the service asks for them."""
+    return [(placement.bundles(config.teachers), placement.label_selectors(config.teachers))] * replicas
+
+
+def demands(config: Config) -> tuple[list[Group], list[Actors]]:
+    """Of a distillation: its teacher replicas, trainers and text encoders."""
+    distill, prompts = config.distill, config.prompts
+    worker = {"CPU": distill.cpus_per_worker, "GPU": distill.gpus_per_worker}
+    trainers = [worker] * distill.workers, [distill.node_labels] * distill.workers
+    encoder = {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder}
+    actors = [(distill.workers * prompts.encoders, encoder, prompts.node_labels)]
+    return [*teachers(config, replicas(config, asked_at_once(config))), trainers], actors
+
+
+def synthesis_demands(config: Config) -> tuple[list[Group], list[Actors]]:
+    """Of the pairs' synthesis: as many teacher replicas as it may have, and what asks and encodes."""
+    synthesis = config.synthesis
+    actor = {"CPU": synthesis.cpus_per_encoder, "GPU": synthesis.gpus_per_encoder}
+    return teachers(config, config.teachers.max_replicas), [(2 * synthesis.encoders, actor, synthesis.node_labels)]
+
+
+def nodes_of(config: Config) -> dict[str, int]:
+    """Teacher nodes of 4 GPUs for ranks and for encoders, three of which share a GPU; one trainer node."""
+    ranks = replicas(config, asked_at_once(config)) * config.teachers.shards
+    return {"teacher": math.ceil((ranks + math.ceil(config.distill.workers / 3)) / 4), "trainer": 1}
 
 
 # -- AWS ------------------------------------------------------------------------------------------------
@@ -124,25 +151,34 @@ def test_image_packages_and_this_installation_are_of_one_ray(cluster, kubernetes
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_autoscaler_places_a_run_on_the_nodes_meant_for_it(pair, cluster):
     config = load(CONFIGS / f"{pair}.yaml")
-    launched, infeasible = scheduled(cluster, demands(config))
+    launched, infeasible = scheduled(cluster, *demands(config))
     assert infeasible == []
-    assert launched == {"teacher": 1, "trainer": 1}
+    assert launched == nodes_of(config)
+    assert launched["teacher"] <= 3
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_synthesis_has_all_teacher_nodes_and_rents_no_trainer(pair, cluster):
+    config = load(CONFIGS / f"{pair}.yaml")
+    assert replicas(config, config.synthesis.encoders * config.synthesis.in_flight) == config.teachers.max_replicas
+    assert scheduled(cluster, *synthesis_demands(config)) == ({"teacher": 4}, [])
 
 
 def test_more_teachers_start_more_teacher_nodes_up_to_the_limit(cluster):
-    config = load(CONFIGS / "flux1_dev_sd15.yaml", ["teachers.replicas=4"])
-    assert scheduled(cluster, demands(config)) == ({"teacher": 4, "trainer": 1}, [])
-    config = load(CONFIGS / "flux1_dev_sd15.yaml", ["teachers.replicas=5"])
-    launched, infeasible = scheduled(cluster, demands(config))
+    fixed = ["teachers.max_replicas=null", "teachers.min_replicas=null"]
+    config = load(CONFIGS / "flux1_dev_sd15.yaml", [*fixed, "teachers.replicas=3"])
+    assert scheduled(cluster, *demands(config)) == ({"teacher": 4, "trainer": 1}, [])
+    config = load(CONFIGS / "flux1_dev_sd15.yaml", [*fixed, "teachers.replicas=5"])
+    launched, infeasible = scheduled(cluster, *demands(config))
     assert launched == {"teacher": 4, "trainer": 1}
     assert len(infeasible) == 1
 
 
 def test_labels_keep_teachers_off_the_trainers_nodes(cluster):
     config = load(CONFIGS / "flux1_dev_sd15.yaml", ["teachers.node_labels={role: nowhere}"])
-    launched, infeasible = scheduled(cluster, demands(config))
-    assert launched == {"trainer": 1}
-    assert len(infeasible) == 1
+    launched, infeasible = scheduled(cluster, *demands(config))
+    assert launched == {"teacher": 1, "trainer": 1}, "for the text encoders, which may be there"
+    assert len(infeasible) == config.teachers.replicas
 
 
 def test_the_plan_of_the_ready_configurations_assumes_these_gpus(cluster):
@@ -211,4 +247,6 @@ def test_a_run_fits_the_pods_as_well(pair, kubernetes, cluster):
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         resources = {"CPU": int(limits["cpu"]), "GPU": int(limits["nvidia.com/gpu"])}
         cluster["available_node_types"][group["groupName"]]["resources"] = resources
-    assert scheduled(cluster, demands(load(CONFIGS / f"{pair}.yaml"))) == ({"teacher": 1, "trainer": 1}, [])
+    config = load(CONFIGS / f"{pair}.yaml")
+    assert scheduled(cluster, *demands(config)) == (nodes_of(config), [])
+    assert scheduled(cluster, *synthesis_demands(config)) == ({"teacher": 4}, [])

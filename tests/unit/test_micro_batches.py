@@ -284,6 +284,10 @@ def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
             ["distill.batch_size=16", "distill.micro_batches=8", "bridge.trainable=true", "bridge.batch_size=12"],
             r"bridge\.batch_size / distill\.workers = 12 cannot be divided by 8; .* to 2 or 4, or",
         ),
+        (
+            ["bridge.checkpoint=null", "bridge.batch_size=12", "bridge.micro_batches=5", "distill.workers=2"],
+            r"bridge\.micro_batches: bridge\.batch_size / distill\.workers = 6 cannot be divided by 5; .* to 3 or 6, or",
+        ),
     ],
 )
 def test_a_batch_that_has_no_such_parts_is_refused_with_those_it_has(overrides, message, tmp_path):

@@ -131,10 +131,10 @@ def test_parameters_are_exact(counts, worker, spaces):
     assert weights.optimizers - 2 * trained == pytest.approx(0, abs=4 * 2000)  # two moments, and a step count each
     for role, space in zip(("student", "teacher"), spaces, strict=True):
         encoders = {name: c for name, c in space.load_text().components.items() if name.startswith("text_encoder")}
-        assert {name: counts.text[f"{role} {name}"][0] for name in encoders} == {
+        assert {name: counts.text[f"{role} {name}"].parameters for name in encoders} == {
             name: counting.numel(encoder) for name, encoder in encoders.items()
         }
-        assert counts.vae[role][0] == counting.numel(space.load_vae())
+        assert counts.vae[role].parameters == counting.numel(space.load_vae())
 
 
 FOLDERS = {
@@ -163,7 +163,7 @@ def test_flops_of_text_encoders_are_those_counted_on_real_tensors(family, tmp_pa
     encoder = TextEncoder(load_space(folder), chunk=1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
         encoder.encode(["a small red circle"])
-    counted = sum(flops for _, flops in counting.count_text(counting.open_space(str(folder))).values())
+    counted = sum(e.prompt.flops for e in counting.count_text(counting.open_space(str(folder))).values())
     assert counted == pytest.approx(real.get_total_flops(), rel=0.05)
 
 
@@ -281,6 +281,10 @@ def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spa
 # -- arithmetic on the counts -----------------------------------------------------------------------------
 
 
+def text_of(flops):
+    return {"teacher text_encoder": counting.Text(1, counting.Work(flops, 0, flops))}
+
+
 def priced(config, **plan):
     return config.model_copy(update={"plan": config.plan.model_copy(update=plan)})
 
@@ -290,16 +294,16 @@ def large(counts):
     """Counts in which every part weighs something: numbers of the order of FLUX.1."""
     trainer, network = counts.trainer, counts.network
     works = {
-        name: dataclasses.replace(getattr(trainer, name), flops=flops)
+        name: dataclasses.replace(getattr(trainer, name), flops=flops, flops_32=flops)
         for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
     }
     return dataclasses.replace(
         counts,
         trainer=dataclasses.replace(trainer, **works),
         network=dataclasses.replace(
-            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14)
+            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14, flops_32=3e14)
         ),
-        text={"teacher text_encoder": (1, 1.0)},
+        text=text_of(1.0),
     )
 
 
@@ -311,13 +315,13 @@ def test_a_step_costs_what_the_schedule_says(config, large):
     gpus = planning.read_gpus()
     timing = planning.schedule(large, settings(config), gpus)
     work = timing.make + timing.updates * timing.fake + timing.student
-    assert timing.step == timing.make + max(timing.updates * timing.fake, timing.teacher) + timing.student
+    assert timing.step == pytest.approx(
+        timing.make + max(timing.updates * timing.fake, timing.teacher) + timing.student
+    )
     assert timing.sequential == work + timing.teacher
     off = planning.schedule(large, settings(config, "distill.overlap=false"), gpus)
     assert off.step == off.sequential == timing.sequential
-    text = planning.schedule(
-        dataclasses.replace(large, text={"teacher text_encoder": (1, 1e15)}), settings(config), gpus
-    )
+    text = planning.schedule(dataclasses.replace(large, text=text_of(1e15)), settings(config), gpus)
     assert text.step == text.text > text.work + text.wait
 
 
@@ -335,13 +339,23 @@ def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, larg
     assert held_back == pytest.approx(parts[1])
 
 
-def test_bfloat16_trainers_are_planned_with_bfloat16_speed(config, large):
-    gpus = planning.read_gpus()
-    slow, fast = (
-        planning.schedule(large, settings(config, f"distill.mixed_precision={on}"), gpus) for on in ("false", "true")
+def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float32s(config, counts):
+    """A student that starts at t = 999 stays float32; one that starts at 625 does not, nor do Bridge and fake score."""
+    late, early = (
+        planning.changed(
+            load(overrides=[f"student.start_timestep={t}", f"distill.batch_size={BATCH}"]), mixed_precision=True
+        )
+        for t in (999, 500)
     )
-    ratio = gpus["H100"].bf16_tflops / gpus["H100"].fp32_tflops
-    assert slow.make / fast.make == pytest.approx(ratio)
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    mixed, all_low = (counting.count_trainer(c, student, teacher) for c in (late, early))
+    assert counts.trainer.make.flops_32 == counts.trainer.make.flops == mixed.make.flops
+    assert mixed.fake.flops_32 < 0.02 * mixed.fake.flops + mixed.make.flops
+    assert all_low.make.flops_32 < 0.02 * all_low.make.flops < 0.3 * mixed.make.flops_32
+    gpu = planning.read_gpus()["H100"]
+    plain, low, partly = (gpu.seconds(counting.Work(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
+    assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
+    assert partly == pytest.approx((plain + low) / 2)
 
 
 def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
@@ -397,6 +411,8 @@ def test_what_does_not_fit_says_what_would(config, large):
     assert [label for label, _ in remedies] == [
         "distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host",
     ]  # fmt: skip
+    taken = settings(config, "distill.gradient_checkpointing=true", "fake_score.shard=true")
+    assert planning.trainer_remedies(large, taken) == remedies[-1:], "those that are taken already are no advice"
     sizes = [planning.trainer_bytes(large, large.batch), *(size for _, size in remedies)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
@@ -409,13 +425,15 @@ def test_price_is_hours_times_gpus_times_rate(config, large):
     )
     parts = planning.phases(large, chosen, gpus)
     distillation = parts[-1]
-    assert (distillation.trainer_gpus, distillation.teacher_gpus) == (8, 3 * chosen.teachers.shards)
+    assert distillation.gpus == {"H100": 8, "L40S": 3 * chosen.teachers.shards}
     assert distillation.hours == pytest.approx(
         chosen.distill.steps * planning.schedule(large, chosen, gpus).step / 3600
     )
     for spot in (True, False):
         rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
-        expected = sum(p.hours * (p.trainer_gpus * rates["H100"] + p.teacher_gpus * rates["L40S"]) for p in parts)
+        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4; the trainers are not there while pairs are made
+        nodes = [p.gpus.get("H100", 0) * rates["H100"] + 8 * rates["L40S"] + chosen.plan.head_price for p in parts]
+        expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
         assert planning.price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
 
 

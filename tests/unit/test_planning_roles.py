@@ -1,0 +1,197 @@
+"""The planner on Bridge training, encoders, autoscaled teachers and real pairs: counts against real tensors, and what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from raydistill import counting, planning
+from raydistill.bridge.loop import build_trainer
+from raydistill.config import CONFIGS, ConfigError, load, resolve
+from raydistill.data.pairs import write_pairs
+from raydistill.model_configs import write_folder
+from raydistill.spaces import load_space
+
+SHARE = 8
+TEACHERS = sorted(file.stem for file in (CONFIGS / "teachers").glob("*.yaml"))
+FEWER = {
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_hidden_layers": 2,
+    "transformer_layers_per_block": [1, 1, 1],
+    "dual_attention_layers": [0],
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    """The miniature's real Bridge trainer, on pairs of noise."""
+    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
+    config = load(overrides=["bridge.checkpoint=null", f"bridge.batch_size={SHARE}"])
+    shapes = (load_space(resolve(model)).latent_shape for model in (config.teacher.model, config.student.model))
+    z_T, z_S = (torch.randn(40, *shape, generator=generator) for shape in shapes)
+    ids = list(range(40))
+    write_pairs(folder, 0, [f"a red circle {i}" for i in ids], ids, ids, z_T, z_S)
+    return config, build_trainer(config, folder)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_bridges_step_is_counted_as_real_tensors_cost(trainer, parts):
+    config, real = trainer
+    config = config.model_copy(update={"bridge": config.bridge.model_copy(update={"micro_batches": parts})})
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    counted = counting.count_bridge(config, student, teacher, SHARE)
+    real.settings = real.objective.settings = config.bridge
+    batch = real.objective.batch(0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
+        real.step(batch)
+    assert counted.step.flops == pytest.approx(flops.get_total_flops(), rel=0.05)
+    vae = teacher.load_vae()
+    with counting.Meter("cpu") as memory:
+        for module in (real.bridge, real.objective.probe.network):
+            for tensor in (*module.parameters(), *module.buffers()):
+                memory.watch(tensor)
+        for state in real.optimizer.state.values():
+            for value in state.values():
+                memory.watch(value)
+        peak = memory.count(lambda: real.step(batch)).peak
+    assert counted.step.peak - counting.nbytes(vae.parameters()) == pytest.approx(peak, rel=0.1)
+
+
+def test_parts_of_the_pairs_need_less_memory_for_the_same_arithmetic(trainer):
+    config, _ = trainer
+    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    parted = config.model_copy(update={"bridge": config.bridge.model_copy(update={"micro_batches": 4})})
+    whole, parts = (counting.count_bridge(c, student, teacher, SHARE) for c in (config, parted))
+    assert parts.step.flops == whole.step.flops
+    assert parts.step.peak < 0.6 * whole.step.peak
+
+
+def test_flops_of_a_vae_are_those_counted_on_real_tensors(trainer):
+    config, _ = trainer
+    space = load_space(resolve(config.teacher.model))
+    counted, vae = counting.count_vae(counting.open_space(config.teacher.model)), space.load_vae()
+    pictures = torch.zeros(counted.batch, 3, space.resolution, space.resolution)
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        with FlopCounterMode(display=False) as encoding:
+            latents = space.encode(vae, pictures)
+        with FlopCounterMode(display=False) as decoding, counting.Meter("cpu") as memory:
+            decoded = memory.count(lambda: space.decode(vae, latents))
+    assert counted.encode.flops == pytest.approx(encoding.get_total_flops(), rel=0.05)
+    assert counted.decode.flops == pytest.approx(decoding.get_total_flops(), rel=0.05)
+    weights = counting.nbytes(vae.parameters())
+    assert counted.decode.peak == pytest.approx(decoded.peak - weights, rel=0.2)
+
+
+def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
+    settings = ["distill.batch_size=4", "bridge.batch_size=4"]
+    student, teacher = (counting.open_space(f"shapes:{name}") for name in ("sd15", "flux"))
+    alone = counting.count_trainer(load(overrides=settings), student, teacher)
+    along = counting.count_trainer(load(overrides=[*settings, "bridge.trainable=true"]), student, teacher)
+    assert along.make == dataclasses.replace(alone.make, peak=along.make.peak)
+    assert along.student.flops > alone.student.flops
+    assert along.weights.optimizers > alone.weights.optimizers, "Adam's moments of the projector"
+    gpus = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1"]
+    lines = planning.check_launch(load(overrides=[*settings, *gpus, "bridge.trainable=true"]), ["trainer"])
+    assert lines[0].startswith("fits: trainer: ")
+
+
+# -- real pairs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shortened(monkeypatch):
+    """Public models at their real widths with two blocks."""
+
+    def written(name, folder):
+        path = write_folder(name, folder)
+        for part in ("transformer", "unet"):
+            file = path / part / "config.json"
+            if file.is_file():
+                config = json.loads(file.read_text())
+                file.write_text(json.dumps(config | {key: value for key, value in FEWER.items() if config.get(key)}))
+        return path
+
+    monkeypatch.setattr(counting, "write_folder", written)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_every_role_of_a_ready_pair_can_be_checked_before_its_launch(teacher, shortened):
+    """With the networks' real widths, and few of their blocks: what is missing to count them would be missing here."""
+    config = load(CONFIGS / f"{teacher}_sd15.yaml", ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"])
+    lines = planning.check_launch(config)
+    assert [line.split(": ")[1] for line in lines] == list(planning.ROLES)
+
+
+def test_the_bridge_to_the_largest_teacher_fits_the_gpus_it_asks_for():
+    """FLUX.1 at its full size, half of whose blocks are behind the Bridge."""
+    (line,) = planning.check_launch(load(CONFIGS / "flux1_dev_sd15.yaml"), ["Bridge training"])
+    assert line.startswith("fits: Bridge training: needs ")
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_no_rank_of_a_ready_pair_computes_repeats(teacher):
+    config = load(CONFIGS / f"{teacher}_sd15.yaml")
+    size = config.distill.batch_size // config.distill.micro_batches
+    assert size % (config.teachers.slice * config.teachers.shards) == 0
+
+
+def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
+    file = tmp_path / "gpus.yaml"
+    row = "{memory_gib: 1, bf16_tflops: 1, fp32_tflops: 1, link_gbytes: 1, per_node: 1, price: 1, spot_price: 1}"
+    file.write_text(f"tiny: {row}\nlarge: {row.replace('memory_gib: 1,', 'memory_gib: 80,')}\n")
+    settings = [f"plan.gpus={file}", "plan.trainer_gpu=large", "plan.teacher_gpu=large", "plan.encoder_gpu=tiny"]
+    settings += ["prompts.gpus_per_encoder=0.001", "synthesis.gpus_per_encoder=0.001", "bridge.checkpoint=null"]
+    with pytest.raises(ConfigError) as error:
+        planning.check_launch(load(overrides=settings))
+    for key in ("prompts.gpus_per_encoder", "synthesis.gpus_per_encoder"):
+        assert f"{key}=0.001 tiny has 0.0; raise {key}" in str(error.value)
+    fits = planning.check_launch(load(overrides=[*settings[:-3], "prompts.gpus_per_encoder=1"]))
+    assert [line.split(":")[1] for line in fits] == [" text encoder"]
+
+
+# -- autoscaled teachers, and what is not asked of them ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return planning.count_run(load(overrides=["distill.batch_size=4", "bridge.checkpoint=null"]))
+
+
+GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.shards=1", "distill.batch_size=4"]
+
+
+def test_teachers_are_planned_as_the_service_scales_them(counts):
+    scaled = ["teachers.max_replicas=6", "teachers.target_ongoing_requests=4", "synthesis.in_flight=16"]
+    config = load(overrides=[*GPUS, *scaled, "distill.workers=8", "bridge.checkpoint=null", "bridge.pairs=null"])
+    parts = {phase.name: phase.gpus for phase in planning.phases(counts, config, planning.read_gpus())}
+    assert [planning.replicas(config, ongoing) for ongoing in (0, 4, 5, 16, 100)] == [1, 1, 2, 4, 6]
+    assert parts["synthesis"] == {"H100": 4}, "16 requests of the one actor that asks"
+    assert parts["Bridge training"] == {"H100": 8 + 1}
+    assert parts["distillation"] == {"H100": 8 + 2}, "8 workers with a request each"
+
+
+def test_real_images_ask_no_teacher(counts):
+    settings = [*GPUS, "bridge.checkpoint=null", "bridge.pairs=null", "synthesis.count=1000", "vsd.weight=0"]
+    drawn, real = (
+        {phase.name: phase for phase in planning.phases(counts, load(overrides=o), planning.read_gpus())}
+        for o in (settings, [*settings, "synthesis.images=/pictures"])
+    )
+    assert drawn["synthesis"].gpus == {"H100": 1}
+    assert real["synthesis"].gpus == {}
+    assert real["synthesis"].bound == "VAEs"
+    assert real["synthesis"].hours < drawn["synthesis"].hours
+    roles = planning.ROLES
+    assert not roles["teacher rank"].used(load(overrides=[*settings, "synthesis.images=/pictures"]))
+    assert roles["teacher rank"].used(load(overrides=settings))
+
+
+def test_a_request_that_is_filled_up_with_repeats_is_said(counts):
+    gpus = planning.read_gpus()
+    filled = planning._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
+    assert "ITS 4 SAMPLES ARE FILLED UP TO 16 with repeats: 2 rank(s) take slices of 8" in filled
