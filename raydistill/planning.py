@@ -22,7 +22,7 @@ from raydistill import counting
 from raydistill.config import Config, ConfigError, Count, Positive, Section, get, needs_pairs, trains_bridge
 from raydistill.data.encode import CHUNK
 from raydistill.distill.load import guidance_scale
-from raydistill.export.pipeline import licence_of
+from raydistill.export.licences import student_licences
 from raydistill.spaces import Space
 
 GIB = 1 << 30
@@ -681,15 +681,17 @@ def _amount(number: float, unit: str) -> str:
 def _sizes(counts: Counts, config: Config) -> str:
     network, weights = counts.network, counts.trainer.weights
     student = counts.trainer.gradients["student"] // 4
-    licences = {
-        model: licence_of(model, family)
-        for model, family in ((config.teacher.model, counts.teacher), (config.student.model, counts.student))
-    }
+    licences = student_licences(
+        config.teacher.model, counts.teacher, config.student.model, counts.student, config.student.unet
+    )
     lines = [
         f"{config.teacher.model} ({counts.teacher}) teaches {config.student.model} ({counts.student})",
         f"{config.distill.steps} student updates of {config.distill.workers} x {counts.batch} samples, "
         f"{config.fake_score.updates} fake-score updates each",
-        *(f"  licence of {model}: {licence.name}. {licence.terms}" for model, licence in licences.items()),
+        *(
+            f"  licence of the {role.lower()}, {model}: {licence.name}. {licence.terms}"
+            for role, model, licence in licences
+        ),
         "",
         "PARAMETERS (exact, from the configuration files)",
         f"  teacher {network.parameters:,}; student {student:,}; trained part of the fake score "

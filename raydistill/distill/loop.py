@@ -504,11 +504,12 @@ class Observer:
         return ModelCard(
             teacher=self.config.teacher.model,
             teacher_class=self.distiller.teacher_space.pipeline_class,
-            student=self.config.student.unet or self.config.student.model,
+            student=self.config.student.model,
             steps=step,
             run_id=self.stage.mlflow_run,
             config_hash=config_hash(self.config),
             metrics=table,
+            start=self.config.student.unet,
         )
 
     def finish(self, step: int, stopped: str | None) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from raydistill.export.pipeline import USAGE, front_matter, replacing, table_rows, tidy_configs
+from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, replacing, table_rows, tidy_configs
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
@@ -211,7 +211,7 @@ class Provenance:
     facts: Mapping[str, str]  # rows of its provenance table
     licence: str  # identifier of the hub
     licence_name: str
-    terms: tuple[str, ...]  # lines on the teacher's and the base's licence
+    terms: tuple[str, ...]  # lines on the licences of teacher, base and start
 
 
 def read_provenance(folder: Path) -> Provenance:
@@ -243,7 +243,7 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     names = {card.licence_name for card in cards}
     licences = {card.licence for card in cards}
     one = len(licences) == len(names) == 1 and licences != {_UNKNOWN}
-    head = front_matter(licences.pop(), names.pop()) if one else front_matter("other", "several, see below")
+    head = front_matter(licences.pop(), names.pop()) if one else front_matter(*SEVERAL)
     teachers = dict.fromkeys(card.facts.get("Teacher", _UNKNOWN) for card in cards)
     facts = {
         "Teacher": "; ".join(teachers),
@@ -295,7 +295,8 @@ A Stable Diffusion UNet that draws in **one** network evaluation: the weighted m
 {sources}
 ## Licence
 
-The mean inherits the terms of **every** source: of each teacher and of the model that the students started from.
+The mean inherits the terms of **every** source: of each teacher and of the models and weights that the students
+started from.
 
 {terms}
 

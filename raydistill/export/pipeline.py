@@ -20,6 +20,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from raydistill.export.licences import student_licences
 from raydistill.spaces.base import Space, without_bars
 
 
@@ -28,90 +29,44 @@ class ExportError(ValueError):
 
 
 @dataclass(frozen=True)
-class Licence:
-    """Terms that a model's own page states, in short; the page is what counts."""
-
-    model: str
-    name: str
-    identifier: str  # of the Hugging Face hub
-    terms: str
-
-
-_RAIL = "Use restrictions (Attachment A) bind the model and everything derived from it, and must be passed on."
-LICENCES: Mapping[str, Licence] = {  # pipeline class -> licence of the family's usual weights
-    "FluxPipeline": Licence(
-        "FLUX.1 [dev]",
-        "FLUX.1 [dev] Non-Commercial License",
-        "other",
-        "Non-commercial: the weights and models distilled from them may not be used commercially without a licence "
-        "from Black Forest Labs.",
-    ),
-    "Flux2KleinPipeline": Licence(
-        "FLUX.2 [klein] base 4B", "Apache License 2.0", "apache-2.0", "Permissive; keep the notices. (9B differs.)"
-    ),
-    "StableDiffusion3Pipeline": Licence(
-        "Stable Diffusion 3.5 Medium",
-        "Stability AI Community License",
-        "other",
-        "Free below 1 million US dollars of annual revenue, an enterprise licence above; derivatives carry the "
-        "licence and the notice 'Powered by Stability AI'.",
-    ),
-    "StableDiffusionXLPipeline": Licence("SDXL base 1.0", "CreativeML Open RAIL++-M", "openrail++", _RAIL),
-    "PixArtSigmaPipeline": Licence("PixArt-Sigma", "CreativeML Open RAIL++-M", "openrail++", _RAIL),
-    "KolorsPipeline": Licence(
-        "Kolors",
-        "Kolors model licence",
-        "other",
-        "Open for academic research; commercial use needs registration with the Kuaishou Kolors team.",
-    ),
-    "StableDiffusionPipeline": Licence("Stable Diffusion 1.5 / 2.1", "CreativeML Open RAIL(++)-M", "openrail++", _RAIL),
-}
-_EMBEDDED = Licence("embedded miniature model", "the project's own licence", "other", "No third-party weights.")
-_SCHNELL = Licence("FLUX.1 [schnell]", "Apache License 2.0", "apache-2.0", "Permissive; keep the notices.")
-
-
-def licence_of(model: str, pipeline_class: str) -> Licence:
-    """Licence terms of a teacher, by its name and the diffusers class of its folder."""
-    if model.startswith("shapes:"):
-        return _EMBEDDED
-    if pipeline_class == "FluxPipeline" and "schnell" in model.lower():
-        return _SCHNELL
-    unknown = Licence(model, "unknown", "other", "Look up the terms of this model before sharing anything.")
-    return LICENCES.get(pipeline_class, unknown)
-
-
-@dataclass(frozen=True)
 class ModelCard:
     """Where an exported student comes from."""
 
     teacher: str  # as configured: a hub id or folder
     teacher_class: str  # diffusers class of the teacher's folder
-    student: str
+    student: str  # its base, likewise
     steps: int
     run_id: str = ""
     config_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    start: str | None = None  # student.unet; None: the base's own UNet
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
-        licence = licence_of(self.teacher, self.teacher_class)
+        licences = student_licences(
+            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start
+        )
+        kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {
             "Teacher": self.teacher,
             "Student": self.student,
+            "Student start": self.start or "the student's own UNet",
             "Student updates": self.steps,
             "Start timestep": start_timestep,
             "MLflow run": self.run_id or "–",
             "Configuration": self.config_hash or "–",
         }
         return _CARD.format(
-            front=front_matter(licence.identifier, licence.name),
+            front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL)),
             teacher=self.teacher,
             usage=USAGE.format(dtype=str(dtype).removeprefix("torch.")),
             provenance=table_rows(provenance),
             scores=_scores(self.metrics),
-            licence=licence,
+            licences="\n".join(f"- {role}, {model}: {terms.name}. {terms.terms}" for role, model, terms in licences),
         )
 
+
+SEVERAL = ("other", "several, see below")  # identifier and name where no single licence covers a model
 
 # How an export is called; of this project's every model card.
 USAGE = """The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to run it.
@@ -144,10 +99,9 @@ A Stable Diffusion UNet that draws in **one** network evaluation, distilled from
 {scores}
 ## Licence
 
-The student inherits the terms of its teacher **and** of the model it started from.
+The student inherits the terms of its teacher **and** of the model and weights it started from.
 
-- Teacher, {licence.model}: {licence.name}. {licence.terms}
-- Student base: Stable Diffusion 1.5 is under CreativeML Open RAIL-M, 2.1 under CreativeML Open RAIL++-M.
+{licences}
 
 This is a summary and may be out of date; the licence texts of the models decide.
 """

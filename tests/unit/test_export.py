@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from raydistill.distill.student import one_step_x0
-from raydistill.export.pipeline import ExportError, ModelCard, export_student, licence_of, one_step_scheduler
+from raydistill.export.pipeline import ExportError, ModelCard, export_student, one_step_scheduler
 from raydistill.spaces import load_space
 
 CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 3000, "run-id", "abc123", {"mean": 0.75})
@@ -117,19 +117,6 @@ def test_model_card_says_how_to_call_and_under_which_terms(exports):
     assert "num_inference_steps=1, guidance_scale=0" in text
     for value in ("shapes:flux", "shapes:sd15", "3000", "625", "run-id", "abc123", "0.75", "torch.float32"):
         assert value in text, value
-
-
-@pytest.mark.parametrize(
-    ("model", "pipeline_class", "name"),
-    [
-        ("black-forest-labs/FLUX.1-dev", "FluxPipeline", "Non-Commercial"),
-        ("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "Apache"),
-        ("shapes:flux", "FluxPipeline", "own licence"),
-        ("somebody/else", "OtherPipeline", "unknown"),
-    ],
-)
-def test_licence_follows_the_teacher(model, pipeline_class, name):
-    assert name in licence_of(model, pipeline_class).name
 
 
 def test_network_input_of_an_early_start_is_sigma_times_noise(sd_folder):

