@@ -2,8 +2,11 @@
 
 The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). Where nodes share it, the driver downloads and
 all others only read; where each has its own disk, the first process of a node that needs a model fetches it and the others
-wait, so that a replica on a new node starts by itself. Weights are safetensors, never pickles. A token comes from HF_TOKEN, or from `hf auth login`; it is handed to the client by the client itself and
-appears in no message, file or log of this project.
+wait, so that a replica on a new node starts by itself. Weights are safetensors, never pickles.
+
+A token comes from HF_TOKEN, or from `hf auth login`, which writes it to $HF_HOME; the hub's client reads it, and it appears
+in no message, file or log of this project. For that reason no driver hands its own to other nodes: the variables of a
+runtime environment stand in Ray's dashboard and logs. Where nodes do not share $HF_HOME, each needs HF_TOKEN itself.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,7 +127,7 @@ def download(model: str) -> Path:
     try:
         folder = _fetch(repo, revision)
     except errors.GatedRepoError:
-        problem = f"accept its licence at {constants.ENDPOINT}/{repo}, and set HF_TOKEN to a token that may read it"
+        problem = _gated(repo)
     except errors.RevisionNotFoundError:
         problem = f"the hub has no revision {revision or 'main'} of it"
     except errors.RepositoryNotFoundError:
@@ -143,6 +147,19 @@ def download(model: str) -> Path:
             return folder
         problem = "not a diffusers pipeline (no model_index.json)"
     raise ConfigError(f"{model}: {problem}")
+
+
+def _gated(repo: str) -> str:
+    """What is missing for a model whose licence must be accepted first, and what to do."""
+    from huggingface_hub import constants, get_token
+
+    page, node = f"{constants.ENDPOINT}/{repo}", socket.gethostname()
+    if get_token() is None:
+        return (
+            f"gated, and node {node} has no token. Accept its licence at {page}, and set HF_TOKEN on every node before "
+            "Ray starts there; where nodes share HF_HOME, `hf auth login` on one of them will do"
+        )
+    return f"gated, and the token of node {node} may not read it. Accept its licence at {page}, as the token's owner"
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

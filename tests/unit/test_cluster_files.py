@@ -134,6 +134,15 @@ def test_the_token_and_the_mode_reach_every_node(cluster):
     assert "-e RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
 
 
+def test_every_pod_of_ray_can_read_gated_models(kubernetes):
+    cluster = kubernetes["RayJob"]["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        variables = {entry["name"]: entry for entry in group["template"]["spec"]["containers"][0]["env"]}
+        assert variables["HF_HOME"]["value"].startswith("/shared/")
+        secret = {"name": "huggingface", "key": "token", "optional": True}
+        assert variables["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": secret}
+
+
 def test_storage_is_one_folder_for_all_nodes(cluster):
     assert "-v /mnt/shared:/shared" in cluster["docker"]["run_options"]
     assert "-e HF_HOME=/shared/huggingface" in cluster["docker"]["run_options"]

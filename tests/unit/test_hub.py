@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -61,7 +62,7 @@ LINKS = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safeten
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves org/kolors to everybody, org/gated to nobody, and knows nothing else."""
+    """Serves org/kolors to everybody, the files of org/gated to the holder of TOKEN, and knows nothing else."""
 
     seen: list[tuple[str, str | None]] = []
     main = SHA  # the commit of org/kolors that is published
@@ -77,8 +78,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         Hub.seen.append((self.path, self.headers.get("Authorization")))
         path = self.path.split("?")[0]
-        if "org/gated" in path:
-            return self._send(403, X_Error_Code="GatedRepo", X_Error_Message="awaiting review")
+        if path.startswith("/org/gated/resolve/") and (given := self.headers.get("Authorization")) != f"Bearer {TOKEN}":
+            return self._send(403 if given else 401, X_Error_Code="GatedRepo", X_Error_Message="awaiting review")
+        path = path.replace("org/gated", "org/kolors", 1)
         commits = {"/revision/main": Hub.main, "": Hub.main} | {
             f"/revision/{commit}": commit for commit in (SHA, LATER)
         }
@@ -148,7 +150,6 @@ def test_after_a_download_no_network_is_needed_and_workers_ask_for_none(hub, tmp
 @pytest.mark.parametrize(
     ("model", "endpoint", "message"),
     [
-        ("org/gated", None, "accept its licence at {hub}/org/gated, and set HF_TOKEN"),
         ("org/nothing", None, "neither a folder here nor a model of the hub that can be read without"),
         ("org/kolors@v9", None, "the hub has no revision v9"),
         ("org/kolors", "http://127.0.0.1:9", "http://127.0.0.1:9 cannot be reached"),
@@ -161,6 +162,24 @@ def test_what_cannot_be_fetched_is_said_in_one_line(model, endpoint, message, hu
     assert last.startswith("raydistill.config.ConfigError: " + model)
     assert message.format(hub=hub) in last
     assert TOKEN not in done.stderr
+
+
+NO_TOKEN = (
+    "gated, and node {node} has no token. Accept its licence at {page}, and set HF_TOKEN on every node before Ray starts "
+    "there; where nodes share HF_HOME, `hf auth login` on one of them will do"
+)
+OTHER_TOKEN = "gated, and the token of node {node} may not read it. Accept its licence at {page}, as the token's owner"
+
+
+@pytest.mark.parametrize(("token", "message"), [({}, NO_TOKEN), ({"HF_TOKEN": "hf_other"}, OTHER_TOKEN)])
+def test_a_driver_with_a_token_and_a_node_without_one_that_may_read_a_gated_model(token, message, hub, tmp_path):
+    driver = ask("print(download('org/gated'))", hub, tmp_path / "driver", HF_TOKEN=TOKEN)
+    assert driver.returncode == 0, driver.stderr
+    folder = driver.stdout.strip().replace(str(tmp_path / "driver"), "/elsewhere")
+    done = ask(f"from raydistill.storage import present; present({folder!r})", hub, tmp_path / "node", **token)
+    message = message.format(node=socket.gethostname(), page=f"{hub}/org/gated")
+    assert done.stderr.strip().splitlines()[-1] == f"raydistill.config.ConfigError: org/gated@{SHA}: {message}"
+    assert "hf_other" not in done.stderr
 
 
 def test_a_node_with_a_disk_of_its_own_fetches_a_model_once_for_all_its_processes(hub, tmp_path):
