@@ -167,6 +167,18 @@ def test_an_update_changes_the_student_the_fake_score_and_the_head_and_nothing_e
     assert all(p.grad is None for p in distiller.bridge.parameters())
 
 
+def test_the_optimizers_are_the_papers_each_with_its_learning_rate(spaces, tables):
+    distiller = make_distiller(configuration(), spaces, tables)
+    groups = {name: optimizer.param_groups[0] for name, optimizer in distiller.optimizers.items()}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "student": 1e-3,
+        "fake": 1e-3,
+        "discriminator": 1e-2,
+    }
+    for group in groups.values():
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.0, 0.999), 1e-8, 0.0)
+
+
 def test_overlap_changes_no_bit(spaces, tables):
     config = configuration(fake_score__updates=2)
     overlapped = run(config, spaces, tables, overlap=True)

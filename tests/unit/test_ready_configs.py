@@ -24,8 +24,9 @@ TEACHERS = {
     "flux1_dev": (16, "velocity"),
     "flux2_klein": (32, "velocity"),
 }
-STUDENTS = {"sd15": 999, "sd21_base": 625}
-PAIRS = [(teacher, student) for teacher in TEACHERS for student in STUDENTS]
+STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
+PAIRS = [(teacher, student) for teacher in TEACHERS for student in ("sd15", "sd21_base")]
+PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
 PAPER = {
     "student.lr": 1e-6,
     "fake_score.lr": 5e-4,
@@ -34,7 +35,6 @@ PAPER = {
     "vsd.weight": 1.0,
     "vsd.t_min": 0.02,
     "vsd.t_max": 0.98,
-    "distill.steps": 3000,
     "distill.workers": 8,
     "bridge.lr": 1e-4,
     "bridge.batch_size": 32 * 8,
@@ -42,6 +42,10 @@ PAPER = {
     "bridge.prior": True,
     "bridge.attention.weight": 1.0,
     "bridge.attention.temperature": 3.0,
+    "bridge.attention.normalize": True,
+    "bridge.attention.layers": 4,  # METHOD.md, section 2: this project's reading, as the next
+    "bridge.attention.depth_fraction": 0.5,
+    "bridge.trainable": False,
     "synthesis.count": 2_000_000,
 }
 
@@ -49,6 +53,8 @@ PAPER = {
 def test_there_is_one_file_for_every_pair_of_parts():
     assert {file.stem for file in (CONFIGS / "teachers").iterdir()} == set(TEACHERS)
     assert {file.stem for file in (CONFIGS / "students").iterdir()} == set(STUDENTS)
+    real = {file.stem for file in CONFIGS.glob("*.yaml") if "extends: [paper" in file.read_text()}
+    assert real == {f"{teacher}_{student}" for teacher, student in PAIRS}
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
@@ -63,7 +69,8 @@ def test_a_pair_has_the_hyperparameters_of_the_paper(teacher, student):
     values = flatten(config)
     assert {key: values[key] for key in PAPER} == PAPER
     assert config.distill.batch_size == (16 if teacher == "flux2_klein" else 32)
-    assert config.student.start_timestep == STUDENTS[student]
+    assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
+    assert (config.student.unet is None) == student.endswith("_raw")
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
@@ -113,9 +120,9 @@ def test_parts_of_one_kind_decide_the_same_keys():
         for key, value in tree.items():
             yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
+    more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
         common = set.intersection(*decided.values())
-        assert {name: extra for name, found in decided.items() if (extra := found - common)} == (
-            {"flux2_klein": {"distill.batch_size"}} if kind == "teachers" else {}
-        )
+        extras = {name: found - common for name, found in decided.items()}
+        assert extras == {name: more.get(name, set()) for name in decided}
