@@ -112,7 +112,10 @@ def idle_service(config: Teachers, name: str = "idle", replicas: int = 1) -> Ite
 
 
 def request_of(nbytes: int, batch: int = 16) -> Any:
-    """A ScoreRequest of about this size: latents of 16 x 32 x 32 and one conditioning tensor for the rest."""
+    """A ScoreRequest of about `nbytes`: float32 latents of (batch, 4, 16, 16), and conditioning for the rest.
+
+    The conditioning is a row for each sample and an unconditional one, at least one number wide.
+    """
     import torch
 
     from raydistill.teachers.client import ScoreRequest
