@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
 
 from raydistill.config import CONFIGS, load
 from raydistill.counting import open_space
+from raydistill.distill.loop import Observer
 from raydistill.export.licences import licence_of, student_licences
 from raydistill.export.pipeline import ModelCard
 from raydistill.model_configs import HUB_MODELS
@@ -83,3 +86,14 @@ def test_one_licence_in_the_front_matter_only_where_it_covers_all():
     front, text = card("Tongyi-MAI/Z-Image", "ZImagePipeline", SD15, None)
     assert (front["license"], front["license_name"]) == ("other", "several, see below")
     assert "- Student start" not in text
+
+
+@pytest.mark.parametrize("pair", ["sd35_large_sd15", "sd35_medium_sd15_raw"])
+def test_a_runs_card_has_the_teacher_base_and_start_of_its_configuration(pair):
+    config = load(CONFIGS / f"{pair}.yaml")
+    space = SimpleNamespace(pipeline_class="StableDiffusion3Pipeline")
+    run = SimpleNamespace(
+        config=config, distiller=SimpleNamespace(teacher_space=space), stage=SimpleNamespace(mlflow_run="run")
+    )
+    made = Observer._card(run, 1, {})
+    assert (made.teacher, made.student, made.start) == (config.teacher.model, SD15, config.student.unet)
