@@ -18,7 +18,7 @@ SECTIONS = {
     "startup": "seconds from the command to the first step, by phase",
     "latency": "one picture: the student alone, and with the Bridge and each teacher's decoder",
     "realsize": "one step of SD 1.5 with its Bridge at real size on the CPU",
-    "gpu": "real sizes on a GPU: score forwards, a student step, the Bridge's latency",
+    "gpu": "real sizes on a GPU: score forwards, a student step and its memory, what the Bridge adds to a picture",
     "quality": "what quality costs: teacher forwards until the student is nearly as good, by fake score, k and GAN",
     "chaos": "a run that goes on while its processes are killed, against the same run left alone",
 }

@@ -1,4 +1,4 @@
-"""Real sizes with random weights on a GPU: guided score forwards, a student step with the Bridge, the Bridge's latency.
+"""Real sizes with random weights on a GPU: guided scores, a student step and its memory, what the Bridge adds to a picture.
 
 Needs no Ray, no weights and no network. `--dry-run` walks the same path on the CPU with the miniature world's sizes; its
 times mean nothing. Without a GPU, and without that option, it says so and measures nothing.
@@ -18,7 +18,8 @@ TEACHERS = (
 )
 STUDENT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TARGET = 0.6  # of the matrix peak measured on the same card
-PAPER_BRIDGE_MS = {"SDXL": 6.01, "SD 3.5": 7.45, "FLUX.2": 18.01}  # H100, batch 1, decoding into the teacher's picture
+PAPER_ADDED_MS = {"SDXL": 6.01, "SD 3.5": 7.45, "FLUX.2": 18.01}  # to a student's picture (H100, batch 1)
+STEP_SAMPLES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,13 +78,13 @@ def _matrix_peak(device: Any) -> float:
     return 2 * size**3 / _seconds(lambda: a @ b, 20, device) / 1e12
 
 
-def _random_network(space: Any, dtype: Any, device: Any) -> Any:
-    """The family's network at its real size with small random weights, made on the device."""
+def _random_part(space: Any, name: str, dtype: Any, device: Any) -> Any:
+    """A network of the family at its real size with small random weights, made on the device."""
     import torch
 
     from raydistill.spaces.base import diffusers_class
 
-    config = space.part_config(space.network_name)
+    config = space.part_config(name)
     with torch.device("meta"):
         network = diffusers_class(config).from_config(config)
     buffers = {name: buffer for name, buffer in network.named_buffers() if buffer.device.type == "meta"}
@@ -91,8 +92,8 @@ def _random_network(space: Any, dtype: Any, device: Any) -> Any:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.02)
-        for name, _ in buffers.items():  # tables of positions: their values do not change the time
-            network.get_buffer(name).normal_(std=0.02) if network.get_buffer(name).is_floating_point() else None
+        for buffer in map(network.get_buffer, buffers):  # tables of positions: their values do not change the time
+            buffer.normal_(std=0.02) if buffer.is_floating_point() else None
     return network.eval().requires_grad_(False)
 
 
@@ -138,7 +139,7 @@ def _scores(model: str, arguments: argparse.Namespace, device: Any) -> list[dict
     space, rows = _open(model), []
     scale = space.default_guidance_scale
     one = _flops(space, 1, scale)
-    network = _random_network(space, torch.bfloat16, device)
+    network = _random_part(space, space.network_name, torch.bfloat16, device)
     kinds = {"eager": network} | (
         {} if arguments.no_compile or arguments.dry_run else {"compiled": torch.compile(network)}
     )
@@ -185,51 +186,90 @@ def _bridge(student: Any, teacher: Any, arguments: argparse.Namespace, device: A
     return bridge.eval().requires_grad_(False)
 
 
-def _student_step(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
-    """Forward through student and Bridge, backward, AdamW, float32 weights under bfloat16 autocast."""
+def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[], None]:
+    """Forward through student and Bridge, backward, AdamW; float32 weights under bfloat16 autocast, nothing recomputed."""
     import torch
 
     from raydistill.distill.student import one_step_x0
 
     student = _open("shapes:sd15" if arguments.dry_run else STUDENT)
     teacher = _open("shapes:flux" if arguments.dry_run else TEACHERS[0])
-    unet = _random_network(student, torch.float32, device).requires_grad_(True)
+    unet = _random_part(student, student.network_name, torch.float32, device).requires_grad_(True)
     bridge = _bridge(student, teacher, arguments, device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, betas=(0.0, 0.999))
-    batch = 4
-    noise = torch.randn(batch, *student.latent_shape, device=device)
-    conditioning = _conditioning(student, batch, torch.float32, device)
+    noise = torch.randn(STEP_SAMPLES, *student.latent_shape, device=device)
+    conditioning = _conditioning(student, STEP_SAMPLES, torch.float32, device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast("cpu" if device.type == "meta" else device.type, torch.bfloat16):
             x = bridge(one_step_x0(student, unet, noise, conditioning, 999))
         x.float().square().mean().backward()
         optimizer.step()
 
-    print(f"student + Bridge, {batch} samples …", flush=True)
-    row = {"batch": batch, "seconds": _seconds(step, arguments.repeats, device)}
+    return step
+
+
+def _student_step(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+    """Seconds, and peak bytes of its tensors: `counted_bytes` as the plan counts them, `peak_bytes` as they were.
+
+    On a GPU these are torch's own record; on the CPU, which has none, the tensors that were alive.
+    """
+    import torch
+
+    from raydistill.counting import Meter, counted
+
+    print(f"student + Bridge, {STEP_SAMPLES} samples …", flush=True)
+    row: dict[str, Any] = {"batch": STEP_SAMPLES}
+    with counted() as meter:
+        row["counted_bytes"] = _peak_of_second(meter, _step_of_student(arguments, torch.device("meta")))
     if device.type == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        del unet, bridge, optimizer
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    row["seconds"] = _seconds(_step_of_student(arguments, device), arguments.repeats, device)
+    if device.type == "cuda":
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
+    else:
+        with Meter(device.type) as meter:
+            row["peak_bytes"] = _peak_of_second(meter, _step_of_student(arguments, device))
     return row
 
 
+def _peak_of_second(meter: Any, step: Callable[[], None]) -> int:
+    """Most live bytes in a step's second call: the first makes the optimizer's state."""
+    step()
+    return meter.count(step).peak
+
+
 def _bridges(arguments: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
-    """What the Bridge adds to one student picture, in bfloat16, batch 1."""
+    """Seconds of the Bridge and of both decoders for one picture, in bfloat16.
+
+    `added_s` is what the paper names: Bridge and teacher's decoder instead of the student's decoder.
+    """
     import torch
 
     names = {"SDXL": "stabilityai/stable-diffusion-xl-base-1.0", "SD 3.5": TEACHERS[0], "FLUX.2": TEACHERS[1]}
     if arguments.dry_run:
         names = {"SD 3.5": "shapes:sd3"}
     student, rows = _open("shapes:sd15" if arguments.dry_run else STUDENT), []
+    z_S = torch.randn(1, *student.latent_shape, device=device, dtype=torch.bfloat16)
+    student_vae = _random_part(student, "vae", torch.bfloat16, device)
     for name, model in names.items():
-        bridge = _bridge(student, _open(model), arguments, device).to(torch.bfloat16)
-        z_S = torch.randn(1, *student.latent_shape, device=device, dtype=torch.bfloat16)
+        print(f"Bridge to {name} …", flush=True)
+        teacher = _open(model)
+        bridge = _bridge(student, teacher, arguments, device).to(torch.bfloat16)
+        teacher_vae = _random_part(teacher, "vae", torch.bfloat16, device)
+        z_T = torch.randn(1, *teacher.latent_shape, device=device, dtype=torch.bfloat16)
+        row: dict[str, Any] = {"teacher": name, "paper_added_ms": PAPER_ADDED_MS[name]}
         with torch.no_grad():
-            seconds = _seconds(lambda b=bridge, z=z_S: b(z), 4 * arguments.repeats, device)
-        rows.append({"teacher": name, "seconds": seconds, "paper_ms": PAPER_BRIDGE_MS[name]})
+            for part, call in {
+                "bridge": lambda b=bridge: b(z_S),
+                "teacher_decoder": lambda vae=teacher_vae, z=z_T: vae.decode(z),
+                "student_decoder": lambda: student_vae.decode(z_S),
+            }.items():
+                row[f"{part}_s"] = _seconds(call, 4 * arguments.repeats, device)
+        rows.append(row | {"added_s": row["bridge_s"] + row["teacher_decoder_s"] - row["student_decoder_s"]})
     return rows
 
 
@@ -282,13 +322,24 @@ def table(result: dict[str, Any]) -> str:
         ],
     )  # fmt: skip
     bridges = markdown(
-        ("Bridge to", "forward", "paper, with decoding (H100)"),
-        [(row["teacher"], milliseconds(row["seconds"]), f"+{row['paper_ms']} ms") for row in result["bridges"]],
+        ("Bridge to", "Bridge", "teacher's decoder", "student's decoder", "added to a picture", "paper (H100)"),
+        [
+            (
+                row["teacher"],
+                *(milliseconds(row[f"{part}_s"]) for part in ("bridge", "teacher_decoder", "student_decoder")),
+                f"{1e3 * row['added_s']:+.3g} ms",
+                f"+{row['paper_added_ms']} ms",
+            )
+            for row in result["bridges"]
+        ],
     )
     student, zero3 = result["student"], result["zero3"]
     lines = [
         f"matrix peak {result['matrix_tflops']:.3g} TFLOP/s in bfloat16; student + Bridge step of {student['batch']} samples "
         f"{milliseconds(student['seconds'])}; target of the scores {TARGET:.0%}",
+        f"peak memory of that step: counted {student['counted_bytes'] / 1e9:.3g} GB, measured "
+        f"{student['peak_bytes'] / 1e9:.3g} GB, measured / counted {student['peak_bytes'] / student['counted_bytes']:.3f}",
+        "added to a picture: Bridge + teacher's decoder - student's decoder, in bfloat16, batch 1",
         "ZeRO-3: " + ", ".join(f"{key} {value}" for key, value in zero3.items()),
         f"torch {result['torch']}; medians of {result['repeats']}; random weights",
     ]

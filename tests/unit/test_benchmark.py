@@ -59,6 +59,20 @@ def test_without_a_gpu_the_section_says_so_and_ends_well(run_script, here, tmp_p
     assert gpu_section.table(result) == result["skipped"]
 
 
+def test_the_gpu_section_compares_with_the_paper_and_the_plan():
+    """On the CPU, with the miniature world's sizes, as `--dry-run` does."""
+    arguments, cpu = argparse.Namespace(dry_run=True, repeats=1), torch.device("cpu")
+    step, (bridge,) = gpu_section._student_step(arguments, cpu), gpu_section._bridges(arguments, cpu)
+    assert step["peak_bytes"] == pytest.approx(step["counted_bytes"], rel=0.15)
+    assert bridge["added_s"] == bridge["bridge_s"] + bridge["teacher_decoder_s"] - bridge["student_decoder_s"]
+    result = {"scores": [], "zero3": {}, "matrix_tflops": 1.0, "torch": "2", "repeats": 1, "dry_run": True}
+    seconds = {"bridge_s": 0.004, "teacher_decoder_s": 0.005, "student_decoder_s": 0.002, "added_s": 0.007}
+    result |= {"student": step | {"counted_bytes": 2e9, "peak_bytes": 3e9}, "bridges": [bridge | seconds]}
+    text = gpu_section.table(result)
+    assert "| SD 3.5 | 4 ms | 5 ms | 2 ms | +7 ms | +7.45 ms |" in text
+    assert "counted 2 GB, measured 3 GB, measured / counted 1.500" in text
+
+
 def test_a_real_size_step_changes_the_student_through_the_bridge(run_script, here, tmp_path):
     """On the miniature world's sizes; the real ones need a minute and 12 GB."""
     code, out, _ = run_script("benchmark", "realsize", "--dry-run", "--threads", "1", *here)
