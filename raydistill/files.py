@@ -1,4 +1,4 @@
-"""Files of a run: small ones are read with an error that names them (`storage.replace_text` writes them), scratch space."""
+"""Files of a run: small ones are read with an error that names them (`storage.replace_text` writes them), hashes, scratch space."""
 
 from __future__ import annotations
 
@@ -25,6 +25,18 @@ def read_json(file: Place, cure: str) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DamagedFile(f"{file} is damaged ({error}): {cure}") from error
+
+
+def content_hash(path: Path) -> str:
+    """Of a file, or of all files of a folder in their order: their names and every byte. Links are followed."""
+    walk = os.walk(path, followlinks=True)
+    files = sorted(Path(place, name) for place, _, names in walk for name in names) if path.is_dir() else [path]
+    digest = hashlib.blake2b(digest_size=12)
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
 @contextmanager

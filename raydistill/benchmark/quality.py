@@ -4,7 +4,8 @@ One factor at a time from the default of the shapes world: the fake score's kind
 GAN; and the recipe of DMD2: a full copy, k = 5, and a forward pass of its own for the discriminator's view of the
 student's samples. Everything else (seeds, prompts, noise, learning rates) is equal. Each cell is a distillation in one
 process, with the run's own Distiller and schedule; FLOPs are those of its networks, counted. The student is judged on
-training prompts, as settings may not be chosen on the held-out ones. Cells that are done are kept: the same command goes on.
+training prompts, as settings may not be chosen on the held-out ones. Cells that are done are kept: the same command goes on,
+and does again those whose configuration, weights or data have changed since.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 REAL_PAIR = "sd35_medium_sd15"  # what an update costs at real size is counted for this one
+OF_TEACHER = ("teacher", "prompts", "evaluation")  # sections of the configuration that decide the teacher's accuracy
+FILES_OF_TEACHER = ("teacher.model", "prompts.path", "evaluation.judge")  # and the files that they name
+FILES_OF_CELL = (*FILES_OF_TEACHER, "student.model", "student.unet", "bridge.checkpoint", "discriminator.real_data")
 
 
 @dataclass(frozen=True)
@@ -134,24 +138,25 @@ class Cell:
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Distil until the student is good enough, or read what an earlier call has found.
+    """Distil until the student is good enough, or read what an earlier call has found of the same.
 
     Returns:
         `curve`: (updates, accuracy) of every evaluation; `teacher`: its accuracy.
     """
     import torch
 
-    from raydistill.config import CONFIGS, load
+    from raydistill.config import CONFIGS, config_hash, load
     from raydistill.data.prompts import training_prompts
     from raydistill.distill.local import local_distillation
     from raydistill.distill.schedule import distillation_step
     from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 
-    file, settings = folder / cell.file, json.loads(json.dumps(asdict(cell)))
-    if file.is_file() and (known := json.loads(file.read_text()))["cell"] == settings:
+    config = load(CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
+    file, key = folder / cell.file, {"config": config_hash(config), "files": _hashes(config, FILES_OF_CELL)}
+    key |= json.loads(json.dumps(asdict(cell)))
+    if file.is_file() and (known := json.loads(file.read_text()))["cell"] == key:
         return known
     torch.set_num_threads(1)
-    config = load(CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
     distiller, scores = local_distillation(config)
     fixed = FixedPrompts(training_prompts(config), cell.pictures, config.evaluation.seed + 1)
     evaluator = StudentEvaluator(distiller.student_space, fixed, config.evaluation, "cpu")
@@ -165,9 +170,17 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         for _ in range(cell.every):
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
         curve.append([curve[-1][0] + cell.every, accuracy()])
-    found = {"cell": settings, "teacher": teacher, "curve": curve}
+    found = {"cell": key, "teacher": teacher, "curve": curve}
     _write(file, found)
     return found
+
+
+def _hashes(config: Any, keys: Sequence[str]) -> dict[str, str]:
+    """Of the contents of the files and folders that these keys of the configuration name."""
+    from raydistill.config import get, resolve
+    from raydistill.files import content_hash
+
+    return {key: content_hash(resolve(path)) for key in keys if (path := get(config, key)) is not None}
 
 
 def crossing(curve: Sequence[Sequence[float]], wanted: float) -> float | None:
@@ -179,13 +192,16 @@ def crossing(curve: Sequence[Sequence[float]], wanted: float) -> float | None:
 
 
 def _teacher_accuracy(config: Any, scores: Any, evaluator: Any, file: Path) -> float:
-    """Of the teacher's own multi-step pictures of the same prompts; kept in a file."""
+    """Of the teacher's own multi-step pictures of the same prompts; kept in a file, for as long as nothing of it changes."""
     import torch
 
-    if file.is_file():
-        return json.loads(file.read_text())["mean"]
+    from raydistill.config import mathematical
     from raydistill.evaluation.evaluator import encode_table
 
+    key = {name: value for name, value in mathematical(config).items() if name.partition(".")[0] in OF_TEACHER}
+    key["files"] = _hashes(config, FILES_OF_TEACHER)
+    if file.is_file() and (known := json.loads(file.read_text())).get("key") == key:
+        return known["mean"]
     space, fixed = scores.space, evaluator.fixed
     table, row = encode_table(space, fixed.captions)
     vae, pictures = space.load_vae(), []
@@ -198,7 +214,7 @@ def _teacher_accuracy(config: Any, scores: Any, evaluator: Any, file: Path) -> f
             )  # fmt: skip
             pictures.append(space.decode(vae, latents))
     judged = evaluator.judge.accuracy(torch.cat(pictures), fixed.captions)
-    _write(file, judged)
+    _write(file, judged | {"key": key})
     return judged["mean"]
 
 

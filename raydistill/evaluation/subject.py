@@ -6,7 +6,6 @@ gives it: another order draws the same pictures, another batch size the same up 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from raydistill.distill.student import one_step_x0
 from raydistill.evaluation.grids import to_pil
 from raydistill.evaluation.promptsets import Item
 from raydistill.export.source import Export, SourceError, find_export, open_one_step
+from raydistill.files import content_hash
 from raydistill.spaces import load_space
 from raydistill.storage import Place, place, present
 
@@ -67,13 +67,7 @@ class Subject:
     def fingerprint(self) -> str:
         """Hash of the network's files: results of other weights in the same folder are never taken for these."""
         folder = Path(self.unet) if self.unet else Path(self.folder, load_space(self.folder).network_name)
-        files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else [folder]
-        digest = hashlib.blake2b(digest_size=12)
-        for file in files:
-            digest.update(file.name.encode())
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "blake2b").digest())
-        return digest.hexdigest()
+        return content_hash(folder)
 
 
 def find_subject(

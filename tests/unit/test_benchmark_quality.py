@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from raydistill.benchmark.quality import DMD2, VARIANTS, Cell, Variant, crossing, run_cell, table, update_cost
+from raydistill.config import CONFIGS
+from raydistill.evaluation.evaluator import StudentEvaluator
+from raydistill.shapes import WEIGHTS
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +61,39 @@ def test_a_cell_ends_when_it_is_good_enough_and_is_not_done_again(tmp_path, monk
     assert found_easy["curve"] == found["curve"][:2], "same numbers, and a tenth of the teacher is enough at once"
     assert json.loads((tmp_path / easy.file).read_text()) == found_easy
     assert json.loads((tmp_path / cell.file).read_text()) == found, "of the other share"
+
+
+def test_other_weights_or_another_configuration_are_another_cell(tmp_path, monkeypatch):
+    """With the embedded world's files and its configuration in places where they can be changed."""
+    weights, configs = tmp_path / "weights", tmp_path / "configs"
+    shutil.copytree(WEIGHTS, weights, symlinks=True)
+    shutil.copytree(CONFIGS, configs)
+    monkeypatch.setattr("raydistill.shapes.WEIGHTS", weights)
+    monkeypatch.setattr("raydistill.config.CONFIGS", configs)
+    cell = Cell(Variant("k = 1", k=1), seed=0, share=0.9, most=0, every=1, pictures=8)
+
+    def found():
+        result = run_cell(cell, tmp_path)
+        return result["curve"][0][1], result["teacher"]
+
+    def change(file):
+        tensors = load_file(file)
+        save_file({name: tensor * 0.8 if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}, file)
+
+    student, teacher = found()
+    change(weights / "flux/transformer/diffusion_pytorch_model.safetensors")
+    worse_teacher = found()
+    assert worse_teacher[0] == student
+    assert worse_teacher[1] < teacher
+    change(weights / "sd15-onestep/unet/diffusion_pytorch_model.safetensors")
+    both_worse = found()
+    assert both_worse[0] < student
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentEvaluator, "draw", None)
+        assert found() == both_worse, "read, not done again"
+    text = (configs / "shapes.yaml").read_text()
+    (configs / "shapes.yaml").write_text(text.replace("sampling_steps: 12", "sampling_steps: 1"))
+    assert found()[1] != both_worse[1]
 
 
 def test_the_table_compares_with_the_recipe_of_dmd2():

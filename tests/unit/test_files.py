@@ -11,7 +11,7 @@ import pytest
 
 from raydistill.config import ConfigError, load
 from raydistill.distill.loop import Stage
-from raydistill.files import DamagedFile, read_json, scratch
+from raydistill.files import DamagedFile, content_hash, read_json, scratch
 from raydistill.preflight import create_run_folder, open_run_folder
 from raydistill.storage import replace_text
 
@@ -28,6 +28,21 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         replace_text(file, '{"steps": 1}')
     assert file.read_text() == "{}"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_content_hash_sees_names_and_bytes_also_behind_links(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "weights").write_text("a")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "vae").symlink_to(tmp_path / "vae")
+    seen = [content_hash(model)]
+    (tmp_path / "vae" / "weights").write_text("b")
+    seen.append(content_hash(model))
+    (tmp_path / "vae" / "weights").rename(tmp_path / "vae" / "others")
+    seen += [content_hash(model), content_hash(tmp_path / "vae" / "others")]
+    assert len({*seen[:3]}) == 3
+    assert seen[2] == seen[3], "of the only file"
 
 
 @pytest.mark.parametrize("text", ["", '{"steps": 1', "\x00\x00"])
