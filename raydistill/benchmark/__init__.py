@@ -10,7 +10,7 @@ A section is a module of this package with three functions, and imports nothing 
 from __future__ import annotations
 
 SECTIONS = {
-    "schedule": "a step against its critical path; sequential against overlapped",
+    "schedule": "a step against its critical path; sequential and in one process against overlapped",
     "service": "latency and copies of a score request against a bare actor call, 0.1 to 256 MB",
     "scale": "throughput of 1 to 32 simulated replicas and of 1 to 8 simulated trainers",
     "data": "prompts per second through reading and encoding, memory of a million prompts, trainers' wait for data",

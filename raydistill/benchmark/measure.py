@@ -18,8 +18,12 @@ def machine() -> str:
     """CPU, usable cores and GPU in one line."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of {found.group(1).strip() if found else 'an unknown CPU'}, {gpu_name() or 'no GPU'}"
+    return f"{cores()} cores of {found.group(1).strip() if found else 'an unknown CPU'}, {gpu_name() or 'no GPU'}"
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def gpu_name() -> str | None:

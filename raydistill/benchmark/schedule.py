@@ -1,8 +1,8 @@
-"""A step of the real distillation loop against its critical path, and sequential against overlapped.
+"""A step of the real distillation loop against its critical path; sequential and in one process against overlapped.
 
 Trainer: the miniature world's networks, the run's own `distillation_step`. Simulated teachers are replicas of the service
-that sleep, which stand for GPUs; the real miniature teacher computes on the second core. Sequential and overlapped
-steps take turns.
+that sleep, which stand for GPUs; the real miniature teacher computes on the second core. It is also put into the trainer's
+process, as in a trainer without any service. The kinds of steps take turns.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.config import Teachers
     from raydistill.data.encode import encode_unconditional
     from raydistill.distill.load import guidance_scale
+    from raydistill.distill.local import LocalScores
     from raydistill.distill.loop import Teachers as Submit
     from raydistill.teachers import service
     from raydistill.teachers.client import TeacherClient
@@ -52,13 +53,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         if not arguments.no_real_teacher:
             print("real miniature teacher …", flush=True)
             settings = Teachers(shards=1, slice=arguments.batch_size, cpus_per_rank=0.1)
+            local = LocalScores(space, space.load_network(), empty, scale)
             service.start(space.folder, settings, "real")
             try:
                 submit = Submit(TeacherClient("real", settings), empty, scale)
-                _measure(worker, submit, argparse.Namespace(**vars(arguments) | {"steps": 1}))
-                rows.append({"teacher": "real miniature", "sleeps_s": None} | _measure(worker, submit, arguments))
+                _measure(worker, submit, argparse.Namespace(**vars(arguments) | {"steps": 1}), local)
+                row = {"teacher": "real miniature", "sleeps_s": None} | _measure(worker, submit, arguments, local)
             finally:
                 service.stop("real")
+            rows.append(row | _on_all_cores(worker, local, arguments))
     return {
         "rows": rows,
         "steps": arguments.steps,
@@ -104,34 +107,55 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     return config, worker
 
 
-def _measure(worker: Any, submit: Any, arguments: argparse.Namespace) -> dict[str, float]:
-    """Medians of steps that take turns. T_make, T_fake and T_student are those of the sequential steps."""
+def _measure(worker: Any, submit: Any, arguments: argparse.Namespace, local: Any = None) -> dict[str, float]:
+    """Medians of steps that take turns. T_make, T_fake and T_student are those of the sequential steps.
+
+    Args:
+        local: a teacher in this process, whose sequential steps are measured too.
+    """
     from raydistill.benchmark.measure import median
     from raydistill.distill.schedule import distillation_step
 
-    found: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    kinds = {"sequential": (submit, False), "overlapped": (submit, True)}
+    kinds |= {"in_process": (local, False)} if local is not None else {}
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.steps):
-        for overlap in (False, True):
-            distillation_step(worker, submit, arguments.fake_updates, overlap)
-            found[overlap].append(worker.pop_metrics())
+        for kind, (scores, overlap) in kinds.items():
+            distillation_step(worker, scores, arguments.fake_updates, overlap)
+            found[kind].append(worker.pop_metrics())
 
-    def of(overlap: bool, name: str) -> float:
-        return median([metrics[f"time/{name}"] for metrics in found[overlap]])
+    def of(kind: str, name: str) -> float:
+        return median([metrics[f"time/{name}"] for metrics in found[kind]])
 
-    make, fake, student, teacher = (of(False, name) for name in ("make", "fake", "student", "wait_teacher"))
-    bound = make + max(fake, teacher) + student
+    make, fake, student, teacher = (of("sequential", name) for name in ("make", "fake", "student", "wait_teacher"))
+    bound, overlapped = make + max(fake, teacher) + student, of("overlapped", "step")
     return {
         "make_s": make,
         "fake_s": fake,
         "student_s": student,
         "teacher_s": teacher,
         "bound_s": bound,
-        "sequential_s": of(False, "step"),
-        "overlapped_s": of(True, "step"),
-        "wait_s": of(True, "wait_teacher"),
-        "over_bound": of(True, "step") / bound,
-        "speedup": of(False, "step") / of(True, "step"),
+        **{f"{kind}_s": of(kind, "step") for kind in kinds},
+        "wait_s": of("overlapped", "wait_teacher"),
+        "over_bound": overlapped / bound,
+        "speedup": of("sequential", "step") / overlapped,
     }
+
+
+def _on_all_cores(worker: Any, local: Any, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step with the teacher in this process, on as many threads as there are cores."""
+    import torch
+
+    from raydistill.benchmark.measure import cores, median
+    from raydistill.distill.schedule import distillation_step
+
+    threads, taken = torch.get_num_threads(), []
+    torch.set_num_threads(cores())
+    for _ in range(1 + arguments.steps):  # the first starts the threads
+        distillation_step(worker, local, arguments.fake_updates, overlap=False)
+        taken.append(worker.pop_metrics()["time/step"])
+    torch.set_num_threads(threads)
+    return {"in_process_all_s": median(taken[1:]), "cores": cores()}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -139,7 +163,7 @@ def table(result: dict[str, Any]) -> str:
 
     columns = (
         "teacher", "T_teacher", "k T_fake", "T_make + T_student", "bound", "overlapped", "over the bound", "sequential",
-        "sequential / overlapped",
+        "sequential / overlapped", "in process", "in process / overlapped",
     )  # fmt: skip
     rows = [
         (
@@ -150,6 +174,7 @@ def table(result: dict[str, Any]) -> str:
             f"{row['over_bound']:.3f}",
             milliseconds(row["sequential_s"]),
             f"{row['speedup']:.2f}",
+            *_in_process(row),
         )
         for row in result["rows"]
     ]
@@ -157,6 +182,26 @@ def table(result: dict[str, Any]) -> str:
         f"Medians of {result['steps']} steps of {result['batch_size']} samples, k = {result['fake_updates']}. Bound: T_make + "
         "max(k T_fake, T_teacher) + T_student, each measured in the sequential steps, T_teacher from sending a request to "
         "having its answer. A teacher that sleeps is a replica of the real service whose rank sleeps instead of computing: "
-        f"it stands for a GPU. The real teacher shares the machine with the trainer. Target: {TARGET}."
+        "it stands for a GPU. The real teacher shares the machine with the trainer. Sequential steps ask the service too; in "
+        f"process: the teacher's network in the trainer, and no service, both on one thread.{_all_cores(result)} Target: {TARGET}."
     )
     return f"{markdown(columns, rows)}\n\n{notes}"
+
+
+def _in_process(row: dict[str, Any]) -> tuple[str, str]:
+    from raydistill.benchmark.measure import milliseconds
+
+    if "in_process_s" not in row:
+        return "–", "–"
+    return milliseconds(row["in_process_s"]), f"{row['in_process_s'] / row['overlapped_s']:.2f}"
+
+
+def _all_cores(result: dict[str, Any]) -> str:
+    from raydistill.benchmark.measure import milliseconds
+
+    return "".join(
+        f" On {row['cores']} threads, when the service was gone, such a step takes {milliseconds(row['in_process_all_s'])}, "
+        f"{row['in_process_all_s'] / row['overlapped_s']:.2f} of the overlapped one."
+        for row in result["rows"]
+        if "in_process_all_s" in row
+    )

@@ -13,6 +13,8 @@ import torch
 from raydistill.benchmark import SECTIONS, measure
 from raydistill.benchmark import gpu as gpu_section
 from raydistill.benchmark import schedule as schedule_section
+from raydistill.data.encode import encode_unconditional
+from raydistill.distill.local import LocalScores
 
 LATER = {"chaos"}  # sections that may come from elsewhere
 
@@ -109,6 +111,26 @@ def test_a_slow_teacher_is_hidden_behind_the_fake_updates_and_bounds_the_step():
     assert found["bound_s"] == found["make_s"] + max(found["fake_s"], found["teacher_s"]) + found["student_s"]
     assert found["wait_s"] < found["teacher_s"] - 0.5 * min(found["fake_s"], 1.0)
     assert found["sequential_s"] > found["overlapped_s"]
+
+
+def test_a_step_with_the_teacher_in_its_process_stands_beside_those_with_a_service(monkeypatch):
+    monkeypatch.setattr(measure, "cores", lambda: 1)  # threads of a busy machine wait for each other
+    arguments = argparse.Namespace(steps=1, fake_updates=2)
+    config, worker = schedule_section.trainer(4, 2)
+    space = worker.teacher_space
+    local = LocalScores(space, space.load_network(), encode_unconditional(space), config.teacher.guidance_scale)
+    simulated = schedule_section._measure(worker, _Sleeping(0.0), arguments)
+    assert "in_process_s" not in simulated
+    real = schedule_section._measure(worker, _Sleeping(0.0), arguments, local)
+    assert real["in_process_s"] > 0
+    real |= schedule_section._on_all_cores(worker, local, arguments)
+    assert real["in_process_all_s"] > 0
+    real |= {"overlapped_s": 0.2, "in_process_s": 0.3, "in_process_all_s": 0.25, "cores": 2}
+    rows = [{"teacher": "sleeps"} | simulated, {"teacher": "real"} | real]
+    text = schedule_section.table({"rows": rows, "steps": 1, "batch_size": 4, "fake_updates": 2})
+    assert text.splitlines()[2].endswith("| – | – |")
+    assert text.splitlines()[3].endswith("| 300 ms | 1.50 |")
+    assert "On 2 threads, when the service was gone, such a step takes 250 ms, 1.25 of the overlapped one." in text
 
 
 def test_actions_take_turns_and_give_medians():
