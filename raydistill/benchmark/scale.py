@@ -8,6 +8,7 @@ answer and sleep for the student's update.
 from __future__ import annotations
 
 import argparse
+import threading
 import time
 from typing import Any
 
@@ -49,8 +50,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stream(client: Any, request: Any, total: int, in_flight: int) -> dict[str, float]:
-    """Requests per second of one driver that keeps `in_flight` under way; CPU seconds it took itself for each."""
-    started, cpu = time.perf_counter(), time.process_time()
+    """Requests per second of one driver that keeps `in_flight` under way.
+
+    Also the CPU seconds that each took of the driver, all threads, and of Serve's router alone.
+    """
+    client.describe()  # starts the router
+    started, cpu, router = time.perf_counter(), time.process_time(), _router_cpu()
     pending = [client.submit(request) for _ in range(min(in_flight, total))]
     for i in range(total):
         pending[0].result()
@@ -58,7 +63,17 @@ def _stream(client: Any, request: Any, total: int, in_flight: int) -> dict[str, 
         if i + in_flight < total:
             pending.append(client.submit(request))
     taken = time.perf_counter() - started
-    return {"per_s": total / taken, "driver_cpu_s": (time.process_time() - cpu) / total}
+    return {
+        "per_s": total / taken,
+        "driver_cpu_s": (time.process_time() - cpu) / total,
+        "router_cpu_s": (_router_cpu() - router) / total,
+    }
+
+
+def _router_cpu() -> float:
+    """CPU seconds so far of Serve's router, which is one thread of the process that asks."""
+    (router,) = (thread for thread in threading.enumerate() if "_run_router_event_loop" in thread.name)
+    return time.clock_gettime(time.pthread_getcpuclockid(router.ident))
 
 
 class _Trainer:
@@ -107,9 +122,15 @@ def table(result: dict[str, Any]) -> str:
     from raydistill.benchmark.measure import markdown, milliseconds
 
     first = markdown(
-        ("replicas", "requests/s", "of linear", "driver's CPU a request"),
+        ("replicas", "requests/s", "of linear", "driver's CPU a request", "of it Serve's router"),
         [
-            (row["replicas"], f"{row['per_s']:.2f}", f"{row['of_linear']:.1%}", milliseconds(row["driver_cpu_s"]))
+            (
+                row["replicas"],
+                f"{row['per_s']:.2f}",
+                f"{row['of_linear']:.1%}",
+                milliseconds(row["driver_cpu_s"]),
+                milliseconds(row["router_cpu_s"]),
+            )
             for row in result["replicas"]
         ],
     )
@@ -132,4 +153,17 @@ def table(result: dict[str, Any]) -> str:
         f"{result['seconds']:g} s, and trainers / ({1.5 * result['seconds']:g} s of their own sleep). All processes share "
         f"this machine's cores. Target: {TARGET:.0%}."
     )
-    return f"{first}\n\n{second}\n\n{notes}"
+    return "\n\n".join([first, second, notes, *map(_saturation, result["replicas"][-1:])])
+
+
+def _saturation(row: dict[str, float]) -> str:
+    """Where the process that asks would be full, from the CPU seconds that its requests took."""
+    from raydistill.benchmark.measure import milliseconds
+
+    driver, router = row["driver_cpu_s"], row["router_cpu_s"]
+    return (
+        f"With {row['replicas']} replicas such a request took {milliseconds(driver)} of the driver's CPU, {milliseconds(router)} of "
+        f"them in Serve's router, which is one thread of that process: one core of the driver is full at {1 / driver:.0f} "
+        f"requests/s, the router's thread at {1 / router:.0f}. In a run each trainer is such a driver, with a router of its own, "
+        f"and a step is one request for each micro-batch: at most {1 / driver:.0f} / distill.micro_batches steps/s a trainer."
+    )

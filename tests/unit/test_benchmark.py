@@ -12,6 +12,7 @@ import torch
 
 from raydistill.benchmark import SECTIONS, measure
 from raydistill.benchmark import gpu as gpu_section
+from raydistill.benchmark import scale as scale_section
 from raydistill.benchmark import schedule as schedule_section
 from raydistill.data.encode import encode_unconditional
 from raydistill.distill.local import LocalScores
@@ -131,6 +132,20 @@ def test_a_step_with_the_teacher_in_its_process_stands_beside_those_with_a_servi
     assert text.splitlines()[2].endswith("| – | – |")
     assert text.splitlines()[3].endswith("| 300 ms | 1.50 |")
     assert "On 2 threads, when the service was gone, such a step takes 250 ms, 1.25 of the overlapped one." in text
+
+
+def test_the_scale_section_says_where_the_process_that_asks_is_full():
+    row = {"per_s": 7.8, "of_linear": 0.97}
+    rows = [
+        row | {"replicas": 1, "driver_cpu_s": 0.04, "router_cpu_s": 0.02},
+        row | {"replicas": 8, "driver_cpu_s": 0.01, "router_cpu_s": 0.004},
+    ]
+    result = {"replicas": rows, "trainers": [], "seconds": 1.0, "requests": 4, "megabytes": 8.0, "steps": 6}
+    text = scale_section.table(result)
+    assert text.splitlines()[3] == "| 8 | 7.80 | 97.0% | 10 ms | 4 ms |"
+    assert "With 8 replicas such a request took 10 ms of the driver's CPU, 4 ms of them in Serve's router" in text
+    assert "one core of the driver is full at 100 requests/s, the router's thread at 250." in text
+    assert text.endswith("at most 100 / distill.micro_batches steps/s a trainer.")
 
 
 def test_actions_take_turns_and_give_medians():
