@@ -68,6 +68,14 @@ def copy_seconds(nbytes: int, repeats: int = 5) -> float:
     return median([timed(lambda: np.copyto(target, source)) for _ in range(repeats)])
 
 
+def stored_bytes() -> int:
+    """Bytes that all processes of the cluster have written to its object stores so far, as Ray counts them."""
+    from ray._private.internal_api import get_memory_info_reply
+    from ray._private.state import state
+
+    return get_memory_info_reply(state).store_stats.cumulative_created_bytes
+
+
 def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> int:
     """Resident bytes of a process, of these kinds of /proc/PID/status."""
     text = Path(f"/proc/{pid}/status").read_text()

@@ -3,12 +3,14 @@
 The rank has no network: it cuts, converts and answers. The bare actor is sent the same arrays and answers with as many
 bytes, but reads none of them; a rank of its own is also called directly, without client, Serve and coordinator. Calls take
 turns, so all see the same machine, and the object store's memory was used before, as in a run that lasts: its first use
-costs the kernel several copies, whichever call happens to meet it.
+costs the kernel several copies, whichever call happens to meet it. What each call writes to the object store is counted by
+Ray.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 SIZES_MB = (0.1, 1, 8, 32, 128, 256)
@@ -100,25 +102,25 @@ def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: 
 
 
 def _measure(request: Any, client: Any, bare: Any, rank: Any, repeats: int) -> dict[str, float]:
+    """Median seconds of each kind of call, and the bytes that one writes to the object store."""
     import ray
 
     from raydistill.benchmark.measure import copy_seconds, interleaved
 
     payload = request.payload()
     nbytes = sum(_nbytes(payload[name]) for name in ("latents", "t", "conditioning", "unconditional"))
-    taken = interleaved(
-        {
-            "service": lambda: client.submit(request).result(),
-            "bare": lambda: ray.get(bare.answer.remote(payload)),
-            "rank": lambda: ray.get(rank.predict_x0.remote(payload)),
-            "check": request.payload,
-        },
-        repeats,
-        warm_up=2,
-    )
+    calls = {
+        "service": lambda: client.submit(request).result(),
+        "bare": lambda: ray.get(bare.answer.remote(payload)),
+        "rank": lambda: ray.get(rank.predict_x0.remote(payload)),
+    }
+    taken = interleaved(calls | {"check": request.payload}, repeats, warm_up=2)
+    stored = {f"{name}_stored": _stored(call) for name, call in calls.items()}
     copy = copy_seconds(nbytes)
     return {
         "nbytes": nbytes,
+        "answer_nbytes": payload["latents"].nbytes,
+        **stored,
         "service_s": taken["service"],
         "bare_s": taken["bare"],
         "rank_s": taken["rank"],
@@ -130,6 +132,15 @@ def _measure(request: Any, client: Any, bare: Any, rank: Any, repeats: int) -> d
         "added_to_rank_copies": (taken["service"] - taken["rank"]) / copy,
         "gbytes_per_s": nbytes / taken["service"] / 1e9,
     }
+
+
+def _stored(call: Callable[[], Any]) -> int:
+    """Bytes that a call writes to the object store."""
+    from raydistill.benchmark.measure import stored_bytes
+
+    before = stored_bytes()
+    call()
+    return stored_bytes() - before
 
 
 def _nbytes(wire: Any) -> int:
@@ -144,13 +155,14 @@ def table(result: dict[str, Any]) -> str:
     from raydistill.benchmark.measure import markdown, megabytes, milliseconds
 
     columns = (
-        "request", "bytes", "bare actor", "rank directly", "service", "added to the bare actor", "to the rank",
+        "request", "bytes", "answer", "bare actor", "rank directly", "service", "added to the bare actor", "to the rank",
         "of it checking", "one memory copy", "added to the bare actor, in copies", "to the rank", "throughput",
+        "into the store: bare actor", "rank", "service",
     )  # fmt: skip
     rows = [
         (
             row["request"],
-            megabytes(row["nbytes"]),
+            *(megabytes(row[name]) for name in ("nbytes", "answer_nbytes")),
             *(
                 milliseconds(row[name])
                 for name in ("bare_s", "rank_s", "service_s", "added_s", "added_to_rank_s", "check_s", "copy_s")
@@ -158,12 +170,17 @@ def table(result: dict[str, Any]) -> str:
             f"{row['added_copies']:.2f}",
             f"{row['added_to_rank_copies']:.2f}",
             f"{row['gbytes_per_s']:.2f} GB/s",
+            *(megabytes(row[f"{name}_stored"]) for name in ("bare", "rank", "service")),
         )
         for row in result["rows"]
     ]
     notes = (
-        f"Medians of {result['repeats']} calls. Copies by construction: a bare call has one (into the object store); "
-        "the service has that one and, slice by slice, the rank's own (to the teacher's dtype). Targets: "
+        f"Medians of {result['repeats']} calls. Into the store: bytes that one call writes to the object store, counted by Ray; "
+        "what is below 100 kB travels in messages, but for the client's requests. Every call has the request there once, put "
+        "by the caller; actors read it in shared memory. The answer is there once from the bare actor and the rank; from the "
+        "service twice, as the rank's and as the coordinator's. Copies outside the store: a rank's own of the request, slice "
+        "by slice and in the teacher's dtype, and of the answer, out of the network's output; the coordinator's, where it "
+        "joins the parts of several ranks (here is one); in the client none. Targets: "
         f"{1e3 * TARGET_S:g} ms added at 8 MB, {TARGET_COPIES} copies added at 128 MB."
     )
     return f"{markdown(columns, rows)}\n\n{notes}"
