@@ -258,6 +258,9 @@ class Vsd(Section):
 class Distill(Section):
     steps: Count = Field(3000, description="student updates")
     batch_size: Count = Field(32, description="samples per update and worker")
+    tf32: bool = Field(
+        False, description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast"
+    )
     micro_batches: Count = Field(
         1,
         description="equal parts of a batch that are computed one after another, with one score request each, and whose "

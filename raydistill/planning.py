@@ -40,14 +40,19 @@ class Gpu(Section):
     memory_gib: Positive
     bf16_tflops: Positive
     fp32_tflops: Positive
+    tf32_tflops: Positive | None = None
     link_gbytes: Positive
     per_node: Count
     price: Positive
     spot_price: Positive
 
-    def seconds(self, work: counting.Work, efficiency: float) -> float:
-        """Of a piece of work, whose float32 operations run at float32's peak."""
-        at_peak = (work.flops - work.flops_32) / self.bf16_tflops + work.flops_32 / self.fp32_tflops
+    def float32(self, tf32: bool) -> float:
+        """TFLOP/s at the peak of what is computed in float32."""
+        return (tf32 and self.tf32_tflops) or self.fp32_tflops
+
+    def seconds(self, work: counting.Work, efficiency: float, tf32: bool = False) -> float:
+        """Of a piece of work, whose float32 operations run at that peak."""
+        at_peak = (work.flops - work.flops_32) / self.bf16_tflops + work.flops_32 / self.float32(tf32)
         return at_peak / (1e12 * efficiency)
 
     def flops_per_s(self, dtype: str, efficiency: float) -> float:
@@ -522,7 +527,9 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     """Seconds of a step on the configured kinds of GPU."""
     plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
     gpu, teacher_gpu, updates = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu], config.fake_score.updates
-    make, fake, student = (gpu.seconds(work, plan.efficiency) for work in (trainer.make, trainer.fake, trainer.student))
+    make, fake, student = (
+        gpu.seconds(work, plan.efficiency, distill.tf32) for work in (trainer.make, trainer.fake, trainer.student)
+    )
     gathered = _gather_shared(trainer.weights, gpu, config)  # beside the arithmetic, forwards and backwards
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
     fake = max(fake, 2 * gathered) + reduced["fake"] + reduced.get("discriminator", 0.0)
@@ -592,7 +599,8 @@ def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
         held = _held((encoder_gpu(config), actors * config.synthesis.gpus_per_encoder), teachers(_asked(config)))
         result.append(Phase("synthesis", hours, held, bound))
     if counts.bridge is not None:
-        seconds = config.bridge.steps * gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency)
+        one = gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency, distill.tf32)
+        seconds = config.bridge.steps * one
         held = _held((trainers[0], distill.fewest * distill.gpus_per_worker), teachers(0))
         result.append(Phase("Bridge training", seconds / 3600, held, "trainers"))
     bound = "teachers" if timing.wait > 0 else "trainers"
@@ -776,7 +784,7 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)"
         for share, dtype, rate in (
             (1 - high / whole, "bfloat16", trainer_gpu.bf16_tflops),
-            (high / whole, "float32", trainer_gpu.fp32_tflops),
+            (high / whole, "TF32" if config.distill.tf32 else "float32", trainer_gpu.float32(config.distill.tf32)),
         )
         if share > 0
     ]

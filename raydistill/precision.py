@@ -1,4 +1,7 @@
-"""bfloat16 autocast around forward passes of networks, and nothing else: weights, losses and updates stay float32."""
+"""In which precision networks compute: bfloat16 autocast around forward passes, and TF32 for what stays float32.
+
+Weights, losses and updates are float32 in either case.
+"""
 
 from __future__ import annotations
 
@@ -9,3 +12,11 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     """On, or off within a block where it is on."""
     kind = "cpu" if device.type == "meta" else device.type  # the planner counts on meta tensors, as if on a CPU
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether this process's float32 matrix products and convolutions on CUDA round their factors to TF32: 10 bits of
+    mantissa instead of 23, sums in float32, several times as fast. torch's own default is convolutions alone.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed

@@ -21,6 +21,7 @@ from raydistill.config import Config, resolve, validate
 from raydistill.data.pairs import Pairs, read_pairs
 from raydistill.files import scratch
 from raydistill.lasting import fatal, forget, written_down
+from raydistill.precision import allow_tf32
 from raydistill.progress import ProgressWatcher, write_progress
 from raydistill.spaces import load_space
 from raydistill.storage import Place, Remote, for_ray_train, place
@@ -198,6 +199,7 @@ def _train(told: _Settings) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(config.distill.threads)
+    allow_tf32(config.distill.tf32)
     trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
     curves: dict[int, dict[str, float]] = {}
     if (found := newest_state("bridge", rank, world_size)) is not None:

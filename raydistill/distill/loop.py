@@ -256,10 +256,12 @@ def _assemble(stage: Stage, config: Config, rank: int, world: int) -> tuple[Any,
     from raydistill.data.encode import encode_unconditional, own_rows
     from raydistill.distill.distiller import Distiller
     from raydistill.distill.load import guidance_scale, load_real, load_unet
+    from raydistill.precision import allow_tf32
     from raydistill.spaces import load_space
     from raydistill.teachers.client import TeacherClient
 
     device = ray.train.torch.get_device() if config.distill.gpus_per_worker else torch.device("cpu")
+    allow_tf32(config.distill.tf32)
     student_space = load_space(resolve(config.student.model))
     teacher_space = load_space(resolve(config.teacher.model))
     unet = load_unet(student_space, config.student.unet)

@@ -6,6 +6,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from raydistill.bridge.model import Bridge
 from raydistill.config import load
@@ -15,6 +17,7 @@ from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.load import load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.student import x0_gain
+from raydistill.precision import allow_tf32
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 
@@ -120,6 +123,50 @@ def test_a_student_whose_x0_multiplies_rounding_must_stay_float32(late, monkeypa
     worker, rounded = late.step("distill.mixed_precision=true")
     assert worker.student_in_bfloat16
     assert cosine(rounded["student"], exact["student"]) < 0.99
+
+
+class Tf32(TorchDispatchMode):
+    """Factors of float32 products rounded to 10 bits of mantissa, as TF32 does on CUDA; forwards and backwards."""
+
+    PRODUCTS = {
+        torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.convolution,
+        torch.ops.aten.convolution_backward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    }  # fmt: skip
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in self.PRODUCTS:
+            args = tree_map(self._rounded, args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _rounded(value):
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+            return value
+        return ((value.contiguous().view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+def test_tf32_leaves_the_gradients_of_a_student_that_bfloat16_would_turn(late):
+    """Emulated: this is why the ready configurations allow it where they keep the student out of bfloat16."""
+    _, exact = late.step()
+    with Tf32():
+        _, rounded = late.step()
+    for name, gradient in exact.items():
+        assert not torch.equal(rounded[name], gradient), f"{name}: nothing was rounded"
+        assert cosine(rounded[name], gradient) > 0.9995, name
+        assert rounded[name].norm().item() == pytest.approx(gradient.norm().item(), rel=0.01), name
+
+
+def test_tf32_is_allowed_and_forbidden_as_a_whole():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+            assert torch.backends.cudnn.allow_tf32 is allowed
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_the_gain_is_sigma_over_alpha_for_epsilon(late, early):

@@ -84,14 +84,15 @@ class Seen:
         shapes.append((*args[0].shape, *output.shape))
 
 
-@pytest.fixture(params=TEACHERS)
+@pytest.fixture(params=[*(f"{teacher}_sd15" for teacher in TEACHERS), "sd35_medium_sd21_base"])
 def pair(request, tmp_path) -> tuple[str, Config, Space, Space]:
-    """(name, configuration, student, teacher) of a family with SD 1.5."""
+    """(name of the teacher, configuration, student, teacher): every family with SD 1.5, and one with SD 2.1."""
     settings = [f"distill.batch_size={BATCH}", "distill.micro_batches=1", "distill.gradient_checkpointing=false"]
-    settings.append("bridge.depths=[1]")
-    config = load(CONFIGS / f"{request.param}_sd15.yaml", settings)
+    settings += ["bridge.depths=[1]", "bridge.micro_batches=1"]
+    config = load(CONFIGS / f"{request.param}.yaml", settings)
     student = shortened(config.student.model, tmp_path / "student", FEWER_OF_A_STUDENT)
-    return request.param, config, student, shortened(config.teacher.model, tmp_path / "teacher")
+    teacher = next(name for name in TEACHERS if request.param.startswith(name))
+    return teacher, config, student, shortened(config.teacher.model, tmp_path / "teacher")
 
 
 def test_a_picture_has_the_latents_of_its_family_in_both_spaces(pair):
@@ -118,7 +119,11 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         assert made.noise.shape == (BATCH, 4, 64, 64)
         assert made.x_t.shape == (BATCH, channels, 128, 128)
         assert made.t_B.shape == (BATCH,)
-        assert made.student_conditioning["prompt_embeds"].shape == (BATCH, 77, STUDENTS["sd15"])
+        assert made.student_conditioning["prompt_embeds"].shape == (
+            BATCH,
+            77,
+            student.part_config("text_encoder")["hidden_size"],
+        )
         assert made.teacher_conditioning["prompt_embeds"].shape == (BATCH, tokens, width)
         if pooled:
             assert made.teacher_conditioning["pooled_prompt_embeds"].shape == (BATCH, pooled)
