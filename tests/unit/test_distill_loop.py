@@ -262,3 +262,22 @@ def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, w
     damage(kept(tmp_path)[-1])  # the other one is damaged still
     with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path} to begin again"):
         work_here(settings)
+
+
+def test_each_worker_asks_a_replica_of_its_own_first():
+    """Workers ask at the same moment, and replicas are equally busy then."""
+    config = load(overrides=[*SMALL, "vsd.weight=1", "discriminator.weight=0", "distill.workers=2"])
+    bridge = str(WEIGHTS / "bridge" / "sd15-flux")
+    stage = loop.Stage("distill", config.model_dump(), "", bridge, None, None, "teacher-of-another", "", "")
+    clients = [loop._assemble(stage, config, rank, 2)[1].client for rank in (0, 1)]
+    assert [(client.name, client.place) for client in clients] == [
+        ("teacher-of-another", 0.0),
+        ("teacher-of-another", 0.5),
+    ]
+
+
+def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
+    monkeypatch.setattr("raydistill.data.encode.conditioned_batches", lambda *args, **settings: settings)
+    prompts = ["prompts.node_labels={role: teacher}", "prompts.encoders=3", "prompts.gpus_per_encoder=0.25"]
+    asked = loop._batches_from(load(overrides=prompts), first=0, rank=0, world=1)
+    assert (asked["node_labels"], asked["encoders"], asked["gpus_per_encoder"]) == ({"role": "teacher"}, 3, 0.25)
