@@ -28,9 +28,18 @@ def read_json(file: Place, cure: str) -> Any:
 
 
 def content_hash(path: Path) -> str:
-    """Of a file, or of all files of a folder in their order: their names and every byte. Links are followed."""
-    walk = os.walk(path, followlinks=True)
-    files = sorted(Path(place, name) for place, _, names in walk for name in names) if path.is_dir() else [path]
+    """Of a file, or of all files below a folder in the order of their paths: their names and every byte.
+
+    Links are followed, a folder that was seen already once only.
+    """
+    files, seen = [] if path.is_dir() else [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(folder, name) for name in names]
+    files.sort()
     digest = hashlib.blake2b(digest_size=12)
     for file in files:
         digest.update(file.name.encode())

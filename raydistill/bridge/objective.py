@@ -1,4 +1,4 @@
-"""What a Bridge is trained towards: the losses of METHOD's equation on batches of pairs, in plain torch.
+"""What a Bridge is trained towards: the losses of arXiv 2606.32020 on batches of pairs, in plain torch.
 
 Noise, sampled rows and the order of batches follow from (seed, step). Used by the Bridge's own training and, as its
 anchor, by a distillation that trains the Bridge along.

@@ -241,6 +241,9 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
             f"{folder}: holds shards, but {file.name}, which says how they were made, cannot be read ({error}); "
             "use another folder, or name this one in bridge.pairs if its pairs are complete"
         ) from None
+    found.setdefault(
+        "text_dtype", settings.get("text_dtype") and "float32"
+    )  # of sets that were begun before there was one
     changed = [
         f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]

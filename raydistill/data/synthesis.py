@@ -209,10 +209,11 @@ class AskedRows:
 
     def result(self) -> Batch:
         """row [B], latents [B, C, H, W] float32, failure [B]; latents of failed rows are zero."""
-        latents = self.samples.result(check_finite=False)[: len(self.rows)]
+        latents = self.samples.result(check_finite=False)[: len(self.rows)]  # which may be shared memory: read only
         finite = torch.isfinite(latents).flatten(1).all(1).numpy()
         failure = np.where((self.failure == "") & ~finite, "the teacher's sample is not finite", self.failure)
-        latents[torch.from_numpy(failure != "")] = 0
+        if (failed := torch.from_numpy(failure != "")).any():
+            latents = torch.where(failed[:, None, None, None], 0.0, latents)
         return {"row": self.rows, "latents": latents.numpy(), "failure": failure}
 
 
@@ -298,6 +299,7 @@ def synthesise(
     guidance_scale: float,
     seed: int,
     posterior: Posterior = "mean",
+    text_dtype: str = "float32",
     forbidden: Collection[str] = (),
     max_failed_rows: int = 0,
     device: str = "cpu",
@@ -314,6 +316,7 @@ def synthesise(
         steps, guidance_scale: of the teacher's sampling.
         seed: of the order of prompts and of the noise.
         posterior: what a VAE's latents are.
+        text_dtype: of the text encoders.
         forbidden: held-out prompts.
         max_failed_rows: non-finite samples that are recorded instead of raising.
         device: of text encoders and VAEs.
@@ -328,7 +331,7 @@ def synthesise(
     """
     _refuse(prompts.report.source, prompts.prompts, forbidden)
     recipe = Recipe(
-        teacher, student, prompts, count, batch_size, shard_size, seed, posterior, steps, guidance_scale
+        teacher, student, prompts, count, batch_size, shard_size, seed, posterior, steps, guidance_scale, text_dtype
     )  # fmt: skip
 
     def pictures(requests: Iterator[Request]) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -183,6 +184,9 @@ def _encoded(
     one_by_one = {"batch_size": 1, "batch_format": "numpy"}
     rows = _dataset(requests)
     if recipe.samples:
+        # Pictures leave an actor with their request, also where a block has several: many hours of teachers would be held back.
+        request_bytes = 4 * recipe.batch_size * math.prod(recipe.teacher.latent_shape)
+        rows.context.target_max_block_size = int(0.9 * request_bytes)  # Ray Data cuts only what has half as much again
         asking = ray.data.ActorPoolStrategy(
             size=settings.encoders,
             max_tasks_in_flight_per_actor=settings.in_flight,

@@ -1,6 +1,6 @@
 """The mean of one-step students that were distilled from different teachers: one student of the same size and cost.
 
-METHOD.md section 4. Only students of one family can be averaged: the same network, decoder and text encoder, the same
+Only students of one family can be averaged: the same network, decoder and text encoder, the same
 scheduler, the same start. Weights are read, averaged in float64 and written tensor by tensor.
 """
 

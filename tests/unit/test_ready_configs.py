@@ -43,7 +43,7 @@ PAPER = {
     "bridge.attention.weight": 1.0,
     "bridge.attention.temperature": 3.0,
     "bridge.attention.normalize": True,
-    "bridge.attention.layers": 4,  # METHOD.md, section 2: this project's reading, as the next
+    "bridge.attention.layers": 4,  # this project's reading of the paper, as the next
     "bridge.attention.depth_fraction": 0.5,
     "bridge.trainable": False,
     "synthesis.count": 2_000_000,

@@ -27,10 +27,13 @@ def test_one_bad_element_anywhere_is_found(dtype, bad):
     assert all_finite(torch.full((4,), torch.finfo(dtype).max, dtype=dtype))
     assert all_finite(torch.empty(2, 0, dtype=dtype))
     assert not all_finite(torch.tensor([float("inf"), 1.0, float("-inf")], dtype=dtype))
+    limits = torch.finfo(dtype)
+    assert all_finite(torch.tensor([limits.min, -0.0, limits.max, limits.tiny], dtype=dtype))
+    assert not all_finite(torch.full((4, 3), bad, dtype=dtype).t()), "not contiguous"
 
 
-def test_looking_for_infinity_uses_one_thread_and_leaves_the_others_to_the_caller():
-    """Another thread of OpenMP would spin on for milliseconds, where a teacher on this machine needs the core."""
+def test_looking_for_infinity_starts_no_threads():
+    """A thread of OpenMP would spin on for milliseconds, where a teacher on this machine needs the core."""
     value = torch.zeros(1 << 24)
 
     def started(work):  # threads that it started

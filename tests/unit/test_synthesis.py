@@ -8,6 +8,7 @@ import io
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +21,7 @@ from raydistill.data.models import identify
 from raydistill.data.pairs import existing_shards, load_pairs, read_pairs, shard_file
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import (
+    AskedRows,
     LocalTeacher,
     PairEncoder,
     Recipe,
@@ -274,6 +276,29 @@ class Overflows:
                 return latents
 
         return Spoilt()
+
+
+def test_a_failed_rows_latents_are_zero_and_the_answer_itself_is_left_alone():
+    """It may lie in the object store, where others read it."""
+    answer = torch.ones(3, 1, 2, 2)
+    answer[1, 0, 0, 0] = float("inf")
+    before = answer.clone()
+    samples = SimpleNamespace(result=lambda check_finite: answer)
+    found = AskedRows(np.arange(3), samples, np.array(["", "", "no text"], dtype=object)).result()
+    assert torch.equal(answer, before)
+    assert found["failure"].tolist() == ["", "the teacher's sample is not finite", "no text"]
+    assert found["latents"].reshape(3, -1).tolist() == [[1.0] * 4, [0.0] * 4, [0.0] * 4]
+
+
+def test_a_set_that_was_begun_before_texts_had_a_dtype_goes_on_in_float32(spaces, local, tmp_path):
+    synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS)
+    file = tmp_path / "synthesis.json"
+    written = json.loads(file.read_text())
+    assert written.pop("text_dtype") == "float32"
+    file.write_text(json.dumps(written))
+    assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS) == 0
+    with pytest.raises(SynthesisError, match="text_dtype was 'float32', now 'bfloat16'"):
+        synthesise(local, *spaces, PROMPTS, tmp_path, count=7, text_dtype="bfloat16", **SETTINGS)
 
 
 def failures(folder) -> list[dict]:
