@@ -258,8 +258,10 @@ class Vsd(Section):
 class Distill(Section):
     steps: Count = Field(3000, description="student updates")
     batch_size: Count = Field(32, description="samples per update and worker")
-    tf32: bool = Field(
-        False, description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast"
+    tf32: bool | None = Field(
+        None,
+        description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast; null: "
+        "torch's default, which is convolutions alone",
     )
     micro_batches: Count = Field(
         1,

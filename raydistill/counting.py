@@ -619,6 +619,7 @@ class Vae:
     """A VAE, and what encoding and decoding `batch` pictures take, as many as go through it at once; peaks without weights."""
 
     parameters: int
+    side: int  # pixels of a picture's side
     batch: int
     encode: Work
     decode: Work
@@ -631,4 +632,4 @@ def count_vae(space: Space) -> Vae:
         latents = torch.empty(batch, *space.latent_shape, device="meta")
         encode = _without_weights(meter, vae, lambda: space.encode(vae, pictures))
         decode = _without_weights(meter, vae, lambda: space.decode(vae, latents))
-    return Vae(numel(vae), batch, encode, decode)
+    return Vae(numel(vae), space.resolution, batch, encode, decode)

@@ -300,7 +300,9 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
     """Most bytes of tensors of an actor that encodes prompts or pictures."""
     if role == "synthesis, pictures":
         vaes = counts.vae.values()
-        return 4 * sum(vae.parameters for vae in vaes) + max(work.peak for v in vaes for work in (v.encode, v.decode))
+        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
+        held = 4 * sum(vae.parameters for vae in vaes) + pictures
+        return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
     size = getattr(torch, config.prompts.encoder_dtype).itemsize
     texts = [t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")]
     prompts = min(CHUNK, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
@@ -484,8 +486,12 @@ def _all_reduce(nbytes: int, gpu: Gpu, config: Config) -> float:
     return 2 * (workers - 1) / workers * nbytes / _link(gpu, workers, config)
 
 
-def replicas(config: Config, ongoing: int) -> int:
-    """Replicas of the teacher service while so many requests are under way."""
+def replicas(config: Config, ongoing: int = 0) -> int:
+    """Replicas of the teacher service while so many requests are under way all the time.
+
+    Trainers ask in bursts, of which Serve follows the mean of half a minute: for a distillation no more are counted on than
+    the service keeps (`ongoing` 0).
+    """
     teachers = config.teachers
     if teachers.max_replicas is None:
         return teachers.replicas
@@ -528,18 +534,21 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
     gpu, teacher_gpu, updates = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu], config.fake_score.updates
     make, fake, student = (
-        gpu.seconds(work, plan.efficiency, distill.tf32) for work in (trainer.make, trainer.fake, trainer.student)
+        gpu.seconds(work, plan.efficiency, bool(distill.tf32)) for work in (trainer.make, trainer.fake, trainer.student)
     )
-    gathered = _gather_shared(trainer.weights, gpu, config)  # beside the arithmetic, forwards and backwards
+    gathered = distill.micro_batches * _gather_shared(trainer.weights, gpu, config)
+    gan = config.discriminator.weight > 0
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
-    fake = max(fake, 2 * gathered) + reduced["fake"] + reduced.get("discriminator", 0.0)
-    student = max(student, 2 * gathered) + reduced["student"]
+    # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
+    # of the fake loss, and the real samples' features; the student's fake score, and its features there and back.
+    fake += (3 if gan else 2) * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
+    student += (3 if gan else 1) * gathered + reduced["student"]
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
     requests, at_once = workers * distill.micro_batches, asked_at_once(config)
     rounds = [-(-requests // count) for count in range(1, at_once + 1)]
     needed = next((r for r, n in enumerate(rounds, 1) if n * one <= updates * fake), None)
     prompts = (1 + updates) * counts.batch
-    used = min(replicas(config, at_once), at_once)
+    used = min(replicas(config), at_once)
     return Schedule(
         make=make,
         fake=fake,
@@ -599,14 +608,14 @@ def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
         held = _held((encoder_gpu(config), actors * config.synthesis.gpus_per_encoder), teachers(_asked(config)))
         result.append(Phase("synthesis", hours, held, bound))
     if counts.bridge is not None:
-        one = gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency, distill.tf32)
+        one = gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency, bool(distill.tf32))
         seconds = config.bridge.steps * one
         held = _held((trainers[0], distill.fewest * distill.gpus_per_worker), teachers(0))
         result.append(Phase("Bridge training", seconds / 3600, held, "trainers"))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
     texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
-    held = _held(trainers, teachers(asked_at_once(config)), texts)
+    held = _held(trainers, teachers(0), texts)
     result.append(Phase("distillation", distill.steps * timing.step / 3600, held, bound))
     return result
 
@@ -620,17 +629,15 @@ def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[fl
     """Hours, and what decides them: teachers, VAEs and text encoders work side by side. Of real images, as many as samples."""
     plan, synthesis, teachers = config.plan, config.synthesis, config.teachers
     gpu, share = gpus[encoder_gpu(config)], min(1.0, synthesis.gpus_per_encoder)
-    vaes = counts.vae["teacher"], counts.vae["student"]
-    parts = (vaes[0].encode, vaes[0].batch), (vaes[0].decode, vaes[0].batch), (vaes[1].encode, vaes[1].batch)
 
-    def on_encoders(flops: float, dtype: str) -> float:
-        rate = share * gpu.flops_per_s(dtype, plan.efficiency)
+    def on_encoders(flops: float, tflops: float) -> float:
+        rate = share * 1e12 * plan.efficiency * tflops
         return flops / (synthesis.encoders * (rate or 1e9 * plan.cpu_gflops * synthesis.threads_per_encoder))
 
-    drawn = samples(config)
-    seconds = {
-        "VAEs": sum(on_encoders(work.flops / n, "float32") for work, n in parts if drawn or work is not parts[1][0])
-    }
+    drawn, vae_T, vae_S = samples(config), counts.vae["teacher"], counts.vae["student"]
+    picture = vae_T.encode.flops / vae_T.batch + vae_S.encode.flops / vae_S.batch
+    picture += vae_T.decode.flops / vae_T.batch if drawn else 0
+    seconds = {"VAEs": on_encoders(picture, gpu.float32(tf32=True))}  # float32, whose convolutions torch runs in TF32
     if drawn:
         teacher_gpu = gpus[plan.teacher_gpu]
         ranks = min(replicas(config, _asked(config)), _asked(config)) * teachers.shards
@@ -640,7 +647,9 @@ def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[fl
         )
         text = sum(encoder.prompt.flops for name, encoder in counts.text.items() if name.startswith("teacher"))
         seconds["teachers"] = config.teacher.sampling_steps * forward / counts.network.samples / ranks
-        seconds["text encoders"] = on_encoders(text, config.prompts.encoder_dtype)
+        seconds["text encoders"] = on_encoders(
+            text, gpu.fp32_tflops if config.prompts.encoder_dtype == "float32" else gpu.bf16_tflops
+        )
     bound = max(seconds, key=seconds.get)
     return synthesis.count * seconds[bound] / 3600, bound
 
@@ -725,10 +734,10 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     for fit in memory(counts, config, gpus):
         verdict = "fits" if fit.fits else "DOES NOT FIT"
         lines.append(
-            f"  {fit.role:<16}{fit.gpu:<9}{fit.needs / GIB:8.1f} of {fit.has / GIB:6.1f}  {verdict:<13} {fit.advice}"
+            f"  {fit.role:<21}{fit.gpu:<9}{fit.needs / GIB:8.1f} of {fit.has / GIB:6.1f}  {verdict:<13} {fit.advice}"
         )
     remedies = ", ".join(f"{label} {size / GIB:.1f} GiB" for label, size in trainer_remedies(counts, config))
-    lines.append(f"  a trainer would need, adding up (the last is no setting): {remedies}")
+    lines.append(f"  a trainer could do with (adding up; the last is no setting): {remedies}")
     host = host_bytes(counts, config)
     lines.append(
         "  host memory of one trainer: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in host.items())
@@ -784,11 +793,15 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)"
         for share, dtype, rate in (
             (1 - high / whole, "bfloat16", trainer_gpu.bf16_tflops),
-            (high / whole, "TF32" if config.distill.tf32 else "float32", trainer_gpu.float32(config.distill.tf32)),
+            (
+                high / whole,
+                "TF32" if config.distill.tf32 else "float32",
+                trainer_gpu.float32(bool(config.distill.tf32)),
+            ),
         )
         if share > 0
     ]
-    used = replicas(config, asked_at_once(config))
+    used = replicas(config)
     lines = [
         f"ONE STUDENT UPDATE, per worker: FLOPs (counted), seconds on {config.plan.trainer_gpu} (modelled)",
         f"  make           {_amount(trainer.make.flops, 'FLOP'):>13} {timing.make:9.3f} s",

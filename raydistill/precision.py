@@ -14,9 +14,11 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-def allow_tf32(allowed: bool) -> None:
+def allow_tf32(allowed: bool | None) -> None:
     """Whether this process's float32 matrix products and convolutions on CUDA round their factors to TF32: 10 bits of
-    mantissa instead of 23, sums in float32, several times as fast. torch's own default is convolutions alone.
+    mantissa instead of 23, sums in float32, several times as fast. None: torch's own default, convolutions alone.
     """
+    if allowed is None:
+        return
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed

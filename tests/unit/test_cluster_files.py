@@ -19,7 +19,7 @@ from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceReque
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from raydistill.config import CONFIGS, Config, load
-from raydistill.planning import asked_at_once, read_gpus, replicas
+from raydistill.planning import read_gpus, replicas
 from raydistill.teachers import placement
 
 ROOT = CONFIGS.parent
@@ -85,7 +85,7 @@ def demands(config: Config) -> tuple[list[Group], list[Actors]]:
     trainers = [worker] * distill.workers, [distill.node_labels] * distill.workers
     encoder = {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder}
     actors = [(distill.workers * prompts.encoders, encoder, prompts.node_labels)]
-    return [*teachers(config, replicas(config, asked_at_once(config))), trainers], actors
+    return [*teachers(config, replicas(config)), trainers], actors
 
 
 def synthesis_demands(config: Config) -> tuple[list[Group], list[Actors]]:
@@ -97,7 +97,7 @@ def synthesis_demands(config: Config) -> tuple[list[Group], list[Actors]]:
 
 def nodes_of(config: Config) -> dict[str, int]:
     """Teacher nodes of 4 GPUs for ranks and for encoders, three of which share a GPU; one trainer node."""
-    ranks = replicas(config, asked_at_once(config)) * config.teachers.shards
+    ranks = replicas(config) * config.teachers.shards
     return {"teacher": math.ceil((ranks + math.ceil(config.distill.workers / 3)) / 4), "trainer": 1}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
     fits, warning = planning.check_launch(load(overrides=[*GPUS, *small_gpu, "plan.launch=warn"]))
     assert fits.startswith("fits: teacher rank: needs ")  # there is no third line: the Bridge is trained already
     assert warning.startswith("WARNING: trainer: needs ")
-    assert "distill.gpus_per_worker=1 tiny has 0.0; " in warning
+    assert warning.endswith("distill.gpus_per_worker=1 tiny has 0.0; not even one sample would")
 
 
 def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
@@ -40,8 +41,14 @@ def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     enough = planning.counting.count_trainer(planning.changed(config, gradient_checkpointing=True), *spaces).peak
     file = tmp_path / "gpus.yaml"
     file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / planning.GIB}"))
-    with pytest.raises(ConfigError, match="distill.gradient_checkpointing=true would"):
-        planning.check_launch(load(overrides=[*GPUS, *small_gpu, "distill.batch_size=32"]), ["trainer"])
+    settings = [*GPUS, *small_gpu, "distill.batch_size=32"]
+    with pytest.raises(ConfigError, match="distill.gradient_checkpointing=true would") as refused:
+        planning.check_launch(load(overrides=settings), ["trainer"])
+    advised = re.findall(r"distill\.(?:micro_batches|batch_size)=\d+", str(refused.value))
+    assert len(advised) == 2
+    for remedy in (*advised, "distill.gradient_checkpointing=true"):
+        (line,) = planning.check_launch(load(overrides=[*settings, remedy]), ["trainer"])
+        assert line.startswith("fits: trainer"), remedy
 
 
 def test_a_share_of_a_gpu_has_a_share_of_its_memory(small_gpu):

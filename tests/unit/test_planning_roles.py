@@ -173,7 +173,7 @@ def test_teachers_are_planned_as_the_service_scales_them(counts):
     assert [planning.replicas(config, ongoing) for ongoing in (0, 4, 5, 16, 100)] == [1, 1, 2, 4, 6]
     assert parts["synthesis"] == {"H100": 4}, "16 requests of the one actor that asks"
     assert parts["Bridge training"] == {"H100": 8 + 1}
-    assert parts["distillation"] == {"H100": 8 + 2}, "8 workers with a request each"
+    assert parts["distillation"] == {"H100": 8 + 1}, "trainers ask in bursts: no more is counted on than is kept"
 
 
 def test_real_images_ask_no_teacher(counts):
