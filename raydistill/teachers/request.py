@@ -14,6 +14,8 @@ import numpy as np
 if TYPE_CHECKING:  # the coordinator of a replica handles these without importing torch
     import torch
 
+CACHED_BYTES = 1 << 20  # of a tensor, read twice from a core's cache
+
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
 Answer = tuple[str, Any, Any]  # ("done", [B, C, H, W] array, Load), or ("rejected", "late" or "broken", why, None)
@@ -208,7 +210,7 @@ def _check_unconditional(
 def all_finite(value: torch.Tensor) -> bool:
     """No NaN, no infinity: all bits of whose exponent are set.
 
-    On the CPU by numpy, as integers, in two passes without temporary arrays: torch's threads would go on spinning afterwards,
+    On the CPU by numpy, as integers, piece by piece, without temporary arrays: torch's threads would go on spinning afterwards,
     for longer than all of this takes, on the cores that a teacher on this machine needs.
     """
     import torch
@@ -220,10 +222,14 @@ def all_finite(value: torch.Tensor) -> bool:
     if value.device.type != "cpu" or value.dtype not in integers:
         return bool(torch.isfinite(value).all())
     kind, infinity = integers[value.dtype]
-    signed = value.detach().contiguous().view(kind).numpy()
-    unsigned = signed.view(f"u{signed.dtype}")  # in which negative numbers are the largest
+    signed = value.detach().contiguous().view(kind).numpy().reshape(-1)
     negative_infinity = infinity + (1 << (8 * signed.itemsize - 1))
-    return bool(signed.max() < infinity and unsigned.max() < negative_infinity)
+    size = CACHED_BYTES // signed.itemsize
+    for piece in (signed[start : start + size] for start in range(0, len(signed), size)):
+        # as unsigned integers, negative numbers are the largest
+        if piece.max() >= infinity or piece.view(f"u{signed.dtype}").max() >= negative_infinity:
+            return False
+    return True
 
 
 def _check_finite(name: str, value: torch.Tensor) -> None:

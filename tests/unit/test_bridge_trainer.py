@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -81,6 +82,30 @@ def test_parts_of_a_batch_give_the_update_of_the_whole_up_to_rounding(make):
     assert several == pytest.approx(one, rel=1e-5)
     gradients = [torch.cat([p.grad.flatten() for p in t.bridge.trainable_parameters()]) for t in (whole, parts)]
     assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_workers_gradients_are_averaged_once_an_update(make):
+    """After the last part; each of the others would cost as much communication again."""
+
+    class Several(torch.nn.Module):
+        def __init__(self, bridge):
+            super().__init__()
+            self.bridge, self.alone, self.averaged = bridge, False, []
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.alone = True
+            yield
+            self.alone = False
+
+        def forward(self, z_S):
+            self.averaged.append(not self.alone)
+            return self.bridge(z_S)
+
+    trainer = make("bridge.micro_batches=4")
+    trainer.module = Several(trainer.bridge)
+    run(trainer, 2)
+    assert trainer.module.averaged == 2 * [False, False, False, True]
 
 
 def test_resumed_training_equals_uninterrupted_bit_by_bit(make):
