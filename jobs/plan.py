@@ -15,7 +15,7 @@ from raydistill.config import from_command_line
 def main() -> int:
     config = from_command_line(__doc__)
     logging.disable(logging.WARNING)
-    from raydistill.planning import report
+    from raydistill.plan_report import report
 
     try:
         print(report(config))

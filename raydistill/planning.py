@@ -22,15 +22,11 @@ from raydistill import counting
 from raydistill.config import Config, ConfigError, Count, Positive, Section, get, needs_pairs, trains_bridge
 from raydistill.data.encode import CHUNK
 from raydistill.distill.load import guidance_scale
-from raydistill.export.licences import student_licences
 from raydistill.spaces import Space
 
 GIB = 1 << 30
 GPU_TABLE = Path(__file__).with_name("gpus.yaml")
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
-PAPER_HOURS = (
-    "64 GPU-hours for the Bridge and 160 for 3,000 student updates (8 H100; teachers in the trainers' processes)"
-)
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
 
 
@@ -79,7 +75,7 @@ def read_gpus(further: str | None = None) -> dict[str, Gpu]:
     return kinds
 
 
-def _known_gpus(config: Config) -> dict[str, Gpu]:
+def known_gpus(config: Config) -> dict[str, Gpu]:
     """The table, in which the configured kinds are. Raises ConfigError."""
     gpus = read_gpus(config.plan.gpus)
     for key in ("trainer_gpu", "teacher_gpu", "encoder_gpu"):
@@ -391,7 +387,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
     used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
     if not used or config.plan.launch == "ignore":
         return []
-    gpus, counts = _known_gpus(config), _count_roles(config, used)
+    gpus, counts = known_gpus(config), _count_roles(config, used)
     lines, wrong = [], []
     for role in used:
         key, kind = ROLES[role].key, ROLES[role].kind(config)
@@ -511,10 +507,10 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
     rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
     compute = gpu.seconds(network.score, plan.efficiency)
     moved = counts.request_bytes + counts.answer_bytes
-    return rounds * max(compute, _gather(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
+    return rounds * max(compute, gather_seconds(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
 
 
-def _gather(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
+def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
     """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
     element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
     return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
@@ -536,7 +532,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     make, fake, student = (
         gpu.seconds(work, plan.efficiency, bool(distill.tf32)) for work in (trainer.make, trainer.fake, trainer.student)
     )
-    gathered = distill.micro_batches * _gather_shared(trainer.weights, gpu, config)
+    gathered = distill.micro_batches * shared_gather_seconds(trainer.weights, gpu, config)
     gan = config.discriminator.weight > 0
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
@@ -561,7 +557,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     )
 
 
-def _gather_shared(weights: counting.Weights, gpu: Gpu, config: Config) -> float:
+def shared_gather_seconds(weights: counting.Weights, gpu: Gpu, config: Config) -> float:
     """Seconds in which a trainer receives the other workers' parts of the frozen teacher copy, once."""
     workers = config.distill.workers
     if not config.fake_score.shard or workers == 1:
@@ -643,7 +639,7 @@ def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[fl
         ranks = min(replicas(config, _asked(config)), _asked(config)) * teachers.shards
         forward = max(
             teacher_gpu.seconds(counts.network.score, plan.efficiency),
-            _gather(counts, config, teacher_gpu, teachers.shards),
+            gather_seconds(counts, config, teacher_gpu, teachers.shards),
         )
         text = sum(encoder.prompt.flops for name, encoder in counts.text.items() if name.startswith("teacher"))
         seconds["teachers"] = config.teacher.sampling_steps * forward / counts.network.samples / ranks
@@ -666,213 +662,3 @@ def price(phases: list[Phase], config: Config, gpus: dict[str, Gpu]) -> float:
         phase.hours * (config.plan.head_price + sum(per_hour(kind, count) for kind, count in phase.gpus.items()))
         for phase in phases
     )
-
-
-# -- the report -------------------------------------------------------------------------------------------
-
-
-def report(config: Config) -> str:
-    """The whole plan as text. Raises ConfigError for an unknown kind of GPU, and what `count_run` raises."""
-    gpus = _known_gpus(config)
-    counts = count_run(config)
-    sections = (
-        _sizes(counts, config),
-        _memory(counts, config, gpus),
-        _requests(counts, config, gpus),
-        _step(counts, config, gpus),
-        _run(counts, config, gpus),
-        _kinds(counts, config, gpus),
-        ASSUMPTIONS.format(plan=config.plan),
-    )
-    return "\n\n".join(sections)
-
-
-def _amount(number: float, unit: str) -> str:
-    """1.2 T, 34 M, …"""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g} {prefix}{unit}"
-    return f"{number:.3g} {unit}"
-
-
-def _sizes(counts: Counts, config: Config) -> str:
-    network, weights = counts.network, counts.trainer.weights
-    student = counts.trainer.gradients["student"] // 4
-    licences = student_licences(
-        config.teacher.model, counts.teacher, config.student.model, counts.student, config.student.unet
-    )
-    lines = [
-        f"{config.teacher.model} ({counts.teacher}) teaches {config.student.model} ({counts.student})",
-        f"{config.distill.steps} student updates of {config.distill.workers} x {counts.batch} samples, "
-        f"{config.fake_score.updates} fake-score updates each",
-        *(
-            f"  licence of the {role.lower()}, {model}: {licence.name}. {licence.terms}"
-            for role, model, licence in licences
-        ),
-        "",
-        "PARAMETERS (exact, from the configuration files)",
-        f"  teacher {network.parameters:,}; student {student:,}; trained part of the fake score "
-        f"{counts.trainer.gradients['fake'] // 4:,}; Bridge {weights.bridge // 4:,} "
-        f"(its frozen prior in it); discriminator {weights.discriminator // 4:,}",
-        "  text encoders: " + "; ".join(f"{name} {encoder.parameters:,}" for name, encoder in counts.text.items()),
-    ]
-    return "\n".join(lines)
-
-
-def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    weights = counts.trainer.weights
-    state = sum((weights.student, weights.fake_frozen, weights.fake_trained, weights.bridge, weights.discriminator))
-    lines = [
-        f"MEMORY of one GPU, GiB of tensors (counted), against its size less plan.reserve = {config.plan.reserve:.0%}",
-        f"  trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
-        f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
-        f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // config.distill.micro_batches} "
-        f"samples at once; weights in float32, forward passes in {trainer_dtype(config)}",
-        f"  teacher rank: {config.teachers.shards} shard(s) in {config.teachers.dtype}, activations of "
-        f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}",
-    ]
-    for fit in memory(counts, config, gpus):
-        verdict = "fits" if fit.fits else "DOES NOT FIT"
-        lines.append(
-            f"  {fit.role:<21}{fit.gpu:<9}{fit.needs / GIB:8.1f} of {fit.has / GIB:6.1f}  {verdict:<13} {fit.advice}"
-        )
-    remedies = ", ".join(f"{label} {size / GIB:.1f} GiB" for label, size in trainer_remedies(counts, config))
-    lines.append(f"  a trainer could do with (adding up; the last is no setting): {remedies}")
-    host = host_bytes(counts, config)
-    lines.append(
-        "  host memory of one trainer: " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in host.items())
-    )
-    return "\n".join(lines)
-
-
-def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    size, shards, network = counts.batch // config.distill.micro_batches, config.teachers.shards, counts.network
-    gpu = gpus[config.plan.teacher_gpu]
-    rows = -(-size // (network.samples * shards)) * network.samples * shards
-    lines = [
-        "TRAFFIC",
-        f"  one score request {_amount(counts.request_bytes, 'B')} ({_amount(counts.request_bytes / size, 'B')} "
-        f"a sample), its answer {_amount(counts.answer_bytes, 'B')}; "
-        f"{config.distill.workers * config.distill.micro_batches} of them a step",
-    ]
-    if rows > size:
-        lines.append(
-            f"  ITS {size} SAMPLES ARE FILLED UP TO {rows} with repeats: {shards} rank(s) take slices of "
-            f"{network.samples}. Lower teachers.slice, or distill.micro_batches"
-        )
-    if shards > 1:
-        element = getattr(torch, config.teachers.dtype).itemsize
-        lines.append(
-            f"  ZeRO-3: a rank receives {_amount(network.parameters * element * (1 - 1 / shards), 'B')} a forward, "
-            f"{_gather(counts, config, gpu, shards):.3f} s beside {gpu.seconds(network.score, config.plan.efficiency):.3f} s "
-            f"of arithmetic on {config.plan.teacher_gpu}"
-        )
-    if config.fake_score.shard and config.distill.workers > 1:
-        seconds = _gather_shared(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
-        lines.append(f"  fake_score.shard: a trainer receives the frozen copy's other parts in {seconds:.3f} s a pass")
-    sizes = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
-    return "\n".join([*lines, f"  averaged gradients of a step: {sizes}"])
-
-
-def _encoders(config: Config) -> str:
-    prompts = config.prompts
-    if prompts.gpus_per_encoder:
-        return f"on {prompts.encoders} x {prompts.gpus_per_encoder:g} {encoder_gpu(config)} in {prompts.encoder_dtype}"
-    threads = prompts.encoders * prompts.threads_per_encoder
-    return "on one CPU thread" if threads == 1 else f"on {threads} CPU threads"
-
-
-def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
-    k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
-    score = network.score.flops / network.samples * counts.batch
-    text = (1 + k) * counts.batch * counts.text_flops
-    works = ((trainer.make, 1), (trainer.fake, k), (trainer.student, 1))
-    whole, high = (sum(times * getattr(work, name) for work, times in works) for name in ("flops", "flops_32"))
-    speeds = [
-        f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)"
-        for share, dtype, rate in (
-            (1 - high / whole, "bfloat16", trainer_gpu.bf16_tflops),
-            (
-                high / whole,
-                "TF32" if config.distill.tf32 else "float32",
-                trainer_gpu.float32(bool(config.distill.tf32)),
-            ),
-        )
-        if share > 0
-    ]
-    used = replicas(config)
-    lines = [
-        f"ONE STUDENT UPDATE, per worker: FLOPs (counted), seconds on {config.plan.trainer_gpu} (modelled)",
-        f"  make           {_amount(trainer.make.flops, 'FLOP'):>13} {timing.make:9.3f} s",
-        f"  fake score     {_amount(trainer.fake.flops, 'FLOP'):>13} {timing.fake:9.3f} s, {k} times",
-        f"  student        {_amount(trainer.student.flops, 'FLOP'):>13} {timing.student:9.3f} s",
-        f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
-        f"{used} x {config.teachers.shards} {config.plan.teacher_gpu}",
-        f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s {_encoders(config)}, ahead of the trainers",
-        f"  trainers compute {' and '.join(speeds)}",
-        f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "
-        f"{timing.wait:.3f} s for teachers",
-    ]
-    if config.vsd.weight == 0:
-        lines.append("  no teacher is asked: vsd.weight is 0")
-    elif timing.replicas_needed is None:
-        lines.append(
-            f"  no number of such replicas keeps the trainers from waiting: one request takes longer than {k} fake "
-            "updates. Raise teachers.shards"
-        )
-    else:
-        lines.append(f"  from {timing.replicas_needed} replica(s) of {config.teachers.shards} on, trainers never wait")
-    if timing.text >= timing.work + timing.wait:
-        lines.append("  THE TEXT ENCODERS DECIDE the pace: the trainers wait for conditioning")
-    return "\n".join(lines)
-
-
-def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    parts, plan = phases(counts, config, gpus), config.plan
-    total = sum(phase.hours for phase in parts)
-    lines = [f"THE RUN on {plan.trainer_gpu} (trainers) and {plan.teacher_gpu} (teachers), modelled"]
-    for phase in parts:
-        held = " + ".join(f"{count:g} {kind}" for kind, count in phase.gpus.items()) or "no GPU"
-        lines.append(
-            f"  {phase.name:<16}{phase.hours:10.2f} h {phase.hours / total:5.0%}  {held:<22}{phase.gpu_hours:10.0f} GPU-h  "
-            f"decided by {phase.bound}"
-        )
-    gpu_hours = sum(phase.gpu_hours for phase in parts)
-    kind = "spot" if plan.spot else "on-demand"
-    lines.append(
-        f"  in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(parts, config, gpus):,.0f} ({kind}, whole nodes, "
-        "the head node in it)"
-    )
-    lines.append(f"  the paper's own: {PAPER_HOURS}")
-    timing = schedule(counts, config, gpus)
-    if timing.text >= timing.work + timing.wait:
-        hours = config.distill.steps * (timing.work + timing.wait) / 3600
-        lines.append(f"  distillation would take {hours:.2f} h if its text encoders kept up")
-    return "\n".join(lines)
-
-
-def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    """The same run with all its GPUs of one kind."""
-    lines = [
-        "THE SAME RUN ON ONE KIND OF GPU, modelled: s a student update, replicas from which on trainers never wait, hours"
-    ]
-    for name in gpus:
-        plan = {"trainer_gpu": name, "teacher_gpu": name, "encoder_gpu": None}
-        other = config.model_copy(update={"plan": config.plan.model_copy(update=plan)})
-        timing, parts = schedule(counts, other, gpus), phases(counts, other, gpus)
-        lacking = [fit.role for fit in memory(counts, other, {name: gpus[name]}) if not fit.fits]
-        needed = "-" if timing.replicas_needed is None else f"{timing.replicas_needed:g}"
-        hours = sum(phase.hours for phase in parts)
-        lines.append(
-            f"  {name:<9}{timing.step:9.2f} s {needed:>4} {hours:10.1f} h  ${price(parts, other, gpus):>9,.0f}"
-            + (f"  does not fit: {', '.join(lacking)}" if lacking else "")
-        )
-    return "\n".join(lines)
-
-
-ASSUMPTIONS = """\
-Counted: parameters, FLOPs, live tensors (the project's own step on tensors without numbers; attention as fused kernels).
-Modelled, not measured: seconds at plan.efficiency={plan.efficiency:g} of a data-sheet peak, plan.cpu_gflops={plan.cpu_gflops:g} of a CPU thread,
-{plan.network_gbits:g} Gbit/s between nodes, plan.reserve={plan.reserve:g} of the memory for everything that is no tensor. Left out: start-up,
-loading, evaluation, controls, lost nodes."""

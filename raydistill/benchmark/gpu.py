@@ -191,6 +191,7 @@ def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[],
     import torch
 
     from raydistill.distill.student import one_step_x0
+    from raydistill.precision import autocast
 
     student = _open("shapes:sd15" if arguments.dry_run else STUDENT)
     teacher = _open("shapes:flux" if arguments.dry_run else TEACHERS[0])
@@ -202,7 +203,7 @@ def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[],
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu" if device.type == "meta" else device.type, torch.bfloat16):
+        with autocast(device, enabled=True):
             x = bridge(one_step_x0(student, unet, noise, conditioning, 999))
         x.float().square().mean().backward()
         optimizer.step()

@@ -6,7 +6,6 @@ those of the published models. No weights, no network, no numbers.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from few_blocks import write_shortened
 from safetensors.torch import save_file
 
 from raydistill import counting
 from raydistill.config import CONFIGS, Config, load
 from raydistill.data.vae import resized
-from raydistill.model_configs import HUB_MODELS, write_folder
+from raydistill.model_configs import HUB_MODELS
 from raydistill.spaces import Space, load_space
 from raydistill.spaces.lengths import text_lengths
 
@@ -35,25 +35,12 @@ TEACHERS = {  # channels, tokens and width of the text, pooled width, does the n
 }
 STUDENTS = {"sd15": 768, "sd21_base": 1024}  # width of the text
 FEATURE_GRID = {"sdxl": 32, "kolors": 32}  # a UNet's middle block; transformers see patches of 2 x 2
-FEWER = {
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "num_hidden_layers": 2,
-    "transformer_layers_per_block": [1, 1, 1],
-    "dual_attention_layers": [0],
-}
 FEWER_OF_A_STUDENT = {"layers_per_block": 1}
 
 
 def shortened(model: str, folder: Path, fewer: dict[str, Any] | None = None) -> Space:
     """The Space of a public model whose network has few blocks."""
-    write_folder(HUB_MODELS[model], folder)
-    for name in ("transformer", "unet"):
-        file = folder / name / "config.json"
-        if file.is_file():
-            config = json.loads(file.read_text())
-            known = {key: value for key, value in (fewer or FEWER).items() if config.get(key)}
-            file.write_text(json.dumps(config | known))
+    write_shortened(HUB_MODELS[model], folder, fewer)
     if model.endswith("FLUX.2-klein-base-4B"):  # its latents' statistics are stored with the weights
         names = {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
         save_file(names, folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -111,6 +98,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
     """make, the teacher's guided score, a fake update and the student's update, as a worker does them."""
     name, config, student, teacher = pair
     channels, tokens, width, pooled, guided_twice = TEACHERS[name]
+    width_S = STUDENTS["sd15" if config.student.start_timestep == 999 else "sd21_base"]
     seen, rows = Seen(), []
     with counting.counted():
         worker = counting.distiller(config, student, teacher, BATCH)

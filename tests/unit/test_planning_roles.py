@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import torch
+from few_blocks import write_shortened
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydistill import counting, planning
+from raydistill import counting, plan_report, planning
 from raydistill.bridge.loop import build_trainer
 from raydistill.config import CONFIGS, ConfigError, load, resolve
 from raydistill.data.pairs import write_pairs
-from raydistill.model_configs import write_folder
 from raydistill.spaces import load_space
 
 SHARE = 8
 TEACHERS = sorted(file.stem for file in (CONFIGS / "teachers").glob("*.yaml"))
-FEWER = {
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "num_hidden_layers": 2,
-    "transformer_layers_per_block": [1, 1, 1],
-    "dual_attention_layers": [0],
-}
 
 
 @pytest.fixture(scope="module")
@@ -107,17 +99,7 @@ def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
 @pytest.fixture
 def shortened(monkeypatch):
     """Public models at their real widths with two blocks."""
-
-    def written(name, folder):
-        path = write_folder(name, folder)
-        for part in ("transformer", "unet"):
-            file = path / part / "config.json"
-            if file.is_file():
-                config = json.loads(file.read_text())
-                file.write_text(json.dumps(config | {key: value for key, value in FEWER.items() if config.get(key)}))
-        return path
-
-    monkeypatch.setattr(counting, "write_folder", written)
+    monkeypatch.setattr(counting, "write_folder", write_shortened)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
@@ -193,5 +175,5 @@ def test_real_images_ask_no_teacher(counts):
 
 def test_a_request_that_is_filled_up_with_repeats_is_said(counts):
     gpus = planning.read_gpus()
-    filled = planning._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
+    filled = plan_report._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
     assert "ITS 4 SAMPLES ARE FILLED UP TO 16 with repeats: 2 rank(s) take slices of 8" in filled
