@@ -107,11 +107,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         assert made.noise.shape == (BATCH, 4, 64, 64)
         assert made.x_t.shape == (BATCH, channels, 128, 128)
         assert made.t_B.shape == (BATCH,)
-        assert made.student_conditioning["prompt_embeds"].shape == (
-            BATCH,
-            77,
-            student.part_config("text_encoder")["hidden_size"],
-        )
+        assert made.student_conditioning["prompt_embeds"].shape == (BATCH, 77, width_S)
         assert made.teacher_conditioning["prompt_embeds"].shape == (BATCH, tokens, width)
         if pooled:
             assert made.teacher_conditioning["pooled_prompt_embeds"].shape == (BATCH, pooled)
