@@ -241,9 +241,8 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
             f"{folder}: holds shards, but {file.name}, which says how they were made, cannot be read ({error}); "
             "use another folder, or name this one in bridge.pairs if its pairs are complete"
         ) from None
-    found.setdefault(
-        "text_dtype", settings.get("text_dtype") and "float32"
-    )  # of sets that were begun before there was one
+    if "text_dtype" in settings:
+        found.setdefault("text_dtype", "float32")  # of sets that were begun before it was a setting
     changed = [
         f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]

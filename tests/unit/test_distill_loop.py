@@ -264,12 +264,22 @@ def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, w
         work_here(settings)
 
 
-def test_each_worker_asks_a_replica_of_its_own_first():
+@pytest.fixture
+def torchs_own_precision():
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(torchs_own_precision):
     """Workers ask at the same moment, and replicas are equally busy then."""
-    config = load(overrides=[*SMALL, "vsd.weight=1", "discriminator.weight=0", "distill.workers=2"])
+    settings = ["vsd.weight=1", "discriminator.weight=0", "distill.workers=2", "distill.tf32=true"]
+    config = load(overrides=[*SMALL, *settings])
     bridge = str(WEIGHTS / "bridge" / "sd15-flux")
     stage = loop.Stage("distill", config.model_dump(), "", bridge, None, None, "teacher-of-another", "", "")
     clients = [loop._assemble(stage, config, rank, 2)[1].client for rank in (0, 1)]
+    assert torch.get_float32_matmul_precision() == "high", "distill.tf32"
     assert [(client.name, client.place) for client in clients] == [
         ("teacher-of-another", 0.0),
         ("teacher-of-another", 0.5),

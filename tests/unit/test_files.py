@@ -93,3 +93,11 @@ def test_what_a_killed_process_left_in_its_scratch_goes_with_the_next_one(tmp_pa
         with scratch(Path("/runs/two")) as other:
             assert other != folder
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_folder_above_is_followed_no_further(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "weights").write_bytes(b"1")
+    before = content_hash(tmp_path)
+    (tmp_path / "part" / "above").symlink_to(tmp_path)
+    assert content_hash(tmp_path) == before

@@ -173,6 +173,19 @@ def test_real_images_ask_no_teacher(counts):
     assert roles["teacher rank"].used(load(overrides=settings))
 
 
+def test_shared_copies_are_gathered_once_a_pass_and_part(counts):
+    """A part of a fake update has three passes, with the real samples' features; a part of the student's, three too."""
+    gpus, settings = planning.read_gpus(), [*GPUS, "distill.workers=8", "distill.micro_batches=2"]
+    alone, shared = (
+        planning.schedule(counts, load(overrides=[*settings, f"fake_score.shard={on}"]), gpus)
+        for on in ("false", "true")
+    )
+    once = counts.trainer.weights.fake_frozen * 7 / 8 / (1e9 * gpus["H100"].link_gbytes)
+    assert shared.make == alone.make
+    assert shared.fake - alone.fake == pytest.approx(2 * 3 * once)
+    assert shared.student - alone.student == pytest.approx(2 * 3 * once)
+
+
 def test_a_request_that_is_filled_up_with_repeats_is_said(counts):
     gpus = planning.read_gpus()
     filled = plan_report._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
