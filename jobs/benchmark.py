@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from raydistill.benchmark import SECTIONS
-from raydistill.storage import local_argument
+from raydistill.storage.resolve import local_argument
 
 
 def main() -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from raydistill.build_shapes import STAGES, run_stages
+from raydistill.build_shapes.frame import Build
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.building import STAGES, Build, run_stages
 
 
 def main() -> None:

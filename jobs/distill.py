@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.pipeline import distil
-from raydistill.job import run_job
+from raydistill.driver.job import run_job
+from raydistill.driver.pipeline import distil
 
 
 def main() -> int:

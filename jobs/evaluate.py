@@ -23,7 +23,7 @@ import os
 import sys
 from pathlib import Path
 
-from raydistill.storage import argument, local_argument
+from raydistill.storage.resolve import argument, local_argument
 
 EXAMPLES = """examples:
   python jobs/evaluate.py mine --count 512
@@ -152,7 +152,7 @@ def _resources(told: argparse.Namespace):
 def main() -> int:
     arguments = arguments_of()
     from raydistill.evaluation.evaluate import store_of
-    from raydistill.runs import TrackingError, prepare, ui_command
+    from raydistill.tracking.store import TrackingError, prepare, ui_command
 
     try:
         plan = plan_of(arguments)
@@ -168,7 +168,7 @@ def main() -> int:
     from rich.console import Console
     from tqdm import tqdm
 
-    from raydistill.cluster import connected
+    from raydistill.driver.cluster import connected
     from raydistill.evaluation.evaluate import log_results, run_evaluation
     from raydistill.evaluation.stream import EvaluationFailed
     from raydistill.evaluation.summary import table as table_of

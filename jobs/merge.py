@@ -15,7 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from raydistill.storage import argument, writing
+from raydistill.storage.atomic import writing
+from raydistill.storage.resolve import argument
 
 EXAMPLES = """examples:
   python jobs/merge.py from-sdxl from-flux from-sd35 --out outputs/merged

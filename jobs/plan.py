@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import sys
 
-from raydistill.config import from_command_line
+from raydistill.config.command_line import from_command_line
 
 
 def main() -> int:
     config = from_command_line(__doc__)
     logging.disable(logging.WARNING)
-    from raydistill.plan_report import report
+    from raydistill.planning.report import report
 
     try:
         print(report(config))

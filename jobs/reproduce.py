@@ -12,8 +12,8 @@ import argparse
 import sys
 from functools import partial
 
-from raydistill.evaluation.reproduce import TABLES, check, reproduce, result_name
-from raydistill.job import run_job
+from raydistill.driver.job import run_job
+from raydistill.driver.paper_tables import TABLES, check, reproduce, result_name
 
 
 def main() -> int:

@@ -18,7 +18,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from raydistill.storage import argument, local_argument
+from raydistill.storage.resolve import argument, local_argument
 
 EXAMPLES = """examples:
   python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
@@ -84,11 +84,11 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
-    from raydistill.config import local_path
     from raydistill.data.prompts import read_prompts
     from raydistill.export.sampling import Album, NotFinite, Sampler, find_upgrade, pictures_of, sample, typed_prompts
     from raydistill.export.source import find_export, open_one_step
-    from raydistill.spaces.onestep import open_student
+    from raydistill.spaces.published_students import open_student
+    from raydistill.storage.resolve import local_path
 
     try:
         if arguments.prompts is not None:

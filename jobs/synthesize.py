@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.partial import PAIRS_SUMMARY, check_pairs_folder, pairs_only
-from raydistill.job import run_job
+from raydistill.driver.job import run_job
+from raydistill.driver.single_stages import PAIRS_SUMMARY, check_pairs_folder, pairs_only
 
 UNUSED = {  # of other stages: what they name need not fit this teacher
     "bridge": {"checkpoint": None, "pairs": None},

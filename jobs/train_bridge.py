@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from raydistill.distill.partial import ablate_bridge, bridge_only, check_ablation, check_trainable
-from raydistill.job import run_job
+from raydistill.driver.job import run_job
+from raydistill.driver.single_stages import ablate_bridge, bridge_only, check_ablation, check_trainable
 
 UNTRAINED = {"bridge": {"checkpoint": None}}
 

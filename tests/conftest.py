@@ -108,7 +108,7 @@ def ray_cluster():
     """One local Ray cluster for the whole session, of more logical CPUs than the machine has."""
     import ray
 
-    from raydistill.cluster import WITHOUT_DASHBOARD, environment
+    from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
 
     with environment(WITHOUT_DASHBOARD):
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raydistill.model_configs import write_folder
+from raydistill.spaces.published import write_folder
 
 FEWER = {
     "num_layers": 2,

@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from raydistill.benchmark.world import SPOT, World
-from raydistill.distill.record import consumed, read_lines, step_file, steps_of
+from raydistill.workers.step_log import consumed, read_lines, step_file, steps_of
 
 # fault -> how Ray titles the processes that it ends; None: handled by the world itself
 FAULTS: dict[str, str | None] = {
@@ -325,7 +325,7 @@ def _repeated(lines: list[dict[str, Any]]) -> float:
 
 def _last_state(folder: Path) -> dict[str, Any]:
     """All that the last checkpoint holds: networks and optimizers."""
-    from raydistill.distill.state import load_state
+    from raydistill.workers.checkpoint import load_state
 
     checkpoints = folder.glob("checkpoints/checkpoint_*/about.json")
     last = max(checkpoints, key=lambda file: json.loads(file.read_text())["step"])
@@ -349,7 +349,7 @@ def _differing(one: Any, other: Any, name: str = "state") -> list[str]:
 
 def _missing_in_mlflow(world: World, storage: Path, steps: dict[int, dict[str, Any]]) -> int:
     """Values of the step log that the run in MLflow lacks, or has otherwise."""
-    from raydistill.runs import client_of
+    from raydistill.tracking.store import client_of
 
     client = client_of(world.server.uri)
     run = json.loads((storage / "chaos" / "run.json").read_text())["mlflow"]["distill"]

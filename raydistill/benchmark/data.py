@@ -22,8 +22,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config import CONFIGS, load, resolve
+    from raydistill.config.reading import CONFIGS, load
     from raydistill.data.encode import CACHE_BYTES, conditioned_batches
+    from raydistill.storage.resolve import resolve
 
     torch.set_num_threads(1)
     config = load(CONFIGS / "shapes.yaml")

@@ -100,7 +100,7 @@ def _random_part(space: Any, name: str, dtype: Any, device: Any) -> Any:
 def _conditioning(space: Any, batch: int, dtype: Any, device: Any) -> dict[str, Any]:
     import torch
 
-    from raydistill.counting import conditioning_layout
+    from raydistill.spaces.meta import conditioning_layout
 
     return {
         name: torch.randn(batch, *shape, device=device).to(dtype)
@@ -112,8 +112,8 @@ def _conditioning(space: Any, batch: int, dtype: Any, device: Any) -> dict[str, 
 
 def _open(model: str) -> Any:
     """A Space whose configuration is at hand, with its own way of loading networks."""
-    from raydistill.config import local_path
-    from raydistill.counting import open_space
+    from raydistill.spaces.meta import open_space
+    from raydistill.storage.resolve import local_path
 
     return open_space(str(local_path(model)) if model.startswith("shapes:") else model)
 
@@ -122,7 +122,8 @@ def _flops(space: Any, batch: int, scale: float) -> float:
     """Of one guided score of `batch` samples, counted."""
     import torch
 
-    from raydistill.counting import conditioning_layout, counted, empty_conditioning, empty_part
+    from raydistill.planning.meter import counted
+    from raydistill.spaces.meta import conditioning_layout, empty_conditioning, empty_part
 
     layout = conditioning_layout(space)
     with counted() as meter, torch.no_grad():
@@ -172,7 +173,7 @@ def _bridge(student: Any, teacher: Any, arguments: argparse.Namespace, device: A
     import torch
 
     from raydistill.bridge.model import Bridge
-    from raydistill.config import CONFIGS, load
+    from raydistill.config.reading import CONFIGS, load
 
     config = load(None if arguments.dry_run else CONFIGS / "sd35_medium_sd15.yaml", ["bridge.checkpoint=null"])
     with torch.device("meta"):
@@ -190,8 +191,8 @@ def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[],
     """Forward through student and Bridge, backward, AdamW; float32 weights under bfloat16 autocast, nothing recomputed."""
     import torch
 
-    from raydistill.distill.student import one_step_x0
     from raydistill.precision import autocast
+    from raydistill.spaces.one_step import one_step_x0
 
     student = _open("shapes:sd15" if arguments.dry_run else STUDENT)
     teacher = _open("shapes:flux" if arguments.dry_run else TEACHERS[0])
@@ -218,7 +219,7 @@ def _student_step(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     """
     import torch
 
-    from raydistill.counting import Meter, counted
+    from raydistill.planning.meter import Meter, counted
 
     print(f"student + Bridge, {STEP_SAMPLES} samples …", flush=True)
     row: dict[str, Any] = {"batch": STEP_SAMPLES}
@@ -284,8 +285,8 @@ def _zero3(device: Any) -> dict[str, Any]:
         return {"skipped": "deepspeed is not installed"}
     import torch
 
-    from raydistill.config import resolve
     from raydistill.spaces import load_space
+    from raydistill.storage.resolve import resolve
     from raydistill.teachers import zero3
 
     os.environ |= {"DS_ACCELERATOR": device.type, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}

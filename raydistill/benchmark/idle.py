@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import service
 from raydistill.teachers.request import Memory, Payload
 from raydistill.teachers.shard import TeacherRank, actor
@@ -78,7 +78,7 @@ class IdleReplica(service.TeacherReplica.func_or_class):
 class IdleService:
     """A running service of idle replicas."""
 
-    def __init__(self, folder: Path, config: Teachers, name: str) -> None:
+    def __init__(self, folder: Path, config: TeacherServiceConfig, name: str) -> None:
         self.folder, self.config, self.name = folder, config, name
 
     def set(self, seconds: float, slices: bool = False) -> None:
@@ -99,7 +99,7 @@ class IdleService:
 
 
 @contextlib.contextmanager
-def idle_service(config: Teachers, name: str = "idle", replicas: int = 1) -> Iterator[IdleService]:
+def idle_service(config: TeacherServiceConfig, name: str = "idle", replicas: int = 1) -> Iterator[IdleService]:
     """Such a service for the length of the block; needs a Ray cluster."""
     with tempfile.TemporaryDirectory(prefix="raydistill-idle-") as folder:
         idle = IdleService(Path(folder), config, name)
@@ -118,7 +118,7 @@ def request_of(nbytes: int, batch: int = 16) -> Any:
     """
     import torch
 
-    from raydistill.teachers.client import ScoreRequest
+    from raydistill.teachers.request import ScoreRequest
 
     latents = torch.zeros(batch, 4, 16, 16)
     width = max(1, (nbytes - latents.nbytes) // (4 * (batch + 1)))

@@ -55,9 +55,9 @@ def measure_one(student: str, pair: str | None, device: str, dtype: str, repeats
     import torch
 
     from raydistill.benchmark.measure import interleaved
-    from raydistill.config import resolve
     from raydistill.export.sampling import Picture, Sampler, Upgrade
     from raydistill.spaces import load_space
+    from raydistill.storage.resolve import resolve
 
     space, upgrade = load_space(resolve(student)), None
     if pair is not None:

@@ -105,7 +105,7 @@ def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[
 
     import ray
 
-    from raydistill.cluster import WITHOUT_DASHBOARD, environment, quiet
+    from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment, quiet
 
     quiet()
     with environment(WITHOUT_DASHBOARD):
@@ -116,7 +116,7 @@ def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[
             object_store_memory=object_store_bytes,
             logging_level=logging.WARNING,
             log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "raydistill.cluster.quiet"},
+            runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"},
         )
     try:
         yield

@@ -73,7 +73,7 @@ def generate(folder: Path, heads: int, layers: int) -> dict[str, str]:
     import torch
     from diffusers import FluxTransformer2DModel
 
-    from raydistill.config import local_path
+    from raydistill.storage.resolve import local_path
 
     teacher, student = folder / "teacher", local_path("shapes:sd15")
     shutil.copytree(local_path("shapes:flux"), teacher)
@@ -130,25 +130,25 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from raydistill import counting
     from raydistill.bridge.model import Bridge
     from raydistill.distill.distiller import Distiller, Real
     from raydistill.distill.schedule import distillation_step
+    from raydistill.planning import counting
+    from raydistill.spaces import meta
 
     config = _config(settings)
     planned = counting.count_trainer(
-        config, counting.open_space(settings["student"]), counting.open_space(settings["teacher"])
+        config, meta.open_space(settings["student"]), meta.open_space(settings["teacher"])
     ).peak
     student, teacher = _spaces(settings)
     batch = settings["batch_size"]
     columns = {
         f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
         for role, space in (("student", student), ("teacher", teacher))
-        for name, (shape, kind) in counting.conditioning_layout(space).items()
+        for name, (shape, kind) in meta.conditioning_layout(space).items()
     }
     conditioning = {
-        name: torch.zeros(1, *shape, dtype=kind)
-        for name, (shape, kind) in counting.conditioning_layout(teacher).items()
+        name: torch.zeros(1, *shape, dtype=kind) for name, (shape, kind) in meta.conditioning_layout(teacher).items()
     }
     _warm_up()
     with Peak(mapped=True) as peak:
@@ -172,12 +172,13 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
     """A score request on a whole network."""
     import torch
 
-    from raydistill import counting
+    from raydistill.planning import counting
+    from raydistill.spaces import meta
 
     config, (_, teacher), batch = _config(settings), _spaces(settings), settings["batch_size"]
-    counted = counting.count_teacher(config, counting.open_space(settings["teacher"]), 3.5)
+    counted = counting.count_teacher(config, meta.open_space(settings["teacher"]), 3.5)
     planned = 4 * (counted.parameters + counted.buffers) + counted.score.peak
-    layout = counting.conditioning_layout(teacher)
+    layout = meta.conditioning_layout(teacher)
     conditioning, empty = (
         {name: torch.zeros(rows, *shape, dtype=kind) for name, (shape, kind) in layout.items()} for rows in (batch, 1)
     )
@@ -197,7 +198,8 @@ def _rank(settings: dict[str, Any]) -> dict[str, Any]:
     rank, world = settings["rank"], settings["world"]
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1"}
-    from raydistill import counting
+    from raydistill import spaces
+    from raydistill.spaces import meta
     from raydistill.teachers import zero3
 
     file = Path(settings["meeting"], "port")
@@ -211,12 +213,12 @@ def _rank(settings: dict[str, Any]) -> dict[str, Any]:
     if rank:
         store = torch.distributed.TCPStore("127.0.0.1", int(file.read_text()), world, False)
     zero3.init_process_group(rank, world, store, torch.device("cpu"))
-    space = counting.load_space(settings["teacher"])
-    network = counting.open_space(settings["teacher"]).load_network()
+    space = spaces.load_space(settings["teacher"])
+    network = meta.open_space(settings["teacher"]).load_network()
     layer = max(
         sum(p.numel() for p in block.parameters()) for block in (*network.transformer_blocks, *network.single_transformer_blocks)
     )  # fmt: skip
-    numel = counting.numel(network)
+    numel = meta.numel(network)
     _warm_up()
     torch.distributed.barrier()
     with Peak(mapped=False) as peak:
@@ -231,7 +233,7 @@ def _rank(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(settings: dict[str, Any]) -> Any:
-    from raydistill.config import load
+    from raydistill.config.reading import load
 
     return load(
         overrides=[

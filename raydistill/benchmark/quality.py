@@ -145,7 +145,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from raydistill.config import CONFIGS, config_hash, load
+    from raydistill.config.reading import CONFIGS, config_hash, load
     from raydistill.data.prompts import training_prompts
     from raydistill.distill.local import local_distillation
     from raydistill.distill.schedule import distillation_step
@@ -177,8 +177,9 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def _hashes(config: Any, keys: Sequence[str]) -> dict[str, str]:
     """Of the contents of the files and folders that these keys of the configuration name."""
-    from raydistill.config import get, resolve
-    from raydistill.files import content_hash
+    from raydistill.config.reading import get
+    from raydistill.storage.fingerprint import content_hash
+    from raydistill.storage.resolve import resolve
 
     return {key: content_hash(resolve(path)) for key in keys if (path := get(config, key)) is not None}
 
@@ -195,8 +196,8 @@ def _teacher_accuracy(config: Any, scores: Any, evaluator: Any, file: Path) -> f
     """Of the teacher's own multi-step pictures of the same prompts; kept in a file, for as long as nothing of it changes."""
     import torch
 
-    from raydistill.config import mathematical
-    from raydistill.evaluation.evaluator import encode_table
+    from raydistill.config.reading import mathematical
+    from raydistill.data.encode import encode_table
 
     key = {name: value for name, value in mathematical(config).items() if name.partition(".")[0] in OF_TEACHER}
     key["files"] = _hashes(config, FILES_OF_TEACHER)
@@ -235,18 +236,12 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     """
     import torch
 
-    from raydistill.config import CONFIGS, load
-    from raydistill.counting import (
-        conditioning_layout,
-        count_teacher,
-        count_trainer,
-        counted,
-        distiller,
-        empty_conditioning,
-        open_space,
-    )
-    from raydistill.distill.load import guidance_scale
-    from raydistill.planning import changed
+    from raydistill.config.reading import CONFIGS, load
+    from raydistill.distill.networks import guidance_scale
+    from raydistill.planning.counting import count_teacher, count_trainer, distiller
+    from raydistill.planning.counts import changed
+    from raydistill.planning.meter import counted
+    from raydistill.spaces.meta import conditioning_layout, empty_conditioning, open_space
 
     config = load(CONFIGS / f"{name}.yaml", variant.overrides())
     config = changed(config, gradient_checkpointing=False)  # what it computes twice is no work of the method

@@ -24,11 +24,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raydistill.benchmark.measure import resident, timed
     from raydistill.bridge.model import Bridge
-    from raydistill.config import CONFIGS, load
-    from raydistill.counting import conditioning_layout
+    from raydistill.config.reading import CONFIGS, load
     from raydistill.diffusion.noise import normal
     from raydistill.distill.losses import vsd_gradient, vsd_loss
-    from raydistill.distill.student import one_step_x0
+    from raydistill.spaces.meta import conditioning_layout
+    from raydistill.spaces.one_step import one_step_x0
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -84,8 +84,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _space(model: str) -> Any:
-    from raydistill.config import local_path
-    from raydistill.counting import open_space
+    from raydistill.spaces.meta import open_space
+    from raydistill.storage.resolve import local_path
 
     return open_space(str(local_path(model)) if model.startswith("shapes:") else model)
 

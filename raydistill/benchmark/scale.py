@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.benchmark.idle import idle_service, request_of
     from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config import Teachers
+    from raydistill.config.schema import TeacherServiceConfig
 
     replicas, trainers = [], []
-    settings = Teachers(shards=1, cpus_per_rank=0.01)
+    settings = TeacherServiceConfig(shards=1, cpus_per_rank=0.01)
     nbytes = int(arguments.megabytes * 1e6)
     shared = max((count for count in arguments.replicas if count <= max(arguments.trainers, default=0)), default=0)
     with ray_cluster(16, 4 << 30):

@@ -28,20 +28,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raydistill.benchmark.idle import idle_service
     from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config import Teachers
+    from raydistill.config.schema import TeacherServiceConfig
     from raydistill.data.encode import encode_unconditional
-    from raydistill.distill.load import guidance_scale
     from raydistill.distill.local import LocalScores
-    from raydistill.distill.loop import Teachers as Submit
+    from raydistill.distill.networks import guidance_scale
     from raydistill.teachers import service
     from raydistill.teachers.client import TeacherClient
+    from raydistill.workers.score_requests import Teachers as Submit
 
     torch.set_num_threads(1)
     config, worker = trainer(arguments.batch_size, arguments.fake_updates)
     space = worker.teacher_space
     empty, scale, rows = encode_unconditional(space), guidance_scale(config, space), []
     with ray_cluster(4):
-        with idle_service(Teachers(shards=1, slice=4, cpus_per_rank=0.1)) as idle:
+        with idle_service(TeacherServiceConfig(shards=1, slice=4, cpus_per_rank=0.1)) as idle:
             submit = Submit(idle.client(), empty, scale)
             idle.set(0.0)
             fake = _measure(worker, submit, arguments)["fake_s"]  # k updates; also warms up
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 rows.append(row | _measure(worker, submit, arguments))
         if not arguments.no_real_teacher:
             print("real miniature teacher …", flush=True)
-            settings = Teachers(shards=1, slice=arguments.batch_size, cpus_per_rank=0.1)
+            settings = TeacherServiceConfig(shards=1, slice=arguments.batch_size, cpus_per_rank=0.1)
             local = LocalScores(space, space.load_network(), empty, scale)
             service.start(space.folder, settings, "real")
             try:
@@ -76,12 +76,13 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     import torch
 
     from raydistill.bridge.model import Bridge
-    from raydistill.config import load, resolve
+    from raydistill.config.reading import load
     from raydistill.data.encode import TextEncoder
     from raydistill.data.prompts import training_prompts
     from raydistill.distill.distiller import Distiller
-    from raydistill.distill.load import load_real, load_unet
+    from raydistill.distill.networks import load_real, load_unet
     from raydistill.spaces import load_space
+    from raydistill.storage.resolve import resolve
 
     config = load(
         overrides=[

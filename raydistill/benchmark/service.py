@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raydistill.benchmark.idle import IdleRank, idle_service, request_of
     from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config import Teachers
+    from raydistill.config.schema import TeacherServiceConfig
     from raydistill.teachers.shard import actor
 
     requests: dict[str, Any] = {
@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     with ray_cluster(4, 4 << 30):
         _use_the_store()
         bare = ray.remote(num_cpus=0.1)(_Bare).remote()
-        config = Teachers(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
+        config = TeacherServiceConfig(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
         with idle_service(config) as idle:
             idle.set(0.0, slices=True)
             client, rank = idle.client(), actor(IdleRank).options(num_cpus=0.1).remote(0, 1)
@@ -72,9 +72,9 @@ class _Bare:
 
 def _families() -> dict[str, Any]:
     """A maker of each real family's request at the paper's batch."""
-    from raydistill.config import CONFIGS, load
-    from raydistill.counting import conditioning_layout, open_space
-    from raydistill.distill.load import guidance_scale
+    from raydistill.config.reading import CONFIGS, load
+    from raydistill.distill.networks import guidance_scale
+    from raydistill.spaces.meta import conditioning_layout, open_space
 
     requests = {}
     for file in sorted((CONFIGS / "teachers").glob("*.yaml")):
@@ -90,7 +90,7 @@ def _families() -> dict[str, Any]:
 def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: float, dtype: str) -> Any:
     import torch
 
-    from raydistill.teachers.client import ScoreRequest
+    from raydistill.teachers.request import ScoreRequest
 
     def rows(count: int) -> dict[str, torch.Tensor]:
         return {

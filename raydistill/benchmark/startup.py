@@ -94,8 +94,8 @@ def _imports() -> dict[str, float]:
 
     kinds = {
         "nothing": "pass",
-        "the job": "import raydistill.preflight, raydistill.distill.pipeline",
-        "a trainer": "import raydistill.distill.loop, raydistill.distill.distiller",
+        "the job": "import raydistill.driver.preflight, raydistill.driver.pipeline",
+        "a trainer": "import raydistill.workers.distill, raydistill.distill.distiller",
         "a teacher rank": "import raydistill.spaces, raydistill.teachers.zero3",
         "a text encoder": "import raydistill.data.encode",
     }

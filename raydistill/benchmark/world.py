@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from raydistill.cluster import WITHOUT_DASHBOARD, environment
+from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MARK = "RAYDISTILL_WORLD"  # environment variable that all processes of a world inherit

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from raydistill import config as configuration
+from raydistill.config import schema
 from raydistill.diffusion.noise import uniform
 from raydistill.precision import autocast
 from raydistill.spaces.base import Conditioning, Space
@@ -273,7 +273,7 @@ class AttentionProbe:
         AttentionError: the network's class is not known here.
     """
 
-    def __init__(self, space: Space, network: nn.Module, settings: configuration.Attention) -> None:
+    def __init__(self, space: Space, network: nn.Module, settings: schema.AttentionConfig) -> None:
         name = type(network).__name__
         _check_known(space, name)
         self.space, self.temperature, self.normalize = space, settings.temperature, settings.normalize

@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from raydistill import config as configuration
 from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
+from raydistill.config import schema
 from raydistill.spaces.base import Space, weight_files
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
@@ -117,7 +117,7 @@ class SpatialPrior(nn.Module):
         return x
 
 
-def _projector(architecture: configuration.Bridge, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+def _projector(architecture: schema.BridgeConfig, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
     a = architecture
     try:
         if a.projector == "unet":
@@ -129,7 +129,7 @@ def _projector(architecture: configuration.Bridge, in_channels: int, out_channel
         raise BridgeError(f"bridge: {error}") from None
 
 
-def projector_parameters(student: Space, teacher: Space, architecture: configuration.Bridge) -> int:
+def projector_parameters(student: Space, teacher: Space, architecture: schema.BridgeConfig) -> int:
     """Trainable parameters of a Bridge, without making it. Raises BridgeError as `Bridge.create`."""
     n = doublings(student, teacher)
     in_channels, upscale = student.latent_shape[0], 2**n
@@ -147,7 +147,7 @@ class Bridge(nn.Module):
         self,
         student: Space,
         teacher: Space,
-        architecture: configuration.Bridge,
+        architecture: schema.BridgeConfig,
         prior: SpatialPrior | None,
         projector: nn.Module,
     ) -> None:
@@ -156,7 +156,7 @@ class Bridge(nn.Module):
         self.prior, self.projector = prior, projector
 
     @classmethod
-    def create(cls, student_space: Space, teacher_space: Space, architecture: configuration.Bridge) -> Bridge:
+    def create(cls, student_space: Space, teacher_space: Space, architecture: schema.BridgeConfig) -> Bridge:
         """A Bridge with fresh projector weights (from torch's global random state).
 
         Args:
@@ -244,7 +244,7 @@ class Bridge(nn.Module):
             BridgeError: the folder is no Bridge, or belongs to another pair of VAEs.
         """
         saved = check_pair(folder, student_space, teacher_space)
-        bridge = cls.create(student_space, teacher_space, configuration.Bridge(**saved["architecture"]))
+        bridge = cls.create(student_space, teacher_space, schema.BridgeConfig(**saved["architecture"]))
         try:
             bridge.projector.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -267,7 +267,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if missing:
         raise BridgeError(f"{file}: lacks {', '.join(missing)}")
     try:
-        configuration.Bridge(**saved["architecture"])
+        schema.BridgeConfig(**saved["architecture"])
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise BridgeError(f"{file}: architecture: {wrong}") from None

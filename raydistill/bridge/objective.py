@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from raydistill import config as configuration
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.data.pairs import Pairs, PairSet, split
+from raydistill.config import schema
+from raydistill.config.schema import Config
+from raydistill.data.pairs import Pairs, PairSet, read_pairs, split
 from raydistill.diffusion.noise import normal
 from raydistill.precision import autocast
+from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
+from raydistill.storage.resolve import resolve
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
 
@@ -96,7 +100,7 @@ class Objective:
     def __init__(
         self,
         pairs: PairSet,
-        settings: configuration.Bridge,
+        settings: schema.BridgeConfig,
         seed: int,
         device: torch.device | str = "cpu",
         rank: int = 0,
@@ -142,3 +146,31 @@ class Objective:
             }
         with autocast(self.device, self.settings.mixed_precision):
             return bridge_loss(bridge(z_S), z_T, weight, **teacher_inputs)
+
+
+def build_objective(
+    config: Config,
+    pairs_folder: str | Path,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    split_seed: int | None = None,
+) -> Objective:
+    """The losses that a configuration describes, on one worker's share of the pairs.
+
+    Args:
+        split_seed: decides which pairs are held out; None: the run's seed.
+
+    Raises:
+        PairsError: the pairs are not of these spaces.
+    """
+    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
+    pairs = read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    probe = captions = None
+    if config.bridge.attention.weight > 0:
+        network = teacher.load_network(getattr(torch, config.teachers.dtype))
+        probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
+        captions = Captions(teacher, pairs.prompts(), device, getattr(torch, config.prompts.encoder_dtype))
+        if config.bridge.gradient_checkpointing:
+            probe.network.enable_gradient_checkpointing()
+    return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions, split_seed)

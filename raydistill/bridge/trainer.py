@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,13 @@ from torch import nn
 
 from raydistill.bridge.losses import latent_l1
 from raydistill.bridge.model import Bridge
-from raydistill.bridge.objective import Objective
+from raydistill.bridge.objective import Objective, build_objective
+from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
-from raydistill.evaluation.grids import grid
-from raydistill.evaluation.metrics import l1, psnr, ssim
+from raydistill.pictures.fidelity import l1, psnr, ssim
+from raydistill.pictures.grids import grid
+from raydistill.spaces import load_space
+from raydistill.storage.resolve import resolve
 
 VALIDATION_PAIRS = 256  # pictures that are decoded at most; more would not change the second digit
 DECODE_BATCH = 16  # at most, see Space.vae_batch
@@ -148,3 +152,21 @@ def _comparison(true: torch.Tensor, made: torch.Tensor, prompts: Sequence[str]) 
     true, made = true[:PICTURES].cpu(), made[:PICTURES].cpu()
     captions = [*prompts[: len(true)], *["Bridge"] * len(made)]
     return grid(torch.cat([true, made]), captions, columns=len(true), title="teacher latents (above), Bridge (below)")
+
+
+def build_trainer(
+    config: Config,
+    pairs_folder: str | Path,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    split_seed: int | None = None,
+) -> BridgeTrainer:
+    """The trainer that a configuration describes; also for use without Ray. Arguments and errors as `build_objective`."""
+    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        bridge = Bridge.create(student, teacher, config.bridge)
+    if config.bridge.gradient_checkpointing:
+        bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
+    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, rank, world_size, split_seed))

@@ -16,7 +16,7 @@ import functools
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import transformers
 
-from raydistill.beside import beside
+from raydistill.background import beside
 from raydistill.data.prompts import PromptSet
-from raydistill.spaces import Conditioning, Space, load_space
-from raydistill.spaces.lengths import are_cut
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.text_lengths import are_cut
 
 if TYPE_CHECKING:  # imported where it is used: encoding alone needs no Ray
     import ray
@@ -382,3 +383,24 @@ def quiet_ray_data() -> None:
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.WARNING)
+
+
+TEXT_BATCH = 64  # prompts per forward of the text encoders
+
+
+def encode_table(
+    space: Space, prompts: Iterable[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Conditioning, dict[str, int]]:
+    """Conditioning of the distinct prompts, one row each, on the CPU, and every prompt's row.
+
+    Args:
+        dtype: of the text encoders and of the table.
+        device: where they run; they are dropped afterwards.
+    """
+    unique = list(dict.fromkeys(prompts))
+    text = space.load_text(dtype).to(device)
+    parts = []
+    for start in range(0, len(unique), TEXT_BATCH):
+        encoded = space.encode_prompts(text, unique[start : start + TEXT_BATCH])
+        parts.append({name: value.cpu() for name, value in encoded.items()})
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {p: i for i, p in enumerate(unique)}

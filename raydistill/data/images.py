@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from raydistill.storage import present
+from raydistill.storage.staging import present
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess

@@ -30,7 +30,9 @@ import torch
 from PIL import Image
 
 from raydistill.diffusion.noise import uniform
-from raydistill.storage import Place, Remote, place, writing
+from raydistill.storage.atomic import writing
+from raydistill.storage.place import Place, Remote
+from raydistill.storage.resolve import place
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")

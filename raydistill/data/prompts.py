@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raydistill.config import Config, resolve
+from raydistill.config.schema import Config
 from raydistill.data.texts import Spill, Texts, permutation, repeated
+from raydistill.storage.resolve import resolve
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
 COLUMNS_NAMED = 20  # where the column is missing

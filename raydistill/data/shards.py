@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from raydistill.data.pairs import about_shard, existing_shards, remove_abandoned, write_pairs
-from raydistill.storage import Place, place, replace_text
+from raydistill.storage.atomic import replace_text
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import place
 
 SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 

@@ -25,16 +25,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from raydistill.config import Posterior
+from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
-from raydistill.data.models import identify
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request, SynthesisError, SynthesisFailed
 from raydistill.data.vae import PairEncoder, previews, resized
 from raydistill.diffusion.noise import normal
-from raydistill.spaces import Conditioning, Space
-from raydistill.storage import Place
+from raydistill.spaces.base import Conditioning, Space
+from raydistill.storage.fingerprint import identify
+from raydistill.storage.place import Place
 
 __all__ = [
     "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "SynthesisError", "SynthesisFailed", "TeacherAsker",

@@ -25,21 +25,21 @@ import ray.data
 import torch
 from ray.exceptions import RayError, UserCodeException
 
-from raydistill.config import Synthesis
+from raydistill.config.schema import SynthesisConfig
 from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request, SynthesisFailed
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
 from raydistill.data.vae import PairEncoder
-from raydistill.progress import write_progress
-from raydistill.spaces import ModelFolderError
-from raydistill.storage import Place
+from raydistill.spaces.base import ModelFolderError
+from raydistill.storage.place import Place
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import TeacherError, one_line
+from raydistill.tracking.progress import write_progress
 
 if TYPE_CHECKING:
-    from raydistill.tracking import Tracker
+    from raydistill.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ Watcher = Callable[[PairWriter, list[Place]], None]
 def synthesise_on_ray(
     recipe: Recipe,
     folder: str | Place,
-    settings: Synthesis,
+    settings: SynthesisConfig,
     client: TeacherClient | None = None,
     watch: Watcher = lambda writer, written: None,
 ) -> int:
@@ -172,7 +172,7 @@ def _request(requests: Batch) -> Request:
 
 
 def _encoded(
-    recipe: Recipe, requests: list[Request], settings: Synthesis, client: TeacherClient | None
+    recipe: Recipe, requests: list[Request], settings: SynthesisConfig, client: TeacherClient | None
 ) -> Iterator[Batch]:
     """Encoded rows of all requests, in any order. Closing the generator ends the actors."""
     quiet_ray_data()
@@ -228,7 +228,7 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
     return rows
 
 
-def _wait_for_room(settings: Synthesis, samples: bool) -> None:
+def _wait_for_room(settings: SynthesisConfig, samples: bool) -> None:
     """Wait until there is room for all actors, and for a task that reads images.
 
     Ray Data reads images inside the actors where both reserve the same, so that reading needs its own room only beside
@@ -296,7 +296,7 @@ class SynthesisLog:
             self.tracker.artifact(folder / FAILURES_FILE)
 
     def _show(self, files: list[Place], step: int) -> None:
-        from raydistill.evaluation.grids import grid
+        from raydistill.pictures.grids import grid
 
         images, captions = captioned_previews(files, self.pictures)
         if captions:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from raydistill.config import Posterior
+from raydistill.config.schema import Posterior
 from raydistill.data.pairs import png
 from raydistill.diffusion.noise import normal
-from raydistill.spaces import Space
+from raydistill.spaces.base import Space
 
 PREVIEW_PIXELS = 64
 VAE_BATCH = 8  # pictures per VAE forward, at most

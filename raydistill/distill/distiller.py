@@ -33,16 +33,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.bridge.objective import Objective
-from raydistill.config import Config
+from raydistill.config.schema import Config
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal, uniform
 from raydistill.diffusion.path import add_noise, target, to_x0
 from raydistill.diffusion.timesteps import sample_t
+from raydistill.distill.collapse import LatentGuard, moments
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.fake_score import FakeScore
-from raydistill.distill.guard import LatentGuard, moments
 from raydistill.distill.losses import (
     fake_logits_loss,
     generator_loss,
@@ -51,9 +51,9 @@ from raydistill.distill.losses import (
     vsd_gradient,
     vsd_loss,
 )
-from raydistill.distill.student import one_step_x0, x0_gain
 from raydistill.precision import autocast
-from raydistill.spaces import Conditioning, Space
+from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.one_step import one_step_x0, x0_gain
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 

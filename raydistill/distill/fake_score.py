@@ -21,9 +21,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from raydistill.config import ConfigError
-from raydistill.config import FakeScore as FakeScoreConfig
-from raydistill.spaces import Conditioning, Space
+from raydistill.config.schema import FakeScoreConfig
+from raydistill.errors import ConfigError
+from raydistill.spaces.base import Conditioning, Space
 
 
 class _FeaturesReached(Exception):

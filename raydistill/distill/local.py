@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from raydistill.bridge.model import Bridge
-from raydistill.config import Config, resolve
-from raydistill.data.encode import Batch, encode_unconditional
+from raydistill.config.schema import Config
+from raydistill.data.encode import Batch, encode_table, encode_unconditional
 from raydistill.data.prompts import PromptSet, training_prompts
 from raydistill.distill.distiller import Distiller, Made
-from raydistill.distill.load import guidance_scale, load_real, load_unet
-from raydistill.evaluation.evaluator import encode_table
-from raydistill.spaces import Conditioning, Space, load_space
+from raydistill.distill.networks import guidance_scale, load_real, load_unet
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Conditioning, Space
+from raydistill.storage.resolve import resolve
 
 
 class LocalScores:

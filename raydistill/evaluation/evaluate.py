@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raydistill.config import ConfigError, resolve
 from raydistill.data.prompts import PromptFileError
+from raydistill.errors import MASK, ConfigError, mask
 from raydistill.evaluation.command import PREFIX, parse_command, run_command
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, PICTURES, SETTINGS_FILE, Parts, replace_text
 from raydistill.evaluation.promptsets import CategorisedPrompts, Item, write_items
@@ -29,8 +29,9 @@ from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
 from raydistill.export.sampling import SHEETS
-from raydistill.runs import MASK, TrackingError, absolute, client_of, mask, sqlite_uri
-from raydistill.storage import Place
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import resolve
+from raydistill.tracking.store import TrackingError, absolute, client_of, sqlite_uri
 
 PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
@@ -317,8 +318,8 @@ def _grid(plan: Plan, shown: int = 32) -> Any:
     import torch
     from torch.nn.functional import interpolate
 
-    from raydistill.evaluation.grids import grid
     from raydistill.evaluation.scorers import load_image
+    from raydistill.pictures.grids import grid
 
     items = plan.items[:shown]
     images = torch.stack([load_image(plan.folder / PICTURES / item.file_name) for item in items])
@@ -364,7 +365,8 @@ def log_results(
     from PIL import Image
 
     from raydistill.evaluation.summary import markdown
-    from raydistill.tracking import Tracker, open_run, source_version
+    from raydistill.tracking.store import open_run, source_version
+    from raydistill.tracking.tracker import Tracker
 
     client = client_of(uri)
     parent = _run_or_none(client, plan.subject.run_id)

@@ -6,20 +6,19 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1].
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from raydistill.config import Evaluation, resolve
+from raydistill.config.schema import EvaluationConfig
+from raydistill.data.encode import encode_table
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.distill.student import one_step_x0
 from raydistill.shapes.judge import Judge
-from raydistill.spaces import Conditioning, Space
-from raydistill.storage import Place, reading, writing
-
-TEXT_BATCH = 64  # prompts per forward of the text encoders
+from raydistill.spaces.base import Space
+from raydistill.spaces.one_step import one_step_x0
+from raydistill.storage.resolve import resolve
 
 
 class FixedPrompts:
@@ -47,28 +46,10 @@ class FixedPrompts:
             yield start, start + len(part), part
 
 
-def encode_table(
-    space: Space, prompts: Iterable[str], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[Conditioning, dict[str, int]]:
-    """Conditioning of the distinct prompts, one row each, on the CPU, and every prompt's row.
-
-    Args:
-        dtype: of the text encoders and of the table.
-        device: where they run; they are dropped afterwards.
-    """
-    unique = list(dict.fromkeys(prompts))
-    text = space.load_text(dtype).to(device)
-    parts = []
-    for start in range(0, len(unique), TEXT_BATCH):
-        encoded = space.encode_prompts(text, unique[start : start + TEXT_BATCH])
-        parts.append({name: value.cpu() for name, value in encoded.items()})
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {p: i for i, p in enumerate(unique)}
-
-
 class StudentEvaluator:
     """Draws one-step pictures of a fixed set and has them judged."""
 
-    def __init__(self, space: Space, fixed: FixedPrompts, config: Evaluation, device: torch.device | str) -> None:
+    def __init__(self, space: Space, fixed: FixedPrompts, config: EvaluationConfig, device: torch.device | str) -> None:
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
         self.table, self.row = encode_table(space, fixed.captions)
         self.vae = space.load_vae().to(device)
@@ -89,20 +70,3 @@ class StudentEvaluator:
     def accuracy(self, pictures: torch.Tensor) -> dict[str, float]:
         """The judge's table; empty without a judge."""
         return self.judge.accuracy(pictures, self.fixed.captions) if self.judge else {}
-
-
-def save_pictures(file: Place, pictures: torch.Tensor) -> None:
-    """Lossless small store of pictures: uint8 safetensors."""
-    from safetensors.torch import save_file
-
-    with writing(file) as local:
-        local.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
-
-
-def load_pictures(file: Place) -> torch.Tensor:
-    """What `save_pictures` wrote, back in [-1, 1]."""
-    from safetensors.torch import load_file
-
-    with reading(file) as local:
-        return load_file(local)["pictures"].float() / 127.5 - 1

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydistill.config import SHAPES_PREFIX, local_path
 from raydistill.data.prompts import PromptFileError, PromptReport, PromptSet, read_prompts
-from raydistill.storage import Place, staged
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import SHAPES_PREFIX, local_path
+from raydistill.storage.staging import staged
 
 PROMPT_COLUMNS, CATEGORY_COLUMNS = (
     ("prompt", "Prompt", "caption"),

@@ -18,7 +18,7 @@ from raydistill.evaluation.promptsets import Item
 from raydistill.evaluation.subject import Painter, Subject, save_picture
 from raydistill.shapes.captions import ATTRIBUTES
 from raydistill.shapes.judge import Judge
-from raydistill.storage import present
+from raydistill.storage.staging import present
 
 
 def load_image(file: str | Path) -> torch.Tensor:

@@ -17,15 +17,17 @@ import torch
 import yaml
 from PIL.PngImagePlugin import PngInfo
 
-from raydistill.config import ConfigError, resolve
 from raydistill.diffusion.noise import normal
-from raydistill.distill.student import one_step_x0
-from raydistill.evaluation.grids import to_pil
+from raydistill.errors import ConfigError
 from raydistill.evaluation.promptsets import Item
 from raydistill.export.source import Export, SourceError, find_export, open_one_step
-from raydistill.files import content_hash
+from raydistill.pictures.grids import to_pil
 from raydistill.spaces import load_space
-from raydistill.storage import Place, place, present
+from raydistill.spaces.one_step import one_step_x0
+from raydistill.storage.fingerprint import content_hash
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import place, resolve
+from raydistill.storage.staging import present
 
 DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -97,7 +99,7 @@ def find_subject(
     run = (_run_of(export, model), _store_of(export))
     folder = str(Path(export.folder).resolve())
     if unet is not None:
-        from raydistill.spaces.onestep import open_student
+        from raydistill.spaces.published_students import open_student
 
         weights = resolve(unet)
         space = load_space(export.folder, "StableDiffusionPipeline")
@@ -122,7 +124,7 @@ def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
     try:
         return find_export(model, storage, tracking_uri)
     except SourceError as error:
-        from raydistill.hub import is_hub_id
+        from raydistill.storage.hub import is_hub_id
 
         if is_hub_id(model):
             return Export(resolve(model), model)
@@ -175,7 +177,7 @@ class Painter:
         self.space = load_space(subject.folder)
         self.text = self.space.load_text(dtype).to(self.device)
         if subject.unet is not None:
-            from raydistill.spaces.onestep import load_student
+            from raydistill.spaces.published_students import load_student
 
             network = load_student(self.space, present(subject.unet)).to(dtype)
         else:

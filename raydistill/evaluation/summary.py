@@ -10,7 +10,9 @@ from typing import Any
 
 from rich.table import Table
 
-from raydistill.storage import Place, place, replace_text
+from raydistill.storage.atomic import replace_text
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import place
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:

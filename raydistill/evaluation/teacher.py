@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from raydistill.config import Config, resolve
-from raydistill.evaluation.evaluator import FixedPrompts, encode_table
+from raydistill.config.schema import Config
+from raydistill.data.encode import encode_table
+from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.shapes.judge import Judge
-from raydistill.spaces import Space
+from raydistill.spaces.base import Space
+from raydistill.storage.resolve import resolve
 
 Generate = Callable[..., "object"]  # TeacherClient.generate
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raydistill.config import ConfigError
+from raydistill.errors import ConfigError
 from raydistill.evaluation.rewards import TOKENIZER_ONLY, WEIGHTS, Weights
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

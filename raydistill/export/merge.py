@@ -21,7 +21,7 @@ from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, replacing, 
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
-from raydistill.spaces.onestep import open_student
+from raydistill.spaces.published_students import open_student
 from raydistill.spaces.weights import Entry, WeightsError, read_header
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"

@@ -18,16 +18,18 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn.functional import interpolate
 
-from raydistill import config as configuration
 from raydistill.bridge.model import Bridge, BridgeError, check_pair
-from raydistill.config import ConfigError, resolve
+from raydistill.config import schema
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.evaluation.grids import grid, to_pil
+from raydistill.errors import ConfigError
 from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference
-from raydistill.spaces import Space, load_space
-from raydistill.spaces.onestep import load_student
+from raydistill.pictures.grids import grid, to_pil
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+from raydistill.spaces.published_students import load_student
+from raydistill.storage.resolve import resolve
 
 SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
 SHEET_CELL = 256  # pixels a picture has at most on the contact sheet
@@ -120,7 +122,7 @@ def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: 
     return Upgrade(folder, base_space, teacher_space)
 
 
-def _bridge_of(run: Path, config: configuration.Bridge) -> str:
+def _bridge_of(run: Path, config: schema.BridgeConfig) -> str:
     """Where a run has its Bridge: trained along with the student, as it was given, or trained at first."""
     if config.trainable:
         return str(run / "distill" / "bridge")

@@ -7,9 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.config import SHAPES_PREFIX, Config, is_uri, local_path, validate
-from raydistill.spaces import Space, load_space
-from raydistill.storage import Place, Remote, place, staged
+from raydistill.config.reading import validate
+from raydistill.config.schema import Config
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+from raydistill.storage.place import Place, Remote
+from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, place
+from raydistill.storage.staging import staged
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 DOWNLOADS = "downloads"  # of storage
@@ -95,7 +99,8 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
     then has one place, which every node sees.
     """
-    from raydistill.runs import client_of, mask, reason
+    from raydistill.errors import mask, reason
+    from raydistill.tracking.store import client_of
 
     client = client_of(uri)
     from mlflow.artifacts import download_artifacts

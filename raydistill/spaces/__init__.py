@@ -13,7 +13,7 @@ from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
 from raydistill.spaces.z_image import ZImageSpace
-from raydistill.storage import present
+from raydistill.storage.staging import present
 
 FAMILIES: dict[str, type[Space]] = {
     family.pipeline_class: family

@@ -25,7 +25,7 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
-from raydistill.storage import present
+from raydistill.storage.staging import present
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")

@@ -15,9 +15,8 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import service
-from raydistill.teachers.load import LoadLog
 from raydistill.teachers.request import (
     GenerateRequest,
     NonFiniteScores,
@@ -30,6 +29,7 @@ from raydistill.teachers.request import (
     one_line,
     shared_tensor,
 )
+from raydistill.teachers.utilisation import LoadLog
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ class TeacherClient:
             ask at the same moment. None: at random.
     """
 
-    def __init__(self, name: str, config: Teachers, place: float | None = None) -> None:
+    def __init__(self, name: str, config: TeacherServiceConfig, place: float | None = None) -> None:
         if place is not None and not 0 <= place < 1:
             raise ValueError(f"place must be at least 0 and below 1, not {place}")
         self.name, self.config, self.place = name, config, place
@@ -59,7 +59,7 @@ class TeacherClient:
         self.load = LoadLog()  # of this process's requests
         self.asked = self.answered = self.repeated = 0  # requests, those with an answer, and attempts after the first
 
-    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, Teachers, float | None]]:
+    def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, TeacherServiceConfig, float | None]]:
         return TeacherClient, (self.name, self.config, self.place)
 
     def submit(self, request: ScoreRequest) -> PendingScores:

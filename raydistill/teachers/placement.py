@@ -15,24 +15,24 @@ from ray._private.state import available_resources_per_node
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group_table
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 
 COORDINATOR_CPUS = 0.01
 ROOM_PATIENCE_S = 60.0  # how long actors may wait for resources where no node can be added
 
 
-def bundles(config: Teachers) -> list[dict[str, float]]:
+def bundles(config: TeacherServiceConfig) -> list[dict[str, float]]:
     """Placement-group bundles of one replica: the coordinator's, then one for each rank."""
     rank = {"CPU": config.cpus_per_rank} | ({"GPU": config.gpus_per_rank} if config.gpus_per_rank else {})
     return [{"CPU": COORDINATOR_CPUS}, *(dict(rank) for _ in range(config.shards))]
 
 
-def label_selectors(config: Teachers) -> list[dict[str, str]] | None:
+def label_selectors(config: TeacherServiceConfig) -> list[dict[str, str]] | None:
     """Labels that the node of each bundle must carry; None: any node will do."""
     return [dict(config.node_labels) for _ in bundles(config)] if config.node_labels else None
 
 
-def fits(config: Teachers) -> bool:
+def fits(config: TeacherServiceConfig) -> bool:
     """Whether all replicas fit the nodes as they are, if nothing else ran on them."""
     nodes = [dict(node["Resources"]) for node in labelled_nodes(config.node_labels)]
     coordinator, rank, *_ = bundles(config)
@@ -117,7 +117,7 @@ def lacking(needs: Sequence[Need], nodes: Sequence[tuple[Mapping[str, str], dict
     return None
 
 
-def requested_against_available(config: Teachers) -> str:
+def requested_against_available(config: TeacherServiceConfig) -> str:
     """One line for an error message."""
     per_rank = f"{config.cpus_per_rank:g} CPU" + (f" + {config.gpus_per_rank:g} GPU" if config.gpus_per_rank else "")
     ranks = config.replicas * config.shards

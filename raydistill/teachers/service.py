@@ -22,20 +22,13 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import ApplicationStatusOverview
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import placement
-from raydistill.teachers.load import Load, Meter
-from raydistill.teachers.request import (
-    Answer,
-    ReplicaBroken,
-    RequestTooLong,
-    TeacherError,
-    TeacherStartError,
-    one_line,
-)
+from raydistill.teachers.fair_queue import Turns
+from raydistill.teachers.request import Answer, ReplicaBroken, RequestTooLong, TeacherError, TeacherStartError, one_line
 from raydistill.teachers.routing import LeastBusyRouter
 from raydistill.teachers.shard import TeacherRank, actor
-from raydistill.teachers.turns import Turns
+from raydistill.teachers.utilisation import Load, Meter
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +78,7 @@ class TeacherReplica:
     rank_actor = actor(TeacherRank)
 
     async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
-        self._config = config = Teachers.model_validate(config)
+        self._config = config = TeacherServiceConfig.model_validate(config)
         self._broken: str | None = None
         self._turns = Turns()
         self._meter, self._gauges = Meter(), _Gauges()
@@ -234,7 +227,7 @@ def _is_lost(error: BaseException | None) -> bool:
     return isinstance(getattr(error, "cause", error), ObjectLostError)
 
 
-def start(model_folder: str, config: Teachers, name: str, replica: type | None = None) -> None:
+def start(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
     """Start the service `name` and wait until every replica is ready. A running service of that name is replaced.
 
     Args:
@@ -248,7 +241,7 @@ def start(model_folder: str, config: Teachers, name: str, replica: type | None =
     wait_until_ready(config, name)
 
 
-def launch(model_folder: str, config: Teachers, name: str, replica: type | None = None) -> None:
+def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
     """First half of `start`: check that the service can be placed and begin to start it. Raises TeacherStartError."""
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
@@ -275,7 +268,7 @@ def launch(model_folder: str, config: Teachers, name: str, replica: type | None 
         raise
 
 
-def _scale(config: Teachers) -> dict[str, Any]:
+def _scale(config: TeacherServiceConfig) -> dict[str, Any]:
     """A fixed number of replicas, or bounds between which Serve follows the ongoing requests."""
     if config.max_replicas is None:
         return {"num_replicas": config.replicas}
@@ -313,7 +306,7 @@ def exists(name: str) -> bool:
 
 
 def wait_until_ready(
-    config: Teachers, name: str, patient: bool = False, given_up: threading.Event | None = None
+    config: TeacherServiceConfig, name: str, patient: bool = False, given_up: threading.Event | None = None
 ) -> None:
     """Second half of `start`. Raises TeacherStartError, with nothing left running.
 

@@ -13,7 +13,7 @@ import pytest
 from jobs_started import SMALL, TEST_S, exported, history, job_of, mlflow_runs, same_weights, started
 from safetensors.torch import load_file, save_file
 
-from raydistill.lease import RunTaken, held
+from raydistill.driver.run_lock import RunTaken, held
 
 pytestmark = pytest.mark.timeout(TEST_S)
 
@@ -88,7 +88,7 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
     finished, tmp_path, run_script
 ):
     """First life, the sequential loop: a teacher rank is killed, after the checkpoint everything. Second life: the rest."""
-    from raydistill.distill.record import read_lines, step_file
+    from raydistill.workers.step_log import read_lines, step_file
 
     storage, _ = finished
     folder, settings = tmp_path / "killed", ("run.name=killed", "distill.overlap=false")
@@ -130,9 +130,10 @@ def test_a_run_in_a_bucket_goes_on_after_a_kill_with_the_bits_of_one_in_a_folder
     finished, bucket, tmp_path, monkeypatch
 ):
     """Prompts, Bridge and teacher samples come from the bucket, and everything is killed after the first checkpoint."""
-    from raydistill.distill.record import consumed, read_lines, step_file
     from raydistill.shapes import WEIGHTS
-    from raydistill.storage import reading, remote
+    from raydistill.storage.atomic import reading
+    from raydistill.storage.place import remote
+    from raydistill.workers.step_log import consumed, read_lines, step_file
 
     monkeypatch.setenv("RAYDISTILL_CACHE", str(tmp_path / "cache"))
     inputs, runs = remote(f"{bucket}/inputs"), remote(f"{bucket}/runs")
@@ -184,8 +185,8 @@ def mlflow_server(tmp_path):
 def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, mlflow_server):
     """First life: a text encoder is killed, the disk is full, a Serve replica is killed, Ctrl-C. Second: the train worker is
     killed, and MLflow is away for a while. Each kill is a SIGKILL of a real process."""
-    from raydistill.distill.record import consumed, read_lines, step_file
-    from raydistill.runs import client_of
+    from raydistill.tracking.store import client_of
+    from raydistill.workers.step_log import consumed, read_lines, step_file
 
     folder = tmp_path / "struck" / "distill"
     (folder / "best").mkdir(parents=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from jobs_started import TEST_S, history, mlflow_runs, started
 
-from raydistill.distill.record import consumed_by_all
+from raydistill.workers.step_log import consumed_by_all
 
 pytestmark = pytest.mark.timeout(TEST_S)
 

@@ -11,7 +11,7 @@ import pytest
 from jobs_started import JOB_S, TEST_S
 
 from raydistill.benchmark.world import World
-from raydistill.distill.record import consumed_by_all, read_lines, step_file
+from raydistill.workers.step_log import consumed_by_all, read_lines, step_file
 
 pytestmark = pytest.mark.timeout(TEST_S)
 BATCH, FAKE_UPDATES = 2, 1

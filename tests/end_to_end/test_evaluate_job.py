@@ -21,12 +21,12 @@ for line in open(sys.argv[1]):
 @pytest.fixture
 def storage(tmp_path):
     """Storage with a run « mine» as jobs/distill.py leaves it: configuration, MLflow ids and export."""
-    from raydistill.config import load, to_yaml
+    from raydistill.config.reading import load, to_yaml
     from raydistill.export.pipeline import ModelCard, export_student
     from raydistill.shapes import WEIGHTS
     from raydistill.spaces import load_space
-    from raydistill.spaces.onestep import load_student
-    from raydistill.tracking import open_run
+    from raydistill.spaces.published_students import load_student
+    from raydistill.tracking.store import open_run
 
     folder = tmp_path / "storage"
     space = load_space(WEIGHTS / "sd15")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from jobs_started import TEST_S, command, whole
 
-from raydistill.bridge.ablation import TABLES, VARIANTS
 from raydistill.data.pairs import write_pairs
+from raydistill.driver.bridge_ablation import TABLES, VARIANTS
 
 pytestmark = pytest.mark.timeout(TEST_S)
 

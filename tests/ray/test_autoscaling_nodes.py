@@ -18,16 +18,19 @@ import ray
 import torch
 from ray import serve
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.spaces import load_space
 from raydistill.teachers import service
-from raydistill.teachers.client import ScoreRequest, TeacherClient
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import ScoreRequest
 
 pytestmark = pytest.mark.timeout(1200)
 MARK = "RAYDISTILL_TEST_CLUSTER"
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 LABELS = {"role": "teacher"}
-TEACHERS = Teachers(shards=2, slice=4, cpus_per_rank=1, start_timeout_s=200, retry_for_s=200, node_labels=LABELS)
+TEACHERS = TeacherServiceConfig(
+    shards=2, slice=4, cpus_per_rank=1, start_timeout_s=200, retry_for_s=200, node_labels=LABELS
+)
 
 
 def free_port() -> int:

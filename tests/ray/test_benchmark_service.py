@@ -8,15 +8,15 @@ import torch
 
 from raydistill.benchmark import service
 from raydistill.benchmark.idle import IdleRank, idle_service
-from raydistill.config import Teachers
-from raydistill.teachers.client import ScoreRequest
+from raydistill.config.schema import TeacherServiceConfig
+from raydistill.teachers.request import ScoreRequest
 from raydistill.teachers.shard import actor
 
 pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_request_is_stored_once_and_its_answer_by_the_rank_and_the_coordinator(ray_cluster):
-    config = Teachers(slice=4, cpus_per_rank=0.1)
+    config = TeacherServiceConfig(slice=4, cpus_per_rank=0.1)
     bare = ray.remote(num_cpus=0.1)(service._Bare).remote()
     rank = actor(IdleRank).options(num_cpus=0.1).remote(0, 1)
     x_t = torch.zeros(8, 16, 64, 64)  # 2.1 MB

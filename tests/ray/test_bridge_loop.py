@@ -16,11 +16,12 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from raydistill.bridge.loop import BridgeTrainingFailed, build_trainer, train_bridge
 from raydistill.bridge.model import Bridge, BridgeError
-from raydistill.config import load
+from raydistill.bridge.trainer import build_trainer
+from raydistill.config.reading import load
 from raydistill.data.pairs import PairsError, write_pairs
 from raydistill.spaces import load_space
+from raydistill.workers.bridge import BridgeTrainingFailed, train_bridge
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1200)

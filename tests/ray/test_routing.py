@@ -8,10 +8,10 @@ import pytest
 import ray
 
 from raydistill.benchmark.idle import idle_service, request_of
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 
 pytestmark = pytest.mark.timeout(300)
-CONFIG = Teachers(shards=1, cpus_per_rank=0.1, start_timeout_s=200)
+CONFIG = TeacherServiceConfig(shards=1, cpus_per_rank=0.1, start_timeout_s=200)
 REPLICAS = 4
 
 

@@ -11,10 +11,10 @@ import pytest
 import ray
 
 from raydistill.benchmark.idle import idle_service, request_of
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 
 pytestmark = pytest.mark.timeout(300)
-CONFIG = Teachers(shards=2, cpus_per_rank=0.1, start_timeout_s=200, request_timeout_s=8.0, retry_for_s=8.0)
+CONFIG = TeacherServiceConfig(shards=2, cpus_per_rank=0.1, start_timeout_s=200, request_timeout_s=8.0, retry_for_s=8.0)
 NAME = "teacher-idle"
 
 # a run of its own that asks for more than its share, and waits

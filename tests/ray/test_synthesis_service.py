@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raydistill.config import Synthesis, Teachers
+from raydistill.config.schema import SynthesisConfig, TeacherServiceConfig
 from raydistill.data import synthesis_stream
 from raydistill.data.images import open_images
 from raydistill.data.pairs import existing_shards, load_pairs, shard_file
@@ -34,11 +34,12 @@ from raydistill.data.synthesis_stream import synthesise_on_ray
 from raydistill.diffusion.noise import uniform
 from raydistill.spaces import load_space
 from raydistill.teachers import placement, service
-from raydistill.teachers.client import NonFiniteScores, TeacherClient, TeacherError
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import NonFiniteScores, TeacherError
 
 pytestmark = pytest.mark.timeout(1200)
 ROOT = Path(__file__).resolve().parents[2]
-TEACHERS = Teachers(shards=2, slice=2, cpus_per_rank=0.1, start_timeout_s=400)
+TEACHERS = TeacherServiceConfig(shards=2, slice=2, cpus_per_rank=0.1, start_timeout_s=400)
 PROMPTS = [f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")]
 COUNT, SHARDS = 22, 6
 NUMBERS = {"batch_size": 2, "shard_size": 4, "seed": 5, "steps": 3, "guidance_scale": 2.0}
@@ -73,7 +74,11 @@ def whole(client, spaces, prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     arrived = []
     made = synthesise_on_ray(
-        recipe(spaces, prompts), folder, Synthesis(in_flight=1), client, lambda writer, _: arrived.append(writer.done)
+        recipe(spaces, prompts),
+        folder,
+        SynthesisConfig(in_flight=1),
+        client,
+        lambda writer, _: arrived.append(writer.done),
     )
     assert made == COUNT
     assert arrived[-1] == COUNT
@@ -99,7 +104,11 @@ def test_rows_arrive_with_their_request_where_a_block_has_many(whole, client, sp
     monkeypatch.setattr(synthesis_stream, "MAX_BLOCKS", 2)
     arrived = []
     synthesise_on_ray(
-        recipe(spaces, prompts), tmp_path, Synthesis(in_flight=1), client, lambda writer, _: arrived.append(writer.done)
+        recipe(spaces, prompts),
+        tmp_path,
+        SynthesisConfig(in_flight=1),
+        client,
+        lambda writer, _: arrived.append(writer.done),
     )
     assert len(arrived) >= COUNT // 2
     assert arrived[-1] == COUNT
@@ -126,7 +135,7 @@ def test_order_of_completion_and_a_killed_actor_change_no_byte(whole, client, sp
                         killed.append(process)
             killed[0].kill()
 
-    synthesise_on_ray(recipe(spaces, prompts), tmp_path, Synthesis(encoders=2, in_flight=2), client, watch)
+    synthesise_on_ray(recipe(spaces, prompts), tmp_path, SynthesisConfig(encoders=2, in_flight=2), client, watch)
     assert killed
     assert [file.name for file in finished] != sorted(file.name for file in finished)
     assert shards(tmp_path) == shards(whole)
@@ -138,7 +147,7 @@ def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tm
     for number in range(6):
         Image.frombytes("RGB", (64, 64), pixels.randbytes(64 * 64 * 3)).save(tmp_path / "images" / f"{number}.png")
     told = recipe(spaces, open_images(tmp_path / "images"), count=6)
-    synthesise_on_ray(told, tmp_path / "quiet", Synthesis())
+    synthesise_on_ray(told, tmp_path / "quiet", SynthesisConfig())
     read, killed = synthesis_stream._read_images, []
 
     def long_read(requests, recipe):
@@ -158,7 +167,7 @@ def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tm
     monkeypatch.setattr(synthesis_stream, "_read_images", long_read)
     killer = threading.Thread(target=kill_one)
     killer.start()
-    synthesise_on_ray(told, tmp_path / "struck", Synthesis())
+    synthesise_on_ray(told, tmp_path / "struck", SynthesisConfig())
     killer.join()
     assert killed
     assert shards(tmp_path / "struck") == shards(tmp_path / "quiet") != {}
@@ -193,7 +202,7 @@ def test_a_failing_row_is_recorded(whole, client, spaces, prompts, flux_folder, 
     told = recipe((load_space(tmp_path / "model"), spaces[1]), prompts)
     complete = load_pairs(whole)
     green = [row for row in range(COUNT) if "green" in complete.prompts[row]]
-    synthesise_on_ray(told, tmp_path / "set", Synthesis(max_failed_rows=len(green)), client)
+    synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(max_failed_rows=len(green)), client)
     failures = [json.loads(line) for line in (tmp_path / "set" / "failures.jsonl").read_text().splitlines()]
     assert [failure["row"] for failure in failures] == green
     assert {failure["reason"] for failure in failures} == {"the text encoders' output is not finite"}
@@ -214,7 +223,7 @@ def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_pat
     images = open_images(folder)
     told = recipe(spaces, images, count=9, posterior="sample")
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    assert synthesise_on_ray(told, tmp_path / "set", Synthesis(max_failed_rows=1, node_labels=here)) == 9
+    assert synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(max_failed_rows=1, node_labels=here)) == 9
     pairs = load_pairs(tmp_path / "set")
     assert pairs.prompts == ["", "caption 1", "", "caption 3", "", "", "caption 7", ""]
     (failure,) = map(json.loads, (tmp_path / "set" / "failures.jsonl").read_text().splitlines())
@@ -228,7 +237,7 @@ def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_pat
 def test_a_teacher_that_stays_away_ends_the_set(ray_cluster, spaces, prompts, tmp_path):
     away = TeacherClient("no-such-service", TEACHERS.model_copy(update={"retry_for_s": 0.5}))
     with pytest.raises(TeacherError, match="teacher no-such-service did not answer for teachers.retry_for_s=0.5 s"):
-        synthesise_on_ray(recipe(spaces, prompts, count=1), tmp_path, Synthesis(), away)
+        synthesise_on_ray(recipe(spaces, prompts, count=1), tmp_path, SynthesisConfig(), away)
 
 
 def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, tmp_path):
@@ -238,7 +247,7 @@ def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, t
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
     told = recipe((load_space(tmp_path / "model"), spaces[1]), open_images(tmp_path / "images"), count=1)
     with pytest.raises(SynthesisFailed, match="a stage failed: ModelFolderError: .*model/vae: .*no file named"):
-        synthesise_on_ray(told, tmp_path / "set", Synthesis())
+        synthesise_on_ray(told, tmp_path / "set", SynthesisConfig())
 
 
 def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, monkeypatch):
@@ -248,9 +257,9 @@ def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, m
     with pytest.raises(
         SynthesisFailed, match=r"asked for 3 of 0.2 CPU \+ 1 GPU each, room for 0; free on .* CPU and 0 GPU"
     ):
-        synthesise_on_ray(told, tmp_path / "set", Synthesis(encoders=3, gpus_per_encoder=1))
+        synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(encoders=3, gpus_per_encoder=1))
     with pytest.raises(SynthesisFailed, match=r"on the 0 node\(s\) labelled role=none: nothing.*change the labels"):
-        synthesise_on_ray(told, tmp_path / "set", Synthesis(node_labels={"role": "none"}))
+        synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(node_labels={"role": "none"}))
 
 
 # -- the job ------------------------------------------------------------------------------------------------

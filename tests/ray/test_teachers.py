@@ -11,14 +11,20 @@ import ray
 import torch
 from ray.util.placement_group import placement_group_table
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.spaces import load_space
 from raydistill.teachers import service
-from raydistill.teachers.client import NonFiniteScores, ScoreRequest, TeacherClient, TeacherError, TeacherUnavailable
-from raydistill.teachers.request import TeacherStartError
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import (
+    NonFiniteScores,
+    ScoreRequest,
+    TeacherError,
+    TeacherStartError,
+    TeacherUnavailable,
+)
 
 pytestmark = pytest.mark.timeout(1200)
-CONFIG = Teachers(shards=2, slice=4, cpus_per_rank=0.1, start_timeout_s=400)
+CONFIG = TeacherServiceConfig(shards=2, slice=4, cpus_per_rank=0.1, start_timeout_s=400)
 WIDTHS = {"flux": {"prompt_embeds": (20, 64), "pooled_prompt_embeds": (64,)}, "sd": {"prompt_embeds": (20, 64)}}
 
 
@@ -235,7 +241,7 @@ def test_second_service_coexists_and_stops_cleanly(flux, sd_folder):
 
 def test_replicas_follow_the_requests_and_draining_loses_none(ray_cluster, flux_folder):
     """One replica becomes two while requests pile up, and one again while they trickle; every answer is the same."""
-    config = Teachers(
+    config = TeacherServiceConfig(
         shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=400, max_replicas=2, target_ongoing_requests=1,
         upscale_delay_s=0.5, downscale_delay_s=2,
     )  # fmt: skip

@@ -13,14 +13,14 @@ import pytest
 import ray
 import torch
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.spaces import load_space
-from raydistill.teachers import service, users
-from raydistill.teachers.client import ScoreRequest, TeacherClient
-from raydistill.teachers.request import TeacherStartError
+from raydistill.teachers import registry, service
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import ScoreRequest, TeacherStartError
 
 pytestmark = pytest.mark.timeout(1200)
-CONFIG = Teachers(shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=200, linger_s=600)
+CONFIG = TeacherServiceConfig(shards=1, slice=4, cpus_per_rank=0.1, start_timeout_s=200, linger_s=600)
 NAME = "teacher-shared"
 
 # a run of its own: joins the service, says so, and uses it until its standard input ends
@@ -44,7 +44,7 @@ def other(ray_cluster):
     """`other("start" or "attach", model folder, config)` -> a driver that uses the service."""
     processes = []
 
-    def join(how: str, folder, config: Teachers = CONFIG, wait: bool = True) -> subprocess.Popen:
+    def join(how: str, folder, config: TeacherServiceConfig = CONFIG, wait: bool = True) -> subprocess.Popen:
         address = ray.get_runtime_context().gcs_address
         command = [sys.executable, "-c", OTHER, address, how, str(folder), config.model_dump_json()]
         process = subprocess.Popen(
@@ -73,7 +73,7 @@ def crash_serve_controller() -> None:
 
 def keepers() -> list[dict]:
     named = ray.util.list_named_actors(all_namespaces=True)
-    return [actor for actor in named if actor["namespace"] == users.NAMESPACE]
+    return [actor for actor in named if actor["namespace"] == registry.NAMESPACE]
 
 
 def until(reached, timeout: float = 30) -> None:
@@ -101,74 +101,74 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     other, sd_folder, flux_folder, tmp_path
 ):
     with pytest.raises(TeacherStartError, match="there is no teacher service 'teacher-shared' on this cluster"):
-        users.attach(str(sd_folder), CONFIG, NAME)
+        registry.attach(str(sd_folder), CONFIG, NAME)
 
     first = other("start", sd_folder)
     ranks = pids()
     with pytest.raises(TeacherStartError, match="its model is .* is another one"):
-        users.attach(str(flux_folder), CONFIG, NAME)
+        registry.attach(str(flux_folder), CONFIG, NAME)
     with pytest.raises(TeacherStartError, match=r"teachers.slice: it runs with 4, not 8"):
-        users.attach(str(sd_folder), CONFIG.model_copy(update={"slice": 8}), NAME)
-    assert len(users.living(NAME)) == 1
+        registry.attach(str(sd_folder), CONFIG.model_copy(update={"slice": 8}), NAME)
+    assert len(registry.living(NAME)) == 1
     elsewhere = shutil.copytree(sd_folder, tmp_path / "copy")  # the same model by its contents, not by its path
-    users.attach(str(elsewhere), CONFIG, NAME)
-    assert users.ready(NAME)
+    registry.attach(str(elsewhere), CONFIG, NAME)
+    assert registry.ready(NAME)
     expected = score(sd_folder)
-    assert len(users.living(NAME)) == 2
+    assert len(registry.living(NAME)) == 2
 
     first.send_signal(signal.SIGKILL)  # the run that started it
-    until(lambda: len(users.living(NAME)) == 1)
-    time.sleep(2 * users.LOOK_EVERY_S)
+    until(lambda: len(registry.living(NAME)) == 1)
+    time.sleep(2 * registry.LOOK_EVERY_S)
     assert torch.equal(score(sd_folder), expected)
 
     with pytest.raises(TeacherStartError, match="is another one"):
-        users.attach(str(flux_folder), CONFIG, NAME)  # which is the end of this driver's use, too
-    assert not users.living(NAME)
+        registry.attach(str(flux_folder), CONFIG, NAME)  # which is the end of this driver's use, too
+    assert not registry.living(NAME)
     assert running(), "it waits for a run to resume"
     resumed = other("start", sd_folder)
     assert pids() == ranks, "a resumed run takes its service over as it is"
-    users.attach(str(sd_folder), CONFIG, NAME)
-    users.release(NAME)
-    assert not users.ready(NAME)
+    registry.attach(str(sd_folder), CONFIG, NAME)
+    registry.release(NAME)
+    assert not registry.ready(NAME)
     assert running(), "the other one still uses it"
     crash_serve_controller()  # Ray starts it again, and repeats what it was asked
     resumed.stdin.close()
     assert resumed.stdout.readline() == "left\n"
     assert not running()
-    assert users.services() == []
+    assert registry.services() == []
     until(lambda: not keepers())
 
 
 def test_who_comes_while_a_service_is_taken_down_has_one_and_if_it_crashes_that_goes(other, sd_folder, monkeypatch):
     """The last user has seen nobody and stops the service; then another one comes."""
-    users.start(str(sd_folder), CONFIG, NAME)
+    registry.start(str(sd_folder), CONFIG, NAME)
     before, stop, late = pids(), service.stop, []
 
     def stop_late(name: str, **options: bool) -> None:
         late.append(other("start", sd_folder, CONFIG.model_copy(update={"linger_s": 1.0}), wait=False))
-        until(lambda: users.living(NAME), 100)
+        until(lambda: registry.living(NAME), 100)
         stop(name, **options)
 
     monkeypatch.setattr(service, "stop", stop_late)
-    users.release(NAME)
+    registry.release(NAME)
     (newcomer,) = late
     assert newcomer.stdout.readline() == "joined\n"
-    assert len(users.living(NAME)) == 1
-    assert users.services() == [NAME]
+    assert len(registry.living(NAME)) == 1
+    assert registry.services() == [NAME]
     assert len(keepers()) == 1
     assert not pids() & before
 
     newcomer.send_signal(signal.SIGKILL)
     until(lambda: not running())
-    until(lambda: users.services() == [] and not keepers())
+    until(lambda: registry.services() == [] and not keepers())
 
 
 def test_a_start_that_nobody_needs_any_more_leaves_nothing(ray_cluster, sd_folder):
     given_up = threading.Event()
     given_up.set()
     with pytest.raises(TeacherStartError, match="teacher-shared is not needed any more"):
-        users.start(str(sd_folder), CONFIG, NAME, given_up)
-    assert not users.ready(NAME)
+        registry.start(str(sd_folder), CONFIG, NAME, given_up)
+    assert not registry.ready(NAME)
     assert not running()
-    assert users.services() == []
+    assert registry.services() == []
     until(lambda: not keepers())

@@ -7,12 +7,13 @@ import json
 import pytest
 import torch
 
-from raydistill.bridge import ablation
-from raydistill.bridge.ablation import TABLES, VARIANTS, cells, markdown, result_file, summarise, train_cell
-from raydistill.bridge.loop import build_objective
+from raydistill.bridge import trainer
 from raydistill.bridge.model import Bridge, projector_parameters
-from raydistill.config import load, validate
+from raydistill.bridge.objective import build_objective
+from raydistill.config.reading import load, validate
 from raydistill.data.pairs import write_pairs
+from raydistill.driver import bridge_ablation
+from raydistill.driver.bridge_ablation import TABLES, VARIANTS, cells, markdown, result_file, summarise, train_cell
 from raydistill.spaces import load_space
 
 
@@ -73,7 +74,7 @@ def test_an_interrupted_cell_goes_on_with_the_same_numbers(planned, pairs, tmp_p
     class Killed(Exception):
         pass
 
-    real = ablation.build_trainer
+    real = trainer.build_trainer
 
     def dies(*arguments, **more):
         trainer = real(*arguments, **more)
@@ -88,7 +89,7 @@ def test_an_interrupted_cell_goes_on_with_the_same_numbers(planned, pairs, tmp_p
         return trainer
 
     with monkeypatch.context() as patched:
-        patched.setattr(ablation, "build_trainer", dies)
+        patched.setattr(bridge_ablation, "build_trainer", dies)
         with pytest.raises(Killed):
             train_cell(cell, pairs, other, None)
     assert not result_file(other, cell).exists()

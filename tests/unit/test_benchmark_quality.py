@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.benchmark.quality import DMD2, VARIANTS, Cell, Variant, crossing, run_cell, table, update_cost
-from raydistill.config import CONFIGS
+from raydistill.config.reading import CONFIGS
 from raydistill.evaluation.evaluator import StudentEvaluator
 from raydistill.shapes import WEIGHTS
 
@@ -69,7 +69,7 @@ def test_other_weights_or_another_configuration_are_another_cell(tmp_path, monke
     shutil.copytree(WEIGHTS, weights, symlinks=True)
     shutil.copytree(CONFIGS, configs)
     monkeypatch.setattr("raydistill.shapes.WEIGHTS", weights)
-    monkeypatch.setattr("raydistill.config.CONFIGS", configs)
+    monkeypatch.setattr("raydistill.config.reading.CONFIGS", configs)
     cell = Cell(Variant("k = 1", k=1), seed=0, share=0.9, most=0, every=1, pictures=8)
 
     def found():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from raydistill.beside import beside, result
+from raydistill.background import beside, result
 
 
 @pytest.fixture

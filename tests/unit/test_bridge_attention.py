@@ -10,7 +10,7 @@ from torch import nn
 
 from raydistill.bridge.attention import AttentionError, AttentionProbe, log_probabilities, sample_rows, spaced
 from raydistill.bridge.losses import attention_fidelity, bridge_loss, latent_l1
-from raydistill.config import Attention
+from raydistill.config.schema import AttentionConfig
 from raydistill.spaces import load_space
 
 
@@ -72,7 +72,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def test_flux_maps_equal_attention_by_hand(flux_folder):
     space, network, x_t, conditioning = flux_case(flux_folder)
     t_B, rows = torch.tensor([0.001, 0.4], dtype=torch.float64), sample_rows(0, 0, 10)
-    probe = AttentionProbe(space, network, Attention(layers=4, depth_fraction=0.8, temperature=3.0))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=4, depth_fraction=0.8, temperature=3.0))
     maps = probe.maps(x_t, t_B, conditioning, rows)
     blocks = [*network.transformer_blocks, *network.single_transformer_blocks][:4]
     inputs = inputs_of(space, network, [b.attn for b in blocks], x_t, t_B, conditioning)
@@ -98,7 +98,7 @@ def test_unet_maps_equal_attention_by_hand_at_every_depth(sd_folder, depth_fract
                   for name, m in part.named_modules() if name.endswith("attn1")]  # fmt: skip
     assert math.ceil(depth_fraction * len(attentions)) >= count
     t_B, rows = torch.tensor([0.001, 0.4]), sample_rows(0, 0, 7)
-    probe = AttentionProbe(space, network, Attention(layers=100, depth_fraction=depth_fraction, temperature=2.0))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=100, depth_fraction=depth_fraction, temperature=2.0))
     maps = probe.maps(x_t, t_B, conditioning, rows)
     inputs = inputs_of(space, network, attentions, x_t, t_B, conditioning)
     assert len(maps) == math.ceil(depth_fraction * len(attentions))
@@ -117,7 +117,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(flux_
         space, network, x_t, conditioning = make(folder)
         t_B = torch.tensor([0.1, 0.2])
         before = space.predict(network, x_t, t_B, conditioning)
-        probe = AttentionProbe(space, network, Attention(depth_fraction=0.4))
+        probe = AttentionProbe(space, network, AttentionConfig(depth_fraction=0.4))
         probe.maps(x_t, t_B, conditioning, sample_rows(0, 0, 4))
         assert torch.equal(space.predict(network, x_t, t_B, conditioning), before)
         kept, whole = (sum(p.numel() for p in n.parameters()) for n in (probe.network, network))
@@ -129,7 +129,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(flux_
 def test_gradient_reaches_the_latents_and_equals_finite_differences(flux_folder, sd_folder):
     for make, folder, shape in ((flux_case, flux_folder, (2, 8, 16, 16)), (unet_case, sd_folder, (2, 4, 8, 8))):
         space, network, z_true, conditioning = make(folder)
-        probe = AttentionProbe(space, network, Attention(layers=2, depth_fraction=0.5))
+        probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.5))
         generator = torch.Generator().manual_seed(3)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
         z_hat = (z_true + 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -150,7 +150,7 @@ def test_gradient_reaches_the_latents_and_equals_finite_differences(flux_folder,
 
 def test_gradient_checkpointing_of_the_teacher_changes_no_gradient(flux_folder):
     space, network, z_true, conditioning = flux_case(flux_folder)
-    probe = AttentionProbe(space, network, Attention(layers=2, depth_fraction=0.8))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.8))
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
@@ -164,7 +164,7 @@ def test_gradient_checkpointing_of_the_teacher_changes_no_gradient(flux_folder):
 
 def test_equal_latents_have_no_loss_and_other_latents_some(flux_folder):
     space, network, z, conditioning = flux_case(flux_folder)
-    probe = AttentionProbe(space, network, Attention())
+    probe = AttentionProbe(space, network, AttentionConfig())
     arguments = (1.0, probe, torch.ones_like(z), conditioning, sample_rows(0, 0, 6))
     total, parts = bridge_loss(z, z, *arguments)
     assert total == 0
@@ -222,4 +222,4 @@ def test_layers_are_evenly_spaced_and_end_with_the_last():
 
 def test_unknown_networks_are_named(flux_folder):
     with pytest.raises(AttentionError, match="does not know Linear.*FluxTransformer2DModel.*attention.weight=0"):
-        AttentionProbe(load_space(flux_folder), nn.Linear(2, 2), Attention())
+        AttentionProbe(load_space(flux_folder), nn.Linear(2, 2), AttentionConfig())

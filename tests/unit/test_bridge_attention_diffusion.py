@@ -10,7 +10,7 @@ from test_bridge_attention import inputs_of
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config import Attention
+from raydistill.config.schema import AttentionConfig
 from raydistill.spaces import load_space
 
 FAMILIES = ["sdxl", "kolors", "pixart"]
@@ -61,7 +61,7 @@ def test_maps_equal_attention_by_hand_at_every_depth(family, depth_fraction, dif
     space, network, x_t, conditioning = case(family, diffusion_folders)
     modules = self_attentions(network)
     t_B, rows = torch.tensor([0.001, 0.4]), sample_rows(0, 0, 3)
-    probe = AttentionProbe(space, network, Attention(layers=100, depth_fraction=depth_fraction, temperature=2.0))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=100, depth_fraction=depth_fraction, temperature=2.0))
     maps = probe.maps(x_t, t_B, conditioning, rows)
     inputs = inputs_of(space, network, modules, x_t, t_B, conditioning)
     assert len(maps) == math.ceil(depth_fraction * len(modules))
@@ -83,7 +83,7 @@ def test_maps_equal_attention_by_hand_at_every_depth(family, depth_fraction, dif
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_reaches_the_latents_and_equals_finite_differences(family, diffusion_folders):
     space, network, z_true, conditioning = case(family, diffusion_folders)
-    probe = AttentionProbe(space, network, Attention(layers=2, depth_fraction=0.5))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.5))
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(z_true.shape, generator=generator, dtype=torch.float64)
     z_hat = z_true + 0.5 * torch.randn(z_true.shape, generator=generator, dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(famil
     space, network, x_t, conditioning = case(family, diffusion_folders)
     t_B = torch.tensor([0.1, 0.2])
     before = space.predict(network, x_t, t_B, conditioning)
-    probe = AttentionProbe(space, network, Attention(depth_fraction=0.3))
+    probe = AttentionProbe(space, network, AttentionConfig(depth_fraction=0.3))
     probe.maps(x_t, t_B, conditioning, sample_rows(0, 0, 4))
     assert torch.equal(space.predict(network, x_t, t_B, conditioning), before)
     kept, whole = (sum(p.numel() for p in n.parameters()) for n in (probe.network, network))

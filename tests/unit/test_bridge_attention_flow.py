@@ -11,7 +11,7 @@ from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, SAVE, sd3_transformer
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config import Attention
+from raydistill.config.schema import AttentionConfig
 from raydistill.spaces import load_space
 
 TOKENS = 16  # of the image: 4×4 patches
@@ -98,7 +98,7 @@ def attentions(name, network):
 
 def compare(name, space, network, x_t, conditioning, depth_fraction):
     t_B, rows = torch.tensor([0.001, 0.4], dtype=torch.float64), sample_rows(0, 0, 10)
-    probe = AttentionProbe(space, network, Attention(layers=100, depth_fraction=depth_fraction, temperature=3.0))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=100, depth_fraction=depth_fraction, temperature=3.0))
     maps = probe.maps(x_t, t_B, conditioning, rows)
     modules = attentions(name, network)
     inputs = inputs_of(space, network, modules, x_t, t_B, conditioning)
@@ -132,7 +132,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(name,
     space, network, x_t, conditioning = cases[name]
     t_B = torch.tensor([0.1, 0.2], dtype=torch.float64)
     before = space.predict(network, x_t, t_B, conditioning)
-    probe = AttentionProbe(space, network, Attention(depth_fraction=0.4))
+    probe = AttentionProbe(space, network, AttentionConfig(depth_fraction=0.4))
     probe.maps(x_t, t_B, conditioning, sample_rows(0, 0, 4))
     assert torch.equal(space.predict(network, x_t, t_B, conditioning), before)
     kept, whole = (sum(p.numel() for p in n.parameters()) for n in (probe.network, network))
@@ -145,7 +145,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(name,
 @pytest.mark.parametrize("name", list(SAVE))
 def test_gradient_reaches_the_latents_and_equals_finite_differences(name, cases):
     space, network, z_true, conditioning = cases[name]
-    probe = AttentionProbe(space, network, Attention(layers=2, depth_fraction=0.8))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.8))
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
     z_hat = (z_true + 0.5 * torch.randn(SHAPE, generator=generator, dtype=torch.float64)).requires_grad_()
@@ -167,7 +167,7 @@ def test_gradient_reaches_the_latents_and_equals_finite_differences(name, cases)
 @pytest.mark.parametrize("name", list(SAVE))
 def test_gradient_checkpointing_of_the_teacher_changes_no_gradient(name, cases):
     space, network, z_true, conditioning = cases[name]
-    probe = AttentionProbe(space, network, Attention(layers=2, depth_fraction=0.8))
+    probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.8))
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:

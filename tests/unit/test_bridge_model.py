@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge, BridgeError, SpatialPrior, doublings, vae_fingerprint
-from raydistill.config import Bridge as Settings
+from raydistill.config.schema import BridgeConfig as Settings
 from raydistill.spaces import load_space
 
 SMALL = {"embed_dim": 8, "depths": [2], "heads": 2, "window": 4}

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from raydistill.bridge.loop import build_trainer
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import Captions, Objective
-from raydistill.bridge.trainer import BridgeTrainer, TrainingDiverged
-from raydistill.config import load
+from raydistill.bridge.trainer import BridgeTrainer, TrainingDiverged, build_trainer
+from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs, write_pairs
-from raydistill.evaluation import metrics
+from raydistill.pictures import fidelity
 from raydistill.spaces import load_space
 
 
@@ -271,21 +270,21 @@ def test_ssim_equals_its_definition():
     y = (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
     unit = [((v.double() + 1) / 2).numpy() for v in (x, y)]
     expected = [np.mean([naive_ssim(unit[0][b, c], unit[1][b, c]) for c in range(3)]) for b in range(2)]
-    assert metrics.ssim(y, x).tolist() == pytest.approx(expected, abs=1e-4)
-    assert metrics.ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-5)
+    assert fidelity.ssim(y, x).tolist() == pytest.approx(expected, abs=1e-4)
+    assert fidelity.ssim(x, x).tolist() == pytest.approx([1, 1], abs=1e-5)
 
 
 def test_psnr_and_l1_of_a_known_offset():
     x = torch.zeros(2, 3, 12, 12)
     y = x + torch.tensor([0.2, 0.02])[:, None, None, None]  # 0.1 and 0.01 of the data range
-    assert metrics.psnr(y, x).tolist() == pytest.approx([20, 40], abs=1e-3)
-    assert metrics.l1(y, x).tolist() == pytest.approx([0.1, 0.01])
-    assert metrics.psnr(x, x).tolist() == [100, 100]
+    assert fidelity.psnr(y, x).tolist() == pytest.approx([20, 40], abs=1e-3)
+    assert fidelity.l1(y, x).tolist() == pytest.approx([0.1, 0.01])
+    assert fidelity.psnr(x, x).tolist() == [100, 100]
 
 
-@pytest.mark.parametrize("metric", [metrics.l1, metrics.psnr, metrics.ssim])
+@pytest.mark.parametrize("metric", [fidelity.l1, fidelity.psnr, fidelity.ssim])
 def test_different_shapes_are_refused(metric):
     with pytest.raises(ValueError, match="two equal"):
         metric(torch.zeros(1, 3, 12, 12), torch.zeros(1, 3, 12, 13))
     with pytest.raises(ValueError, match="at least 11 pixels"):
-        metrics.ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+        fidelity.ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))

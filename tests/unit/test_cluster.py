@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from raydistill.cluster import REPORTS, TALKATIVE, WITHOUT_DASHBOARD, quiet
+from raydistill.driver.cluster import REPORTS, TALKATIVE, WITHOUT_DASHBOARD, quiet
 
 # what Ray Train's cleaner asks once a second
 ASK = """

@@ -18,8 +18,10 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest, ResourceRequest, ResourceRequestByCount
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 
-from raydistill.config import CONFIGS, Config, load
-from raydistill.planning import read_gpus, replicas
+from raydistill.config.reading import CONFIGS, load
+from raydistill.config.schema import Config
+from raydistill.planning.gpus import read_gpus
+from raydistill.planning.schedule import replicas
 from raydistill.teachers import placement
 
 ROOT = CONFIGS.parent

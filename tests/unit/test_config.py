@@ -3,18 +3,11 @@
 import pytest
 import yaml
 
-from raydistill.config import (
-    CONFIGS,
-    Config,
-    ConfigError,
-    check_storage,
-    config_hash,
-    fields,
-    from_command_line,
-    load,
-    to_yaml,
-    validate,
-)
+from raydistill.config.command_line import from_command_line
+from raydistill.config.reading import CONFIGS, config_hash, fields, load, to_yaml, validate
+from raydistill.config.schema import Config
+from raydistill.errors import ConfigError
+from raydistill.storage.resolve import check_storage
 
 
 def test_defaults_and_every_shipped_config_are_valid():

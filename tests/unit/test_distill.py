@@ -6,13 +6,12 @@ import itertools
 import pytest
 import torch
 
-from raydistill.bridge.loop import build_objective
 from raydistill.bridge.model import Bridge
-from raydistill.config import load
+from raydistill.bridge.objective import build_objective
+from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
-from raydistill.distill.load import load_real, load_unet
 from raydistill.distill.losses import (
     NonFiniteError,
     fake_logits_loss,
@@ -22,6 +21,7 @@ from raydistill.distill.losses import (
     vsd_gradient,
     vsd_loss,
 )
+from raydistill.distill.networks import load_real, load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space

@@ -20,14 +20,16 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import RunConfig
 
-from raydistill import training
-from raydistill.beside import beside
-from raydistill.config import load, validate
-from raydistill.distill import loop
+from raydistill.background import beside
+from raydistill.config.reading import load, validate
 from raydistill.distill.losses import NonFiniteError
-from raydistill.distill.state import CheckpointError, load_state
 from raydistill.shapes import WEIGHTS
+from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
+from raydistill.workers import distill, ray_train
+from raydistill.workers.checkpoint import CheckpointError, load_state
+from raydistill.workers.distill import launch
+from raydistill.workers.stage import Stage
 
 SMALL = (
     "vsd.weight=0", "distill.steps=4", "distill.batch_size=4", "distill.micro_batches=2", "fake_score.updates=1",
@@ -96,7 +98,7 @@ def batches(config, first, rank, world):
     captions = (WEIGHTS / "prompts.txt").read_text().splitlines()[:8]
     models = {"student": config.student.model, "teacher": config.teacher.model}
     tables = {
-        role: TextEncoder(load_space(loop.resolve(model))).encode(captions) for role, model in models.items()
+        role: TextEncoder(load_space(resolve(model))).encode(captions) for role, model in models.items()
     }  # fmt: skip
 
     def batch(slot):
@@ -112,12 +114,12 @@ def batches(config, first, rank, world):
 def work(rank, settings, world, port):
     """The body of one worker."""
     torch.set_num_threads(1)
-    loop.ray = training.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
-    loop._batches_from = batches
+    distill.ray = ray_train.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
+    distill._batches_from = batches
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    loop._train(loop.Stage(**settings))
+    distill._train(Stage(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +132,13 @@ def store(tmp_path_factory):
 @pytest.fixture
 def stage(store, tmp_path):
     def make(*overrides):
-        from raydistill.tracking import open_run
+        from raydistill.tracking.store import open_run
 
         uri, storage = store
         config = load(overrides=[*SMALL, *overrides])
         run = open_run(uri, "tests", "distill", storage=storage, params={}, tags={})
         bridge, real = str(WEIGHTS / "bridge" / "sd15-flux"), str(WEIGHTS / "samples" / "flux")
-        return asdict(loop.Stage("distill", config.model_dump(), str(tmp_path), bridge, real, None, None, uri, run))
+        return asdict(Stage("distill", config.model_dump(), str(tmp_path), bridge, real, None, None, uri, run))
 
     return make
 
@@ -151,9 +153,9 @@ def start(settings, world=1):
 @pytest.fixture
 def work_here(monkeypatch):
     """`work` of one worker in this process."""
-    monkeypatch.setattr(loop, "ray", loop.ray)
-    monkeypatch.setattr(training, "ray", training.ray)
-    monkeypatch.setattr(loop, "_batches_from", batches)
+    monkeypatch.setattr(distill, "ray", distill.ray)
+    monkeypatch.setattr(ray_train, "ray", ray_train.ray)
+    monkeypatch.setattr(distill, "_batches_from", batches)
     return lambda settings: work(0, settings, 1, None)
 
 
@@ -218,8 +220,8 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
     def waiting(stage):
         return SimpleNamespace(fit=never.wait, run_config=RunConfig(name="checkpoints", storage_path=str(stage.path())))
 
-    monkeypatch.setattr(loop, "wait_for_room", lambda *_: None)  # without a cluster there is none
-    monkeypatch.setattr(loop, "_trainer", lambda stage, config: starts.append(stage) or waiting(stage))
+    monkeypatch.setattr(distill, "wait_for_room", lambda *_: None)  # without a cluster there is none
+    monkeypatch.setattr(distill, "_trainer", lambda stage, config: starts.append(stage) or waiting(stage))
 
     def fail():
         never.wait(0.5)
@@ -227,7 +229,7 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
 
     try:
         with pytest.raises(type(error)) as raised:
-            loop.launch(loop.Stage(**stage()), [beside(fail)])
+            launch(Stage(**stage()), [beside(fail)])
     finally:
         never.set()
     assert raised.value is error
@@ -277,8 +279,8 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
     settings = ["vsd.weight=1", "discriminator.weight=0", "distill.workers=2", "distill.tf32=true"]
     config = load(overrides=[*SMALL, *settings])
     bridge = str(WEIGHTS / "bridge" / "sd15-flux")
-    stage = loop.Stage("distill", config.model_dump(), "", bridge, None, None, "teacher-of-another", "", "")
-    clients = [loop._assemble(stage, config, rank, 2)[1].client for rank in (0, 1)]
+    stage = Stage("distill", config.model_dump(), "", bridge, None, None, "teacher-of-another", "", "")
+    clients = [distill._assemble(stage, config, rank, 2)[1].client for rank in (0, 1)]
     assert torch.get_float32_matmul_precision() == "high", "distill.tf32"
     assert [(client.name, client.place) for client in clients] == [
         ("teacher-of-another", 0.0),
@@ -289,5 +291,5 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
 def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
     monkeypatch.setattr("raydistill.data.encode.conditioned_batches", lambda *args, **settings: settings)
     prompts = ["prompts.node_labels={role: teacher}", "prompts.encoders=3", "prompts.gpus_per_encoder=0.25"]
-    asked = loop._batches_from(load(overrides=prompts), first=0, rank=0, world=1)
+    asked = distill._batches_from(load(overrides=prompts), first=0, rank=0, world=1)
     assert (asked["node_labels"], asked["encoders"], asked["gpus_per_encoder"]) == ({"role": "teacher"}, 3, 0.25)

@@ -10,16 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from raydistill.bridge.model import Bridge
-from raydistill.config import load
+from raydistill.config.reading import load
 from raydistill.data.encode import PromptEncoder
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.load import load_unet
+from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
-from raydistill.distill.student import x0_gain
 from raydistill.precision import allow_tf32
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import x0_gain
 
 SAMPLES = 8
 

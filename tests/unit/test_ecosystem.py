@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 
 from raydistill.data.encode import encode_prompt_list
 from raydistill.diffusion.path import to_x0
-from raydistill.distill.student import one_step_x0
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from raydistill.counting import open_space
 from raydistill.data import encode
 from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
 from raydistill.spaces import load_space
-from raydistill.spaces.lengths import are_cut, text_lengths
+from raydistill.spaces.meta import open_space
+from raydistill.spaces.text_lengths import are_cut, text_lengths
 
 PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
 

@@ -17,7 +17,6 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from raydistill.data.prompts import PromptFileError
 from raydistill.diffusion.noise import normal
-from raydistill.distill.student import one_step_x0
 from raydistill.evaluation.command import CommandError, parse_command, run_command
 from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage, StageFailed
@@ -30,7 +29,8 @@ from raydistill.shapes.captions import Scene, evaluation_captions, parse
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import load_space
-from raydistill.spaces.onestep import load_student
+from raydistill.spaces.one_step import one_step_x0
+from raydistill.spaces.published_students import load_student
 
 PAIR = "a large red circle at the left and a large blue square at the right on a white background"
 SINGLE = "a large red circle at the left on a white background"

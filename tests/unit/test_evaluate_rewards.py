@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.config import ConfigError
+from raydistill.errors import ConfigError
 from raydistill.evaluation import rewards
 from raydistill.evaluation.rewards import ENVIRONMENTS, REWARDS, WEIGHTS, inception_fid, runtime_env, with_base_model
 from raydistill.evaluation.weights import find_weights, parse_weights

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from raydistill.benchmark.world import MlflowServer
-from raydistill.config import ConfigError, load, to_yaml
+from raydistill.config.reading import load, to_yaml
 from raydistill.data.prompts import PromptSet
+from raydistill.errors import ConfigError
 from raydistill.evaluation.evaluate import Plan, Resources, finish, log_results, store_of
 from raydistill.evaluation.promptsets import CategorisedPrompts
 from raydistill.evaluation.results import mean_table
 from raydistill.evaluation.subject import Subject, find_subject, save_picture
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.runs import client_of, prepare
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
-from raydistill.spaces.onestep import load_student
-from raydistill.tracking import TrackingError, open_run
+from raydistill.spaces.published_students import load_student
+from raydistill.tracking.store import TrackingError, client_of, open_run, prepare
 
 CATEGORIES = {1: "Food & Beverage", 2: "Animals"}
 

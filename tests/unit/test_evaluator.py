@@ -7,9 +7,10 @@ from collections import Counter
 import pytest
 import torch
 
-from raydistill.config import CONFIGS, load
+from raydistill.config.reading import CONFIGS, load
+from raydistill.data.encode import encode_table
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.evaluation.evaluator import FixedPrompts, encode_table
+from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.teacher import draw_teacher
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, parse

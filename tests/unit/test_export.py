@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from raydistill.distill.student import one_step_x0
 from raydistill.export.pipeline import ExportError, ModelCard, export_student, one_step_scheduler
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 
 CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 3000, "run-id", "abc123", {"mean": 0.75})
 PROMPTS = ["a red circle", "a large blue square on a green background"]

@@ -14,11 +14,12 @@ import torch.distributed
 import torch.multiprocessing
 
 from raydistill.bridge.model import Bridge
-from raydistill.config import ConfigError, load
+from raydistill.config.reading import load
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.loop import _mesh, average_over_workers
 from raydistill.distill.schedule import distillation_step
+from raydistill.errors import ConfigError
 from raydistill.spaces import load_space
+from raydistill.workers.distill import _mesh, average_over_workers
 
 WORLD, BATCH = 2, 2
 SETTINGS = (

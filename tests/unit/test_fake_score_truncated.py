@@ -14,16 +14,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydistill import counting, planning
 from raydistill.bridge.model import Bridge
-from raydistill.config import ConfigError, load
-from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.config.reading import load
+from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import encode_prompt_list
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
-from raydistill.preflight import check_inputs
+from raydistill.driver.preflight import check_inputs
+from raydistill.errors import ConfigError
+from raydistill.planning.counting import count_trainer
+from raydistill.planning.memory import trainer_remedies
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import open_space
 
 SAVE = {**tiny_flow_pipelines.SAVE, "pixart": tiny_diffusion_pipelines.save_pixart}
 DEPTH = {
@@ -345,9 +348,9 @@ def test_a_restored_run_goes_on_with_the_same_bits(gradient_checkpointing, space
 @pytest.fixture(scope="module")
 def counted(spaces):
     """A worker of each kind on meta tensors."""
-    student, teacher = (counting.open_space(space.folder) for space in spaces)
+    student, teacher = (open_space(space.folder) for space in spaces)
     return {
-        kind: counting.count_trainer(configuration("discriminator.weight=0", kind=kind), student, teacher)
+        kind: count_trainer(configuration("discriminator.weight=0", kind=kind), student, teacher)
         for kind in ("lora", "full", "truncated")
     }
 
@@ -382,14 +385,14 @@ def test_where_nothing_is_frozen_sharding_the_base_is_no_remedy(counted):
     ):
         trainer = counted[kind]
         counts = SimpleNamespace(trainer=trainer, recomputing=trainer)
-        remedies = planning.trainer_remedies(counts, configuration("distill.workers=8", kind=kind))
+        remedies = trainer_remedies(counts, configuration("distill.workers=8", kind=kind))
         assert [label for label, _ in remedies] == labels
 
 
 def test_two_plus_two_blocks_of_flux_dev_have_the_size_that_its_width_gives():
     """Weights of a double block 36 D^2 and of a single one 15 D^2; embeddings and output layer 5 D^2 + 5504 D."""
     width = 3072
-    space = counting.open_space("black-forest-labs/FLUX.1-dev")
+    space = open_space("black-forest-labs/FLUX.1-dev")
     network = space.truncated(space.load_network(), 2, 2)
     expected = (2 * 36 + 2 * 15 + 5) * width**2 + 5504 * width
     assert numel([network]) == pytest.approx(expected, rel=0.001)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config import ConfigError, load
-from raydistill.distill.loop import Stage
-from raydistill.files import DamagedFile, content_hash, read_json, scratch
-from raydistill.preflight import create_run_folder, open_run_folder
-from raydistill.storage import replace_text
+from raydistill.config.reading import load
+from raydistill.driver.run_folder import create_run_folder, open_run_folder
+from raydistill.errors import ConfigError
+from raydistill.storage.atomic import DamagedFile, read_json, replace_text, scratch
+from raydistill.storage.fingerprint import content_hash
+from raydistill.workers.stage import Stage
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -16,12 +16,17 @@ import torch
 from few_blocks import write_shortened
 from safetensors.torch import save_file
 
-from raydistill import counting
-from raydistill.config import CONFIGS, Config, load
+from raydistill.config.reading import CONFIGS, load
+from raydistill.config.schema import Config
 from raydistill.data.vae import resized
-from raydistill.model_configs import HUB_MODELS
-from raydistill.spaces import Space, load_space
-from raydistill.spaces.lengths import text_lengths
+from raydistill.planning import meter
+from raydistill.planning.counting import count_bridge, distiller
+from raydistill.planning.meter import without_initial_values
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+from raydistill.spaces.meta import conditioning_layout, empty_conditioning, empty_part, open_space
+from raydistill.spaces.published import HUB_MODELS
+from raydistill.spaces.text_lengths import text_lengths
 
 BATCH = 2
 TEACHERS = {  # channels, tokens and width of the text, pooled width, does the network see conditional and empty prompts
@@ -45,12 +50,12 @@ def shortened(model: str, folder: Path, fewer: dict[str, Any] | None = None) -> 
         names = {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
         save_file(names, folder / "vae" / "diffusion_pytorch_model.safetensors")
     space = load_space(folder)
-    space.load_part = partial(counting.empty_part, space)
+    space.load_part = partial(empty_part, space)
     return space
 
 
 def student_of(config: Config) -> Space:
-    return counting.open_space(config.student.model)
+    return open_space(config.student.model)
 
 
 @dataclass
@@ -85,7 +90,7 @@ def pair(request, tmp_path) -> tuple[str, Config, Space, Space]:
 def test_a_picture_has_the_latents_of_its_family_in_both_spaces(pair):
     name, _, student, teacher = pair
     picture = torch.empty(1, 3, 1024, 1024, device="meta")
-    with counting.counted(), torch.no_grad():
+    with meter.counted(), torch.no_grad():
         z_T = teacher.encode(teacher.load_vae(), picture)
         z_S = student.encode(student.load_vae(), resized(picture, student.resolution))
         drawn = teacher.decode(teacher.load_vae(), z_T)
@@ -100,8 +105,8 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
     channels, tokens, width, pooled, guided_twice = TEACHERS[name]
     width_S = STUDENTS["sd15" if config.student.start_timestep == 999 else "sd21_base"]
     seen, rows = Seen(), []
-    with counting.counted():
-        worker = counting.distiller(config, student, teacher, BATCH)
+    with meter.counted():
+        worker = distiller(config, student, teacher, BATCH)
         seen.watch(worker)
         (made,) = worker.make()  # one micro-batch
         assert made.noise.shape == (BATCH, 4, 64, 64)
@@ -116,8 +121,8 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         network.register_forward_pre_hook(
             lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
         )
-        layout = counting.conditioning_layout(teacher)
-        conditioning, empty = (counting.empty_conditioning(layout, n, torch.bfloat16) for n in (BATCH, 1))
+        layout = conditioning_layout(teacher)
+        conditioning, empty = (empty_conditioning(layout, n, torch.bfloat16) for n in (BATCH, 1))
         with torch.no_grad():
             x_t, t_B = made.x_t.to("meta"), made.t_B.to("meta")  # they come on the CPU, to be sent
             scores = teacher.predict_x0(network, x_t, t_B, conditioning, empty, config.teacher.guidance_scale)
@@ -148,7 +153,7 @@ def test_a_bridge_step_has_the_shapes_of_its_family(pair):
     tree = config.model_dump()
     tree["bridge"]["depths"] = [6, 6, 6, 6, 6]
     tree["bridge"]["attention"] |= {"depth_fraction": 1.0, "layers": 2}
-    counted = counting.count_bridge(Config.model_validate(tree), student, teacher, 1)
+    counted = count_bridge(Config.model_validate(tree), student, teacher, 1)
     assert 4.7e6 < counted.parameters < 5.2e6  # the paper's "about 5 M"
     assert counted.step.flops > 0
     assert counted.probe > 1e7
@@ -158,10 +163,10 @@ def test_a_bridge_step_has_the_shapes_of_its_family(pair):
 def test_a_student_draws_one_step_latents_at_its_real_size(student):
     config = load(CONFIGS / f"sd35_medium_{student}.yaml")
     space = student_of(config)
-    with counting.counted(), torch.no_grad():
-        from raydistill.distill.student import one_step_x0
+    with meter.counted(), torch.no_grad():
+        from raydistill.spaces.one_step import one_step_x0
 
-        conditioning = counting.empty_conditioning(counting.conditioning_layout(space), BATCH)
+        conditioning = empty_conditioning(conditioning_layout(space), BATCH)
         assert conditioning["prompt_embeds"].shape == (BATCH, 77, STUDENTS[student])
         noise = torch.empty(BATCH, *space.latent_shape, device="meta")
         z_S = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
@@ -173,7 +178,7 @@ def test_a_student_draws_one_step_latents_at_its_real_size(student):
 @pytest.mark.parametrize("name", TEACHERS)
 def test_text_encoders_give_what_the_network_takes(name):
     """Widths of all encoders of a family make up the width of its conditioning."""
-    space = counting.open_space(load(CONFIGS / f"{name}_sd15.yaml").teacher.model)
+    space = open_space(load(CONFIGS / f"{name}_sd15.yaml").teacher.model)
     _, tokens, width, pooled, _ = TEACHERS[name]
     lengths = text_lengths(space)
     configs = {part: space.part_config(part) for part in lengths}
@@ -194,7 +199,7 @@ def test_text_encoders_give_what_the_network_takes(name):
 
 def test_building_without_values_leaves_no_real_tensor_unfilled():
     """Even by a function that somebody imported while the values of meta tensors were left out."""
-    with counting.without_initial_values():
+    with without_initial_values():
         kept = torch.nn.init.ones_
         assert torch.nn.init.zeros_(torch.empty(3, device="meta")).is_meta
         assert torch.equal(torch.nn.init.ones_(torch.zeros(3)), torch.ones(3))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from raydistill.evaluation.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
 from raydistill.evaluation.summary import markdown, table, write_summary
+from raydistill.pictures.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
 
 
 def flat(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor:

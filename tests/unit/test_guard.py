@@ -11,18 +11,19 @@ import pytest
 import torch
 
 from raydistill.bridge.model import Bridge
-from raydistill.config import load
+from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs
+from raydistill.distill.collapse import LatentGuard, drift, mean_and_std, moments
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.guard import LatentGuard, drift, mean_and_std, moments
-from raydistill.distill.load import load_unet
-from raydistill.distill.loop import Observer, Stage
 from raydistill.distill.losses import NonFiniteError, require_finite
+from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
-from raydistill.distill.state import load_state
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.teachers.request import NonFiniteScores
+from raydistill.workers.checkpoint import load_state
+from raydistill.workers.observer import Observer
+from raydistill.workers.stage import Stage
 
 
 def latents(count, seed=0):

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from raydistill.config import ConfigError, check_paths, load, resolve
-from raydistill.hub import download, is_hub_id
+from raydistill.config.reading import load
+from raydistill.errors import ConfigError
+from raydistill.storage.hub import download, is_hub_id
+from raydistill.storage.resolve import check_paths, resolve
 
 SHA, LATER = "a" * 40, "b" * 40
 TOKEN = "hf_secretSECRETsecret"
@@ -118,7 +120,7 @@ def hub() -> Iterator[str]:
 
 def ask(code: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own: the client reads its environment once, when it is imported."""
-    code = f"from raydistill.hub import download, cached\nfrom raydistill.config import resolve\n{code}"
+    code = f"from raydistill.storage.hub import download, cached\nfrom raydistill.config.schema import resolve\n{code}"
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
     return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
@@ -159,7 +161,7 @@ def test_what_cannot_be_fetched_is_said_in_one_line(model, endpoint, message, hu
     done = ask(f"download({model!r})", endpoint or hub, tmp_path, HF_TOKEN=TOKEN)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("raydistill.config.ConfigError: " + model)
+    assert last.startswith("raydistill.errors.ConfigError: " + model)
     assert message.format(hub=hub) in last
     assert TOKEN not in done.stderr
 
@@ -176,9 +178,9 @@ def test_a_driver_with_a_token_and_a_node_without_one_that_may_read_a_gated_mode
     driver = ask("print(download('org/gated'))", hub, tmp_path / "driver", HF_TOKEN=TOKEN)
     assert driver.returncode == 0, driver.stderr
     folder = driver.stdout.strip().replace(str(tmp_path / "driver"), "/elsewhere")
-    done = ask(f"from raydistill.storage import present; present({folder!r})", hub, tmp_path / "node", **token)
+    done = ask(f"from raydistill.storage.place import present; present({folder!r})", hub, tmp_path / "node", **token)
     message = message.format(node=socket.gethostname(), page=f"{hub}/org/gated")
-    assert done.stderr.strip().splitlines()[-1] == f"raydistill.config.ConfigError: org/gated@{SHA}: {message}"
+    assert done.stderr.strip().splitlines()[-1] == f"raydistill.errors.ConfigError: org/gated@{SHA}: {message}"
     assert "hf_other" not in done.stderr
 
 
@@ -186,7 +188,7 @@ def test_a_node_with_a_disk_of_its_own_fetches_a_model_once_for_all_its_processe
     driver = ask("print(download('org/kolors'))", hub, tmp_path / "driver").stdout.strip()
     sizes = len(Hub.seen)
     # as the driver names the folder to a rank on another node, whose cache is elsewhere and empty
-    code = f"from raydistill.storage import present; print(present({driver!r} + '/unet/config.json'))"
+    code = f"from raydistill.storage.place import present; print(present({driver!r} + '/unet/config.json'))"
     with ThreadPoolExecutor(3) as pool:
         there = list(
             pool.map(

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 from raydistill.data.images import BadImage, ImagesError, open_images
-from raydistill.data.models import identify
 from raydistill.data.pairs import existing_shards, load_pairs
-from raydistill.data.synthesis import SynthesisError, encode_images
+from raydistill.data.shards import SynthesisError
+from raydistill.data.synthesis import encode_images
 from raydistill.diffusion.noise import uniform
 from raydistill.spaces import load_space
+from raydistill.storage.fingerprint import identify
 
 SETTINGS = {"batch_size": 2, "shard_size": 3, "seed": 5}
 

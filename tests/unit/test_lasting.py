@@ -8,12 +8,12 @@ import torch
 
 from raydistill.bridge.attention import AttentionError
 from raydistill.bridge.trainer import TrainingDiverged
-from raydistill.config import ConfigError
 from raydistill.data.pairs import PairsError
 from raydistill.distill.losses import NonFiniteError
-from raydistill.distill.state import CheckpointError
-from raydistill.lasting import fatal, forget, is_lasting, written_down
+from raydistill.errors import ConfigError
 from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
+from raydistill.workers.checkpoint import CheckpointError
+from raydistill.workers.fatal_errors import fatal, forget, is_lasting, written_down
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from raydistill import planning
-from raydistill.config import ConfigError, load
+from raydistill.config.reading import load
+from raydistill.errors import ConfigError
+from raydistill.planning import memory
+from raydistill.planning.counts import changed
+from raydistill.planning.gpus import GIB
+from raydistill.planning.launch import check_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "distill.batch_size=2", "teachers.slice=2"]
@@ -28,7 +32,7 @@ def small_gpu(tmp_path):
 
 
 def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
-    fits, warning = planning.check_launch(load(overrides=[*GPUS, *small_gpu, "plan.launch=warn"]))
+    fits, warning = check_launch(load(overrides=[*GPUS, *small_gpu, "plan.launch=warn"]))
     assert fits.startswith("fits: teacher rank: needs ")  # there is no third line: the Bridge is trained already
     assert warning.startswith("WARNING: trainer: needs ")
     assert warning.endswith("distill.gpus_per_worker=1 tiny has 0.0; not even one sample would")
@@ -37,23 +41,23 @@ def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
 def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     """The GPU is given the memory that a recomputing trainer needs, and a little more."""
     config = load(overrides=[*GPUS, "distill.batch_size=32"])
-    spaces = (planning.counting.open_space(model) for model in (config.student.model, config.teacher.model))
-    enough = planning.counting.count_trainer(planning.changed(config, gradient_checkpointing=True), *spaces).peak
+    spaces = (memory.counting.open_space(model) for model in (config.student.model, config.teacher.model))
+    enough = memory.counting.count_trainer(changed(config, gradient_checkpointing=True), *spaces).peak
     file = tmp_path / "gpus.yaml"
-    file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / planning.GIB}"))
+    file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / GIB}"))
     settings = [*GPUS, *small_gpu, "distill.batch_size=32"]
     with pytest.raises(ConfigError, match="distill.gradient_checkpointing=true would") as refused:
-        planning.check_launch(load(overrides=settings), ["trainer"])
+        check_launch(load(overrides=settings), ["trainer"])
     advised = re.findall(r"distill\.(?:micro_batches|batch_size)=\d+", str(refused.value))
     assert len(advised) == 2
     for remedy in (*advised, "distill.gradient_checkpointing=true"):
-        (line,) = planning.check_launch(load(overrides=[*settings, remedy]), ["trainer"])
+        (line,) = check_launch(load(overrides=[*settings, remedy]), ["trainer"])
         assert line.startswith("fits: trainer"), remedy
 
 
 def test_a_share_of_a_gpu_has_a_share_of_its_memory(small_gpu):
     def check(share):
-        return planning.check_launch(
+        return check_launch(
             load(overrides=[*GPUS, *small_gpu, f"teachers.gpus_per_rank={share}", "teachers.shards=1"]),
             ["teacher rank"],
         )
@@ -68,16 +72,16 @@ def test_nothing_is_counted_for_roles_without_gpus(monkeypatch):
         raise AssertionError("counted")
 
     for name in ("count_trainer", "count_teacher", "count_bridge"):
-        monkeypatch.setattr(planning.counting, name, never)
-    assert planning.check_launch(load()) == []
-    assert planning.check_launch(load(overrides=[*GPUS, "plan.launch=ignore"])) == []
+        monkeypatch.setattr(memory.counting, name, never)
+    assert check_launch(load()) == []
+    assert check_launch(load(overrides=[*GPUS, "plan.launch=ignore"])) == []
     with pytest.raises(AssertionError, match="counted"):
-        planning.check_launch(load(overrides=GPUS))
+        check_launch(load(overrides=GPUS))
 
 
 def test_an_unknown_kind_of_gpu_is_named():
     with pytest.raises(ConfigError, match=r"plan.trainer_gpu: H1000 is not in the table \(H100, "):
-        planning.check_launch(load(overrides=[*GPUS, "plan.trainer_gpu=H1000"]))
+        check_launch(load(overrides=[*GPUS, "plan.trainer_gpu=H1000"]))
 
 
 def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small_gpu, monkeypatch, capfd, tmp_path):
@@ -91,6 +95,8 @@ def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small
 
 
 def test_a_job_without_gpus_does_not_even_import_the_planner():
-    code = "import sys, raydistill.job as job; from raydistill.config import load; assert job._fit(load(), ['trainer']) == []"
-    done = subprocess.run([sys.executable, "-c", f"{code}; sys.exit('raydistill.planning' in sys.modules)"], cwd=ROOT)
+    code = "import sys, raydistill.driver.job as job; from raydistill.config.schema import load; assert job._fit(load(), ['trainer']) == []"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit('raydistill.planning.memory' in sys.modules)"], cwd=ROOT
+    )
     assert done.returncode == 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from raydistill.config import CONFIGS, load, resolve
+from raydistill.config.reading import CONFIGS, load
 from raydistill.data.prompts import read_prompts
 from raydistill.distill.local import local_distillation
 from raydistill.distill.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.storage.resolve import resolve
 
 UPDATES, PICTURES = 20, 200
 

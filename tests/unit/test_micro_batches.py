@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from raydistill import counting
-from raydistill.bridge.loop import build_objective
 from raydistill.bridge.model import Bridge
-from raydistill.config import ConfigError, load
+from raydistill.bridge.objective import build_objective
+from raydistill.config.reading import load
 from raydistill.data.pairs import write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.schedule import Requests, distillation_step
-from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.run_folder import create_run_folder, open_run_folder
+from raydistill.errors import ConfigError
+from raydistill.planning.meter import Meter
 from raydistill.spaces import load_space
 
 CAPTIONS = [
@@ -260,7 +262,7 @@ def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
     peaks = []
     for parts in (1, 4):
         distiller = build(f"distill.micro_batches={parts}", "distill.batch_size=16")
-        with counting.Meter("cpu") as memory:
+        with Meter("cpu") as memory:
             made = list(distiller.make())
             scores = [submit(part).result() for part in made]
             fake = memory.count(distiller.fake_update).peak

@@ -17,13 +17,13 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from raydistill.config import load
-from raydistill.distill.load import load_unet
+from raydistill.config.reading import load
+from raydistill.distill.networks import load_unet
+from raydistill.driver.preflight import check_inputs
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.preflight import check_inputs
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
-from raydistill.spaces.onestep import load_student, open_student
+from raydistill.spaces.published_students import load_student, open_student
 from raydistill.spaces.weights import WeightsError
 
 # Settings in which SD 2.1-base's UNet departs from the defaults of its class.

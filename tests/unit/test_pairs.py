@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.data.pairs import (
+from raydistill.data.pairs import (  # fmt: skip
     PairsError,
     PairSet,
     about_shard,
@@ -26,7 +26,7 @@ from raydistill.data.pairs import (
     shard_file,
     split,
     write_pairs,
-)  # fmt: skip
+)
 
 
 def write(folder, shard, first, count, z_T=None, previews=None):

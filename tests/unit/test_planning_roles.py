@@ -10,11 +10,22 @@ from few_blocks import write_shortened
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from raydistill import counting, plan_report, planning
-from raydistill.bridge.loop import build_trainer
-from raydistill.config import CONFIGS, ConfigError, load, resolve
+from raydistill.bridge.trainer import build_trainer
+from raydistill.config.reading import CONFIGS, load
 from raydistill.data.pairs import write_pairs
+from raydistill.errors import ConfigError
+from raydistill.planning import counting as counting_module
+from raydistill.planning import report
+from raydistill.planning.counting import count_bridge, count_trainer, count_vae
+from raydistill.planning.counts import count_run
+from raydistill.planning.gpus import read_gpus
+from raydistill.planning.launch import check_launch
+from raydistill.planning.memory import ROLES
+from raydistill.planning.meter import Meter
+from raydistill.planning.schedule import phases, replicas, schedule
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import nbytes, open_space
+from raydistill.storage.resolve import resolve
 
 SHARE = 8
 TEACHERS = sorted(file.stem for file in (CONFIGS / "teachers").glob("*.yaml"))
@@ -36,15 +47,15 @@ def trainer(tmp_path_factory):
 def test_a_bridges_step_is_counted_as_real_tensors_cost(trainer, parts):
     config, real = trainer
     config = config.model_copy(update={"bridge": config.bridge.model_copy(update={"micro_batches": parts})})
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
-    counted = counting.count_bridge(config, student, teacher, SHARE)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    counted = count_bridge(config, student, teacher, SHARE)
     real.settings = real.objective.settings = config.bridge
     batch = real.objective.batch(0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as flops:
         real.step(batch)
     assert counted.step.flops == pytest.approx(flops.get_total_flops(), rel=0.05)
     vae = teacher.load_vae()
-    with counting.Meter("cpu") as memory:
+    with Meter("cpu") as memory:
         for module in (real.bridge, real.objective.probe.network):
             for tensor in (*module.parameters(), *module.buffers()):
                 memory.watch(tensor)
@@ -52,14 +63,14 @@ def test_a_bridges_step_is_counted_as_real_tensors_cost(trainer, parts):
             for value in state.values():
                 memory.watch(value)
         peak = memory.count(lambda: real.step(batch)).peak
-    assert counted.step.peak - counting.nbytes(vae.parameters()) == pytest.approx(peak, rel=0.1)
+    assert counted.step.peak - nbytes(vae.parameters()) == pytest.approx(peak, rel=0.1)
 
 
 def test_parts_of_the_pairs_need_less_memory_for_the_same_arithmetic(trainer):
     config, _ = trainer
-    student, teacher = counting.open_space(config.student.model), counting.open_space(config.teacher.model)
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
     parted = config.model_copy(update={"bridge": config.bridge.model_copy(update={"micro_batches": 4})})
-    whole, parts = (counting.count_bridge(c, student, teacher, SHARE) for c in (config, parted))
+    whole, parts = (count_bridge(c, student, teacher, SHARE) for c in (config, parted))
     assert parts.step.flops == whole.step.flops
     assert parts.step.peak < 0.6 * whole.step.peak
 
@@ -67,29 +78,29 @@ def test_parts_of_the_pairs_need_less_memory_for_the_same_arithmetic(trainer):
 def test_flops_of_a_vae_are_those_counted_on_real_tensors(trainer):
     config, _ = trainer
     space = load_space(resolve(config.teacher.model))
-    counted, vae = counting.count_vae(counting.open_space(config.teacher.model)), space.load_vae()
+    counted, vae = count_vae(open_space(config.teacher.model)), space.load_vae()
     pictures = torch.zeros(counted.batch, 3, space.resolution, space.resolution)
     with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         with FlopCounterMode(display=False) as encoding:
             latents = space.encode(vae, pictures)
-        with FlopCounterMode(display=False) as decoding, counting.Meter("cpu") as memory:
+        with FlopCounterMode(display=False) as decoding, Meter("cpu") as memory:
             decoded = memory.count(lambda: space.decode(vae, latents))
     assert counted.encode.flops == pytest.approx(encoding.get_total_flops(), rel=0.05)
     assert counted.decode.flops == pytest.approx(decoding.get_total_flops(), rel=0.05)
-    weights = counting.nbytes(vae.parameters())
+    weights = nbytes(vae.parameters())
     assert counted.decode.peak == pytest.approx(decoded.peak - weights, rel=0.2)
 
 
 def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
     settings = ["distill.batch_size=4", "bridge.batch_size=4"]
-    student, teacher = (counting.open_space(f"shapes:{name}") for name in ("sd15", "flux"))
-    alone = counting.count_trainer(load(overrides=settings), student, teacher)
-    along = counting.count_trainer(load(overrides=[*settings, "bridge.trainable=true"]), student, teacher)
+    student, teacher = (open_space(f"shapes:{name}") for name in ("sd15", "flux"))
+    alone = count_trainer(load(overrides=settings), student, teacher)
+    along = count_trainer(load(overrides=[*settings, "bridge.trainable=true"]), student, teacher)
     assert along.make == dataclasses.replace(alone.make, peak=along.make.peak)
     assert along.student.flops > alone.student.flops
     assert along.weights.optimizers > alone.weights.optimizers, "Adam's moments of the projector"
     gpus = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1"]
-    lines = planning.check_launch(load(overrides=[*settings, *gpus, "bridge.trainable=true"]), ["trainer"])
+    lines = check_launch(load(overrides=[*settings, *gpus, "bridge.trainable=true"]), ["trainer"])
     assert lines[0].startswith("fits: trainer: ")
 
 
@@ -99,20 +110,20 @@ def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
 @pytest.fixture
 def shortened(monkeypatch):
     """Public models at their real widths with two blocks."""
-    monkeypatch.setattr(counting, "write_folder", write_shortened)
+    monkeypatch.setattr(counting_module, "write_folder", write_shortened)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
 def test_every_role_of_a_ready_pair_can_be_checked_before_its_launch(teacher, shortened):
     """With the networks' real widths, and few of their blocks: what is missing to count them would be missing here."""
     config = load(CONFIGS / f"{teacher}_sd15.yaml", ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"])
-    lines = planning.check_launch(config)
-    assert [line.split(": ")[1] for line in lines] == list(planning.ROLES)
+    lines = check_launch(config)
+    assert [line.split(": ")[1] for line in lines] == list(ROLES)
 
 
 def test_the_bridge_to_the_largest_teacher_fits_the_gpus_it_asks_for():
     """FLUX.1 at its full size, half of whose blocks are behind the Bridge."""
-    (line,) = planning.check_launch(load(CONFIGS / "flux1_dev_sd15.yaml"), ["Bridge training"])
+    (line,) = check_launch(load(CONFIGS / "flux1_dev_sd15.yaml"), ["Bridge training"])
     assert line.startswith("fits: Bridge training: needs ")
 
 
@@ -130,10 +141,10 @@ def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
     settings = [f"plan.gpus={file}", "plan.trainer_gpu=large", "plan.teacher_gpu=large", "plan.encoder_gpu=tiny"]
     settings += ["prompts.gpus_per_encoder=0.001", "synthesis.gpus_per_encoder=0.001", "bridge.checkpoint=null"]
     with pytest.raises(ConfigError) as error:
-        planning.check_launch(load(overrides=settings))
+        check_launch(load(overrides=settings))
     for key in ("prompts.gpus_per_encoder", "synthesis.gpus_per_encoder"):
         assert f"{key}=0.001 tiny has 0.0; raise {key}" in str(error.value)
-    fits = planning.check_launch(load(overrides=[*settings[:-3], "prompts.gpus_per_encoder=1"]))
+    fits = check_launch(load(overrides=[*settings[:-3], "prompts.gpus_per_encoder=1"]))
     assert [line.split(":")[1] for line in fits] == [" text encoder"]
 
 
@@ -142,7 +153,7 @@ def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def counts():
-    return planning.count_run(load(overrides=["distill.batch_size=4", "bridge.checkpoint=null"]))
+    return count_run(load(overrides=["distill.batch_size=4", "bridge.checkpoint=null"]))
 
 
 GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.shards=1", "distill.batch_size=4"]
@@ -151,8 +162,8 @@ GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.shard
 def test_teachers_are_planned_as_the_service_scales_them(counts):
     scaled = ["teachers.max_replicas=6", "teachers.target_ongoing_requests=4", "synthesis.in_flight=16"]
     config = load(overrides=[*GPUS, *scaled, "distill.workers=8", "bridge.checkpoint=null", "bridge.pairs=null"])
-    parts = {phase.name: phase.gpus for phase in planning.phases(counts, config, planning.read_gpus())}
-    assert [planning.replicas(config, ongoing) for ongoing in (0, 4, 5, 16, 100)] == [1, 1, 2, 4, 6]
+    parts = {phase.name: phase.gpus for phase in phases(counts, config, read_gpus())}
+    assert [replicas(config, ongoing) for ongoing in (0, 4, 5, 16, 100)] == [1, 1, 2, 4, 6]
     assert parts["synthesis"] == {"H100": 4}, "16 requests of the one actor that asks"
     assert parts["Bridge training"] == {"H100": 8 + 1}
     assert parts["distillation"] == {"H100": 8 + 1}, "trainers ask in bursts: no more is counted on than is kept"
@@ -161,24 +172,23 @@ def test_teachers_are_planned_as_the_service_scales_them(counts):
 def test_real_images_ask_no_teacher(counts):
     settings = [*GPUS, "bridge.checkpoint=null", "bridge.pairs=null", "synthesis.count=1000", "vsd.weight=0"]
     drawn, real = (
-        {phase.name: phase for phase in planning.phases(counts, load(overrides=o), planning.read_gpus())}
+        {phase.name: phase for phase in phases(counts, load(overrides=o), read_gpus())}
         for o in (settings, [*settings, "synthesis.images=/pictures"])
     )
     assert drawn["synthesis"].gpus == {"H100": 1}
     assert real["synthesis"].gpus == {}
     assert real["synthesis"].bound == "VAEs"
     assert real["synthesis"].hours < drawn["synthesis"].hours
-    roles = planning.ROLES
+    roles = ROLES
     assert not roles["teacher rank"].used(load(overrides=[*settings, "synthesis.images=/pictures"]))
     assert roles["teacher rank"].used(load(overrides=settings))
 
 
 def test_shared_copies_are_gathered_once_a_pass_and_part(counts):
     """A part of a fake update has three passes, with the real samples' features; a part of the student's, three too."""
-    gpus, settings = planning.read_gpus(), [*GPUS, "distill.workers=8", "distill.micro_batches=2"]
+    gpus, settings = read_gpus(), [*GPUS, "distill.workers=8", "distill.micro_batches=2"]
     alone, shared = (
-        planning.schedule(counts, load(overrides=[*settings, f"fake_score.shard={on}"]), gpus)
-        for on in ("false", "true")
+        schedule(counts, load(overrides=[*settings, f"fake_score.shard={on}"]), gpus) for on in ("false", "true")
     )
     once = counts.trainer.weights.fake_frozen * 7 / 8 / (1e9 * gpus["H100"].link_gbytes)
     assert shared.make == alone.make
@@ -187,6 +197,6 @@ def test_shared_copies_are_gathered_once_a_pass_and_part(counts):
 
 
 def test_a_request_that_is_filled_up_with_repeats_is_said(counts):
-    gpus = planning.read_gpus()
-    filled = plan_report._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
+    gpus = read_gpus()
+    filled = report._requests(counts, load(overrides=["distill.batch_size=4", "teachers.slice=8"]), gpus)
     assert "ITS 4 SAMPLES ARE FILLED UP TO 16 with repeats: 2 rank(s) take slices of 8" in filled

@@ -11,11 +11,14 @@ import torch
 import yaml
 
 from raydistill.bridge.model import BridgeError
-from raydistill.config import ConfigError, load, resolve
+from raydistill.config.reading import load
 from raydistill.data.pairs import PairsError, write_pairs
-from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.run_folder import create_run_folder, open_run_folder
+from raydistill.errors import ConfigError
 from raydistill.shapes.captions import single_scenes
 from raydistill.spaces.base import ModelFolderError, weight_files
+from raydistill.storage.resolve import resolve
 
 CAPTION = single_scenes(held_out=False)[0].caption
 PASSWORD = "hunter2"

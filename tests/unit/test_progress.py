@@ -3,7 +3,7 @@
 import re
 import time
 
-from raydistill.progress import ProgressWatcher, write_progress
+from raydistill.tracking.progress import ProgressWatcher, write_progress
 
 
 def shown(capsys, file, steps, total=10):

@@ -11,10 +11,10 @@ import diffusers
 import pytest
 import torch
 
-from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.config.schema import FakeScoreConfig
 from raydistill.distill.fake_score import FakeScore
-from raydistill.model_configs import write_folder
 from raydistill.spaces import load_space
+from raydistill.spaces.published import write_folder
 
 PUBLISHED = {"sdxl-base": 2.567e9, "kolors": 2.58e9, "pixart-sigma-1024": 0.61e9}  # parameters of the network
 VAE_PARAMETERS = 83.65e6

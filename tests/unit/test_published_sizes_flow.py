@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
-from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.config.schema import FakeScoreConfig
 from raydistill.distill.fake_score import FakeScore
-from raydistill.model_configs import write_folder
 from raydistill.spaces import load_space
+from raydistill.spaces.published import write_folder
 
 # Billions of transformer parameters and millions of VAE parameters, as published with the weights. The names round
 # more: FLUX.1 is "12B", [klein] "4B", Z-Image "6B". SD 3.5 Medium is "2.5B" with its table of positions (0.23 B),

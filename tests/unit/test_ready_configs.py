@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from raydistill.bridge.model import doublings
-from raydistill.config import CONFIGS, flatten, load
-from raydistill.counting import open_space
-from raydistill.hub import is_hub_id
-from raydistill.model_configs import HUB_MODELS
-from raydistill.preflight import check_inputs
+from raydistill.config.reading import CONFIGS, flatten, load
+from raydistill.driver.preflight import check_inputs
 from raydistill.shapes import WEIGHTS
+from raydistill.spaces.meta import open_space
+from raydistill.spaces.published import HUB_MODELS
+from raydistill.storage.hub import is_hub_id
 
 TEACHERS = {
     "sdxl": (4, "epsilon"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from raydistill.distill.record import StepLog, consumed, consumed_by_all, ranges, read_lines, step_file, steps_of
+from raydistill.workers.step_log import StepLog, consumed, consumed_by_all, ranges, read_lines, step_file, steps_of
 
 
 def test_ids_are_kept_as_ranges():

@@ -10,11 +10,9 @@ import mlflow
 import pytest
 import torch
 
-from raydistill.config import changed, load, to_yaml
-from raydistill.distill.load import load_unet
-from raydistill.distill.pipeline import opened
-from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
-from raydistill.evaluation.reproduce import (
+from raydistill.config.reading import changed, load, to_yaml
+from raydistill.distill.networks import load_unet
+from raydistill.driver.paper_tables import (
     MERGED,
     ONE_STEP,
     RAW,
@@ -31,8 +29,11 @@ from raydistill.evaluation.reproduce import (
     summarise,
     verdicts,
 )
+from raydistill.driver.pipeline import opened
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.preflight import RunFolder, check_inputs, create_run_folder, open_run_folder
 
 ALL = {"mean": 0.9, "size": 0.9}
 WEAK = {"mean": 0.5, "size": 0.5}

@@ -10,7 +10,7 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.routing import LeastBusyRouter
 
@@ -110,4 +110,4 @@ def test_trainers_at_equal_distances_begin_at_replicas_of_their_own(replicas):
 @pytest.mark.parametrize("place", [-0.1, 1.0])
 def test_a_place_outside_is_refused_where_it_is_given(place):
     with pytest.raises(ValueError, match="place must be at least 0 and below 1"):
-        TeacherClient("teacher", Teachers(), place)
+        TeacherClient("teacher", TeacherServiceConfig(), place)

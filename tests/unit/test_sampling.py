@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill import config as configuration
 from raydistill.bridge.model import Bridge, BridgeError
-from raydistill.config import ConfigError, load, to_yaml
+from raydistill.config.reading import load, to_yaml
+from raydistill.config.schema import BridgeConfig
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.distill.student import one_step_x0
+from raydistill.errors import ConfigError
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.export.sampling import (
     Album,
@@ -30,11 +30,12 @@ from raydistill.export.sampling import (
 )
 from raydistill.export.source import Export, SourceError, find_export, open_one_step
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 
 ROOT = Path(__file__).resolve().parents[2]
 CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
 PROMPTS = PromptSet(["a red circle", "a large blue square on a green background", "ein roter Kreis – grün"], [1, 2, 7])
-TINY = configuration.Bridge(projector="swinir", embed_dim=8, depths=[1], heads=2, window=4)
+TINY = BridgeConfig(projector="swinir", embed_dim=8, depths=[1], heads=2, window=4)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_a_scheduler_whose_single_step_is_not_exact_is_refused(values, exports, 
 
 
 def test_an_mlflow_run_gives_its_export_from_the_artifacts(exports, tmp_path):
-    from raydistill.runs import client_of, prepare
+    from raydistill.tracking.store import client_of, prepare
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     prepare(uri)

@@ -8,22 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raydistill.bridge.model import check_pair, vae_fingerprint
+from raydistill.build_shapes.models import MODELS, STUDENTS, TEACHERS
 from raydistill.data.pairs import read_pairs
-from raydistill.distill.load import load_unet
-from raydistill.distill.student import one_step_x0
+from raydistill.distill.networks import load_unet
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.building.models import MODELS, STUDENTS, TEACHERS
-from raydistill.shapes.captions import (
-    ATTRIBUTES,
-    corrupt,
-    evaluation_captions,
-    parse,
-    sample_scene,
-    single_scenes,
-)
+from raydistill.shapes.captions import ATTRIBUTES, corrupt, evaluation_captions, parse, sample_scene, single_scenes
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 
 
 @pytest.fixture(scope="module")

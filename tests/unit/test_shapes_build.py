@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from raydistill.build_shapes import forget_paths, link_duplicates
+from raydistill.build_shapes.bridges import vary
 from raydistill.shapes import WEIGHTS
-from raydistill.shapes.building import forget_paths, link_duplicates
-from raydistill.shapes.building.bridges import vary
 from raydistill.shapes.captions import single_scenes
 from raydistill.shapes.render import render
 

@@ -7,7 +7,8 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
 from raydistill.data.vae import in_chunks
-from raydistill.spaces import ModelFolderError, load_space
+from raydistill.spaces import load_space
+from raydistill.spaces.base import ModelFolderError
 from raydistill.spaces.flux import pack, unpack
 
 PROMPT = "a small red circle at the left on a white background"

@@ -12,12 +12,13 @@ import pytest
 import tiny_diffusion_pipelines as tiny
 import torch
 
-from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list, encode_unconditional
 from raydistill.diffusion.path import add_noise
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.fake_score import FakeScore
-from raydistill.spaces import ModelFolderError, load_space
+from raydistill.spaces import load_space
+from raydistill.spaces.base import ModelFolderError
 
 FAMILIES = ["sdxl", "kolors", "pixart"]
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
 
-from raydistill.config import FakeScore as FakeScoreConfig
+from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import encode_prompt_list
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift
 from raydistill.distill.fake_score import FakeScore
-from raydistill.spaces import ModelFolderError, load_space
+from raydistill.spaces import load_space
+from raydistill.spaces.base import ModelFolderError
 from raydistill.spaces.flow import as_map
 from raydistill.spaces.flux import pack, unpack
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.distill.state import CheckpointError, load_state, require_room, save_state
+from raydistill.workers.checkpoint import CheckpointError, load_state, require_room, save_state
 
 
 def state(value: float) -> dict:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from raydistill import stopping
-from raydistill.stopping import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals, say_written
+from raydistill.workers import stop_signal
+from raydistill.workers.stop_signal import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals, say_written
 
 
 def terminate(number: int = signal.SIGTERM) -> None:
@@ -73,7 +73,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     ("step", "said"), [(7, "a checkpoint was written after update 7"), (None, "no checkpoint came within 0.2 s")]
 )
 def test_a_driver_that_cannot_wait_longer_says_whether_there_is_a_checkpoint(tmp_path, monkeypatch, step, said):
-    monkeypatch.setattr(stopping, "LEAVE_WITHIN_S", 0.2)
+    monkeypatch.setattr(stop_signal, "LEAVE_WITHIN_S", 0.2)
 
     def run() -> None:
         with leaving_on_signals(), draining(tmp_path):

@@ -14,15 +14,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from raydistill import lease, storage
-from raydistill.config import Config, ConfigError, check_paths, load, local_path, resolve, to_yaml
+from raydistill.config.reading import load, to_yaml
+from raydistill.config.schema import Config
 from raydistill.data.images import open_images
 from raydistill.data.pairs import read_pairs
 from raydistill.data.prompts import read_prompts
-from raydistill.preflight import check_inputs, create_run_folder, open_run_folder
+from raydistill.driver import run_lock
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.run_folder import create_run_folder, open_run_folder
+from raydistill.errors import ConfigError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
-from raydistill.storage import Remote, place, present, reading, remote, replace_text, writing
+from raydistill.storage import place as place_module
+from raydistill.storage import staging
+from raydistill.storage.atomic import reading, replace_text, writing
+from raydistill.storage.place import Remote, remote
+from raydistill.storage.resolve import check_paths, local_path, place, resolve
+from raydistill.storage.staging import present
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_an_object_that_changes_is_fetched_again(folder):
 def test_a_killed_fetch_leaves_nothing_that_counts(folder, cache):
     (folder / "prompts.txt").write_text("whole\n")
     entries = (folder / "prompts.txt").entries()
-    digest = storage._digest(folder / "prompts.txt", entries)
+    digest = staging._digest(folder / "prompts.txt", entries)
     cut = cache / "staged" / f".{digest}" / "s3" / (folder / "prompts.txt").key
     cut.parent.mkdir(parents=True)
     cut.write_text("who")
@@ -168,7 +176,7 @@ def test_a_store_that_refuses_says_which_credentials_are_read(folder, monkeypatc
 
 
 def test_a_store_that_is_away_is_no_wrong_input(folder, monkeypatch):
-    monkeypatch.setattr(storage, "RETRIES", 1)
+    monkeypatch.setattr(place_module, "RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(OSError, match="cannot be read: When .*Could not connect"):  # without advice on credentials
         resolve(f"{folder}/access/token.txt")
@@ -246,7 +254,7 @@ def test_an_untouched_configuration_asks_no_store():
 def exported(bucket, tmp_path_factory):
     """`s3://…/runs` with a run `mine` that has an export, made from the shipped one-step start."""
     from raydistill.export.pipeline import ModelCard, export_student
-    from raydistill.spaces.onestep import load_student
+    from raydistill.spaces.published_students import load_student
 
     space = load_space(WEIGHTS / "sd15")
     local = tmp_path_factory.mktemp("run")
@@ -322,7 +330,7 @@ def test_evaluate_finds_a_student_in_a_bucket_and_says_what_it_needs_beside_it(e
 
 
 def test_the_log_of_steps_loses_nothing_that_a_checkpoint_counts(folder):
-    from raydistill.distill.record import consumed, open_log, read_lines, step_file, steps_of
+    from raydistill.workers.step_log import consumed, open_log, read_lines, step_file, steps_of
 
     log = open_log(folder, 0)
     for step in (1, 2, 3):
@@ -396,25 +404,26 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
 
 
 def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
-    from raydistill import lasting, progress, stopping
+    from raydistill.tracking import progress
+    from raydistill.workers import fatal_errors, stop_signal
 
-    with pytest.raises(ValueError), lasting.written_down(folder):
+    with pytest.raises(ValueError), fatal_errors.written_down(folder):
         raise ValueError("twice the same")
-    assert lasting.fatal(folder) == "ValueError: twice the same"
-    lasting.forget(folder)
-    assert lasting.fatal(folder) is None
+    assert fatal_errors.fatal(folder) == "ValueError: twice the same"
+    fatal_errors.forget(folder)
+    assert fatal_errors.fatal(folder) is None
 
-    monkeypatch.setattr(stopping, "LOOK_EVERY_S", 0)
-    assert not stopping.asked_to_stop(folder)
+    monkeypatch.setattr(stop_signal, "LOOK_EVERY_S", 0)
+    assert not stop_signal.asked_to_stop(folder)
 
     def distil():
-        with stopping.leaving_on_signals(), stopping.draining(folder):
+        with stop_signal.leaving_on_signals(), stop_signal.draining(folder):
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stopping.asked_to_stop(folder)
+            assert stop_signal.asked_to_stop(folder)
 
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(stop_signal.Stopped):
         distil()
-    assert not stopping.asked_to_stop(folder)
+    assert not stop_signal.asked_to_stop(folder)
 
     monkeypatch.setattr(progress, "BUCKET_EVERY_S", 0.1)
     with progress.ProgressWatcher(folder / "progress.json", "distill"):
@@ -446,7 +455,7 @@ def test_a_storage_that_cannot_be_used_is_named_before_anything_starts(overrides
 
 
 def test_what_needs_a_folder_says_so(folder):
-    from raydistill.distill.partial import check_ablation
+    from raydistill.driver.single_stages import check_ablation
 
     config = load(None, [f"storage={folder}"])
     with pytest.raises(ConfigError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
@@ -454,12 +463,16 @@ def test_what_needs_a_folder_says_so(folder):
 
 
 def test_a_bucket_s_run_belongs_to_one_living_job_and_a_dead_one_s_can_be_taken(folder, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_EVERY_S", 0.2)
-    monkeypatch.setattr(lease, "WATCHED_FOR_S", 2.0)
-    monkeypatch.setattr(lease, "READ_BACK_S", 0.1)
-    with lease.held(folder), pytest.raises(lease.RunTaken, match=f"process {os.getpid()} on "), lease.held(folder):
+    monkeypatch.setattr(run_lock, "BEAT_EVERY_S", 0.2)
+    monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 2.0)
+    monkeypatch.setattr(run_lock, "READ_BACK_S", 0.1)
+    with (
+        run_lock.held(folder),
+        pytest.raises(run_lock.RunTaken, match=f"process {os.getpid()} on "),
+        run_lock.held(folder),
+    ):
         pytest.fail("the first one lives")
-    assert not (folder / lease.LEASE_FILE).exists()
-    (folder / lease.LEASE_FILE).write_text('{"host": "gone", "pid": 1, "started": "once"}')
-    with lease.held(folder):
-        assert "gone" not in (folder / lease.LEASE_FILE).read_text()
+    assert not (folder / run_lock.LEASE_FILE).exists()
+    (folder / run_lock.LEASE_FILE).write_text('{"host": "gone", "pid": 1, "started": "once"}')
+    with run_lock.held(folder):
+        assert "gone" not in (folder / run_lock.LEASE_FILE).read_text()

@@ -13,9 +13,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from raydistill.data.encode import encode_prompt_list, encode_unconditional
-from raydistill.distill.student import one_step_x0
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space
+from raydistill.spaces.one_step import one_step_x0
 
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
 CASES = [(prediction, start) for prediction in ("epsilon", "v_prediction") for start in (999, 625)]

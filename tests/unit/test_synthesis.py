@@ -17,23 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raydistill.data.models import identify
 from raydistill.data.pairs import existing_shards, load_pairs, read_pairs, shard_file
 from raydistill.data.prompts import PromptSet
-from raydistill.data.synthesis import (
-    AskedRows,
-    LocalTeacher,
-    PairEncoder,
-    Recipe,
-    SynthesisError,
-    SynthesisFailed,
-    TeacherAsker,
-    encode_rows,
-    resized,
-    synthesise,
-)
+from raydistill.data.shards import SynthesisError, SynthesisFailed
+from raydistill.data.synthesis import AskedRows, LocalTeacher, Recipe, TeacherAsker, encode_rows, synthesise
+from raydistill.data.vae import PairEncoder, resized
 from raydistill.diffusion.noise import normal
 from raydistill.spaces import load_space
+from raydistill.storage.fingerprint import identify
 
 PROMPTS = PromptSet(["a red circle", "a blue square", "a green triangle"], ids=[3, 4, 9])
 SETTINGS = {"batch_size": 2, "shard_size": 4, "steps": 2, "guidance_scale": 2.0, "seed": 5}

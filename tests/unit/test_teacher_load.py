@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from raydistill.config import ConfigError, load
-from raydistill.teachers.load import KEPT, WINDOW_S, Load, LoadLog, Meter
+from raydistill.config.reading import load
+from raydistill.errors import ConfigError
+from raydistill.teachers.utilisation import KEPT, WINDOW_S, Load, LoadLog, Meter
 
 
 class Clock:

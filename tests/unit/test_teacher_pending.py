@@ -10,9 +10,10 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import client as client_module
-from raydistill.teachers.client import PendingScores, TeacherClient, TeacherError
+from raydistill.teachers.client import PendingScores, TeacherClient
+from raydistill.teachers.request import TeacherError
 
 SHAPE = (2, 1, 2, 2)
 
@@ -41,7 +42,7 @@ def asked():
         responses[-1].answer = later.pop() if later else None
         return responses[-1]
 
-    client = TeacherClient("teacher", Teachers())
+    client = TeacherClient("teacher", TeacherServiceConfig())
     client.handle = lambda: SimpleNamespace(predict_x0=SimpleNamespace(remote=remote))
     client.load = SimpleNamespace(add=lambda load: None)
     return PendingScores(client, "predict_x0", None, SHAPE, str), responses, later
@@ -73,7 +74,7 @@ class Serve:
 
     def __init__(self, states, answers):
         self.now, self.states, self.answers, self.asked, self.cancelled = 0.0, states, answers, 0, 0
-        self.client = TeacherClient("teacher", Teachers(request_timeout_s=600, retry_for_s=600))
+        self.client = TeacherClient("teacher", TeacherServiceConfig(request_timeout_s=600, retry_for_s=600))
         self.client.handle = lambda: SimpleNamespace(
             predict_x0=SimpleNamespace(remote=self.ask),
             describe=SimpleNamespace(remote=lambda: SimpleNamespace(result=self.ping, cancel=lambda: None)),
@@ -162,4 +163,4 @@ def test_a_thread_that_outlives_its_run_starts_no_cluster(monkeypatch):
     """Of a run that failed while its teacher's pictures were drawn: Ray is shut down, and Serve would start it again."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with pytest.raises(TeacherError, match="Ray was shut down"):
-        TeacherClient("teacher", Teachers()).handle()
+        TeacherClient("teacher", TeacherServiceConfig()).handle()

@@ -16,12 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.config import config_hash, flatten, validate
-from raydistill.tracking import (
-    SystemMetrics,
-    Tracker,
+from raydistill.config.reading import config_hash, flatten, validate
+from raydistill.errors import mask
+from raydistill.tracking.store import (
     TrackingError,
-    mask,
     open_run,
     prepare,
     run_tags,
@@ -29,6 +27,8 @@ from raydistill.tracking import (
     tracking_uri,
     ui_command,
 )
+from raydistill.tracking.system_metrics import SystemMetrics
+from raydistill.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_ui_command_names_the_store_and_no_password():
 
 
 def test_first_use_by_several_processes_at_once_makes_one_store(tmp_path):
-    code = "import sys; from raydistill.tracking import *; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
+    code = "import sys; from raydistill.tracking.tracker import *; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
     code += " 'r', storage=Path(sys.argv[2]), params={}, tags={}))"
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     command = [sys.executable, "-c", code, uri, str(tmp_path)]
@@ -290,7 +290,7 @@ def test_store_that_stays_away_is_reported_with_the_number_of_lost_entries(monke
 
 
 def test_memory_is_bounded_while_the_store_is_away(monkeypatch):
-    monkeypatch.setattr("raydistill.tracking.METRICS_KEPT", 100)
+    monkeypatch.setattr("raydistill.tracking.tracker.METRICS_KEPT", 100)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = Tracker("http://127.0.0.1:1", "run", interval=60)
     for step in range(500):

@@ -11,10 +11,10 @@ from ray.train import CheckpointConfig, RunConfig
 from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import CheckpointManager
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from raydistill import training
-from raydistill.config import load
-from raydistill.distill.state import save_state
-from raydistill.training import fit, mend_list
+from raydistill.config.reading import load
+from raydistill.workers import ray_train
+from raydistill.workers.checkpoint import save_state
+from raydistill.workers.ray_train import fit, mend_list
 
 LIST = "checkpoint_manager_snapshot.json"
 
@@ -89,7 +89,7 @@ class Trainer:
 
 def test_a_lost_controller_is_started_again_after_a_growing_pause(tmp_path, monkeypatch):
     pauses = []
-    monkeypatch.setattr(training.time, "sleep", pauses.append)
+    monkeypatch.setattr(ray_train.time, "sleep", pauses.append)
     trainer = Trainer(tmp_path, [ray.exceptions.ActorUnavailableError("away", None) for _ in range(8)])
     assert fit(lambda: trainer, "distill", -1, Failed) == "done"
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
@@ -117,10 +117,10 @@ def test_ray_train_runs_in_a_thread_where_it_leaves_ctrl_c_alone(tmp_path):
 def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed_yet(monkeypatch):
     config = load(overrides=["distill.workers=3", "distill.min_workers=2", "teachers.shards=2", "teachers.replicas=2"])
     asked = []
-    monkeypatch.setattr(training.placement, "wait_for_room", lambda needs: asked.append(needs()))
-    monkeypatch.setattr(training.placement, "groups", lambda name: {"mine": ["CREATED", "PENDING"]}[name])
-    training.wait_for_room(config, Failed, "mine")
-    training.wait_for_room(config, Failed, encoders=False)
+    monkeypatch.setattr(ray_train.placement, "wait_for_room", lambda needs: asked.append(needs()))
+    monkeypatch.setattr(ray_train.placement, "groups", lambda name: {"mine": ["CREATED", "PENDING"]}[name])
+    ray_train.wait_for_room(config, Failed, "mine")
+    ray_train.wait_for_room(config, Failed, encoders=False)
     found = [{need.what: need.count for need in needs} for needs in asked]
     assert found == [
         {"teacher ranks": 2, "train workers": 2, "text encoders": 2},
@@ -128,8 +128,8 @@ def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed
     ]
 
     def none(needs):
-        raise training.placement.NoRoom("train workers cannot be placed")
+        raise ray_train.placement.NoRoom("train workers cannot be placed")
 
-    monkeypatch.setattr(training.placement, "wait_for_room", none)
+    monkeypatch.setattr(ray_train.placement, "wait_for_room", none)
     with pytest.raises(Failed, match="train workers cannot be placed"):
-        training.wait_for_room(config, Failed)
+        ray_train.wait_for_room(config, Failed)

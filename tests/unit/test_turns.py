@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from raydistill.teachers.turns import Turns
+from raydistill.teachers.fair_queue import Turns
 
 
 class Queue:

@@ -1,0 +1,127 @@
+"""Teacher samples and the Bridges, one per pair of VAEs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from raydistill.bridge.trainer import build_trainer
+from raydistill.build_shapes.frame import Build
+from raydistill.build_shapes.starts import training_prompts
+from raydistill.config.reading import CONFIGS, load, validate
+from raydistill.data.pairs import existing_shards, read_pairs, write_pairs
+from raydistill.data.synthesis import LocalTeacher, synthesise
+from raydistill.data.vae import PairEncoder, resized
+from raydistill.shapes.captions import single_scenes
+from raydistill.spaces import load_space
+
+SAMPLE_STEPS = 12
+SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
+SHIPPED_SAMPLES = 192
+
+
+def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed: int) -> Path:
+    teacher, student = load_space(build.weights / teacher_name), load_space(build.weights / "sd15")
+    synthesise(
+        LocalTeacher(teacher, teacher.load_network()),
+        teacher,
+        student,
+        training_prompts(build),
+        folder,
+        count=count,
+        batch_size=64,
+        shard_size=256,
+        steps=SAMPLE_STEPS,
+        guidance_scale=SAMPLE_GUIDANCE,
+        seed=seed,
+        forbidden={scene.caption for scene in single_scenes(held_out=True)},
+    )
+    return folder
+
+
+def build_samples(build: Build, name: str) -> None:
+    """A small teacher-sampled set that is shipped, without previews: the discriminator's real data."""
+    pairs = read_pairs(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
+    rows = pairs.rows(range(SHIPPED_SAMPLES))
+    write_pairs(
+        build.weights / "samples" / name, 0, rows.prompts, rows.prompt_ids, rows.seeds, rows.z_T, rows.z_S
+    )  # fmt: skip
+
+
+def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Pictures between and beside the given ones [B, 3, S, S]: two of them blended in soft regions, colours mixed.
+
+    A student under training draws such pictures, and a Bridge that has never seen them would change their colours, so
+    that the teacher judges other pictures than the student's.
+    """
+    count, pixels = len(images), images.shape[-1]
+
+    def smooth(channels: int, cells: int) -> torch.Tensor:
+        coarse = torch.randn(count, channels, cells, cells, generator=generator)
+        return F.interpolate(coarse, size=(pixels, pixels), mode="bicubic")
+
+    other = images[torch.randperm(count, generator=generator)]
+    share = torch.sigmoid(3 * smooth(1, 3) + 2 * torch.randn(count, 1, 1, 1, generator=generator))
+    blended = torch.lerp(images, other, share)
+    turn = torch.eye(3) + 0.5 * torch.randn(count, 3, 3, generator=generator) * torch.rand(
+        count, 1, 1, generator=generator
+    )
+    mottle = 0.15 * smooth(3, 8) * torch.rand(count, 1, 1, 1, generator=generator)
+    return (torch.einsum("bij,bjhw->bihw", turn, blended) + mottle).clamp(-1, 1)
+
+
+@torch.no_grad()
+def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> None:
+    """Pairs for the Bridge: a quarter teacher samples; then varied pictures; then what the student's VAE draws from
+    latents that no encoder gave, as a student under training makes them."""
+    teacher, student = load_space(build.weights / name), load_space(build.weights / "sd15")
+    sampled = max(64, round(1024 * min(1.0, build.scale)))
+    samples = read_pairs(_synthesise(build, name, build.work / f"pairs_{name}", sampled, build.seed + 1))
+    encoder, teacher_vae, student_vae = PairEncoder(teacher, student), teacher.load_vae(), student.load_vae()
+    shard = 512
+    for index in tqdm(range(-(-count // shard)), desc="varied pairs", disable=None):
+        if index in existing_shards(folder):
+            continue
+        generator = torch.Generator().manual_seed(build.seed * 1_000_003 + index)
+        rows = samples.rows(torch.randint(len(samples), (shard,), generator=generator).tolist())
+        images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_T.split(32)])
+        plain, pictures, beside = images.tensor_split([shard // 4, shard * 9 // 16])
+        z_T, z_S, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
+        latents = rows.z_S[-len(beside) :].float()
+        other = latents[torch.randperm(len(latents), generator=generator)]
+        share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
+        drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
+        beside_T, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
+        z_T, z_S = torch.cat([z_T, beside_T]), torch.cat([z_S, latents])
+        write_pairs(folder, index, rows.prompts, rows.ids, [build.seed] * shard, z_T, z_S, pngs + beside_pngs)
+
+
+def build_bridge(build: Build, name: str) -> None:
+    """The shipped Bridge: configs/shapes.yaml's, on teacher samples and varied ones, by the same trainer as a job."""
+    pairs = build.work / f"varied_{name}"
+    build_varied_pairs(build, name, pairs, max(512, round(8192 * min(1.0, build.scale))))
+    config = load(CONFIGS / "shapes.yaml").model_dump()
+    config["student"]["model"], config["teacher"]["model"] = str(build.weights / "sd15"), str(build.weights / name)
+    config["bridge"]["steps"] = build.steps(config["bridge"]["steps"])
+    settings = validate(config)
+    trainer = build_trainer(settings, pairs, torch.device("cpu"), 0, 1)
+    state = build.work / f"bridge_{name}" / "state.pt"
+    if state.is_file():
+        trainer.load_state_dict(torch.load(state, weights_only=True))
+    first, last = trainer.step_count, settings.bridge.steps
+    for step in tqdm(range(first, last), desc=f"bridge_{name}", initial=first, total=last, disable=None):
+        parts = trainer.step(trainer.objective.batch(step))
+        if step % 100 == 0:
+            tqdm.write(f"bridge {step}: {parts}")
+            state.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(trainer.state_dict(), state.with_suffix(".tmp"))
+            state.with_suffix(".tmp").replace(state)
+    metrics, picture = trainer.validation()
+    tqdm.write(f"bridge: {metrics}")
+    picture.save(build.work / f"bridge_{name}.png")
+    trainer.bridge.save(build.weights / "bridge" / f"sd15-{name}", metrics, torch.float16)

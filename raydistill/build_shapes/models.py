@@ -1,0 +1,205 @@
+"""The miniature diffusion models: denoising pre-training on renders, written as ordinary pipeline folders."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import diffusers
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from raydistill.build_shapes.frame import Build, cached, fit, scenes_for
+from raydistill.build_shapes.parts import text_part, vae_part
+from raydistill.diffusion.path import add_noise, expand, target
+from raydistill.shapes import miniatures
+from raydistill.shapes.captions import corrupt, evaluation_captions
+from raydistill.shapes.judge import Judge
+from raydistill.shapes.render import render
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+
+CORRUPTION = 0.55  # share of attributes redrawn in the captions of weak students
+CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
+
+
+# -- which there are -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """How a miniature model is put together and trained."""
+
+    network: Callable[[], nn.Module]
+    assemble: Callable[[Build, nn.Module], diffusers.DiffusionPipeline]
+    vae: str
+    seed: int
+    steps: int
+    lr: float
+    corruption: float = 0.0  # of the captions of the last third of the steps; students only
+    start_timestep: int | None = None  # of the one-step start; students only
+
+
+def _flux(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    clip_tokenizer, clip = text_part(build, "clip")
+    t5_tokenizer, t5 = text_part(build, "t5")
+    vae = vae_part(build, "flux_vae")
+    return diffusers.FluxPipeline(
+        miniatures.flow_scheduler(), vae, clip, clip_tokenizer, t5, t5_tokenizer, network
+    )  # fmt: skip
+
+
+def _sd3(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    tokenizer, clip = text_part(build, "clip")
+    tokenizer_2, clip_2 = text_part(build, "clip_projected")
+    tokenizer_3, t5 = text_part(build, "t5_wide")
+    return diffusers.StableDiffusion3Pipeline(
+        network, miniatures.flow_scheduler(), vae_part(build, "flux_vae"),
+        miniatures.with_identity_projection(clip), tokenizer, clip_2, tokenizer_2, t5, tokenizer_3,
+    )  # fmt: skip
+
+
+def _sdxl(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    tokenizer, clip = text_part(build, "clip")
+    tokenizer_2, clip_2 = text_part(build, "clip_projected")
+    return diffusers.StableDiffusionXLPipeline(
+        vae_part(build, "sdxl_vae"), clip, clip_2, tokenizer, tokenizer_2, network, miniatures.sdxl_scheduler(),
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def _stable_diffusion(build: Build, network: nn.Module, tokenizer, encoder) -> diffusers.DiffusionPipeline:
+    return diffusers.StableDiffusionPipeline(
+        vae_part(build, "sd_vae"), encoder, tokenizer, network, miniatures.student_scheduler(), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def _sd15(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    return _stable_diffusion(build, network, *text_part(build, "clip"))
+
+
+def _sd21(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    tokenizer, encoder = text_part(build, "clip_projected")
+    return _stable_diffusion(build, network, tokenizer, miniatures.without_projection(encoder))
+
+
+TEACHERS = {
+    "flux": Model(miniatures.flux_transformer, _flux, "flux_vae", 2, 6000, 1.5e-3),
+    "sd3": Model(miniatures.sd3_transformer, _sd3, "flux_vae", 4, 5000, 1.5e-3),
+    "sdxl": Model(miniatures.sdxl_unet, _sdxl, "sdxl_vae", 5, 6000, 1.0e-3),
+}
+STUDENTS = {
+    "sd15": Model(miniatures.student_unet, _sd15, "sd_vae", 3, 5400, 1e-3, CORRUPTION, 999),
+    "sd21": Model(miniatures.sd21_unet, _sd21, "sd_vae", 6, 5400, 1e-3, CORRUPTION, 625),
+}
+MODELS = TEACHERS | STUDENTS
+
+
+def build_model(build: Build, name: str) -> None:
+    """Teachers learn clean captions. Students draw well, but not what was asked."""
+    model = MODELS[name]
+    torch.manual_seed(build.seed + model.seed)
+    network = model.network()
+    folder = build.weights / name
+    for part in folder.glob("*"):
+        if part.is_symlink():  # to another model's part, which must not be written over
+            part.unlink()
+    # random weights first, so that the folder can be read as a Space
+    model.assemble(build, copy.deepcopy(network)).to(torch.float16).save_pretrained(folder)
+    trained = train_diffusion(build, name, load_space(folder), network)
+    model.assemble(build, trained).to(torch.float16).save_pretrained(folder)
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def render_latents(
+    build: Build, space: Space, vae_name: str, corruption: float
+) -> tuple[torch.Tensor, list[str], list[str]]:
+    """Latents of `build.renders` training renders [N, C, H, W], their captions, and those captions corrupted."""
+    count = max(64, round(build.renders * min(1.0, build.scale)))
+    chunks = [scenes_for(10**7 + i, 64, build.seed) for i in range(-(-count // 64))]
+
+    @torch.no_grad()
+    def make() -> dict[str, torch.Tensor]:
+        vae = space.load_vae()
+        bar = tqdm(enumerate(chunks), total=len(chunks), desc="encode renders", disable=None, mininterval=5)
+        parts = [space.encode(vae, render(scenes, space.resolution, 10**7 + i)) for i, scenes in bar]
+        return {"latents": torch.cat(parts)}
+
+    latents = cached(build.work / f"latents_{vae_name}.safetensors", make)["latents"]
+    rng = random.Random(f"corrupt/{build.seed}")
+    scenes = [scene for chunk in chunks for scene in chunk]
+    return latents, [s.caption for s in scenes], [corrupt(s, corruption, rng).caption for s in scenes]
+
+
+def encode_unique(space: Space, captions: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Conditioning of each distinct caption once, the unconditional one at row 0, and the row of each caption."""
+    unique = ["", *dict.fromkeys(captions)]
+    text = space.load_text()
+    parts = [space.encode_prompts(text, unique[i : i + 256]) for i in range(0, len(unique), 256)]
+    parts[0] = {
+        k: torch.cat([space.unconditional({k: v[:1] for k, v in parts[0].items()})[k], v[1:]])
+        for k, v in parts[0].items()
+    }
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {c: i for i, c in enumerate(unique)}
+
+
+def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -> nn.Module:
+    """Denoising pre-training on renders, in the network's native prediction.
+
+    With corruption the captions of the last third of the steps are corrupted: the network has learned to read, and
+    learns not to rely on it.
+    """
+    model, batch = MODELS[name], 32
+    latents, *captions = render_latents(build, space, model.vae, model.corruption)
+    table, row_of = encode_unique(space, captions[0] + captions[1])
+    clean, corrupted = (torch.tensor([row_of[c] for c in some]) for some in captions)
+    corrupt_from = build.steps(round(model.steps * 2 / 3))
+
+    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
+        pick = torch.randint(len(latents), (batch,), generator=generator)
+        drop = torch.rand(batch, generator=generator) < CAPTION_DROPOUT
+        row = torch.where(drop, 0, (corrupted if step >= corrupt_from else clean)[pick])
+        noise = torch.randn(latents[pick].shape, generator=generator)
+        t_B = torch.rand(batch, generator=generator)
+        if space.prediction == "velocity":
+            t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
+        x_t = add_noise(space.path, latents[pick], noise, t_B)
+        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.items()})
+        error = prediction - target(space.path, space.prediction, latents[pick], noise, t_B)
+        if space.prediction == "epsilon":
+            # as the error of v: otherwise noisy times, where the caption decides the picture, hardly count
+            error = error / expand(space.path.alpha_sigma(t_B)[0], error)
+        return error.square().mean()
+
+    return fit(build, name, network, loss, build.steps(model.steps), model.lr)
+
+
+def report(build: Build, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
+    """Judge's table of some pictures."""
+    judge = Judge.load(build.weights / "judge")
+    tables = [judge.accuracy(images, captions)]
+    return {k: round(v, 3) for k, v in tables[0].items()}
+
+
+@torch.no_grad()
+def evaluate_pipeline(build: Build, folder: str, count: int, steps: int, guidance_scale: float) -> dict[str, float]:
+    """Judge's accuracy of a multi-step model on held-out captions."""
+    space = load_space(build.weights / folder)
+    network, vae, text = space.load_network(), space.load_vae(), space.load_text()
+    captions = evaluation_captions(count)
+    generator = torch.Generator().manual_seed(1)
+    images = []
+    for start in range(0, count, 64):
+        part = captions[start : start + 64]
+        noise = torch.randn(len(part), *space.latent_shape, generator=generator)
+        conditioning = space.encode_prompts(text, part)
+        empty = space.unconditional(space.encode_prompts(text, [""]))
+        latents = space.sample(network, noise, conditioning, empty, steps, guidance_scale)
+        images.append(space.decode(vae, latents))
+    return report(build, torch.cat(images), captions)

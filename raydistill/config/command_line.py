@@ -1,0 +1,88 @@
+"""The command line of the jobs: `[--config FILE] [--help] [--print-config] [key=value …]`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from raydistill.config.reading import fields, get, load, to_yaml
+from raydistill.config.schema import Config
+from raydistill.errors import ConfigError
+
+# -- command line ---------------------------------------------------------------------------------------
+
+
+def _type_name(annotation: Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    if origin is Literal:
+        return "|".join(
+            str(value).lower() if isinstance(value, bool) else str(value) for value in typing.get_args(annotation)
+        )
+    if origin in (typing.Union, types.UnionType):
+        return "|".join("null" if part is type(None) else _type_name(part) for part in typing.get_args(annotation))
+    if origin is dict:
+        return "{key: value, …}"
+    if origin is list:
+        return f"[{_type_name(typing.get_args(annotation)[0])}, …]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def help_text(purpose: str, config: Config) -> str:
+    """`--help`: purpose, usage, every key with type, value and meaning."""
+    script = Path(sys.argv[0]).name
+    lines = [
+        purpose.strip(),
+        "",
+        f"usage: python jobs/{script} [--config FILE] [--help] [--print-config] [key=value …]",
+        "",
+        "  --config FILE    YAML file; default configs/shapes.yaml",
+        "  --print-config   print the resulting configuration and stop",
+        "  key=value        override one key, for example student.lr=1e-5",
+        "",
+        "keys (type) = value: meaning",
+    ]
+    for key, annotation, _, description in fields():
+        value = json.dumps(get(config, key))
+        lines.append(f"  {key} ({_type_name(annotation)}) = {value}: {description}")
+    return "\n".join(lines)
+
+
+def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> Config:
+    """Configuration of a job script. Prints and exits for --help (0), --print-config (0) and mistakes (2)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    file, overrides, show_help, show_config = None, [], False, False
+    try:
+        while arguments:
+            argument = arguments.pop(0)
+            if argument in ("-h", "--help"):
+                show_help = True
+            elif argument == "--print-config":
+                show_config = True
+            elif argument == "--config" or argument.startswith("--config="):
+                _, separator, file = argument.partition("=")
+                if not separator:
+                    if not arguments:
+                        raise ConfigError("--config needs a file name")
+                    file = arguments.pop(0)
+            elif argument.startswith("-"):
+                raise ConfigError(f"unknown option {argument}; options are --config, --help, --print-config")
+            else:
+                overrides.append(argument)
+        config = load(file, overrides)
+    except ConfigError as error:
+        print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
+        raise SystemExit(2) from None
+    if show_help:
+        print(help_text(purpose, config))
+        raise SystemExit(0)
+    if show_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config

@@ -1,0 +1,225 @@
+"""Reading a configuration: YAML files that extend each other, then dotted overrides (`student.lr=1e-5`), then validation.
+
+A wrong key, type or value is one line of a ConfigError, which names the key, its file, and the nearest key that there is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from raydistill.config.schema import Config, Section
+from raydistill.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted key, type, default, description) of every leaf."""
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from fields(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, info.annotation, info.default, info.description or ""
+
+
+def nearest(key: str) -> str:
+    """« did you mean …?» for an unknown key, or an empty string."""
+    keys = [name for name, *_ in fields()]
+    if "." not in key:  # a section
+        close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
+        return f"; did you mean {close[0]}?" if close else ""
+    section = key.rsplit(".", 1)[0] + "."
+    if own := difflib.get_close_matches(key, [k for k in keys if k.startswith(section)], n=1, cutoff=0.8):
+        return f"; did you mean {own[0]}?"
+    by_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    close = by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _merge(base: dict, extra: dict) -> dict:
+    result = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = _merge(result[key], value) if both else value
+    return result
+
+
+def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of sections and leaves."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
+    """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
+
+    Returns:
+        the tree, and for every dotted key the file that it comes from.
+
+    Raises:
+        ConfigError: a file is missing, is not a mapping, or extends itself; the message names it.
+    """
+    if not file.is_file():
+        if extended_by:
+            raise ConfigError(f"{extended_by[-1]}: extends {file}, which does not exist")
+        known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+        raise ConfigError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
+    if file.resolve() in (other.resolve() for other in extended_by):
+        raise ConfigError(f"{extended_by[-1]}: extends {file}, which extends it")
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: must be a mapping of sections, not a {type(tree).__name__}")
+    parents = tree.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
+        raise ConfigError(f"{file}: extends must be a file name or a list of file names, not {parents!r}")
+    below: dict = {}
+    origins: dict[str, str] = {}
+    for name in parents:
+        part, part_origins = read_yaml(file.parent / name, (*extended_by, file))
+        below, origins = _merge(below, part), origins | part_origins
+    return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-5 as a number, as everybody expects."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _coerce_floats(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _coerce_floats(value) for key, value in tree.items()}
+    if isinstance(tree, str) and re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+", tree):
+        return float(tree)
+    return tree
+
+
+def _override(text: str) -> dict:
+    """`section.key=value` as a tree. Raises ConfigError."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{text!r}: overrides look like section.key=value (see --help)")
+    try:
+        parsed: Any = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text!r}: the value is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _where(key: str, origins: Mapping[str, str]) -> str:
+    """The file that a key, or the nearest section around it, comes from: ` (in FILE)`; else nothing."""
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    return f" (in {origins[key]})" if origins.get(key) else ""
+
+
+def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
+    """Check a plain tree; `origins` says which file a dotted key comes from.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    origins = origins or {}
+    try:
+        return Config.model_validate(_coerce_floats(tree))
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            key = ".".join(
+                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
+            )
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key {key}{nearest(key)}{_where(key, origins)}")
+            else:
+                got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+                text = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{key + ': ' if key else ''}{text}{got}{_where(key, origins)}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises ConfigError."""
+    tree, origins = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
+    for text in overrides:
+        extra = _override(text)
+        tree = _merge(tree, extra)
+        origins |= dict.fromkeys(_keys(extra), "")  # whoever typed it needs no file name
+    return validate(tree, origins)
+
+
+def get(config: Config, key: str) -> Any:
+    """Value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def trains_bridge(config: Config) -> bool:
+    """Whether a run begins by training its Bridge."""
+    return config.bridge.checkpoint is None and config.bridge.projector != "identity"
+
+
+def needs_pairs(config: Config) -> bool:
+    """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
+    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
+    return trains_bridge(config) or config.bridge.trainable or gan
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted key -> plain value."""
+    return {key: get(config, key) for key, *_ in fields()}
+
+
+def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
+    """The configuration with other values of some sections. Raises ConfigError."""
+    tree = config.model_dump()
+    for section, values in changes.items():
+        tree[section] |= values
+    return validate(tree)
+
+
+# Changing one of these changes the numbers of a run; a resume with a changed one is refused.
+_FREE_KEYS = re.compile(
+    r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
+    r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
+    r"gradient_checkpointing|in_flight|drift_limit|stop_on_collapse)|"
+    r"prompts\.(encoders|cpus_per_encoder|node_labels)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
+    r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight|node_labels)"
+)
+
+
+def mathematical(config: Config) -> dict[str, Any]:
+    """The keys that decide the numbers of a run."""
+    return {key: value for key, value in flatten(config).items() if not _FREE_KEYS.fullmatch(key)}
+
+
+def config_hash(config: Config) -> str:
+    """Short hash of `mathematical`."""
+    return hashlib.sha256(json.dumps(mathematical(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

@@ -1,0 +1,93 @@
+"""Connecting a job to Ray: the cluster it was submitted to, or a local one of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+# Loggers whose level is set again by those who own them.
+TALKATIVE = ("ray.serve", "mlflow.system_metrics.system_metrics_monitor")
+REPORTS = "train/v2/_internal/execution/context.py"  # of Ray: this one's name is its file
+
+
+def quiet() -> None:
+    """Runs first in every worker process: keeps what concerns nobody off the driver's screen."""
+    for name in ("ray.data", "ray.serve", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import ray
+
+    for name in (*TALKATIVE, str(Path(ray.__file__).parent / REPORTS)):
+        logging.getLogger(name).addFilter(_is_warning)
+    logging.getLogger("DeepSpeed").addFilter(_is_no_guess)
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # says twice what a worker prints
+    # Asks the dashboard once a second, and complains once a second where there is none, as on a cluster of our own.
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def _is_no_guess(record: logging.LogRecord) -> bool:
+    """Every process that sees no GPU, as most must not, says that none was found."""
+    return not record.getMessage().startswith("Setting accelerator to CPU")
+
+
+# The environment of a cluster without a dashboard, of which Ray Train asks whether its controller lives. Without an address it
+# asks whichever cluster of this machine it finds, or the one that an old note names: one that is gone is waited for, which
+# keeps a stage shorter than 40 s from ending for 12 s.
+WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
+
+# The environment of a cluster of our own, whose processes inherit it.
+OWN = WITHOUT_DASHBOARD | {
+    # What `runtime_env` says in a cluster that runs already: said there, every worker process is started twice over,
+    # and none of those that Ray keeps ready can be used. (ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
+    "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "raydistill.driver.cluster.quiet",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for each training; nobody takes this one node away
+}
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Ray for the length of the block.
+
+    Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
+    machine and takes it down again.
+    """
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    import ray
+
+    quiet()
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    with environment({} if joins else OWN):
+        ray.init(
+            address="auto" if joins else "local",
+            include_dashboard=None if joins else False,
+            logging_level=logging.WARNING,
+            log_to_driver=True,
+            runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"} if joins else None,
+        )
+        try:
+            yield
+        finally:
+            from ray import serve
+
+            if not joins:
+                serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set those that are not set, for the length of the block."""
+    ours = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]

@@ -1,0 +1,98 @@
+"""The frame of the jobs that start a run: configuration, checks, Ray, and what the exit code says.
+
+0  done, or the run was finished already
+1  the run failed; what it reached is kept, and the same run.name continues it
+2  wrong input, or another living job has the run; nothing was started
+75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raydistill.config.command_line import from_command_line
+from raydistill.config.reading import changed
+from raydistill.config.schema import Config
+from raydistill.driver.run_lock import RunTaken, held
+from raydistill.workers.stop_signal import Stopped, leaving_on_signals
+
+RESUMABLE = 75
+
+if TYPE_CHECKING:  # imported once the command line is known to be right: torch and diffusers take seconds
+    from raydistill.driver.preflight import Inputs
+    from raydistill.driver.run_folder import RunFolder
+
+Work = Callable[[Config, "RunFolder", "Inputs"], Any]
+
+
+def run_job(
+    purpose: str,
+    work: Work,
+    result: str,
+    *,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    check: Work | None = None,
+    roles: Sequence[str] | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Body of a job's `main`; returns the exit code.
+
+    Args:
+        purpose: first lines of --help.
+        work: the run; raises RunFailed.
+        result: file of the run's folder that exists once the run is finished.
+        changes: values of configuration sections that this job sets, whatever was typed.
+        check: what this job checks beside `check_inputs`; raises ValueError.
+        roles: those of `planning.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
+        arguments: of the command line; None: the process's own.
+    """
+    config = from_command_line(purpose, arguments)
+    from raydistill.driver.pipeline import RunFailed
+    from raydistill.driver.preflight import check_inputs
+    from raydistill.driver.run_folder import create_run_folder, open_run_folder, pinned
+
+    try:
+        config = changed(config, changes or {})
+        run = open_run_folder(config)
+        if (run.path / result).is_file():
+            print(f"run {run.name} is finished: {run.path / result}")
+            return 0
+        config = pinned(config, run)
+        inputs = check_inputs(config)
+        if check is not None:
+            check(config, run, inputs)
+        for line in _fit(config, roles):
+            print(line, flush=True)
+    except ValueError as error:  # every input error of the project is one, and says what to do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from raydistill.driver.cluster import connected
+
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with held(run.path):
+            create_run_folder(run, config)
+            with connected(), leaving_on_signals():
+                work(config, run, inputs)
+    except RunTaken as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        return RESUMABLE
+    except (RunFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
+        print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _fit(config: Config, roles: Sequence[str] | None) -> list[str]:
+    """The planner's check, which is not even imported where no GPU is asked for. Raises ConfigError."""
+    asked = (config.distill.gpus_per_worker, config.teachers.gpus_per_rank)
+    if not any((*asked, config.prompts.gpus_per_encoder, config.synthesis.gpus_per_encoder)):
+        return []
+    from raydistill.planning.launch import check_launch
+
+    return check_launch(config, roles)

@@ -1,0 +1,308 @@
+"""The paper's tables on the shapes world: which runs they take, and what comes out of them.
+
+table1: for each student its start, one student distilled from each teacher, their mean (merged), and as the baseline a
+student distilled in its own space from its own multi-step model (plain DMD2). table3: a one-step start against the raw
+multi-step model as the start. Every cell is an ordinary run of `distil`, nested in the table's MLflow run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
+from raydistill.config.schema import Config
+from raydistill.driver.pipeline import Pipeline, RunFailed, distil, opened, shared_space
+from raydistill.driver.preflight import Inputs, check_inputs
+from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.storage.resolve import require_folder
+from raydistill.tracking.store import tracking_uri
+
+STUDENTS, TEACHERS = ("sd15", "sd21"), ("flux", "sd3", "sdxl")
+TABLES = ("table1", "table3")
+QUICK_STEPS = 60
+MERGED, SHARED, START, ONE_STEP, RAW = "merged", "shared space", "start", "one-step start", "raw start"
+PAPER = {  # HPSv3 of arXiv 2606.32020; our three teachers stand for FLUX.2 [klein], SD 3.5 Medium and SDXL
+    ("sd15", START): 5.37, ("sd15", "flux"): 9.49, ("sd15", "sd3"): 9.42, ("sd15", "sdxl"): 9.04, ("sd15", MERGED): 10.53,
+    ("sd21", START): 6.42, ("sd21", MERGED): 9.75,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One distillation of a table."""
+
+    student: str
+    row: str
+    seed: int
+    config: Config
+
+    @property
+    def name(self) -> str:
+        assert self.config.run.name is not None
+        return self.config.run.name
+
+
+def result_name(table: str, seeds: int) -> str:
+    """File of a run's folder; a table of more seeds is another one."""
+    return f"{table}-{seeds}-seeds.json"
+
+
+def cells(table: str, config: Config, storage: Path, seeds: int, quick: bool) -> list[Cell]:
+    """The runs of a table, under `<storage>/<run.name>/`.
+
+    Args:
+        config: settings of every run, but for student, teacher, Bridge and seed; its run.name is the table's.
+        storage: the table's.
+    """
+    if quick:
+        config = changed(config, {"distill": {"steps": QUICK_STEPS}})
+    uri = tracking_uri(config, storage)
+    found = []
+    for seed in range(config.run.seed, config.run.seed + seeds):
+        for student in STUDENTS:
+            pairs = {teacher: _pair(config, student, teacher) for teacher in TEACHERS}
+            if table == "table1":
+                rows = pairs | {SHARED: shared_space(pairs["flux"])}
+            else:  # the first is table1's own run
+                raw = changed(pairs["flux"], {"student": {"unet": None, "start_timestep": 999}})
+                rows = {ONE_STEP: pairs["flux"], RAW: raw}
+            for row, settings in rows.items():
+                name = f"{student}-{'flux' if row == ONE_STEP else row.replace(' ', '-')}-seed{seed}"
+                own = {"run": {"name": name, "seed": seed}, "tracking": {"uri": uri}}
+                folder = str(storage / str(config.run.name))
+                tree = changed(settings, own).model_dump() | {"storage": folder, "controls": []}
+                found.append(Cell(student, row, seed, validate(tree)))
+    return found
+
+
+def _pair(config: Config, student: str, teacher: str) -> Config:
+    """`config` with one student and one teacher of the miniature world."""
+    parts = [read_yaml(CONFIGS / "shapes" / f"{name}.yaml")[0] for name in (student, teacher)]
+    return changed(config, {section: values for part in parts for section, values in part.items()})
+
+
+def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -> None:
+    """Raises ValueError for any cell that could not start."""
+    require_folder(run.storage, "jobs/reproduce.py")
+    for cell in cells(table, config, run.storage, seeds, quick):
+        check_inputs(cell.config)
+
+
+def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
+    """Every cell that is not done yet, then the table; returns and writes it as `<run>/<table>.json`.
+
+    Raises:
+        RunFailed: a cell failed; those that are done are kept.
+    """
+    from raydistill.evaluation.summary import write_summary
+    from raydistill.tracking.store import ui_command
+    from raydistill.tracking.tracker import Tracker
+
+    with opened(config, run, inputs) as pipeline:
+        results: list[dict[str, Any]] = []
+        planned = cells(table, config, run.storage, seeds, quick)
+        for number, cell in enumerate(planned, 1):
+            print(f"== {number}/{len(planned)} {cell.name}", flush=True)
+            results.append(_run_cell(cell, pipeline, planned))
+        if table == "table1":
+            for seed in dict.fromkeys(cell.seed for cell in planned):
+                for student in STUDENTS:
+                    members = [c for c in planned if (c.student, c.seed) == (student, seed) and c.row in TEACHERS]
+                    results.append(merge(student, seed, members, pipeline))
+        summary = {
+            "table": table,
+            "seeds": seeds,
+            "steps": planned[0].config.distill.steps,
+            "pictures": config.evaluation.count,
+            "rows": summarise(results),
+            "cells": results,
+            "stages": {name: round(seconds, 1) for name, seconds in pipeline.seconds.items()},
+            "mlflow_run_id": pipeline.parent,
+        }
+        text = markdown(summary)
+        tracker = Tracker(pipeline.uri, pipeline.parent)
+        tracker.text(text, f"{table}.md")
+        tracker.note(text)
+        tracker.close()
+        write_summary(run.path / result_name(table, seeds), summary)
+        print(text)
+        for line in verdicts(summary):
+            print(line)
+        print(f"results   {run.path / result_name(table, seeds)}")
+        print(f"MLflow    {ui_command(pipeline.uri)}")
+    return summary
+
+
+def _run_cell(cell: Cell, pipeline: Pipeline, planned: Sequence[Cell]) -> dict[str, Any]:
+    """Run one cell, or read what it has written."""
+    folder = open_run_folder(cell.config)
+    file = folder.path / "summary.json"
+    if not file.is_file():
+        create_run_folder(folder, cell.config)
+        _take_teacher(cell, folder, planned)
+        with pipeline.timed(cell.name):
+            distil(cell.config, folder, check_inputs(cell.config), parent=pipeline.parent)
+    about = json.loads(file.read_text())
+    _same_length(cell.name, about["steps"], cell.config)
+    return {
+        "student": cell.student, "row": cell.row, "seed": cell.seed, "before": about["student_before"],
+        "after": about["student_after"], "teacher": about["teacher"], "mlflow_run_id": about["mlflow_run_id"],
+    }  # fmt: skip
+
+
+def _same_length(name: str, steps: int, config: Config) -> None:
+    """Raises RunFailed for a finished cell of another length: a table compares equal ones."""
+    if steps != config.distill.steps:
+        raise RunFailed(
+            f"{name} ended after {steps} updates, and this table is of {config.distill.steps}: use another run.name"
+        )
+
+
+def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> None:
+    """The same teacher draws the same held-out pictures for every student and seed: take another cell's."""
+    if (folder.path / "teacher.json").is_file():  # a cell that goes on
+        return
+    for other in planned:
+        if other.config.teacher == cell.config.teacher and other.config.evaluation == cell.config.evaluation:
+            source = Path(other.config.storage, other.name)
+            if (source / "teacher.json").is_file():
+                for name in ("teacher.safetensors", "teacher.json"):  # the one that says it is done comes last
+                    shutil.copyfile(source / name, folder.path / name)
+                return
+
+
+def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) -> dict[str, Any]:
+    """The mean of one student's distillations from all teachers, judged as they were."""
+    from raydistill.distill.networks import load_unet
+    from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+    from raydistill.evaluation.summary import write_summary
+    from raydistill.export.merge import merge_students, open_sources, shares_of
+    from raydistill.export.source import find_export
+    from raydistill.pictures.files import save_pictures
+    from raydistill.pictures.grids import grid
+    from raydistill.tracking.tracker import Tracker
+
+    config, inputs = members[0].config, pipeline.inputs
+    name = f"{student}-{MERGED}-seed{seed}"
+    folder = pipeline.run.path / name
+    if not (folder / "summary.json").is_file():
+        with pipeline.timed(name):
+            exports = [find_export(member.name, Path(config.storage)) for member in members]
+            with contextlib.suppress(FileNotFoundError):  # an earlier try
+                shutil.rmtree(folder)
+            folder.mkdir()
+            merge_students(open_sources(exports), shares_of(None, len(exports)), folder / "export", lambda _: None)
+            space = check_inputs(config).student
+            evaluation = config.evaluation
+            fixed = FixedPrompts(inputs.held_out, evaluation.count, evaluation.seed)
+            evaluator = StudentEvaluator(space, fixed, evaluation, "cpu")
+            pictures = evaluator.draw(load_unet(space, str(folder / "export")), config.student.start_timestep)
+            accuracy = evaluator.accuracy(pictures)
+            save_pictures(folder / "after.safetensors", pictures[: evaluation.grid])
+            run_id = pipeline.stage_run(config, name)
+            tracker = Tracker(pipeline.uri, run_id)
+            tracker.metrics({f"student_after/{key}": value for key, value in accuracy.items()}, config.distill.steps)
+            shown = evaluation.grid
+            tracker.image(grid(pictures[:shown], fixed.captions[:shown]), "samples", config.distill.steps)
+            tracker.artifact(folder / "export")
+            tracker.close()
+            pipeline.finish(run_id)
+            about = {"student_after": accuracy, "steps": config.distill.steps, "mlflow_run_id": run_id}
+            write_summary(folder / "summary.json", about)
+    about = json.loads((folder / "summary.json").read_text())
+    _same_length(name, about["steps"], config)
+    return {
+        "student": student, "row": MERGED, "seed": seed, "after": about["student_after"],
+        "mlflow_run_id": about["mlflow_run_id"],
+    }  # fmt: skip
+
+
+# -- the tables -------------------------------------------------------------------------------------------
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry a student and row, the start first: `values` is metric -> [mean, standard deviation] over seeds."""
+    found = []
+    for student in dict.fromkeys(result["student"] for result in results):
+        own = [result for result in results if result["student"] == student]
+        if not any(result["row"] == RAW for result in own):  # there each row has a start of its own
+            found.append(_row(student, START, [own[0]["before"]]))
+        for row in dict.fromkeys(result["row"] for result in own):
+            cells_ = [result for result in own if result["row"] == row]
+            if row in (ONE_STEP, RAW):
+                found.append(_row(student, f"{row}, before", [cells_[0]["before"]]))
+            found.append(_row(student, row, [cell["after"] for cell in cells_]))
+    seen = {}
+    for result in results:
+        if "teacher" in result and result["row"] not in (ONE_STEP, RAW):
+            who = f"{result['student']} multi-step" if result["row"] == SHARED else result["row"]
+            seen.setdefault(who, result["teacher"])
+    return found + [_row("teacher", who, [values]) for who, values in seen.items()]
+
+
+def _row(student: str, row: str, scores: Sequence[dict[str, float]]) -> dict[str, Any]:
+    values = {}
+    for key in scores[0]:
+        numbers = [score[key] for score in scores]
+        values[key] = [statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0]
+    return {"student": student, "row": row, "seeds": len(scores), "values": values}
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table with the mean over seeds (± standard deviation of the first column), the paper's HPSv3 beside it."""
+    columns = sorted(summary["rows"][0]["values"], key=lambda name: name != "mean")
+    paper = summary["table"] == "table1"
+    lines = [
+        "| | | " + " | ".join(columns) + (" | paper: HPSv3 |" if paper else " |"),
+        "|---|---|" + "---|" * (len(columns) + paper),
+    ]
+    for row in summary["rows"]:
+        entries = []
+        for column in columns:
+            mean, spread = row["values"][column]
+            text = f"{mean:.3f}"
+            entries.append(f"{text} ± {spread:.3f}" if column == columns[0] and row["seeds"] > 1 else text)
+        if paper:
+            figure = PAPER.get((row["student"], row["row"]))
+            entries.append("" if figure is None else f"{figure:.2f}")
+        lines.append(f"| {row['student']} | {row['row']} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """What the paper claims, and whether this table says so."""
+    rows = {(row["student"], row["row"]): {k: v[0] for k, v in row["values"].items()} for row in summary["rows"]}
+    lines = []
+    for student in STUDENTS:
+        if summary["table"] == "table1":
+            start, shared, merged = (rows[student, row] for row in (START, SHARED, MERGED))
+            single = {teacher: rows[student, teacher] for teacher in TEACHERS}
+            worse = [f"{t} {key}" for t, values in single.items() for key in values if values[key] < start[key]]
+            best = max(single, key=lambda teacher: single[teacher]["mean"])
+            weakest = min(single, key=lambda teacher: single[teacher]["mean"])
+            lines += [
+                f"{student}: every student beats its start on every attribute: {_yes(not worse)}{_but(worse)}",
+                f"{student}: merged {merged['mean']:.3f}, best single {best} {single[best]['mean']:.3f}: merged is at "
+                f"least as good: {_yes(merged['mean'] >= single[best]['mean'])}",
+                f"{student}: weakest cross-space {weakest} {single[weakest]['mean']:.3f}, shared space "
+                f"{shared['mean']:.3f}: {_yes(single[weakest]['mean'] > shared['mean'])}",
+            ]
+        else:
+            one, raw = rows[student, ONE_STEP], rows[student, RAW]
+            lines.append(f"{student}: one-step start {one['mean']:.3f}, raw start {raw['mean']:.3f} after equal steps")
+    return lines
+
+
+def _yes(holds: bool) -> str:
+    return "yes" if holds else "no"
+
+
+def _but(exceptions: Sequence[str]) -> str:
+    return f" ({', '.join(exceptions)})" if exceptions else ""

@@ -1,0 +1,209 @@
+"""What is checked before a job starts anything: files, families, spaces, prompt sets, the run's folder."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from raydistill.config.reading import trains_bridge
+from raydistill.config.schema import Config
+from raydistill.data.images import ImageSet, open_images
+from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.driver.run_folder import RunFolder, _of_storage
+from raydistill.errors import ConfigError
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+from raydistill.storage.place import Place, Remote
+from raydistill.storage.resolve import check_paths, check_storage, resolve
+from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the checks have opened."""
+
+    student: Space
+    teacher: Space
+    prompts: PromptSet
+    held_out: PromptSet
+    notes: tuple[str, ...] = ()  # lines that the job prints first
+    images: ImageSet | None = None  # real ones, when synthesis.images names them
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Open everything the configuration names. Raises an error naming key, file or row; starts nothing."""
+    check_paths(
+        config,
+        [
+            "student.model",
+            "student.unet",
+            "teacher.model",
+            "bridge.checkpoint",
+            "bridge.pairs",
+            "discriminator.real_data",
+            "synthesis.images",
+            "prompts.path",
+            "evaluation.prompts",
+            "evaluation.judge",
+        ],
+    )
+    student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
+    student.check_files(network=config.student.unet is None)
+    notes = _check_student(config, student)
+    teacher = load_space(resolve(config.teacher.model))
+    teacher.check_files()
+    _check_bridge(config, student, teacher)
+    _check_micro_batches(config)
+    _check_fake_score(config, teacher)
+    prompts, held_out = training_prompts(config), held_out_prompts(config)
+    _check_disjoint("prompts.path", prompts.prompts, held_out)
+    if config.evaluation.judge is not None:
+        _check_judged(config, prompts, held_out)
+    if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
+        from raydistill.data.pairs import read_pairs
+
+        pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
+        _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
+    if config.bridge.pairs is not None:
+        from raydistill.data.pairs import read_pairs
+
+        pairs = read_pairs(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
+    images = None
+    if config.synthesis.images is not None:
+        images = open_images(
+            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
+        )
+        _check_disjoint("synthesis.images", images.prompts, held_out)
+    _check_bucket(check_storage(config))
+    _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
+    return Inputs(student, teacher, prompts, held_out, notes, images)
+
+
+def _check_student(config: Config, space: Space) -> tuple[str, ...]:
+    """The student's start fits: its timestep, and the checkpoint's tensors by name and shape. Returns notes on them."""
+    last = space.path.num_train_timesteps - 1
+    if config.student.start_timestep > last:
+        raise ConfigError(f"student.start_timestep: at most {last} for {config.student.model}")
+    if config.student.unet is None:
+        return ()
+    from raydistill.spaces.published_students import open_student
+
+    checkpoint = open_student(space, resolve(config.student.unet))
+    conflict = checkpoint.start_conflict(config.student.start_timestep)
+    return (checkpoint.describe(), *([conflict] if conflict else []))
+
+
+def _check_bucket(storage: Place) -> None:
+    """A bucket takes an object and gives it away again."""
+    if isinstance(storage, Remote):
+        probe = storage / f".probe-{secrets.token_hex(4)}"
+        with _of_storage(storage):
+            probe.write_text("")
+            probe.unlink()
+
+
+def _check_tracking(config: Config) -> None:
+    storage = check_storage(config)
+    uri = tracking_uri(config, storage)
+    try:
+        artifact_root(uri, storage)
+        prepare(uri)
+    except TrackingError as error:
+        away = isinstance(error, TrackingAway)
+        begun = config.run.name is not None and "mlflow" in RunFolder(storage, config.run.name).recall()
+        if not (away and begun):  # or the store did answer once, and the run waits for it
+            raise ConfigError(f"tracking.uri: {error}") from error
+
+
+def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
+    from raydistill.bridge.attention import check_network
+    from raydistill.bridge.model import Bridge, check_pair, projector_parameters
+
+    if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
+        raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
+    if config.bridge.projector == "identity" and config.bridge.trainable:
+        raise ConfigError("bridge.trainable=true: the identity has nothing to train")
+    trains = config.bridge.trainable or trains_bridge(config)
+    if trains and config.bridge.batch_size % config.distill.fewest:
+        raise ConfigError(
+            f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.fewest} "
+            "workers (distill.min_workers, else distill.workers)"
+        )
+    if trains and config.bridge.attention.weight > 0:
+        check_network(teacher)
+    if config.bridge.checkpoint is not None:
+        check_pair(resolve(config.bridge.checkpoint), student, teacher)
+    elif config.bridge.projector == "identity":
+        Bridge.create(student, teacher, config.bridge)
+    else:
+        projector_parameters(student, teacher, config.bridge)  # made without memory: it cannot be, or it can
+
+
+def _check_micro_batches(config: Config) -> None:
+    """A worker's samples, its pairs while a Bridge is trained, and those that anchor one trained along, can be divided."""
+    shares = {"distill.batch_size": config.distill.batch_size}
+    if config.bridge.trainable:
+        shares["bridge.batch_size / distill.workers"] = config.bridge.batch_size // config.distill.workers
+    _check_parts("distill.micro_batches", config.distill.micro_batches, shares)
+    if trains_bridge(config):
+        workers = "distill.min_workers" if config.distill.min_workers else "distill.workers"
+        share = {f"bridge.batch_size / {workers}": config.bridge.batch_size // config.distill.fewest}
+        _check_parts("bridge.micro_batches", config.bridge.micro_batches, share)
+
+
+def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
+    """Raises ConfigError with the nearest numbers of parts that divide every share, by name."""
+    for name, share in shares.items():
+        if share % parts:
+            common = math.gcd(*shares.values())
+            fitting = [count for count in range(1, common + 1) if common % count == 0]
+            near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
+            raise ConfigError(
+                f"{key}: {name} = {share} cannot be divided by {parts}; set {key} to "
+                f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
+            )
+
+
+def _check_fake_score(config: Config, teacher: Space) -> None:
+    """A network that is to be truncated can be, tried on one without weights."""
+    if config.fake_score.kind != "truncated":
+        return
+    from raydistill.distill.fake_score import truncate
+    from raydistill.spaces.meta import empty_part
+
+    if "shared_space" in config.controls:
+        raise ConfigError(
+            "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
+            "be cut; leave it out (controls=[no_vsd], or []), or use lora or full"
+        )
+    truncate(teacher, empty_part(teacher, teacher.network_name), config.fake_score)
+
+
+def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+    """The judge can read every prompt that it will be asked about, and answers the metric that is asked for."""
+    from raydistill.shapes.captions import ATTRIBUTES, parse
+
+    metrics = ("mean", "all", *ATTRIBUTES)
+    if config.evaluation.metric not in metrics:
+        raise ConfigError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
+    for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
+        for row, prompt in zip(some.ids, some.prompts, strict=True):
+            try:
+                parse(prompt)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{key}: row {row}: {error}; evaluation.judge reads no other prompts: evaluation.judge=null "
+                    "goes without it"
+                ) from None
+
+
+def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
+    common = set(held_out.prompts).intersection(training)
+    if common:
+        raise ConfigError(
+            f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
+            "held-out prompts must occur in no training set"
+        )

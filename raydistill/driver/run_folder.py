@@ -1,0 +1,142 @@
+"""The folder of a run: its configuration, which a resume must not change, and what the driver remembers of it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from raydistill.config.reading import changed, get, mathematical, to_yaml, validate
+from raydistill.config.schema import Config
+from raydistill.errors import ConfigError, mask
+from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.place import Place, Remote, cause
+from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<storage>/<run.name>/`: everything a run keeps."""
+
+    storage: Place
+    name: str
+
+    @property
+    def path(self) -> Place:
+        return self.storage / self.name
+
+    def recall(self) -> dict[str, Any]:
+        """MLflow run ids and stage times of this run so far."""
+        file = self.path / "run.json"
+        cure = "restore it, or remove it: the run then goes on under new MLflow runs"
+        return read_json(file, cure) if file.is_file() else {}
+
+    def remember(self, **values: Any) -> None:
+        replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
+
+
+def open_run_folder(config: Config) -> RunFolder:
+    """Folder of this run; an existing name is resumed unless a key that decides its numbers has changed."""
+    storage = check_storage(config)
+    name = config.run.name
+    if name is None:
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{now}-{secrets.token_hex(2)}"
+    run = RunFolder(storage, name)
+    if (saved := _saved(run)) is not None:
+        before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
+        others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
+        if others:
+            raise ConfigError(
+                f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(others)}. "
+                "Use another run.name, or the old settings"
+            )
+    return run
+
+
+def pinned(config: Config, run: RunFolder) -> Config:
+    """The configuration with the commit of each hub model whose revision it leaves open: the run's own, or what is
+    fetched now.
+
+    Otherwise a model that is published anew would change a run when it is resumed, or on a node that joins later.
+
+    Raises:
+        ConfigError: a model cannot be fetched; names the key.
+    """
+    from raydistill.storage import hub
+
+    if (saved := _saved(run)) is not None:
+        config = _of_revisions(config, saved)
+    models = {}
+    for key in HUB_KEYS:
+        value = get(config, key)
+        if hub.is_hub_id(value) and not local_path(value).exists():
+            try:
+                models[key] = hub.pinned(value)
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from None
+    return _with_models(config, models)
+
+
+def _of_revisions(config: Config, saved: Config) -> Config:
+    """Hub models whose revision is left open, at the revision that the saved configuration names."""
+    from raydistill.storage.hub import same_but_for_revision
+
+    models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
+    same = {key: before for key, (now, before) in models.items() if same_but_for_revision(now, before)}
+    return _with_models(config, same)
+
+
+def _with_models(config: Config, models: Mapping[str, str]) -> Config:
+    """The configuration with other values of these dotted keys."""
+    sections: dict[str, dict[str, str]] = {}
+    for key, model in models.items():
+        section, name = key.split(".")
+        sections.setdefault(section, {})[name] = model
+    return changed(config, sections)
+
+
+def _saved(run: RunFolder) -> Config | None:
+    """The configuration that the run has had; None: the run is new."""
+    file = run.path / "config.yaml"
+    with _of_storage(run.storage):
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    return None if text is None else _read_config(file, text)
+
+
+@contextlib.contextmanager
+def _of_storage(storage: Place) -> Iterator[None]:
+    """What a bucket refuses is an error of the key `storage`."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(storage, Remote):
+            raise ConfigError(f"storage: {storage}: {cause(error, storage.scheme)}") from error
+        raise
+
+
+def _read_config(file: Place, text: str) -> Config:
+    """Raises ConfigError naming the file."""
+    try:
+        return validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
+            "run.name"
+        ) from error
+
+
+def create_run_folder(run: RunFolder, config: Config) -> None:
+    run.path.mkdir(parents=True, exist_ok=True)
+    uri = config.tracking.uri and mask("uri", config.tracking.uri)
+    tracking = config.tracking.model_copy(update={"uri": uri})
+    shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
+    file, text = run.path / "config.yaml", to_yaml(shown)
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        replace_text(file, text)

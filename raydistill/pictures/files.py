@@ -1,0 +1,25 @@
+"""Files of pictures: lossless stores of a few tensors [N, 3, S, S] in [-1, 1]."""
+
+from __future__ import annotations
+
+import torch
+
+from raydistill.storage.atomic import reading, writing
+from raydistill.storage.place import Place
+
+
+def save_pictures(file: Place, pictures: torch.Tensor) -> None:
+    """Lossless small store of pictures: uint8 safetensors."""
+    from safetensors.torch import save_file
+
+    with writing(file) as local:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
+
+
+def load_pictures(file: Place) -> torch.Tensor:
+    """What `save_pictures` wrote, back in [-1, 1]."""
+    from safetensors.torch import load_file
+
+    with reading(file) as local:
+        return load_file(local)["pictures"].float() / 127.5 - 1

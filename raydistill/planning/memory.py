@@ -1,0 +1,203 @@
+"""What a run needs, before it is started: memory, floating point operations, bytes, teacher replicas, hours, price.
+
+Counted (counting.py): parameters, FLOPs, live tensors of the project's own step at the configured sizes. Modelled from
+those and the table of GPUs: seconds (FLOPs / (peak · plan.efficiency), never below the time of the bytes that must
+move), memory beside the tensors (plan.reserve), prices. Not in it: start-up, evaluation, controls, loading, stragglers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raydistill.config.reading import get, trains_bridge
+from raydistill.config.schema import Config
+from raydistill.data.encode import CHUNK
+from raydistill.planning import counting
+from raydistill.planning.counts import Counts, samples, synthesises
+from raydistill.planning.gpus import GIB, Gpu
+
+SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
+PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
+
+
+# -- memory -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One role on one kind of GPU."""
+
+    role: str
+    gpu: str
+    needs: float  # bytes of tensors at the configured sizes
+    has: float  # bytes, without plan.reserve
+    advice: str
+
+    @property
+    def fits(self) -> bool:
+        return self.needs <= self.has
+
+
+def teacher_bytes(counts: Any, config: Config, shards: int) -> int:
+    """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
+    network = counts.network
+    element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
+    gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
+    elements = -(-network.parameters // shards) + gathered + network.buffers
+    return elements * element + network.score.peak
+
+
+def trainer_bytes(counts: Counts, batch: int) -> float:
+    """Most bytes of tensors on a trainer at up to the configured number of samples, in distill.micro_batches parts.
+
+    Straight lines through the two counted batch sizes: the truth bends upwards, so between them they never say less.
+    """
+    small, large = counts.small_trainer, counts.trainer
+    step = (batch - counts.small_batch) / (counts.batch - counts.small_batch)
+    pairs = ((small.make, large.make), (small.fake, large.fake), (small.student, large.student))
+    return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
+
+
+def shared_bytes(weights: counting.Weights, config: Config) -> float:
+    """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; two gathered blocks stay."""
+    workers, frozen = config.distill.workers, weights.fake_frozen
+    return max(0, frozen - frozen // workers - 2 * weights.fake_block) if workers > 1 else 0
+
+
+@dataclass(frozen=True)
+class Role:
+    """Processes that hold a GPU, or a share of one: which key asks for it, of which kind it is, and whether a run has them."""
+
+    key: str
+    kind: Callable[[Config], str]
+    used: Callable[[Config], bool]
+
+
+def encoder_gpu(config: Config) -> str:
+    return config.plan.encoder_gpu or config.plan.teacher_gpu
+
+
+ROLES = {
+    "teacher rank": Role(
+        "teachers.gpus_per_rank", lambda c: c.plan.teacher_gpu, lambda c: c.vsd.weight > 0 or samples(c)
+    ),
+    "trainer": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, lambda c: True),
+    "Bridge training": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, trains_bridge),
+    "text encoder": Role("prompts.gpus_per_encoder", encoder_gpu, lambda c: True),
+    "synthesis, prompts": Role("synthesis.gpus_per_encoder", encoder_gpu, samples),
+    "synthesis, pictures": Role("synthesis.gpus_per_encoder", encoder_gpu, synthesises),
+}
+
+
+def _has(config: Config, role: str, gpu: Gpu) -> float:
+    """Bytes of tensors that one process of a role may have on a kind of GPU."""
+    share = get(config, ROLES[role].key) or 1.0
+    return min(1.0, share) * gpu.memory_gib * GIB * (1 - config.plan.reserve)
+
+
+def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
+    """Every role on every kind of GPU; those that ask for none are left out, but for the networks that train and teach."""
+    always = ("teacher rank", "trainer", "Bridge training")
+    roles = [role for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)]
+    return [_fit(role, counts, config, name, _has(config, role, gpu)) for name, gpu in gpus.items() for role in roles]
+
+
+def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
+    """Args: counts: a Counts, or anything with those of its fields that the role needs."""
+    if role == "trainer":
+        return _fit_trainer(counts, config, gpu, has)
+    if role == "teacher rank":
+        least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
+        advice = (
+            f"teachers.shards={least} is enough"
+            if least
+            else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+        )
+        return Fit(role, gpu, teacher_bytes(counts, config, config.teachers.shards), has, advice)
+    if role == "Bridge training":
+        needs = counts.bridge.peak
+        return Fit(role, gpu, needs, has, _bridge_advice(config, fits=needs <= has))
+    needs = encoder_bytes(counts, config, role)
+    key = ROLES[role].key
+    return Fit(role, gpu, needs, has, f"with {key}={get(config, key):g}" if needs <= has else f"raise {key}")
+
+
+def encoder_bytes(counts: Any, config: Config, role: str) -> float:
+    """Most bytes of tensors of an actor that encodes prompts or pictures."""
+    if role == "synthesis, pictures":
+        vaes = counts.vae.values()
+        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
+        held = 4 * sum(vae.parameters for vae in vaes) + pictures
+        return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
+    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    texts = [t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")]
+    prompts = min(CHUNK, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
+    return size * (sum(text.parameters for text in texts) + prompts * max(text.prompt.peak for text in texts) / 4)
+
+
+def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
+    saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
+
+    needs = counts.trainer.peak - (saved if sharded else 0)
+    if needs <= has:
+        return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
+
+    def need(batch: int) -> float:
+        return trainer_bytes(counts, batch) - (saved if sharded else 0)
+
+    parts = config.distill.micro_batches
+    # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
+    more = [m for m in range(parts + 1, counts.batch + 1) if counts.batch % m == 0]
+    more = [m for m in more if need(counts.batch // m * parts) <= has]
+    fitting = [batch for batch in range(parts, counts.batch, parts) if need(batch) <= has]
+    would = [f"distill.micro_batches={more[0]}"] if more else []
+    would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
+    recomputing = counts.recomputing.peak - (saved if sharded else 0)
+    would += ["distill.gradient_checkpointing=true"] if recomputing <= has else []
+    would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
+    return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
+
+
+def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
+    """(what, bytes that remain) of measures that are not taken yet and add up, at the configured batch; the last is no
+    setting.
+
+    Recomputing is counted; the others take away what they move: the frozen base to the other workers' GPUs (a gathered
+    piece stays), AdamW's two moments to the host.
+    """
+    needs, weights, steps = counts.recomputing.peak, counts.trainer.weights, []
+    if not config.distill.gradient_checkpointing:
+        steps.append(("distill.gradient_checkpointing", needs))
+    if saved := shared_bytes(weights, config):
+        needs -= saved
+        steps += [] if config.fake_score.shard else [("fake_score.shard", needs)]
+    needs -= weights.optimizers
+    return [*steps, ("optimizers on the host", needs)]
+
+
+def _bridge_advice(config: Config, fits: bool) -> str:
+    bridge = config.bridge
+    if fits:
+        return f"with bridge.micro_batches={bridge.micro_batches}"
+    share = bridge.batch_size // config.distill.fewest
+    more = [count for count in range(bridge.micro_batches + 1, share + 1) if share % count == 0]
+    recompute = [] if bridge.gradient_checkpointing else ["set bridge.gradient_checkpointing=true"]
+    parts = [f"raise bridge.micro_batches ({', '.join(map(str, more))})"] if more else []
+    return " or ".join([*recompute, *parts, "lower bridge.batch_size or bridge.attention.depth_fraction"])
+
+
+def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
+    """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
+    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    encoders = size * sum(encoder.parameters for encoder in counts.text.values())
+    encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
+    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
+    return {"text encoders": encoders} | (
+        {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes}
+        if gan
+        else {}
+    )

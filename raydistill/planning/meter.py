@@ -1,0 +1,195 @@
+"""Running the project's own code on tensors that have shapes but no numbers ("meta" tensors), and metering it.
+
+FLOPs are torch.utils.flop_counter's (a multiply-add is two); elementwise work is not in them. Bytes are those of live
+tensors: what a CUDA allocator rounds up, kernels' workspace and the CUDA context come on top. Attention is counted as the
+fused kernel that GPUs run, which stores no attention map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+# -- modes ----------------------------------------------------------------------------------------------
+
+
+class WithoutNumbers(TorchDispatchMode):
+    """What asks a meta tensor for its numbers gets an answer: `.item()` and `bool()` 1, so that checks pass, `.cpu()` 0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 1.0
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
+            device = kwargs.get("device")
+            if device is not None and device.type != "meta":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """Attention on meta tensors as the memory-efficient CUDA kernel, which has the same FLOPs as flash attention.
+
+    torch's own function is exchanged for the length of the block: a mode would be off while checkpointed blocks run again.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if query.device.type != "meta":
+            return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = (x.repeat_interleave(groups, dim=-3) for x in (key, value))
+        if attn_mask is not None:
+            shape = (*query.shape[:-1], key.shape[-2])
+            real = attn_mask.is_floating_point()  # of booleans, torch makes numbers first
+            attn_mask = attn_mask.expand(shape) if real else torch.empty(shape, dtype=query.dtype, device="meta")
+        inputs = [x for x in (query, key, value, attn_mask) if x is not None]
+        needs_graph = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, needs_graph, dropout_p, is_causal, scale=scale
+        )[0]
+
+    F.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Networks are built without drawing meta tensors' values, which takes longer than to build them.
+
+    torch.nn.init's functions are exchanged for the length of the block. Real tensors are still filled: what is imported
+    inside the block may keep such a function for good.
+    """
+    plain = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+
+    def for_real_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(function)
+        def fill(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+
+        return fill
+
+    for name, function in plain.items():
+        setattr(nn.init, name, for_real_tensors(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.init, name, function)
+
+
+@contextlib.contextmanager
+def autocast() -> Iterator[None]:
+    """CUDA's bfloat16 autocast for meta tensors, which torch.autocast passes by: wherever the CPU's is switched on.
+
+    As there, matrix products, convolutions and attention run in bfloat16, normalisation in float32. torch's own functions
+    are exchanged, as in `fused_attention`: checkpointed blocks run again under the autocast state of their first run.
+    """
+
+    def cast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            if not torch.is_autocast_enabled("cpu") or tensors[0].device.type != "meta":
+                return function(*args, **kwargs)
+
+            def convert(value: Any) -> Any:
+                real = isinstance(value, torch.Tensor) and value.is_floating_point()
+                return value.to(dtype) if real else value
+
+            return function(*map(convert, args), **{name: convert(value) for name, value in kwargs.items()})
+
+        return run
+
+    low, high = torch.bfloat16, torch.float32
+    products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
+    products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
+    places = [(*place, low) for place in products] + [(F, name, high) for name in ("layer_norm", "group_norm")]
+    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, dtype in places:
+        setattr(owner, name, cast(getattr(owner, name), dtype))
+    try:
+        yield
+    finally:
+        for owner, name, function in plain:
+            setattr(owner, name, function)
+
+
+class Meter(TorchDispatchMode):
+    """FLOPs, and bytes of tensors on `device` that are alive, from when it is entered.
+
+    FLOPs follow the formulas of torch.utils.flop_counter. Its own mode would keep every module's inputs alive.
+    """
+
+    def __init__(self, device: str = "meta") -> None:
+        super().__init__()
+        self.device, self.flops, self.flops_32, self.live, self.peak = device, 0, 0, 0, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            flops = formula(*args, **kwargs, out_val=result)
+            self.flops += flops
+            self.flops_32 += flops if tensors[0].dtype == torch.float32 else 0
+        for tensor in tensors:
+            if tensor.device.type == self.device:
+                self.watch(tensor)
+        return result
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._known:
+            return
+        self._known.add(address)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, address, storage.nbytes())
+
+    def _freed(self, address: int, nbytes: int) -> None:
+        self._known.discard(address)
+        self.live -= nbytes
+
+    def count(self, part: Callable[[], Any]) -> Work:
+        """Run a part while this mode is active; goes on from what is alive."""
+        self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
+        part()
+        return Work(self.flops - flops, self.peak, self.flops_32 - flops_32)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a piece of code did: floating point operations, the most live bytes during it, and how many of the operations
+    were in float32.
+    """
+
+    flops: float
+    peak: int
+    flops_32: float = 0.0
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Meter]:
+    """Everything inside the block may run on meta tensors."""
+    with without_initial_values(), WithoutNumbers(), fused_attention(), autocast(), Meter() as meter:
+        yield meter

@@ -1,0 +1,249 @@
+"""Seconds, GPU-hours and price of a run, modelled from what was counted and from the table of GPUs.
+
+Seconds are FLOPs / (peak · plan.efficiency), never below the time of the bytes that must move. Not in it: start-up,
+evaluation, controls, loading, stragglers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from raydistill.config.schema import Config
+from raydistill.planning import counting
+from raydistill.planning.counts import Counts, samples, synthesises
+from raydistill.planning.gpus import Gpu
+from raydistill.planning.memory import ROLES, encoder_gpu
+
+# -- time -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Seconds of one student update. The teachers' are of all workers' requests, on all replicas."""
+
+    make: float
+    fake: float  # one update
+    updates: int
+    student: float
+    teacher: float
+    text: float  # encoding the prompts of a step, which runs ahead of the trainers
+    overlap: bool
+    replicas_needed: int | None  # so that trainers never wait; None: no number of such replicas is enough
+
+    @property
+    def wait(self) -> float:
+        """Seconds the trainers wait for teachers."""
+        return max(0.0, self.teacher - self.updates * self.fake) if self.overlap else self.teacher
+
+    @property
+    def work(self) -> float:
+        return self.make + self.updates * self.fake + self.student
+
+    @property
+    def step(self) -> float:
+        """make + max(k fake, teacher) + student, or the sum without overlap; never faster than the prompts come."""
+        return max(self.work + self.wait, self.text)
+
+    @property
+    def sequential(self) -> float:
+        return max(self.work + self.teacher, self.text)
+
+
+def trainer_dtype(config: Config) -> str:
+    """What most of a trainer's arithmetic runs in."""
+    return "bfloat16" if config.distill.mixed_precision else "float32"
+
+
+def _link(gpu: Gpu, ranks: int, config: Config) -> float:
+    """Bytes per second at which one of `ranks` GPUs receives from the others."""
+    return 1e9 * (gpu.link_gbytes if ranks <= gpu.per_node else config.plan.network_gbits / 8)
+
+
+def _all_reduce(nbytes: int, gpu: Gpu, config: Config) -> float:
+    workers = config.distill.workers
+    return 2 * (workers - 1) / workers * nbytes / _link(gpu, workers, config)
+
+
+def replicas(config: Config, ongoing: int = 0) -> int:
+    """Replicas of the teacher service while so many requests are under way all the time.
+
+    Trainers ask in bursts, of which Serve follows the mean of half a minute: for a distillation no more are counted on than
+    the service keeps (`ongoing` 0).
+    """
+    teachers = config.teachers
+    if teachers.max_replicas is None:
+        return teachers.replicas
+    wanted = math.ceil(ongoing / teachers.target_ongoing_requests)
+    return min(max(wanted, teachers.min_replicas or teachers.replicas), teachers.max_replicas)
+
+
+def asked_at_once(config: Config) -> int:
+    """Score requests that all workers have under way at most."""
+    distill = config.distill
+    return distill.workers * min(distill.in_flight, distill.micro_batches) if config.vsd.weight > 0 else 0
+
+
+def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
+    """One micro-batch on one replica: equally many forwards on every rank, and the way there and back."""
+    network, plan = counts.network, config.plan
+    rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
+    compute = gpu.seconds(network.score, plan.efficiency)
+    moved = counts.request_bytes + counts.answer_bytes
+    return rounds * max(compute, gather_seconds(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
+
+
+def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
+    """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
+    element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
+    return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
+
+
+def text_rate(config: Config, gpus: dict[str, Gpu]) -> float:
+    """FLOP/s of one worker's text encoders; those with a share of a GPU run beside the teachers."""
+    plan, prompts = config.plan, config.prompts
+    if not prompts.gpus_per_encoder:
+        return prompts.encoders * prompts.threads_per_encoder * 1e9 * plan.cpu_gflops
+    whole = gpus[encoder_gpu(config)].flops_per_s(prompts.encoder_dtype, plan.efficiency)
+    return prompts.encoders * min(1.0, prompts.gpus_per_encoder) * whole
+
+
+def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
+    """Seconds of a step on the configured kinds of GPU."""
+    plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
+    gpu, teacher_gpu, updates = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu], config.fake_score.updates
+    make, fake, student = (
+        gpu.seconds(work, plan.efficiency, bool(distill.tf32)) for work in (trainer.make, trainer.fake, trainer.student)
+    )
+    gathered = distill.micro_batches * shared_gather_seconds(trainer.weights, gpu, config)
+    gan = config.discriminator.weight > 0
+    reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
+    # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
+    # of the fake loss, and the real samples' features; the student's fake score, and its features there and back.
+    fake += (3 if gan else 2) * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
+    student += (3 if gan else 1) * gathered + reduced["student"]
+    one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
+    requests, at_once = workers * distill.micro_batches, asked_at_once(config)
+    rounds = [-(-requests // count) for count in range(1, at_once + 1)]
+    needed = next((r for r, n in enumerate(rounds, 1) if n * one <= updates * fake), None)
+    prompts = (1 + updates) * counts.batch
+    used = min(replicas(config), at_once)
+    return Schedule(
+        make=make,
+        fake=fake,
+        updates=updates,
+        student=student,
+        teacher=rounds[used - 1] * one if used else 0.0,
+        text=prompts * counts.text_flops / text_rate(config, gpus),
+        overlap=config.distill.overlap,
+        replicas_needed=needed,
+    )
+
+
+def shared_gather_seconds(weights: counting.Weights, gpu: Gpu, config: Config) -> float:
+    """Seconds in which a trainer receives the other workers' parts of the frozen teacher copy, once."""
+    workers = config.distill.workers
+    if not config.fake_score.shard or workers == 1:
+        return 0.0
+    return weights.fake_frozen * (1 - 1 / workers) / _link(gpu, workers, config)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run: how long, and which GPUs it holds, by kind of GPU."""
+
+    name: str
+    hours: float
+    gpus: dict[str, float]
+    bound: str  # what decides its length
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.hours * sum(self.gpus.values())
+
+
+def _held(*groups: tuple[str, float]) -> dict[str, float]:
+    """GPUs of each kind."""
+    held: dict[str, float] = {}
+    for kind, count in groups:
+        held[kind] = held.get(kind, 0.0) + count
+    return {kind: count for kind, count in held.items() if count}
+
+
+def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
+    """The run in order. The teacher service is there from the first phase to the last, if it is needed at all."""
+    plan, timing, distill = config.plan, schedule(counts, config, gpus), config.distill
+    a_replica = config.teachers.shards * config.teachers.gpus_per_rank
+    uses_teachers = ROLES["teacher rank"].used(config)
+
+    def teachers(ongoing: int) -> tuple[str, float]:
+        return plan.teacher_gpu, replicas(config, ongoing) * a_replica * uses_teachers
+
+    trainers = plan.trainer_gpu, distill.workers * distill.gpus_per_worker
+    result = []
+    if synthesises(config):
+        actors = config.synthesis.encoders * (2 if samples(config) else 1)
+        hours, bound = _synthesis(counts, config, gpus)
+        held = _held((encoder_gpu(config), actors * config.synthesis.gpus_per_encoder), teachers(_asked(config)))
+        result.append(Phase("synthesis", hours, held, bound))
+    if counts.bridge is not None:
+        one = gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency, bool(distill.tf32))
+        seconds = config.bridge.steps * one
+        held = _held((trainers[0], distill.fewest * distill.gpus_per_worker), teachers(0))
+        result.append(Phase("Bridge training", seconds / 3600, held, "trainers"))
+    bound = "teachers" if timing.wait > 0 else "trainers"
+    bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
+    texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
+    held = _held(trainers, teachers(0), texts)
+    result.append(Phase("distillation", distill.steps * timing.step / 3600, held, bound))
+    return result
+
+
+def _asked(config: Config) -> int:
+    """Requests for samples that are under way during synthesis."""
+    return config.synthesis.encoders * config.synthesis.in_flight if samples(config) else 0
+
+
+def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[float, str]:
+    """Hours, and what decides them: teachers, VAEs and text encoders work side by side. Of real images, as many as samples."""
+    plan, synthesis, teachers = config.plan, config.synthesis, config.teachers
+    gpu, share = gpus[encoder_gpu(config)], min(1.0, synthesis.gpus_per_encoder)
+
+    def on_encoders(flops: float, tflops: float) -> float:
+        rate = share * 1e12 * plan.efficiency * tflops
+        return flops / (synthesis.encoders * (rate or 1e9 * plan.cpu_gflops * synthesis.threads_per_encoder))
+
+    drawn, vae_T, vae_S = samples(config), counts.vae["teacher"], counts.vae["student"]
+    picture = vae_T.encode.flops / vae_T.batch + vae_S.encode.flops / vae_S.batch
+    picture += vae_T.decode.flops / vae_T.batch if drawn else 0
+    seconds = {"VAEs": on_encoders(picture, gpu.float32(tf32=True))}  # float32, whose convolutions torch runs in TF32
+    if drawn:
+        teacher_gpu = gpus[plan.teacher_gpu]
+        ranks = min(replicas(config, _asked(config)), _asked(config)) * teachers.shards
+        forward = max(
+            teacher_gpu.seconds(counts.network.score, plan.efficiency),
+            gather_seconds(counts, config, teacher_gpu, teachers.shards),
+        )
+        text = sum(encoder.prompt.flops for name, encoder in counts.text.items() if name.startswith("teacher"))
+        seconds["teachers"] = config.teacher.sampling_steps * forward / counts.network.samples / ranks
+        seconds["text encoders"] = on_encoders(
+            text, gpu.fp32_tflops if config.prompts.encoder_dtype == "float32" else gpu.bf16_tflops
+        )
+    bound = max(seconds, key=seconds.get)
+    return synthesis.count * seconds[bound] / 3600, bound
+
+
+def price(phases: list[Phase], config: Config, gpus: dict[str, Gpu]) -> float:
+    """US dollars: nodes of the usual size, which are rented whole, and the head node."""
+
+    def per_hour(kind: str, count: float) -> float:
+        gpu = gpus[kind]
+        whole = gpu.per_node * math.ceil(count / gpu.per_node)
+        return whole * (gpu.spot_price if config.plan.spot else gpu.price)
+
+    return sum(
+        phase.hours * (config.plan.head_price + sum(per_hour(kind, count) for kind, count in phase.gpus.items()))
+        for phase in phases
+    )

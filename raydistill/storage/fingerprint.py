@@ -1,0 +1,73 @@
+"""Which model, and which version of it: what a data set remembers of the networks that made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import BinaryIO
+
+SNAPSHOT = re.compile(r"models--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")  # Hugging Face's cache
+PIECES, PIECE_BYTES = 16, 65536  # read of each file: weights are too large to hash whole
+NOT_THE_MODEL = ("_name_or_path", "_diffusers_version", "transformers_version")  # where from and with what, not what
+
+
+def identify(folder: str | Path) -> tuple[str, str]:
+    """(name, revision) of a model folder.
+
+    In Hugging Face's cache they are the repository and its commit. Elsewhere the name is the folder's, and the revision
+    a fingerprint of its JSON and safetensors files: their contents, or, of files beyond a megabyte, their size and 16
+    pieces spread over them. Training changes nearly every byte of the weights, so that shows; an edit of a few
+    tensors may not.
+    """
+    folder = Path(folder).absolute()
+    cached = SNAPSHOT.search(folder.as_posix())
+    if cached:
+        return cached["name"].replace("--", "/"), cached["commit"]
+    digest = hashlib.blake2b(digest_size=8)
+    files = (Path(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names)
+    for file in sorted(files):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix in (".json", ".safetensors") and not any(part.startswith(".") for part in Path(name).parts):
+            digest.update(name.encode() + b"\0" + _contents(file))
+    return folder.name, digest.hexdigest()
+
+
+def _contents(file: Path) -> bytes:
+    if file.name.endswith(("config.json", "index.json")):
+        config = json.loads(file.read_text())
+        return json.dumps({k: v for k, v in config.items() if k not in NOT_THE_MODEL}, sort_keys=True).encode()
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        return size.to_bytes(8) + (stream.read() if size <= PIECES * PIECE_BYTES else _pieces(stream, size))
+
+
+def _pieces(stream: BinaryIO, size: int) -> bytes:
+    pieces = []
+    for index in range(PIECES):
+        stream.seek(index * (size - PIECE_BYTES) // (PIECES - 1))
+        pieces.append(stream.read(PIECE_BYTES))
+    return b"".join(pieces)
+
+
+def content_hash(path: Path) -> str:
+    """Of a file, or of all files below a folder in the order of their paths: their names and every byte.
+
+    Links are followed, a folder that was seen already once only.
+    """
+    files, seen = [] if path.is_dir() else [path], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        files += [Path(folder, name) for name in names]
+    files.sort()
+    digest = hashlib.blake2b(digest_size=12)
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()

@@ -1,0 +1,185 @@
+"""Models of the Hugging Face hub: downloaded once a node, then read from the cache.
+
+The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). Where nodes share it, the driver downloads and
+all others only read; where each has its own disk, the first process of a node that needs a model fetches it and the others
+wait, so that a replica on a new node starts by itself. Weights are safetensors, never pickles.
+
+A token comes from HF_TOKEN, or from `hf auth login`, which writes it to $HF_HOME; the hub's client reads it, and it appears
+in no message, file or log of this project. For that reason no driver hands its own to other nodes: the variables of a
+runtime environment stand in Ray's dashboard and logs. Where nodes do not share $HF_HOME, each needs HF_TOKEN itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from raydistill.errors import ConfigError
+
+HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
+# Files of a pipeline's parts; weights at the top of a repository are other formats of the same networks.
+# The chat template of newer tokenizers (.jinja) is part of what FLUX.2's text encoder reads.
+ALLOWED = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
+VARIANTS = ["*.fp16.*", "*.fp16-*"]  # only taken where there is nothing else (Kolors)
+IGNORED = ["*.bf16.*", "*.non_ema.*", "safety_checker/*", "image_encoder/*", "vae_1_0/*"]
+
+
+# A file of a model in the cache of whichever node.
+SNAPSHOT = re.compile(
+    r".*/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?:/(?P<rest>.*))?"
+)
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` reads as org/name or org/name@revision."""
+    return HUB_ID.fullmatch(text) is not None
+
+
+def _parts(model: str) -> tuple[str, str | None]:
+    match = HUB_ID.fullmatch(model)
+    if match is None:
+        raise ConfigError(f"{model}: not a model of the hub (org/name or org/name@revision)")
+    return match["repo"], match["revision"]
+
+
+def cached(model: str) -> Path:
+    """The folder of a hub model in this machine's cache; asks no network. Raises ConfigError where it is missing."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, revision = _parts(model)
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
+    except LocalEntryNotFoundError:
+        raise ConfigError(f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}") from None
+    return Path(folder)
+
+
+def on_this_node(model: str) -> Path:
+    """The folder of a hub model; fetched first where this node's cache lacks it, by one process while others wait.
+
+    Raises:
+        ConfigError: see `download`.
+    """
+    if not _mark(model).is_file():
+        with _locked(model):
+            if not _mark(model).is_file():
+                return download(model)
+    return cached(model)
+
+
+def counterpart(path: Path) -> Path:
+    """A path in the hub cache of another node, in this node's; other paths as they are. Raises as `on_this_node`."""
+    match = SNAPSHOT.fullmatch(str(path))
+    if match is None or path.exists():
+        return path
+    folder = on_this_node(f"{match['org']}/{match['name']}@{match['revision']}")
+    return folder / match["rest"] if match["rest"] else folder
+
+
+def pinned(model: str) -> str:
+    """org/name@commit of what org/name means now; fetched first. A revision that was named stays as it is.
+
+    Raises:
+        ConfigError: see `download`.
+    """
+    repo, revision = _parts(model)
+    return model if revision else f"{repo}@{download(model).name}"
+
+
+def same_but_for_revision(model: str, other: str) -> bool:
+    """Whether `model` leaves the revision open that `other` names."""
+    return "@" not in model and other.partition("@")[0] == model
+
+
+def _mark(model: str) -> Path:
+    """A file that says that all of the model is in the cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, ".raydistill", model.replace("/", "--"))
+
+
+@contextlib.contextmanager
+def _locked(model: str) -> Iterator[None]:
+    """One process of this node at a time; the lock goes with its holder."""
+    file = _mark(model).with_name(f"{_mark(model).name}.lock")
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a cache that may only be read needs no lock
+            file.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(file.open("w")), fcntl.LOCK_EX)
+        yield
+
+
+def download(model: str) -> Path:
+    """Fetch what is missing of a hub model, and return its folder. Without network, a complete copy in the cache serves.
+
+    Raises:
+        ConfigError: no network and no complete copy, an unknown model or revision, or one whose licence must be
+            accepted first. The message says what to do.
+    """
+    from huggingface_hub import constants, errors
+
+    repo, revision = _parts(model)
+    try:
+        folder = _fetch(repo, revision)
+    except errors.GatedRepoError:
+        problem = _gated(repo)
+    except errors.RevisionNotFoundError:
+        problem = f"the hub has no revision {revision or 'main'} of it"
+    except errors.RepositoryNotFoundError:
+        problem = "neither a folder here nor a model of the hub that can be read without (another) HF_TOKEN"
+    except errors.LocalEntryNotFoundError:  # also an incomplete copy
+        problem = (
+            f"neither a folder here nor complete in the hub cache {constants.HF_HUB_CACHE}, and {constants.ENDPOINT} "
+            "cannot be reached. Start where there is a network, or name a folder"
+        )
+    except errors.HfHubHTTPError as error:
+        problem = f"the hub answers with status {error.response.status_code}"
+    else:
+        if (folder / "model_index.json").is_file():
+            with contextlib.suppress(OSError):  # a cache that may only be read: it is looked through again next time
+                _mark(model).parent.mkdir(parents=True, exist_ok=True)
+                _mark(model).touch()
+            return folder
+        problem = "not a diffusers pipeline (no model_index.json)"
+    raise ConfigError(f"{model}: {problem}")
+
+
+def _gated(repo: str) -> str:
+    """What is missing for a model whose licence must be accepted first, and what to do."""
+    from huggingface_hub import constants, get_token
+
+    page, node = f"{constants.ENDPOINT}/{repo}", socket.gethostname()
+    if get_token() is None:
+        return (
+            f"gated, and node {node} has no token. Accept its licence at {page}, and set HF_TOKEN on every node before "
+            "Ray starts there; where nodes share HF_HOME, `hf auth login` on one of them will do"
+        )
+    return f"gated, and the token of node {node} may not read it. Accept its licence at {page}, as the token's owner"
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(repo, revision=revision, allow_patterns=ALLOWED, ignore_patterns=IGNORED + VARIANTS)
+    )
+    bare = [c.parent for c in folder.glob("*/config.json") if not any(c.parent.glob("*.safetensors"))]
+    if bare:
+        files = [f"{part.name}/*.{suffix}" for part in bare for suffix in ("safetensors", "json")]
+        snapshot_download(repo, revision=revision, allow_patterns=files, ignore_patterns=IGNORED)
+        for part in bare:
+            _name_plainly(part)
+    return folder
+
+
+def _name_plainly(part: Path) -> None:
+    """Links under the names that loaders look for; the shards of a large network keep theirs, which its index knows."""
+    for file in (*part.glob("*.fp16.safetensors"), *part.glob("*.safetensors.index.fp16.json")):
+        plain = part / file.name.replace(".fp16", "")
+        if not plain.exists():
+            plain.symlink_to(file.name)

@@ -1,0 +1,205 @@
+"""Files by URI: `s3://bucket/key` and `gs://bucket/key`, through pyarrow.fs, which Ray Train uses for checkpoints too.
+
+Inputs are staged: fetched once a node into a cache ($RAYDISTILL_CACHE, default ~/.cache/raydistill), then read as local
+files. Outputs are a `Place`: a local path, or a `Remote`, whose methods are named and mean as pathlib's. An object is
+replaced in one step; there are no folders, no renames and no appending.
+
+Credentials, region and endpoint come from where the SDKs look for them (AWS_ACCESS_KEY_ID …, AWS_PROFILE,
+AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, the machine's role). A URI that carries any is refused, so that none can
+reach a log, a file or MLflow.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import itertools
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from raydistill.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+
+RETRIES, RETRY_S = 8, 60  # attempts of a request to S3; seconds for which one to GCS is tried again
+_DENIED = re.compile(
+    r"AWS Error [A-Z_]*(ACCESS|TOKEN|SIGNATURE|CREDENTIAL|CLIENT)|HTTP status 40[13]|UNAUTHENTICATED|PERMISSION_DENIED"
+)
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the machine's service account",
+}
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An object, or the objects below a prefix. Methods raise OSError where the store does not do what is asked."""
+
+    scheme: str  # s3 or gs
+    key: str  # bucket/key
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.key}"
+
+    def __truediv__(self, name: str) -> Remote:
+        return Remote(self.scheme, f"{self.key}/{name}")
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Remote:
+        return Remote(self.scheme, self.key.rpartition("/")[0])
+
+    @property
+    def filesystem(self) -> FileSystem:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return _filesystem(self.scheme, self.key.partition("/")[0], endpoint)
+
+    # -- as pathlib --------------------------------------------------------------------------------
+    def resolve(self) -> Remote:
+        return self
+
+    def is_dir(self) -> bool:
+        from pyarrow.fs import FileType
+
+        return self.filesystem.get_file_info(self.key).type == FileType.Directory
+
+    def is_file(self) -> bool:
+        return self.filesystem.get_file_info(self.key).is_file
+
+    def exists(self) -> bool:
+        from pyarrow.fs import FileType
+
+        return self.filesystem.get_file_info(self.key).type != FileType.NotFound
+
+    def read_bytes(self) -> bytes:
+        with self.filesystem.open_input_stream(self.key) as stream:
+            return stream.read()
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def write_bytes(self, data: bytes) -> None:
+        with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
+            file = Path(folder, "data")
+            file.write_bytes(data)
+            self.upload(file)
+
+    def write_text(self, text: str, encoding: str = "utf-8") -> None:
+        self.write_bytes(text.encode(encoding))
+
+    def touch(self) -> None:
+        self.write_bytes(b"")
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            self.filesystem.delete_file(self.key)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a prefix is there as soon as an object is."""
+
+    def iterdir(self) -> list[Remote]:
+        """Objects and prefixes one level below, by name; empty where there is nothing."""
+        from pyarrow.fs import FileSelector
+
+        infos = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True))
+        return sorted((self / info.base_name for info in infos), key=str)
+
+    # -- beyond it ---------------------------------------------------------------------------------
+    def entries(self) -> list[tuple[str, int, int]]:
+        """(name below this, bytes, time of the last change in ns) of every object; its own name is "". By name."""
+        from pyarrow.fs import FileSelector
+
+        info = self.filesystem.get_file_info(self.key)
+        if info.is_file:
+            return [("", info.size, info.mtime_ns)]
+        infos = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=True))
+        start = len(self.key) + 1
+        return sorted((info.path[start:], info.size, info.mtime_ns) for info in infos if info.is_file)
+
+    def upload(self, source: Path) -> None:
+        """Store a file, or a folder's files, its top level's .json ones last: they tell readers that the rest is there.
+
+        Each by one call that no signal interrupts: an arrow stream that is left by an exception stores what it has.
+        """
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        here = LocalFileSystem()
+        below = ((Path(parent, name) for name in names) for parent, _, names in os.walk(source, followlinks=True))
+        files = [source] if source.is_file() else itertools.chain.from_iterable(below)
+        for file in sorted(files, key=lambda file: (file.parent == source and file.suffix == ".json", file)):
+            target = self if file == source else self / file.relative_to(source).as_posix()
+            copy_files(str(file), target.key, source_filesystem=here, destination_filesystem=target.filesystem)
+
+    def download(self, target: Path) -> None:
+        """Fetch the object, or all below the prefix, to a path that does not exist yet. Raises FileNotFoundError."""
+        from pyarrow.fs import LocalFileSystem, copy_files
+
+        (target.parent if self.is_file() else target).mkdir(parents=True, exist_ok=True)
+        copy_files(self.key, str(target), source_filesystem=self.filesystem, destination_filesystem=LocalFileSystem())
+
+
+Place = Path | Remote
+
+
+@functools.lru_cache
+def _filesystem(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
+    from pyarrow import fs
+
+    if scheme == "gs":
+        return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=RETRY_S))
+    return fs.S3FileSystem(
+        region=os.environ.get("AWS_REGION", "us-east-1") if endpoint else fs.resolve_s3_region(bucket),
+        endpoint_override=endpoint,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=RETRIES),
+    )
+
+
+def remote(uri: str) -> Remote:
+    """What a URI names. Raises ConfigError: another scheme, no bucket, or credentials or options inside."""
+    from raydistill.errors import mask
+
+    scheme, _, key = uri.partition("://")
+    bucket = key.partition("/")[0]
+    if scheme not in _CREDENTIALS:
+        raise ConfigError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, file:// or a path")
+    if "@" in bucket or ":" in bucket or "?" in key or "#" in key:  # a secret may hold slashes
+        raise ConfigError(
+            f"{scheme}://…: credentials and options do not belong in a URI; they are read from the environment "
+            f"({_CREDENTIALS[scheme]}{'; AWS_ENDPOINT_URL' if scheme == 's3' else ''})"
+        )
+    parts = PurePosixPath(key).parts
+    if not bucket or ".." in parts:
+        raise ConfigError(f"{uri}: not a bucket and a key, as in {scheme}://bucket/folder/file")
+    return Remote(scheme, "/".join(parts))
+
+
+def cause(error: OSError, scheme: str) -> str:
+    """Why a store refuses, in one line without secrets; where it is about credentials, which ones are read."""
+    from raydistill.errors import reason
+
+    text = reason(error)
+    denied = _DENIED.search(text) or "OAuth2 access token" in text  # so GCS, without any
+    hint = f"no credentials that allow it; they are read from {_CREDENTIALS[scheme]}: " if denied else ""
+    return hint + text
+
+
+def for_ray_train(folder: Place) -> dict[str, Any]:
+    """Arguments of Ray Train's RunConfig that have it keep its checkpoints in a folder."""
+    if isinstance(folder, Path):
+        return {"storage_path": str(folder)}
+    return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
+
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

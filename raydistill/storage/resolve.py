@@ -1,0 +1,130 @@
+"""What a path of the configuration means on this machine: a path, `shapes:NAME`, a URI, or a model of the hub."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import unquote
+
+from raydistill.config.reading import get
+from raydistill.config.schema import Config
+from raydistill.errors import ConfigError
+from raydistill.storage.place import _URI, Place, Remote, remote
+
+if typing.TYPE_CHECKING:
+    from raydistill.storage.place import Place
+
+
+def place(text: str) -> Place:
+    """Where outputs go: a local path, or a URI's place. Raises ConfigError as `remote`."""
+
+    return remote(text) if is_uri(text) and not text.startswith("file://") else local_path(text)
+
+
+def argument(text: str) -> Place:
+    """`place` for argparse."""
+    try:
+        return place(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_argument(text: str) -> Path:
+    """For argparse: a path, or file://."""
+    found = argument(text)
+    if isinstance(found, Remote):
+        raise argparse.ArgumentTypeError(f"{found}: must be a folder of this machine, or of a file system that it sees")
+    return found
+
+
+def require_folder(storage: Place, what: str) -> None:
+    """Raises ConfigError for a URI."""
+    if isinstance(storage, Remote):
+        raise ConfigError(f"storage: {storage}: {what} needs a folder that every node sees, and goes by no URI")
+
+
+SHAPES_PREFIX = "shapes:"
+HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
+
+
+# -- reading --------------------------------------------------------------------------------------------
+
+
+def is_uri(text: str) -> bool:
+    """Whether `text` reads as scheme://something."""
+    return _URI.match(text) is not None
+
+
+def local_path(path: str) -> Path:
+    """A path of the configuration on this machine.
+
+    `shapes:NAME` is a part of the embedded world; what `s3://` and `gs://` name is fetched once a node (`storage.stage`).
+
+    Raises:
+        ConfigError: a URI of another scheme, of nothing, or that may not be read.
+        OSError: the store of a URI does not answer.
+    """
+    if path.startswith(SHAPES_PREFIX):
+        from raydistill.shapes import WEIGHTS
+
+        return WEIGHTS / path.removeprefix(SHAPES_PREFIX)
+    if path.startswith("file:///"):
+        return Path(unquote(path.removeprefix("file://")))
+    if is_uri(path):
+        from raydistill.storage.staging import stage
+
+        return stage(path)
+    return Path(path).expanduser()
+
+
+def resolve(path: str) -> Path:
+    """`local_path`, or the cached folder of a hub model `org/name[@revision]`.
+
+    `check_paths` downloads hub models when a run starts; a node that does not share its cache does so here.
+
+    Raises:
+        ConfigError: as `local_path`, or a hub model cannot be fetched.
+    """
+    found = local_path(path)
+    if found.exists():
+        return found
+    from raydistill.storage.hub import is_hub_id, on_this_node
+    from raydistill.storage.staging import present
+
+    return on_this_node(path) if is_hub_id(path) else present(found)
+
+
+def check_paths(config: Config, keys: Sequence[str]) -> None:
+    """Every named path must exist; models of the hub, and URIs, are fetched. Raises ConfigError naming key and path."""
+    from raydistill.storage.hub import download, is_hub_id
+
+    for key in keys:
+        value = get(config, key)
+        try:
+            if value is None or (found := local_path(value)).exists():
+                continue
+            if key in HUB_KEYS and is_hub_id(value):
+                download(value)
+                continue
+        except (ConfigError, OSError) as error:
+            raise ConfigError(f"{key}: {error}") from None
+        raise ConfigError(f"{key}: {value} does not exist (looked at {found})")
+
+
+def check_storage(config: Config) -> Place:
+    """Absolute storage root, or a URI's. Raises ConfigError: a wrong URI, or a relative folder under `ray job submit`."""
+
+    if is_uri(config.storage):
+        try:
+            return place(config.storage)
+        except ConfigError as error:
+            raise ConfigError(f"storage: {error}") from None
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():
+        raise ConfigError(
+            f"storage: {config.storage!r} is relative, and under `ray job submit` the working directory is a copy that is "
+            "thrown away; name an absolute folder, for example storage=$HOME/raydistill"
+        )
+    return Path(config.storage).expanduser().resolve()

@@ -1,0 +1,277 @@
+"""MLflow runs: where they are kept, what describes them, opening and resuming them. The driver's side of tracking.
+
+Use it through `raydistill.tracking`. MLflow takes seconds to import, so it is imported inside functions only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shlex
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydistill.config.reading import config_hash
+from raydistill.config.schema import Config
+from raydistill.errors import ConfigError, mask, reason
+from raydistill.storage.place import Place, Remote
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
+MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # of the UI's side « Model training»
+NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
+
+
+class TrackingError(RuntimeError):
+    """The tracking store or a run in it cannot be used; raised before training starts, never during it."""
+
+
+class TrackingAway(TrackingError):
+    """The store does not answer; it may come back."""
+
+
+# -- where runs are kept ----------------------------------------------------------------------------------
+
+
+def tracking_uri(config: Config, storage: Place) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else a SQLite file in `storage`.
+
+    SQLite paths are made absolute: every process of a cluster has its own working directory.
+
+    Raises:
+        ConfigError: there is no other store, and `storage` can hold no SQLite file.
+    """
+    return absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage, "tracking.uri"))
+
+
+def absolute(uri: str) -> str:
+    """`uri`, a relative SQLite path in it made absolute."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or path.startswith(("/", ":memory:", "file:")):
+        return uri
+    return f"sqlite:///{Path(path).absolute()}"
+
+
+def sqlite_uri(storage: Place, option: str) -> str:
+    """The SQLite file in `storage`. Raises ConfigError, which names the option to set, where that is no folder."""
+    if isinstance(storage, Remote):
+        raise ConfigError(
+            f"{option}: {storage} cannot hold MLflow's database; set {option} or MLFLOW_TRACKING_URI to an MLflow server, "
+            "http://host:5000"
+        )
+    return f"sqlite:///{storage.absolute()}/mlflow.db"
+
+
+def ui_command(uri: str) -> str:
+    """The shell command that opens the MLflow UI (a server's own address if the URI is one)."""
+    if uri.startswith(("http://", "https://")):
+        return f"python -m webbrowser {shlex.quote(mask('uri', uri))}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(mask('uri', uri))}"
+
+
+def client_of(uri: str) -> MlflowClient:
+    """An MLflow client with quiet loggers and short retries."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 block a caller for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    import mlflow
+
+    # Table creation and migration narrate at INFO, failing database calls print a traceback before they raise.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING if name == "alembic" else logging.CRITICAL)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Hold a lock file beside a SQLite store: MLflow's own guard lets two first users collide."""
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or not path.startswith("/"):
+        yield
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+        yield
+
+
+def _open_file(uri: str) -> None:
+    """Open a SQLite store's file once: MLflow retries one that cannot be opened for 100 s."""
+    path = uri.removeprefix("sqlite:///")
+    if path != uri and path.startswith("/"):
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            database.execute("pragma schema_version")
+
+
+def prepare(uri: str) -> None:
+    """Create or migrate the store once, before any worker opens it: parallel first uses race on migration.
+
+    Raises:
+        TrackingAway: the store does not answer.
+        TrackingError: no URI of a store, or one that will not be usable later either.
+    """
+    try:
+        with _alone(uri):
+            _open_file(uri)
+            client_of(uri).search_experiments(max_results=1)
+    except Exception as error:  # sqlalchemy, requests and mlflow all have their own
+        kind = TrackingAway if _may_pass(error) else TrackingError
+        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a store that raised this may answer later: it could not be reached, is locked, or has failed inside."""
+    import requests
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import OperationalError
+
+    if isinstance(error, MlflowException):  # its code is INTERNAL_ERROR where a server or a connection failed
+        wrapped = error.__cause__ or error.__context__
+        if wrapped is not None and not isinstance(wrapped, MlflowException):
+            return _may_pass(wrapped)
+        return error.error_code in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE") and "URI" not in str(error)
+    return isinstance(error, (OSError, requests.RequestException, OperationalError, sqlite3.OperationalError))
+
+
+def source_version() -> str:
+    """Git commit of the source tree (« -dirty» if tracked files changed), else the installed package's version."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:  # not a checkout that holds our virtualenv
+            return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        pass
+    try:
+        return metadata.version("raydistill")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def run_tags(config: Config, stage: str) -> dict[str, str]:
+    """The tags by which runs are found and compared."""
+    return {
+        "git_commit": source_version(),
+        "config_hash": config_hash(config),
+        "teacher": config.teacher.model,
+        "student": config.student.unet or config.student.model,
+        "stage": stage,
+    }
+
+
+def open_run(
+    uri: str,
+    experiment: str,
+    name: str,
+    *,
+    storage: Place,
+    params: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    parent_run_id: str | None = None,
+    resume_run_id: str | None = None,
+) -> str:
+    """Create or resume a run and describe it.
+
+    Args:
+        uri: tracking URI.
+        experiment: MLflow experiment, created if missing (unless a server decides, artifacts go to `storage`, or
+            beside a SQLite file where that is a URI).
+        name: display name of a new run.
+        storage: folder that roots everything a run writes.
+        params: flat parameters; secrets are masked, long values cut. On resume, those logged before with another
+            value become tags `changed.<key>`: MLflow's parameters cannot be changed.
+        tags: tags of the run.
+        parent_run_id: run to nest under.
+        resume_run_id: continue this run instead of creating one.
+
+    Returns:
+        The run id.
+
+    Raises:
+        TrackingAway: unreachable store.
+        TrackingError: no server although `storage` is a URI, deleted experiment or run, or no such run.
+    """
+    prepare(uri)
+    client = client_of(uri)
+    from mlflow.exceptions import MlflowException
+
+    tags = {key: mask(key, value)[:MAX_TAG] for key, value in tags.items()}
+    if parent_run_id:
+        tags["mlflow.parentRunId"] = parent_run_id
+    if commit := tags.get("git_commit"):
+        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": Path(sys.argv[0]).name or "raydistill"}
+    params = {key: mask(key, value)[:MAX_PARAM] for key, value in params.items()}
+    try:
+        if resume_run_id is None:
+            run = client.create_run(_experiment_id(client, uri, experiment, storage), tags=tags, run_name=name)
+        else:
+            run = client.get_run(resume_run_id)
+            if run.info.lifecycle_stage != "active":
+                raise TrackingError(f"run {resume_run_id} was deleted; `mlflow runs restore` brings it back")
+            client.update_run(resume_run_id, status="RUNNING")
+        known = run.data.params
+        changed = {f"changed.{k}": v[:MAX_TAG] for k, v in params.items() if k in known and known[k] != v}
+        fresh = {key: value for key, value in params.items() if key not in known}
+        describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
+    except MlflowException as error:
+        kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
+        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
+    return run.info.run_id
+
+
+def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Place) -> str:
+    """Id of the experiment; made with an absolute artifact location, unless a server has its own."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = artifact_root(uri, storage)
+        try:
+            return client.create_experiment(name, artifact_location=location, tags=EXPERIMENT_TAGS)
+        except MlflowException:
+            found = client.get_experiment_by_name(name)  # another driver was faster
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"experiment {name!r} was deleted; use another tracking.experiment, or "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    return found.experiment_id
+
+
+def artifact_root(uri: str, storage: Place) -> str | None:
+    """Where runs keep their artifacts; None: where the server says. Raises TrackingError where there is no place."""
+    if uri.startswith(("http://", "https://", "databricks")):
+        return None
+    if not isinstance(storage, Remote):
+        return (storage.absolute() / "mlartifacts").as_uri()
+    file = uri.removeprefix("sqlite:///")
+    if file == uri:
+        raise TrackingError(f"{mask('uri', uri)}: with storage={storage}, MLflow's artifacts need an MLflow server")
+    return (Path(file).parent / "mlartifacts").as_uri()
+
+
+def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+    """Log texts that are masked and short enough already."""
+    from mlflow.entities import Param, RunTag
+
+    entries = [("params", Param(k, v)) for k, v in params.items()] + [("tags", RunTag(k, v)) for k, v in tags.items()]
+    for start in range(0, len(entries), 100):  # MLflow's limit per request
+        part = entries[start : start + 100]
+        client.log_batch(run_id, **{kind: [e for k, e in part if k == kind] for kind in ("params", "tags")})

@@ -1,0 +1,98 @@
+"""Checkpoint folders: one torch file of tensors and plain values, and a small JSON for people.
+
+The torch file holds everything and is replaced in one step, so a kill leaves the old one or the new one. It is read with
+`weights_only=True`, so that a checkpoint can never run code, and its checksums are compared, which torch does not do.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raydistill.storage.atomic import replace_text
+
+MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
+# What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
+DAMAGE = (None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is damaged or does not belong here."""
+
+
+def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
+    """Write `state.pt` and `about.json` into an existing folder; an older state stays until the new one is whole."""
+    unfinished = folder / "state.tmp"
+    try:
+        torch.save({"state": state, "about": about}, unfinished)
+    except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos", if it says anything
+        unfinished.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free / 2**30
+        raise OSError(
+            f"{folder / 'state.pt'} cannot be written ({str(error).splitlines()[0]}); is the disk full? {free:.1f} GiB are "
+            "free. The older one is kept; free space, then continue with the same run.name"
+        ) from error
+    unfinished.replace(folder / "state.pt")
+    replace_text(folder / "about.json", json.dumps(about, indent=1))
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raises OSError if the disk of a folder has no room for `size` bytes: half a checkpoint would fill it for good.
+
+    Some is left over: Ray Train writes its list of checkpoints in place, and a full disk would leave it empty.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size + MARGIN:
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint of {size / 2**20:.0f} MiB does not fit, {free / 2**20:.0f} MiB are free; the ones before it "
+            "are kept. Free space, then continue with the same run.name",
+            str(folder),
+        )
+
+
+def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, about) of a checkpoint folder.
+
+    Raises:
+        CheckpointError: it is damaged or incomplete; names the folder.
+        OSError, MemoryError: it could not be read this time.
+    """
+    file = folder / "state.pt"
+    with _damage_named(folder):
+        _compare_checksums(file)
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+        return saved["state"], saved["about"]
+
+
+def check_state(folder: Path) -> None:
+    """As `load_state`, of the checksums alone and in little memory; the same errors."""
+    with _damage_named(folder):
+        _compare_checksums(folder / "state.pt")
+
+
+def _compare_checksums(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error
