@@ -169,15 +169,15 @@ def main() -> int:
     from tqdm import tqdm
 
     from raydistill.driver.cluster import connected
+    from raydistill.errors import StageFailed
     from raydistill.evaluation.evaluate import log_results, run_evaluation
-    from raydistill.evaluation.stream import EvaluationFailed
     from raydistill.evaluation.summary import table as table_of
 
     try:
         with connected(), tqdm(total=len(plan.items), desc="evaluate", unit="picture", disable=None) as bar:
             table = run_evaluation(plan, bar.update)
         run_id, parent = log_results(plan, table, uri, arguments.experiment, arguments.storage)
-    except (EvaluationFailed, TrackingError) as error:
+    except (StageFailed, TrackingError) as error:
         print(f"error: {error}\nthe same command goes on where this stopped", file=sys.stderr)
         return 1
     Console(width=None if sys.stdout.isatty() else 160).print(

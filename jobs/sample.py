@@ -85,7 +85,8 @@ def main() -> int:
     from tqdm import tqdm
 
     from raydistill.data.prompts import read_prompts
-    from raydistill.export.sampling import Album, NotFinite, Sampler, find_upgrade, pictures_of, sample, typed_prompts
+    from raydistill.errors import NonFiniteError
+    from raydistill.export.sampling import Album, Sampler, find_upgrade, pictures_of, sample, typed_prompts
     from raydistill.export.source import find_export, open_one_step
     from raydistill.spaces.published_students import open_student
     from raydistill.storage.resolve import local_path
@@ -118,7 +119,7 @@ def main() -> int:
     try:
         with tqdm(total=len(pictures), desc="sample", unit="picture", disable=None) as bar:
             sample(sampler, pictures, album, arguments.batch_size, bar.update)
-    except NotFinite as error:
+    except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     files = album.finish(f"{export.name}, one step from t = {start_timestep}, {side} px")

@@ -7,17 +7,29 @@ import re
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is for whoever typed it."""
+class InputError(ValueError):
+    """Wrong input: a configuration, a file or a folder that cannot be used. The message names it and says what to do."""
+
+
+class StageFailed(RuntimeError):
+    """A stage of a run ended without its result. The message says why; what was reached is kept and can be continued."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A value that must be finite is not; the message names where it arose, `count` says in how many samples."""
+
+    def __init__(self, message: str, count: int = 1) -> None:
+        super().__init__(message, count)
+        self.message, self.count = message, count
+
+    def __str__(self) -> str:
+        return self.message
 
 
 MASK = "***"
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
 _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
-
-
-# -- what a run is described by ---------------------------------------------------------------------------
 
 
 def mask(key: str, value: Any) -> str:

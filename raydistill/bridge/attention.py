@@ -19,15 +19,12 @@ from torch import nn
 
 from raydistill.config import schema
 from raydistill.diffusion.noise import uniform
+from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces.base import Conditioning, Space
 
 RowSampler = Callable[[int, int], torch.Tensor]  # (layer, image tokens) -> indices [R] of query rows
 NORMALISATION_EPS = 1e-6
-
-
-class AttentionError(ValueError):
-    """The attention fidelity is not available for a network."""
 
 
 def sample_rows(seed: int, step: int, count: int) -> RowSampler:
@@ -198,7 +195,7 @@ def _cut_unet(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, lis
     network = copy.deepcopy(network)
     places = _unet_attention_blocks(network)[:keep]
     if not places:
-        raise AttentionError("this UNet has no transformer blocks to compare")
+        raise InputError("this UNet has no transformer blocks to compare")
     last, i, j = places[-1]
     last.attentions[i].transformer_blocks = last.attentions[i].transformer_blocks[: j + 1]
     last.attentions = last.attentions[: i + 1]
@@ -250,14 +247,14 @@ FAMILIES: dict[str, _Family] = {
 
 def _check_known(space: Space, network_class: str) -> None:
     if network_class not in FAMILIES:
-        raise AttentionError(
+        raise InputError(
             f"{space.folder}: the attention fidelity does not know {network_class} (known: "
             f"{', '.join(sorted(FAMILIES))}); set bridge.attention.weight=0 to train on L1 alone"
         )
 
 
 def check_network(space: Space) -> None:
-    """Raises AttentionError where there is no reader for this folder's network; loads nothing."""
+    """Raises InputError where there is no reader for this folder's network; loads nothing."""
     _check_known(space, space.part_config(space.network_name)["_class_name"])
 
 
@@ -270,7 +267,7 @@ class AttentionProbe:
         settings: the `bridge.attention` section of the configuration.
 
     Raises:
-        AttentionError: the network's class is not known here.
+        InputError: the network's class is not known here.
     """
 
     def __init__(self, space: Space, network: nn.Module, settings: schema.AttentionConfig) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
 from raydistill.config import schema
+from raydistill.errors import InputError
 from raydistill.spaces.base import Space, weight_files
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
@@ -31,17 +32,13 @@ SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "
 ARCHITECTURE_KEYS = ("projector", "prior", "embed_dim", "depths", "heads", "window")
 
 
-class BridgeError(ValueError):
-    """A Bridge that cannot be built for a pair of spaces, or a saved one that belongs to another pair."""
-
-
 def doublings(student: Space, teacher: Space) -> int:
-    """n with teacher side = 2^n · student side. Raises BridgeError where there is none."""
+    """n with teacher side = 2^n · student side. Raises InputError where there is none."""
     (_, h, w), (_, H, W) = student.latent_shape, teacher.latent_shape
     factor = H // h
     fits = (factor * h, factor * w) == (H, W)
     if not fits or factor < 1 or factor & (factor - 1):
-        raise BridgeError(
+        raise InputError(
             f"teacher latents ({H}x{W}, {teacher.folder}) must be 1, 2, 4, … times the student's "
             f"({h}x{w}, {student.folder}) on both sides"
         )
@@ -51,7 +48,7 @@ def doublings(student: Space, teacher: Space) -> int:
 def vae_fingerprint(space: Space) -> str:
     """sha256 of the VAE's tensors (name, dtype, shape, bytes) and of its latent scaling.
 
-    File metadata and the order of tensors do not matter. Raises ModelFolderError where the weights are missing.
+    File metadata and the order of tensors do not matter. Raises InputError where the weights are missing.
     """
     return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(_scaling(space)))
 
@@ -87,7 +84,7 @@ class SpatialPrior(nn.Module):
     Frozen and always in evaluation mode; gradients flow through it to its input.
 
     Raises:
-        BridgeError: the decoder has fewer than n up-sampling blocks.
+        InputError: the decoder has fewer than n up-sampling blocks.
     """
 
     def __init__(self, space: Space, vae: nn.Module, n: int) -> None:
@@ -95,7 +92,7 @@ class SpatialPrior(nn.Module):
         decoder = vae.decoder
         upsampling = [block for block in decoder.up_blocks if block.upsamplers is not None]
         if n > len(upsampling):
-            raise BridgeError(f"{space.folder}: its decoder doubles {len(upsampling)} times, but {n} are needed")
+            raise InputError(f"{space.folder}: its decoder doubles {len(upsampling)} times, but {n} are needed")
         self.space = space
         self.post_quant_conv = getattr(vae, "post_quant_conv", None)
         self.conv_in, self.mid_block = decoder.conv_in, decoder.mid_block
@@ -126,11 +123,11 @@ def _projector(architecture: schema.BridgeConfig, in_channels: int, out_channels
             return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
         return SwinIR(in_channels, out_channels, a.embed_dim, a.depths, a.heads, a.window, upscale=upscale)
     except ValueError as error:
-        raise BridgeError(f"bridge: {error}") from None
+        raise InputError(f"bridge: {error}") from None
 
 
 def projector_parameters(student: Space, teacher: Space, architecture: schema.BridgeConfig) -> int:
-    """Trainable parameters of a Bridge, without making it. Raises BridgeError as `Bridge.create`."""
+    """Trainable parameters of a Bridge, without making it. Raises InputError as `Bridge.create`."""
     n = doublings(student, teacher)
     in_channels, upscale = student.latent_shape[0], 2**n
     if architecture.prior:
@@ -164,13 +161,13 @@ class Bridge(nn.Module):
             architecture: the `bridge` section of the configuration.
 
         Raises:
-            BridgeError: the grids or the identity projector do not fit the pair.
+            InputError: the grids or the identity projector do not fit the pair.
         """
         n = doublings(student_space, teacher_space)
         (c_S, *_), (c_T, *_) = student_space.latent_shape, teacher_space.latent_shape
         if architecture.projector == "identity":
             if student_space.latent_shape != teacher_space.latent_shape:
-                raise BridgeError(
+                raise InputError(
                     f"bridge.projector identity needs equal latent shapes, not {student_space.latent_shape} "
                     f"({student_space.folder}) and {teacher_space.latent_shape} ({teacher_space.folder})"
                 )
@@ -241,41 +238,41 @@ class Bridge(nn.Module):
         """A saved Bridge, frozen and in evaluation mode.
 
         Raises:
-            BridgeError: the folder is no Bridge, or belongs to another pair of VAEs.
+            InputError: the folder is no Bridge, or belongs to another pair of VAEs.
         """
         saved = check_pair(folder, student_space, teacher_space)
         bridge = cls.create(student_space, teacher_space, schema.BridgeConfig(**saved["architecture"]))
         try:
             bridge.projector.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise BridgeError(f"{folder}: {WEIGHTS_FILE} is missing or damaged: {error}") from None
+            raise InputError(f"{folder}: {WEIGHTS_FILE} is missing or damaged: {error}") from None
         return bridge.eval().requires_grad_(False)
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """bridge.json of a saved Bridge. Raises BridgeError where it is missing or incomplete."""
+    """bridge.json of a saved Bridge. Raises InputError where it is missing or incomplete."""
     file = Path(folder, DESCRIPTION_FILE)
     try:
         saved = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise BridgeError(f"{folder}: not a saved Bridge ({DESCRIPTION_FILE}: {error})") from None
+        raise InputError(f"{folder}: not a saved Bridge ({DESCRIPTION_FILE}: {error})") from None
     if not isinstance(saved, dict):
-        raise BridgeError(f"{file}: holds no JSON object")
+        raise InputError(f"{file}: holds no JSON object")
     missing = [key for key in ("architecture", *SIDES) if not isinstance(saved.get(key), dict)]
     keys = {"architecture": ARCHITECTURE_KEYS} | dict.fromkeys(SIDES, SIDE_KEYS)
     missing += [f"{part}.{key}" for part in keys if part not in missing for key in keys[part] if key not in saved[part]]
     if missing:
-        raise BridgeError(f"{file}: lacks {', '.join(missing)}")
+        raise InputError(f"{file}: lacks {', '.join(missing)}")
     try:
         schema.BridgeConfig(**saved["architecture"])
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise BridgeError(f"{file}: architecture: {wrong}") from None
+        raise InputError(f"{file}: architecture: {wrong}") from None
     return saved
 
 
 def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -> dict[str, Any]:
-    """bridge.json of a Bridge that belongs to these two VAEs. Raises BridgeError otherwise; loads no weights."""
+    """bridge.json of a Bridge that belongs to these two VAEs. Raises InputError otherwise; loads no weights."""
     saved = read_description(folder)
     for role, space in (("student", student_space), ("teacher", teacher_space)):
         _check_side(folder, role, saved[role], space)
@@ -285,13 +282,13 @@ def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -
 def _check_side(folder: str | Path, role: str, saved: dict[str, Any], space: Space) -> None:
     found = vae_fingerprint(space)
     if found != saved["vae_sha256"]:
-        raise BridgeError(
+        raise InputError(
             f"{folder}: this Bridge was trained for another {role} VAE ({saved['family']} {saved['model']}, sha256 "
             f"{saved['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
             "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
         )
     if list(space.latent_shape) != saved["latent_shape"]:
-        raise BridgeError(
+        raise InputError(
             f"{folder}: this Bridge was trained for {role} latents {saved['latent_shape']}, "
             f"but {space.folder} has {list(space.latent_shape)}"
         )

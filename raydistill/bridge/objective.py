@@ -162,7 +162,7 @@ def build_objective(
         split_seed: decides which pairs are held out; None: the run's seed.
 
     Raises:
-        PairsError: the pairs are not of these spaces.
+        InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     pairs = read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)

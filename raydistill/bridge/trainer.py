@@ -22,6 +22,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import Objective, build_objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
+from raydistill.errors import NonFiniteError
 from raydistill.pictures.fidelity import l1, psnr, ssim
 from raydistill.pictures.grids import grid
 from raydistill.spaces import load_space
@@ -30,10 +31,6 @@ from raydistill.storage.resolve import resolve
 VALIDATION_PAIRS = 256  # pictures that are decoded at most; more would not change the second digit
 DECODE_BATCH = 16  # at most, see Space.vae_batch
 PICTURES = 8
-
-
-class TrainingDiverged(ArithmeticError):
-    """A loss or gradient is not finite."""
 
 
 class BridgeTrainer:
@@ -74,7 +71,7 @@ class BridgeTrainer:
         """One Adam update, computed in `bridge.micro_batches` equal parts; returns this worker's losses.
 
         Raises:
-            TrainingDiverged: a loss or the gradient is not finite; nothing was updated.
+            NonFiniteError: a loss or the gradient is not finite; nothing was updated.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(self.step_count)
@@ -84,7 +81,7 @@ class BridgeTrainer:
         values = {name: sum(row[name] for row in rows) / count for name in rows[0]}
         gradients = [p.grad for p in self.bridge.trainable_parameters() if p.grad is not None]
         if not torch.nn.utils.get_total_norm(gradients).isfinite():  # of all workers' mean: all see the same
-            raise TrainingDiverged(f"step {self.step_count}: the gradient is not finite; a lower bridge.lr may help")
+            raise NonFiniteError(f"step {self.step_count}: the gradient is not finite; a lower bridge.lr may help")
         self.optimizer.step()
         self.step_count += 1
         return values
@@ -97,7 +94,7 @@ class BridgeTrainer:
             values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
             wrong = [name for name, value in values.items() if not np.isfinite(value)]
             if wrong:
-                raise TrainingDiverged(
+                raise NonFiniteError(
                     f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
                 )
             (loss / self.settings.micro_batches).backward()

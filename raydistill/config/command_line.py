@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from raydistill.config.reading import fields, get, load, to_yaml
 from raydistill.config.schema import Config
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 
 # -- command line ---------------------------------------------------------------------------------------
 
@@ -69,14 +69,14 @@ def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> C
                 _, separator, file = argument.partition("=")
                 if not separator:
                     if not arguments:
-                        raise ConfigError("--config needs a file name")
+                        raise InputError("--config needs a file name")
                     file = arguments.pop(0)
             elif argument.startswith("-"):
-                raise ConfigError(f"unknown option {argument}; options are --config, --help, --print-config")
+                raise InputError(f"unknown option {argument}; options are --config, --help, --print-config")
             else:
                 overrides.append(argument)
         config = load(file, overrides)
-    except ConfigError as error:
+    except InputError as error:
         print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
         raise SystemExit(2) from None
     if show_help:

@@ -1,6 +1,6 @@
 """Reading a configuration: YAML files that extend each other, then dotted overrides (`student.lr=1e-5`), then validation.
 
-A wrong key, type or value is one line of a ConfigError, which names the key, its file, and the nearest key that there is.
+A wrong key, type or value is one line of a InputError, which names the key, its file, and the nearest key that there is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from raydistill.config.schema import Config, Section
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -68,25 +68,25 @@ def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dic
         the tree, and for every dotted key the file that it comes from.
 
     Raises:
-        ConfigError: a file is missing, is not a mapping, or extends itself; the message names it.
+        InputError: a file is missing, is not a mapping, or extends itself; the message names it.
     """
     if not file.is_file():
         if extended_by:
-            raise ConfigError(f"{extended_by[-1]}: extends {file}, which does not exist")
+            raise InputError(f"{extended_by[-1]}: extends {file}, which does not exist")
         known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
-        raise ConfigError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
+        raise InputError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
     if file.resolve() in (other.resolve() for other in extended_by):
-        raise ConfigError(f"{extended_by[-1]}: extends {file}, which extends it")
+        raise InputError(f"{extended_by[-1]}: extends {file}, which extends it")
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: must be a mapping of sections, not a {type(tree).__name__}")
+        raise InputError(f"{file}: must be a mapping of sections, not a {type(tree).__name__}")
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
-        raise ConfigError(f"{file}: extends must be a file name or a list of file names, not {parents!r}")
+        raise InputError(f"{file}: extends must be a file name or a list of file names, not {parents!r}")
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
@@ -115,14 +115,14 @@ def _coerce_floats(tree: Any) -> Any:
 
 
 def _override(text: str) -> dict:
-    """`section.key=value` as a tree. Raises ConfigError."""
+    """`section.key=value` as a tree. Raises InputError."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"{text!r}: overrides look like section.key=value (see --help)")
+        raise InputError(f"{text!r}: overrides look like section.key=value (see --help)")
     try:
         parsed: Any = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.YAMLError:
-        raise ConfigError(f"{text!r}: the value is not valid YAML") from None
+        raise InputError(f"{text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
     return parsed
@@ -139,7 +139,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
     """Check a plain tree; `origins` says which file a dotted key comes from.
 
     Raises:
-        ConfigError: one line per mistake.
+        InputError: one line per mistake.
     """
     origins = origins or {}
     try:
@@ -156,11 +156,11 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
                 got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
                 text = problem["msg"].removeprefix("Value error, ")
                 lines.append(f"{key + ': ' if key else ''}{text}{got}{_where(key, origins)}")
-        raise ConfigError("\n".join(lines)) from None
+        raise InputError("\n".join(lines)) from None
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises ConfigError."""
+    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises InputError."""
     tree, origins = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
     for text in overrides:
         extra = _override(text)
@@ -194,7 +194,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
-    """The configuration with other values of some sections. Raises ConfigError."""
+    """The configuration with other values of some sections. Raises InputError."""
     tree = config.model_dump()
     for section, values in changes.items():
         tree[section] |= values

@@ -23,16 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from raydistill.errors import InputError
 from raydistill.storage.staging import present
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
 
 Listing = list[tuple[str, int]]  # (name, what else tells one version from another: bytes or rows)
-
-
-class ImagesError(ValueError):
-    """Images that cannot be used; the message names the path and the reason."""
 
 
 class BadImage(Exception):
@@ -126,7 +123,7 @@ class FolderImages(ImageSet):
     def __init__(self, folder: Path) -> None:
         listing = sorted(_image_files(folder))
         if not listing:
-            raise ImagesError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
+            raise InputError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
         self.files = [name for name, _ in listing]
         captions, bad = [], {}
         for row, name in enumerate(self.files):
@@ -177,7 +174,7 @@ class ParquetImages(ImageSet):
             captions += texts
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         if not captions:
-            raise ImagesError(f"{source}: no rows")
+            raise InputError(f"{source}: no rows")
         listing = list(zip((file.name for file in files), lengths, strict=True))
         super().__init__(source, listing, [text for text, _ in captions], dict(_bad(captions)))
 
@@ -220,16 +217,16 @@ def _read_captions(
             value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
             return len(column), [_text(raw) for raw in column.cast(value).cast(pa.large_binary()).to_pylist()]
     except (pa.ArrowInvalid, OSError) as error:
-        raise ImagesError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _check_column(
     file: Path, schema: pa.Schema, name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str
 ) -> None:
     if name not in schema.names:
-        raise ImagesError(f"{file}: no column {name!r} ({key}); the file has: {', '.join(map(repr, schema.names))}")
+        raise InputError(f"{file}: no column {name!r} ({key}); the file has: {', '.join(map(repr, schema.names))}")
     if not fits(schema.field(name).type):
-        raise ImagesError(f"{file}: column {name!r} ({key}) holds {schema.field(name).type}, not {wanted}")
+        raise InputError(f"{file}: column {name!r} ({key}) holds {schema.field(name).type}, not {wanted}")
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -287,18 +284,18 @@ def open_images(path: str | Path, image_column: str = "image", caption_column: s
         caption_column: of parquet files; None: "caption" where there is one, else no captions.
 
     Raises:
-        ImagesError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.
+        InputError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.
     """
     path = Path(path)
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ImagesError(f"{path}: neither a folder nor a .parquet file")
+            raise InputError(f"{path}: neither a folder nor a .parquet file")
         return ParquetImages(path, [path], image_column, caption_column)
     if not path.is_dir():
-        raise ImagesError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder")
     tables = sorted(path.glob("*.parquet"))
     if not tables:
         return FolderImages(path)
     if _image_files(path):
-        raise ImagesError(f"{path}: has parquet files and image files; name one kind")
+        raise InputError(f"{path}: has parquet files and image files; name one kind")
     return ParquetImages(path, tables, image_column, caption_column)

@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from raydistill.diffusion.noise import uniform
+from raydistill.errors import InputError
 from raydistill.storage.atomic import writing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import place
@@ -38,10 +39,6 @@ SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 ABANDONED_S = 3600  # age at which an unfinished file belongs to a writer that is gone
-
-
-class PairsError(ValueError):
-    """A folder of pairs that cannot be used; the message names file and column."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,7 @@ def about_shard(folder: str | Place, shard_index: int) -> dict[str, Any]:
     A shard from another writer, which says nothing, covers the rows that it has.
 
     Raises:
-        PairsError: not a parquet file.
+        InputError: not a parquet file.
     """
     with _open(shard_file(folder, shard_index)) as parquet:
         said = (parquet.metadata.metadata or {}).get(ABOUT)
@@ -214,7 +211,7 @@ def about_shard(folder: str | Place, shard_index: int) -> dict[str, Any]:
 
 
 def count_rows(folder: str | Place) -> int:
-    """Rows of all shards. Raises PairsError."""
+    """Rows of all shards. Raises InputError."""
     files = [shard_file(folder, index) for index in existing_shards(folder)]
     return sum(_open(file).metadata.num_rows for file in files)
 
@@ -223,13 +220,13 @@ def _open(file: Place) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(**_where(file))
     except (OSError, pa.ArrowInvalid) as error:
-        raise PairsError(f"{file}: not a readable parquet file: {error}") from None
+        raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
 def _tensor_shape(file: Path, schema: pa.Schema, column: str) -> tuple[int, ...]:
     kind = schema.field(column).type
     if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
-        raise PairsError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
+        raise InputError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
     return tuple(kind.shape)
 
 
@@ -242,7 +239,7 @@ class PairSet:
         cached_shards: shards kept in memory; also the window within which `order` mixes rows.
 
     Raises:
-        PairsError: no shards, or one with a missing column or another shape; names file and column.
+        InputError: no shards, or one with a missing column or another shape; names file and column.
     """
 
     def __init__(
@@ -255,7 +252,7 @@ class PairSet:
         self.folder = Path(folder)
         self.files = [shard_file(folder, index) for index in existing_shards(folder)]
         if not self.files:
-            raise PairsError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
+            raise InputError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
         expected: dict[str, tuple[int, ...] | None] = {"z_T": z_T_shape, "z_S": z_S_shape}
         lengths = [self._check(file, expected) for file in self.files]
         self.shapes = expected
@@ -269,13 +266,13 @@ class PairSet:
         schema = parquet.schema_arrow
         missing = [c for c in ("prompt", "prompt_id", "seed", *LATENT_COLUMNS) if c not in schema.names]
         if missing:
-            raise PairsError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
+            raise InputError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
         for column in LATENT_COLUMNS:
             shape = _tensor_shape(file, schema, column)
             if expected[column] is None:
                 expected[column] = shape
             elif shape != tuple(expected[column]):
-                raise PairsError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
+                raise InputError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
         return parquet.metadata.num_rows
 
     def __len__(self) -> int:
@@ -356,10 +353,10 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
     Sets with fewer distinct prompts than 1 / share (all captions empty, say) are split by row instead.
 
     Raises:
-        PairsError: fewer than two rows.
+        InputError: fewer than two rows.
     """
     if len(pairs) < 2:
-        raise PairsError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
+        raise InputError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
     first: dict[str, int] = {}  # id of each text
     ids = [first.setdefault(text, i) for text, i in zip(pairs.prompts(), pairs.prompt_ids().tolist(), strict=True)]
     _, group = np.unique(ids, return_inverse=True)

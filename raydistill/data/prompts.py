@@ -20,16 +20,13 @@ import numpy as np
 
 from raydistill.config.schema import Config
 from raydistill.data.texts import Spill, Texts, permutation, repeated
+from raydistill.errors import InputError
 from raydistill.storage.resolve import resolve
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
 COLUMNS_NAMED = 20  # where the column is missing
 PARQUET_ROWS = 4096  # read at a time
 CSV_FIELD_LIMIT = 1 << 20  # characters; the csv module's own limit is 128 KiB and would hide what is wrong
-
-
-class PromptFileError(ValueError):
-    """A prompt file that cannot be used; the message names the file, the row where there is one, and the reason."""
 
 
 class BadRow(Exception):
@@ -127,12 +124,12 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def training_prompts(config: Config) -> PromptSet:
-    """The prompts that a run learns from. Raises PromptFileError."""
+    """The prompts that a run learns from. Raises InputError."""
     return _configured(config, config.prompts.path)
 
 
 def held_out_prompts(config: Config) -> PromptSet:
-    """The prompts that a run is judged on, read by the same rules. Raises PromptFileError."""
+    """The prompts that a run is judged on, read by the same rules. Raises InputError."""
     return _configured(config, config.evaluation.prompts)
 
 
@@ -156,7 +153,7 @@ def read_prompts(
         max_characters: longer prompts are bad rows.
 
     Raises:
-        PromptFileError: no such file, not readable, unknown suffix, missing column, no usable row, no room for temporary
+        InputError: no such file, not readable, unknown suffix, missing column, no usable row, no room for temporary
             files, or (on_bad_row="fail") a bad row.
     """
     path = Path(path)
@@ -170,7 +167,7 @@ def read_prompts(
                 prompt = _checked(get(), max_characters)
             except BadRow as bad:
                 if on_bad_row == "fail":
-                    raise PromptFileError(f"{path}, row {row}: {bad}") from None
+                    raise InputError(f"{path}, row {row}: {bad}") from None
                 report.add_bad(str(bad), row)
                 continue
             ids.append(row)
@@ -182,14 +179,14 @@ def read_prompts(
         report.good, report.duplicates = len(prompts), repeated(hashes)
         rows = ids.array()
     except OSError as error:
-        raise PromptFileError(
+        raise InputError(
             f"{path}: no room for its prompts in {tempfile.gettempdir()} ({error.strerror}); make some, or name another folder "
             "in TMPDIR"
         ) from error
     if not report.rows:
-        raise PromptFileError(f"{path}: the file has no rows")
+        raise InputError(f"{path}: the file has no rows")
     if not len(prompts):
-        raise PromptFileError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
+        raise InputError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
     return PromptSet(prompts, rows, report)
 
 
@@ -197,15 +194,15 @@ def _rows(path: Path, column: str) -> Iterator[Row]:
     try:
         yield from _open(path, column)
     except OSError as error:
-        raise PromptFileError(f"{path}: {error.strerror or error}") from None
+        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
 def _open(path: Path, column: str) -> Iterator[Row]:
     """Rows of a file that exists and whose suffix is known."""
     if path.is_dir():
-        raise PromptFileError(f"{path}: is a folder, not a prompt file")
+        raise InputError(f"{path}: is a folder, not a prompt file")
     if not path.is_file():
-        raise PromptFileError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     readers = {
         ".txt": _text_rows,
         ".csv": lambda path: _table_rows(path, column, ","),
@@ -214,9 +211,9 @@ def _open(path: Path, column: str) -> Iterator[Row]:
         ".parquet": lambda path: _parquet_rows(path, column),
     }
     if path.suffix.lower() not in readers:
-        raise PromptFileError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(readers)}")
+        raise InputError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(readers)}")
     if not path.stat().st_size:
-        raise PromptFileError(f"{path}: the file is empty")
+        raise InputError(f"{path}: the file is empty")
     return readers[path.suffix.lower()](path)
 
 
@@ -299,7 +296,7 @@ def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
         try:
             header = next(reader, [])
         except csv.Error as error:
-            raise PromptFileError(f"{path}: the header line is malformed: {error}") from None
+            raise InputError(f"{path}: the header line is malformed: {error}") from None
         if column not in header:
             raise _missing_column(path, column, header)
         index = header.index(column)
@@ -328,16 +325,16 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
     except damages as error:
-        raise PromptFileError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
     with file:
         if column not in names:
             raise _missing_column(path, column, names)
         if names.count(column) > 1:
-            raise PromptFileError(f"{path}: {names.count(column)} columns are named {column!r}")
+            raise InputError(f"{path}: {names.count(column)} columns are named {column!r}")
         kind = file.schema_arrow.field(column).type
         value = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
-            raise PromptFileError(f"{path}: column {column!r} holds {kind}, not strings")
+            raise InputError(f"{path}: column {column!r} holds {kind}, not strings")
         number = 0
         try:
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
@@ -346,10 +343,10 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
                     number += 1
                     yield number, functools.partial(_decode, raw)
         except damages as error:
-            raise PromptFileError(f"{path}, after row {number}: {' '.join(str(error).split())}") from None
+            raise InputError(f"{path}, after row {number}: {' '.join(str(error).split())}") from None
 
 
-def _missing_column(path: Path, column: str, available: Sequence[str]) -> PromptFileError:
+def _missing_column(path: Path, column: str, available: Sequence[str]) -> InputError:
     names = ", ".join(repr(name) for name in available[:COLUMNS_NAMED]) or "none"
     names += ", …" if len(available) > COLUMNS_NAMED else ""
-    return PromptFileError(f"{path}: no column {column!r} (prompts.column); the file has: {names}")
+    return InputError(f"{path}: no column {column!r} (prompts.column); the file has: {names}")

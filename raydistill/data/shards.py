@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from raydistill.data.pairs import about_shard, existing_shards, remove_abandoned, write_pairs
+from raydistill.errors import InputError, StageFailed
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import place
@@ -26,14 +27,6 @@ SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 Batch = dict[str, np.ndarray]
 # Columns of encoded rows: row int64 [B]; z_T, z_S [B, C, H, W] float16; preview (PNG bytes) and failure (why there is
 # no such row, or "") as objects [B].
-
-
-class SynthesisError(ValueError):
-    """A set of pairs that must not be made; the message says why."""
-
-
-class SynthesisFailed(RuntimeError):
-    """The set cannot be completed now; what is there is kept, and can be continued."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,8 @@ class PairWriter:
         settings: what decides the rows. Rows of other settings are never mixed into a folder.
 
     Raises:
-        SynthesisError: the folder's set was made with other settings.
-        PairsError: a shard cannot be read.
+        InputError: the folder's set was made with other settings.
+        InputError: a shard cannot be read.
     """
 
     def __init__(
@@ -144,7 +137,7 @@ class PairWriter:
         """Take encoded rows; the shards that they complete are written and returned.
 
         Raises:
-            SynthesisFailed: more than `max_failed_rows` rows failed.
+            StageFailed: more than `max_failed_rows` rows failed.
         """
         written = []
         owner = batch["row"] // self.shard_size
@@ -162,11 +155,11 @@ class PairWriter:
         return written
 
     def finish(self) -> None:
-        """Raises SynthesisFailed if rows are missing."""
+        """Raises StageFailed if rows are missing."""
         if self.missing:
             first = next(iter(self._open.values()))
             row = first.start + int(np.argmin(first.here))
-            raise SynthesisFailed(f"{self.folder}: {self.missing} rows were not made, the first of them row {row}")
+            raise StageFailed(f"{self.folder}: {self.missing} rows were not made, the first of them row {row}")
 
     def _note_failures(self, shard: _Shard, batch: Batch, pick: np.ndarray) -> None:
         failed = np.flatnonzero(pick & (batch["failure"] != ""))
@@ -182,7 +175,7 @@ class PairWriter:
         self.failures += new
         if len(self.failures) > self.max_failed_rows:
             self._record_failures()
-            raise SynthesisFailed(
+            raise StageFailed(
                 f"{len(self.failures)} rows failed, more than synthesis.max_failed_rows={self.max_failed_rows}; the last "
                 f"one: row {new[-1].row}: {new[-1].reason}. All of them: {self.folder / FAILURES_FILE}"
             )
@@ -230,7 +223,7 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
     """Refuse to mix two kinds of rows in one folder.
 
     Raises:
-        SynthesisError: the folder has shards that were made with other settings, each of which is named, or with
+        InputError: the folder has shards that were made with other settings, each of which is named, or with
             settings that nobody knows.
     """
     file = place(str(folder)) / SETTINGS_FILE
@@ -239,7 +232,7 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
     try:
         found = dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise SynthesisError(
+        raise InputError(
             f"{folder}: holds shards, but {file.name}, which says how they were made, cannot be read ({error}); "
             "use another folder, or name this one in bridge.pairs if its pairs are complete"
         ) from None
@@ -249,4 +242,4 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
         f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]
     if changed:
-        raise SynthesisError(f"{folder}: holds rows of other settings ({'; '.join(changed)}); use another folder")
+        raise InputError(f"{folder}: holds rows of other settings ({'; '.join(changed)}); use another folder")

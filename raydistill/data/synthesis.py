@@ -29,15 +29,16 @@ from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
 from raydistill.data.prompts import PromptSet
-from raydistill.data.shards import Batch, PairWriter, Request, SynthesisError, SynthesisFailed
+from raydistill.data.shards import Batch, PairWriter, Request
 from raydistill.data.vae import PairEncoder, previews, resized
 from raydistill.diffusion.noise import normal
+from raydistill.errors import InputError, StageFailed
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 
 __all__ = [
-    "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "SynthesisError", "SynthesisFailed", "TeacherAsker",
+    "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "InputError", "StageFailed", "TeacherAsker",
     "encode_images", "encode_rows", "load_rows", "previews", "resized", "synthesise",
 ]  # fmt: skip
 
@@ -191,9 +192,7 @@ def _fingerprint(prompts: PromptSet) -> str:
 def _refuse(source: str, prompts: Iterable[str], forbidden: Collection[str]) -> None:
     common = set(forbidden).intersection(prompts)
     if common:
-        raise SynthesisError(
-            f"{source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}"
-        )
+        raise InputError(f"{source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")
 
 
 # -- rows -> pictures -> encoded rows -----------------------------------------------------------------------
@@ -326,8 +325,8 @@ def synthesise(
         How many rows were made by this call, failed ones among them.
 
     Raises:
-        SynthesisError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.
-        SynthesisFailed: more than `max_failed_rows` rows failed.
+        InputError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.
+        StageFailed: more than `max_failed_rows` rows failed.
     """
     _refuse(prompts.report.source, prompts.prompts, forbidden)
     recipe = Recipe(

@@ -23,15 +23,16 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.data
 import torch
-from ray.exceptions import RayError, UserCodeException
+from ray.exceptions import RayError
 
 from raydistill.config.schema import SynthesisConfig
 from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
-from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request, SynthesisFailed
+from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
+from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
 from raydistill.data.vae import PairEncoder
-from raydistill.spaces.base import ModelFolderError
+from raydistill.errors import InputError, StageFailed
 from raydistill.storage.place import Place
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
@@ -68,8 +69,8 @@ def synthesise_on_ray(
         How many rows were made by this call, failed ones among them.
 
     Raises:
-        SynthesisError: the folder's set was made with other settings.
-        SynthesisFailed: too many rows failed, the actors cannot be placed, or they failed.
+        InputError: the folder's set was made with other settings.
+        StageFailed: too many rows failed, the actors cannot be placed, or they failed.
         TeacherError: the service cannot answer.
     """
     writer = recipe.writer(folder, settings.max_failed_rows)
@@ -91,27 +92,15 @@ def synthesise_on_ray(
 # -- the stages -----------------------------------------------------------------------------------------
 
 
-class StageFailed(UserCodeException):
-    """What a stage raised: its type's name, its text, and whether it is a TeacherError.
-
-    Ray Data wraps errors of stages and loses their causes on the way to the driver; this one it hands out, its
-    message lengthened by advice. Attributes stay as they are.
-    """
-
-    def __init__(self, text: str, kind: str = "", of_teacher: bool = False) -> None:
-        super().__init__(text)
-        self.text, self.kind, self.of_teacher = text, kind, of_teacher
-
-
 def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
-    """Raise StageFailed from whatever `call` raises."""
+    """Raise StageError from whatever `call` raises."""
 
     @functools.wraps(call)
     def told(*arguments: Any, **keywords: Any) -> Batch:
         try:
             return call(*arguments, **keywords)
         except Exception as error:
-            raise StageFailed(str(error), type(error).__name__, isinstance(error, TeacherError)) from error
+            raise StageError(str(error), type(error).__name__, of_teacher=isinstance(error, TeacherError)) from error
 
     return told
 
@@ -222,7 +211,7 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
         override_num_blocks=min(len(requests), MAX_BLOCKS),
     )
     rows.context.execution_options.preserve_order = False  # a slow request holds up no other
-    rows.context.raise_original_map_exception = True  # a StageFailed
+    rows.context.raise_original_map_exception = True  # a StageError
     rows.context.enable_progress_bars = False
     rows.context.print_on_execution_start = False
     return rows
@@ -235,7 +224,7 @@ def _wait_for_room(settings: SynthesisConfig, samples: bool) -> None:
     actors on GPUs.
 
     Raises:
-        SynthesisFailed: there is still none.
+        StageFailed: there is still none.
     """
     keys = "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder"
     amounts, labels = {"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}, settings.node_labels
@@ -244,23 +233,20 @@ def _wait_for_room(settings: SynthesisConfig, samples: bool) -> None:
     ]
     if not samples and settings.gpus_per_encoder > 0:
         needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
-    try:
-        placement.wait_for_room(lambda: needs)
-    except placement.NoRoom as error:
-        raise SynthesisFailed(str(error)) from None
+    placement.wait_for_room(lambda: needs)
 
 
 def _plain(error: RayError) -> Exception:
     """What a stage raised, without Ray's wrapping; the remote traceback goes to the log."""
     cause = getattr(error, "cause", None)
-    if not isinstance(cause, StageFailed):
+    if not isinstance(cause, StageError):
         log.error("synthesis: a stage failed:\n%s", error)
-        return SynthesisFailed(f"synthesis: a stage failed: {one_line(error)}")
+        return StageFailed(f"synthesis: a stage failed: {one_line(error)}")
     if cause.of_teacher:
         return TeacherError(cause.text)
-    if cause.kind != ModelFolderError.__name__:  # whose text says it all
+    if cause.kind != InputError.__name__:  # whose text says it all
         log.error("synthesis: a stage failed:\n%s", error)
-    return SynthesisFailed(f"synthesis: a stage failed: {cause.kind}: {cause.text}")
+    return StageFailed(f"synthesis: a stage failed: {cause.kind}: {cause.text}")
 
 
 # -- what people see ------------------------------------------------------------------------------------

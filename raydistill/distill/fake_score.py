@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
 
 
@@ -34,7 +34,7 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
     """`network`, changed in place, without the blocks that a truncated fake score does without.
 
     Raises:
-        ConfigError: the network cannot be cut, or has too few blocks.
+        InputError: the network cannot be cut, or has too few blocks.
     """
     quarter = -(-len(space.blocks(network)) // 4)
     first, last = (quarter if count is None else count for count in (config.first_blocks, config.last_blocks))
@@ -42,7 +42,7 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
         return space.truncated(network, first, last)
     except ValueError as error:
         remedy = "change fake_score.first_blocks or fake_score.last_blocks" if quarter else "use lora or full"
-        raise ConfigError(f"fake_score.kind=truncated: {error}; {remedy}") from None
+        raise InputError(f"fake_score.kind=truncated: {error}; {remedy}") from None
 
 
 def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
@@ -75,7 +75,7 @@ class FakeScore(nn.Module):
             mesh: the workers among whom the frozen base is partitioned; None: each has all of it.
 
         Raises:
-            ConfigError: `config` asks for a truncated network, and this one cannot be cut so.
+            InputError: `config` asks for a truncated network, and this one cannot be cut so.
         """
         super().__init__()
         self.space = space

@@ -8,16 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-
-class NonFiniteError(FloatingPointError):
-    """A value that must be finite is not; the message names where it arose, `count` says in how many samples."""
-
-    def __init__(self, message: str, count: int = 1) -> None:
-        super().__init__(message, count)
-        self.message, self.count = message, count
-
-    def __str__(self) -> str:
-        return self.message
+from raydistill.errors import NonFiniteError
 
 
 def require_finite(value: torch.Tensor, source: str) -> torch.Tensor:

@@ -25,7 +25,7 @@ def load_unet(space: Space, checkpoint: str | None) -> torch.nn.Module:
     """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
 
     Raises:
-        WeightsError: the checkpoint is no student of this family, or cannot be read safely.
+        InputError: the checkpoint is no student of this family, or cannot be read safely.
     """
     return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
 

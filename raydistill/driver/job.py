@@ -41,7 +41,7 @@ def run_job(
 
     Args:
         purpose: first lines of --help.
-        work: the run; raises RunFailed.
+        work: the run; raises StageFailed.
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises ValueError.
@@ -49,9 +49,9 @@ def run_job(
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
-    from raydistill.driver.pipeline import RunFailed
     from raydistill.driver.preflight import check_inputs
     from raydistill.driver.run_folder import create_run_folder, open_run_folder, pinned
+    from raydistill.errors import StageFailed
 
     try:
         config = changed(config, changes or {})
@@ -82,14 +82,14 @@ def run_job(
     except Stopped as stopped:
         print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return RESUMABLE
-    except (RunFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
+    except (StageFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
         print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
         return 1
     return 0
 
 
 def _fit(config: Config, roles: Sequence[str] | None) -> list[str]:
-    """The planner's check, which is not even imported where no GPU is asked for. Raises ConfigError."""
+    """The planner's check, which is not even imported where no GPU is asked for. Raises InputError."""
     asked = (config.distill.gpus_per_worker, config.teachers.gpus_per_rank)
     if not any((*asked, config.prompts.gpus_per_encoder, config.synthesis.gpus_per_encoder)):
         return []

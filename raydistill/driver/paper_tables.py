@@ -18,9 +18,10 @@ from typing import Any
 
 from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
 from raydistill.config.schema import Config
-from raydistill.driver.pipeline import Pipeline, RunFailed, distil, opened, shared_space
+from raydistill.driver.pipeline import Pipeline, distil, opened, shared_space
 from raydistill.driver.preflight import Inputs, check_inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.errors import StageFailed
 from raydistill.storage.resolve import require_folder
 from raydistill.tracking.store import tracking_uri
 
@@ -99,7 +100,7 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
     """Every cell that is not done yet, then the table; returns and writes it as `<run>/<table>.json`.
 
     Raises:
-        RunFailed: a cell failed; those that are done are kept.
+        StageFailed: a cell failed; those that are done are kept.
     """
     from raydistill.evaluation.summary import write_summary
     from raydistill.tracking.store import ui_command
@@ -158,9 +159,9 @@ def _run_cell(cell: Cell, pipeline: Pipeline, planned: Sequence[Cell]) -> dict[s
 
 
 def _same_length(name: str, steps: int, config: Config) -> None:
-    """Raises RunFailed for a finished cell of another length: a table compares equal ones."""
+    """Raises StageFailed for a finished cell of another length: a table compares equal ones."""
     if steps != config.distill.steps:
-        raise RunFailed(
+        raise StageFailed(
             f"{name} ended after {steps} updates, and this table is of {config.distill.steps}: use another run.name"
         )
 

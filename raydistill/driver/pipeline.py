@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill.background import beside
 from raydistill.config.reading import changed, flatten, needs_pairs, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.errors import InputError, StageFailed
 from raydistill.storage.resolve import resolve
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from raydistill.driver.run_folder import RunFolder
 
 PAIRS_FOLDER = "pairs"  # of a run
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on; what was reached is kept and can be continued."""
 
 
 class Pipeline:
@@ -110,7 +107,7 @@ def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         parent: MLflow run that this one is nested in.
 
     Raises:
-        RunFailed: with the reason; the run can be continued.
+        StageFailed: with the reason; the run can be continued.
     """
     with opened(config, run, inputs, parent) as pipeline:
         return _summarise(pipeline, _stages(pipeline))
@@ -121,18 +118,14 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
     """Open the run's MLflow parent and close it with the status that the block deserves."""
     from ray.exceptions import RayError
 
-    from raydistill.data.shards import SynthesisFailed
-    from raydistill.storage.atomic import DamagedFile
     from raydistill.teachers.request import TeacherError
     from raydistill.tracking.store import TrackingError
-    from raydistill.workers.bridge import BridgeTrainingFailed
-    from raydistill.workers.distill import DistillationFailed
     from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
 
     try:
         pipeline = Pipeline(config, run, inputs, parent)
-    except (TrackingError, DamagedFile) as error:
-        raise RunFailed(f"{type(error).__name__}: {error}") from error
+    except (TrackingError, InputError) as error:
+        raise StageFailed(str(error)) from error
     print(f"run {run.name} in {run.path}", flush=True)
     print(f"prompts: {inputs.prompts.report}", flush=True)
     if inputs.images is not None:
@@ -141,15 +134,15 @@ def opened(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
         print(note, flush=True)
     try:
         yield pipeline
-    except (
-        DistillationFailed, BridgeTrainingFailed, SynthesisFailed, TeacherError, TrackingError, ValueError, OSError,
-        RayError,
-    ) as error:  # fmt: skip
+    except (StageFailed, InputError) as error:
         pipeline.give_up("FAILED")
-        raise RunFailed(f"{type(error).__name__}: {error}") from error
+        raise StageFailed(str(error)) from error
+    except (TeacherError, TrackingError, ValueError, OSError, RayError) as error:
+        pipeline.give_up("FAILED")
+        raise StageFailed(f"{type(error).__name__}: {error}") from error
     except KeyboardInterrupt:
         pipeline.give_up("KILLED")
-        raise RunFailed("interrupted") from None
+        raise StageFailed("interrupted") from None
     except Stopped:
         pipeline.give_up("KILLED", TRACKING_WITHIN_S)
         raise

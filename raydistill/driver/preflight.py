@@ -12,7 +12,7 @@ from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.driver.run_folder import RunFolder, _of_storage
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.storage.place import Place, Remote
@@ -86,7 +86,7 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     """The student's start fits: its timestep, and the checkpoint's tensors by name and shape. Returns notes on them."""
     last = space.path.num_train_timesteps - 1
     if config.student.start_timestep > last:
-        raise ConfigError(f"student.start_timestep: at most {last} for {config.student.model}")
+        raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
     if config.student.unet is None:
         return ()
     from raydistill.spaces.published_students import open_student
@@ -115,7 +115,7 @@ def _check_tracking(config: Config) -> None:
         away = isinstance(error, TrackingAway)
         begun = config.run.name is not None and "mlflow" in RunFolder(storage, config.run.name).recall()
         if not (away and begun):  # or the store did answer once, and the run waits for it
-            raise ConfigError(f"tracking.uri: {error}") from error
+            raise InputError(f"tracking.uri: {error}") from error
 
 
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
@@ -123,12 +123,12 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
     from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 
     if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
-        raise ConfigError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
+        raise InputError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
     if config.bridge.projector == "identity" and config.bridge.trainable:
-        raise ConfigError("bridge.trainable=true: the identity has nothing to train")
+        raise InputError("bridge.trainable=true: the identity has nothing to train")
     trains = config.bridge.trainable or trains_bridge(config)
     if trains and config.bridge.batch_size % config.distill.fewest:
-        raise ConfigError(
+        raise InputError(
             f"bridge.batch_size: {config.bridge.batch_size} pairs cannot be divided by {config.distill.fewest} "
             "workers (distill.min_workers, else distill.workers)"
         )
@@ -155,13 +155,13 @@ def _check_micro_batches(config: Config) -> None:
 
 
 def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
-    """Raises ConfigError with the nearest numbers of parts that divide every share, by name."""
+    """Raises InputError with the nearest numbers of parts that divide every share, by name."""
     for name, share in shares.items():
         if share % parts:
             common = math.gcd(*shares.values())
             fitting = [count for count in range(1, common + 1) if common % count == 0]
             near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
-            raise ConfigError(
+            raise InputError(
                 f"{key}: {name} = {share} cannot be divided by {parts}; set {key} to "
                 f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
             )
@@ -175,7 +175,7 @@ def _check_fake_score(config: Config, teacher: Space) -> None:
     from raydistill.spaces.meta import empty_part
 
     if "shared_space" in config.controls:
-        raise ConfigError(
+        raise InputError(
             "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
             "be cut; leave it out (controls=[no_vsd], or []), or use lora or full"
         )
@@ -188,13 +188,13 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
 
     metrics = ("mean", "all", *ATTRIBUTES)
     if config.evaluation.metric not in metrics:
-        raise ConfigError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
+        raise InputError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
     for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
         for row, prompt in zip(some.ids, some.prompts, strict=True):
             try:
                 parse(prompt)
             except ValueError as error:
-                raise ConfigError(
+                raise InputError(
                     f"{key}: row {row}: {error}; evaluation.judge reads no other prompts: evaluation.judge=null "
                     "goes without it"
                 ) from None
@@ -203,7 +203,7 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
     common = set(held_out.prompts).intersection(training)
     if common:
-        raise ConfigError(
+        raise InputError(
             f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
             "held-out prompts must occur in no training set"
         )

@@ -14,7 +14,7 @@ import yaml
 
 from raydistill.config.reading import changed, get, mathematical, to_yaml, validate
 from raydistill.config.schema import Config
-from raydistill.errors import ConfigError, mask
+from raydistill.errors import InputError, mask
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.place import Place, Remote, cause
 from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
@@ -53,7 +53,7 @@ def open_run_folder(config: Config) -> RunFolder:
         before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
         others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if others:
-            raise ConfigError(
+            raise InputError(
                 f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(others)}. "
                 "Use another run.name, or the old settings"
             )
@@ -67,7 +67,7 @@ def pinned(config: Config, run: RunFolder) -> Config:
     Otherwise a model that is published anew would change a run when it is resumed, or on a node that joins later.
 
     Raises:
-        ConfigError: a model cannot be fetched; names the key.
+        InputError: a model cannot be fetched; names the key.
     """
     from raydistill.storage import hub
 
@@ -79,8 +79,8 @@ def pinned(config: Config, run: RunFolder) -> Config:
         if hub.is_hub_id(value) and not local_path(value).exists():
             try:
                 models[key] = hub.pinned(value)
-            except ConfigError as error:
-                raise ConfigError(f"{key}: {error}") from None
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from None
     return _with_models(config, models)
 
 
@@ -117,16 +117,16 @@ def _of_storage(storage: Place) -> Iterator[None]:
         yield
     except OSError as error:
         if isinstance(storage, Remote):
-            raise ConfigError(f"storage: {storage}: {cause(error, storage.scheme)}") from error
+            raise InputError(f"storage: {storage}: {cause(error, storage.scheme)}") from error
         raise
 
 
 def _read_config(file: Place, text: str) -> Config:
-    """Raises ConfigError naming the file."""
+    """Raises InputError naming the file."""
     try:
         return validate(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(
+        raise InputError(
             f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
             "run.name"
         ) from error

@@ -18,7 +18,7 @@ PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"  # of a run; it is written when t
 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
-    """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises RunFailed."""
+    """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises StageFailed."""
     from raydistill.bridge.model import read_description
     from raydistill.tracking.store import ui_command
     from raydistill.tracking.tracker import Tracker
@@ -35,15 +35,15 @@ def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
 
 
 def check_trainable(config: Config, run: RunFolder, inputs: Inputs) -> None:
-    """Raises BridgeError where there is nothing to train."""
-    from raydistill.bridge.model import BridgeError
+    """Raises InputError where there is nothing to train."""
+    from raydistill.errors import InputError
 
     if config.bridge.projector == "identity":
-        raise BridgeError("bridge.projector=identity has nothing to train: use swinir, unet or mlp")
+        raise InputError("bridge.projector=identity has nothing to train: use swinir, unet or mlp")
 
 
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
-    """Raises BridgeError where a variant cannot be built for this pair of spaces."""
+    """Raises InputError where a variant cannot be built for this pair of spaces."""
     from raydistill.driver.bridge_ablation import cells
     from raydistill.storage.resolve import require_folder
 
@@ -52,7 +52,7 @@ def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
 
 
 def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
-    """Pairs, then every variant of the Bridge with every seed; returns and writes the tables. Raises RunFailed."""
+    """Pairs, then every variant of the Bridge with every seed; returns and writes the tables. Raises StageFailed."""
     from raydistill.driver.bridge_ablation import cells, markdown, summarise
     from raydistill.evaluation.summary import write_summary
     from raydistill.tracking.store import ui_command
@@ -80,7 +80,7 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
     """Every cell as a Ray task with a worker's resources, as many at once as fit; those that are done are read.
 
     Raises:
-        BridgeTrainingFailed: a cell failed; the others are kept.
+        StageFailed: a cell failed; the others are kept.
     """
     import json
 
@@ -88,7 +88,7 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
     from tqdm import tqdm
 
     from raydistill.driver.bridge_ablation import result_file, steps_done, train_cell
-    from raydistill.workers.bridge import BridgeTrainingFailed
+    from raydistill.errors import StageFailed
 
     distill, folder = pipeline.config.distill, pipeline.run.path / "ablation"
     folder.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
             bar.n = steps_done(folder, planned, steps)
             bar.refresh()
     if failed:
-        raise BridgeTrainingFailed("; ".join(f"ablation {name}: {text}" for name, text in failed.items()))
+        raise StageFailed("; ".join(f"ablation {name}: {text}" for name, text in failed.items()))
     return [results[cell.name] for cell in planned]
 
 
@@ -132,7 +132,7 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """The set of pairs, nothing else; returns its folder, whose summary.json says that it is complete.
 
     Raises:
-        RunFailed: with the reason; the run can be continued.
+        StageFailed: with the reason; the run can be continued.
     """
     from raydistill.data.pairs import count_rows
     from raydistill.data.shards import FAILURES_FILE
@@ -162,7 +162,7 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
 
 
 def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
-    """Raises SynthesisError if the run's folder holds rows that were made with other models, prompts or images."""
+    """Raises InputError if the run's folder holds rows that were made with other models, prompts or images."""
     from raydistill.data.shards import check_settings
 
     check_settings(run.path / PAIRS_FOLDER, recipe_of(config, inputs).settings())

@@ -29,6 +29,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from raydistill.errors import InputError
 from raydistill.evaluation.parts import PARTS, Parts, replace_text
 
 PREFIX = "command:"
@@ -36,23 +37,19 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 LAST_LINES = 5  # of what a failed program printed
 
 
-class CommandError(ValueError):
-    """A scorer command that cannot be used, or failed; the message says why."""
-
-
 def parse_command(text: str) -> tuple[str, list[str]]:
-    """`command:NAME=PROGRAM ...` -> (name, words). Raises CommandError, also where there is no such program."""
+    """`command:NAME=PROGRAM ...` -> (name, words). Raises InputError, also where there is no such program."""
     name, sign, line = text.removeprefix(PREFIX).partition("=")
     if not sign or not _NAME.fullmatch(name):
-        raise CommandError(f"{text}: write command:NAME=PROGRAM, NAME of letters, digits, _ and -")
+        raise InputError(f"{text}: write command:NAME=PROGRAM, NAME of letters, digits, _ and -")
     try:
         words = shlex.split(line)
     except ValueError as error:
-        raise CommandError(f"{text}: {error}") from None
+        raise InputError(f"{text}: {error}") from None
     if not words:
-        raise CommandError(f"{text}: no program")
+        raise InputError(f"{text}: no program")
     if shutil.which(words[0]) is None:
-        raise CommandError(f"{text}: there is no program {words[0]}")
+        raise InputError(f"{text}: there is no program {words[0]}")
     return name, words
 
 
@@ -60,7 +57,7 @@ def run_command(folder: str, batch_size: int, name: str, words: list[str], direc
     """Ask the program for every picture that has no score yet, and write the metric's parts.
 
     Raises:
-        CommandError: it failed, or its answer is wrong; what it answered rightly before is kept.
+        InputError: it failed, or its answer is wrong; what it answered rightly before is kept.
     """
     parts = Parts(folder, batch_size)
     request, answer = (parts.folder / PARTS / name / f"{file}.jsonl" for file in ("request", "answer"))
@@ -77,11 +74,11 @@ def run_command(folder: str, batch_size: int, name: str, words: list[str], direc
         )  # fmt: skip
         if done.returncode:
             said = " | ".join(done.stdout.strip().splitlines()[-LAST_LINES:]) or "nothing"
-            raise CommandError(f"{name}: {shlex.join(words)} ended with code {done.returncode} and said: {said}")
+            raise InputError(f"{name}: {shlex.join(words)} ended with code {done.returncode} and said: {said}")
         known = read_answer(answer, name, len(parts.items))
         lacking = [item["index"] for item in rest if item["index"] not in known]
         if lacking:
-            raise CommandError(
+            raise InputError(
                 f"{name}: {answer} has no line for {len(lacking)} pictures, the first with id {lacking[0]}"
             )
     names = list(dict.fromkeys(column for line in known.values() for column in _columns(line, name)))
@@ -109,7 +106,7 @@ def read_answer(file: Path, name: str, count: int, whole: bool = False) -> dict[
         whole: leave out a last line without its end, which a killed program left.
 
     Raises:
-        CommandError: naming file and line.
+        InputError: naming file and line.
     """
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
     if whole and lines and not lines[-1].endswith("\n"):
@@ -126,16 +123,16 @@ def _entry(line: str, where: str, count: int) -> dict[str, Any]:
     try:
         entry = json.loads(line)
     except ValueError:
-        raise CommandError(f"{where}: not JSON") from None
+        raise InputError(f"{where}: not JSON") from None
     if not isinstance(entry, dict) or ("score" in entry) == ("scores" in entry):
-        raise CommandError(f'{where}: must be an object with "id" and either "score" or "scores"')
+        raise InputError(f'{where}: must be an object with "id" and either "score" or "scores"')
     index = entry.get("id")
     if type(index) is not int or not 0 <= index < count:
-        raise CommandError(f"{where}: id {index!r} is not one of the request's, 0 … {count - 1}")
+        raise InputError(f"{where}: id {index!r} is not one of the request's, 0 … {count - 1}")
     values = entry["scores"] if "scores" in entry else {"score": entry["score"]}
     if not isinstance(values, dict) or not values:
-        raise CommandError(f'{where}: "scores" must be an object of numbers')
+        raise InputError(f'{where}: "scores" must be an object of numbers')
     for key, value in values.items():
         if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise CommandError(f"{where}: {key} is {value!r}, not a finite number or null")
+            raise InputError(f"{where}: {key} is {value!r}, not a finite number or null")
     return entry

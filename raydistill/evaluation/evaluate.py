@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from raydistill.data.prompts import PromptFileError
-from raydistill.errors import MASK, ConfigError, mask
+from raydistill.errors import MASK, InputError, mask
 from raydistill.evaluation.command import PREFIX, parse_command, run_command
 from raydistill.evaluation.parts import DRAW, ITEMS_FILE, PICTURES, SETTINGS_FILE, Parts, replace_text
 from raydistill.evaluation.promptsets import CategorisedPrompts, Item, write_items
@@ -89,27 +88,27 @@ def find_metrics(texts: list[str], named: dict[str, str], items: list[Item], jud
     """The metrics of --metrics, with weights found.
 
     Raises:
-        ConfigError, CommandError: an unknown metric, weights that are not to be had, or prompts the judge cannot read.
+        InputError: an unknown metric, weights that are not to be had, or prompts the judge cannot read.
     """
     metrics: dict[str, Metric] = {}
     for text in texts:
         if text.startswith(PREFIX):
             name, words = parse_command(text)
             if name in (*PICTURE_METRICS, *SET_METRICS, DRAW):
-                raise ConfigError(f"--metrics {text}: {name} is a metric already; give the program another name")
+                raise InputError(f"--metrics {text}: {name} is a metric already; give the program another name")
             metric = Metric(name, {}, tuple(words))
         elif text in ("judge", "frechet"):
             folder = resolve(judge)
             if not (folder / "judge.safetensors").is_file():
-                raise ConfigError(f"--judge {judge}: no judge (judge.safetensors)")
+                raise InputError(f"--judge {judge}: no judge (judge.safetensors)")
             metric = Metric(text, {"judge": str(folder.resolve())})
         elif text in (*PICTURE_METRICS, *SET_METRICS):
             metric = Metric(text, find_weights(text, named))
         else:
             known = ", ".join((*PICTURE_METRICS, *SET_METRICS, "command:NAME=PROGRAM"))
-            raise ConfigError(f"--metrics {text}: unknown; metrics: {known}")
+            raise InputError(f"--metrics {text}: unknown; metrics: {known}")
         if metric.name in metrics:
-            raise ConfigError(f"--metrics: {metric.name} is named twice")
+            raise InputError(f"--metrics: {metric.name} is named twice")
         metrics[metric.name] = metric
     if "judge" in metrics:
         _check_judged(items)
@@ -123,7 +122,7 @@ def _check_judged(items: list[Item]) -> None:
         try:
             parse(item.prompt)
         except ValueError as error:
-            raise PromptFileError(
+            raise InputError(
                 f"prompt {item.prompt_id}: {error}; the judge, which scores where no --metrics are named, reads no other: name "
                 "others, for example --metrics clipscore"
             ) from None
@@ -133,26 +132,26 @@ def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
     """The folder of pictures that set metrics compare with; of an earlier evaluation, its pictures.
 
     Raises:
-        ConfigError: it is missing, not asked for, has fewer than two pictures, or pictures of pictures.
+        InputError: it is missing, not asked for, has fewer than two pictures, or pictures of pictures.
     """
     wanted = [metric.name for metric in metrics if metric.name in SET_METRICS]
     if place is None:
         if wanted:
-            raise ConfigError(
+            raise InputError(
                 f"--metrics {wanted[0]}: needs --reference FOLDER, pictures to compare with (for example the folder of a "
                 "teacher's evaluation)"
             )
         return None
     if not wanted:
-        raise ConfigError(f"--reference belongs to --metrics {' and '.join(SET_METRICS)}")
+        raise InputError(f"--reference belongs to --metrics {' and '.join(SET_METRICS)}")
     folder = place / PICTURES if (place / SETTINGS_FILE).is_file() else place
     if all((folder / name).is_file() for name in SHEETS):
-        raise ConfigError(
+        raise InputError(
             f"--reference {folder}: {' and '.join(SHEETS)}, which jobs/sample.py wrote beside its pictures, would count as two "
             "of them; move them away"
         )
     if len(pictures_in(folder)) < 2:
-        raise ConfigError(
+        raise InputError(
             f"--reference {folder}: a folder of at least two pictures is needed ({', '.join(PICTURE_SUFFIXES)})"
         )
     return folder.resolve()
@@ -174,7 +173,7 @@ def open_folder(
     Without `out` the folder's name tells what decides the pictures, so that the same command goes on in the same folder.
 
     Raises:
-        ConfigError: the folder holds an evaluation of other settings, or something else.
+        InputError: the folder holds an evaluation of other settings, or something else.
     """
     decides = {
         "model": {k: v for k, v in asdict(subject).items() if k not in ("name", "run_id", "tracking_uri")},
@@ -187,7 +186,7 @@ def open_folder(
         "seed": items[0].seed,
     }  # fmt: skip
     if out is None and not isinstance(storage, Path):
-        raise ConfigError(f"--storage {storage}: pictures go to a folder that every node sees; name it with --out")
+        raise InputError(f"--storage {storage}: pictures go to a folder that every node sees; name it with --out")
     if out is None:
         digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
         out = storage / "evaluations" / f"{_plain(subject.name)}-{_plain(prompts.name)}-{digest}"
@@ -201,17 +200,17 @@ def open_folder(
             if before.get(key) != value
         ]
         if changed:
-            raise ConfigError(
+            raise InputError(
                 f"--out {out}: holds an evaluation of other settings ({'; '.join(changed)}); use another folder"
             )
         settings |= {"batch_size": before["batch_size"], "metrics": before["metrics"]}
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out}: exists and is no evaluation's folder")
+        raise InputError(f"--out {out}: exists and is no evaluation's folder")
     for metric in metrics:
         now = metric.settings | ({"reference": str(reference)} if metric.name in SET_METRICS else {})
         known = settings["metrics"].get(metric.name, now)
         if known != now and metric.name not in SET_METRICS:  # a set metric is computed anew each time
-            raise ConfigError(f"--out {out}: {metric.name} was computed with {known}, now {now}; use another folder")
+            raise InputError(f"--out {out}: {metric.name} was computed with {known}, now {now}; use another folder")
         settings["metrics"] = settings["metrics"] | {metric.name: now}
     return out.absolute(), settings
 
@@ -257,7 +256,7 @@ def run_evaluation(plan: Plan, done: Callable[[int], object] = lambda pictures: 
     """Do what is missing, inside a connection to Ray, and write the results; returns the table of means.
 
     Raises:
-        EvaluationFailed: a stage or a command failed; what is there is kept.
+        StageFailed: a stage or a command failed; what is there is kept.
     """
     import ray
 
@@ -335,7 +334,7 @@ def store_of(named: str | None, subject: Subject, storage: Place) -> str:
     """Where to log: as named, else where the run that made the model is, MLFLOW_TRACKING_URI, a SQLite file in `storage`.
 
     Raises:
-        ConfigError: the run's own store needs a secret, which its configuration does not keep; or `storage` can hold no
+        InputError: the run's own store needs a secret, which its configuration does not keep; or `storage` can hold no
             SQLite file.
     """
     own, environment = subject.tracking_uri, os.environ.get("MLFLOW_TRACKING_URI")
@@ -344,7 +343,7 @@ def store_of(named: str | None, subject: Subject, storage: Place) -> str:
         own = None
     if own is not None and MASK in own and named is None:
         if environment is None:
-            raise ConfigError(
+            raise InputError(
                 f"{subject.name}: its run is logged to {own}, and the secret is not kept: name it with --tracking-uri or "
                 "MLFLOW_TRACKING_URI"
             )

@@ -13,20 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import UserCodeException
+from raydistill.data.stage_error import StageError
 
 SETTINGS_FILE, ITEMS_FILE, PICTURES, PARTS = "evaluation.json", "items.jsonl", "pictures", "parts"
 DRAW = "draw"  # the stage before all metrics
 
 Scores = Mapping[str, Sequence[float | None]]  # column -> a number for each picture; None where it has none
-
-
-class StageFailed(UserCodeException):
-    """What a stage raised; Ray Data hands it out, and the driver prints its one line."""
-
-    def __init__(self, text: str, kind: str = "", trace: str = "") -> None:
-        super().__init__(text)
-        self.text, self.kind, self.trace = text, kind, trace
 
 
 def replace_text(file: Path, text: str) -> None:
@@ -118,7 +110,7 @@ class Stage:
                     self._run(batch)
                 except Exception as error:
                     kind = type(error).__name__
-                    raise StageFailed(f"{self.metric}: {error}", kind, traceback.format_exc()) from error
+                    raise StageError(f"{self.metric}: {error}", kind, traceback.format_exc()) from error
         return rows
 
     def _run(self, batch: int) -> None:

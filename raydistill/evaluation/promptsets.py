@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydistill.data.prompts import PromptFileError, PromptReport, PromptSet, read_prompts
+from raydistill.data.prompts import PromptReport, PromptSet, read_prompts
+from raydistill.errors import InputError
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path
 from raydistill.storage.staging import staged
@@ -89,7 +90,7 @@ def open_prompts(
         category_column: of the category; None: category or Category, where the file has it.
 
     Raises:
-        PromptFileError: no such set, or one that cannot be used.
+        InputError: no such set, or one that cannot be used.
     """
     if name == PAIRS:
         return CategorisedPrompts(name, PromptSet(_held_out_pairs(PAIRS_COUNT)), {})
@@ -97,11 +98,11 @@ def open_prompts(
     if name in PUBLISHED and not path.exists():
         path = sets / PUBLISHED[name].place
         if not path.exists():
-            raise PromptFileError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
+            raise InputError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
         path = staged(path)
     if not path.exists():
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
-        raise PromptFileError(f"{path}: no such file, and no set of that name; sets: {known}")
+        raise InputError(f"{path}: no such file, and no set of that name; sets: {known}")
     title = name if name in PUBLISHED or name in EMBEDDED else path.resolve().stem
     if path.is_dir() or path.suffix.lower() == ".json":
         return _collected(title, path, column, category_column)
@@ -122,11 +123,11 @@ def _tabular(title: str, path: Path, column: str | None, category_column: str | 
     prompts = _first(path, (column,) if column else PROMPT_COLUMNS, "--column")
     if path.suffix.lower() == ".txt":
         if category_column:
-            raise PromptFileError(f"{path}: a text file has no columns (--category-column {category_column})")
+            raise InputError(f"{path}: a text file has no columns (--category-column {category_column})")
         return CategorisedPrompts(title, prompts, {})
     try:
         found = _first(path, (category_column,) if category_column else CATEGORY_COLUMNS, "--category-column")
-    except PromptFileError:
+    except InputError:
         if category_column:
             raise
         return CategorisedPrompts(title, prompts, {})
@@ -139,8 +140,8 @@ def _first(path: Path, columns: Iterable[str], option: str) -> PromptSet:
     for column in columns:
         try:
             return read_prompts(path, column)
-        except PromptFileError as failed:
-            error = error or PromptFileError(str(failed).replace("(prompts.column)", f"({option})"))
+        except InputError as failed:
+            error = error or InputError(str(failed).replace("(prompts.column)", f"({option})"))
             if "no column" not in str(failed):
                 break
     raise error
@@ -152,14 +153,14 @@ def _collected(title: str, path: Path, column: str | None, category_column: str 
     categories: dict[int, str] = {}
     files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt")) if path.is_dir() else [path]
     if not files:
-        raise PromptFileError(f"{path}: a folder without .json or .txt files")
+        raise InputError(f"{path}: a folder without .json or .txt files")
     for file in files:
         entries = [file.read_text(encoding="utf-8", errors="strict")] if file.suffix == ".txt" else _json_list(file)
         for row, entry in enumerate(entries, start=1):
             record = entry if isinstance(entry, dict) else {"prompt": entry}
             text = next((record[c] for c in ((column,) if column else PROMPT_COLUMNS) if c in record), None)
             if not isinstance(text, str) or not text.strip():
-                raise PromptFileError(f"{file}, entry {row}: no prompt ({column or 'prompt'})")
+                raise InputError(f"{file}, entry {row}: no prompt ({column or 'prompt'})")
             texts.append(text.strip())
             names = (category_column,) if category_column else CATEGORY_COLUMNS
             category = next((record[c] for c in names if c in record), None)
@@ -175,9 +176,9 @@ def _json_list(file: Path) -> list:
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PromptFileError(f"{file}: not JSON ({error})") from None
+        raise InputError(f"{file}: not JSON ({error})") from None
     if not isinstance(entries, list) or not entries:
-        raise PromptFileError(f"{file}: must be a JSON list of prompts")
+        raise InputError(f"{file}: must be a JSON list of prompts")
     return entries
 
 

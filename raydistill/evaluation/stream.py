@@ -17,14 +17,12 @@ import ray.data
 from ray.exceptions import RayError
 
 from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
-from raydistill.evaluation.parts import Parts, Stage, StageFailed
+from raydistill.data.stage_error import StageError
+from raydistill.errors import StageFailed
+from raydistill.evaluation.parts import Parts, Stage
 from raydistill.teachers import placement
 
 log = logging.getLogger(__name__)
-
-
-class EvaluationFailed(RuntimeError):
-    """The evaluation cannot be completed now; what is there is kept, and can be continued."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
     """Run every stage for every batch that it lacks; `done` is called with the pictures of each finished batch.
 
     Raises:
-        EvaluationFailed: a stage failed.
+        StageFailed: a stage failed.
     """
     missing = {stage.metric: set(parts.missing(stage.metric)) for stage in stages}
     batches = sorted(set().union(*missing.values())) if missing else []
@@ -65,7 +63,7 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
         [{"batch": batch} for batch in batches], override_num_blocks=min(len(batches), MAX_BLOCKS)
     )
     rows.context.execution_options.preserve_order = False
-    rows.context.raise_original_map_exception = True  # a StageFailed
+    rows.context.raise_original_map_exception = True  # a StageError
     rows.context.enable_progress_bars = False
     rows.context.print_on_execution_start = False
     rows.context.issue_detectors_config.detectors = []
@@ -87,38 +85,38 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
     try:
         for row in finished:
             done(sum(len(parts.rows(batch)) for batch in row["batch"].tolist()))
-    except StageFailed as error:
+    except StageError as error:
         raise _failed(error) from error
     except RayError as error:
         cause = getattr(error, "cause", None)
-        raise _failed(cause if isinstance(cause, StageFailed) else error) from error
+        raise _failed(cause if isinstance(cause, StageError) else error) from error
 
 
 def check_room(stages: list[StagePlan], cluster: dict[str, float]) -> None:
-    """Raises EvaluationFailed where the actors can never be placed: Ray Data would wait for ever without a word."""
+    """Raises StageFailed where the actors can never be placed: Ray Data would wait for ever without a word."""
     wanted = {
         "CPU": sum(stage.actors * stage.cpus for stage in stages),
         "GPU": sum(stage.actors * stage.gpus for stage in stages),
     }
     for kind, amount in wanted.items():
         if amount > cluster.get(kind, 0.0) + 1e-6 and not placement.autoscaler_present():
-            raise EvaluationFailed(
+            raise StageFailed(
                 f"the stages need {amount:g} {kind} at once, and the cluster has {cluster.get(kind, 0.0):g}: lower --actors "
                 "or --gpus, or give the metrics one after the other"
             )
 
 
-def _failed(error: Exception) -> EvaluationFailed:
-    if isinstance(error, StageFailed):
+def _failed(error: Exception) -> StageFailed:
+    if isinstance(error, StageError):
         log.debug("%s", error.trace)
-        return EvaluationFailed(f"{error.text} ({error.kind})")
-    return EvaluationFailed(" ".join(str(error).split())[-800:])
+        return StageFailed(f"{error.text} ({error.kind})")
+    return StageFailed(" ".join(str(error).split())[-800:])
 
 
 def run_once(
     work: Callable[..., Any], *arguments: Any, runtime_env: dict[str, Any] | None = None, gpus: float = 0.0
 ) -> Any:
-    """One Ray task, for example in an environment of its own. Raises EvaluationFailed."""
+    """One Ray task, for example in an environment of its own. Raises StageFailed."""
     options: dict[str, Any] = {"num_cpus": 0.25, "num_gpus": gpus, "max_retries": 0}
     if runtime_env:
         options["runtime_env"] = runtime_env
@@ -127,4 +125,4 @@ def run_once(
     except RayError as error:
         cause = getattr(error, "cause", None)
         text = f"{cause} ({type(cause).__name__})" if cause is not None else " ".join(str(error).split())[-800:]
-        raise EvaluationFailed(text) from error
+        raise StageFailed(text) from error

@@ -18,9 +18,9 @@ import yaml
 from PIL.PngImagePlugin import PngInfo
 
 from raydistill.diffusion.noise import normal
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.evaluation.promptsets import Item
-from raydistill.export.source import Export, SourceError, find_export, open_one_step
+from raydistill.export.source import Export, find_export, open_one_step
 from raydistill.pictures.grids import to_pil
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
@@ -31,10 +31,6 @@ from raydistill.storage.staging import present
 
 DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
-
-
-class NotFinite(RuntimeError):
-    """The model drew NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def find_subject(
         start_timestep: of `unet`; None: what the checkpoint says of itself.
 
     Raises:
-        SourceError, ConfigError, ModelFolderError, WeightsError: there is no such model, or it cannot be sampled so.
+        InputError: there is no such model, or it cannot be sampled so.
     """
     export = _find(model, storage, tracking_uri)
     space = load_space(export.folder)
@@ -106,9 +102,9 @@ def find_subject(
         found = open_student(space, weights)
         start = start_timestep or found.start_timestep
         if start is None:
-            raise ConfigError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
+            raise InputError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
         if not 0 < start < space.path.num_train_timesteps:
-            raise ConfigError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
+            raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
         _one_step_only(steps, guidance_scale)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
         return Subject(name, folder, str(weights.resolve()), start, 1, 1.0)  # no run of MODEL made these weights
@@ -123,14 +119,14 @@ def find_subject(
 def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
     try:
         return find_export(model, storage, tracking_uri)
-    except SourceError as error:
+    except InputError as error:
         from raydistill.storage.hub import is_hub_id
 
         if is_hub_id(model):
             return Export(resolve(model), model)
         folder = place(model)
         if (folder / "unet" / "config.json").is_file():
-            raise SourceError(
+            raise InputError(
                 f"{model}: a UNet alone; name the pipeline that it belongs to and the UNet with --unet "
                 f"(evaluate.py shapes:sd15 --unet {model} --start-timestep 999)"
             ) from None
@@ -139,7 +135,7 @@ def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
 
 def _one_step_only(steps: int | None, guidance_scale: float | None) -> None:
     if steps not in (None, 1) or guidance_scale not in (None, 1.0):
-        raise ConfigError("--steps, --guidance: a one-step student takes one step, without guidance")
+        raise InputError("--steps, --guidance: a one-step student takes one step, without guidance")
 
 
 def _start_of(export: Export) -> int | None:
@@ -150,7 +146,7 @@ def _start_of(export: Export) -> int | None:
         return None
     try:
         return open_one_step(export)[1]
-    except SourceError:
+    except InputError:
         return None
 
 
@@ -191,7 +187,7 @@ class Painter:
         """[B, 3, S, S] in [-1, 1] on the CPU.
 
         Raises:
-            NotFinite: naming the first picture concerned.
+            NonFiniteError: naming the first picture concerned.
         """
         space, subject = self.space, self.subject
         noise = torch.cat([normal(i.seed, [i.prompt_id], space.latent_shape, "sample") for i in items]).to(self.device)
@@ -206,7 +202,7 @@ class Painter:
             )
         for item, finite in zip(items, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                raise NotFinite(f"{item.file_name} ({item.prompt!r}): the latents are not finite")
+                raise NonFiniteError(f"{item.file_name} ({item.prompt!r}): the latents are not finite")
         return space.decode(self.vae, latents).cpu()
 
 

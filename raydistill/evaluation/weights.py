@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.evaluation.rewards import TOKENIZER_ONLY, WEIGHTS, Weights
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -14,13 +14,13 @@ TOKENIZER_FILES = ["tokenizer*", "vocab.txt", "config.json", "special_tokens_map
 
 
 def parse_weights(texts: Sequence[str]) -> dict[str, str]:
-    """`NAME=PLACE` of --weights. Raises ConfigError for a name that no metric has."""
+    """`NAME=PLACE` of --weights. Raises InputError for a name that no metric has."""
     names = [weights.option for needed in WEIGHTS.values() for weights in needed]
     found = {}
     for text in texts:
         name, sign, place = text.partition("=")
         if not sign or not place or name not in names:
-            raise ConfigError(f"--weights {text}: write NAME=PLACE; names: {', '.join(names)}")
+            raise InputError(f"--weights {text}: write NAME=PLACE; names: {', '.join(names)}")
         found[name] = place
     return found
 
@@ -29,7 +29,7 @@ def find_weights(metric: str, named: Mapping[str, str]) -> dict[str, str]:
     """option -> absolute file or folder of everything that a metric loads.
 
     Raises:
-        ConfigError: something is neither here nor to be had; says what, how large, and how to get it.
+        InputError: something is neither here nor to be had; says what, how large, and how to get it.
     """
     return {weights.option: _find(metric, weights, named.get(weights.option)) for weights in WEIGHTS.get(metric, ())}
 
@@ -43,14 +43,14 @@ def _find(metric: str, weights: Weights, place: str | None) -> str:
             if path.is_dir() == (weights.file is None):
                 return str(path.resolve())
             kind = "a file" if weights.file else "a folder"
-            raise ConfigError(f"--weights {weights.option}={place}: must be {kind}")
+            raise InputError(f"--weights {weights.option}={place}: must be {kind}")
         if not weights.repo or place.count("/") != 1 or place.startswith((".", "/", "~")):
-            raise ConfigError(f"--weights {weights.option}={place}: no such file or folder")
+            raise InputError(f"--weights {weights.option}={place}: no such file or folder")
     if not weights.repo:
         path = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / weights.file
         if path.is_file():
             return str(path)
-        raise ConfigError(
+        raise InputError(
             f"metric {metric}: its weights ({weights.size}) are not at {path}. Get them from {weights.url}, and put them "
             f"there on every node, or name the file: --weights {weights.option}=FILE"
         )
@@ -78,7 +78,7 @@ def _of_hub(metric: str, weights: Weights, repo: str) -> str:
         problem = " ".join(str(error).split())
     what = f"{weights.file} of {repo}" if weights.file else repo
     fetch = f"hf download {repo}" + (f" {weights.file}" if weights.file else "")
-    raise ConfigError(
+    raise InputError(
         f"metric {metric}: its weights {what} ({weights.size}): {problem}. Where there is a network: `{fetch}`, with HF_HOME "
         f"on a file system that all nodes see; or name a copy: --weights {weights.option}="
         + ("FILE" if weights.file else "FOLDER")

@@ -17,21 +17,18 @@ from pathlib import Path
 import torch
 import yaml
 
+from raydistill.errors import InputError
 from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, replacing, table_rows, tidy_configs
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import open_student
-from raydistill.spaces.weights import Entry, WeightsError, read_header
+from raydistill.spaces.weights import Entry, read_header
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SHARED_PARTS = ("vae", "text_encoder")  # what students of one family have in common
 PIECE = 1 << 20  # numbers that are in memory in float64
 _UNKNOWN = "unknown"
-
-
-class MergeError(ValueError):
-    """Students that cannot be averaged; the message names both and the first difference."""
 
 
 @dataclass(frozen=True)
@@ -51,52 +48,52 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     """`count` weights, scaled to the sum 1; equal ones for None.
 
     Raises:
-        MergeError: another number of weights, or one that is not a positive finite number.
+        InputError: another number of weights, or one that is not a positive finite number.
     """
     if weights is None:
         return [1 / count] * count
     if len(weights) != count:
-        raise MergeError(f"{len(weights)} weights for {count} students")
+        raise InputError(f"{len(weights)} weights for {count} students")
     for weight in weights:
         if not (math.isfinite(weight) and weight > 0):
-            raise MergeError(f"weight {weight}: must be a positive number")
+            raise InputError(f"weight {weight}: must be a positive number")
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
 def check_target(folder: Path) -> None:
-    """Raises MergeError where there is something already."""
+    """Raises InputError where there is something already."""
     if folder.exists():
-        raise MergeError(f"{folder} exists already; name a new folder")
+        raise InputError(f"{folder} exists already; name a new folder")
 
 
 def open_sources(exports: Sequence[Export]) -> list[Source]:
     """Check that the exports are one-step students of one family. Of the UNets, no weights are read.
 
     Raises:
-        MergeError: fewer than two, one of them twice, another scheduler, start, VAE or text encoder.
-        SourceError, ModelFolderError: one is no one-step student.
-        WeightsError: another network; the first tensor (name and shapes) or setting that differs is named.
+        InputError: fewer than two, one of them twice, another scheduler, start, VAE or text encoder.
+        InputError: one is no one-step student.
+        InputError: another network; the first tensor (name and shapes) or setting that differs is named.
     """
     if len(exports) < 2:
-        raise MergeError("a mean needs at least two students")
+        raise InputError("a mean needs at least two students")
     folders = [export.folder.resolve() for export in exports]
     twice = next((export for export, folder in zip(exports, folders, strict=True) if folders.count(folder) > 1), None)
     if twice is not None:
-        raise MergeError(f"{twice.folder} is named more than once; give it a larger weight instead")
+        raise InputError(f"{twice.folder} is named more than once; give it a larger weight instead")
     opened = [(export, *open_one_step(export)) for export in exports]
     _, family, start = opened[0]
     sources = []
     for export, space, other_start in opened:
         if other_start != start:
-            raise MergeError(f"{export.folder} starts at timestep {other_start}, but {family.folder} at {start}")
+            raise InputError(f"{export.folder} starts at timestep {other_start}, but {family.folder} at {start}")
         _same_scheduler(family, space)
         sources.append(Source(export, space, start, _unet_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
         for part in SHARED_PARTS:
             difference = first_difference(Path(family.folder, part), Path(source.space.folder, part))
             if difference is not None:
-                raise MergeError(
+                raise InputError(
                     f"{source.space.folder} is of another family than {family.folder}: {part}: {difference}"
                 )
     return sources
@@ -105,21 +102,21 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
 def _same_scheduler(one: Space, other: Space) -> None:
     classes = [type(space.scheduler).__name__ for space in (one, other)]
     if classes[0] != classes[1]:
-        raise MergeError(f"{other.folder} has the scheduler {classes[1]}, but {one.folder} has {classes[0]}")
+        raise InputError(f"{other.folder} has the scheduler {classes[1]}, but {one.folder} has {classes[0]}")
     ours, theirs = dict(one.scheduler.config), dict(other.scheduler.config)
     for key in ours:
         if not key.startswith("_") and ours[key] != theirs[key]:
             values = "" if isinstance(ours[key], list) else f": {theirs[key]!r}, not {ours[key]!r}"
-            raise MergeError(f"{other.folder} has another scheduler than {one.folder}: {key} differs{values}")
+            raise InputError(f"{other.folder} has another scheduler than {one.folder}: {key} differs{values}")
 
 
 def _unet_tensors(family: Space, export: Export) -> dict[str, tuple[Path, Entry]]:
     """Tensors of the export's UNet, which must be those of the family's."""
     checkpoint = open_student(family, export.folder)
     if any(file.suffix != ".safetensors" for file in checkpoint.files):
-        raise WeightsError(f"{checkpoint.source}: is not safetensors, which alone can be read tensor by tensor")
+        raise InputError(f"{checkpoint.source}: is not safetensors, which alone can be read tensor by tensor")
     if checkpoint.prefix:
-        raise WeightsError(
+        raise InputError(
             f"{checkpoint.source}: its tensors are named {checkpoint.prefix}*, not as diffusers names them"
         )
     return {name: (file, entry) for file in checkpoint.files for name, entry in read_header(file).tensors.items()}
@@ -132,7 +129,7 @@ def weighted_mean(name: str, files: Sequence[Path], shares: Sequence[float], dty
     """Σ share · tensor over the files' tensors of this name, summed in float64 and rounded once.
 
     Raises:
-        WeightsError: a value is NaN or infinite, in a file or in the result.
+        InputError: a value is NaN or infinite, in a file or in the result.
     """
     tensors = [read_tensor(file, name).contiguous() for file in files]
     result = torch.empty(tensors[0].shape, dtype=dtype)
@@ -141,11 +138,11 @@ def weighted_mean(name: str, files: Sequence[Path], shares: Sequence[float], dty
         total = torch.zeros(len(target), dtype=torch.float64)
         for file, part, share in zip(files, parts, shares, strict=True):
             if not part.isfinite().all():
-                raise WeightsError(f"{file}: {name} holds NaN or infinity")
+                raise InputError(f"{file}: {name} holds NaN or infinity")
             total += part.double() * share
         target.copy_(total)
     if not result.isfinite().all():
-        raise WeightsError(f"{name}: the mean is not finite in {dtype}, the dtype of {files[0]}")
+        raise InputError(f"{name}: the mean is not finite in {dtype}, the dtype of {files[0]}")
     return result
 
 
@@ -167,8 +164,8 @@ def merge_students(
         `folder`.
 
     Raises:
-        MergeError: `folder` exists.
-        WeightsError: a value is NaN or infinite, in a source or, rounded to the first one's dtype, in the mean.
+        InputError: `folder` exists.
+        InputError: a value is NaN or infinite, in a source or, rounded to the first one's dtype, in the mean.
     """
     check_target(folder)
     first = sources[0]

@@ -20,12 +20,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
 from raydistill.spaces.base import Space, without_bars
-
-
-class ExportError(ValueError):
-    """The student cannot be written as a working pipeline."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +140,13 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
     (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise.
 
     Raises:
-        ExportError: the start timestep is not on the path, or the student is no diffusion model on discrete steps.
+        InputError: the start timestep is not on the path, or the student is no diffusion model on discrete steps.
     """
     if space.prediction not in ("epsilon", "v_prediction"):
-        raise ExportError(f"{space.folder}: no one-step scheduler for a network that predicts {space.prediction}")
+        raise InputError(f"{space.folder}: no one-step scheduler for a network that predicts {space.prediction}")
     steps = space.path.num_train_timesteps
     if not 0 < start_timestep < steps:
-        raise ExportError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {space.folder}")
+        raise InputError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {space.folder}")
     config = space.part_config("scheduler")
     common = {"prediction_type": space.prediction, "timestep_spacing": "trailing", "steps_offset": 1}
     if start_timestep == steps - 1:
@@ -167,7 +164,7 @@ def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionM
     state = {name: value.detach().to("cpu", dtype) for name, value in unet.state_dict().items()}
     broken = [name for name, value in state.items() if not value.isfinite().all()]
     if broken:
-        raise ExportError(f"{len(broken)} weights of the student are not finite in {dtype}, the first is {broken[0]}")
+        raise InputError(f"{len(broken)} weights of the student are not finite in {dtype}, the first is {broken[0]}")
     copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
     copy.load_state_dict(state)
     return copy.eval()
@@ -214,10 +211,10 @@ def export_student(
         `folder`.
 
     Raises:
-        ExportError: weights that are not finite in `dtype`, another dtype, or a start that no scheduler can express.
+        InputError: weights that are not finite in `dtype`, another dtype, or a start that no scheduler can express.
     """
     if dtype not in (torch.float16, torch.float32):
-        raise ExportError(f"export dtype {dtype}: float16 or float32")
+        raise InputError(f"export dtype {dtype}: float16 or float32")
     scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
     with without_bars():
         pipeline = StableDiffusionPipeline.from_pretrained(

@@ -18,11 +18,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn.functional import interpolate
 
-from raydistill.bridge.model import Bridge, BridgeError, check_pair
+from raydistill.bridge.model import Bridge, check_pair
 from raydistill.config import schema
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference
 from raydistill.pictures.grids import grid, to_pil
@@ -33,14 +33,6 @@ from raydistill.storage.resolve import resolve
 
 SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
 SHEET_CELL = 256  # pixels a picture has at most on the contact sheet
-
-
-class SamplingError(ValueError):
-    """Pictures that cannot be drawn as asked for; the message says what is wrong or missing."""
-
-
-class NotFinite(RuntimeError):
-    """The student drew NaN or infinity."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,10 @@ class Picture:
 
 
 def typed_prompts(texts: Sequence[str], first: int = 1) -> PromptSet:
-    """Prompts from a command line, numbered from `first`. Raises SamplingError for blank or undecodable ones."""
+    """Prompts from a command line, numbered from `first`. Raises InputError for blank or undecodable ones."""
     for text in texts:
         if not text.strip() or any("\ud800" <= character <= "\udfff" for character in text):
-            raise SamplingError(f"prompt {text!r}: is blank, or not valid UTF-8")
+            raise InputError(f"prompt {text!r}: is blank, or not valid UTF-8")
     return PromptSet([text.strip() for text in texts], range(first, first + len(texts)))
 
 
@@ -92,19 +84,19 @@ def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: 
         base: the student model that the Bridge was trained with; None: the run's, without a run the export itself.
 
     Raises:
-        SamplingError: something is neither named nor known, or the student has another VAE than the base.
-        BridgeError: the Bridge belongs to another pair of VAEs.
-        ConfigError, ModelFolderError: a model that is not there, or no model.
+        InputError: something is neither named nor known, or the student has another VAE than the base.
+        InputError: the Bridge belongs to another pair of VAEs.
+        InputError: a model that is not there, or no model.
     """
     config = export.run_config()
     if config is not None:
         if bridge is None and config.bridge.projector == "identity":
-            raise SamplingError(f"{export.name}: its run has the identity Bridge, so there is no larger size to go to")
+            raise InputError(f"{export.name}: its run has the identity Bridge, so there is no larger size to go to")
         bridge = bridge or _bridge_of(export.run, config.bridge)
         teacher, base = teacher or config.teacher.model, base or config.student.model
     missing = [option for option, value in (("--bridge", bridge), ("--teacher", teacher)) if value is None]
     if missing:
-        raise SamplingError(
+        raise InputError(
             f"{export.folder} does not lie in a run's folder that tells its Bridge and teacher: name {' and '.join(missing)}"
         )
     teacher_space = load_space(_existing(teacher, "--teacher"))
@@ -112,13 +104,13 @@ def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: 
     folder = _existing(bridge, "--bridge")
     try:
         check_pair(folder, base_space, teacher_space)
-    except BridgeError as error:
+    except InputError as error:
         hint = "" if base else ". An export's VAE may be a half-precision copy: name the original model with --base"
-        raise BridgeError(f"{error}{hint}") from None
+        raise InputError(f"{error}{hint}") from None
     if base is not None:
         difference = first_difference(Path(base_space.folder, "vae"), Path(export.folder, "vae"))
         if difference is not None:
-            raise SamplingError(f"{export.folder}: its VAE is not that of {base_space.folder}: {difference}")
+            raise InputError(f"{export.folder}: its VAE is not that of {base_space.folder}: {difference}")
     return Upgrade(folder, base_space, teacher_space)
 
 
@@ -132,7 +124,7 @@ def _bridge_of(run: Path, config: schema.BridgeConfig) -> str:
 def _existing(name: str, option: str) -> Path:
     path = resolve(name)
     if not path.exists():
-        raise ConfigError(f"{option}: {name} does not exist")
+        raise InputError(f"{option}: {name} does not exist")
     return path
 
 
@@ -183,7 +175,7 @@ class Sampler:
         """Student latents [B, C, h, w], float32: the single step of the folder's own scheduler, without guidance.
 
         Raises:
-            NotFinite: naming the first picture concerned.
+            NonFiniteError: naming the first picture concerned.
         """
         shape = self.space.latent_shape
         noise = torch.cat([normal(p.seed, [p.number], shape, "sample") for p in batch]).to(self.device)
@@ -191,7 +183,7 @@ class Sampler:
         latents = self.space.sample(self.unet, noise, conditioning, conditioning, 1, 1.0)
         for picture, finite in zip(batch, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                raise NotFinite(f"{picture.file_name} ({picture.prompt!r}): the student's latents are not finite")
+                raise NonFiniteError(f"{picture.file_name} ({picture.prompt!r}): the student's latents are not finite")
         return latents
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.storage.place import Place, Remote
@@ -20,10 +21,6 @@ DOWNLOADS = "downloads"  # of storage
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
-class SourceError(ValueError):
-    """What was named is no exported one-step student."""
-
-
 @dataclass(frozen=True)
 class Export:
     """An exported student's folder."""
@@ -33,7 +30,7 @@ class Export:
     run: Place | None = None  # folder of the run that made it, where there is one
 
     def run_config(self) -> Config | None:
-        """Configuration of the run that made it. Raises ConfigError where this version cannot read it."""
+        """Configuration of the run that made it. Raises InputError where this version cannot read it."""
         import yaml
 
         file = self.run / "config.yaml" if self.run else None
@@ -52,7 +49,7 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
     An export in a bucket is staged.
 
     Raises:
-        SourceError, ConfigError: there is none, or a URI cannot be read.
+        InputError: there is none, or a URI cannot be read.
         OSError: the store of a URI does not answer.
     """
     path = place(text)
@@ -69,9 +66,9 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
         return _of_run_id(text, storage, tracking_uri)
     found = next((found for found in places if found.is_dir()), None)
     if found is None:
-        raise SourceError(f"{text}: no such folder, and no run of that name in {storage}")
+        raise InputError(f"{text}: no such folder, and no run of that name in {storage}")
     what = "a run that has exported no student yet" if (found / "config.yaml").is_file() else "no diffusers pipeline"
-    raise SourceError(f"{found}: {what} (neither model_index.json nor {EXPORT_FOLDER}/model_index.json)")
+    raise InputError(f"{found}: {what} (neither model_index.json nor {EXPORT_FOLDER}/model_index.json)")
 
 
 def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
@@ -89,7 +86,7 @@ def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
     if uri is None and not isinstance(storage, Remote) and (storage / "mlflow.db").is_file():
         uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
     if uri is None:
-        raise SourceError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")
+        raise InputError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")
     return _of_artifacts(run_id, uri, storage)
 
 
@@ -124,16 +121,16 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                         download_artifacts(**artifact, dst_path=str(fresh))
                 return Export(place / EXPORT_FOLDER, name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise SourceError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
-    raise SourceError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")
+        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
+    raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")
 
 
 def open_one_step(export: Export) -> tuple[Space, int]:
     """(Space, start timestep) of an export whose scheduler draws in one exact step, as `one_step_scheduler`'s do.
 
     Raises:
-        SourceError: another scheduler, whose single step is not the network's x_0.
-        ModelFolderError: no pipeline of a student's family.
+        InputError: another scheduler, whose single step is not the network's x_0.
+        InputError: no pipeline of a student's family.
     """
     space = load_space(export.folder, "StableDiffusionPipeline")
     name, config = type(space.scheduler).__name__, space.scheduler.config
@@ -142,7 +139,7 @@ def open_one_step(export: Export) -> tuple[Space, int]:
         or (name == "DDIMScheduler" and config["set_alpha_to_one"] and not config["clip_sample"])
     )
     if not exact:
-        raise SourceError(
+        raise InputError(
             f"{export.folder}: not the export of a one-step student: its {name} (timestep_spacing "
             f"{config.get('timestep_spacing')!r}) does not step from noise to the picture at once"
         )

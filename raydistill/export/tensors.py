@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from raydistill.spaces.weights import DTYPES, Entry, WeightsError, read_header
+from raydistill.errors import InputError
+from raydistill.spaces.weights import DTYPES, Entry, read_header
 
 # A file of weights, or a shard of several; not a variant such as model.fp16.safetensors.
 _WEIGHT_FILE = re.compile(r"[a-z_]+(-\d{5}-of-\d{5})?\.safetensors")
@@ -26,11 +27,11 @@ def locate(folder: Path) -> dict[str, tuple[Path, Entry]]:
     """Name -> (file, shape and dtype) of the tensors of one part of a pipeline, in safetensors files.
 
     Raises:
-        WeightsError: no such files, or a damaged one.
+        InputError: no such files, or a damaged one.
     """
     files = [file for file in sorted(folder.glob("*.safetensors")) if _WEIGHT_FILE.fullmatch(file.name)]
     if not files:
-        raise WeightsError(f"{folder}: no weights in safetensors")
+        raise InputError(f"{folder}: no weights in safetensors")
     return {name: (file, entry) for file in files for name, entry in read_header(file).tensors.items()}
 
 
@@ -46,7 +47,7 @@ def first_difference(one: Path, other: Path) -> str | None:
     Where one is a half-precision copy, the other is rounded to that precision first.
 
     Raises:
-        WeightsError: as `locate`.
+        InputError: as `locate`.
     """
     ours, theirs = locate(one), locate(other)
     for name in sorted({*ours, *theirs}):

@@ -75,7 +75,7 @@ def count_run(config: Config) -> Counts:
     """Count a configuration: half a minute for the miniature world, minutes for 12 B parameters. Downloads nothing.
 
     Raises:
-        ConfigError, ModelFolderError, BridgeError: models that are unknown, or do not fit each other.
+        InputError: models that are unknown, or do not fit each other.
     """
     student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
     spaces = {"student": student, "teacher": teacher}

@@ -8,7 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from raydistill.config.schema import Config, Count, Positive, Section
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning import meter
 
 GIB = 1 << 30
@@ -41,30 +41,30 @@ class Gpu(Section):
 
 
 def read_gpus(further: str | None = None) -> dict[str, Gpu]:
-    """The table of the package, and over it that of `further`. Raises ConfigError naming file and kind."""
+    """The table of the package, and over it that of `further`. Raises InputError naming file and kind."""
     kinds: dict[str, Gpu] = {}
     for file in (GPU_TABLE, *([Path(further).expanduser()] if further else [])):
         try:
             table = yaml.safe_load(file.read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"plan.gpus: {file}: {error}") from None
+            raise InputError(f"plan.gpus: {file}: {error}") from None
         if not isinstance(table, dict):
-            raise ConfigError(f"plan.gpus: {file}: must map kinds of GPU to their numbers, as {GPU_TABLE}")
+            raise InputError(f"plan.gpus: {file}: must map kinds of GPU to their numbers, as {GPU_TABLE}")
         for name, row in table.items():
             try:
                 kinds[str(name)] = Gpu.model_validate(row)
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"]))
-                raise ConfigError(f"plan.gpus: {file}: {name}: {where}: {first['msg']}") from None
+                raise InputError(f"plan.gpus: {file}: {name}: {where}: {first['msg']}") from None
     return kinds
 
 
 def known_gpus(config: Config) -> dict[str, Gpu]:
-    """The table, in which the configured kinds are. Raises ConfigError."""
+    """The table, in which the configured kinds are. Raises InputError."""
     gpus = read_gpus(config.plan.gpus)
     for key in ("trainer_gpu", "teacher_gpu", "encoder_gpu"):
         kind = getattr(config.plan, key)
         if kind is not None and kind not in gpus:
-            raise ConfigError(f"plan.{key}: {kind} is not in the table ({', '.join(gpus)})")
+            raise InputError(f"plan.{key}: {kind} is not in the table ({', '.join(gpus)})")
     return gpus

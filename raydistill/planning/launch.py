@@ -9,7 +9,7 @@ from typing import Any
 from raydistill.config.reading import get
 from raydistill.config.schema import Config
 from raydistill.distill.networks import guidance_scale
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning import counting
 from raydistill.planning.counts import _count_texts, _count_trainers
 from raydistill.planning.gpus import GIB, known_gpus
@@ -29,7 +29,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
         Lines to print: what was checked, and with plan.launch=warn what does not fit.
 
     Raises:
-        ConfigError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
+        InputError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
     """
     used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
     if not used or config.plan.launch == "ignore":
@@ -54,7 +54,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
         return lines
     if config.plan.launch == "warn":
         return [*lines, *(f"WARNING: {text}" for text in wrong)]
-    raise ConfigError(
+    raise InputError(
         f"{'; '.join(wrong)}. For another kind of GPU set plan.trainer_gpu, plan.teacher_gpu and plan.encoder_gpu; "
         "plan.launch=warn starts all the same"
     )

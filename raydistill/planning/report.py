@@ -25,7 +25,7 @@ PAPER_HOURS = (
 
 
 def report(config: Config) -> str:
-    """The whole plan as text. Raises ConfigError for an unknown kind of GPU, and what `count_run` raises."""
+    """The whole plan as text. Raises InputError for an unknown kind of GPU, and what `count_run` raises."""
     gpus = known_gpus(config)
     counts = count_run(config)
     sections = (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raydistill.spaces.base import Conditioning, ModelFolderError, Space, read_settings
+from raydistill.errors import InputError
+from raydistill.spaces.base import Conditioning, Space, read_settings
 from raydistill.spaces.flux import FluxSpace
 from raydistill.spaces.flux2 import Flux2KleinSpace
 from raydistill.spaces.kolors import KolorsSpace
@@ -23,7 +24,7 @@ FAMILIES: dict[str, type[Space]] = {
     )
 }  # fmt: skip
 
-__all__ = ["FAMILIES", "Conditioning", "ModelFolderError", "Space", "load_space"]
+__all__ = ["FAMILIES", "Conditioning", "InputError", "Space", "load_space"]
 
 
 def load_space(folder: str | Path, family: str | None = None) -> Space:
@@ -34,15 +35,15 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
         family: the pipeline class it must be, or None for any known one.
 
     Raises:
-        ModelFolderError: not a pipeline folder, or of an unknown or another family.
+        InputError: not a pipeline folder, or of an unknown or another family.
     """
     folder = present(folder)
     index = folder / "model_index.json"
     if not index.is_file():
-        raise ModelFolderError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
+        raise InputError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
     found = read_settings(index).get("_class_name")
     if family is not None and found != family:
-        raise ModelFolderError(f"{folder}: is a {found}, but a {family} is needed here")
+        raise InputError(f"{folder}: is a {found}, but a {family} is needed here")
     if found not in FAMILIES:
-        raise ModelFolderError(f"{folder}: {found} is not a known family; known: {', '.join(sorted(FAMILIES))}")
+        raise InputError(f"{folder}: {found} is not a known family; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[found](folder)

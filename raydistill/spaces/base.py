@@ -25,6 +25,7 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
+from raydistill.errors import InputError
 from raydistill.storage.staging import present
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
@@ -43,10 +44,6 @@ def without_bars() -> Iterator[None]:
             diffusers.utils.logging.enable_progress_bar()
 
 
-class ModelFolderError(ValueError):
-    """A model folder is missing, incomplete, or of another family than asked for."""
-
-
 class Settings(dict[str, Any]):
     """A JSON file of a model folder; asking for a key that it lacks names the file."""
 
@@ -55,26 +52,26 @@ class Settings(dict[str, Any]):
         self.file = file
 
     def __missing__(self, key: str) -> Any:
-        raise ModelFolderError(f"{self.file}: lacks {key!r}")
+        raise InputError(f"{self.file}: lacks {key!r}")
 
 
 def read_settings(file: Path) -> Settings:
-    """A JSON object. Raises ModelFolderError, which names the file, where it is missing or damaged."""
+    """A JSON object. Raises InputError, which names the file, where it is missing or damaged."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{file}: cannot be read: {error}") from None
+        raise InputError(f"{file}: cannot be read: {error}") from None
     if not isinstance(values, dict):
-        raise ModelFolderError(f"{file}: holds no JSON object")
+        raise InputError(f"{file}: holds no JSON object")
     return Settings(values, str(file))
 
 
 def diffusers_class(config: Settings) -> type:
-    """The class that a part's configuration names. Raises ModelFolderError where this diffusers has none such."""
+    """The class that a part's configuration names. Raises InputError where this diffusers has none such."""
     name = config["_class_name"]
     found = getattr(diffusers, str(name), None)
     if found is None:
-        raise ModelFolderError(f"{config.file}: diffusers {diffusers.__version__} has no class {name!r}")
+        raise InputError(f"{config.file}: diffusers {diffusers.__version__} has no class {name!r}")
     return found
 
 
@@ -82,17 +79,17 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors of one network: `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names.
 
     Raises:
-        ModelFolderError: there is neither, or a file that the index names is not there.
+        InputError: there is neither, or a file that the index names is not there.
     """
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if not index.is_file():
         if not single.is_file():
-            raise ModelFolderError(f"{folder}: no {single.name} (or {index.name})")
+            raise InputError(f"{folder}: no {single.name} (or {index.name})")
         return [single]
     names = sorted({str(name) for name in read_settings(index)["weight_map"].values()})
     foreign = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
     if foreign:
-        raise ModelFolderError(f"{folder}: {index.name} names {', '.join(foreign)}, which is not a file beside it")
+        raise InputError(f"{folder}: {index.name} names {', '.join(foreign)}, which is not a file beside it")
     return [folder / name for name in names]
 
 
@@ -123,7 +120,7 @@ class Space(ABC):
         for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
             if file.is_file():
                 return read_settings(file)
-        raise ModelFolderError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
+        raise InputError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
 
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only."""
@@ -131,7 +128,7 @@ class Space(ABC):
         try:
             module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
         except OSError as error:
-            raise ModelFolderError(f"{self.folder}/{name}: {error}") from error
+            raise InputError(f"{self.folder}/{name}: {error}") from error
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -149,7 +146,7 @@ class Space(ABC):
             with without_bars():
                 pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
         except OSError as error:
-            raise ModelFolderError(f"{self.folder}: {error}") from error
+            raise InputError(f"{self.folder}: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -159,11 +156,11 @@ class Space(ABC):
             if name in without or not isinstance(kind, list) or kind[0] is None:
                 continue
             if not Path(self.folder, name).is_dir():
-                raise ModelFolderError(f"{self.folder}: model_index.json names {name}, but there is no such folder")
+                raise InputError(f"{self.folder}: model_index.json names {name}, but there is no such folder")
             if name.startswith("tokenizer") and not any(
                 Path(self.folder, name, file).is_file() for file in VOCABULARIES
             ):
-                raise ModelFolderError(f"{self.folder}/{name}: no vocabulary ({', '.join(VOCABULARIES)})")
+                raise InputError(f"{self.folder}/{name}: no vocabulary ({', '.join(VOCABULARIES)})")
 
     unused_parts: ClassVar[dict[str, None]] = {}
 
@@ -174,7 +171,7 @@ class Space(ABC):
             network: False where the diffusion network's weights come from elsewhere.
 
         Raises:
-            ModelFolderError: a file is missing or damaged; it is named.
+            InputError: a file is missing or damaged; it is named.
         """
         for part in (self.network_name, "vae", "scheduler"):
             diffusers_class(self.part_config(part))

@@ -6,7 +6,8 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from raydistill.diffusion.path import DiscretePath, Prediction
-from raydistill.spaces.base import ModelFolderError, Space
+from raydistill.errors import InputError
+from raydistill.spaces.base import Space
 
 
 class DiscreteSpace(Space):
@@ -16,11 +17,11 @@ class DiscreteSpace(Space):
 
     @cached_property
     def network_config(self) -> dict[str, Any]:
-        """config.json of the network. Raises ModelFolderError when it belongs to another family."""
+        """config.json of the network. Raises InputError when it belongs to another family."""
         config = self.part_config(self.network_name)
         for key, expected in self.network_settings.items():
             if config.get(key) != expected:
-                raise ModelFolderError(
+                raise InputError(
                     f"{self.folder}/{self.network_name}/config.json: {key} is {config.get(key)!r}, but "
                     f"the network of a {self.pipeline_class} has {expected!r}"
                 )
@@ -33,22 +34,22 @@ class DiscreteSpace(Space):
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """scheduler_config.json. Raises ModelFolderError where it has no betas, as flow models, or changes them."""
+        """scheduler_config.json. Raises InputError where it has no betas, as flow models, or changes them."""
         config = self.part_config("scheduler")
         if config.get("beta_schedule") is None and config.get("trained_betas") is None:
-            raise ModelFolderError(
+            raise InputError(
                 f"{self.folder}/scheduler: {config.get('_class_name')} has no beta_schedule, but "
                 f"a {self.pipeline_class} is read on a discrete diffusion path"
             )
         if config.get("rescale_betas_zero_snr"):
-            raise ModelFolderError(f"{self.folder}/scheduler: rescale_betas_zero_snr is not supported")
+            raise InputError(f"{self.folder}/scheduler: rescale_betas_zero_snr is not supported")
         return config
 
     @cached_property
     def prediction(self) -> Prediction:
         prediction = self.scheduler_config.get("prediction_type", "epsilon")
         if prediction not in ("epsilon", "v_prediction"):
-            raise ModelFolderError(
+            raise InputError(
                 f"{self.folder}/scheduler: prediction_type is {prediction!r}; known are epsilon and v_prediction"
             )
         return prediction
@@ -60,7 +61,7 @@ class DiscreteSpace(Space):
     @property
     def scaling(self) -> tuple[float, float]:
         if self.vae_config.get("latents_mean") is not None:
-            raise ModelFolderError(
+            raise InputError(
                 f"{self.folder}/vae/config.json: latents_mean and latents_std, one a channel, are not supported"
             )
         return super().scaling

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.errors import InputError
+from raydistill.spaces.base import Conditioning
 from raydistill.spaces.flow import FlowSpace, as_map
 from raydistill.spaces.flux import pack, unpack
 
@@ -29,7 +30,7 @@ class Flux2KleinSpace(FlowSpace):
     """FLUX.2 [klein] base teachers, with true CFG.
 
     Raises:
-        ModelFolderError: the folder holds a step-distilled [klein]: it samples in four steps, but gives no scores.
+        InputError: the folder holds a step-distilled [klein]: it samples in four steps, but gives no scores.
     """
 
     pipeline_class = "Flux2KleinPipeline"
@@ -39,7 +40,7 @@ class Flux2KleinSpace(FlowSpace):
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
         if self.index.get("is_distilled"):
-            raise ModelFolderError(
+            raise InputError(
                 f"{folder}: is step-distilled (is_distilled in model_index.json); a teacher must be a base model, "
                 "for example FLUX.2-klein-base-4B"
             )
@@ -76,7 +77,7 @@ class Flux2KleinSpace(FlowSpace):
         """Mean and standard deviation [4C, 1, 1] of 2×2-packed raw latents, from the VAE's BatchNorm layer."""
         file = Path(self.folder, "vae", "diffusion_pytorch_model.safetensors")
         if not file.is_file():
-            raise ModelFolderError(f"{self.folder}: no vae/{file.name}, which holds the latents' statistics")
+            raise InputError(f"{self.folder}: no vae/{file.name}, which holds the latents' statistics")
         with safe_open(file, framework="pt") as weights:
             mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
         deviation = (variance + self.vae_config["batch_norm_eps"]).sqrt()

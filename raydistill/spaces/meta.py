@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning.meter import without_initial_values
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space, diffusers_class
@@ -32,8 +32,8 @@ def open_space(model: str) -> Space:
     Its networks come without weights, on the meta device.
 
     Raises:
-        ConfigError: a hub model that is neither known nor cached.
-        ModelFolderError: not a pipeline folder of a known family.
+        InputError: a hub model that is neither known nor cached.
+        InputError: not a pipeline folder of a known family.
     """
     folder = local_path(model)
     name = HUB_MODELS.get(model.partition("@")[0])
@@ -111,7 +111,7 @@ def conditioning_layout(space: Space) -> Layout:
             "prompt_embeds": ((lengths["text_encoder"], config["cap_feat_dim"]), real),
             "prompt_tokens": ((), torch.int64),
         }
-    raise ConfigError(
+    raise InputError(
         f"teacher.model: planning does not know the conditioning of {family}; name its tensors in "
         "raydistill/counting.py (conditioning_layout)"
     )

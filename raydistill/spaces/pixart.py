@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.errors import InputError
+from raydistill.spaces.base import Conditioning
 from raydistill.spaces.discrete import DiscreteSpace
 
 MAX_TOKENS = 300  # what PixArt-Sigma was trained with
@@ -29,7 +30,7 @@ class PixArtSigmaSpace(DiscreteSpace):
         config = super().network_config
         channels, outputs = config["in_channels"], config["out_channels"]
         if outputs not in (None, channels, 2 * channels):
-            raise ModelFolderError(
+            raise InputError(
                 f"{self.folder}/transformer/config.json: out_channels is {outputs}, but must be {channels} "
                 f"or, with a learned variance, {2 * channels}"
             )

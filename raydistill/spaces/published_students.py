@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.weights import DTYPES, SUFFIXES, Entry, Header, WeightsError, read_header, read_tensors
+from raydistill.spaces.weights import DTYPES, SUFFIXES, Entry, Header, read_header, read_tensors
 
 EMA_NAMES = frozenset({
     "ema", "G_ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "unet_ema", "ema_unet",
@@ -98,7 +99,7 @@ def open_student(space: Space, path: Path) -> StudentCheckpoint:
         path: file or folder, see the top of this file.
 
     Raises:
-        WeightsError: no such format, a pickle that asks for code, another architecture or prediction type, a LoRA,
+        InputError: no such format, a pickle that asks for code, another architecture or prediction type, a LoRA,
             missing, unexpected or misshapen tensors (the first is named), or several networks to choose from.
     """
     folder = _unet_folder(path)
@@ -117,14 +118,14 @@ def load_student(space: Space, path: Path) -> UNet2DConditionModel:
     """The UNet of the student's own folder with a checkpoint's weights: float32, on the CPU, frozen, evaluating.
 
     Raises:
-        WeightsError: as `open_student`; or a weight is not finite.
+        InputError: as `open_student`; or a weight is not finite.
     """
     checkpoint = open_student(space, path)
     weights: dict[str, torch.Tensor] = {}
     for file in checkpoint.files:
         for name, tensor in read_tensors(file, checkpoint.takes):
             if not tensor.isfinite().all():
-                raise WeightsError(f"{file}: {name} holds NaN or infinity")
+                raise InputError(f"{file}: {name} holds NaN or infinity")
             weights[name.removeprefix(checkpoint.prefix)] = tensor
     unet = _on_meta(space.part_config("unet"))
     unet.load_state_dict(weights, assign=True)
@@ -144,9 +145,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"{file}: not valid JSON ({error})") from None
+        raise InputError(f"{file}: not valid JSON ({error})") from None
     if not isinstance(tree, dict):
-        raise WeightsError(f"{file}: must be a JSON object")
+        raise InputError(f"{file}: must be a JSON object")
     return tree
 
 
@@ -164,28 +165,28 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         held = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-        raise WeightsError(f"{path}: no weights of a UNet ({', '.join(WEIGHT_FILES)}); it holds {held}")
+        raise InputError(f"{path}: no weights of a UNet ({', '.join(WEIGHT_FILES)}); it holds {held}")
     if found.suffix != ".json":
         return (found,)
     weight_map = _json(found).get("weight_map")
     shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     foreign = [name for name in shards if Path(name).name != name or not (path / name).is_file()]
     if foreign or not shards:
-        raise WeightsError(f"{found}: names {foreign[0] if foreign else 'nothing'}, which is not a file beside it")
+        raise InputError(f"{found}: names {foreign[0] if foreign else 'nothing'}, which is not a file beside it")
     return tuple(path / name for name in shards)
 
 
 def _weight_file(path: Path) -> Path:
     if not path.is_file():
-        raise WeightsError(f"{path}: no such file or folder")
+        raise InputError(f"{path}: no such file or folder")
     if path.suffix == ".pkl":
-        raise WeightsError(
+        raise InputError(
             f"{path}: a pickle runs code when it is read, so it is never opened. SiD-LSG publishes its students so; "
             "where you trust the file, convert it once, with its authors' code at hand: "
             f"torch.save({{'ema': pickle.load(open('{path.name}', 'rb'))['ema'].state_dict()}}, '{path.stem}.pt')"
         )
     if path.suffix not in SUFFIXES:
-        raise WeightsError(f"{path}: student.unet names a folder, or a file that ends in {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: student.unet names a folder, or a file that ends in {', '.join(SUFFIXES)}")
     return path
 
 
@@ -197,7 +198,7 @@ def _merged(files: Iterable[Path]) -> Header:
         header = read_header(file)
         twice = next((name for name in header.tensors if name in tensors), None)
         if twice is not None:
-            raise WeightsError(f"{file}: {twice} is also in another file of this checkpoint")
+            raise InputError(f"{file}: {twice} is also in another file of this checkpoint")
         tensors |= header.tensors
         numbers |= header.numbers
     return Header(tensors, numbers)
@@ -209,15 +210,15 @@ def _check_settings(space: Space, file: Path) -> None:
         return
     config = _json(file)
     if config.get("_class_name") != "UNet2DConditionModel":
-        raise WeightsError(f"{file}: is a {config.get('_class_name')}, but a UNet2DConditionModel is needed")
+        raise InputError(f"{file}: is a {config.get('_class_name')}, but a UNet2DConditionModel is needed")
     try:
         found = _on_meta(config).config
     except Exception as error:  # a file from anywhere may fail in any way
-        raise WeightsError(f"{file}: not the configuration of a UNet ({error})") from error
+        raise InputError(f"{file}: not the configuration of a UNet ({error})") from error
     for key, value in _on_meta(space.part_config("unet")).config.items():
         if key in FREE_SETTINGS or key.startswith("_") or _plain(value) == _plain(found[key]):
             continue
-        raise WeightsError(
+        raise InputError(
             f"{file}: not a student of {space.folder}: {key} is {found[key]!r}, but its UNet has {value!r}"
         )
 
@@ -255,7 +256,7 @@ def _choose(tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tu
     if len(chosen) == 1:
         return chosen[0], tuple(prefix for prefix in prefixes if prefix != chosen[0])
     if prefixes:
-        raise WeightsError(
+        raise InputError(
             f"{file}: holds several networks ({', '.join(prefix + anchor for prefix in prefixes)}) and not exactly "
             "one EMA; save the one that is meant alone"
         )
@@ -263,7 +264,7 @@ def _choose(tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tu
         f"no UNet: {anchor} is missing, alone and behind {', '.join(sorted(EMA_NAMES | WRAPPINGS))}; "
         f"the first tensor is {next(iter(tensors), 'missing too')}"
     )
-    raise WeightsError(f"{file}: {_lora(tensors) or missing}")
+    raise InputError(f"{file}: {_lora(tensors) or missing}")
 
 
 def _lora(names: Iterable[str]) -> str | None:
@@ -293,7 +294,7 @@ def _check_tensors(
     texts += [f"{name} is not a tensor of it" for name in unexpected]
     more = f" (and {len(texts) - 1} more differences)" if len(texts) > 1 else ""
     text = _lora(unexpected) or texts[0] + more
-    raise WeightsError(f"{checkpoint.source}: not a student of {space.folder}: {text}")
+    raise InputError(f"{checkpoint.source}: not a student of {space.folder}: {text}")
 
 
 # -- where it starts --------------------------------------------------------------------------------------
@@ -306,13 +307,13 @@ def _start(space: Space, path: Path, numbers: dict[str, int]) -> tuple[int | Non
     whose single step is the last of its path; or by `_t625_` in its name, as in SiD-LSG's.
 
     Raises:
-        WeightsError: the pipeline's scheduler names another prediction type.
+        InputError: the pipeline's scheduler names another prediction type.
     """
     scheduler = path / "scheduler" / "scheduler_config.json"
     config = _json(scheduler) if scheduler.is_file() else {}
     prediction = config.get("prediction_type", "epsilon") if config else space.prediction
     if prediction != space.prediction:
-        raise WeightsError(
+        raise InputError(
             f"{scheduler}: its UNet predicts {prediction!r}, but {space.folder} is read as {space.prediction!r}"
         )
     stated = [(value, name) for name, value in numbers.items() if name.rsplit(".", 1)[-1] in START_NAMES]

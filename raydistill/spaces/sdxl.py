@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from raydistill.spaces.base import Conditioning, ModelFolderError
+from raydistill.errors import InputError
+from raydistill.spaces.base import Conditioning
 from raydistill.spaces.sd import StableDiffusionSpace
 
 
@@ -25,13 +26,13 @@ class SDXLSpace(StableDiffusionSpace):
         """prompt_embeds [B, L, D], pooled_prompt_embeds [B, P] and time_ids [B, 6] (see `time_ids`).
 
         Raises:
-            ModelFolderError: the text encoders are not those that the UNet was made for.
+            InputError: the text encoders are not those that the UNet was made for.
         """
         embeds, pooled = self._encode_text(text, list(prompts))
         config = self.network_config
         expected = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
         if pooled.shape[1] != expected:
-            raise ModelFolderError(
+            raise InputError(
                 f"{self.folder}: the text encoder pools to {pooled.shape[1]} channels, but the UNet takes {expected}"
             )
         return {

@@ -4,7 +4,7 @@
     .bin .pt .pth       torch.save, read with weights_only=True: tensors, numbers and text. Nested dictionaries become
                         dotted names: {"ema": {"conv_in.weight": …}} is ema.conv_in.weight
 
-Nothing here trusts a file: whatever is wrong with one ends as a WeightsError that names it.
+Nothing here trusts a file: whatever is wrong with one ends as a InputError that names it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
+from raydistill.errors import InputError
+
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names -> torch's
-
-
-class WeightsError(ValueError):
-    """A file or folder of weights that is damaged, unsafe, or of another network; the message names it."""
 
 
 class Entry(NamedTuple):
@@ -43,7 +41,7 @@ def read_header(file: Path) -> Header:
     """Names, shapes and dtypes of a file's tensors. No weights are read.
 
     Raises:
-        WeightsError: another suffix, a damaged file, or a pickle that asks for code.
+        InputError: another suffix, a damaged file, or a pickle that asks for code.
     """
     if _is_safetensors(file):
         with _open_safetensors(file) as opened:
@@ -65,7 +63,7 @@ def read_tensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[st
     """(name, float32 copy on the CPU) of the tensors that are wanted; the rest of the file is not read.
 
     Raises:
-        WeightsError: as `read_header`.
+        InputError: as `read_header`.
     """
     if _is_safetensors(file):
         with _open_safetensors(file) as opened:
@@ -89,7 +87,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 def _is_safetensors(file: Path) -> bool:
     if file.suffix not in SUFFIXES:
-        raise WeightsError(f"{file}: weights are read from files that end in {', '.join(SUFFIXES)}")
+        raise InputError(f"{file}: weights are read from files that end in {', '.join(SUFFIXES)}")
     return file.suffix == ".safetensors"
 
 
@@ -97,7 +95,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except Exception as error:  # a file from anywhere may fail in any way
-        raise WeightsError(f"{file}: damaged, or not a safetensors file ({error})") from error
+        raise InputError(f"{file}: damaged, or not a safetensors file ({error})") from error
 
 
 def _torch_leaves(file: Path, **how: Any) -> dict[str, Any]:
@@ -111,7 +109,7 @@ def _torch_leaves(file: Path, **how: Any) -> dict[str, Any]:
             problem = f"damaged, or not a torch.save file of tensors ({type(error).__name__})"
         else:
             problem = f"its pickle asks for {code[1]}, which is code; save the network's state_dict() alone"
-        raise WeightsError(f"{file}: {problem}") from None
+        raise InputError(f"{file}: {problem}") from None
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from raydistill.errors import InputError
 from raydistill.storage.place import Place, Remote
 
 
@@ -72,16 +73,12 @@ def move_folder(source: Place, target: Place) -> None:
         shutil.rmtree(source)
 
 
-class DamagedFile(ValueError):
-    """A file of a run that is not what the run wrote; the message names it and says what to do."""
-
-
 def read_json(file: Place, cure: str) -> Any:
-    """What a JSON file holds. Raises DamagedFile, which ends with `cure`."""
+    """What a JSON file holds. Raises InputError, which ends with `cure`."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DamagedFile(f"{file} is damaged ({error}): {cure}") from error
+        raise InputError(f"{file} is damaged ({error}): {cure}") from error
 
 
 @contextmanager

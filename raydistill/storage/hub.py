@@ -18,7 +18,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
 # Files of a pipeline's parts; weights at the top of a repository are other formats of the same networks.
@@ -42,12 +42,12 @@ def is_hub_id(text: str) -> bool:
 def _parts(model: str) -> tuple[str, str | None]:
     match = HUB_ID.fullmatch(model)
     if match is None:
-        raise ConfigError(f"{model}: not a model of the hub (org/name or org/name@revision)")
+        raise InputError(f"{model}: not a model of the hub (org/name or org/name@revision)")
     return match["repo"], match["revision"]
 
 
 def cached(model: str) -> Path:
-    """The folder of a hub model in this machine's cache; asks no network. Raises ConfigError where it is missing."""
+    """The folder of a hub model in this machine's cache; asks no network. Raises InputError where it is missing."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -55,7 +55,7 @@ def cached(model: str) -> Path:
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
     except LocalEntryNotFoundError:
-        raise ConfigError(f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}") from None
+        raise InputError(f"{model}: neither a folder here nor in the hub cache {constants.HF_HUB_CACHE}") from None
     return Path(folder)
 
 
@@ -63,7 +63,7 @@ def on_this_node(model: str) -> Path:
     """The folder of a hub model; fetched first where this node's cache lacks it, by one process while others wait.
 
     Raises:
-        ConfigError: see `download`.
+        InputError: see `download`.
     """
     if not _mark(model).is_file():
         with _locked(model):
@@ -85,7 +85,7 @@ def pinned(model: str) -> str:
     """org/name@commit of what org/name means now; fetched first. A revision that was named stays as it is.
 
     Raises:
-        ConfigError: see `download`.
+        InputError: see `download`.
     """
     repo, revision = _parts(model)
     return model if revision else f"{repo}@{download(model).name}"
@@ -118,7 +118,7 @@ def download(model: str) -> Path:
     """Fetch what is missing of a hub model, and return its folder. Without network, a complete copy in the cache serves.
 
     Raises:
-        ConfigError: no network and no complete copy, an unknown model or revision, or one whose licence must be
+        InputError: no network and no complete copy, an unknown model or revision, or one whose licence must be
             accepted first. The message says what to do.
     """
     from huggingface_hub import constants, errors
@@ -146,7 +146,7 @@ def download(model: str) -> Path:
                 _mark(model).touch()
             return folder
         problem = "not a diffusers pipeline (no model_index.json)"
-    raise ConfigError(f"{model}: {problem}")
+    raise InputError(f"{model}: {problem}")
 
 
 def _gated(repo: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -167,21 +167,21 @@ def _filesystem(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
 
 
 def remote(uri: str) -> Remote:
-    """What a URI names. Raises ConfigError: another scheme, no bucket, or credentials or options inside."""
+    """What a URI names. Raises InputError: another scheme, no bucket, or credentials or options inside."""
     from raydistill.errors import mask
 
     scheme, _, key = uri.partition("://")
     bucket = key.partition("/")[0]
     if scheme not in _CREDENTIALS:
-        raise ConfigError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, file:// or a path")
+        raise InputError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, file:// or a path")
     if "@" in bucket or ":" in bucket or "?" in key or "#" in key:  # a secret may hold slashes
-        raise ConfigError(
+        raise InputError(
             f"{scheme}://…: credentials and options do not belong in a URI; they are read from the environment "
             f"({_CREDENTIALS[scheme]}{'; AWS_ENDPOINT_URL' if scheme == 's3' else ''})"
         )
     parts = PurePosixPath(key).parts
     if not bucket or ".." in parts:
-        raise ConfigError(f"{uri}: not a bucket and a key, as in {scheme}://bucket/folder/file")
+        raise InputError(f"{uri}: not a bucket and a key, as in {scheme}://bucket/folder/file")
     return Remote(scheme, "/".join(parts))
 
 

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from raydistill.config.reading import get
 from raydistill.config.schema import Config
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.storage.place import _URI, Place, Remote, remote
 
 if typing.TYPE_CHECKING:
@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 
 
 def place(text: str) -> Place:
-    """Where outputs go: a local path, or a URI's place. Raises ConfigError as `remote`."""
+    """Where outputs go: a local path, or a URI's place. Raises InputError as `remote`."""
 
     return remote(text) if is_uri(text) and not text.startswith("file://") else local_path(text)
 
@@ -28,7 +28,7 @@ def argument(text: str) -> Place:
     """`place` for argparse."""
     try:
         return place(text)
-    except ConfigError as error:
+    except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -41,9 +41,9 @@ def local_argument(text: str) -> Path:
 
 
 def require_folder(storage: Place, what: str) -> None:
-    """Raises ConfigError for a URI."""
+    """Raises InputError for a URI."""
     if isinstance(storage, Remote):
-        raise ConfigError(f"storage: {storage}: {what} needs a folder that every node sees, and goes by no URI")
+        raise InputError(f"storage: {storage}: {what} needs a folder that every node sees, and goes by no URI")
 
 
 SHAPES_PREFIX = "shapes:"
@@ -64,7 +64,7 @@ def local_path(path: str) -> Path:
     `shapes:NAME` is a part of the embedded world; what `s3://` and `gs://` name is fetched once a node (`storage.stage`).
 
     Raises:
-        ConfigError: a URI of another scheme, of nothing, or that may not be read.
+        InputError: a URI of another scheme, of nothing, or that may not be read.
         OSError: the store of a URI does not answer.
     """
     if path.startswith(SHAPES_PREFIX):
@@ -86,7 +86,7 @@ def resolve(path: str) -> Path:
     `check_paths` downloads hub models when a run starts; a node that does not share its cache does so here.
 
     Raises:
-        ConfigError: as `local_path`, or a hub model cannot be fetched.
+        InputError: as `local_path`, or a hub model cannot be fetched.
     """
     found = local_path(path)
     if found.exists():
@@ -98,7 +98,7 @@ def resolve(path: str) -> Path:
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
-    """Every named path must exist; models of the hub, and URIs, are fetched. Raises ConfigError naming key and path."""
+    """Every named path must exist; models of the hub, and URIs, are fetched. Raises InputError naming key and path."""
     from raydistill.storage.hub import download, is_hub_id
 
     for key in keys:
@@ -109,21 +109,21 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
             if key in HUB_KEYS and is_hub_id(value):
                 download(value)
                 continue
-        except (ConfigError, OSError) as error:
-            raise ConfigError(f"{key}: {error}") from None
-        raise ConfigError(f"{key}: {value} does not exist (looked at {found})")
+        except (InputError, OSError) as error:
+            raise InputError(f"{key}: {error}") from None
+        raise InputError(f"{key}: {value} does not exist (looked at {found})")
 
 
 def check_storage(config: Config) -> Place:
-    """Absolute storage root, or a URI's. Raises ConfigError: a wrong URI, or a relative folder under `ray job submit`."""
+    """Absolute storage root, or a URI's. Raises InputError: a wrong URI, or a relative folder under `ray job submit`."""
 
     if is_uri(config.storage):
         try:
             return place(config.storage)
-        except ConfigError as error:
-            raise ConfigError(f"storage: {error}") from None
+        except InputError as error:
+            raise InputError(f"storage: {error}") from None
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():
-        raise ConfigError(
+        raise InputError(
             f"storage: {config.storage!r} is relative, and under `ray job submit` the working directory is a copy that is "
             "thrown away; name an absolute folder, for example storage=$HOME/raydistill"
         )

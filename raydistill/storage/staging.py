@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.storage.place import _DENIED, Place, Remote, cause, remote
 
 STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs)/(?P<key>.+)")
@@ -29,7 +29,7 @@ def stage(uri: str) -> Path:
     Its last name is the URI's. Of several processes one fetches, and the others wait for it.
 
     Raises:
-        ConfigError: a wrong URI, nothing there, or no credentials.
+        InputError: a wrong URI, nothing there, or no credentials.
         OSError: the store does not answer, or the disk is full.
     """
     source = remote(uri)
@@ -40,7 +40,7 @@ def stage(uri: str) -> Path:
 def present(path: str | Path) -> Path:
     """A path as another node gave it: what it has staged, or fetched from the hub, is fetched here too, the same version.
 
-    Raises as `stage`; ConfigError also where the objects have changed meanwhile.
+    Raises as `stage`; InputError also where the objects have changed meanwhile.
     """
     path = Path(path)
     match = STAGED.fullmatch(str(path))
@@ -53,7 +53,7 @@ def present(path: str | Path) -> Path:
     source = Remote(match["scheme"], match["key"])
     entries = _entries(source)
     if _digest(source, entries) != match["digest"]:
-        raise ConfigError(f"{source}: has changed since it was read by the process that started this one; start again")
+        raise InputError(f"{source}: has changed since it was read by the process that started this one; start again")
     return _staged(source, match["digest"], entries)
 
 
@@ -62,12 +62,12 @@ def _entries(source: Remote) -> list[tuple[str, int, int]]:
         entries = source.entries()
     except OSError as error:
         text = cause(error, source.scheme)
-        raise (ConfigError if _DENIED.search(text) else OSError)(f"{source}: cannot be read: {text}") from error
+        raise (InputError if _DENIED.search(text) else OSError)(f"{source}: cannot be read: {text}") from error
     if not entries:
-        raise ConfigError(f"{source}: no such object, and none below it")
+        raise InputError(f"{source}: no such object, and none below it")
     for name, *_ in entries:
         if ".." in PurePosixPath(name).parts:
-            raise ConfigError(f"{source}: the name of {name!r} leads out of the folder")
+            raise InputError(f"{source}: the name of {name!r} leads out of the folder")
     return entries
 
 

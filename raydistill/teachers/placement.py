@@ -16,6 +16,7 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group_table
 
 from raydistill.config.schema import TeacherServiceConfig
+from raydistill.errors import StageFailed
 
 COORDINATOR_CPUS = 0.01
 ROOM_PATIENCE_S = 60.0  # how long actors may wait for resources where no node can be added
@@ -62,10 +63,6 @@ def place(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float
     return True
 
 
-class NoRoom(RuntimeError):
-    """Actors found no nodes; says what was asked, what there is, and what would fit."""
-
-
 @dataclass(frozen=True)
 class Need:
     """Equal actors, each of which must find all that it needs on one node."""
@@ -85,7 +82,7 @@ def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None 
         patience_s: default ROOM_PATIENCE_S.
 
     Raises:
-        NoRoom: there is still none; Ray Train and Ray Data would wait for ever.
+        StageFailed: there is still none; Ray Train and Ray Data would wait for ever.
     """
     deadline = time.monotonic() + (ROOM_PATIENCE_S if patience_s is None else patience_s)
     while not autoscaler_present():
@@ -94,7 +91,7 @@ def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None 
         if (problem := lacking(needs(), nodes)) is None:
             return
         if time.monotonic() > deadline:
-            raise NoRoom(problem)
+            raise StageFailed(problem)
         time.sleep(1)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raydistill.errors import NonFiniteError
+
 if TYPE_CHECKING:  # the coordinator of a replica handles these without importing torch
     import torch
 
@@ -25,15 +27,8 @@ class TeacherError(RuntimeError):
     """The teacher cannot answer this request; asking again would not help."""
 
 
-class NonFiniteScores(TeacherError):
+class NonFiniteScores(NonFiniteError, TeacherError):
     """The teacher answered with NaN or infinity, in `count` samples."""
-
-    def __init__(self, message: str, count: int = 1) -> None:
-        super().__init__(message, count)
-        self.message, self.count = message, count
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class TeacherUnavailable(TeacherError):

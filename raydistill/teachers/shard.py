@@ -54,7 +54,7 @@ class TeacherRank:
         return host, self.store.port
 
     def load(self, model_folder: str, dtype: str, slice_size: int, threads: int, address: tuple[str, int]) -> None:
-        """Join the group and load this rank's part of the network. Raises ModelFolderError on every rank alike."""
+        """Join the group and load this rank's part of the network. Raises InputError on every rank alike."""
         started = time.monotonic()
         host, port = address
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}

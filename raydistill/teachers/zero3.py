@@ -16,8 +16,9 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
+from raydistill.errors import InputError
 from raydistill.imports import left_out
-from raydistill.spaces.base import ModelFolderError, Space, diffusers_class, weight_files
+from raydistill.spaces.base import Space, diffusers_class, weight_files
 
 with left_out("mlflow"):  # for its autotuner's own logs
     import deepspeed
@@ -56,7 +57,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
         a DeepSpeed engine: call it like the network, under `torch.no_grad`, in the same order on every rank.
 
     Raises:
-        ModelFolderError: weights missing, or not those of the network that config.json describes.
+        InputError: weights missing, or not those of the network that config.json describes.
     """
     group = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     if group != (rank, world):
@@ -145,7 +146,7 @@ def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> No
                     wrong.append(f"{name} has shape {found}, not {shapes[name]}")
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ModelFolderError(f"{space.folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+        raise InputError(f"{space.folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
 
 
 def _fill_parameters(network: nn.Module, files: dict[str, Path], rank: int) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
-from raydistill.errors import ConfigError, mask, reason
+from raydistill.errors import InputError, mask, reason
 from raydistill.storage.place import Place, Remote
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def tracking_uri(config: Config, storage: Place) -> str:
     SQLite paths are made absolute: every process of a cluster has its own working directory.
 
     Raises:
-        ConfigError: there is no other store, and `storage` can hold no SQLite file.
+        InputError: there is no other store, and `storage` can hold no SQLite file.
     """
     return absolute(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(storage, "tracking.uri"))
 
@@ -63,9 +63,9 @@ def absolute(uri: str) -> str:
 
 
 def sqlite_uri(storage: Place, option: str) -> str:
-    """The SQLite file in `storage`. Raises ConfigError, which names the option to set, where that is no folder."""
+    """The SQLite file in `storage`. Raises InputError, which names the option to set, where that is no folder."""
     if isinstance(storage, Remote):
-        raise ConfigError(
+        raise InputError(
             f"{option}: {storage} cannot hold MLflow's database; set {option} or MLFLOW_TRACKING_URI to an MLflow server, "
             "http://host:5000"
         )

@@ -18,6 +18,7 @@ from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs, read_pairs
+from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import scratch
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 BRIDGE_FOLDER = "bridge"
 LOG_EVERY = 10
 CURVES = "curves"
-
-
-class BridgeTrainingFailed(RuntimeError):
-    """The training ended without a Bridge; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +73,8 @@ def train_bridge(
         tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
 
     Raises:
-        BridgeError, PairsError, ModelFolderError: the pair of spaces or the pairs cannot be used (before anything starts).
-        BridgeTrainingFailed: the workers failed more often than `distill.max_failures`.
+        InputError: the pair of spaces or the pairs cannot be used (before anything starts).
+        StageFailed: the workers failed more often than `distill.max_failures`.
     """
     from raydistill.workers.ray_train import fit, wait_for_room
 
@@ -89,12 +86,10 @@ def train_bridge(
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
     with ProgressWatcher(progress, "bridge"):
-        wait_for_room(config, BridgeTrainingFailed, encoders=False)  # captions are encoded in the workers
-        result = fit(
-            lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures, BridgeTrainingFailed
-        )
+        wait_for_room(config, encoders=False)  # captions are encoded in the workers
+        result = fit(lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures)
     if (reason := fatal(run_dir)) is not None:
-        raise BridgeTrainingFailed(f"bridge: {reason}")
+        raise StageFailed(f"bridge: {reason}")
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
 
@@ -129,7 +124,7 @@ def _check(config: Config, pairs_folder: str | Path) -> None:
     doublings(student, teacher)
     read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     if config.bridge.projector == "identity":
-        raise BridgeTrainingFailed("bridge.projector identity has nothing to train")
+        raise StageFailed("bridge.projector identity has nothing to train")
 
 
 def _collect(checkpoint: Any, folder: Place) -> TrainedBridge:

@@ -20,6 +20,7 @@ import torch
 
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
+from raydistill.errors import StageFailed
 from raydistill.storage.atomic import scratch
 from raydistill.storage.place import for_ray_train
 from raydistill.storage.resolve import resolve
@@ -32,10 +33,6 @@ from raydistill.workers.stage import Stage
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, asked_to_stop, draining, say_written
 
 
-class DistillationFailed(RuntimeError):
-    """A stage ended without a result; the message says why."""
-
-
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
 
@@ -43,7 +40,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
         needs: what runs beside it; the first failure there ends the wait for the stage, and is raised.
 
     Raises:
-        DistillationFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
+        StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
             cannot mend.
     """
     config = validate(stage.config)
@@ -52,10 +49,10 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     stage.path().mkdir(parents=True, exist_ok=True)
     forget(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
-        wait_for_room(config, DistillationFailed, stage.service if stage.service != config.teachers.service else None)
-        fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, DistillationFailed, needs)
+        wait_for_room(config, stage.service if stage.service != config.teachers.service else None)
+        fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, needs)
         if (reason := fatal(stage.path())) is not None:
-            raise DistillationFailed(f"{stage.name}: {reason}")
+            raise StageFailed(f"{stage.name}: {reason}")
     return stage.result()
 
 
@@ -111,8 +108,7 @@ def _said(stage: str) -> Iterator[None]:
 
 def _train(stage: Stage) -> None:
     from raydistill.data.encode import Early
-    from raydistill.distill.losses import NonFiniteError
-    from raydistill.teachers.request import NonFiniteScores
+    from raydistill.errors import NonFiniteError
     from raydistill.tracking.system_metrics import SystemMetrics
     from raydistill.tracking.tracker import Tracker
 
@@ -164,7 +160,7 @@ def _train(stage: Stage) -> None:
                 return
         if observer:
             observer.finish(step, stopped if stops else None)
-    except (NonFiniteError, NonFiniteScores) as error:
+    except NonFiniteError as error:
         _note_non_finite(stage, rank, step, error)
         raise
     finally:

@@ -15,6 +15,7 @@ import torch
 
 from raydistill.background import beside, result
 from raydistill.config.schema import Config
+from raydistill.errors import StageFailed
 from raydistill.teachers import placement
 from raydistill.workers.checkpoint import CheckpointError, check_state, load_state
 
@@ -26,7 +27,7 @@ LONGEST_PAUSE_S = 60.0  # between a lost controller and the next
 # -- the driver -------------------------------------------------------------------------------------------
 
 
-def wait_for_room(config: Config, failed: type[Exception], service: str | None = None, encoders: bool = True) -> None:
+def wait_for_room(config: Config, service: str | None = None, encoders: bool = True) -> None:
     """Wait until there is room for the fewest workers that will do.
 
     Args:
@@ -34,7 +35,7 @@ def wait_for_room(config: Config, failed: type[Exception], service: str | None =
         encoders: the workers' text encoders need room as well.
 
     Raises:
-        failed: there is still none, and no node can be added; Ray Train would wait for ever.
+        StageFailed: there is still none, and no node can be added; Ray Train would wait for ever.
     """
     distill, prompts, teachers = config.distill, config.prompts, config.teachers
 
@@ -63,17 +64,13 @@ def wait_for_room(config: Config, failed: type[Exception], service: str | None =
         )
         return [ranks, workers, *([texts] if encoders else [])]
 
-    try:
-        placement.wait_for_room(needs)
-    except placement.NoRoom as error:
-        raise failed(str(error)) from None
+    placement.wait_for_room(needs)
 
 
 def fit(
     make: Callable[[], Any],
     stage: str,
     max_failures: int,
-    failed: type[Exception],
     needs: Sequence[Future[Any]] = (),
 ) -> ray.train.Result:
     """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
@@ -83,7 +80,9 @@ def fit(
         stage: its name, for people.
         max_failures: of the controller; negative: any number.
         needs: what runs beside it; the first failure there ends the wait, and is raised.
-        failed: raised with the reason where the workers failed more often than that, or as a restart cannot mend.
+
+    Raises:
+        StageFailed: the workers failed more often than that, or for a reason that a restart cannot mend.
     """
     losses = 0
     while True:
@@ -94,7 +93,7 @@ def fit(
             return result(beside(trainer.fit), needs)
         except ray.train.TrainingFailedError as error:
             reasons = getattr(error, "worker_failures", None) or {"": error}
-            raise failed(
+            raise StageFailed(
                 f"{stage}: {'; '.join(sorted({_last_line(reason) for reason in reasons.values()}))}"
             ) from error
         except ray.exceptions.RayActorError as error:
@@ -102,10 +101,10 @@ def fit(
                 if need.done():
                     need.result()  # which raises, if it was this one's
             if error.actor_init_failed:
-                raise failed(f"{stage}: Ray Train's controller cannot start: {_last_line(error)}") from error
+                raise StageFailed(f"{stage}: Ray Train's controller cannot start: {_last_line(error)}") from error
             losses += 1
             if losses > max_failures >= 0:
-                raise failed(f"{stage}: Ray Train's controller died {losses} times") from error
+                raise StageFailed(f"{stage}: Ray Train's controller died {losses} times") from error
             pause = min(2.0 ** (losses - 1), LONGEST_PAUSE_S)
             log.warning("%s: Ray Train's controller died; going on from the last checkpoint in %.0f s", stage, pause)
             time.sleep(pause)

@@ -16,12 +16,13 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from raydistill.bridge.model import Bridge, BridgeError
+from raydistill.bridge.model import Bridge
 from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
-from raydistill.data.pairs import PairsError, write_pairs
+from raydistill.data.pairs import write_pairs
+from raydistill.errors import InputError, StageFailed
 from raydistill.spaces import load_space
-from raydistill.workers.bridge import BridgeTrainingFailed, train_bridge
+from raydistill.workers.bridge import train_bridge
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.timeout(1200)
@@ -119,13 +120,13 @@ def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, co
 def test_mistakes_are_told_before_any_worker_starts(
     ray_cluster, configure, pairs_folder, tmp_path, sd_folder, flux_folder
 ):
-    with pytest.raises(PairsError, match="no pairs-"):
+    with pytest.raises(InputError, match="no pairs-"):
         train_bridge(configure(), tmp_path / "run", tmp_path)
     swapped = (f"student.model={flux_folder}", f"teacher.model={sd_folder}")
-    with pytest.raises(BridgeError, match="1, 2, 4"):
+    with pytest.raises(InputError, match="1, 2, 4"):
         train_bridge(configure(*swapped), tmp_path / "run", pairs_folder)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(BridgeTrainingFailed, match="not finite"):
+    with pytest.raises(StageFailed, match="not finite"):
         train_bridge(configure("bridge.lr=1e30", "bridge.attention.weight=0"), tmp_path / "diverged", pairs_folder)
 
 

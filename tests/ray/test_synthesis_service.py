@@ -28,10 +28,10 @@ from raydistill.data import synthesis_stream
 from raydistill.data.images import open_images
 from raydistill.data.pairs import existing_shards, load_pairs, shard_file
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.data.shards import SynthesisFailed
 from raydistill.data.synthesis import LocalTeacher, Recipe, encode_images, synthesise
 from raydistill.data.synthesis_stream import synthesise_on_ray
 from raydistill.diffusion.noise import uniform
+from raydistill.errors import StageFailed
 from raydistill.spaces import load_space
 from raydistill.teachers import placement, service
 from raydistill.teachers.client import TeacherClient
@@ -246,7 +246,7 @@ def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, t
     (tmp_path / "images").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "images" / "a.png")
     told = recipe((load_space(tmp_path / "model"), spaces[1]), open_images(tmp_path / "images"), count=1)
-    with pytest.raises(SynthesisFailed, match="a stage failed: ModelFolderError: .*model/vae: .*no file named"):
+    with pytest.raises(StageFailed, match="a stage failed: InputError: .*model/vae: .*no file named"):
         synthesise_on_ray(told, tmp_path / "set", SynthesisConfig())
 
 
@@ -255,10 +255,10 @@ def test_actors_that_cannot_be_placed_are_named(ray_cluster, spaces, tmp_path, m
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     told = recipe(spaces, open_images(tmp_path), count=1)
     with pytest.raises(
-        SynthesisFailed, match=r"asked for 3 of 0.2 CPU \+ 1 GPU each, room for 0; free on .* CPU and 0 GPU"
+        StageFailed, match=r"asked for 3 of 0.2 CPU \+ 1 GPU each, room for 0; free on .* CPU and 0 GPU"
     ):
         synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(encoders=3, gpus_per_encoder=1))
-    with pytest.raises(SynthesisFailed, match=r"on the 0 node\(s\) labelled role=none: nothing.*change the labels"):
+    with pytest.raises(StageFailed, match=r"on the 0 node\(s\) labelled role=none: nothing.*change the labels"):
         synthesise_on_ray(told, tmp_path / "set", SynthesisConfig(node_labels={"role": "none"}))
 
 

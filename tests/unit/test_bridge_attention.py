@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from raydistill.bridge.attention import AttentionError, AttentionProbe, log_probabilities, sample_rows, spaced
+from raydistill.bridge.attention import AttentionProbe, log_probabilities, sample_rows, spaced
 from raydistill.bridge.losses import attention_fidelity, bridge_loss, latent_l1
 from raydistill.config.schema import AttentionConfig
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 
 
@@ -221,5 +222,5 @@ def test_layers_are_evenly_spaced_and_end_with_the_last():
 
 
 def test_unknown_networks_are_named(flux_folder):
-    with pytest.raises(AttentionError, match="does not know Linear.*FluxTransformer2DModel.*attention.weight=0"):
+    with pytest.raises(InputError, match="does not know Linear.*FluxTransformer2DModel.*attention.weight=0"):
         AttentionProbe(load_space(flux_folder), nn.Linear(2, 2), AttentionConfig())

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raydistill.bridge.model import Bridge, BridgeError, SpatialPrior, doublings, vae_fingerprint
+from raydistill.bridge.model import Bridge, SpatialPrior, doublings, vae_fingerprint
 from raydistill.config.schema import BridgeConfig as Settings
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 
 SMALL = {"embed_dim": 8, "depths": [2], "heads": 2, "window": 4}
@@ -49,7 +50,7 @@ def test_prior_announces_its_channels_and_grid(spaces):
     for n in (0, 1, 2):
         prior = SpatialPrior(student, student.load_vae(), n)
         assert prior(torch.randn(1, 4, 8, 8)).shape == (1, prior.out_channels, 8 * 2**n, 8 * 2**n)
-    with pytest.raises(BridgeError, match="doubles 2 times, but 3"):
+    with pytest.raises(InputError, match="doubles 2 times, but 3"):
         SpatialPrior(student, student.load_vae(), 3)
 
 
@@ -82,19 +83,19 @@ def test_identity_passes_equal_spaces_through_and_refuses_others(spaces):
     bridge, z = Bridge.create(student, student, Settings(projector="identity")), torch.randn(2, 4, 8, 8)
     assert torch.equal(bridge(z), z)
     assert not bridge.trainable_parameters()
-    with pytest.raises(BridgeError, match=r"identity needs equal latent shapes.*\(4, 8, 8\).*\(8, 16, 16\)"):
+    with pytest.raises(InputError, match=r"identity needs equal latent shapes.*\(4, 8, 8\).*\(8, 16, 16\)"):
         Bridge.create(student, teacher, Settings(projector="identity"))
 
 
 def test_grids_that_no_doubling_joins_are_refused(spaces, sd_folder, tmp_path):
     student, teacher = spaces
     assert (doublings(student, teacher), doublings(student, student)) == (1, 0)
-    with pytest.raises(BridgeError, match="1, 2, 4"):
+    with pytest.raises(InputError, match="1, 2, 4"):
         doublings(teacher, student)
     shutil.copytree(sd_folder, tmp_path / "odd")
     config = json.loads((tmp_path / "odd/unet/config.json").read_text())
     (tmp_path / "odd/unet/config.json").write_text(json.dumps(config | {"sample_size": 5}))
-    with pytest.raises(BridgeError, match="5x5"):
+    with pytest.raises(InputError, match="5x5"):
         Bridge.create(load_space(tmp_path / "odd"), teacher, Settings(**SMALL))
 
 
@@ -133,7 +134,7 @@ def test_bridge_of_another_vae_is_refused_by_name(spaces, sd_folder, flux_folder
     Bridge.create(*spaces, Settings(**SMALL)).save(tmp_path / "bridge")
     changed = other_vae(sd_folder if role == "student" else flux_folder, tmp_path / "other")
     pair = (changed, spaces[1]) if role == "student" else (spaces[0], changed)
-    with pytest.raises(BridgeError, match=f"{tmp_path / 'bridge'}: .*another {role} VAE.*{tmp_path / 'other'}"):
+    with pytest.raises(InputError, match=f"{tmp_path / 'bridge'}: .*another {role} VAE.*{tmp_path / 'other'}"):
         Bridge.load(tmp_path / "bridge", *pair)
 
 
@@ -151,9 +152,9 @@ def test_fingerprint_follows_tensors_and_scaling_but_not_file_metadata(spaces, s
 
 
 def test_folders_that_are_no_bridge_say_so(spaces, tmp_path):
-    with pytest.raises(BridgeError, match="not a saved Bridge"):
+    with pytest.raises(InputError, match="not a saved Bridge"):
         Bridge.load(tmp_path, *spaces)
     Bridge.create(*spaces, Settings(**SMALL)).save(tmp_path / "bridge")
     (tmp_path / "bridge/projector.safetensors").write_bytes(b"cut short")
-    with pytest.raises(BridgeError, match="missing or damaged"):
+    with pytest.raises(InputError, match="missing or damaged"):
         Bridge.load(tmp_path / "bridge", *spaces)

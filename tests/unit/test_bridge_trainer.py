@@ -11,9 +11,10 @@ import torch
 
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import Captions, Objective
-from raydistill.bridge.trainer import BridgeTrainer, TrainingDiverged, build_trainer
+from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs, write_pairs
+from raydistill.errors import NonFiniteError
 from raydistill.pictures import fidelity
 from raydistill.spaces import load_space
 
@@ -188,7 +189,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(make
     parameters = trainer.bridge.trainable_parameters()
     before = [p.clone() for p in parameters]
     parameters[0].register_hook(lambda gradient: gradient / 0)
-    with pytest.raises(TrainingDiverged, match="step 0: the gradient is not finite"):
+    with pytest.raises(NonFiniteError, match="step 0: the gradient is not finite"):
         trainer.step(trainer.objective.batch(0))
     assert all(map(torch.equal, before, parameters))
 
@@ -198,7 +199,7 @@ def test_divergence_stops_before_the_weights_are_touched(make):
     batch = trainer.objective.batch(0)
     batch.z_S[0] = float("nan")
     before = [p.clone() for p in trainer.bridge.trainable_parameters()]
-    with pytest.raises(TrainingDiverged, match="step 0: .*latent_l1.* not finite"):
+    with pytest.raises(NonFiniteError, match="step 0: .*latent_l1.* not finite"):
         trainer.step(batch)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.bridge.trainable_parameters(), strict=True))
 

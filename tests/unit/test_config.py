@@ -6,7 +6,7 @@ import yaml
 from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import CONFIGS, config_hash, fields, load, to_yaml, validate
 from raydistill.config.schema import Config
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.storage.resolve import check_storage
 
 
@@ -44,20 +44,20 @@ def test_overrides_reach_their_key_and_scientific_notation_is_a_number():
     ],
 )
 def test_a_wrong_override_is_named(override, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         load(overrides=[override])
 
 
 def test_every_mistake_is_reported_at_once():
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         load(overrides=["teachers.shard=2", "distill.steps=0"])
     assert len(str(error.value).splitlines()) == 2
 
 
 def test_reversed_time_range_and_nothing_to_learn_from_are_refused():
-    with pytest.raises(ConfigError, match="t_min .* must be below t_max"):
+    with pytest.raises(InputError, match="t_min .* must be below t_max"):
         load(overrides=["vsd.t_min=0.9", "vsd.t_max=0.1"])
-    with pytest.raises(ConfigError, match="nothing would teach"):
+    with pytest.raises(InputError, match="nothing would teach"):
         load(overrides=["vsd.weight=0", "discriminator.weight=0"])
 
 
@@ -124,29 +124,29 @@ def test_of_several_extended_files_the_later_win_and_the_file_itself_over_all(tm
 def test_mistakes_in_an_extended_file_name_that_file(part, message, tmp_path):
     (tmp_path / "part.yaml").write_text(part)
     (tmp_path / "child.yaml").write_text("extends: [part.yaml]\ndistill: {steps: 3}\n")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         load(tmp_path / "child.yaml")
 
 
 def test_a_wrong_override_is_not_blamed_on_a_file(tmp_path):
     (tmp_path / "child.yaml").write_text("student: {lr: 1.0e-3}\n")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         load(tmp_path / "child.yaml", ["student.lr=-1"])
     assert "child.yaml" not in str(error.value)
 
 
 def test_broken_yaml_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [1, 2")
-    with pytest.raises(ConfigError, match="bad.yaml: not valid YAML"):
+    with pytest.raises(InputError, match="bad.yaml: not valid YAML"):
         load(tmp_path / "bad.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="must be a mapping"):
+    with pytest.raises(InputError, match="must be a mapping"):
         load(tmp_path / "list.yaml")
 
 
 def test_relative_storage_under_job_submission_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    with pytest.raises(ConfigError, match="name an absolute folder"):
+    with pytest.raises(InputError, match="name an absolute folder"):
         check_storage(load())
     assert check_storage(load(overrides=[f"storage={tmp_path}"])) == tmp_path.resolve()
 

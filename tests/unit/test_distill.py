@@ -13,7 +13,6 @@ from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
 from raydistill.distill.losses import (
-    NonFiniteError,
     fake_logits_loss,
     generator_loss,
     real_logits_loss,
@@ -23,6 +22,7 @@ from raydistill.distill.losses import (
 )
 from raydistill.distill.networks import load_real, load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 

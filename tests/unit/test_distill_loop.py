@@ -22,7 +22,7 @@ from ray.train import RunConfig
 
 from raydistill.background import beside
 from raydistill.config.reading import load, validate
-from raydistill.distill.losses import NonFiniteError
+from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError

@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from raydistill.data.prompts import PromptFileError
 from raydistill.diffusion.noise import normal
-from raydistill.evaluation.command import CommandError, parse_command, run_command
+from raydistill.errors import InputError, StageFailed
+from raydistill.evaluation.command import parse_command, run_command
 from raydistill.evaluation.frechet import frechet_distance
-from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage, StageFailed
+from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage
 from raydistill.evaluation.promptsets import Item, open_prompts, read_items, write_items
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, judge_frechet, load_image
@@ -208,16 +208,16 @@ def test_partiprompts_as_published_have_categories(tmp_path, monkeypatch):
     assert open_prompts("parti", tmp_path).prompts.prompts == found.prompts.prompts  # by name, from the sets' folder
     monkeypatch.chdir(tmp_path)
     assert {open_prompts(name, tmp_path).name for name in (file.name, f"./{file.name}", str(file))} == {"PartiPrompts"}
-    with pytest.raises(PromptFileError, match=r"no column 'Kind' \(--category-column\); the file has: 'Prompt'"):
+    with pytest.raises(InputError, match=r"no column 'Kind' \(--category-column\); the file has: 'Prompt'"):
         open_prompts(str(file), tmp_path, category_column="Kind")
-    with pytest.raises(PromptFileError, match=r"no column 'text' \(--column\)"):
+    with pytest.raises(InputError, match=r"no column 'text' \(--column\)"):
         open_prompts(str(file), tmp_path, column="text")
 
 
 def test_a_published_set_that_is_not_here_says_where_to_get_it(tmp_path):
-    with pytest.raises(PromptFileError, match=f"PartiPrompts.tsv, and put it at {tmp_path}/PartiPrompts.tsv"):
+    with pytest.raises(InputError, match=f"PartiPrompts.tsv, and put it at {tmp_path}/PartiPrompts.tsv"):
         open_prompts("parti", tmp_path)
-    with pytest.raises(PromptFileError, match="no such file, and no set of that name; sets: heldout"):
+    with pytest.raises(InputError, match="no such file, and no set of that name; sets: heldout"):
         open_prompts("perti", tmp_path)
 
 
@@ -236,7 +236,7 @@ def test_folders_of_json_lists_and_of_texts(tmp_path):
     ]
     assert open_prompts("dpg", tmp_path).prompts.prompts == ["a long"]
     (hps / "photo.json").write_text(json.dumps(["a dog", 3]))
-    with pytest.raises(PromptFileError, match=r"photo.json, entry 2: no prompt"):
+    with pytest.raises(InputError, match=r"photo.json, entry 2: no prompt"):
         open_prompts("hpsv2", tmp_path)
 
 
@@ -418,7 +418,7 @@ def test_a_scorer_command_is_asked_again_only_for_what_it_did_not_answer(tmp_pat
     items = items_of(["a", "bb", "ccc", "dddd"], ["", "x"])
     images = torch.stack([torch.full((3, 4, 4), value / 127.5 - 1) for value in (10, 20, 30, 40)])
     folder = folder_of(tmp_path, items, images)
-    with pytest.raises(CommandError, match=r"mps: .* ended with code 1 and said: the scorer lost its way"):
+    with pytest.raises(InputError, match=r"mps: .* ended with code 1 and said: the scorer lost its way"):
         run_command(str(folder), 3, "mps", [*program, "1"], str(tmp_path))
     assert Parts(folder, 3).missing("mps") == [0, 1]
     run_command(str(folder), 3, "mps", [*program, "-1"], str(tmp_path))
@@ -443,7 +443,7 @@ def test_wrong_answers_of_a_scorer_are_refused_by_line(tmp_path, line, message):
     folder = folder_of(tmp_path, items_of(["a", "b"]), torch.zeros(2, 3, 4, 4))
     script = tmp_path / "wrong.py"
     script.write_text(f"import sys; open(sys.argv[-1], 'w').write({line!r} + chr(10))")
-    with pytest.raises(CommandError) as error:
+    with pytest.raises(InputError) as error:
         run_command(str(folder), 2, "mps", [sys.executable, str(script)], str(tmp_path))
     assert message in str(error.value)
 
@@ -451,7 +451,7 @@ def test_wrong_answers_of_a_scorer_are_refused_by_line(tmp_path, line, message):
 @pytest.mark.parametrize("text", ["command:mps", "command:=x", "command:a b=x", "command:mps=", "command:mps='",
                                   "command:mps=no-such-program-here"])  # fmt: skip
 def test_a_command_line_is_checked(text):
-    with pytest.raises(CommandError, match="command"):
+    with pytest.raises(InputError, match="command"):
         parse_command(text)
 
 
@@ -598,7 +598,7 @@ def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
 
     monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: False)
     stages = [stream.StagePlan("draw", Counting, {}, gpus=0.5), stream.StagePlan("hpsv3", Counting, {}, gpus=1.0)]
-    with pytest.raises(stream.EvaluationFailed, match="need 1.5 GPU at once, and the cluster has 1: lower"):
+    with pytest.raises(StageFailed, match="need 1.5 GPU at once, and the cluster has 1: lower"):
         stream.check_room(stages, {"CPU": 8.0, "GPU": 1.0})
     stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
     monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: True)

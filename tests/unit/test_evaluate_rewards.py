@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.evaluation import rewards
 from raydistill.evaluation.rewards import ENVIRONMENTS, REWARDS, WEIGHTS, inception_fid, runtime_env, with_base_model
 from raydistill.evaluation.weights import find_weights, parse_weights
@@ -217,7 +217,7 @@ def offline(tmp_path, monkeypatch):
     ],
 )
 def test_missing_weights_say_how_to_get_them(metric, parts, offline):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         find_weights(metric, {})
     assert f"metric {metric}: its weights" in str(error.value)
     for part in parts:
@@ -236,14 +236,14 @@ def test_named_weights_are_taken(offline, tmp_path):
         "imagereward.config": f"{tmp_path}/med_config.json",  # found in the folder that was named
         "imagereward.tokenizer": f"{tmp_path}/bert",
     }
-    with pytest.raises(ConfigError, match=r"--weights imagereward=.*bert: must be a file"):
+    with pytest.raises(InputError, match=r"--weights imagereward=.*bert: must be a file"):
         find_weights("imagereward", named | {"imagereward": f"{tmp_path}/bert"})
-    with pytest.raises(ConfigError, match=r"--weights hpsv2=./x.pt: no such file or folder"):
+    with pytest.raises(InputError, match=r"--weights hpsv2=./x.pt: no such file or folder"):
         find_weights("hpsv2", {"hpsv2": "./x.pt"})
 
 
 def test_another_repository_can_be_named(offline):
-    with pytest.raises(ConfigError, match="clip-vit-base-patch32"):
+    with pytest.raises(InputError, match="clip-vit-base-patch32"):
         find_weights("clipscore", {"clipscore": "openai/clip-vit-base-patch32"})
 
 

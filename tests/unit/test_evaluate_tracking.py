@@ -11,7 +11,7 @@ import torch
 from raydistill.benchmark.world import MlflowServer
 from raydistill.config.reading import load, to_yaml
 from raydistill.data.prompts import PromptSet
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.evaluation.evaluate import Plan, Resources, finish, log_results, store_of
 from raydistill.evaluation.promptsets import CategorisedPrompts
 from raydistill.evaluation.results import mean_table
@@ -118,7 +118,7 @@ def test_an_evaluation_goes_to_the_store_of_the_run_that_made_the_model(one_step
     assert store("http://***@server:5000") == "http://everybody:5000"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert store(None) == f"sqlite:///{tmp_path}/mlflow.db"
-    with pytest.raises(ConfigError, match=r"mine: its run is logged to http://\*\*\*@server:5000, and the secret"):
+    with pytest.raises(InputError, match=r"mine: its run is logged to http://\*\*\*@server:5000, and the secret"):
         store("http://***@server:5000")
     assert find_subject("mine", tmp_path).run_id == "a" * 32
     other = find_subject("mine", tmp_path, unet="shapes:sd15-onestep", start_timestep=999)

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from raydistill.export.pipeline import ExportError, ModelCard, export_student, one_step_scheduler
+from raydistill.errors import InputError
+from raydistill.export.pipeline import ModelCard, export_student, one_step_scheduler
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
@@ -175,7 +176,7 @@ def test_failed_export_keeps_the_earlier_one_and_leaves_nothing(sd_folder, tmp_p
 
     with torch.no_grad():
         unet.conv_in.weight.mul_(1e7)
-    with pytest.raises(ExportError, match=r"not finite in torch.float16, the first is conv_in.weight"):
+    with pytest.raises(InputError, match=r"not finite in torch.float16, the first is conv_in.weight"):
         export_student(space, unet, 999, target, CARD)
     export_student(space, unet, 999, target, CARD, torch.float32)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -183,7 +184,7 @@ def test_failed_export_keeps_the_earlier_one_and_leaves_nothing(sd_folder, tmp_p
 
 
 def test_flow_students_and_impossible_starts_are_refused(sd_folder, flux_folder):
-    with pytest.raises(ExportError, match="velocity"):
+    with pytest.raises(InputError, match="velocity"):
         one_step_scheduler(load_space(flux_folder), 500)
-    with pytest.raises(ExportError, match=r"start_timestep 0 is outside 1 … 999"):
+    with pytest.raises(InputError, match=r"start_timestep 0 is outside 1 … 999"):
         one_step_scheduler(load_space(sd_folder), 0)

@@ -17,7 +17,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.schedule import distillation_step
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.workers.distill import _mesh, average_over_workers
 
@@ -108,5 +108,5 @@ def test_a_shared_copy_gives_the_numbers_of_a_whole_one(
 
 @pytest.mark.parametrize("other", ["fake_score.kind=full", "distill.min_workers=1"])
 def test_what_cannot_be_shared_is_refused(other):
-    with pytest.raises(ConfigError, match=r"fake_score\.shard"):
+    with pytest.raises(InputError, match=r"fake_score\.shard"):
         load(overrides=["distill.workers=2", "fake_score.shard=true", other])

@@ -22,7 +22,7 @@ from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
 from raydistill.driver.preflight import check_inputs
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning.counting import count_trainer
 from raydistill.planning.memory import trainer_remedies
 from raydistill.spaces import load_space
@@ -216,7 +216,7 @@ def test_by_default_a_quarter_of_the_blocks_stays_at_either_end(case):
 def test_more_blocks_than_there_are_are_refused_by_key(case):
     depth = DEPTH[case.name]
     message = rf"fake_score\.kind=truncated: the first {depth} and the last 1 blocks of {depth},.*first_blocks"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         case.fake_score(depth, 1)
     for first, last in ((0, 1), (1, 0), (-1, 2)):
         network = case.space.load_network()
@@ -230,14 +230,14 @@ def test_unets_are_refused_by_key_with_what_to_use_instead(name, diffusion_folde
     space = load_space(sd_folder if name == "sd" else diffusion_folders[name])
     network = space.load_network()
     before = numel([network])
-    with pytest.raises(ConfigError, match=r"^fake_score\.kind=truncated: .*UNet.*skip connections.*use lora or full$"):
+    with pytest.raises(InputError, match=r"^fake_score\.kind=truncated: .*UNet.*skip connections.*use lora or full$"):
         FakeScore(space, network, FakeScoreConfig(kind="truncated"), 0.5)
     assert numel([network]) == before
 
 
 def test_numbers_of_blocks_are_at_least_one():
     for key in ("first_blocks", "last_blocks"):
-        with pytest.raises(ConfigError, match=rf"fake_score\.{key}: .*greater than or equal to 1"):
+        with pytest.raises(InputError, match=rf"fake_score\.{key}: .*greater than or equal to 1"):
             load(overrides=["fake_score.kind=truncated", f"fake_score.{key}=0"])
 
 
@@ -251,7 +251,7 @@ def test_numbers_of_blocks_are_at_least_one():
 )
 def test_what_cannot_be_cut_is_refused_before_anything_starts(overrides, message, tmp_path):
     config = load(overrides=[f"storage={tmp_path}", "fake_score.kind=truncated", *overrides])
-    with pytest.raises(ConfigError, match=rf"^fake_score\.kind=truncated: .*{message}"):
+    with pytest.raises(InputError, match=rf"^fake_score\.kind=truncated: .*{message}"):
         check_inputs(config)
     assert not list(tmp_path.iterdir())
 

@@ -11,8 +11,8 @@ import pytest
 
 from raydistill.config.reading import load
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
-from raydistill.errors import ConfigError
-from raydistill.storage.atomic import DamagedFile, read_json, replace_text, scratch
+from raydistill.errors import InputError
+from raydistill.storage.atomic import read_json, replace_text, scratch
 from raydistill.storage.fingerprint import content_hash
 from raydistill.workers.stage import Stage
 
@@ -50,10 +50,10 @@ def test_a_content_hash_sees_names_and_bytes_also_behind_links(tmp_path):
 def test_a_damaged_file_is_named_with_its_cure(tmp_path, text):
     file = tmp_path / "teacher.json"
     file.write_text(text)
-    with pytest.raises(DamagedFile, match=f"^{file} is damaged .*: remove it$"):
+    with pytest.raises(InputError, match=f"^{file} is damaged .*: remove it$"):
         read_json(file, "remove it")
     (tmp_path / "result.json").write_text(text)
-    with pytest.raises(DamagedFile, match="result.json is damaged .*: remove it, and the stage ends again"):
+    with pytest.raises(InputError, match="result.json is damaged .*: remove it, and the stage ends again"):
         Stage("distill", {}, str(tmp_path), *[None] * 4, "", "").result()
 
 
@@ -68,14 +68,14 @@ def test_a_run_whose_files_were_cut_says_so(tmp_path):
     middle = text.index("student:") + 5
     for cut in ("", text[:middle], text[: text.index("steps:") + 7] + "'"):
         saved.write_text(cut)
-        with pytest.raises(ConfigError, match=rf"{saved} is damaged.*restore it, or use another run\.name"):
+        with pytest.raises(InputError, match=rf"{saved} is damaged.*restore it, or use another run\.name"):
             open_run_folder(config)
     saved.write_text(text)
     assert open_run_folder(config) == run
     run.remember(mlflow={"pipeline": "1"})
     assert run.recall() == {"mlflow": {"pipeline": "1"}}
     (run.path / "run.json").write_text("")
-    with pytest.raises(DamagedFile, match=r"run\.json is damaged"):
+    with pytest.raises(InputError, match=r"run\.json is damaged"):
         run.recall()
 
 

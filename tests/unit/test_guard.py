@@ -15,9 +15,10 @@ from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.collapse import LatentGuard, drift, mean_and_std, moments
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.distill.losses import NonFiniteError, require_finite
+from raydistill.distill.losses import require_finite
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.teachers.request import NonFiniteScores

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.config.reading import load
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.storage.hub import download, is_hub_id
 from raydistill.storage.resolve import check_paths, resolve
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_fetched_is_said_in_one_line(model, endpoint, message, hu
     done = ask(f"download({model!r})", endpoint or hub, tmp_path, HF_TOKEN=TOKEN)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("raydistill.errors.ConfigError: " + model)
+    assert last.startswith("raydistill.errors.InputError: " + model)
     assert message.format(hub=hub) in last
     assert TOKEN not in done.stderr
 
@@ -180,7 +180,7 @@ def test_a_driver_with_a_token_and_a_node_without_one_that_may_read_a_gated_mode
     folder = driver.stdout.strip().replace(str(tmp_path / "driver"), "/elsewhere")
     done = ask(f"from raydistill.storage.place import present; present({folder!r})", hub, tmp_path / "node", **token)
     message = message.format(node=socket.gethostname(), page=f"{hub}/org/gated")
-    assert done.stderr.strip().splitlines()[-1] == f"raydistill.errors.ConfigError: org/gated@{SHA}: {message}"
+    assert done.stderr.strip().splitlines()[-1] == f"raydistill.errors.InputError: org/gated@{SHA}: {message}"
     assert "hf_other" not in done.stderr
 
 
@@ -225,7 +225,7 @@ def test_hub_ids(text):
 )
 def test_what_is_no_hub_id(text):
     assert not is_hub_id(text)
-    with pytest.raises(ConfigError, match="not a model of the hub"):
+    with pytest.raises(InputError, match="not a model of the hub"):
         download(text)
 
 
@@ -237,7 +237,7 @@ def test_a_folder_goes_before_a_hub_model_of_the_same_name(tmp_path, monkeypatch
 
 def test_only_models_may_come_from_the_hub():
     config = load(overrides=["prompts.path=org/prompts"])
-    with pytest.raises(ConfigError, match="prompts.path: org/prompts does not exist"):
+    with pytest.raises(InputError, match="prompts.path: org/prompts does not exist"):
         check_paths(config, ["prompts.path"])
 
 
@@ -267,4 +267,4 @@ def test_a_run_keeps_the_commits_of_its_models_when_they_are_published_anew(hub,
     for _ in range(2):
         assert pin("named", "org/kolors@main").stdout.strip() == "org/kolors@main"
     lost = pin("lost", "org/nothing")
-    assert "ConfigError: teacher.model: org/nothing: neither a folder here nor a model of the hub" in lost.stderr
+    assert "InputError: teacher.model: org/nothing: neither a folder here nor a model of the hub" in lost.stderr

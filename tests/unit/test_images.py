@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.data.images import BadImage, ImagesError, open_images
+from raydistill.data.images import BadImage, open_images
 from raydistill.data.pairs import existing_shards, load_pairs
-from raydistill.data.shards import SynthesisError
 from raydistill.data.synthesis import encode_images
 from raydistill.diffusion.noise import uniform
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.storage.fingerprint import identify
 
@@ -133,30 +133,30 @@ def test_the_caption_column_can_be_named_and_may_be_absent(tmp_path):
     assert open_images(file).prompts == [""]
     assert open_images(file, caption_column="text").prompts == ["one"]
     with pytest.raises(
-        ImagesError, match=r"no column 'caption' \(synthesis.caption_column\); the file has: 'image', 't"
+        InputError, match=r"no column 'caption' \(synthesis.caption_column\); the file has: 'image', 't"
     ):
         open_images(file, caption_column="caption")
 
 
 def test_sets_that_cannot_be_used_say_why(tmp_path):
-    with pytest.raises(ImagesError, match="no such file or folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(ImagesError, match=r"no images \(\.png"):
+    with pytest.raises(InputError, match=r"no images \(\.png"):
         open_images(tmp_path)
     (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ImagesError, match=r"neither a folder nor a \.parquet"):
+    with pytest.raises(InputError, match=r"neither a folder nor a \.parquet"):
         open_images(tmp_path / "a.csv")
     file = write_parquet(tmp_path / "x.parquet", [b"x"])
-    with pytest.raises(ImagesError, match=r"no column 'jpg' \(synthesis.image_column\); the file has: 'image'"):
+    with pytest.raises(InputError, match=r"no column 'jpg' \(synthesis.image_column\); the file has: 'image'"):
         open_images(file, "jpg")
     pq.write_table(pa.table({"image": [1]}), file)
-    with pytest.raises(ImagesError, match=r"column 'image' .* holds int64, not bytes"):
+    with pytest.raises(InputError, match=r"column 'image' .* holds int64, not bytes"):
         open_images(file)
     file.write_bytes(b"PAR1 no")
-    with pytest.raises(ImagesError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         open_images(file)
     noise_picture(0).save(tmp_path / "a.png")
-    with pytest.raises(ImagesError, match="has parquet files and image files"):
+    with pytest.raises(InputError, match="has parquet files and image files"):
         open_images(tmp_path)
 
 
@@ -219,11 +219,11 @@ def test_an_interrupted_set_of_images_goes_on_to_the_same_bytes(folder, spaces, 
 
 
 def test_held_out_captions_and_changed_images_are_refused(folder, spaces, tmp_path):
-    with pytest.raises(SynthesisError, match="1 held-out prompts.*'a red circle'"):
+    with pytest.raises(InputError, match="1 held-out prompts.*'a red circle'"):
         encode_images(open_images(folder), *spaces, tmp_path / "set", forbidden={"a red circle"}, **SETTINGS)
     encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS)
     (folder / "d.png").write_bytes(encoded(noise_picture(7)))
-    with pytest.raises(SynthesisError, match="images was"):
+    with pytest.raises(InputError, match="images was"):
         encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS)
 
 

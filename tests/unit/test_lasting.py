@@ -6,11 +6,7 @@ import pytest
 import ray.exceptions
 import torch
 
-from raydistill.bridge.attention import AttentionError
-from raydistill.bridge.trainer import TrainingDiverged
-from raydistill.data.pairs import PairsError
-from raydistill.distill.losses import NonFiniteError
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError
 from raydistill.workers.fatal_errors import fatal, forget, is_lasting, written_down
@@ -18,7 +14,7 @@ from raydistill.workers.fatal_errors import fatal, forget, is_lasting, written_d
 
 @pytest.mark.parametrize(
     "error",
-    [AttentionError, TrainingDiverged, ConfigError, PairsError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, torch.OutOfMemoryError],
+    [InputError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, torch.OutOfMemoryError],
 )  # fmt: skip
 def test_wrong_input_and_bad_numbers_last(error, tmp_path):
     assert is_lasting(error("why"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.config.reading import load
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning import memory
 from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB
@@ -46,7 +46,7 @@ def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     file = tmp_path / "gpus.yaml"
     file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / GIB}"))
     settings = [*GPUS, *small_gpu, "distill.batch_size=32"]
-    with pytest.raises(ConfigError, match="distill.gradient_checkpointing=true would") as refused:
+    with pytest.raises(InputError, match="distill.gradient_checkpointing=true would") as refused:
         check_launch(load(overrides=settings), ["trainer"])
     advised = re.findall(r"distill\.(?:micro_batches|batch_size)=\d+", str(refused.value))
     assert len(advised) == 2
@@ -63,7 +63,7 @@ def test_a_share_of_a_gpu_has_a_share_of_its_memory(small_gpu):
         )
 
     assert "teacher rank" in check(1)[0]
-    with pytest.raises(ConfigError, match=r"teacher rank: .*teachers.gpus_per_rank=0.1 tiny has 0.0; "):
+    with pytest.raises(InputError, match=r"teacher rank: .*teachers.gpus_per_rank=0.1 tiny has 0.0; "):
         check(0.1)
 
 
@@ -80,7 +80,7 @@ def test_nothing_is_counted_for_roles_without_gpus(monkeypatch):
 
 
 def test_an_unknown_kind_of_gpu_is_named():
-    with pytest.raises(ConfigError, match=r"plan.trainer_gpu: H1000 is not in the table \(H100, "):
+    with pytest.raises(InputError, match=r"plan.trainer_gpu: H1000 is not in the table \(H100, "):
         check_launch(load(overrides=[*GPUS, "plan.trainer_gpu=H1000"]))
 
 

@@ -17,21 +17,14 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from raydistill.export.merge import (  # fmt: skip
-    MergeError,
-    Source,
-    merge_students,
-    open_sources,
-    read_provenance,
-    shares_of,
-    weighted_mean,
-)
+from raydistill.errors import InputError
+from raydistill.export.merge import Source, merge_students, open_sources, read_provenance, shares_of, weighted_mean
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.export.source import Export, SourceError
+from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference, locate, write_safetensors
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
-from raydistill.spaces.weights import Entry, WeightsError
+from raydistill.spaces.weights import Entry
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -161,7 +154,7 @@ def test_shares_are_scaled_to_one():
         (math.nan, 1.0): "weight nan",
         (math.inf, 1.0): "weight inf",
     }.items():
-        with pytest.raises(MergeError, match=said):
+        with pytest.raises(InputError, match=said):
             shares_of(weights, 2)
 
 
@@ -182,23 +175,23 @@ def test_other_networks_are_refused_by_their_first_tensor(space, exports, tmp_pa
     weights[first] = torch.zeros(48, *shape[1:])
     weights["time_embedding.linear_1.weight"] = torch.zeros(2, 2)
     save_file(weights, wider.folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"conv_in\.weight has the shape \[48, 4, 3, 3\], not \[40, 4, 3, 3\]"):
+    with pytest.raises(InputError, match=r"conv_in\.weight has the shape \[48, 4, 3, 3\], not \[40, 4, 3, 3\]"):
         open_sources([exports[999][0], wider])
-    with pytest.raises(WeightsError, match="attention_head_dim"):  # changes no shape
+    with pytest.raises(InputError, match="attention_head_dim"):  # changes no shape
         open_sources([exports[999][0], with_unet("heads", attention_head_dim=8)])
-    with pytest.raises(WeightsError, match="block_out_channels"):
+    with pytest.raises(InputError, match="block_out_channels"):
         open_sources([exports[999][0], with_unet("widths", block_out_channels=(48, 72))])
     lacking = altered(exports[999][1], tmp_path / "lacking")
     weights = load_file(lacking.folder / WEIGHTS)
     del weights["conv_out.bias"]
     save_file(weights, lacking.folder / WEIGHTS, {"format": "pt"})
-    with pytest.raises(WeightsError, match=r"conv_out\.bias is missing"):
+    with pytest.raises(InputError, match=r"conv_out\.bias is missing"):
         open_sources([exports[999][0], lacking])
 
 
 def test_other_starts_predictions_and_schedules_are_refused(exports, sd_folder, tmp_path):
     first = exports[999][0]
-    with pytest.raises(MergeError, match=r"625-1 starts at timestep 625, but .*999-0 at 999"):
+    with pytest.raises(InputError, match=r"625-1 starts at timestep 625, but .*999-0 at 999"):
         open_sources([first, exports[625][1]])
     for name, values, said in (
         ("v", {"prediction_type": "v_prediction"}, "prediction_type differs: 'v_prediction', not 'epsilon'"),
@@ -207,15 +200,15 @@ def test_other_starts_predictions_and_schedules_are_refused(exports, sd_folder, 
     ):
         other = altered(exports[999][1], tmp_path / name)
         change_json(other.folder / "scheduler" / "scheduler_config.json", **values)
-        with pytest.raises(MergeError, match=said):
+        with pytest.raises(InputError, match=said):
             open_sources([first, other])
     early = altered(exports[625][1], tmp_path / "early")
     file = early.folder / "scheduler" / "scheduler_config.json"
     betas = json.loads(file.read_text())["trained_betas"]
     change_json(file, trained_betas=[*betas[:-1], 0.5])
-    with pytest.raises(MergeError, match="trained_betas differs$"):
+    with pytest.raises(InputError, match="trained_betas differs$"):
         open_sources([exports[625][0], early])
-    with pytest.raises(SourceError, match="not the export of a one-step student"):
+    with pytest.raises(InputError, match="not the export of a one-step student"):
         open_sources([first, Export(sd_folder, "multi-step")])
 
 
@@ -227,15 +220,15 @@ def test_students_of_another_latent_space_or_text_encoder_are_refused(part, expo
     name = sorted(weights)[3]
     weights[name] = weights[name] + 1e-3
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(MergeError, match=f"of another family than .*: {part}: {name} has other values"):
+    with pytest.raises(InputError, match=f"of another family than .*: {part}: {name} has other values"):
         open_sources([exports[999][0], other])
 
 
 def test_one_student_or_the_same_twice_is_no_mean(exports, tmp_path):
-    with pytest.raises(MergeError, match="at least two"):
+    with pytest.raises(InputError, match="at least two"):
         open_sources(exports[999][:1])
     (tmp_path / "link").symlink_to(exports[999][0].folder)
-    with pytest.raises(MergeError, match="named more than once"):
+    with pytest.raises(InputError, match="named more than once"):
         open_sources([exports[999][0], Export(tmp_path / "link", "link")])
 
 
@@ -247,7 +240,7 @@ def test_weights_that_are_not_finite_end_the_merge_without_a_trace(value, export
     save_file(weights, broken.folder / WEIGHTS, {"format": "pt"})
     sources = open_sources([exports[999][0], broken])
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(WeightsError, match=r"broken/unet/.*mid_block\.resnets\.0\.conv1\.weight holds NaN or infinity"):
+    with pytest.raises(InputError, match=r"broken/unet/.*mid_block\.resnets\.0\.conv1\.weight holds NaN or infinity"):
         merge_students(sources, shares_of(None, 2), tmp_path / "mean")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -258,7 +251,7 @@ def test_a_mean_too_large_for_its_dtype_is_refused(exports, tmp_path):
     weights["conv_in.bias"][0] = 1e6
     save_file(weights, large.folder / WEIGHTS, {"format": "pt"})
     sources = open_sources([exports["half"][0], large])
-    with pytest.raises(WeightsError, match=r"conv_in\.bias: the mean is not finite in torch.float16"):
+    with pytest.raises(InputError, match=r"conv_in\.bias: the mean is not finite in torch.float16"):
         merge_students(sources, shares_of(None, 2), tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
 
@@ -303,7 +296,7 @@ def test_the_first_difference_of_two_parts_is_named(tmp_path):
     assert "b has other values" in first_difference(one, part("other", a=value, b=value + 1e-7))
     assert "a has the shape [2] in" in first_difference(one, part("shape", a=value[:1], b=value))
     assert f"b is in {one} alone" in first_difference(one, part("less", a=value))
-    with pytest.raises(WeightsError, match="no weights in safetensors"):
+    with pytest.raises(InputError, match="no weights in safetensors"):
         first_difference(one, tmp_path)
 
 

@@ -17,7 +17,7 @@ from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.schedule import Requests, distillation_step
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning.meter import Meter
 from raydistill.spaces import load_space
 
@@ -293,7 +293,7 @@ def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
     ],
 )
 def test_a_batch_that_has_no_such_parts_is_refused_with_those_it_has(overrides, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         check_inputs(load(overrides=[f"storage={tmp_path}", *overrides]))
 
 
@@ -304,5 +304,5 @@ def test_a_resume_may_change_requests_and_alarms_but_neither_parts_nor_precision
     free = ("distill.in_flight=1", "distill.drift_limit=0.5", "distill.stop_on_collapse=true")
     open_run_folder(load(overrides=[*settings, *free]))
     for other in ("distill.micro_batches=4", "distill.mixed_precision=true"):
-        with pytest.raises(ConfigError, match=other.split("=")[0]):
+        with pytest.raises(InputError, match=other.split("=")[0]):
             open_run_folder(load(overrides=[*settings, other]))

@@ -20,11 +20,11 @@ from torch.optim.swa_utils import AveragedModel
 from raydistill.config.reading import load
 from raydistill.distill.networks import load_unet
 from raydistill.driver.preflight import check_inputs
+from raydistill.errors import InputError
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.published_students import load_student, open_student
-from raydistill.spaces.weights import WeightsError
 
 # Settings in which SD 2.1-base's UNet departs from the defaults of its class.
 SD21 = {
@@ -129,7 +129,7 @@ def test_dmd2s_checkpoint_folder_gives_its_generator(space, state, other, tmp_pa
     guidance = behind("fake_unet.", other.state_dict()) | behind("real_unet.", other.state_dict())
     saved(guidance, tmp_path / "pytorch_model_1.bin")
     assert_same_bits(load_student(space, tmp_path), state)
-    with pytest.raises(WeightsError, match=r"pytorch_model_1\.bin: no UNet: conv_in\.weight is missing.*fake_unet\."):
+    with pytest.raises(InputError, match=r"pytorch_model_1\.bin: no UNet: conv_in\.weight is missing.*fake_unet\."):
         open_student(space, tmp_path / "pytorch_model_1.bin")
 
 
@@ -249,7 +249,7 @@ def test_a_pickle_with_code_is_refused_and_never_run(how, space, state, tmp_path
         target = tmp_path / f"student.{'pt' if how == 'bare' else 'pkl'}"
         target.write_bytes(pickle.dumps(content, protocol=2))
     for read in (open_student, load_student):
-        with pytest.raises(WeightsError, match=str(target)) as error:
+        with pytest.raises(InputError, match=str(target)) as error:
             read(space, target)
         assert "weights_only" not in str(error.value)  # torch's advice to switch it off
     if how not in ("pkl", "bare"):
@@ -263,12 +263,10 @@ def test_a_whole_pickled_network_is_refused_and_its_conversion_named(space, stud
     """As SiD-LSG publishes its students and keeps its training states."""
     file = tmp_path / "batch512_sd21_t625_7168_v2.pkl"
     file.write_bytes(pickle.dumps({"ema": student}))
-    with pytest.raises(WeightsError, match=r"never opened.*state_dict\(\)}, 'batch512_sd21_t625_7168_v2\.pt'"):
+    with pytest.raises(InputError, match=r"never opened.*state_dict\(\)}, 'batch512_sd21_t625_7168_v2\.pt'"):
         open_student(space, file)
     training = saved({"G_ema": student}, tmp_path / "training-state.pt")
-    with pytest.raises(
-        WeightsError, match=r"training-state\.pt: its pickle asks for diffusers\..*UNet2DConditionModel"
-    ):
+    with pytest.raises(InputError, match=r"training-state\.pt: its pickle asks for diffusers\..*UNet2DConditionModel"):
         open_student(space, training)
 
 
@@ -317,18 +315,18 @@ CHANGED = {
 def test_other_tensors_are_refused_and_the_first_is_named(name, space, state, tmp_path):
     change, message = CHANGED[name]
     file = saved(change(state), tmp_path / "student.pt")
-    with pytest.raises(WeightsError, match=rf"{file}: .*{message}"):
+    with pytest.raises(InputError, match=rf"{file}: .*{message}"):
         open_student(space, file)
     flat = change(state)
     if all(isinstance(value, torch.Tensor) for value in flat.values()):
         file = safetensors(flat, tmp_path / "student.safetensors")
-        with pytest.raises(WeightsError, match=rf"{file}: .*{message}"):
+        with pytest.raises(InputError, match=rf"{file}: .*{message}"):
             open_student(space, file)
 
 
 def test_sparse_tensors_are_refused(space, state, tmp_path):
     file = saved(state | {"conv_in.bias": state["conv_in.bias"].to_sparse()}, tmp_path / "student.pt")
-    with pytest.raises(WeightsError, match="conv_in.bias is sparse_coo"):
+    with pytest.raises(InputError, match="conv_in.bias is sparse_coo"):
         open_student(space, file)
 
 
@@ -336,7 +334,7 @@ def test_weights_that_are_not_finite_are_refused_on_loading(space, state, tmp_pa
     broken = state[BLOCK].clone()
     broken[0, 0, 0, 0] = float("nan")
     file = safetensors(state | {BLOCK: broken}, tmp_path / "student.safetensors")
-    with pytest.raises(WeightsError, match=f"{file}: {BLOCK} holds NaN or infinity"):
+    with pytest.raises(InputError, match=f"{file}: {BLOCK} holds NaN or infinity"):
         load_student(space, file)
 
 
@@ -350,15 +348,15 @@ def test_damaged_files_and_foreign_formats_are_refused(space, state, tmp_path):
         for name, content in {"cut": data[: len(data) // 2], "empty": b"", "pointer": pointer}.items():
             file = tmp_path / (name + suffix)
             file.write_bytes(content)
-            with pytest.raises(WeightsError, match=f"{file}: damaged"):
+            with pytest.raises(InputError, match=f"{file}: damaged"):
                 open_student(space, file)
     for name in ("student.ckpt", "student.gguf", "student"):
         (tmp_path / name).write_bytes(whole[".pt"])
         with pytest.raises(
-            WeightsError, match=r"names a folder, or a file that ends in \.safetensors, \.bin, \.pt, \.pth"
+            InputError, match=r"names a folder, or a file that ends in \.safetensors, \.bin, \.pt, \.pth"
         ):
             open_student(space, tmp_path / name)
-    with pytest.raises(WeightsError, match="no such file or folder"):
+    with pytest.raises(InputError, match="no such file or folder"):
         open_student(space, tmp_path / "nowhere.pt")
 
 
@@ -369,23 +367,23 @@ def change_json(file: Path, **values) -> None:
 def test_folders_of_another_network_are_refused(space, student, tmp_path):
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    with pytest.raises(WeightsError, match=r"lora: no weights of a UNet .*it holds pytorch_lora_weights\.safetensors"):
+    with pytest.raises(InputError, match=r"lora: no weights of a UNet .*it holds pytorch_lora_weights\.safetensors"):
         open_student(space, tmp_path / "lora")
 
     ControlNetModel.from_unet(student).save_pretrained(tmp_path / "controlnet")
-    with pytest.raises(WeightsError, match=r"controlnet/config\.json: is a ControlNetModel"):
+    with pytest.raises(InputError, match=r"controlnet/config\.json: is a ControlNetModel"):
         open_student(space, tmp_path / "controlnet")
 
     student.save_pretrained(tmp_path / "heads")
     change_json(tmp_path / "heads" / "config.json", attention_head_dim=8)  # the same shapes, another function
-    with pytest.raises(WeightsError, match=r"heads/config\.json: .*attention_head_dim is 8, but its UNet has 4"):
+    with pytest.raises(InputError, match=r"heads/config\.json: .*attention_head_dim is 8, but its UNet has 4"):
         open_student(space, tmp_path / "heads")
     change_json(tmp_path / "heads" / "config.json", attention_head_dim=[4, 4], sample_size=96)  # the same function
     open_student(space, tmp_path / "heads")
 
     for text in ("{", "[]"):
         (tmp_path / "heads" / "config.json").write_text(text)
-        with pytest.raises(WeightsError, match=r"heads/config\.json: .*JSON"):
+        with pytest.raises(InputError, match=r"heads/config\.json: .*JSON"):
             open_student(space, tmp_path / "heads")
 
 
@@ -394,11 +392,11 @@ def test_shards_must_lie_beside_their_index(space, student, tmp_path):
     index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     first, second, *_ = sorted((tmp_path / "unet").glob("*.safetensors"))
     change_json(index, weight_map={"conv_in.weight": f"../unet/{first.name}"})
-    with pytest.raises(WeightsError, match=r"index\.json: names \.\./unet/.* not a file beside it"):
+    with pytest.raises(InputError, match=r"index\.json: names \.\./unet/.* not a file beside it"):
         open_student(space, tmp_path / "unet")
     change_json(index, weight_map={"a": first.name, "b": second.name})
     second.write_bytes(first.read_bytes())
-    with pytest.raises(WeightsError, match="is also in another file"):
+    with pytest.raises(InputError, match="is also in another file"):
         open_student(space, tmp_path / "unet")
 
 
@@ -432,7 +430,7 @@ def test_a_pipeline_of_another_prediction_type_is_refused(space, student, tmp_pa
     (tmp_path / "scheduler").mkdir()
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(SCHEDULER | {"prediction_type": "v_prediction"}))
-    with pytest.raises(WeightsError, match=r"scheduler_config\.json: its UNet predicts 'v_prediction', .* 'epsilon'"):
+    with pytest.raises(InputError, match=r"scheduler_config\.json: its UNet predicts 'v_prediction', .* 'epsilon'"):
         open_student(space, tmp_path)
     file.write_text(json.dumps(SCHEDULER))
     assert open_student(space, tmp_path).start_timestep is None
@@ -446,7 +444,7 @@ def test_preflight_refuses_a_wrong_start_and_reports_a_right_one(tmp_path, monke
     storage = f"storage={tmp_path / 'storage'}"
     state = load_space(WEIGHTS / "sd15").load_network().state_dict()
     wrong = safetensors(without(state, BLOCK), tmp_path / "wrong.safetensors")
-    with pytest.raises(WeightsError, match=f"{wrong}: .*{BLOCK} is missing"):
+    with pytest.raises(InputError, match=f"{wrong}: .*{BLOCK} is missing"):
         check_inputs(load(overrides=[storage, f"student.unet={wrong}"]))
     assert not (tmp_path / "storage").exists()
 
@@ -507,6 +505,6 @@ def test_a_published_size_is_checked_without_its_weights(suffix, tmp_path):
     assert file.stat().st_size > 3.4e9
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
     assert open_student(space, file).files == (file,)
-    with pytest.raises(WeightsError, match=f"{cut}: .*{last} is missing"):
+    with pytest.raises(InputError, match=f"{cut}: .*{last} is missing"):
         open_student(space, cut)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024

@@ -13,8 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.data.pairs import (  # fmt: skip
-    PairsError,
+from raydistill.data.pairs import (
     PairSet,
     about_shard,
     captioned_previews,
@@ -27,6 +26,7 @@ from raydistill.data.pairs import (  # fmt: skip
     split,
     write_pairs,
 )
+from raydistill.errors import InputError
 
 
 def write(folder, shard, first, count, z_T=None, previews=None):
@@ -112,18 +112,18 @@ def test_wrong_shards_are_named_with_their_column(tmp_path, change, said):
         table = table.drop_columns(name)
         table = table if column is None else table.append_column(name, column)
     pq.write_table(table, shard_file(tmp_path, 1))
-    with pytest.raises(PairsError, match=rf"pairs-00001\.parquet: .*{said}"):
+    with pytest.raises(InputError, match=rf"pairs-00001\.parquet: .*{said}"):
         read_pairs(tmp_path)
 
 
 def test_unusable_folders_say_why(tmp_path):
-    with pytest.raises(PairsError, match="no pairs-"):
+    with pytest.raises(InputError, match="no pairs-"):
         read_pairs(tmp_path)
     shard_file(tmp_path, 0).write_bytes(b"not parquet")
-    with pytest.raises(PairsError, match="pairs-00000.parquet: not a readable parquet"):
+    with pytest.raises(InputError, match="pairs-00000.parquet: not a readable parquet"):
         read_pairs(tmp_path)
     write(tmp_path, 0, 0, 2)
-    with pytest.raises(PairsError, match=r"z_T has shape \(2, 4, 4\), but \(2, 8, 8\) is needed"):
+    with pytest.raises(InputError, match=r"z_T has shape \(2, 4, 4\), but \(2, 8, 8\) is needed"):
         read_pairs(tmp_path, (2, 8, 8))
 
 

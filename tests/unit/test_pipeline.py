@@ -12,13 +12,12 @@ from ray.exceptions import ActorUnavailableError
 
 from raydistill.config.reading import load
 from raydistill.data.prompts import PromptSet
-from raydistill.driver.pipeline import RunFailed, opened
+from raydistill.driver.pipeline import opened
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
+from raydistill.errors import InputError, StageFailed
 from raydistill.teachers.request import TeacherUnavailable
 from raydistill.workers import stop_signal
-from raydistill.workers.bridge import BridgeTrainingFailed
-from raydistill.workers.distill import DistillationFailed
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,8 @@ class Unforeseen(Exception):
 EXPECTED = [
     ValueError("bad value"),
     OSError(28, "No space left on device"),
-    DistillationFailed("distill: worker 0 failed"),
-    BridgeTrainingFailed("bridge: worker 0 failed"),
+    StageFailed("distill: worker 0 failed"),
+    InputError("pairs: another space"),
     TeacherUnavailable("teacher-x did not answer"),
     ActorUnavailableError("the Serve controller is being replaced", None),
 ]
@@ -87,10 +86,11 @@ def statuses(client, fail) -> list[str]:
 
 @pytest.mark.parametrize("error", EXPECTED, ids=lambda error: type(error).__name__)
 def test_an_expected_failure_ends_parent_and_open_stages_as_failed(fail, client, error):
-    with pytest.raises(RunFailed, match=type(error).__name__) as failed:
+    with pytest.raises(StageFailed) as failed:
         fail(error)
     assert failed.value.__cause__ is error
-    assert str(error) in str(failed.value)
+    own = isinstance(error, StageFailed | InputError)  # whose messages say all
+    assert str(failed.value) == (str(error) if own else f"{type(error).__name__}: {error}")
     assert statuses(client, fail) == ["FAILED", "FINISHED", "FAILED"]
     assert client.get_run(fail.stage).data.tags["mlflow.parentRunId"] == fail.pipeline.parent
 
@@ -104,7 +104,7 @@ def test_an_unknown_failure_ends_them_as_failed_and_is_not_dressed_up(fail, clie
 
 
 def test_an_interrupt_ends_them_as_killed(fail, client):
-    with pytest.raises(RunFailed, match="interrupted"):
+    with pytest.raises(StageFailed, match="interrupted"):
         fail(KeyboardInterrupt())
     assert statuses(client, fail) == ["KILLED", "FINISHED", "KILLED"]
 
@@ -133,7 +133,7 @@ def test_a_run_that_ends_well_is_finished(run, client):
 
 
 def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
-    with pytest.raises(RunFailed):
+    with pytest.raises(StageFailed):
         fail(ValueError())
     with opened(*run) as again:
         assert (again.parent, again.stage_run(run[0], "distill")) == (fail.pipeline.parent, fail.stage)
@@ -149,12 +149,12 @@ def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
         pass
     client.delete_experiment(client.get_run(pipeline.parent).info.experiment_id)
     (folder.path / "run.json").unlink()
-    with pytest.raises(RunFailed, match="experiment 'gone' was deleted"), opened(gone, folder, inputs):
+    with pytest.raises(StageFailed, match="experiment 'gone' was deleted"), opened(gone, folder, inputs):
         pytest.fail("there is nothing to log to")
 
 
 def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
-    with pytest.raises(RunFailed), opened(*run) as first, first.timed("bridge"):
+    with pytest.raises(StageFailed), opened(*run) as first, first.timed("bridge"):
         raise ValueError
     with opened(*run) as second, second.timed("bridge"):
         pass
@@ -163,5 +163,5 @@ def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
 
 def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):
     (run[1].path / "run.json").write_text("")
-    with pytest.raises(RunFailed, match=r"run\.json is damaged .*restore it, or remove it"), opened(*run):
+    with pytest.raises(StageFailed, match=r"run\.json is damaged .*restore it, or remove it"), opened(*run):
         pytest.fail("it cannot be opened")

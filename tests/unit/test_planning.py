@@ -23,7 +23,7 @@ from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.networks import load_unet
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning import memory as memory_module
 from raydistill.planning.counting import Text, count_bridge, count_text, count_trainer
 from raydistill.planning.counts import changed, count_run, request_bytes
@@ -459,7 +459,7 @@ def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
 )
 def test_a_wrong_table_of_gpus_is_named(text, message, tmp_path):
     (tmp_path / "gpus.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         read_gpus(str(tmp_path / "gpus.yaml"))
 
 

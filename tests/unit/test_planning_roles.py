@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.pairs import write_pairs
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.planning import counting as counting_module
 from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_trainer, count_vae
@@ -140,7 +140,7 @@ def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
     file.write_text(f"tiny: {row}\nlarge: {row.replace('memory_gib: 1,', 'memory_gib: 80,')}\n")
     settings = [f"plan.gpus={file}", "plan.trainer_gpu=large", "plan.teacher_gpu=large", "plan.encoder_gpu=tiny"]
     settings += ["prompts.gpus_per_encoder=0.001", "synthesis.gpus_per_encoder=0.001", "bridge.checkpoint=null"]
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         check_launch(load(overrides=settings))
     for key in ("prompts.gpus_per_encoder", "synthesis.gpus_per_encoder"):
         assert f"{key}=0.001 tiny has 0.0; raise {key}" in str(error.value)

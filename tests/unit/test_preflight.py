@@ -10,14 +10,13 @@ import pytest
 import torch
 import yaml
 
-from raydistill.bridge.model import BridgeError
 from raydistill.config.reading import load
-from raydistill.data.pairs import PairsError, write_pairs
+from raydistill.data.pairs import write_pairs
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
-from raydistill.spaces.base import ModelFolderError, weight_files
+from raydistill.spaces.base import weight_files
 from raydistill.storage.resolve import resolve
 
 CAPTION = single_scenes(held_out=False)[0].caption
@@ -52,7 +51,7 @@ def test_a_prompt_that_the_judge_cannot_read_is_named_by_key_and_row(configure, 
     file = tmp_path / "own.txt"
     own = CAPTION if key == "prompts.path" else single_scenes(held_out=True)[0].caption
     file.write_text(f"{own}\n\n{own}\na photo of a cat\n")
-    with pytest.raises(ConfigError, match=rf"^{key}: row 4: .*a photo of a cat.*evaluation\.judge=null"):
+    with pytest.raises(InputError, match=rf"^{key}: row 4: .*a photo of a cat.*evaluation\.judge=null"):
         check_inputs(configure(f"{key}={file}"))
     assert not (tmp_path / "storage").exists()
     file.write_text(f"{own}\n\n{own}\n")
@@ -64,19 +63,19 @@ def test_any_prompts_pass_without_the_judge(configure, tmp_path, store):
     (tmp_path / "held.txt").write_text("a photo of a dog\n")
     files = (f"prompts.path={tmp_path / 'own.txt'}", f"evaluation.prompts={tmp_path / 'held.txt'}")
     assert check_inputs(configure(*files, store, "evaluation.judge=null")).prompts.prompts == ["a photo of a cat"]
-    with pytest.raises(ConfigError, match=r"prompts\.path: row 1"):
+    with pytest.raises(InputError, match=r"prompts\.path: row 1"):
         check_inputs(configure(*files))
 
 
 def test_a_metric_that_the_judge_does_not_give_is_refused_with_those_it_gives(configure, tmp_path, store):
-    with pytest.raises(ConfigError, match=r"^evaluation\.metric: .*mean, all, size, color.*'colour'"):
+    with pytest.raises(InputError, match=r"^evaluation\.metric: .*mean, all, size, color.*'colour'"):
         check_inputs(configure("evaluation.metric=colour"))
     assert not (tmp_path / "storage").exists()
     check_inputs(configure("evaluation.metric=color", store))
 
 
 def test_the_identity_between_unequal_spaces_is_refused(configure, tmp_path, store):
-    with pytest.raises(BridgeError, match=r"bridge\.projector identity needs equal latent shapes, not \(4, 8, 8\)"):
+    with pytest.raises(InputError, match=r"bridge\.projector identity needs equal latent shapes, not \(4, 8, 8\)"):
         check_inputs(configure("bridge.checkpoint=null", "bridge.projector=identity"))
     assert not (tmp_path / "storage").exists()
     same = ("teacher.model=shapes:sd15", "discriminator.real_data=null")
@@ -84,7 +83,7 @@ def test_the_identity_between_unequal_spaces_is_refused(configure, tmp_path, sto
 
 
 def test_mistakes_leave_no_store_behind(configure, tmp_path):
-    with pytest.raises(ConfigError, match=r"prompts\.path: .* does not exist"):
+    with pytest.raises(InputError, match=r"prompts\.path: .* does not exist"):
         check_inputs(configure("prompts.path=no/such.txt"))
     assert not (tmp_path / "storage").exists()
 
@@ -102,7 +101,7 @@ def test_a_tracking_store_that_cannot_be_opened_is_a_configuration_error(configu
     elif kind == "no such place":
         place = "/proc/none/mlflow.db"
     uri = "gopher://example.invalid/mlflow" if kind == "unknown scheme" else f"sqlite:///{place}"
-    with pytest.raises(ConfigError, match=r"^tracking\.uri: tracking store .* cannot be used: "):
+    with pytest.raises(InputError, match=r"^tracking\.uri: tracking store .* cannot be used: "):
         check_inputs(configure(f"tracking.uri={uri}"))
 
 
@@ -142,12 +141,12 @@ def test_a_resume_with_other_numbers_is_refused_by_key(configure):
     config = configure("run.name=mine")
     create_run_folder(open_run_folder(config), config)
     open_run_folder(configure("run.name=mine", "tracking.experiment=other", "distill.checkpoint_every=7"))
-    with pytest.raises(ConfigError, match=r"run\.name=mine exists with other settings.*student\.lr"):
+    with pytest.raises(InputError, match=r"run\.name=mine exists with other settings.*student\.lr"):
         open_run_folder(configure("run.name=mine", "student.lr=0.5"))
 
 
 def test_an_identity_bridge_takes_no_checkpoint():
-    with pytest.raises(ConfigError, match="bridge.checkpoint=null"):
+    with pytest.raises(InputError, match="bridge.checkpoint=null"):
         check_inputs(load(overrides=["bridge.projector=identity"]))
 
 
@@ -159,9 +158,9 @@ def pair_set(folder, prompt, shapes=((8, 16, 16), (4, 8, 8))):
 
 def test_pairs_of_the_bridge_must_hold_out_the_held_out_prompts_and_be_of_these_spaces(configure, tmp_path, store):
     held_out = single_scenes(held_out=True)[0].caption
-    with pytest.raises(ConfigError, match=r"^bridge\.pairs: 1 prompts are also in evaluation\.prompts"):
+    with pytest.raises(InputError, match=r"^bridge\.pairs: 1 prompts are also in evaluation\.prompts"):
         check_inputs(configure(pair_set(tmp_path / "leaking", held_out)))
-    with pytest.raises(PairsError, match="z_T"):
+    with pytest.raises(InputError, match="z_T"):
         check_inputs(configure(pair_set(tmp_path / "foreign", CAPTION, ((4, 16, 16), (4, 8, 8)))))
     check_inputs(configure(pair_set(tmp_path / "good", CAPTION), store))
 
@@ -169,14 +168,14 @@ def test_pairs_of_the_bridge_must_hold_out_the_held_out_prompts_and_be_of_these_
 @pytest.mark.parametrize("trained", ["bridge.checkpoint=null", "bridge.trainable=true"])
 def test_a_batch_of_the_bridge_that_its_workers_cannot_divide_is_refused(configure, store, trained):
     settings = ("distill.workers=3", "bridge.batch_size=32")
-    with pytest.raises(ConfigError, match=r"^bridge\.batch_size: 32 pairs cannot be divided by 3 workers"):
+    with pytest.raises(InputError, match=r"^bridge\.batch_size: 32 pairs cannot be divided by 3 workers"):
         check_inputs(configure(trained, *settings))
     check_inputs(configure(*settings, store))  # a finished Bridge that stays as it is has no batches
 
 
 def test_an_identity_cannot_be_trained_along(configure):
     settings = ("teacher.model=shapes:sd15", "bridge.checkpoint=null", "bridge.projector=identity")
-    with pytest.raises(ConfigError, match=r"bridge\.trainable=true: the identity has nothing to train"):
+    with pytest.raises(InputError, match=r"bridge\.trainable=true: the identity has nothing to train"):
         check_inputs(configure(*settings, "discriminator.real_data=null", "bridge.trainable=true"))
 
 
@@ -184,7 +183,7 @@ UNTRAINED = "bridge.checkpoint=null"
 
 
 def test_a_bridge_that_cannot_be_built_is_refused_before_its_pairs_are_made(configure, tmp_path):
-    with pytest.raises(BridgeError, match=r"^bridge: .*100.*6"):
+    with pytest.raises(InputError, match=r"^bridge: .*100.*6"):
         check_inputs(configure(UNTRAINED, "bridge.embed_dim=100", "bridge.heads=6"))
     assert not (tmp_path / "storage").exists()
 
@@ -208,7 +207,7 @@ def copied(tmp_path, model):
 def test_a_file_that_a_model_folder_lacks_is_named(configure, tmp_path, part, message):
     folder = copied(tmp_path, "flux")
     (folder / part).unlink()
-    with pytest.raises(ModelFolderError, match=message):
+    with pytest.raises(InputError, match=message):
         check_inputs(configure(f"teacher.model={folder}"))
     assert not (tmp_path / "storage").exists()
 
@@ -227,7 +226,7 @@ def test_a_key_that_a_model_folder_lacks_is_named_with_its_file(configure, tmp_p
     settings = json.loads(file.read_text())
     del settings[key]
     file.write_text(json.dumps(settings))
-    with pytest.raises(ModelFolderError, match=rf"{part}: lacks '{key}'"):
+    with pytest.raises(InputError, match=rf"{part}: lacks '{key}'"):
         check_inputs(configure(f"teacher.model={tmp_path / 'flux'}", UNTRAINED))
 
 
@@ -236,16 +235,14 @@ def test_a_key_that_a_model_folder_lacks_is_named_with_its_file(configure, tmp_p
 def test_a_damaged_file_of_a_model_folder_is_named(configure, tmp_path, part, text):
     folder = copied(tmp_path, "flux")
     (folder / part).write_text(text)
-    with pytest.raises(ModelFolderError, match=part):
+    with pytest.raises(InputError, match=part):
         check_inputs(configure(f"teacher.model={folder}"))
 
 
 def test_a_class_that_diffusers_does_not_have_is_named(configure, tmp_path):
     file = copied(tmp_path, "flux") / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "OtherTransformer"}))
-    with pytest.raises(
-        ModelFolderError, match=r"transformer/config\.json: diffusers .* has no class 'OtherTransformer'"
-    ):
+    with pytest.raises(InputError, match=r"transformer/config\.json: diffusers .* has no class 'OtherTransformer'"):
         check_inputs(configure(f"teacher.model={tmp_path / 'flux'}"))
 
 
@@ -254,13 +251,13 @@ def test_shards_of_weights_that_the_index_names_must_be_there(tmp_path):
     names["b"] = names["a"].replace("1-of", "2-of")
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     (tmp_path / names["a"]).touch()
-    with pytest.raises(ModelFolderError, match=f"names {names['b']}, which is not a file beside it"):
+    with pytest.raises(InputError, match=f"names {names['b']}, which is not a file beside it"):
         weight_files(tmp_path, "diffusion_pytorch_model")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
     for outside in ("../outside.safetensors", str(tmp_path / names["a"])):
         (tmp_path.parent / "outside.safetensors").touch()
         index.write_text(json.dumps({"weight_map": names | {"b": outside}}))
-        with pytest.raises(ModelFolderError, match=f"names {outside}, which is not a file beside it"):
+        with pytest.raises(InputError, match=f"names {outside}, which is not a file beside it"):
             weight_files(tmp_path, "diffusion_pytorch_model")
     index.write_text(json.dumps({"weight_map": names}))
     (tmp_path / names["b"]).touch()
@@ -275,5 +272,5 @@ def test_what_bridge_json_lacks_is_named(configure, tmp_path, lacking):
     part, _, key = lacking.partition(".")
     del (saved[part] if key else saved)[key or part]
     (folder / "bridge.json").write_text(json.dumps(saved))
-    with pytest.raises(BridgeError, match=rf"bridge\.json: lacks {lacking}$"):
+    with pytest.raises(InputError, match=rf"bridge\.json: lacks {lacking}$"):
         check_inputs(configure(f"bridge.checkpoint={folder}"))

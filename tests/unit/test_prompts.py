@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from raydistill.data.prompts import PromptFileError, PromptSet, read_prompts
+from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.data.texts import CHUNK, Spill, Texts, permutation, repeated
+from raydistill.errors import InputError
 
 
 def write(folder, name: str, content: bytes):
@@ -131,15 +132,15 @@ def test_only_the_first_bad_rows_are_named(tmp_path):
     ],
 )
 def test_unusable_file_is_refused_by_name_and_reason(tmp_path, name, content, said):
-    with pytest.raises(PromptFileError, match=said) as error:
+    with pytest.raises(InputError, match=said) as error:
         read_prompts(write(tmp_path, name, content))
     assert str(tmp_path / name) in str(error.value)
 
 
 def test_missing_file_and_folder_are_refused(tmp_path):
-    with pytest.raises(PromptFileError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(PromptFileError, match="folder"):
+    with pytest.raises(InputError, match="folder"):
         read_prompts(tmp_path)
 
 
@@ -147,13 +148,13 @@ def test_missing_file_and_folder_are_refused(tmp_path):
 def test_parquet_column_must_be_there_and_hold_strings(tmp_path, column, said):
     file = tmp_path / "p.parquet"
     pq.write_table(pa.table({"number": [1]}), file)
-    with pytest.raises(PromptFileError, match=said):
+    with pytest.raises(InputError, match=said):
         read_prompts(file, column=column)
 
 
 def test_fail_names_the_first_bad_row(tmp_path):
     file = write(tmp_path, "p.jsonl", b'{"prompt": "good"}\n{"prompt": null}\n{bad\n')
-    with pytest.raises(PromptFileError, match="p.jsonl, row 2: null"):
+    with pytest.raises(InputError, match="p.jsonl, row 2: null"):
         read_prompts(file, on_bad_row="fail")
 
 
@@ -248,7 +249,7 @@ def test_a_full_disk_for_temporary_files_is_told_with_its_folder(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment)
     assert ended.returncode == 1
     told = ended.stderr.strip().splitlines()[-1]
-    assert told.startswith(f"raydistill.data.prompts.PromptFileError: {file}: no room for its prompts in {tmp_path} (")
+    assert told.startswith(f"raydistill.data.prompts.InputError: {file}: no room for its prompts in {tmp_path} (")
     assert told.endswith("make some, or name another folder in TMPDIR")
 
 

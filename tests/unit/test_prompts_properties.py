@@ -22,7 +22,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from raydistill.data.prompts import PromptFileError, PromptSet, read_prompts
+from raydistill.data.prompts import PromptSet, read_prompts
+from raydistill.errors import InputError
 
 LONGEST = 30  # characters
 BOM = b"\xef\xbb\xbf"
@@ -89,7 +90,7 @@ def check(file: Path, expected: list[Expected]) -> None:
     bad = [e for e in expected if e.bad]
     if not kept:
         for on_bad_row in ("skip", "fail"):
-            with pytest.raises(PromptFileError, match=re.escape(str(file))):
+            with pytest.raises(InputError, match=re.escape(str(file))):
                 read_prompts(file, on_bad_row=on_bad_row, max_characters=LONGEST)
         return
     prompts = read_prompts(file, max_characters=LONGEST)
@@ -106,7 +107,7 @@ def check(file: Path, expected: list[Expected]) -> None:
     assert f"{len(kept)} prompts of {len(expected)} rows" in str(report)
     if bad:
         message = re.escape(f"{file}, row {bad[0].number}: {bad[0].bad}")
-        with pytest.raises(PromptFileError, match=f"^{message}$"):
+        with pytest.raises(InputError, match=f"^{message}$"):
             read_prompts(file, on_bad_row="fail", max_characters=LONGEST)
     else:
         same = read_prompts(file, on_bad_row="fail", max_characters=LONGEST)
@@ -196,7 +197,7 @@ def test_what_the_csv_module_writes_comes_back(folder, suffix, prompts, quoting,
         writer.writerows([("prompt", "id"), *((p, i) for i, p in enumerate(prompts))])
     kept = [p.strip() for p in prompts if row(p).bad is None]
     if not kept:
-        with pytest.raises(PromptFileError, match="no usable prompt"):
+        with pytest.raises(InputError, match="no usable prompt"):
             read_prompts(file, max_characters=LONGEST)
         return
     read = read_prompts(file, max_characters=LONGEST)
@@ -208,7 +209,7 @@ def test_a_malformed_header_is_refused(folder):
     file = folder / "h.csv"
     for header in (b'"prompt"s\n', b'"prompt', b'"' + b"x" * (2 << 20) + b'"\n'):
         file.write_bytes(header + b"a cat\n")
-        with pytest.raises(PromptFileError, match="h.csv: the header line is malformed"):
+        with pytest.raises(InputError, match="h.csv: the header line is malformed"):
             read_prompts(file)
 
 
@@ -313,7 +314,7 @@ def test_parquet_files(folder, rows, large, dictionary, group, compression):
 def test_a_parquet_file_without_exactly_one_prompt_column_is_refused(folder, columns, said):
     file = folder / "c.parquet"
     pq.write_table(pa.Table.from_arrays([pa.array(["a cat"])] * len(columns), names=columns), file)
-    with pytest.raises(PromptFileError, match=said):
+    with pytest.raises(InputError, match=said):
         read_prompts(file)
 
 
@@ -374,7 +375,7 @@ soup = st.one_of(
 def usable_or_refused(file: Path, **rules) -> PromptSet | None:
     try:
         prompts = read_prompts(file, **rules)
-    except PromptFileError as error:
+    except InputError as error:
         refusal = str(error)
     else:
         refusal = None
@@ -417,7 +418,7 @@ def test_a_parquet_file_with_any_byte_changed_or_cut_off_anywhere_is_read_or_ref
 
 
 def test_a_file_that_the_system_refuses_is_refused(tmp_path):
-    with pytest.raises(PromptFileError, match="File name too long"):
+    with pytest.raises(InputError, match="File name too long"):
         read_prompts(tmp_path / ("x" * 300 + ".txt"))
 
 
@@ -466,7 +467,7 @@ def test_keys_of_json_lines_without_the_column_are_not_collected(tmp_path):
     file.write_text("".join(f'{{"the key of line {i}": "a cat in the rain with a hat"}}\n' for i in range(40_000)))
     tracemalloc.start()
     try:
-        with pytest.raises(PromptFileError, match="no column 'prompt'.*'the key of line 0'.*, …$") as error:
+        with pytest.raises(InputError, match="no column 'prompt'.*'the key of line 0'.*, …$") as error:
             read_prompts(file)
         assert tracemalloc.get_traced_memory()[1] < 500_000 < file.stat().st_size / 4
     finally:

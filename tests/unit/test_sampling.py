@@ -11,24 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from raydistill.bridge.model import Bridge, BridgeError
+from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load, to_yaml
 from raydistill.config.schema import BridgeConfig
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.export.sampling import (
-    Album,
-    NotFinite,
-    Picture,
-    Sampler,
-    SamplingError,
-    find_upgrade,
-    pictures_of,
-    typed_prompts,
-)
-from raydistill.export.source import Export, SourceError, find_export, open_one_step
+from raydistill.export.sampling import Album, Picture, Sampler, find_upgrade, pictures_of, typed_prompts
+from raydistill.export.source import Export, find_export, open_one_step
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
@@ -141,7 +132,7 @@ def test_numbers_that_are_not_finite_name_their_picture(job, exports, tmp_path):
     weights["conv_out.weight"].fill_(3e38)  # finite itself
     save_file(weights, file, {"format": "pt"})
     sampler = Sampler(load_space(tmp_path / "broken"))
-    with pytest.raises(NotFinite, match=r"00002-seed4\.png \('a large blue square"):
+    with pytest.raises(NonFiniteError, match=r"00002-seed4\.png \('a large blue square"):
         sampler.latents(pictures_of(PROMPTS, [4])[1:])
     code, _, error = job(tmp_path / "broken", "--prompt", "a", "--out", tmp_path / "out")
     assert code == 1
@@ -165,7 +156,7 @@ def test_an_export_is_found_by_folder_run_name_and_run_id(run, exports, tmp_path
         "c" * 32: "no run in .* has this MLflow run id and an export; name --tracking-uri",
         "shapes:judge": "no diffusers pipeline",
     }.items():
-        with pytest.raises(SourceError, match=problem):
+        with pytest.raises(InputError, match=problem):
             find_export(text, tmp_path)
 
 
@@ -184,7 +175,7 @@ def test_a_scheduler_whose_single_step_is_not_exact_is_refused(values, exports, 
     folder = shutil.copytree(exports[999], tmp_path / "other")
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    with pytest.raises(SourceError, match="not the export of a one-step student"):
+    with pytest.raises(InputError, match="not the export of a one-step student"):
         open_one_step(Export(folder, "other"))
 
 
@@ -205,9 +196,9 @@ def test_an_mlflow_run_gives_its_export_from_the_artifacts(exports, tmp_path):
         assert export.folder == tmp_path / "artifacts" / child / "artifacts" / "export"  # no copy is left anywhere
         assert open_one_step(export)[1] == 625
     other = client.create_run(experiment, run_name="other").info.run_id
-    with pytest.raises(SourceError, match="has an artifact `export`"):
+    with pytest.raises(InputError, match="has an artifact `export`"):
         find_export(other, tmp_path / "elsewhere", uri)
-    with pytest.raises(SourceError, match="cccc: sqlite.*not found"):
+    with pytest.raises(InputError, match="cccc: sqlite.*not found"):
         find_export("c" * 32, tmp_path, uri)
 
 
@@ -218,20 +209,20 @@ def test_a_runs_bridge_teacher_and_base_are_its_own(run, space, bridge, flux_fol
     trained = shutil.copytree(run, tmp_path / "trained")
     (trained / "config.yaml").write_text(to_yaml(config))
     export = find_export("trained", tmp_path)
-    with pytest.raises(ConfigError, match="--bridge: .*trained/bridge does not exist"):
+    with pytest.raises(InputError, match="--bridge: .*trained/bridge does not exist"):
         find_upgrade(export, None, None, None)
     shutil.copytree(bridge, trained / "bridge")
     assert find_upgrade(export, None, None, None).bridge == trained / "bridge"
     config = load(overrides=["bridge.checkpoint=null", "bridge.projector=identity"])
     (trained / "config.yaml").write_text(to_yaml(config))
-    with pytest.raises(SamplingError, match="identity Bridge"):
+    with pytest.raises(InputError, match="identity Bridge"):
         find_upgrade(export, None, None, None)
 
 
 def test_a_half_precision_export_upgrades_with_its_base(bridge, flux_folder, sd_folder, exports, tmp_path):
     """The Bridge knows the base's decoder in float32; the export has it rounded."""
     half = Export(exports["half"], "half")
-    with pytest.raises(BridgeError, match="half-precision copy: name the original model with --base"):
+    with pytest.raises(InputError, match="half-precision copy: name the original model with --base"):
         find_upgrade(half, str(bridge), str(flux_folder), None)
     assert find_upgrade(half, str(bridge), str(flux_folder), str(sd_folder)).base.folder == str(sd_folder)
     other = shutil.copytree(exports["half"], tmp_path / "other")
@@ -239,7 +230,7 @@ def test_a_half_precision_export_upgrades_with_its_base(bridge, flux_folder, sd_
     raw = bytearray(file.read_bytes())
     raw[-2:] = b"\x00\x3c"  # the last number becomes 1.0
     file.write_bytes(raw)
-    with pytest.raises(SamplingError, match="its VAE is not that of .* has other values"):
+    with pytest.raises(InputError, match="its VAE is not that of .* has other values"):
         find_upgrade(Export(other, "other"), str(bridge), str(flux_folder), str(sd_folder))
 
 

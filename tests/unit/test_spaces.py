@@ -7,8 +7,8 @@ import torch
 from diffusers import FluxPipeline, StableDiffusionPipeline
 
 from raydistill.data.vae import in_chunks
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
-from raydistill.spaces.base import ModelFolderError
 from raydistill.spaces.flux import pack, unpack
 
 PROMPT = "a small red circle at the left on a white background"
@@ -72,12 +72,12 @@ def test_packing_is_fluxs_own():
 
 
 def test_wrong_folders_are_named(tmp_path, flux_folder):
-    with pytest.raises(ModelFolderError, match="not a diffusers pipeline folder"):
+    with pytest.raises(InputError, match="not a diffusers pipeline folder"):
         load_space(tmp_path)
-    with pytest.raises(ModelFolderError, match="is a FluxPipeline, but a StableDiffusionPipeline"):
+    with pytest.raises(InputError, match="is a FluxPipeline, but a StableDiffusionPipeline"):
         load_space(flux_folder, "StableDiffusionPipeline")
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "MysteryPipeline"}))
-    with pytest.raises(ModelFolderError, match="MysteryPipeline is not a known family"):
+    with pytest.raises(InputError, match="MysteryPipeline is not a known family"):
         load_space(tmp_path)
 
 

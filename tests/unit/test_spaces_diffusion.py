@@ -17,8 +17,8 @@ from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, enc
 from raydistill.diffusion.path import add_noise
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.fake_score import FakeScore
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
-from raydistill.spaces.base import ModelFolderError
 
 FAMILIES = ["sdxl", "kolors", "pixart"]
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
@@ -326,7 +326,7 @@ def test_missing_parts_are_named(family, missing, load, message, diffusion_folde
     space = load_space(folder)
     for path in list(folder.glob(missing.replace("NETWORK", space.network_name))):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with pytest.raises(ModelFolderError, match=message) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         _ = space.scheduler if load == "scheduler" else getattr(space, load)()
     assert str(folder) in str(caught.value)
 
@@ -345,7 +345,7 @@ def test_missing_parts_are_named(family, missing, load, message, diffusion_folde
 )
 def test_parts_of_another_family_are_named(family, file, values, message, diffusion_folders, tmp_path):
     space = load_space(changed_copy(diffusion_folders[family], tmp_path / family, file, **values))
-    with pytest.raises(ModelFolderError, match=message):
+    with pytest.raises(InputError, match=message):
         _ = space.latent_shape, space.prediction, space.path, space.scaling
 
 
@@ -353,7 +353,7 @@ def test_a_flow_scheduler_is_refused(diffusion_folders, tmp_path):
     folder = tmp_path / "sdxl"
     shutil.copytree(diffusion_folders["sdxl"], folder)
     diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
-    with pytest.raises(ModelFolderError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+    with pytest.raises(InputError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
         _ = load_space(folder).path
 
 
@@ -361,5 +361,5 @@ def test_text_encoders_of_another_unet_are_named(diffusion_folders, tmp_path):
     folder = changed_copy(
         diffusion_folders["sdxl"], tmp_path / "sdxl", "unet/config.json", projection_class_embeddings_input_dim=100
     )
-    with pytest.raises(ModelFolderError, match="pools to 24 channels, but the UNet takes 52"):
+    with pytest.raises(InputError, match="pools to 24 channels, but the UNet takes 52"):
         encode_prompt_list(load_space(folder), PROMPTS)

@@ -15,8 +15,8 @@ from raydistill.data.encode import encode_prompt_list
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift
 from raydistill.distill.fake_score import FakeScore
+from raydistill.errors import InputError
 from raydistill.spaces import load_space
-from raydistill.spaces.base import ModelFolderError
 from raydistill.spaces.flow import as_map
 from raydistill.spaces.flux import pack, unpack
 
@@ -242,12 +242,12 @@ def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
 
 def test_a_step_distilled_klein_is_no_teacher(tmp_path):
     folder = save_flux2(tmp_path / "distilled", is_distilled=True)
-    with pytest.raises(ModelFolderError, match="step-distilled.*FLUX.2-klein-base-4B"):
+    with pytest.raises(InputError, match="step-distilled.*FLUX.2-klein-base-4B"):
         load_space(folder)
 
 
 def test_missing_statistics_of_flux2_are_named(tmp_path):
     folder = save_flux2(tmp_path / "torn")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(ModelFolderError, match="no vae/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(InputError, match="no vae/diffusion_pytorch_model.safetensors"):
         load_space(folder).normalise(torch.zeros(1, CHANNELS, 8, 8))

@@ -22,7 +22,7 @@ from raydistill.data.prompts import read_prompts
 from raydistill.driver import run_lock
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.storage import place as place_module
@@ -125,7 +125,7 @@ def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(f
     assert load_space(str(path)).folder == str(path)
     shutil.rmtree(cache / "staged")
     (folder / "sd15" / "model_index.json").write_text("{}")
-    with pytest.raises(ConfigError, match=f"{folder}/sd15: has changed since"):
+    with pytest.raises(InputError, match=f"{folder}/sd15: has changed since"):
         present(path)
 
 
@@ -145,7 +145,7 @@ def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(f
 )
 def test_a_wrong_uri_is_named_with_key_and_cause_and_without_secrets(uri, message, folder):
     config = load(None, [f"prompts.path={uri.format(folder=folder)}"])
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InputError) as error:
         check_paths(config, ["prompts.path"])
     assert str(error.value).startswith("prompts.path: ")
     assert message in str(error.value)
@@ -170,7 +170,7 @@ def test_a_store_that_refuses_says_which_credentials_are_read(folder, monkeypatc
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-        with pytest.raises(ConfigError, match="prompts.path: s3://.*AWS_ACCESS_KEY_ID.*, or the machine's role"):
+        with pytest.raises(InputError, match="prompts.path: s3://.*AWS_ACCESS_KEY_ID.*, or the machine's role"):
             check_paths(load(None, [f"prompts.path={folder}/prompts.txt"]), ["prompts.path"])
         server.shutdown()
 
@@ -269,7 +269,8 @@ def exported(bucket, tmp_path_factory):
 
 
 def test_an_export_is_found_by_its_uri_its_runs_and_its_name_in_storage_by_uri(exported, cache):
-    from raydistill.export.source import SourceError, find_export, open_one_step
+    from raydistill.errors import InputError
+    from raydistill.export.source import find_export, open_one_step
 
     for text, storage_ in (
         (f"{exported}/mine/export", Path("outputs")),
@@ -283,9 +284,9 @@ def test_an_export_is_found_by_its_uri_its_runs_and_its_name_in_storage_by_uri(e
         assert open_one_step(export)[1] == 999
     assert find_export("b" * 32, exported).name == "mine/no_vsd"
     assert len([place_ for place_ in (cache / "staged").iterdir() if place_.is_dir() and place_.name[0] != "."]) == 2
-    with pytest.raises(SourceError, match="no such folder, and no run of that name in s3://"):
+    with pytest.raises(InputError, match="no such folder, and no run of that name in s3://"):
         find_export("yours", exported)
-    with pytest.raises(SourceError, match="name --tracking-uri"):
+    with pytest.raises(InputError, match="name --tracking-uri"):
         find_export("c" * 32, exported)
 
 
@@ -361,7 +362,7 @@ def test_a_run_folder_in_a_bucket_keeps_what_it_is_told(folder):
     run.remember(seconds={"distill": 1.5})
     again = open_run_folder(config)
     assert again.recall() == {"mlflow": {"pipeline": "a"}, "seconds": {"distill": 1.5}}
-    with pytest.raises(ConfigError, match="must not change them: student.lr"):
+    with pytest.raises(InputError, match="must not change them: student.lr"):
         open_run_folder(load(None, [f"storage={folder}", "run.name=mine", "student.lr=0.5"]))
 
 
@@ -370,7 +371,8 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
     import torch
 
     from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, png, shard_file
-    from raydistill.data.shards import FAILURES_FILE, PairWriter, SynthesisError
+    from raydistill.data.shards import FAILURES_FILE, PairWriter
+    from raydistill.errors import InputError
 
     def writer(place_, seed=0):
         names = lambda rows: (np.asarray(rows), [f"prompt {row}" for row in rows])  # noqa: E731
@@ -397,7 +399,7 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
         assert count_rows(place_) == 4
         assert json.loads((place_ / FAILURES_FILE).read_text())["row"] == 2
         assert captioned_previews([shard_file(place_, 0)], 2)[1] == ["prompt 0", "prompt 1"]
-        with pytest.raises(SynthesisError, match="seed was 0, now 1"):
+        with pytest.raises(InputError, match="seed was 0, now 1"):
             writer(place_, seed=1)
     staged = resolve(str(there))
     assert {f.name: f.read_bytes() for f in staged.iterdir()} == {f.name: f.read_bytes() for f in here.iterdir()}
@@ -448,7 +450,7 @@ def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
 )
 def test_a_storage_that_cannot_be_used_is_named_before_anything_starts(overrides, message, folder, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         check_inputs(load(None, [f"storage={folder}", *overrides]))
     assert "pa55word" not in str(error.value)
     assert folder.iterdir() == []
@@ -458,7 +460,7 @@ def test_what_needs_a_folder_says_so(folder):
     from raydistill.driver.single_stages import check_ablation
 
     config = load(None, [f"storage={folder}"])
-    with pytest.raises(ConfigError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
+    with pytest.raises(InputError, match="storage: s3://.*: --ablate needs a folder that every node sees"):
         check_ablation(config, open_run_folder(config), None)
 
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from raydistill.data.pairs import existing_shards, load_pairs, read_pairs, shard_file
 from raydistill.data.prompts import PromptSet
-from raydistill.data.shards import SynthesisError, SynthesisFailed
 from raydistill.data.synthesis import AskedRows, LocalTeacher, Recipe, TeacherAsker, encode_rows, synthesise
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.diffusion.noise import normal
+from raydistill.errors import InputError, StageFailed
 from raydistill.spaces import load_space
 from raydistill.storage.fingerprint import identify
 
@@ -138,7 +138,7 @@ def test_larger_count_completes_a_short_last_shard(whole, spaces, local, tmp_pat
 
 
 def test_held_out_prompts_are_refused_before_anything_is_written(spaces, local, tmp_path):
-    with pytest.raises(SynthesisError, match="1 held-out prompts.*'a blue square'"):
+    with pytest.raises(InputError, match="1 held-out prompts.*'a blue square'"):
         synthesise(local, *spaces, PROMPTS, tmp_path / "set", count=2, forbidden={"a blue square", "other"}, **SETTINGS)
     assert not (tmp_path / "set").exists()
 
@@ -149,15 +149,15 @@ def test_shards_of_unknown_settings_are_not_continued(spaces, local, tmp_path, t
     (tmp_path / "synthesis.json").unlink()
     if text is not None:
         (tmp_path / "synthesis.json").write_text(text)
-    with pytest.raises(SynthesisError, match=r"synthesis\.json, which says how they were made, cannot be read"):
+    with pytest.raises(InputError, match=r"synthesis\.json, which says how they were made, cannot be read"):
         synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS)
 
 
 def test_rows_of_other_settings_are_not_mixed(spaces, local, tmp_path):
     synthesise(local, *spaces, PROMPTS, tmp_path, count=1, **SETTINGS)
-    with pytest.raises(SynthesisError, match="seed was 5, now 6"):
+    with pytest.raises(InputError, match="seed was 5, now 6"):
         synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS | {"seed": 6})
-    with pytest.raises(SynthesisError, match="prompts was"):
+    with pytest.raises(InputError, match="prompts was"):
         synthesise(local, *spaces, PromptSet(["else"]), tmp_path, count=7, **SETTINGS)
 
 
@@ -233,7 +233,7 @@ def test_a_row_that_comes_twice_counts_once_and_a_missing_one_is_named(encoded, 
     assert [file.name for file in writer.add(encoded[1])] == ["pairs-00000.parquet"]
     assert writer.add(encoded[1]) == []
     writer.add(encoded[3])
-    with pytest.raises(SynthesisFailed, match="2 rows were not made, the first of them row 4"):
+    with pytest.raises(StageFailed, match="2 rows were not made, the first of them row 4"):
         writer.finish()
     assert existing_shards(tmp_path) == [0]
 
@@ -288,7 +288,7 @@ def test_a_set_that_was_begun_before_texts_had_a_dtype_goes_on_in_float32(spaces
     assert written.pop("text_dtype") == "float32"
     file.write_text(json.dumps(written))
     assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS) == 0
-    with pytest.raises(SynthesisError, match="text_dtype was 'float32', now 'bfloat16'"):
+    with pytest.raises(InputError, match="text_dtype was 'float32', now 'bfloat16'"):
         synthesise(local, *spaces, PROMPTS, tmp_path, count=7, text_dtype="bfloat16", **SETTINGS)
 
 
@@ -314,9 +314,7 @@ def test_failed_rows_are_recorded_and_cost_no_other_row(whole, spaces, local, tm
 
 def test_too_many_failures_end_the_set_and_a_higher_limit_continues_it(spaces, local, tmp_path):
     teacher = Overflows(local, [1, 2, 5])
-    with pytest.raises(
-        SynthesisFailed, match=r"3 rows failed, more than synthesis.max_failed_rows=2; .*row 5: the teach"
-    ):
+    with pytest.raises(StageFailed, match=r"3 rows failed, more than synthesis.max_failed_rows=2; .*row 5: the teach"):
         synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=2, **SETTINGS)
     assert [entry["row"] for entry in failures(tmp_path)] == [1, 2, 5]
     assert existing_shards(tmp_path) == [0]
@@ -365,7 +363,7 @@ def test_rows_of_a_retrained_teacher_are_not_mixed(spaces, local, flux_folder, t
     (file,) = (tmp_path / "retrained" / "transformer").glob("*.safetensors")
     save_file({name: value + 1e-3 for name, value in load_file(file).items()}, file, {"format": "pt"})
     other = load_space(tmp_path / "retrained")
-    with pytest.raises(SynthesisError, match="teacher_revision was"):
+    with pytest.raises(InputError, match="teacher_revision was"):
         synthesise(local, other, spaces[1], PROMPTS, tmp_path / "set", count=7, **SETTINGS)
 
 

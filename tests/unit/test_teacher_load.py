@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from raydistill.config.reading import load
-from raydistill.errors import ConfigError
+from raydistill.errors import InputError
 from raydistill.teachers.utilisation import KEPT, WINDOW_S, Load, LoadLog, Meter
 
 
@@ -74,5 +74,5 @@ def test_the_client_gathers_recent_answers():
     ],
 )
 def test_bounds_that_contradict_each_other_are_named(overrides, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(InputError, match=message):
         load(None, overrides)

@@ -12,15 +12,12 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from raydistill.config.reading import load
+from raydistill.errors import StageFailed
 from raydistill.workers import ray_train
 from raydistill.workers.checkpoint import save_state
 from raydistill.workers.ray_train import fit, mend_list
 
 LIST = "checkpoint_manager_snapshot.json"
-
-
-class Failed(RuntimeError):
-    """What `fit` is told to raise."""
 
 
 @pytest.fixture
@@ -91,26 +88,26 @@ def test_a_lost_controller_is_started_again_after_a_growing_pause(tmp_path, monk
     pauses = []
     monkeypatch.setattr(ray_train.time, "sleep", pauses.append)
     trainer = Trainer(tmp_path, [ray.exceptions.ActorUnavailableError("away", None) for _ in range(8)])
-    assert fit(lambda: trainer, "distill", -1, Failed) == "done"
+    assert fit(lambda: trainer, "distill", -1) == "done"
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]
     trainer = Trainer(tmp_path, [ray.exceptions.RayActorError() for _ in range(3)])
-    with pytest.raises(Failed, match="controller died 2 times"):
-        fit(lambda: trainer, "distill", 1, Failed)
+    with pytest.raises(StageFailed, match="controller died 2 times"):
+        fit(lambda: trainer, "distill", 1)
 
 
 def test_a_controller_that_cannot_start_says_why_and_is_not_tried_again(tmp_path):
     text = "ray::TrainController.__init__()\nCheckpointManagerInitializationError: corrupted"
     cause = ray.exceptions.RayTaskError("__init__", text, ValueError("corrupted"))
     trainer = Trainer(tmp_path, [ray.exceptions.ActorDiedError(cause)])
-    with pytest.raises(Failed, match="cannot start: CheckpointManagerInitializationError: corrupted"):
-        fit(lambda: trainer, "distill", -1, Failed)
+    with pytest.raises(StageFailed, match="cannot start: CheckpointManagerInitializationError: corrupted"):
+        fit(lambda: trainer, "distill", -1)
 
 
 def test_ray_train_runs_in_a_thread_where_it_leaves_ctrl_c_alone(tmp_path):
     where = []
     trainer = Trainer(tmp_path, [])
     trainer.fit = lambda: where.append(threading.current_thread()) or "done"
-    assert fit(lambda: trainer, "distill", 0, Failed) == "done"
+    assert fit(lambda: trainer, "distill", 0) == "done"
     assert where != [threading.main_thread()]
 
 
@@ -119,8 +116,8 @@ def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed
     asked = []
     monkeypatch.setattr(ray_train.placement, "wait_for_room", lambda needs: asked.append(needs()))
     monkeypatch.setattr(ray_train.placement, "groups", lambda name: {"mine": ["CREATED", "PENDING"]}[name])
-    ray_train.wait_for_room(config, Failed, "mine")
-    ray_train.wait_for_room(config, Failed, encoders=False)
+    ray_train.wait_for_room(config, "mine")
+    ray_train.wait_for_room(config, encoders=False)
     found = [{need.what: need.count for need in needs} for needs in asked]
     assert found == [
         {"teacher ranks": 2, "train workers": 2, "text encoders": 2},
@@ -128,8 +125,8 @@ def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed
     ]
 
     def none(needs):
-        raise ray_train.placement.NoRoom("train workers cannot be placed")
+        raise StageFailed("train workers cannot be placed")
 
     monkeypatch.setattr(ray_train.placement, "wait_for_room", none)
-    with pytest.raises(Failed, match="train workers cannot be placed"):
-        ray_train.wait_for_room(config, Failed)
+    with pytest.raises(StageFailed, match="train workers cannot be placed"):
+        ray_train.wait_for_room(config)

@@ -24,7 +24,7 @@ def _rank_process(rank: int, port: int, cases: list[Case], folder: str) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_RANK": "0"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    from raydistill.spaces.base import ModelFolderError
+    from raydistill.errors import InputError
     from raydistill.spaces.flux import FluxSpace
     from raydistill.teachers import zero3
 
@@ -49,7 +49,7 @@ def _rank_process(rank: int, port: int, cases: list[Case], folder: str) -> None:
         found.append(
             {"share": share, "after": after, "output": output, "failed": failed, "again": again, "buffers": buffers}
         )
-    with pytest.raises(ModelFolderError, match="is missing"):
+    with pytest.raises(InputError, match="is missing"):
         zero3.load_partitioned(FluxSpace(f"{folder}/torn"), torch.float32, torch.device("cpu"), rank, WORLD)
     torch.save(found, f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
