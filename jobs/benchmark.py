@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from raydistill.benchmark import SECTIONS
-from raydistill.storage.resolve import local_argument
+from raydistill.storage.resolve import path_argument
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         prog=f"benchmark.py {name}", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--storage", type=local_argument, default=Path("outputs"), metavar="FOLDER", help="where results go"
+        "--storage", type=path_argument, default=Path("outputs"), metavar="FOLDER", help="where results go"
     )
     return parser
 

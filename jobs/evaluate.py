@@ -23,7 +23,7 @@ import os
 import sys
 from pathlib import Path
 
-from raydistill.storage.resolve import argument, local_argument
+from raydistill.storage.resolve import path_argument, place_argument
 
 EXAMPLES = """examples:
   python jobs/evaluate.py mine --count 512
@@ -49,7 +49,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--prompt-sets",
-        type=argument,
+        type=place_argument,
         metavar="FOLDER",
         help="where the published sets were put (default: <storage>/prompts)",
     )
@@ -74,7 +74,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", default="shapes:judge", help="judge of judge and frechet (default: shapes:judge)")
     add(
         "--out",
-        type=local_argument,
+        type=path_argument,
         metavar="DIR",
         help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)",
     )
@@ -89,7 +89,13 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default: float32)"
     )
-    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add(
+        "--storage",
+        type=place_argument,
+        default=Path("outputs"),
+        metavar="FOLDER",
+        help="where runs are (default: outputs)",
+    )
     add(
         "--tracking-uri",
         metavar="URI",

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from raydistill.storage.atomic import writing
-from raydistill.storage.resolve import argument
+from raydistill.storage.resolve import place_argument
 
 EXAMPLES = """examples:
   python jobs/merge.py from-sdxl from-flux from-sd35 --out outputs/merged
@@ -33,8 +33,14 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("students", nargs="+", metavar="STUDENT", help="export's folder, run's name or folder, URI of one, or MLflow run id")  # fmt: skip
     add("--weights", type=float, nargs="+", metavar="W", help="one positive number a student, in the same order; they "
         "are scaled to the sum 1 (default: all equal)")  # fmt: skip
-    add("--out", type=argument, required=True, metavar="FOLDER", help="folder or URI to write; must not exist")
-    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add("--out", type=place_argument, required=True, metavar="FOLDER", help="folder or URI to write; must not exist")
+    add(
+        "--storage",
+        type=place_argument,
+        default=Path("outputs"),
+        metavar="FOLDER",
+        help="where runs are (default: outputs)",
+    )
     add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
         help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
     return parser.parse_args(argv)

@@ -18,7 +18,7 @@ import secrets
 import sys
 from pathlib import Path
 
-from raydistill.storage.resolve import argument, local_argument
+from raydistill.storage.resolve import path_argument, place_argument
 
 EXAMPLES = """examples:
   python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
@@ -44,7 +44,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--bridge", help="Bridge of --upgrade (default: the run's)")
     add("--teacher", help="teacher whose VAE decodes with --upgrade (default: the run's)")
     add("--base", help="student model that the Bridge was trained with (default: the run's, else the export itself)")
-    add("--out", type=local_argument, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
+    add("--out", type=path_argument, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
     add(
         "--columns",
         type=_count(1),
@@ -59,7 +59,13 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
         default="float32",
         help="of the networks (default: float32)",
     )
-    add("--storage", type=argument, default=Path("outputs"), metavar="FOLDER", help="where runs are (default: outputs)")
+    add(
+        "--storage",
+        type=place_argument,
+        default=Path("outputs"),
+        metavar="FOLDER",
+        help="where runs are (default: outputs)",
+    )
     add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
         help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
     arguments = parser.parse_args(argv)

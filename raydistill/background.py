@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def beside(work: Callable[[], T]) -> Future[T]:
+def in_background(work: Callable[[], T]) -> Future[T]:
     """Begin `work` in a daemon thread: unlike an executor's, no process that has given up on it waits for it."""
     future: Future[T] = Future()
 
@@ -24,7 +24,7 @@ def beside(work: Callable[[], T]) -> Future[T]:
     return future
 
 
-def result(wanted: Future[T], others: Iterable[Future[Any]]) -> T:
+def result_of(wanted: Future[T], others: Iterable[Future[Any]]) -> T:
     """What `wanted` gives, once it does; or, before that, the first failure of what runs beside it."""
     running = {wanted, *others}
     while not wanted.done():

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import transformers
 
-from raydistill.background import beside
+from raydistill.background import in_background
 from raydistill.data.prompts import PromptSet
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
@@ -320,7 +320,7 @@ class Early(Iterator[Batch]):
 
     def __init__(self, batches: Generator[Batch]) -> None:
         self._batches = batches
-        self._first: Future[Batch | None] | None = beside(lambda: next(batches, None))  # until it was asked for
+        self._first: Future[Batch | None] | None = in_background(lambda: next(batches, None))  # until it was asked for
 
     def __next__(self) -> Batch:
         """Raises StopIteration after the last one."""

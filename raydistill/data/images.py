@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from raydistill.errors import InputError
-from raydistill.storage.staging import present
+from raydistill.storage.staging import on_this_machine
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
@@ -62,7 +62,7 @@ class ImageSet(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """On another node, which may not have staged the source yet."""
-        self.__dict__ |= state | {"source": str(present(state["source"]))}
+        self.__dict__ |= state | {"source": str(on_this_machine(state["source"]))}
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -33,7 +33,7 @@ from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.storage.atomic import writing
 from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import place
+from raydistill.storage.resolve import to_place
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
@@ -69,12 +69,12 @@ class Pairs:
 
 
 def shard_file(folder: str | Place, shard_index: int) -> Place:
-    return place(str(folder)) / f"pairs-{shard_index:05d}.parquet"
+    return to_place(str(folder)) / f"pairs-{shard_index:05d}.parquet"
 
 
 def existing_shards(folder: str | Place) -> list[int]:
     """Indices of the complete shards, ascending; empty for a folder that does not exist."""
-    folder = place(str(folder))
+    folder = to_place(str(folder))
     names = (SHARD_NAME.fullmatch(file.name) for file in (folder.iterdir() if folder.is_dir() else ()))
     return sorted(int(name[1]) for name in names if name)
 

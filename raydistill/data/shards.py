@@ -20,7 +20,7 @@ from raydistill.data.pairs import about_shard, existing_shards, remove_abandoned
 from raydistill.errors import InputError, StageFailed
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import place
+from raydistill.storage.resolve import to_place
 
 SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 
@@ -103,7 +103,7 @@ class PairWriter:
         max_failed_rows: int,
         settings: Mapping[str, Any],
     ) -> None:
-        self.folder, self.count, self.shard_size = place(str(folder)), count, shard_size
+        self.folder, self.count, self.shard_size = to_place(str(folder)), count, shard_size
         self.at, self.seed, self.teacher, self.max_failed_rows = at, seed, teacher, max_failed_rows
         check_settings(self.folder, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -226,7 +226,7 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
         InputError: the folder has shards that were made with other settings, each of which is named, or with
             settings that nobody knows.
     """
-    file = place(str(folder)) / SETTINGS_FILE
+    file = to_place(str(folder)) / SETTINGS_FILE
     if not existing_shards(folder):
         return
     try:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import changed
 from raydistill.config.schema import Config
-from raydistill.driver.run_lock import RunTaken, held
-from raydistill.workers.stop_signal import Stopped, leaving_on_signals
+from raydistill.driver.run_lock import RunLocked, lock_run
+from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
 RESUMABLE = 75
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:  # imported once the command line is known to be right: torch 
     from raydistill.driver.preflight import Inputs
     from raydistill.driver.run_folder import RunFolder
 
-Work = Callable[[Config, "RunFolder", "Inputs"], Any]
+Stages = Callable[[Config, "RunFolder", "Inputs"], Any]
 
 
 def run_job(
     purpose: str,
-    work: Work,
+    work: Stages,
     result: str,
     *,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
-    check: Work | None = None,
+    check: Stages | None = None,
     roles: Sequence[str] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -72,11 +72,11 @@ def run_job(
 
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        with held(run.path):
+        with lock_run(run.path):
             create_run_folder(run, config)
-            with connected(), leaving_on_signals():
+            with connected(), stop_on_signals():
                 work(config, run, inputs)
-    except RunTaken as error:
+    except RunLocked as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from raydistill.background import beside
+from raydistill.background import in_background
 from raydistill.config.reading import changed, flatten, needs_pairs, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, StageFailed
@@ -157,7 +157,7 @@ def _stages(pipeline: Pipeline) -> dict[str, Any]:
     service = config.teachers.service or f"teacher-{run.name}"
     results: dict[str, Any] = {}
     with _teachers(pipeline, config, service) as teachers:  # who start while the trainers do
-        pictures = beside(lambda: _evaluate_teacher(pipeline, service, teachers))
+        pictures = in_background(lambda: _evaluate_teacher(pipeline, service, teachers))
         if needs_pairs(config):
             teachers.result()
         pairs = _synthesise(pipeline, service) if needs_pairs(config) else None
@@ -219,7 +219,7 @@ def _teachers(pipeline: Pipeline, config: Config, name: str) -> Iterator[Future[
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
 
-    teachers = beside(start)
+    teachers = in_background(start)
     try:
         yield teachers
     finally:

@@ -28,12 +28,12 @@ READ_BACK_S = 2.0
 BEAT_EVERY_S, WATCHED_FOR_S = 5.0, 30.0  # six beats that fail to come say that the holder is gone
 
 
-class RunTaken(ValueError):
+class RunLocked(ValueError):
     """Another living job has this run."""
 
 
 @contextmanager
-def held(folder: Place) -> Iterator[None]:
+def lock_run(folder: Place) -> Iterator[None]:
     """Hold a run's folder, which exists, for the length of the block.
 
     Raises:
@@ -156,7 +156,7 @@ def _named(owner: dict[str, Any] | None) -> str:
     return f"process {owner['pid']} on {owner['host']}, started {owner['started']}" if owner else "another process"
 
 
-def _taken(folder: Place, owner: dict[str, Any] | None) -> RunTaken:
-    return RunTaken(
+def _taken(folder: Place, owner: dict[str, Any] | None) -> RunLocked:
+    return RunLocked(
         f"run.name={folder.name} is under way: {_named(owner)}, has {folder}. Wait for it, stop it, or use another run.name"
     )

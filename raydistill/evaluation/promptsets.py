@@ -16,7 +16,7 @@ from raydistill.data.prompts import PromptReport, PromptSet, read_prompts
 from raydistill.errors import InputError
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path
-from raydistill.storage.staging import staged
+from raydistill.storage.staging import local_copy
 
 PROMPT_COLUMNS, CATEGORY_COLUMNS = (
     ("prompt", "Prompt", "caption"),
@@ -99,7 +99,7 @@ def open_prompts(
         path = sets / PUBLISHED[name].place
         if not path.exists():
             raise InputError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
-        path = staged(path)
+        path = local_copy(path)
     if not path.exists():
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
         raise InputError(f"{path}: no such file, and no set of that name; sets: {known}")

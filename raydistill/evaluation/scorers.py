@@ -18,7 +18,7 @@ from raydistill.evaluation.promptsets import Item
 from raydistill.evaluation.subject import Painter, Subject, save_picture
 from raydistill.shapes.captions import ATTRIBUTES
 from raydistill.shapes.judge import Judge
-from raydistill.storage.staging import present
+from raydistill.storage.staging import on_this_machine
 
 
 def load_image(file: str | Path) -> torch.Tensor:
@@ -49,7 +49,7 @@ class JudgeScorer:
     def __init__(self, folder: str, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        self.judge = Judge.load(present(folder))
+        self.judge = Judge.load(on_this_machine(folder))
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
         images = torch.stack([load_image(file) for file in files])
@@ -116,7 +116,7 @@ def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def judge_features(folder: str | Path, files: Sequence[str | Path]) -> torch.Tensor:
     """The judge's features [N, 128] of picture files, which may differ in size."""
-    judge = Judge.load(present(folder))
+    judge = Judge.load(on_this_machine(folder))
     return torch.cat([judge.embed(load_image(file)[None]) for file in files])
 
 

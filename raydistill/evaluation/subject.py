@@ -26,8 +26,8 @@ from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import place, resolve
-from raydistill.storage.staging import present
+from raydistill.storage.resolve import resolve, to_place
+from raydistill.storage.staging import on_this_machine
 
 DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -124,7 +124,7 @@ def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
 
         if is_hub_id(model):
             return Export(resolve(model), model)
-        folder = place(model)
+        folder = to_place(model)
         if (folder / "unet" / "config.json").is_file():
             raise InputError(
                 f"{model}: a UNet alone; name the pipeline that it belongs to and the UNet with --unet "
@@ -175,7 +175,7 @@ class Painter:
         if subject.unet is not None:
             from raydistill.spaces.published_students import load_student
 
-            network = load_student(self.space, present(subject.unet)).to(dtype)
+            network = load_student(self.space, on_this_machine(subject.unet)).to(dtype)
         else:
             network = self.space.load_network(dtype)
         self.network = network.to(self.device)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import place
+from raydistill.storage.resolve import to_place
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
@@ -51,7 +51,7 @@ def write_summary(path: str | Place, summary: Mapping[str, Any]) -> Place:
 
     Numbers of torch and NumPy become plain ones, paths become text; NaN and infinities become null, which JSON lacks.
     """
-    path = place(str(path))
+    path = to_place(str(path))
     replace_text(path, json.dumps(_plain(summary), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     return path
 

@@ -13,8 +13,8 @@ from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, place
-from raydistill.storage.staging import staged
+from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, to_place
+from raydistill.storage.staging import local_copy
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 DOWNLOADS = "downloads"  # of storage
@@ -52,16 +52,16 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
         InputError: there is none, or a URI cannot be read.
         OSError: the store of a URI does not answer.
     """
-    path = place(text)
+    path = to_place(text)
     places = [path] if text.startswith(SHAPES_PREFIX) or is_uri(text) else [path, storage / text]
     for found in places:
         if (found / "model_index.json").is_file():
             full = found.resolve()
             above = full.parent if full.name == EXPORT_FOLDER else None
             run = above if above and (above / "config.yaml").is_file() else None
-            return Export(staged(found), (above or full).name, run)
+            return Export(local_copy(found), (above or full).name, run)
         if (found / EXPORT_FOLDER / "model_index.json").is_file():
-            return Export(staged(found / EXPORT_FOLDER), found.resolve().name, found)
+            return Export(local_copy(found / EXPORT_FOLDER), found.resolve().name, found)
     if _RUN_ID.fullmatch(text):
         return _of_run_id(text, storage, tracking_uri)
     found = next((found for found in places if found.is_dir()), None)
@@ -82,7 +82,7 @@ def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
             own = () if stage in ("pipeline", "distill") else (stage,)
             folder = run / stage if own else run
             if known == run_id and (folder / EXPORT_FOLDER / "model_index.json").is_file():
-                return Export(staged(folder / EXPORT_FOLDER), "/".join((run.name, *own)), run)
+                return Export(local_copy(folder / EXPORT_FOLDER), "/".join((run.name, *own)), run)
     if uri is None and not isinstance(storage, Remote) and (storage / "mlflow.db").is_file():
         uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
     if uri is None:

@@ -26,7 +26,7 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
 from raydistill.distill.distiller import Distiller, Real
-from raydistill.planning.meter import Meter, Work, counted
+from raydistill.planning.meter import Cost, Meter, counted
 from raydistill.spaces.base import Space
 from raydistill.spaces.meta import Layout, conditioning_layout, empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.spaces.text_lengths import text_lengths
@@ -63,9 +63,9 @@ class Trainer:
 
     weights: Weights
     held: int  # bytes between steps
-    make: Work
-    fake: Work
-    student: Work
+    make: Cost
+    fake: Cost
+    student: Cost
     gradients: dict[str, int]  # bytes that are averaged over the workers, by optimizer
 
     @property
@@ -174,7 +174,7 @@ class Teacher:
     buffers: int  # elements
     piece: int  # elements of the largest part that ZeRO-3 gathers at once
     samples: int
-    score: Work  # one guided x0 estimate; the peak is without weights
+    score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
 
 
@@ -224,8 +224,8 @@ class BridgeTraining:
     parameters: int  # of the projector, which is trained
     prior: int  # elements of the frozen decoder blocks
     probe: int  # elements of the teacher's first blocks
-    step: Work
-    validation: Work  # pictures through the teacher's VAE
+    step: Cost
+    validation: Cost  # pictures through the teacher's VAE
     text: int  # bytes of the teacher's text encoders, which stay where the prompts are too many for a table
 
     @property
@@ -299,7 +299,7 @@ class Text:
     """A text encoder, and what one prompt of full length takes; the peak without weights, in float32."""
 
     parameters: int
-    prompt: Work
+    prompt: Cost
 
 
 def count_text(space: Space) -> dict[str, Text]:
@@ -312,7 +312,7 @@ def count_text(space: Space) -> dict[str, Text]:
     return result
 
 
-def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Work:
+def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Cost:
     """Of a part that runs a module, what is alive beside the module's tensors."""
     for tensor in (*module.parameters(), *module.buffers()):
         meter.watch(tensor)
@@ -327,8 +327,8 @@ class Vae:
     parameters: int
     side: int  # pixels of a picture's side
     batch: int
-    encode: Work
-    decode: Work
+    encode: Cost
+    decode: Cost
 
 
 def count_vae(space: Space) -> Vae:

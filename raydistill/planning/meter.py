@@ -170,15 +170,15 @@ class Meter(TorchDispatchMode):
         self._known.discard(address)
         self.live -= nbytes
 
-    def count(self, part: Callable[[], Any]) -> Work:
+    def count(self, part: Callable[[], Any]) -> Cost:
         """Run a part while this mode is active; goes on from what is alive."""
         self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
         part()
-        return Work(self.flops - flops, self.peak, self.flops_32 - flops_32)
+        return Cost(self.flops - flops, self.peak, self.flops_32 - flops_32)
 
 
 @dataclass(frozen=True)
-class Work:
+class Cost:
     """What a piece of code did: floating point operations, the most live bytes during it, and how many of the operations
     were in float32.
     """

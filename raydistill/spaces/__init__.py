@@ -14,7 +14,7 @@ from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
 from raydistill.spaces.z_image import ZImageSpace
-from raydistill.storage.staging import present
+from raydistill.storage.staging import on_this_machine
 
 FAMILIES: dict[str, type[Space]] = {
     family.pipeline_class: family
@@ -37,7 +37,7 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
     Raises:
         InputError: not a pipeline folder, or of an unknown or another family.
     """
-    folder = present(folder)
+    folder = on_this_machine(folder)
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")

@@ -26,7 +26,7 @@ from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
 from raydistill.errors import InputError
-from raydistill.storage.staging import present
+from raydistill.storage.staging import on_this_machine
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -107,7 +107,7 @@ class Space(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """On another node, which may not have staged the folder yet."""
-        self.__dict__ |= state | {"folder": str(present(state["folder"]))}
+        self.__dict__ |= state | {"folder": str(on_this_machine(state["folder"]))}
 
     # -- reading the folder ------------------------------------------------------------------------
     @cached_property

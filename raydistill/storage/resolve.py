@@ -18,23 +18,23 @@ if typing.TYPE_CHECKING:
     from raydistill.storage.place import Place
 
 
-def place(text: str) -> Place:
+def to_place(text: str) -> Place:
     """Where outputs go: a local path, or a URI's place. Raises InputError as `remote`."""
 
     return remote(text) if is_uri(text) and not text.startswith("file://") else local_path(text)
 
 
-def argument(text: str) -> Place:
-    """`place` for argparse."""
+def place_argument(text: str) -> Place:
+    """`to_place` for argparse."""
     try:
-        return place(text)
+        return to_place(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def local_argument(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """For argparse: a path, or file://."""
-    found = argument(text)
+    found = place_argument(text)
     if isinstance(found, Remote):
         raise argparse.ArgumentTypeError(f"{found}: must be a folder of this machine, or of a file system that it sees")
     return found
@@ -74,9 +74,9 @@ def local_path(path: str) -> Path:
     if path.startswith("file:///"):
         return Path(unquote(path.removeprefix("file://")))
     if is_uri(path):
-        from raydistill.storage.staging import stage
+        from raydistill.storage.staging import fetch
 
-        return stage(path)
+        return fetch(path)
     return Path(path).expanduser()
 
 
@@ -92,9 +92,9 @@ def resolve(path: str) -> Path:
     if found.exists():
         return found
     from raydistill.storage.hub import is_hub_id, on_this_node
-    from raydistill.storage.staging import present
+    from raydistill.storage.staging import on_this_machine
 
-    return on_this_node(path) if is_hub_id(path) else present(found)
+    return on_this_node(path) if is_hub_id(path) else on_this_machine(found)
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
@@ -119,7 +119,7 @@ def check_storage(config: Config) -> Place:
 
     if is_uri(config.storage):
         try:
-            return place(config.storage)
+            return to_place(config.storage)
         except InputError as error:
             raise InputError(f"storage: {error}") from None
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():

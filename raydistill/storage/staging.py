@@ -23,7 +23,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RAYDISTILL_CACHE", "~/.cache/raydistill")).expanduser().absolute()
 
 
-def stage(uri: str) -> Path:
+def fetch(uri: str) -> Path:
     """The local copy of an object, or of all objects below a prefix, as they are now; fetched where it is missing.
 
     Its last name is the URI's. Of several processes one fetches, and the others wait for it.
@@ -37,10 +37,10 @@ def stage(uri: str) -> Path:
     return _staged(source, _digest(source, entries), entries)
 
 
-def present(path: str | Path) -> Path:
+def on_this_machine(path: str | Path) -> Path:
     """A path as another node gave it: what it has staged, or fetched from the hub, is fetched here too, the same version.
 
-    Raises as `stage`; InputError also where the objects have changed meanwhile.
+    Raises as `fetch`; InputError also where the objects have changed meanwhile.
     """
     path = Path(path)
     match = STAGED.fullmatch(str(path))
@@ -111,6 +111,6 @@ def _fetch(source: Remote, target: Path, entries: list[tuple[str, int, int]]) ->
 # -- outputs ----------------------------------------------------------------------------------------------
 
 
-def staged(source: Place) -> Path:
-    """A path to read from: a `Remote` is staged. Raises as `stage`."""
-    return stage(str(source)) if isinstance(source, Remote) else source
+def local_copy(source: Place) -> Path:
+    """A path to read from: a `Remote` is staged. Raises as `fetch`."""
+    return fetch(str(source)) if isinstance(source, Remote) else source

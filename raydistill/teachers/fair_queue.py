@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Turns:
+class FairQueue:
     """One request at a time; next is the user whose last turn is longest ago, with its oldest request.
 
     For one event loop.

@@ -37,7 +37,7 @@ def fits(config: TeacherServiceConfig) -> bool:
     """Whether all replicas fit the nodes as they are, if nothing else ran on them."""
     nodes = [dict(node["Resources"]) for node in labelled_nodes(config.node_labels)]
     coordinator, rank, *_ = bundles(config)
-    return place([rank] * (config.shards * config.replicas) + [coordinator] * config.replicas, nodes)
+    return take_room([rank] * (config.shards * config.replicas) + [coordinator] * config.replicas, nodes)
 
 
 def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def free_resources(labels: Mapping[str, str]) -> list[dict[str, float]]:
     return [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(labels)]
 
 
-def place(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
+def take_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
     """Whether each of the wanted amounts finds a node, the first that has it all; takes them from `nodes`."""
     for amounts in wanted:
         node = next((n for n in nodes if all(n.get(kind, 0) >= much - 1e-6 for kind, much in amounts.items())), None)
@@ -101,7 +101,7 @@ def lacking(needs: Sequence[Need], nodes: Sequence[tuple[Mapping[str, str], dict
         fitting = [free for labels, free in nodes if need.labels.items() <= labels.items()]
         have = "; ".join(f"{_floor(free.get('CPU', 0))} CPU and {_floor(free.get('GPU', 0))} GPU" for free in fitting)
         placed = 0
-        while placed < need.count and place([need.amounts], fitting):
+        while placed < need.count and take_room([need.amounts], fitting):
             placed += 1
         if placed < need.count:
             each = " + ".join(f"{much:g} {kind}" for kind, much in need.amounts.items() if much)

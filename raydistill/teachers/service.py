@@ -24,11 +24,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import placement
-from raydistill.teachers.fair_queue import Turns
+from raydistill.teachers.fair_queue import FairQueue
 from raydistill.teachers.request import Answer, ReplicaBroken, RequestTooLong, TeacherError, TeacherStartError, one_line
 from raydistill.teachers.routing import LeastBusyRouter
 from raydistill.teachers.shard import TeacherRank, actor
-from raydistill.teachers.utilisation import Load, Meter
+from raydistill.teachers.utilisation import Meter, Utilisation
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class _Gauges:
         self._busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
         self._queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
 
-    def answered(self, load: Load) -> None:
+    def answered(self, load: Utilisation) -> None:
         self._latency.observe(load.latency_s)
 
     def show(self, busy_fraction: float, queue: int) -> None:
@@ -80,7 +80,7 @@ class TeacherReplica:
     async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
         self._config = config = TeacherServiceConfig.model_validate(config)
         self._broken: str | None = None
-        self._turns = Turns()
+        self._turns = FairQueue()
         self._meter, self._gauges = Meter(), _Gauges()
         group = ray.util.get_current_placement_group()
         environment = {
@@ -143,7 +143,7 @@ class TeacherReplica:
         except ReplicaBroken as error:
             return "broken", str(error), None
 
-    async def _in_turn(self, method: str, payload: ray.ObjectRef, arrived: float) -> tuple[np.ndarray, Load]:
+    async def _in_turn(self, method: str, payload: ray.ObjectRef, arrived: float) -> tuple[np.ndarray, Utilisation]:
         """Work on a request that has its turn, and end the turn. The order of requests is the same on every rank."""
         try:
             answer = await self._fan_out(method, payload)

@@ -18,7 +18,7 @@ KEPT = 256  # answers that percentiles are taken of
 
 
 @dataclass(frozen=True)
-class Load:
+class Utilisation:
     """What a replica says of itself with an answer."""
 
     latency_s: float  # of this request: wait for its turn, and work
@@ -45,9 +45,9 @@ class Meter:
             self._work.append((self._working_since, self._clock()))
             self._working_since = None
 
-    def load(self, arrived: float, queue: int) -> Load:
+    def load(self, arrived: float, queue: int) -> Utilisation:
         """Of a request that arrived at `arrived` (this meter's clock) and is done now, with `queue` others behind it."""
-        return Load(self._clock() - arrived, self.busy_fraction(), queue)
+        return Utilisation(self._clock() - arrived, self.busy_fraction(), queue)
 
     def busy_fraction(self) -> float:
         now = self._clock()
@@ -64,9 +64,9 @@ class LoadLog:
     """A client's view of the answers it got."""
 
     def __init__(self) -> None:
-        self._recent: deque[Load] = deque(maxlen=KEPT)
+        self._recent: deque[Utilisation] = deque(maxlen=KEPT)
 
-    def add(self, load: Load) -> None:
+    def add(self, load: Utilisation) -> None:
         self._recent.append(load)
 
     def metrics(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from raydistill.errors import mask, reason
 from raydistill.storage.atomic import reading
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import place
+from raydistill.storage.resolve import to_place
 from raydistill.tracking.store import (
     MAX_TAG,
     NOTE,
@@ -99,7 +99,7 @@ class Tracker:
 
     def artifact(self, path: str | Place, folder: str | None = None) -> None:
         """Upload a file, or a folder with all it holds; it must stay there until `flush` or `close` returns."""
-        source = place(str(path))
+        source = to_place(str(path))
 
         def send(client: MlflowClient) -> None:
             with reading(source) as path:

@@ -23,9 +23,9 @@ from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import scratch
 from raydistill.storage.place import Place, Remote, for_ray_train
-from raydistill.storage.resolve import place, resolve
+from raydistill.storage.resolve import resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
-from raydistill.workers.fatal_errors import fatal, forget, written_down
+from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, recording_fatal_errors
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,17 +78,17 @@ def train_bridge(
     """
     from raydistill.workers.ray_train import fit, wait_for_room
 
-    run_dir = place(str(run_dir))
+    run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
     run_dir.mkdir(parents=True, exist_ok=True)
-    forget(run_dir)
+    forget_fatal_error(run_dir)
     distill = config.distill
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
     with ProgressWatcher(progress, "bridge"):
         wait_for_room(config, encoders=False)  # captions are encoded in the workers
         result = fit(lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures)
-    if (reason := fatal(run_dir)) is not None:
+    if (reason := fatal_error(run_dir)) is not None:
         raise StageFailed(f"bridge: {reason}")
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
@@ -180,9 +180,9 @@ class MetricLog:
 def train_worker(settings: dict[str, Any]) -> None:
     """Body of every Ray Train worker; errors that last are written down for `train_bridge`."""
     told = _Settings(**settings)
-    folder = place(told.progress).parent
-    if fatal(folder) is None:
-        with written_down(folder):
+    folder = to_place(told.progress).parent
+    if fatal_error(folder) is None:
+        with recording_fatal_errors(folder):
             _train(told)
 
 
@@ -213,10 +213,10 @@ def _train(told: _Settings) -> None:
                 log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
                 if rank == 0:
                     write_progress(
-                        place(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
+                        to_place(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
                     )
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log, place(told.progress).parent / BRIDGE_FOLDER)
+                _checkpoint(trainer, log, to_place(told.progress).parent / BRIDGE_FOLDER)
     finally:
         log.close()
 

@@ -25,12 +25,12 @@ from raydistill.storage.atomic import scratch
 from raydistill.storage.place import for_ray_train
 from raydistill.storage.resolve import resolve
 from raydistill.tracking.progress import ProgressWatcher
-from raydistill.workers.fatal_errors import fatal, forget, written_down
+from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, recording_fatal_errors
 from raydistill.workers.observer import Observer
 from raydistill.workers.ray_train import fit, newest_state, wait_for_room
 from raydistill.workers.score_requests import Teachers
 from raydistill.workers.stage import Stage
-from raydistill.workers.stop_signal import TRACKING_WITHIN_S, asked_to_stop, draining, say_written
+from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, draining, stop_requested
 
 
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
@@ -47,11 +47,11 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     if stage.path("result.json").is_file():
         return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)
-    forget(stage.path())
+    forget_fatal_error(stage.path())
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
         wait_for_room(config, stage.service if stage.service != config.teachers.service else None)
         fit(lambda: _trainer(stage, config), stage.name, config.distill.max_failures, needs)
-        if (reason := fatal(stage.path())) is not None:
+        if (reason := fatal_error(stage.path())) is not None:
             raise StageFailed(f"{stage.name}: {reason}")
     return stage.result()
 
@@ -91,8 +91,8 @@ def train_worker(settings: dict[str, Any]) -> None:
     What would happen again after a restart is written down for `launch`, and the restarted workers end at once.
     """
     stage = Stage(**settings)
-    if fatal(stage.path()) is None:
-        with written_down(stage.path()), _said(stage.name):
+    if fatal_error(stage.path()) is None:
+        with recording_fatal_errors(stage.path()), _said(stage.name):
             _train(stage)
 
 
@@ -156,7 +156,7 @@ def _train(stage: Stage) -> None:
                 break
             if leave:
                 if observer:
-                    say_written(stage.path(), step)
+                    acknowledge_stop(stage.path(), step)
                 return
         if observer:
             observer.finish(step, stopped if stops else None)
@@ -175,7 +175,7 @@ def _train(stage: Stage) -> None:
 
 def _asked_to_stop(stage: Stage, device: torch.device, rank: int, world: int) -> bool:
     """What rank 0 sees counts for all, so that all leave after the same step."""
-    asked = torch.tensor(float(rank == 0 and asked_to_stop(stage.path())), device=device)
+    asked = torch.tensor(float(rank == 0 and stop_requested(stage.path())), device=device)
     if world > 1:
         torch.distributed.broadcast(asked, 0)
     return bool(asked)

@@ -11,7 +11,7 @@ from raydistill.storage.place import Place
 FATAL_FILE = "fatal.txt"
 
 
-def is_lasting(error: BaseException) -> bool:
+def is_fatal(error: BaseException) -> bool:
     """Whether the same inputs would fail again.
 
     Wrong input, numbers that are not finite and a GPU that is too small would; lost processes, nodes, files and services
@@ -37,22 +37,22 @@ def is_lasting(error: BaseException) -> bool:
 
 
 @contextmanager
-def written_down(folder: Place) -> Iterator[None]:
+def recording_fatal_errors(folder: Place) -> Iterator[None]:
     """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
     try:
         yield
     except Exception as error:
-        if is_lasting(error):
+        if is_fatal(error):
             replace_text(folder / FATAL_FILE, f"{type(error).__name__}: {error}")
         raise
 
 
-def fatal(folder: Place) -> str | None:
+def fatal_error(folder: Place) -> str | None:
     """The lasting error of an earlier attempt, if there was one."""
     file = folder / FATAL_FILE
     return file.read_text() if file.is_file() else None
 
 
-def forget(folder: Place) -> None:
+def forget_fatal_error(folder: Place) -> None:
     """Whoever starts again has mended it."""
     (folder / FATAL_FILE).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 import ray.train
 import torch
 
-from raydistill.background import beside, result
+from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
 from raydistill.errors import StageFailed
 from raydistill.teachers import placement
@@ -90,7 +90,7 @@ def fit(
         mend_list(stage, trainer.run_config)
         try:
             # in a thread, where Ray Train leaves SIGINT alone: `stopping` has a better handler than its own
-            return result(beside(trainer.fit), needs)
+            return result_of(in_background(trainer.fit), needs)
         except ray.train.TrainingFailedError as error:
             reasons = getattr(error, "worker_failures", None) or {"": error}
             raise StageFailed(

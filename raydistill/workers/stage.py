@@ -9,7 +9,7 @@ from typing import Any
 
 from raydistill.storage.atomic import read_json
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import place
+from raydistill.storage.resolve import to_place
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stage:
     mlflow_run: str
 
     def path(self, *parts: str) -> Place:
-        return functools.reduce(operator.truediv, parts, place(self.folder))
+        return functools.reduce(operator.truediv, parts, to_place(self.folder))
 
     def result(self) -> dict[str, Any]:
         return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")

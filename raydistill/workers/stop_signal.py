@@ -37,7 +37,7 @@ class _Stop:
 
 
 @contextmanager
-def leaving_on_signals() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """For the length of the block SIGTERM and SIGINT raise Stopped, or have a `draining` distillation end.
 
     Main thread only.
@@ -75,7 +75,7 @@ def _too_late(number: int, frame: FrameType | None) -> None:
 
 
 def _written(folder: Place) -> str | None:
-    """What `say_written` has said; None: nothing yet."""
+    """What `acknowledge_stop` has said; None: nothing yet."""
     step = (folder / STOP_FILE).read_text()
     return f"a checkpoint was written after update {step}" if step else None
 
@@ -97,7 +97,7 @@ def draining(folder: Place) -> Iterator[None]:
         raise Stopped(f"asked to leave by {_Stop.asked}; {written or 'the distillation had ended'}")
 
 
-def asked_to_stop(folder: Place) -> bool:
+def stop_requested(folder: Place) -> bool:
     """In a worker, after every update; a bucket is asked every LOOK_EVERY_S."""
     if isinstance(folder, Remote):
         if time.monotonic() - _Stop.looked < LOOK_EVERY_S:
@@ -106,6 +106,6 @@ def asked_to_stop(folder: Place) -> bool:
     return (folder / STOP_FILE).exists()
 
 
-def say_written(folder: Place, step: int) -> None:
+def acknowledge_stop(folder: Place, step: int) -> None:
     """In the worker that was asked to stop, once its checkpoint is on storage: the driver tells the user."""
     replace_text(folder / STOP_FILE, str(step))

@@ -13,7 +13,7 @@ import pytest
 from jobs_started import SMALL, TEST_S, exported, history, job_of, mlflow_runs, same_weights, started
 from safetensors.torch import load_file, save_file
 
-from raydistill.driver.run_lock import RunTaken, held
+from raydistill.driver.run_lock import RunLocked, lock_run
 
 pytestmark = pytest.mark.timeout(TEST_S)
 
@@ -97,7 +97,7 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
         job.until(lambda: "— teacher evaluation" in job.text())  # the teachers are ready: the first step comes next
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         assert len(ranks) == 2
-        with pytest.raises(RunTaken, match=f"process {job.process.pid} "), held(folder):
+        with pytest.raises(RunLocked, match=f"process {job.process.pid} "), lock_run(folder):
             pytest.fail("the job lives")
         os.kill(max(ranks), signal.SIGKILL)
         seen = set(ranks)

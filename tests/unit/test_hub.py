@@ -178,7 +178,12 @@ def test_a_driver_with_a_token_and_a_node_without_one_that_may_read_a_gated_mode
     driver = ask("print(download('org/gated'))", hub, tmp_path / "driver", HF_TOKEN=TOKEN)
     assert driver.returncode == 0, driver.stderr
     folder = driver.stdout.strip().replace(str(tmp_path / "driver"), "/elsewhere")
-    done = ask(f"from raydistill.storage.place import present; present({folder!r})", hub, tmp_path / "node", **token)
+    done = ask(
+        f"from raydistill.storage.staging import on_this_machine; on_this_machine({folder!r})",
+        hub,
+        tmp_path / "node",
+        **token,
+    )
     message = message.format(node=socket.gethostname(), page=f"{hub}/org/gated")
     assert done.stderr.strip().splitlines()[-1] == f"raydistill.errors.InputError: org/gated@{SHA}: {message}"
     assert "hf_other" not in done.stderr
@@ -188,7 +193,7 @@ def test_a_node_with_a_disk_of_its_own_fetches_a_model_once_for_all_its_processe
     driver = ask("print(download('org/kolors'))", hub, tmp_path / "driver").stdout.strip()
     sizes = len(Hub.seen)
     # as the driver names the folder to a rank on another node, whose cache is elsewhere and empty
-    code = f"from raydistill.storage.place import present; print(present({driver!r} + '/unet/config.json'))"
+    code = f"from raydistill.storage.staging import on_this_machine; print(on_this_machine({driver!r} + '/unet/config.json'))"
     with ThreadPoolExecutor(3) as pool:
         there = list(
             pool.map(

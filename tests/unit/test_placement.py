@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydistill.teachers.placement import Need, lacking, place
+from raydistill.teachers.placement import Need, lacking, take_room
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from raydistill.teachers.placement import Need, lacking, place
     ],
 )
 def test_each_amount_needs_one_node_that_has_it_all(wanted, nodes, fits):
-    assert place(wanted, nodes) is fits
+    assert take_room(wanted, nodes) is fits
 
 
 def test_what_does_not_fit_is_said_with_what_would():

@@ -29,7 +29,7 @@ from raydistill.planning.counting import Text, count_bridge, count_text, count_t
 from raydistill.planning.counts import changed, count_run, request_bytes
 from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
-from raydistill.planning.meter import Meter, Work
+from raydistill.planning.meter import Cost, Meter
 from raydistill.planning.schedule import phases, price, request_seconds, schedule
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -288,7 +288,7 @@ def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spa
 
 
 def text_of(flops):
-    return {"teacher text_encoder": Text(1, Work(flops, 0, flops))}
+    return {"teacher text_encoder": Text(1, Cost(flops, 0, flops))}
 
 
 def priced(config, **plan):
@@ -357,7 +357,7 @@ def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float
     assert mixed.fake.flops_32 < 0.02 * mixed.fake.flops + mixed.make.flops
     assert all_low.make.flops_32 < 0.02 * all_low.make.flops < 0.3 * mixed.make.flops_32
     gpu = read_gpus()["H100"]
-    plain, low, partly = (gpu.seconds(Work(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
+    plain, low, partly = (gpu.seconds(Cost(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
     assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
     assert partly == pytest.approx((plain + low) / 2)
 

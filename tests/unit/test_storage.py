@@ -25,12 +25,12 @@ from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
-from raydistill.storage import place as place_module
 from raydistill.storage import staging
+from raydistill.storage import to_place as place_module
 from raydistill.storage.atomic import reading, replace_text, writing
 from raydistill.storage.place import Remote, remote
-from raydistill.storage.resolve import check_paths, local_path, place, resolve
-from raydistill.storage.staging import present
+from raydistill.storage.resolve import check_paths, local_path, resolve, to_place
+from raydistill.storage.staging import on_this_machine
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(f
     shutil.rmtree(cache / "staged")
     (folder / "sd15" / "model_index.json").write_text("{}")
     with pytest.raises(InputError, match=f"{folder}/sd15: has changed since"):
-        present(path)
+        on_this_machine(path)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +185,10 @@ def test_a_store_that_is_away_is_no_wrong_input(folder, monkeypatch):
 def test_file_uris_are_paths(tmp_path):
     (tmp_path / "my prompts.txt").touch()
     assert local_path(f"file://{tmp_path}/my%20prompts.txt") == tmp_path / "my prompts.txt"
-    assert place(f"file://{tmp_path}") == tmp_path
-    assert isinstance(place("s3://bucket/runs/"), Remote)
-    assert str(place("s3://bucket/runs/")) == "s3://bucket/runs"
-    assert place("outputs") == Path("outputs")
+    assert to_place(f"file://{tmp_path}") == tmp_path
+    assert isinstance(to_place("s3://bucket/runs/"), Remote)
+    assert str(to_place("s3://bucket/runs/")) == "s3://bucket/runs"
+    assert to_place("outputs") == Path("outputs")
 
 
 def test_a_remote_place_means_what_a_path_means(folder):
@@ -409,23 +409,23 @@ def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
     from raydistill.tracking import progress
     from raydistill.workers import fatal_errors, stop_signal
 
-    with pytest.raises(ValueError), fatal_errors.written_down(folder):
+    with pytest.raises(ValueError), fatal_errors.recording_fatal_errors(folder):
         raise ValueError("twice the same")
-    assert fatal_errors.fatal(folder) == "ValueError: twice the same"
-    fatal_errors.forget(folder)
-    assert fatal_errors.fatal(folder) is None
+    assert fatal_errors.fatal_error(folder) == "ValueError: twice the same"
+    fatal_errors.forget_fatal_error(folder)
+    assert fatal_errors.fatal_error(folder) is None
 
     monkeypatch.setattr(stop_signal, "LOOK_EVERY_S", 0)
-    assert not stop_signal.asked_to_stop(folder)
+    assert not stop_signal.stop_requested(folder)
 
     def distil():
-        with stop_signal.leaving_on_signals(), stop_signal.draining(folder):
+        with stop_signal.stop_on_signals(), stop_signal.draining(folder):
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop_signal.asked_to_stop(folder)
+            assert stop_signal.stop_requested(folder)
 
     with pytest.raises(stop_signal.Stopped):
         distil()
-    assert not stop_signal.asked_to_stop(folder)
+    assert not stop_signal.stop_requested(folder)
 
     monkeypatch.setattr(progress, "BUCKET_EVERY_S", 0.1)
     with progress.ProgressWatcher(folder / "progress.json", "distill"):
@@ -469,12 +469,12 @@ def test_a_bucket_s_run_belongs_to_one_living_job_and_a_dead_one_s_can_be_taken(
     monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 2.0)
     monkeypatch.setattr(run_lock, "READ_BACK_S", 0.1)
     with (
-        run_lock.held(folder),
-        pytest.raises(run_lock.RunTaken, match=f"process {os.getpid()} on "),
-        run_lock.held(folder),
+        run_lock.lock_run(folder),
+        pytest.raises(run_lock.RunLocked, match=f"process {os.getpid()} on "),
+        run_lock.lock_run(folder),
     ):
         pytest.fail("the first one lives")
     assert not (folder / run_lock.LEASE_FILE).exists()
     (folder / run_lock.LEASE_FILE).write_text('{"host": "gone", "pid": 1, "started": "once"}')
-    with run_lock.held(folder):
+    with run_lock.lock_run(folder):
         assert "gone" not in (folder / run_lock.LEASE_FILE).read_text()

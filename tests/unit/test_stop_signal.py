@@ -10,7 +10,14 @@ import time
 import pytest
 
 from raydistill.workers import stop_signal
-from raydistill.workers.stop_signal import STOP_FILE, Stopped, asked_to_stop, draining, leaving_on_signals, say_written
+from raydistill.workers.stop_signal import (
+    STOP_FILE,
+    Stopped,
+    acknowledge_stop,
+    draining,
+    stop_on_signals,
+    stop_requested,
+)
 
 
 def terminate(number: int = signal.SIGTERM) -> None:
@@ -22,7 +29,7 @@ def test_a_stage_that_keeps_what_it_has_is_left_at_once():
     before, reached = signal.getsignal(signal.SIGTERM), []
 
     def run() -> None:
-        with leaving_on_signals():
+        with stop_on_signals():
             try:
                 terminate()
                 reached.append("after")
@@ -40,12 +47,12 @@ def test_a_distillation_is_asked_and_goes_on_to_its_end(tmp_path, number):
     before, seen = signal.getsignal(number), []
 
     def run() -> None:
-        with leaving_on_signals(), draining(tmp_path):
-            seen.append(asked_to_stop(tmp_path))
+        with stop_on_signals(), draining(tmp_path):
+            seen.append(stop_requested(tmp_path))
             terminate(number)
-            seen.append(asked_to_stop(tmp_path))
-            say_written(tmp_path, 7)
-            seen.append(asked_to_stop(tmp_path))
+            seen.append(stop_requested(tmp_path))
+            acknowledge_stop(tmp_path, 7)
+            seen.append(stop_requested(tmp_path))
 
     with pytest.raises(Stopped, match=f"by {number.name}; a checkpoint was written after update 7"):
         run()
@@ -58,7 +65,7 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     reached = []
 
     def run() -> None:
-        with leaving_on_signals(), draining(tmp_path):
+        with stop_on_signals(), draining(tmp_path):
             terminate()
             reached.append("first")
             terminate()
@@ -76,10 +83,10 @@ def test_a_driver_that_cannot_wait_longer_says_whether_there_is_a_checkpoint(tmp
     monkeypatch.setattr(stop_signal, "LEAVE_WITHIN_S", 0.2)
 
     def run() -> None:
-        with leaving_on_signals(), draining(tmp_path):
+        with stop_on_signals(), draining(tmp_path):
             terminate()
             if step:
-                say_written(tmp_path, step)
+                acknowledge_stop(tmp_path, step)
             time.sleep(5)
 
     with pytest.raises(Stopped, match=said):
@@ -88,7 +95,7 @@ def test_a_driver_that_cannot_wait_longer_says_whether_there_is_a_checkpoint(tmp
 
 def test_a_request_after_the_last_update_says_so(tmp_path):
     def run() -> None:
-        with leaving_on_signals(), draining(tmp_path):
+        with stop_on_signals(), draining(tmp_path):
             terminate()
 
     with pytest.raises(Stopped, match="the distillation had ended"):
@@ -97,15 +104,15 @@ def test_a_request_after_the_last_update_says_so(tmp_path):
 
 def test_a_stale_request_does_not_stop_the_next_run(tmp_path):
     (tmp_path / STOP_FILE).touch()
-    with leaving_on_signals(), draining(tmp_path):
-        assert not asked_to_stop(tmp_path)
+    with stop_on_signals(), draining(tmp_path):
+        assert not stop_requested(tmp_path)
 
 
 def test_another_thread_leaves_the_process_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:
-        with leaving_on_signals():
+        with stop_on_signals():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

@@ -20,7 +20,7 @@ import torch
 from ray.exceptions import RayActorError
 from ray.train import RunConfig
 
-from raydistill.background import beside
+from raydistill.background import in_background
 from raydistill.config.reading import load, validate
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
@@ -229,7 +229,7 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
 
     try:
         with pytest.raises(type(error)) as raised:
-            launch(Stage(**stage()), [beside(fail)])
+            launch(Stage(**stage()), [in_background(fail)])
     finally:
         never.set()
     assert raised.value is error

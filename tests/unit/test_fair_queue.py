@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
-from raydistill.teachers.fair_queue import Turns
+from raydistill.teachers.fair_queue import FairQueue
 
 
 class Queue:
     """Requests, each of which works until the test lets it finish."""
 
     def __init__(self) -> None:
-        self.turns, self.began = Turns(), []
+        self.turns, self.began = FairQueue(), []
         self._tasks: dict[str, asyncio.Task] = {}
         self._finish: dict[str, asyncio.Event] = {}
 

@@ -9,7 +9,7 @@ import torch
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError
-from raydistill.workers.fatal_errors import fatal, forget, is_lasting, written_down
+from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, is_fatal, recording_fatal_errors
 
 
 @pytest.mark.parametrize(
@@ -17,17 +17,17 @@ from raydistill.workers.fatal_errors import fatal, forget, is_lasting, written_d
     [InputError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, torch.OutOfMemoryError],
 )  # fmt: skip
 def test_wrong_input_and_bad_numbers_last(error, tmp_path):
-    assert is_lasting(error("why"))
+    assert is_fatal(error("why"))
 
     def worker():
-        with written_down(tmp_path):
+        with recording_fatal_errors(tmp_path):
             raise error("why")
 
     with pytest.raises(error):
         worker()
-    assert fatal(tmp_path) == f"{error.__name__}: why"
-    forget(tmp_path)
-    assert fatal(tmp_path) is None
+    assert fatal_error(tmp_path) == f"{error.__name__}: why"
+    forget_fatal_error(tmp_path)
+    assert fatal_error(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -37,9 +37,9 @@ def test_wrong_input_and_bad_numbers_last(error, tmp_path):
 )
 def test_what_may_come_back_is_left_to_ray(error, tmp_path):
     def worker():
-        with written_down(tmp_path):
+        with recording_fatal_errors(tmp_path):
             raise error
 
     with pytest.raises(type(error)):
         worker()
-    assert fatal(tmp_path) is None
+    assert fatal_error(tmp_path) is None

@@ -6,7 +6,7 @@ import pytest
 
 from raydistill.config.reading import load
 from raydistill.errors import InputError
-from raydistill.teachers.utilisation import KEPT, WINDOW_S, Load, LoadLog, Meter
+from raydistill.teachers.utilisation import KEPT, WINDOW_S, LoadLog, Meter, Utilisation
 
 
 class Clock:
@@ -48,20 +48,20 @@ def test_an_answer_tells_its_latency_and_who_waits_behind_it():
     meter = Meter(clock)
     arrived = clock()
     clock.now += 3
-    assert meter.load(arrived, 2) == Load(3, 0.0, 2)
+    assert meter.load(arrived, 2) == Utilisation(3, 0.0, 2)
 
 
 def test_the_client_gathers_recent_answers():
     log = LoadLog()
     assert log.metrics() == {}
     for latency in range(1, 101):
-        log.add(Load(float(latency), 0.25, 7))
+        log.add(Utilisation(float(latency), 0.25, 7))
     assert log.metrics() == {
         "teachers/latency_p50": 50.0, "teachers/latency_p95": 95.0,
         "teachers/busy_fraction": 0.25, "teachers/queue": 7.0,
     }  # fmt: skip
     for _ in range(KEPT):
-        log.add(Load(1.0, 0.5, 0))
+        log.add(Utilisation(1.0, 0.5, 0))
     assert log.metrics()["teachers/latency_p95"] == 1.0
 
 

@@ -9,10 +9,9 @@ import sys
 
 import pytest
 
-from raydistill.driver import run_lock
-from raydistill.driver.run_lock import LEASE_FILE, RunTaken, held
+from raydistill.driver.run_lock import LEASE_FILE, RunLocked, lock_run
 
-HOLD = "import sys, pathlib\nfrom raydistill.driver.run_lock import held\nwith held(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+HOLD = "import sys, pathlib\nfrom raydistill.driver.run_lock import lock_run\nwith lock_run(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 
 
 @pytest.fixture
@@ -50,9 +49,9 @@ def test_a_killed_holder_and_one_that_left_are_no_obstacle(holder, capfd):
     process.kill()
     process.wait()
     for _ in range(2):
-        with held(folder):
+        with lock_run(folder):
             assert json.loads((folder / LEASE_FILE).read_text())["pid"] == os.getpid()
-            with pytest.raises(RunTaken, match=f"process {os.getpid()} "), held(folder):
+            with pytest.raises(RunLocked, match=f"process {os.getpid()} "), lock_run(folder):
                 pytest.fail("it is held")
     assert (folder / LEASE_FILE).read_text() == ""
     assert "watching" not in capfd.readouterr().out
@@ -61,14 +60,14 @@ def test_a_killed_holder_and_one_that_left_are_no_obstacle(holder, capfd):
 def test_a_holder_on_another_machine_is_watched(holder, monkeypatch, capfd):
     """That machine's lock is not seen, as on storage without locks, and it has another name."""
     _, folder = holder
-    monkeypatch.setattr(run_lock.fcntl, "flock", fail)
-    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "another")
-    monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 20.0)
-    with pytest.raises(RunTaken, match="is under way"), held(folder):
+    monkeypatch.setattr(lock_run.fcntl, "flock", fail)
+    monkeypatch.setattr(lock_run.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(lock_run, "WATCHED_FOR_S", 20.0)
+    with pytest.raises(RunLocked, match="is under way"), lock_run(folder):
         pytest.fail("it beats every five seconds")
     assert "watching for 20 s" in capfd.readouterr().out
-    monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 1.0)  # shorter than a beat: as if it were gone
-    with held(folder):
+    monkeypatch.setattr(lock_run, "WATCHED_FOR_S", 1.0)  # shorter than a beat: as if it were gone
+    with lock_run(folder):
         assert json.loads((folder / LEASE_FILE).read_text())["host"] == "another"
 
 
