@@ -131,7 +131,8 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from raydistill.bridge.model import Bridge
-    from raydistill.distill.distiller import Distiller, Real
+    from raydistill.distill.batches import Real
+    from raydistill.distill.build import build_distiller
     from raydistill.distill.schedule import distillation_step
     from raydistill.planning import counting
     from raydistill.spaces import meta
@@ -152,11 +153,16 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
     }
     _warm_up()
     with Peak(mapped=True) as peak:
-        worker = Distiller(
-            config, student, teacher, student.load_network(), Bridge.create(student, teacher, config.bridge),
-            teacher.load_network(), Real(torch.randn(1, *teacher.latent_shape), conditioning, torch.zeros(1, dtype=torch.long)),
-            ({"sample_id": np.arange(batch) + i * batch, **columns} for i in itertools.count()),
-        )  # fmt: skip
+        worker = build_distiller(
+            config,
+            student_space=student,
+            teacher_space=teacher,
+            student=student.load_network(),
+            bridge=Bridge.create(student, teacher, config.bridge),
+            fake_network=teacher.load_network(),
+            source=({"sample_id": np.arange(batch) + i * batch, **columns} for i in itertools.count()),
+            real=Real(torch.randn(1, *teacher.latent_shape), conditioning, torch.zeros(1, dtype=torch.long)),
+        )
 
         def submit(made: Any) -> Any:
             from types import SimpleNamespace

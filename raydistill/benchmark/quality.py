@@ -159,11 +159,11 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     distiller, scores = local_distillation(config)
     fixed = FixedPrompts(training_prompts(config), cell.pictures, config.evaluation.seed + 1)
-    evaluator = StudentEvaluator(distiller.student_space, fixed, config.evaluation, "cpu")
+    evaluator = StudentEvaluator(distiller.networks.student_space, fixed, config.evaluation, "cpu")
     teacher = _teacher_accuracy(config, scores, evaluator, folder / f"teacher-{cell.pictures}.json")
 
     def accuracy() -> float:
-        return evaluator.accuracy(evaluator.draw(distiller.evaluated, config.student.start_timestep))["mean"]
+        return evaluator.accuracy(evaluator.draw(distiller.networks.evaluated, config.student.start_timestep))["mean"]
 
     curve = [[0, accuracy()]]
     while curve[-1][0] < cell.most and crossing(curve, cell.share * teacher) is None:

@@ -79,7 +79,7 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     from raydistill.config.reading import load
     from raydistill.data.encode import TextEncoder
     from raydistill.data.prompts import training_prompts
-    from raydistill.distill.distiller import Distiller
+    from raydistill.distill.build import build_distiller
     from raydistill.distill.networks import load_real, load_unet
     from raydistill.spaces import load_space
     from raydistill.storage.resolve import resolve
@@ -102,8 +102,17 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     real = load_real(resolve(config.discriminator.real_data), teacher, config.discriminator.real_count)
     bridge = Bridge.load(resolve(config.bridge.checkpoint), student, teacher)
     unet, network = load_unet(student, config.student.unet), teacher.load_network()
-    worker = Distiller(config, student, teacher, unet, bridge, network, real, batches)
-    worker.optimizers["student"].param_groups[0]["lr"] = 0.0  # scores of a sleeping teacher teach nothing
+    worker = build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=unet,
+        bridge=bridge,
+        fake_network=network,
+        source=batches,
+        real=real,
+    )
+    worker.gradients.optimizers["student"].param_groups[0]["lr"] = 0.0  # scores of a sleeping teacher teach nothing
     torch.manual_seed(0)
     return config, worker
 

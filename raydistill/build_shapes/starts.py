@@ -16,7 +16,7 @@ from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.diffusion.noise import normal
-from raydistill.distill.distiller import Distiller
+from raydistill.distill.build import build_distiller
 from raydistill.distill.local import LocalScores, local_batches
 from raydistill.distill.schedule import distillation_step
 from raydistill.shapes.captions import evaluation_captions, sample_scene, single_scenes
@@ -90,17 +90,17 @@ def build_start(build: Build, name: str) -> None:
         )
 
     regressed = fit(build, f"{name}_regression", start, loss, build.steps(1500), 5e-4)
-    distiller = Distiller(
-        start_config(build, name),
-        space,
-        space,
-        regressed,
-        Bridge.create(space, space, start_config(build, name).bridge),
-        space.load_network(),
-        None,
-        local_batches(prompts, dict.fromkeys(("student", "teacher"), (table, row_of)), 32, build.seed),
+    config = start_config(build, name)
+    distiller = build_distiller(
+        config,
+        student_space=space,
+        teacher_space=space,
+        student=regressed,
+        bridge=Bridge.create(space, space, config.bridge),
+        fake_network=space.load_network(),
+        source=local_batches(prompts, dict.fromkeys(("student", "teacher"), (table, row_of)), 32, build.seed),
     )
     scores = LocalScores(space, unet, {k: v[:1] for k, v in table.items()}, START_GUIDANCE)
     for _ in tqdm(range(build.steps(100)), desc=f"{name}_start", disable=None):
         distillation_step(distiller, scores, 4, overlap=False)
-    distiller.student.half().save_pretrained(build.weights / f"{name}-onestep" / "unet")
+    distiller.networks.student.half().save_pretrained(build.weights / f"{name}-onestep" / "unet")

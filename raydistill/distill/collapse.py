@@ -6,6 +6,7 @@ Shapes: B samples, C×H×W teacher latents; statistics are per channel, over sam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def drift(m: torch.Tensor, reference: torch.Tensor) -> float:
     return ((mean - mean_ref).abs() / std_ref + (std / std_ref).log().abs()).mean().item()
 
 
-class LatentGuard:
+class CollapseAlarm:
     """Follows the student's latents from update to update; changes no number of the training."""
 
     def __init__(self, limit: float | None, teacher_samples: torch.Tensor | None) -> None:
@@ -46,6 +47,7 @@ class LatentGuard:
             teacher_samples: normalised latents [N, C, H, W]; None: the first update's batch is the reference.
         """
         self.limit, self.average = limit, 0.0
+        self.begin()
         self.reference: torch.Tensor | None = None
         self.of_teacher = teacher_samples is not None
         if teacher_samples is not None:
@@ -53,6 +55,27 @@ class LatentGuard:
             sizes = torch.tensor([len(chunk) for chunk in chunks]).double()
             weights = (sizes / sizes.sum())[:, None, None]
             self.reference = (torch.stack([moments(chunk).cpu() for chunk in chunks]) * weights).sum(0)
+
+    def begin(self) -> None:
+        """A new update's batch is made."""
+        self._moments: list[torch.Tensor] = []
+
+    def add(self, x: torch.Tensor) -> None:
+        """An equal part of the batch: the student's latents in teacher space [B, C, H, W]."""
+        self._moments.append(moments(x))
+
+    def of_update(
+        self, mean_parts: float, average: Callable[[list[torch.Tensor]], None] = lambda tensors: None
+    ) -> dict[str, float]:
+        """The metrics of the update whose batch was added.
+
+        Args:
+            mean_parts: parts of a worker, on average over all workers.
+            average: mean of tensors over the workers, in place.
+        """
+        total = torch.stack(self._moments).sum(0) / mean_parts
+        average([total])
+        return self.observe(total.cpu())
 
     def observe(self, m: torch.Tensor) -> dict[str, float]:
         """Take one update's `moments` and return its metrics."""
@@ -69,7 +92,7 @@ class LatentGuard:
         }
 
     @property
-    def alarm(self) -> str | None:
+    def reason(self) -> str | None:
         """Why the student counts as collapsing, if it does."""
         if self.limit is None or self.average <= self.limit:
             return None

@@ -12,8 +12,10 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import Batch, encode_table, encode_unconditional
 from raydistill.data.prompts import PromptSet, training_prompts
-from raydistill.distill.distiller import Distiller, Made
+from raydistill.distill.batches import Made
+from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import guidance_scale, load_real, load_unet
+from raydistill.distill.updates import Distiller
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.storage.resolve import resolve
@@ -69,15 +71,16 @@ def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
         role: encode_table(space, prompts.prompts) for role, space in (("student", student), ("teacher", teacher))
     }
     gan = config.discriminator
-    distiller = Distiller(
+    real = load_real(resolve(gan.real_data), teacher, gan.real_count) if gan.weight > 0 else None
+    distiller = build_distiller(
         config,
-        student,
-        teacher,
-        load_unet(student, config.student.unet),
-        Bridge.load(resolve(config.bridge.checkpoint), student, teacher),
-        teacher.load_network(),
-        load_real(resolve(gan.real_data), teacher, gan.real_count) if gan.weight > 0 else None,
-        local_batches(prompts, tables, config.distill.batch_size, config.run.seed),
+        student_space=student,
+        teacher_space=teacher,
+        student=load_unet(student, config.student.unet),
+        bridge=Bridge.load(resolve(config.bridge.checkpoint), student, teacher),
+        fake_network=teacher.load_network(),
+        source=local_batches(prompts, tables, config.distill.batch_size, config.run.seed),
+        real=real,
     )
     scale = guidance_scale(config, teacher)
     return distiller, LocalScores(teacher, teacher.load_network(), encode_unconditional(teacher), scale)

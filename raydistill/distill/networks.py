@@ -1,18 +1,40 @@
-"""What a worker loads besides the pipelines' own networks."""
+"""The networks of one worker: how they are loaded, what they compute, and what a checkpoint keeps of them.
+
+With `distill.mixed_precision` forward passes run under bfloat16 autocast, without loss scaling: bfloat16 has float32's
+range. What stays float32: weights, sums of gradients, optimizers, losses, the discriminator's head, the conversions to
+x0, the VSD gradient (a small difference of large numbers), and a student whose x0 divides by a small alpha. At t = 999
+SD 1.5 multiplies its prediction's error 14.6 times. Its x0 in bfloat16 was off by 6 % on the miniature world, and its
+gradient's cosine to float32's was 0.969; with a float32 student it is 0.9998.
+
+Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
+"""
 
 from __future__ import annotations
 
+import copy
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
+from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import encode_table
 from raydistill.data.pairs import read_pairs
-from raydistill.distill.distiller import Real
-from raydistill.spaces.base import Space
+from raydistill.distill.batches import Real
+from raydistill.distill.discriminator import Discriminator
+from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.losses import require_finite
+from raydistill.precision import autocast
+from raydistill.spaces import Conditioning, Space
+from raydistill.spaces.one_step import one_step_x0, x0_gain
 from raydistill.spaces.published_students import load_student
 from raydistill.storage.resolve import resolve
+
+MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
 
 def guidance_scale(config: Config, teacher_space: Space) -> float:
@@ -21,7 +43,7 @@ def guidance_scale(config: Config, teacher_space: Space) -> float:
     return teacher_space.default_guidance_scale if configured is None else configured
 
 
-def load_unet(space: Space, checkpoint: str | None) -> torch.nn.Module:
+def load_unet(space: Space, checkpoint: str | None) -> nn.Module:
     """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
 
     Raises:
@@ -47,3 +69,161 @@ def load_real(
     pairs = pairs.rows(range(min(count, len(pairs))))
     table, row = encode_table(teacher_space, pairs.prompts, dtype, device)
     return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))
+
+
+class Networks:
+    """Student, Bridge, fake score and discriminator of one worker, on its device.
+
+    Attributes:
+        ema: moving average of the student (`student.ema_decay`); None: none.
+        discriminator: None without a GAN.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        student_space: Space,
+        teacher_space: Space,
+        student: nn.Module,
+        bridge: Bridge,
+        fake_network: nn.Module,
+        real: Real | None = None,
+        device: torch.device | str = "cpu",
+        mesh: DeviceMesh | None = None,
+    ) -> None:
+        """
+        Args:
+            fake_network: the teacher's, of its own copy: it is changed in place.
+            real: teacher samples, needed where `discriminator.weight` is above 0.
+            mesh: of the workers that share one frozen copy of the teacher (`fake_score.shard`); None: each has its own.
+
+        Raises:
+            ValueError: there is a GAN, but no teacher samples.
+        """
+        self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
+        self.device = torch.device(device)
+        torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
+        self.student = student.to(device).eval().requires_grad_(True)
+        self.bridge = bridge.to(device).eval().requires_grad_(False)
+        if config.bridge.trainable:
+            self.bridge.projector.requires_grad_(True)
+        depth = config.discriminator.depth_fraction
+        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depth, mesh).to(device)
+        self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None
+        if config.distill.gradient_checkpointing:
+            self._recompute_activations()
+        self.discriminator = self._new_discriminator(real) if config.discriminator.weight > 0 else None
+
+    def _recompute_activations(self) -> None:
+        """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
+        self.student.enable_gradient_checkpointing()
+        self.fake.network.enable_gradient_checkpointing()
+        self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
+
+    def _new_discriminator(self, real: Real | None) -> Discriminator:
+        """A fresh head, as wide as the fake score's features are."""
+        if real is None:
+            raise ValueError("discriminator.weight is above 0, but there are no real data")
+        latents, conditioning = real.take(torch.zeros(1, dtype=torch.long))
+        t_B = torch.full((1,), 0.5, device=self.device)
+        with torch.no_grad():
+            features = self.fake.features(latents.to(self.device), t_B, self.on_device(conditioning))
+        return Discriminator(features.shape[1], self.config.discriminator.width).to(self.device)
+
+    # -- forward passes ----------------------------------------------------------------------------
+    def on_device(self, conditioning: Conditioning) -> Conditioning:
+        """Real numbers in float32 as the networks' weights are: text encoders may have had another dtype."""
+        return {
+            name: value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in conditioning.items()
+        }
+
+    def _autocast(self, wanted: bool = True) -> torch.autocast:
+        return autocast(self.device, wanted and self.config.distill.mixed_precision)
+
+    @cached_property
+    def student_in_bfloat16(self) -> bool:
+        """Whether mixed precision includes the student: not where its x0 multiplies a prediction's rounding too much."""
+        return x0_gain(self.student_space, self.config.student.start_timestep) <= MAX_GAIN
+
+    def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The student's picture in teacher space: B(z_student) [B, C, H, W] float32, of noise [B, c, h, w]."""
+        start = self.config.student.start_timestep
+        noise, conditioning = noise.to(self.device), self.on_device(conditioning)
+        with self._autocast(self.student_in_bfloat16):
+            z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
+        with self._autocast():
+            x = self.bridge(require_finite(z_student, "the student's x0"))
+        return require_finite(x.float(), "the Bridge's output")
+
+    def fake_score(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fake score's native prediction [B, C, H, W] and its features [B, D, h, w]."""
+        with self._autocast():
+            prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
+        return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+
+    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The fake score's features [B, D, h, w] alone; later blocks do not run."""
+        with self._autocast():
+            return self.fake.features(x_t, t_B, self.on_device(conditioning))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """What the discriminator says of features."""
+        return self.discriminator(require_finite(features, "the fake score's features"))
+
+    # -- state -------------------------------------------------------------------------------------
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and exported: the EMA when there is one."""
+        return self.ema if self.ema is not None else self.student
+
+    def update_ema(self, updates: int) -> None:
+        """Move the average towards the student; `updates`: of the student, before this one.
+
+        It is warmed up, or a short run's average would still be its start.
+        """
+        if self.ema is None:
+            return
+        decay = min(self.config.student.ema_decay, (updates + 1) / (updates + 10))
+        with torch.no_grad():
+            for mean, new in zip(self.ema.parameters(), self.student.parameters(), strict=True):
+                mean.lerp_(new, 1 - decay)
+
+    def best_state(self) -> dict[str, Any]:
+        """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""
+        state = {"student": self.evaluated.state_dict()}
+        return state | ({"bridge": self.bridge.projector.state_dict()} if self.config.bridge.trainable else {})
+
+    def load_best_state(self, state: dict[str, Any]) -> None:
+        self.evaluated.load_state_dict(state["student"])
+        if self.config.bridge.trainable:
+            self.bridge.projector.load_state_dict(state["bridge"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All trained weights; frozen ones are not in it."""
+        state: dict[str, Any] = {
+            "student": self.student.state_dict(),
+            "fake": {name: p.detach() for name, p in self.fake.trainable().items()},
+        }
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+        if self.config.bridge.trainable:
+            state["bridge"] = self.bridge.projector.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.student.load_state_dict(state["student"])
+        with torch.no_grad():
+            for name, parameter in self.fake.trainable().items():
+                parameter.copy_(state["fake"][name])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+        if self.config.bridge.trainable:
+            self.bridge.projector.load_state_dict(state["bridge"])

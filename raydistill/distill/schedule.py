@@ -17,7 +17,8 @@ from typing import Protocol
 
 import torch
 
-from raydistill.distill.distiller import Distiller, Made
+from raydistill.distill.batches import Made
+from raydistill.distill.updates import Distiller
 
 
 class Pending(Protocol):

@@ -343,15 +343,15 @@ def _distillation(
 
     with pipeline.timed(name):
         stage = Stage(
-            name,
-            config.model_dump(),
-            str(pipeline.run.path / name),
-            bridge,
-            real,
-            pairs,
-            service,
-            pipeline.uri,
-            pipeline.stage_run(config, name),
+            name=name,
+            config=config.model_dump(),
+            folder=str(pipeline.run.path / name),
+            bridge=bridge,
+            real=real,
+            pairs=pairs,
+            service=service,
+            mlflow_uri=pipeline.uri,
+            mlflow_run=pipeline.stage_run(config, name),
         )
         result = launch(stage, needs)
         pipeline.finish(stage.mlflow_run)

@@ -25,7 +25,10 @@ from raydistill.config import schema
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
+from raydistill.distill.gradients import alone
+from raydistill.distill.updates import Distiller
 from raydistill.planning.meter import Cost, Meter, counted
 from raydistill.spaces.base import Space
 from raydistill.spaces.meta import Layout, conditioning_layout, empty_conditioning, empty_text_encoders, nbytes, numel
@@ -106,11 +109,19 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
     several = config.distill.workers > 1
     share = config.bridge.batch_size // config.distill.workers
     anchor = _Losses(config, student, teacher, share) if config.bridge.trainable else None
-    return Distiller(
-        config, student, teacher, student.load_network(), bridge, teacher.load_network(),
-        real if config.discriminator.weight > 0 else None, batches(),
-        torch._utils._flatten_dense_tensors if several else lambda gradients: None, device, anchor,
-    )  # fmt: skip
+    return build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=student.load_network(),
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        source=batches(),
+        real=real if config.discriminator.weight > 0 else None,
+        anchor=anchor,
+        device=device,
+        average=torch._utils._flatten_dense_tensors if several else alone,
+    )
 
 
 def count_trainer(config: Config, student: Space, teacher: Space, batch: int | None = None) -> Trainer:
@@ -121,7 +132,8 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
     with counted() as meter:
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
-        for module in (worker.student, worker.bridge, worker.fake, worker.ema, probe):
+        networks = worker.networks
+        for module in (networks.student, networks.bridge, networks.fake, networks.ema, probe):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 meter.watch(tensor)
         part = (batch or config.distill.batch_size) // config.distill.micro_batches
@@ -140,27 +152,27 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
         held = meter.live
         # Later steps start with the optimizers' state that this first one has built up.
         make, fake, updated = (replace(w, peak=w.peak + held - b) for w, b in zip(works, before, strict=True))
-        trained = list(worker.fake.trainable().values())
+        trained = list(networks.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
-        ema = [] if worker.ema is None else worker.ema.parameters()
-        discriminator = [] if worker.discriminator is None else list(worker.discriminator.parameters())
+        ema = [] if networks.ema is None else networks.ema.parameters()
+        discriminator = [] if networks.discriminator is None else list(networks.discriminator.parameters())
         weights = Weights(
-            student=nbytes(worker.student.parameters()) + nbytes(ema),
-            fake_frozen=nbytes(p for p in worker.fake.parameters() if id(p) not in frozen),
+            student=nbytes(networks.student.parameters()) + nbytes(ema),
+            fake_frozen=nbytes(p for p in networks.fake.parameters() if id(p) not in frozen),
             fake_block=max(
                 nbytes(p for p in block.parameters() if id(p) not in frozen)
-                for block in teacher.large_parts(worker.fake.network)
+                for block in teacher.large_parts(networks.fake.network)
             ),
             fake_trained=nbytes(trained),
-            bridge=nbytes(worker.bridge.parameters()),
+            bridge=nbytes(networks.bridge.parameters()),
             discriminator=nbytes(discriminator),
             optimizers=sum(
                 nbytes(value for value in state.values() if isinstance(value, torch.Tensor))
-                for optimizer in worker.optimizers.values()
+                for optimizer in worker.gradients.optimizers.values()
                 for state in optimizer.state.values()
             ),
         )
-        gradients = {"student": nbytes(worker.student.parameters()), "fake": nbytes(trained)}
+        gradients = {"student": nbytes(networks.student.parameters()), "fake": nbytes(trained)}
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
         return Trainer(weights, held, make, fake, updated, gradients)

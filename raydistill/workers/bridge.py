@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray.train
 import torch
 
 from raydistill.bridge.model import doublings, read_description
@@ -22,10 +23,12 @@ from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import scratch
-from raydistill.storage.place import Place, Remote, for_ray_train
+from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
-from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, recording_fatal_errors
+from raydistill.tracking.tracker import Tracker
+from raydistill.workers.checkpoint import save_state
+from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -76,46 +79,21 @@ def train_bridge(
         InputError: the pair of spaces or the pairs cannot be used (before anything starts).
         StageFailed: the workers failed more often than `distill.max_failures`.
     """
-    from raydistill.workers.ray_train import fit, wait_for_room
-
     run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    forget_fatal_error(run_dir)
-    distill = config.distill
     progress = run_dir / "bridge-progress.json"
     settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
     with ProgressWatcher(progress, "bridge"):
-        wait_for_room(config, encoders=False)  # captions are encoded in the workers
-        result = fit(lambda: _ray_trainer(config, settings, run_dir), "bridge", distill.max_failures)
-    if (reason := fatal_error(run_dir)) is not None:
-        raise StageFailed(f"bridge: {reason}")
+        result = train(
+            train_worker,
+            asdict(settings),
+            config,
+            name="bridge",
+            folder=run_dir,
+            checkpoints="bridge-checkpoints",
+            encoders=False,  # captions are encoded in the workers
+        )
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
-
-
-def _ray_trainer(config: Config, settings: _Settings, run_dir: Place) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    distill = config.distill
-    resources = {"CPU": distill.cpus_per_worker} | ({"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {})
-    return TorchTrainer(
-        train_worker,
-        train_loop_config=asdict(settings),
-        scaling_config=ScalingConfig(
-            num_workers=distill.fewest,
-            use_gpu=distill.gpus_per_worker > 0,
-            resources_per_worker=resources,
-            label_selector=distill.node_labels or None,
-        ),
-        run_config=RunConfig(
-            name="bridge-checkpoints",
-            **for_ray_train(run_dir),
-            logging_config=LoggingConfig(log_level="WARNING"),
-            failure_config=FailureConfig(max_failures=distill.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
 
 
 def _check(config: Config, pairs_folder: str | Path) -> None:
@@ -158,8 +136,6 @@ class MetricLog:
     ) -> None:
         self._tracker, self.curves = None, {step: dict(values) for step, values in (curves or {}).items()}
         if uri and run:
-            from raydistill.tracking.tracker import Tracker
-
             self._tracker = Tracker(uri, run)
             self._tracker.catch_up(self.curves)
 
@@ -178,30 +154,22 @@ class MetricLog:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Body of every Ray Train worker; errors that last are written down for `train_bridge`."""
+    """Body of every Ray Train worker."""
     told = _Settings(**settings)
-    folder = to_place(told.progress).parent
-    if fatal_error(folder) is None:
-        with recording_fatal_errors(folder):
-            _train(told)
+    run_body(to_place(told.progress).parent, "bridge", lambda: _train(told))
 
 
 def _train(told: _Settings) -> None:
-    import ray.train
-
-    from raydistill.workers.ray_train import newest_state
-
-    config = validate(told.config)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    config, progress = validate(told.config), to_place(told.progress)
+    worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
-    trainer = build_trainer(config, told.pairs, _device(config), rank, world_size)
+    trainer = build_trainer(config, told.pairs, worker.device, worker.rank, worker.world)
     curves: dict[int, dict[str, float]] = {}
-    if (found := newest_state("bridge", rank, world_size)) is not None:
-        trainer.load_state_dict(found[0])
-        curves = found[0].get(CURVES, curves)
-    log = MetricLog(told.tracking_uri, told.tracking_run, curves) if rank == 0 else MetricLog(None, None)
+    if (found := newest_state("bridge", worker)) is not None:
+        trainer.load_state_dict(found.state)
+        curves = found.state.get(CURVES, curves)
+    log = MetricLog(told.tracking_uri, told.tracking_run, curves) if worker.rank == 0 else MetricLog(None, None)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
     try:
@@ -211,20 +179,12 @@ def _train(told: _Settings) -> None:
             if step % LOG_EVERY == 0 or step == last:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
                 log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
-                if rank == 0:
-                    write_progress(
-                        to_place(told.progress), step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"]
-                    )
+                if worker.rank == 0:
+                    write_progress(progress, step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"])
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log, to_place(told.progress).parent / BRIDGE_FOLDER)
+                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER)
     finally:
         log.close()
-
-
-def _device(config: Config) -> torch.device:
-    from ray.train.torch import get_device
-
-    return get_device() if config.distill.gpus_per_worker else torch.device("cpu")
 
 
 def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
@@ -239,10 +199,6 @@ def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
 
 def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
-    import ray.train
-
-    from raydistill.workers.checkpoint import save_state
-
     if trainer.objective.rank:
         ray.train.report({})
         return

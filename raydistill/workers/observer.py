@@ -1,184 +1,164 @@
-"""Rank 0's evaluation, logging and export."""
+"""Rank 0's eyes: evaluates the student while it learns, raises the collapse alarm, and logs."""
 
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import torch
 
 from raydistill.config.schema import Config
-from raydistill.storage.atomic import read_json, reading, replace_text, writing
+from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.distill.updates import Distiller
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.pictures.files import save_pictures
+from raydistill.pictures.grids import grid
+from raydistill.storage.atomic import read_json, replace_text
 from raydistill.tracking.progress import write_progress
-from raydistill.workers.stage import Stage
+from raydistill.tracking.tracker import Tracker
+from raydistill.workers.best_student import BestStudent
+from raydistill.workers.stage import Stage, Standing
+from raydistill.workers.step_log import read_lines, step_file, steps_of
+
+FALL = 0.1  # of the periodic evaluation below its best: a collapse
 
 
 class Observer:
-    """Rank 0's evaluation, logging and export."""
+    """Evaluates, keeps the best student, and logs; changes no number of the training."""
 
-    def __init__(self, stage: Stage, config: Config, distiller: Any, tracker: Any, best: float, score: float) -> None:
-        from raydistill.data.prompts import held_out_prompts, training_prompts
-        from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+    def __init__(
+        self, stage: Stage, config: Config, distiller: Distiller, tracker: Tracker, standing: Standing
+    ) -> None:
+        self.stage, self.config, self.distiller = stage, config, distiller
+        self.tracker, self.standing = tracker, standing
+        self.best = BestStudent(stage, config, distiller.networks)
+        self._told_of_cuts = False
+        evaluation, networks = config.evaluation, distiller.networks
 
-        self.stage, self.config, self.distiller, self.tracker = stage, config, distiller, tracker
-        self.best, self.score = best, score
-        self.collapse: str | None = None  # the alarm, while it lasts
-        self.told_of_cuts = False
-        self.started = time.monotonic()
-        self.samples = config.distill.batch_size * config.distill.steps
-        evaluation, device = config.evaluation, distiller.device
-
-        def evaluator(prompts: Any, count: int, seed: int) -> StudentEvaluator:
-            return StudentEvaluator(distiller.student_space, FixedPrompts(prompts, count, seed), evaluation, device)
+        def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
+            fixed = FixedPrompts(prompts, count, seed)
+            return StudentEvaluator(networks.student_space, fixed, evaluation, networks.device)
 
         self.final = evaluator(held_out_prompts(config), evaluation.count, evaluation.seed)
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
         self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
 
-    def _evaluate(self, evaluator: Any) -> tuple[torch.Tensor, dict[str, float]]:
-        pictures = evaluator.draw(self.distiller.evaluated, self.config.student.start_timestep)
+    def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, dict[str, float]]:
+        pictures = evaluator.draw(self.distiller.networks.evaluated, self.config.student.start_timestep)
         return pictures, evaluator.accuracy(pictures)
 
+    # -- at the start --------------------------------------------------------------------------------
     def before(self) -> None:
         """The start, on the held-out prompts; kept for the summary. Its curves on training prompts begin here too.
 
         Later students are compared with each other, not with the start, which its owner has: a run exports what it
         trained, and says where that is worse.
         """
-        pictures, table = self._evaluate(self.final)
-        self._keep("before", pictures, table, 0)
-        judged, table = self._look(0)
-        self.score = judged or 0.0
+        self._final_evaluation("before", 0)
+        score, table = self._periodic_evaluation(0)
+        self.standing.score = score or 0.0
         self.tracker.metrics(table, 0)
-        self._keep_best(0)  # for a run that collapses before its first evaluation, which is better than this
+        # for a run that collapses before its first evaluation, which is better than this
+        self.best.keep(0, self.standing.score)
 
-    def _keep_best(self, step: int) -> None:
-        from raydistill.workers.checkpoint import save_state
-
-        with writing(self.stage.path("best")) as folder:
-            folder.mkdir(exist_ok=True)
-            save_state(folder, self.distiller.best_state(), {"step": step, "score": self.score})
-
-    def _keep(self, name: str, pictures: torch.Tensor, table: dict[str, float], step: int) -> None:
-        from raydistill.pictures.files import save_pictures
-        from raydistill.pictures.grids import grid
-
-        count = self.config.evaluation.grid
-        save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
-        replace_text(self.stage.path(f"{name}.json"), json.dumps(table))
-        self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
-        self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
-
-    def catch_up(self, first: int) -> None:
+    def catch_up(self) -> None:
         """Log again what a lost worker may have kept to itself: the tracker leaves out what the run already has."""
-        from raydistill.workers.step_log import read_lines, step_file, steps_of
-
         lines = steps_of(read_lines(step_file(self.stage.path(), 0)))
-        self.tracker.catch_up({step: line["values"] for step, line in lines.items() if step <= first})
+        self.tracker.catch_up({step: line["values"] for step, line in lines.items() if step <= self.standing.step})
 
+    # -- after every update --------------------------------------------------------------------------
     def after_step(self, step: int, world: int, metrics: dict[str, float]) -> None:
         """Evaluate when it is time, and log; adds what it measures to `metrics`."""
-        seconds = metrics["time/step"]
-        metrics["throughput/samples_per_s"] = self.config.distill.workers * self.config.distill.batch_size / seconds
+        distill = self.config.distill
+        metrics["throughput/samples_per_s"] = distill.workers * distill.batch_size / metrics["time/step"]
         metrics["throughput/workers"] = world
-        if metrics.get("data/cut_prompts") and not self.told_of_cuts:
-            self.told_of_cuts = True
+        self._tell_of_cuts(step, metrics)
+        drifted = self.distiller.alarm.reason
+        self._alarm(step, drifted)
+        if step % distill.evaluate_every == 0 or step == distill.steps:
+            score, table = self._periodic_evaluation(step)
+            metrics |= table
+            self._compare(step, score, drifted)
+        self.tracker.metrics(metrics, step)
+        write_progress(
+            self.stage.path("progress.json"),
+            step=step,
+            total=distill.steps,
+            samples_per_s=float(metrics["throughput/samples_per_s"]),
+            wait_teacher_s=float(metrics.get("time/wait_teacher", 0.0)),
+            score=float(self.standing.score),
+        )
+
+    def _tell_of_cuts(self, step: int, metrics: dict[str, float]) -> None:
+        if metrics.get("data/cut_prompts") and not self._told_of_cuts:
+            self._told_of_cuts = True
             print(
                 f"{self.stage.name}: update {step} has prompts that are longer than a text encoder reads; their ends are "
                 "lost (data/cut_prompts counts them)",
                 flush=True,
             )
-        drifted = self.distiller.guard.alarm
-        self._alarm(step, drifted)
-        if step % self.config.distill.evaluate_every == 0 or step == self.config.distill.steps:
-            judged, table = self._look(step)
-            metrics |= table
-            # without a judge the last student counts as the best, unless its latents have drifted away
-            self.score = float(step) if judged is None else judged
-            self._guard(step, judged, keep=judged is not None or drifted is None)
-        self.tracker.metrics(metrics, step)
-        write_progress(
-            self.stage.path("progress.json"),
-            step=step,
-            total=self.config.distill.steps,
-            samples_per_s=float(metrics["throughput/samples_per_s"]),
-            wait_teacher_s=float(metrics.get("time/wait_teacher", 0.0)),
-            score=float(self.score),
-        )
-
-    def _look(self, step: int) -> tuple[float | None, dict[str, float]]:
-        """(what students are compared by, metrics) of the student on training prompts, whose pictures are logged."""
-        from raydistill.pictures.grids import grid
-
-        pictures, table = self._evaluate(self.periodic)
-        count = self.config.evaluation.grid
-        self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
-        judged = table[self.config.evaluation.metric] if table else None
-        return judged, {f"eval/periodic_{key}": value for key, value in table.items()}
 
     def _alarm(self, step: int, reason: str | None) -> None:
         """Say once that the student collapses, on screen and in the run's tags; None: it does not, or no longer."""
-        if reason is not None and self.collapse is None:
+        if reason is not None and self.standing.collapse is None:
             message = f"step {step}: {reason}"
             print(f"collapse alarm: {message}", flush=True)
             self.tracker.tags({"collapse_alarm": message})
-        self.collapse = None if reason is None else self.collapse or f"step {step}: {reason}"
+        self.standing.collapse = None if reason is None else self.standing.collapse or f"step {step}: {reason}"
 
-    def _guard(self, step: int, judged: float | None, keep: bool) -> None:
-        """Alarm where the evaluation falls well below its best; keep the best student."""
-        if judged is not None and judged < self.best - 0.1:
-            self._alarm(step, f"evaluation fell to {judged:.3f} from {self.best:.3f}")
-        if keep and self.score > self.best:
-            self.best = self.score
-            self._keep_best(step)
+    def _compare(self, step: int, score: float | None, drifted: str | None) -> None:
+        """Alarm where the evaluation falls well below its best; keep the best student.
 
-    def _card(self, step: int, table: dict[str, float]) -> Any:
-        from raydistill.config.reading import config_hash
-        from raydistill.export.pipeline import ModelCard
-
-        return ModelCard(
-            teacher=self.config.teacher.model,
-            teacher_class=self.distiller.teacher_space.pipeline_class,
-            student=self.config.student.model,
-            steps=step,
-            run_id=self.stage.mlflow_run,
-            config_hash=config_hash(self.config),
-            metrics=table,
-            start=self.config.student.unet,
-        )
-
-    def finish(self, step: int, stopped: str | None) -> None:
-        """Evaluate the best student on the held-out prompts, export it, write the result.
-
-        Args:
-            step: updates that were done.
-            stopped: the collapse that ended the stage; None: it went to its end.
+        Without a judge (score None) the last student counts as the best, unless its latents have drifted away.
         """
-        from raydistill.export.pipeline import export_student
-        from raydistill.workers.checkpoint import CheckpointError, load_state
+        standing = self.standing
+        standing.score = float(step) if score is None else score
+        if score is not None and score < standing.best - FALL:
+            self._alarm(step, f"evaluation fell to {score:.3f} from {standing.best:.3f}")
+        if (score is not None or drifted is None) and standing.score > standing.best:
+            standing.best = standing.score
+            self.best.keep(step, standing.score)
 
-        unet = self.distiller.evaluated
-        try:
-            with reading(self.stage.path("best")) as folder:
-                state, about = load_state(folder)
-        except CheckpointError as error:
-            about = {"step": step}
-            print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
-        else:
-            self.distiller.load_best_state(state)
+    # -- evaluations ---------------------------------------------------------------------------------
+    def _periodic_evaluation(self, step: int) -> tuple[float | None, dict[str, float]]:
+        """(what students are compared by, metrics) of the student on training prompts, whose pictures are logged."""
+        pictures, table = self._evaluate(self.periodic)
+        count = self.config.evaluation.grid
+        self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
+        score = table[self.config.evaluation.metric] if table else None
+        return score, {f"eval/periodic_{key}": value for key, value in table.items()}
+
+    def _final_evaluation(self, name: str, step: int) -> dict[str, float]:
+        """The judge's table of the student on held-out prompts; pictures and table are kept as `name` and logged."""
         pictures, table = self._evaluate(self.final)
-        self._keep("after", pictures, table, step)
-        space = self.distiller.student_space
-        card = self._card(about["step"], table)
-        with writing(self.stage.path("export")) as folder:
-            export_student(space, unet, self.config.student.start_timestep, folder, card)
-        self.tracker.artifact(self.stage.path("export"))
-        if self.config.bridge.trainable:
-            with writing(self.stage.path("bridge")) as folder:
-                self.distiller.bridge.save(folder, {"step": about["step"]})
-            self.tracker.artifact(self.stage.path("bridge"))
+        count = self.config.evaluation.grid
+        save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
+        replace_text(self.stage.path(f"{name}.json"), json.dumps(table))
+        self.tracker.metrics({f"eval/{key}": value for key, value in table.items()}, step)
+        self.tracker.image(grid(pictures[:count], self.final.fixed.captions[:count]), "samples", step)
+        return table
+
+    # -- at the end ----------------------------------------------------------------------------------
+    def finish(self) -> None:
+        """Evaluate the best student on the held-out prompts, export it, write the result."""
+        standing = self.standing
+        best_step = self.best.restore(standing.step)
+        table = self._final_evaluation("after", standing.step)
+        for folder in self.best.export(best_step, table):
+            self.tracker.artifact(folder)
         before = read_json(self.stage.path("before.json"), "restore it, or use another run.name")
+        self._compare_with_start(table, before)
+        result = {
+            "before": before,
+            "after": table,
+            "steps": standing.step,
+            "best_step": best_step,
+            "stopped": standing.stopped if self.config.distill.stop_on_collapse else None,
+        }
+        replace_text(self.stage.path("result.json"), json.dumps(result, indent=1))
+
+    def _compare_with_start(self, table: dict[str, Any], before: dict[str, Any]) -> None:
+        """Say where the student has become worse."""
         metric = self.config.evaluation.metric
         if table and table[metric] < before[metric]:
             worse = (
@@ -186,11 +166,3 @@ class Observer:
             )
             print(f"{self.stage.name}: the student is worse than before: {worse}", flush=True)
             self.tracker.tags({"worse_than_start": worse})
-        result = {
-            "before": before,
-            "after": table,
-            "steps": step,
-            "best_step": about["step"],
-            "stopped": stopped,
-        }
-        replace_text(self.stage.path("result.json"), json.dumps(result, indent=1))

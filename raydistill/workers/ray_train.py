@@ -1,23 +1,29 @@
-"""Ray Train as distillation and Bridge training both use it: the driver's side, and what a worker goes on from."""
+"""Ray Train as distillation and Bridge training both use it: the driver's side, and the frame of a worker's body."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
 from raydistill.errors import StageFailed
+from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
-from raydistill.workers.checkpoint import CheckpointError, check_state, load_state
+from raydistill.workers.checkpoint import CheckpointError, load_state
+from raydistill.workers.checkpoint_list import mend_list
+from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, recording_fatal_errors
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +31,69 @@ LONGEST_PAUSE_S = 60.0  # between a lost controller and the next
 
 
 # -- the driver -------------------------------------------------------------------------------------------
+
+
+def train(
+    body: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    config: Config,
+    *,
+    name: str,
+    folder: Place,
+    checkpoints: str,
+    elastic: bool = False,
+    service: str | None = None,
+    encoders: bool = True,
+    needs: Sequence[Future[Any]] = (),
+) -> ray.train.Result:
+    """Have the workers of the `distill` section run `body(settings)`, from the last checkpoint to the end.
+
+    Args:
+        name: of the stage, for people.
+        folder: of the stage, on storage that every node sees.
+        checkpoints: name of its folder of checkpoints.
+        elastic: between `distill.min_workers` and `distill.workers` of them; else as many as there are at any time.
+        service, encoders: as in `wait_for_room`.
+        needs: what runs beside it; the first failure there ends the wait, and is raised.
+
+    Raises:
+        StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
+            cannot mend.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    forget_fatal_error(folder)
+    wait_for_room(config, service, encoders)
+    distill = config.distill
+    workers: Any = distill.fewest
+    if elastic:
+        workers = distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers)
+
+    def trainer() -> TorchTrainer:
+        resources = {"CPU": distill.cpus_per_worker}
+        resources |= {"GPU": distill.gpus_per_worker} if distill.gpus_per_worker else {}
+        return TorchTrainer(
+            body,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                elastic_resize_monitor_interval_s=distill.resize_after_s,
+                use_gpu=distill.gpus_per_worker > 0,
+                resources_per_worker=resources,
+                label_selector=distill.node_labels or None,
+            ),
+            run_config=RunConfig(
+                name=checkpoints,
+                **for_ray_train(folder),
+                logging_config=LoggingConfig(log_level="WARNING"),
+                failure_config=FailureConfig(max_failures=distill.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),  # by time: one may be damaged
+            ),
+        )
+
+    result = fit(trainer, name, distill.max_failures, needs)
+    if (reason := fatal_error(folder)) is not None:
+        raise StageFailed(f"{name}: {reason}")
+    return result
 
 
 def wait_for_room(config: Config, service: str | None = None, encoders: bool = True) -> None:
@@ -114,72 +183,70 @@ def _last_line(error: object) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def mend_list(stage: str, config: ray.train.RunConfig) -> None:
-    """Write Ray Train's list of checkpoints anew from those that are there, if it cannot be read.
-
-    Ray Train writes it in place: a full disk or a kill leaves half of it, or nothing, and then no controller starts.
-    """
-    from pyarrow import fs
-    from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
-        _CheckpointManagerState,
-        _TrainingResultState,
-    )
-    from ray.train.v2._internal.execution.storage import StorageContext
-
-    storage = StorageContext(
-        config.storage_path, config.name, storage_filesystem=config.storage_filesystem, read_only=True
-    )
-    system, file = storage.storage_filesystem, storage.checkpoint_manager_snapshot_path
-    entries = system.get_file_info(fs.FileSelector(storage.experiment_fs_path, allow_not_found=True))
-    there = sorted(
-        entry.base_name
-        for entry in entries
-        if entry.type == fs.FileType.Directory and entry.base_name.startswith("checkpoint_")
-    )
-    if system.get_file_info(file).type == fs.FileType.NotFound:
-        return  # none was reported yet
-    with system.open_input_stream(file) as stream:
-        content = stream.read()
-    try:
-        listed = _CheckpointManagerState.parse_obj(json.loads(content))
-        if {entry.checkpoint_dir_name for entry in listed.checkpoint_results} <= set(there):
-            return
-    except ValueError:  # of JSON, of text, and of pydantic
-        pass
-    whole = []
-    for folder in there:
-        checkpoint = ray.train.Checkpoint(storage.build_checkpoint_path_from_name(folder), system)
-        try:
-            with checkpoint.as_directory() as path:
-                check_state(Path(path))
-            whole.append(_TrainingResultState(checkpoint_dir_name=folder, metrics={}))
-        except CheckpointError as error:
-            print(f"{stage}: {error}", flush=True)
-    said = f"{len(whole)} found there; going on from {whole[-1].checkpoint_dir_name}" if whole else "none found there"
-    print(f"{stage}: Ray Train's list of checkpoints, {file}, was damaged: {said}", flush=True)
-    if not whole:
-        system.delete_file(file)
-        return
-    listed = _CheckpointManagerState(
-        checkpoint_results=whole,
-        checkpoint_report_indices=list(range(len(whole))),
-        latest_checkpoint_result=whole[-1],
-        pending_training_results=[],
-        pending_validation_specs=[],
-        current_report_index=len(whole),
-        validated_checkpoint_dir_names=[],
-        timed_out_validation_checkpoint_dir_names=[],
-        failed_validation_checkpoint_dir_names=[],
-    )
-    with system.open_output_stream(file) as stream:
-        stream.write(listed.json().encode())
-
-
 # -- the worker -------------------------------------------------------------------------------------------
 
 
-def newest_state(stage: str, rank: int, world: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(state, about) of the newest checkpoint that is whole, the same one on every worker; None: there is none yet.
+def run_body(folder: Place, name: str, body: Callable[[], None]) -> None:
+    """A worker's body. An error that would happen again after a restart is written down for the driver.
+
+    The restarted workers then end at once. Why a worker fails is shown on the driver's screen: Ray Train starts it
+    again without a word.
+    """
+    if fatal_error(folder) is not None:
+        return
+    with recording_fatal_errors(folder):
+        try:
+            body()
+        except Exception as error:
+            print(f"{name}: a worker failed: {type(error).__name__}: {error}", flush=True)
+            raise
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This worker among all."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def current(cls, config: Config) -> Worker:
+        context = ray.train.get_context()
+        device = get_device() if config.distill.gpus_per_worker else torch.device("cpu")
+        return cls(context.get_world_rank(), context.get_world_size(), device)
+
+    def from_rank_0(self, value: Any) -> Any:
+        """What rank 0 gives, on every worker."""
+        if self.world == 1:
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Mean over all workers, in place, by one flat all-reduce."""
+        flat = torch._utils._flatten_dense_tensors(tensors)
+        torch.distributed.all_reduce(flat)
+        flat /= self.world
+        for tensor, mean in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
+            tensor.copy_(mean)
+
+    def mesh(self) -> DeviceMesh:
+        """All workers in a row."""
+        return init_device_mesh(self.device.type, (self.world,))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from."""
+
+    state: dict[str, Any]
+    about: dict[str, Any]
+
+
+def newest_state(name: str, worker: Worker) -> Found | None:
+    """The newest checkpoint that is whole, the same one on every worker; None: there is none yet.
 
     Raises:
         CheckpointError: there are checkpoints, and all are damaged.
@@ -187,15 +254,12 @@ def newest_state(stage: str, rank: int, world: int) -> tuple[dict[str, Any], dic
     newest = ray.train.get_checkpoint()
     if newest is None:
         return None
-    found = _first_whole(stage, newest) if rank == 0 else None
-    if world > 1:
-        told = [found[0] if found else None]
-        torch.distributed.broadcast_object_list(told, src=0)
-        found = found or (told[0], _load(told[0]))
-    return found[1]
+    checkpoint, found = _first_whole(name, newest) if worker.rank == 0 else (None, None)
+    checkpoint = worker.from_rank_0(checkpoint)
+    return found or _load(checkpoint)
 
 
-def _first_whole(stage: str, newest: Any) -> tuple[Any, tuple[dict[str, Any], dict[str, Any]]]:
+def _first_whole(name: str, newest: ray.train.Checkpoint) -> tuple[ray.train.Checkpoint, Found]:
     """The checkpoint to go on from, and what it holds; damage is said on the driver's screen."""
     try:
         return newest, _load(newest)
@@ -204,15 +268,15 @@ def _first_whole(stage: str, newest: Any) -> tuple[Any, tuple[dict[str, Any], di
     reported = {entry.checkpoint.path: entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()}
     for path in sorted(reported.keys() - {newest.path}, reverse=True):  # their names are dates
         try:
-            loaded = _load(reported[path])
+            found = _load(reported[path])
         except CheckpointError as error:
             damage.append(str(error))
             continue
-        print(f"{stage}: {'; '.join(damage)}; going on from {path}, step {loaded[1]['step']}", flush=True)
-        return reported[path], loaded
+        print(f"{name}: {'; '.join(damage)}; going on from {path}, step {found.about['step']}", flush=True)
+        return reported[path], found
     raise CheckpointError(f"{'; '.join(damage)}; none is left. Remove {Path(newest.path).parent} to begin again")
 
 
-def _load(checkpoint: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def _load(checkpoint: ray.train.Checkpoint) -> Found:
     with checkpoint.as_directory() as folder:
-        return load_state(Path(folder))
+        return Found(*load_state(Path(folder)))

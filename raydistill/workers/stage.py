@@ -1,10 +1,10 @@
-"""One distillation, as the driver hands it to its workers."""
+"""One distillation, as the driver hands it to its workers, and where it stands."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from raydistill.storage.atomic import read_json
@@ -12,17 +12,17 @@ from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One distillation, as shipped to its workers."""
+    """One distillation: the main one, or a control. Its whole behaviour follows from its configuration."""
 
     name: str
     config: dict[str, Any]
     folder: str  # of this stage, on storage that every node sees
-    bridge: str | None  # trained Bridge; None for the identity
-    real: str | None  # parquet of teacher samples
-    pairs: str | None  # parquet of pairs that anchor a Bridge trained along
-    service: str | None  # name of the teacher service; None when VSD is off
+    bridge: str | None = None  # trained Bridge; None for the identity
+    real: str | None = None  # parquet of teacher samples
+    pairs: str | None = None  # parquet of pairs that anchor a Bridge trained along
+    service: str | None = None  # name of the teacher service; None when VSD is off
     mlflow_uri: str
     mlflow_run: str
 
@@ -31,3 +31,22 @@ class Stage:
 
     def result(self) -> dict[str, Any]:
         return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")
+
+
+@dataclass
+class Standing:
+    """Where a stage stands; part of every checkpoint (`about.json`)."""
+
+    step: int = 0  # student updates that are done
+    best: float = float("-inf")  # score of the best student
+    score: float = 0.0  # of the last evaluation
+    stopped: str | None = None  # the collapse that ended the stage
+    collapse: str | None = None  # the alarm, while it lasts
+
+    @classmethod
+    def of(cls, about: dict[str, Any]) -> Standing:
+        """Of a checkpoint, which an earlier version may have written."""
+        return cls(**{name: about[name] for name in ("step", "best", "score", "stopped", "collapse") if name in about})
+
+    def about(self, mlflow_run: str) -> dict[str, Any]:
+        return asdict(self) | {"mlflow_run": mlflow_run}

@@ -13,8 +13,9 @@ import torch
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs
-from raydistill.distill.collapse import LatentGuard, drift, mean_and_std, moments
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
+from raydistill.distill.collapse import CollapseAlarm, drift, mean_and_std, moments
 from raydistill.distill.losses import require_finite
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
@@ -24,7 +25,7 @@ from raydistill.spaces import load_space
 from raydistill.teachers.request import NonFiniteScores
 from raydistill.workers.checkpoint import load_state
 from raydistill.workers.observer import Observer
-from raydistill.workers.stage import Stage
+from raydistill.workers.stage import Stage, Standing
 
 
 def latents(count, seed=0):
@@ -59,36 +60,36 @@ def test_drift_counts_standard_deviations_of_the_reference():
 
 def test_the_reference_of_many_samples_is_that_of_all_of_them():
     x = latents(150)  # three chunks, the last one smaller
-    torch.testing.assert_close(LatentGuard(1.0, x.half()).reference, moments(x.half()))
+    torch.testing.assert_close(CollapseAlarm(1.0, x.half()).reference, moments(x.half()))
 
 
 def test_only_a_drift_that_lasts_raises_the_alarm():
     healthy, gone = moments(latents(50)), moments(latents(50) + 4)
-    guard = LatentGuard(1.0, latents(50))
+    guard = CollapseAlarm(1.0, latents(50))
     guard.observe(gone)  # a spike
-    assert guard.alarm is None
+    assert guard.reason is None
     for _ in range(30):
         guard.observe(healthy)
-        assert guard.alarm is None
-    updates = next(n for n in range(1, 100) if (guard.observe(gone), guard.alarm)[1])
+        assert guard.reason is None
+    updates = next(n for n in range(1, 100) if (guard.observe(gone), guard.reason)[1])
     assert 1 < updates <= 10
-    assert "drift from the teacher's samples" in guard.alarm
-    assert "distill.drift_limit=1" in guard.alarm
-    assert LatentGuard(None, latents(50)).observe(gone)["guard/latent_drift"] > 1  # measured, whatever the limit
+    assert "drift from the teacher's samples" in guard.reason
+    assert "distill.drift_limit=1" in guard.reason
+    assert CollapseAlarm(None, latents(50)).observe(gone)["guard/latent_drift"] > 1  # measured, whatever the limit
 
 
 def test_without_teacher_samples_the_start_is_the_reference_also_after_a_resume():
-    guard = LatentGuard(0.5, None)
+    guard = CollapseAlarm(0.5, None)
     assert guard.observe(moments(latents(50)))["guard/latent_drift"] == 0
     first = guard.observe(moments(latents(50) + 4))
     assert first["guard/latent_drift"] > 1
-    resumed = LatentGuard(0.5, None)
+    resumed = CollapseAlarm(0.5, None)
     resumed.load_state_dict(guard.state_dict())
     later = moments(latents(50) + 5)
     assert resumed.observe(later) == guard.observe(later)
-    while guard.alarm is None:
+    while guard.reason is None:
         guard.observe(later)
-    assert "drift from its start" in guard.alarm
+    assert "drift from its start" in guard.reason
 
 
 # -- a worker ---------------------------------------------------------------------------------------------
@@ -122,11 +123,16 @@ def build(shipped):
                     for name, value in table.items()
                 }
 
-        return Distiller(
-            config, student, teacher, load_unet(student, config.student.unet),
-            Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher), teacher.load_network(),
-            Real(samples.z_T.clone(), tables[1], torch.arange(16)), batches(),
-        )  # fmt: skip
+        return build_distiller(
+            config,
+            student_space=student,
+            teacher_space=teacher,
+            student=load_unet(student, config.student.unet),
+            bridge=Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher),
+            fake_network=teacher.load_network(),
+            real=Real(samples.z_T.clone(), tables[1], torch.arange(16)),
+            source=batches(),
+        )
 
     return start
 
@@ -149,7 +155,7 @@ def spoil_real(worker):
 
 def spoil_rate(name):
     def change(worker):
-        worker.optimizers[name].param_groups[0]["lr"] = 3e38  # of a float32, as large as it can be
+        worker.gradients.optimizers[name].param_groups[0]["lr"] = 3e38  # of a float32, as large as it can be
 
     return change
 
@@ -157,10 +163,10 @@ def spoil_rate(name):
 @pytest.mark.parametrize(
     ("change", "source", "count"),
     [
-        (spoil_weights(lambda w: w.student), "the student's x0: not finite in samples .* of 4", 4),
-        (spoil_weights(lambda w: w.bridge.projector), "the Bridge's output: not finite in samples .* of 4", 4),
-        (spoil_weights(lambda w: w.fake.network), "the fake score, which starts as the teacher's copy: .* of 4", 4),
-        (spoil_weights(lambda w: w.discriminator), "the discriminator loss", 1),
+        (spoil_weights(lambda w: w.networks.student), "the student's x0: not finite in samples .* of 4", 4),
+        (spoil_weights(lambda w: w.networks.bridge.projector), "the Bridge's output: not finite in samples .* of 4", 4),
+        (spoil_weights(lambda w: w.networks.fake.network), "the fake score, which starts as the teacher's copy: .* of 4", 4),
+        (spoil_weights(lambda w: w.networks.discriminator), "the discriminator loss", 1),
         (spoil_real, "the teacher samples of discriminator.real_data: not finite in samples .* of 4", 4),
         (spoil_rate("fake"), "the fake weights after their update", 1),
         (spoil_rate("discriminator"), "the discriminator weights after their update", 1),
@@ -177,13 +183,13 @@ def test_a_value_that_is_not_finite_is_caught_where_it_arises(build, change, sou
 
 def test_a_teachers_score_that_is_not_finite_changes_no_weight(build):
     worker = build("distill.micro_batches=2")
-    before = [p.clone() for p in worker.student.parameters()]
+    before = [p.clone() for p in worker.networks.student.parameters()]
     parts = list(worker.make())
     scores = [torch.zeros_like(part.x_t) for part in parts]
     scores[1][0, 0, 0, 0] = float("inf")  # the first part's gradients are there by then
     with pytest.raises(NonFiniteError, match=r"^the teacher's score: not finite in samples \[0\] of 2"):
         worker.student_update(parts, scores)
-    assert all(map(torch.equal, before, worker.student.parameters()))
+    assert all(map(torch.equal, before, worker.networks.student.parameters()))
 
 
 def test_errors_of_values_keep_their_count_between_processes():
@@ -219,8 +225,8 @@ class Log:
 def observe(build, tmp_path):
     def start(*overrides):
         worker = build(*overrides)
-        stage = Stage("distill", {}, str(tmp_path), None, None, None, None, "", "run")
-        return worker, Observer(stage, worker.config, worker, Log(), float("-inf"), 0.0)
+        stage = Stage(name="distill", config={}, folder=str(tmp_path), mlflow_uri="", mlflow_run="run")
+        return worker, Observer(stage, worker.config, worker, Log(), Standing())
 
     return start
 
@@ -231,29 +237,30 @@ def go(worker, observer, step):
 
 
 def test_without_a_judge_a_student_that_drifts_away_is_not_the_best(observe, tmp_path):
-    worker, observer = observe("evaluation.judge=null", "distill.drift_limit=50")
+    worker, observer = observe("evaluation.judge=null", "distill.drift_limit=50", "distill.stop_on_collapse=true")
     observer.before()
     assert load_state(tmp_path / "best")[1]["step"] == 0
     for step in (1, 2):
         go(worker, observer, step)
     assert load_state(tmp_path / "best")[1]["step"] == 2
-    assert observer.collapse is None
+    assert observer.standing.collapse is None
     assert observer.tracker.tagged == []
-    worker.guard.limit = 1e-3
+    worker.alarm.limit = 1e-3
     for step in (3, 4):
         go(worker, observer, step)
-    assert observer.collapse.startswith("step 3: the latents' drift from the teacher's samples is")
-    assert observer.tracker.tagged == [{"collapse_alarm": observer.collapse}]  # once
+    assert observer.standing.collapse.startswith("step 3: the latents' drift from the teacher's samples is")
+    assert observer.tracker.tagged == [{"collapse_alarm": observer.standing.collapse}]  # once
     assert load_state(tmp_path / "best")[1]["step"] == 2
     good = load_state(tmp_path / "best")[0]["student"]
-    observer.finish(4, observer.collapse)
+    observer.standing.step, observer.standing.stopped = 4, observer.standing.collapse
+    observer.finish()
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["steps"], result["best_step"], result["stopped"]) == (4, 2, observer.collapse)
-    assert all(torch.equal(value, good[name]) for name, value in worker.evaluated.state_dict().items())
+    assert (result["steps"], result["best_step"], result["stopped"]) == (4, 2, observer.standing.collapse)
+    assert all(torch.equal(value, good[name]) for name, value in worker.networks.evaluated.state_dict().items())
     assert (tmp_path / "export" / "model_index.json").is_file()
-    worker.guard.limit = None
+    worker.alarm.limit = None
     go(worker, observer, 5)
-    assert observer.collapse is None  # it is over
+    assert observer.standing.collapse is None  # it is over
 
 
 def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(observe, tmp_path):
@@ -261,13 +268,13 @@ def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(
     observer.before()
     for step in (1, 2):
         go(worker, observer, step)
-    best = observer.best
+    best = observer.standing.best
     assert best > 0.2
-    for parameter in worker.evaluated.parameters():
+    for parameter in worker.networks.evaluated.parameters():
         parameter.data.zero_()
     observer.after_step(4, 1, {"time/step": 1.0})
-    assert observer.collapse.startswith("step 4: evaluation fell to ")
-    assert observer.tracker.tagged == [{"collapse_alarm": observer.collapse}]
+    assert observer.standing.collapse.startswith("step 4: evaluation fell to ")
+    assert observer.tracker.tagged == [{"collapse_alarm": observer.standing.collapse}]
     assert load_state(tmp_path / "best")[1] == {"step": 2, "score": best}
     curve = {step for key, step in observer.tracker.values if key == "eval/periodic_mean"}
     assert curve == {0, 2, 4}  # it begins with the start
@@ -277,10 +284,11 @@ def test_a_student_that_ends_below_its_start_is_said_to_be_worse(observe, tmp_pa
     worker, observer = observe("distill.drift_limit=null")
     observer.before()
     before = json.loads((tmp_path / "before.json").read_text())
-    for parameter in worker.evaluated.parameters():
+    for parameter in worker.networks.evaluated.parameters():
         parameter.data.zero_()
-    observer._keep_best(1)
-    observer.finish(1, None)
+    observer.best.keep(1, 0.0)
+    observer.standing.step = 1
+    observer.finish()
     after = json.loads((tmp_path / "result.json").read_text())["after"]
     assert after["mean"] < before["mean"]
     said = f"eval/mean on held-out prompts is {after['mean']:.3f}, and was {before['mean']:.3f} at the start"

@@ -10,7 +10,8 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.data.pairs import read_pairs, write_pairs
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.fake_score import FakeScore
 from raydistill.distill.losses import (
     fake_logits_loss,
@@ -108,15 +109,15 @@ def make_distiller(config, spaces, tables, anchor=None):
     real = Real(torch.randn(8, *teacher_space.latent_shape, generator=generator), tables[1], torch.arange(8) % 3)
     torch.manual_seed(7)
     bridge = Bridge.create(student_space, teacher_space, config.bridge)
-    return Distiller(
+    return build_distiller(
         config,
-        student_space,
-        teacher_space,
-        student_space.load_network(),
-        bridge,
-        teacher_space.load_network(),
-        real,
-        batches(tables),
+        student_space=student_space,
+        teacher_space=teacher_space,
+        student=student_space.load_network(),
+        bridge=bridge,
+        fake_network=teacher_space.load_network(),
+        real=real,
+        source=batches(tables),
         anchor=anchor,
     )
 
@@ -150,26 +151,28 @@ def flat(module):
 def test_an_update_changes_the_student_the_fake_score_and_the_head_and_nothing_else(spaces, tables):
     config = configuration(fake_score__updates=1)
     distiller = make_distiller(config, spaces, tables)
-    frozen = [p for n, p in distiller.fake.network.named_parameters() if "lora_" not in n]
+    frozen = [p for n, p in distiller.networks.fake.network.named_parameters() if "lora_" not in n]
     before = {
-        "student": flat(distiller.student).clone(),
-        "bridge": flat(distiller.bridge).clone(),
+        "student": flat(distiller.networks.student).clone(),
+        "bridge": flat(distiller.networks.bridge).clone(),
         "base": torch.cat([p.detach().flatten() for p in frozen]).clone(),
-        "lora": torch.cat([p.detach().flatten() for p in distiller.fake.trainable().values()]).clone(),
-        "head": flat(distiller.discriminator).clone(),
+        "lora": torch.cat([p.detach().flatten() for p in distiller.networks.fake.trainable().values()]).clone(),
+        "head": flat(distiller.networks.discriminator).clone(),
     }
     run(config, spaces, tables, steps=1, distiller=distiller)
-    assert not torch.equal(before["student"], flat(distiller.student))
-    assert not torch.equal(before["lora"], torch.cat([p.flatten() for p in distiller.fake.trainable().values()]))
-    assert not torch.equal(before["head"], flat(distiller.discriminator))
-    assert torch.equal(before["bridge"], flat(distiller.bridge))
+    assert not torch.equal(before["student"], flat(distiller.networks.student))
+    assert not torch.equal(
+        before["lora"], torch.cat([p.flatten() for p in distiller.networks.fake.trainable().values()])
+    )
+    assert not torch.equal(before["head"], flat(distiller.networks.discriminator))
+    assert torch.equal(before["bridge"], flat(distiller.networks.bridge))
     assert torch.equal(before["base"], torch.cat([p.flatten() for p in frozen]))
-    assert all(p.grad is None for p in distiller.bridge.parameters())
+    assert all(p.grad is None for p in distiller.networks.bridge.parameters())
 
 
 def test_the_optimizers_are_the_papers_each_with_its_learning_rate(spaces, tables):
     distiller = make_distiller(configuration(), spaces, tables)
-    groups = {name: optimizer.param_groups[0] for name, optimizer in distiller.optimizers.items()}
+    groups = {name: optimizer.param_groups[0] for name, optimizer in distiller.gradients.optimizers.items()}
     assert {name: group["lr"] for name, group in groups.items()} == {
         "student": 1e-3,
         "fake": 1e-3,
@@ -208,44 +211,44 @@ def test_the_average_of_the_student_follows_its_warmed_up_recursion_across_a_res
     """mean <- d mean + (1 - d) student with d = min(ema_decay, (n + 1) / (n + 10)) after n updates, in float64."""
     config = configuration(fake_score__updates=1, student__ema_decay=ema_decay)
     distiller = make_distiller(config, spaces, tables)
-    expected = flat(distiller.student).double()
+    expected = flat(distiller.networks.student).double()
     start = expected.clone()
     for n in range(7):
         if n == 4:
             state = copy.deepcopy(distiller.state_dict())
             distiller = make_distiller(config, spaces, tables)
             for _ in range(n * 2):
-                next(distiller.batches)
+                next(distiller.batches.source)
             distiller.load_state_dict(state)
         run(config, spaces, tables, steps=1, distiller=distiller)
         decay = min(ema_decay, (n + 1) / (n + 10))
-        expected = decay * expected + (1 - decay) * flat(distiller.student).double()
-        torch.testing.assert_close(flat(distiller.ema).double(), expected, rtol=1e-6, atol=2e-7)
-    moved = (flat(distiller.student).double() - start).norm()
+        expected = decay * expected + (1 - decay) * flat(distiller.networks.student).double()
+        torch.testing.assert_close(flat(distiller.networks.ema).double(), expected, rtol=1e-6, atol=2e-7)
+    moved = (flat(distiller.networks.student).double() - start).norm()
     assert (expected - start).norm() > 0.1 * moved  # without warm-up 0.999 would have kept the start
-    assert (expected - flat(distiller.student).double()).norm() > 1e-3 * moved
-    assert distiller.evaluated is distiller.ema
+    assert (expected - flat(distiller.networks.student).double()).norm() > 1e-3 * moved
+    assert distiller.networks.evaluated is distiller.networks.ema
 
 
 def test_weights_that_are_not_finite_are_named_and_change_nothing(spaces, tables):
     distiller = make_distiller(configuration(), spaces, tables)
-    for parameter in itertools.islice(distiller.fake.network.parameters(), 1):
+    for parameter in itertools.islice(distiller.networks.fake.network.parameters(), 1):
         parameter.data.fill_(float("nan"))
-    before = flat(distiller.student).clone(), flat(distiller.discriminator).clone()
+    before = flat(distiller.networks.student).clone(), flat(distiller.networks.discriminator).clone()
     with pytest.raises(
         NonFiniteError, match=r"^the fake score, .* teacher's copy: not finite in samples \[0, 1, 2, 3\]"
     ):
         distiller.fake_update()
-    assert torch.equal(before[0], flat(distiller.student))
-    assert torch.equal(before[1], flat(distiller.discriminator))
+    assert torch.equal(before[0], flat(distiller.networks.student))
+    assert torch.equal(before[1], flat(distiller.networks.discriminator))
 
 
 def test_without_vsd_only_the_gan_teaches(spaces, tables):
     config = configuration(vsd__weight=0, fake_score__updates=1)
     distiller = make_distiller(config, spaces, tables)
-    before = flat(distiller.student).clone()
+    before = flat(distiller.networks.student).clone()
     distillation_step(distiller, None, 1, overlap=True)
-    assert not torch.equal(before, flat(distiller.student))
+    assert not torch.equal(before, flat(distiller.networks.student))
     assert "loss/vsd" not in distiller.pop_metrics()
 
 
@@ -283,7 +286,16 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     bridge = Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher)
     unet = load_unet(student, "shapes:sd15-onestep")
     stream = batches(table, size=12, captions=96)
-    distiller = Distiller(config, student, teacher, unet, bridge, teacher.load_network(), real, stream)
+    distiller = build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=unet,
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        real=real,
+        source=stream,
+    )
     accuracies = []
     for _ in range(120):
         distiller.fake_update()
@@ -298,14 +310,14 @@ def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tabl
     found = {}
     for weight in (0.0, 0.25, 1e6):
         distiller = make_distiller(configuration(discriminator__fake_weight=weight), spaces, tables)
-        gradients, step = {}, distiller._step
+        gradients, step = {}, distiller.gradients.step
 
         def spy(gradients=gradients, distiller=distiller, step=step, **norms):
             for name in norms:
-                gradients[name] = torch.cat([p.grad.flatten() for p in distiller._parameters(name)])
+                gradients[name] = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters(name)])
             return step(**norms)
 
-        distiller._step = spy
+        distiller.gradients.step = spy
         distiller.fake_update()
         found[weight] = gradients
     none, some, most = (found[weight]["fake"] for weight in found)
@@ -313,11 +325,11 @@ def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tabl
     assert difference.abs().max() > 1e-6
     torch.testing.assert_close(difference / 0.25, (most - none) / 1e6, rtol=1e-2, atol=1e-5)  # linear in the weight
     distiller = make_distiller(configuration(discriminator__fake_weight=0.25), spaces, tables)
-    part = distiller._next()[0]
+    part = distiller.batches.next()[0]
     row = distiller._fake_gradients(part)
-    student_half = torch.cat([p.grad.flatten() for p in distiller._parameters("fake")]) - none
+    student_half = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none
     distiller._real_gradients(row, part)
-    both = torch.cat([p.grad.flatten() for p in distiller._parameters("fake")]) - none
+    both = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none
     assert student_half.abs().max() > 1e-6
     assert (both - student_half).abs().max() > 1e-6
     assert torch.equal(both, difference)
@@ -369,7 +381,7 @@ def make_joint(spaces, tables, pairs, **changes):
 def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, tables, pairs):
     config, distiller = make_joint(spaces, tables, pairs)
     before = {name: flat(part).clone() for name, part in (
-        ("projector", distiller.bridge.projector), ("prior", distiller.bridge.prior), ("student", distiller.student)
+        ("projector", distiller.networks.bridge.projector), ("prior", distiller.networks.bridge.prior), ("student", distiller.networks.student)
     )}  # fmt: skip
     taken = {}
 
@@ -378,12 +390,12 @@ def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, ta
             taken["with_anchor"] = loss
         return accumulate(loss, *names, **more)
 
-    accumulate, distiller._accumulate = distiller._accumulate, spy
+    accumulate, distiller.gradients.accumulate = distiller.gradients.accumulate, spy
     run(config, spaces, tables, steps=1, distiller=distiller)
     metrics = distiller.pop_metrics()
-    assert not torch.equal(before["projector"], flat(distiller.bridge.projector))
-    assert not torch.equal(before["student"], flat(distiller.student))
-    assert torch.equal(before["prior"], flat(distiller.bridge.prior))
+    assert not torch.equal(before["projector"], flat(distiller.networks.bridge.projector))
+    assert not torch.equal(before["student"], flat(distiller.networks.student))
+    assert torch.equal(before["prior"], flat(distiller.networks.bridge.prior))
     assert metrics["bridge/grad_norm"] > 0
     own = metrics["bridge/latent_l1"] + metrics["bridge/attention"]
     distilled = metrics["loss/vsd"] + config.discriminator.weight * metrics["loss/gan"]
@@ -401,7 +413,7 @@ def test_the_teachers_scores_decide_where_a_bridge_goes_that_is_trained_along(sp
             return type("Scores", (), {"result": lambda _: real * guidance})()
 
         distillation_step(distiller, scores, 1, overlap=True)
-        projectors.append(flat(distiller.bridge.projector))
+        projectors.append(flat(distiller.networks.bridge.projector))
     assert not torch.equal(*projectors)
 
 
@@ -422,13 +434,13 @@ def test_a_bridge_trained_along_resumes_with_the_same_bits_in_either_order_of_wo
 def test_the_best_student_is_kept_with_the_bridge_of_its_update(spaces, tables, pairs):
     config, distiller = make_joint(spaces, tables, pairs)
     run(config, spaces, tables, steps=1, distiller=distiller)
-    best = copy.deepcopy(distiller.best_state())
-    student, projector = flat(distiller.evaluated).clone(), flat(distiller.bridge.projector).clone()
+    best = copy.deepcopy(distiller.networks.best_state())
+    student, projector = flat(distiller.networks.evaluated).clone(), flat(distiller.networks.bridge.projector).clone()
     run(config, spaces, tables, steps=1, distiller=distiller)
-    assert not torch.equal(projector, flat(distiller.bridge.projector))
-    distiller.load_best_state(best)
-    assert torch.equal(student, flat(distiller.evaluated))
-    assert torch.equal(projector, flat(distiller.bridge.projector))
+    assert not torch.equal(projector, flat(distiller.networks.bridge.projector))
+    distiller.networks.load_best_state(best)
+    assert torch.equal(student, flat(distiller.networks.evaluated))
+    assert torch.equal(projector, flat(distiller.networks.bridge.projector))
 
 
 def test_without_pairs_no_bridge_is_trained_along(spaces, tables):

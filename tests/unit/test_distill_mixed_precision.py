@@ -13,7 +13,8 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptEncoder
 from raydistill.data.pairs import read_pairs
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
 from raydistill.precision import allow_tf32
@@ -53,7 +54,16 @@ class Shipped:
         unet = load_unet(self.student, f"shapes:{self.name}-onestep")
         real = Real(self.samples.z_T, self.tables[1], torch.arange(SAMPLES))
         network = self.teacher.load_network()
-        return Distiller(config, self.student, self.teacher, unet, bridge, network, real, self.batches())
+        return build_distiller(
+            config,
+            student_space=self.student,
+            teacher_space=self.teacher,
+            student=unet,
+            bridge=bridge,
+            fake_network=network,
+            real=real,
+            source=self.batches(),
+        )
 
     @torch.no_grad()
     def submit(self, made):
@@ -101,7 +111,7 @@ def test_gradients_point_where_those_of_float32_do(request, which, in_bfloat16):
     shipped = request.getfixturevalue(which)
     _, exact = shipped.step()
     worker, rounded = shipped.step("distill.mixed_precision=true")
-    assert worker.student_in_bfloat16 == in_bfloat16
+    assert worker.networks.student_in_bfloat16 == in_bfloat16
     assert exact.keys() == rounded.keys() == {"student", "fake", "discriminator"}
     for name, gradient in exact.items():
         assert torch.isfinite(rounded[name]).all()
@@ -119,9 +129,9 @@ def test_gradients_point_where_those_of_float32_do(request, which, in_bfloat16):
 def test_a_student_whose_x0_multiplies_rounding_must_stay_float32(late, monkeypatch):
     """What the exception is for: in bfloat16 its gradient is another one."""
     _, exact = late.step()
-    monkeypatch.setattr("raydistill.distill.distiller.MAX_GAIN", 100.0)
+    monkeypatch.setattr("raydistill.distill.networks.MAX_GAIN", 100.0)
     worker, rounded = late.step("distill.mixed_precision=true")
-    assert worker.student_in_bfloat16
+    assert worker.networks.student_in_bfloat16
     assert cosine(rounded["student"], exact["student"]) < 0.99
 
 

@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ray.exceptions import RayActorError
-from ray.train import RunConfig
 
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
@@ -26,7 +25,7 @@ from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
-from raydistill.workers import distill, ray_train
+from raydistill.workers import distill, parts, ray_train
 from raydistill.workers.checkpoint import CheckpointError, load_state
 from raydistill.workers.distill import launch
 from raydistill.workers.stage import Stage
@@ -90,8 +89,8 @@ def damage(folder):
     (folder / "state.pt").write_bytes(content)
 
 
-def batches(config, first, rank, world):
-    """As `loop._batches_from`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
+def batches(config, worker, first):
+    """As `parts.batches_after`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
     from raydistill.data.encode import TextEncoder
     from raydistill.spaces import load_space
 
@@ -102,7 +101,10 @@ def batches(config, first, rank, world):
     }  # fmt: skip
 
     def batch(slot):
-        ids = [(slot * world + rank) * config.distill.batch_size + i for i in range(config.distill.batch_size)]
+        ids = [
+            (slot * worker.world + worker.rank) * config.distill.batch_size + i
+            for i in range(config.distill.batch_size)
+        ]
         rows = [i % 8 for i in ids]
         return {"sample_id": ids} | {
             f"{role}.{name}": value[rows].numpy() for role, table in tables.items() for name, value in table.items()
@@ -115,11 +117,11 @@ def work(rank, settings, world, port):
     """The body of one worker."""
     torch.set_num_threads(1)
     distill.ray = ray_train.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
-    distill._batches_from = batches
+    distill.batches_after = batches
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
         torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    distill._train(Stage(**settings))
+    distill.distil(Stage(**settings))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +140,17 @@ def stage(store, tmp_path):
         config = load(overrides=[*SMALL, *overrides])
         run = open_run(uri, "tests", "distill", storage=storage, params={}, tags={})
         bridge, real = str(WEIGHTS / "bridge" / "sd15-flux"), str(WEIGHTS / "samples" / "flux")
-        return asdict(Stage("distill", config.model_dump(), str(tmp_path), bridge, real, None, None, uri, run))
+        return asdict(
+            Stage(
+                name="distill",
+                config=config.model_dump(),
+                folder=str(tmp_path),
+                bridge=bridge,
+                real=real,
+                mlflow_uri=uri,
+                mlflow_run=run,
+            )
+        )
 
     return make
 
@@ -155,7 +167,7 @@ def work_here(monkeypatch):
     """`work` of one worker in this process."""
     monkeypatch.setattr(distill, "ray", distill.ray)
     monkeypatch.setattr(ray_train, "ray", ray_train.ray)
-    monkeypatch.setattr(distill, "_batches_from", batches)
+    monkeypatch.setattr(distill, "batches_after", batches)
     return lambda settings: work(0, settings, 1, None)
 
 
@@ -217,11 +229,11 @@ def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypa
     never = threading.Event()
     starts = []
 
-    def waiting(stage):
-        return SimpleNamespace(fit=never.wait, run_config=RunConfig(name="checkpoints", storage_path=str(stage.path())))
+    def waiting(run_config):
+        return SimpleNamespace(fit=never.wait, run_config=run_config)
 
-    monkeypatch.setattr(distill, "wait_for_room", lambda *_: None)  # without a cluster there is none
-    monkeypatch.setattr(distill, "_trainer", lambda stage, config: starts.append(stage) or waiting(stage))
+    monkeypatch.setattr(ray_train, "wait_for_room", lambda *_: None)  # without a cluster there is none
+    monkeypatch.setattr(ray_train, "TorchTrainer", lambda *_, run_config, **__: starts.append(1) or waiting(run_config))
 
     def fail():
         never.wait(0.5)
@@ -279,8 +291,17 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
     settings = ["vsd.weight=1", "discriminator.weight=0", "distill.workers=2", "distill.tf32=true"]
     config = load(overrides=[*SMALL, *settings])
     bridge = str(WEIGHTS / "bridge" / "sd15-flux")
-    stage = Stage("distill", config.model_dump(), "", bridge, None, None, "teacher-of-another", "", "")
-    clients = [distill._assemble(stage, config, rank, 2)[1].client for rank in (0, 1)]
+    stage = Stage(
+        name="distill",
+        config=config.model_dump(),
+        folder="",
+        bridge=bridge,
+        service="teacher-of-another",
+        mlflow_uri="",
+        mlflow_run="",
+    )
+    workers = [ray_train.Worker(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    clients = [parts.load_distiller(stage, config, worker, iter(()))[1].client for worker in workers]
     assert torch.get_float32_matmul_precision() == "high", "distill.tf32"
     assert [(client.name, client.place) for client in clients] == [
         ("teacher-of-another", 0.0),
@@ -289,7 +310,7 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
 
 
 def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
-    monkeypatch.setattr("raydistill.data.encode.conditioned_batches", lambda *args, **settings: settings)
+    monkeypatch.setattr(parts, "conditioned_batches", lambda *args, **settings: settings)
     prompts = ["prompts.node_labels={role: teacher}", "prompts.encoders=3", "prompts.gpus_per_encoder=0.25"]
-    asked = distill._batches_from(load(overrides=prompts), first=0, rank=0, world=1)
+    asked = parts.batches_after(load(overrides=prompts), ray_train.Worker(0, 1, torch.device("cpu")), 0)
     assert (asked["node_labels"], asked["encoders"], asked["gpus_per_encoder"]) == ({"role": "teacher"}, 3, 0.25)

@@ -15,11 +15,12 @@ import torch.multiprocessing
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.schedule import distillation_step
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
-from raydistill.workers.distill import _mesh, average_over_workers
+from raydistill.workers.ray_train import Worker
 
 WORLD, BATCH = 2, 2
 SETTINGS = (
@@ -57,17 +58,27 @@ def train(rank: int, config, student, teacher) -> tuple[dict, list, int]:
     bridge = Bridge.create(student, teacher, config.bridge)
     latents = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
     real = Real(latents, tables[1], torch.arange(4) % len(CAPTIONS))
-    mesh = _mesh(torch.device("cpu"), WORLD) if config.fake_score.shard else None
-    distiller = Distiller(
-        config, student, teacher, student.load_network(), bridge, teacher.load_network(), real, batches(),
-        average_over_workers, mesh=mesh,
-    )  # fmt: skip
+    own = Worker(rank, WORLD, torch.device("cpu"))
+    distiller = build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=student.load_network(),
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        real=real,
+        source=batches(),
+        average=own.average,
+        mesh=own.mesh() if config.fake_score.shard else None,
+    )
     metrics = []
     for _ in range(2):
         distillation_step(distiller, lambda made: Answer(torch.zeros_like(made.x_t)), config.fake_score.updates, True)
         metrics.append({k: v for k, v in distiller.pop_metrics().items() if not k.startswith("time/")})
     # once all is computed no block is left gathered
-    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in distiller.fake.network.parameters())
+    held = sum(
+        (p.to_local() if hasattr(p, "to_local") else p).numel() for p in distiller.networks.fake.network.parameters()
+    )
     return distiller.state_dict(), metrics, held
 
 

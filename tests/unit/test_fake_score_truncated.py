@@ -18,8 +18,9 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import encode_prompt_list
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.discriminator import Discriminator
-from raydistill.distill.distiller import Distiller, Real
 from raydistill.distill.fake_score import FakeScore
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
@@ -292,9 +293,16 @@ def make_distiller(config, spaces, tables, batches):
     real = Real(torch.randn(8, *teacher.latent_shape, generator=generator), tables[1], torch.arange(8) % 2)
     torch.manual_seed(7)
     bridge = Bridge.create(student, teacher, config.bridge)
-    return Distiller(
-        config, student, teacher, student.load_network(), bridge, teacher.load_network(), real, batches
-    )  # fmt: skip
+    return build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=student.load_network(),
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        real=real,
+        source=batches,
+    )
 
 
 def flat(tensors):
@@ -303,8 +311,11 @@ def flat(tensors):
 
 def test_updates_on_one_batch_make_its_loss_fall_and_change_nothing_else(spaces, tables):
     distiller = make_distiller(configuration(), spaces, tables, itertools.repeat(batch_of(tables, 0)))
-    others = [*distiller.student.parameters(), *distiller.bridge.parameters()]
-    before, start = flat(others).clone(), {name: p.detach().clone() for name, p in distiller.fake.trainable().items()}
+    others = [*distiller.networks.student.parameters(), *distiller.networks.bridge.parameters()]
+    before, start = (
+        flat(others).clone(),
+        {name: p.detach().clone() for name, p in distiller.networks.fake.trainable().items()},
+    )
     losses = []
     for _ in range(20):
         distiller.fake_update()
@@ -312,7 +323,7 @@ def test_updates_on_one_batch_make_its_loss_fall_and_change_nothing_else(spaces,
     assert losses[-1] < 0.9 * losses[0], losses
     assert all(later < losses[0] for later in losses[5:])
     assert torch.equal(flat(others), before)
-    moved = {name for name, p in distiller.fake.trainable().items() if not torch.equal(p, start[name])}
+    moved = {name for name, p in distiller.networks.fake.trainable().items() if not torch.equal(p, start[name])}
     assert {"transformer_blocks.0", "single_transformer_blocks.0", "single_transformer_blocks.1"} <= {
         ".".join(name.split(".")[:2]) for name in moved
     }

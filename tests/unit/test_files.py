@@ -54,7 +54,7 @@ def test_a_damaged_file_is_named_with_its_cure(tmp_path, text):
         read_json(file, "remove it")
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(InputError, match="result.json is damaged .*: remove it, and the stage ends again"):
-        Stage("distill", {}, str(tmp_path), *[None] * 4, "", "").result()
+        Stage(name="distill", config={}, folder=str(tmp_path), mlflow_uri="", mlflow_run="").result()
 
 
 def test_a_run_whose_files_were_cut_says_so(tmp_path):

@@ -141,8 +141,8 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         assert features >= 320
         assert logits[0] == BATCH
     assert len(seen.discriminator) == 3  # real, fake, and the generator's
-    assert set(worker.optimizers) == {"student", "fake", "discriminator"}
-    for optimizer in worker.optimizers.values():
+    assert set(worker.gradients.optimizers) == {"student", "fake", "discriminator"}
+    for optimizer in worker.gradients.optimizers.values():
         moments = [state["exp_avg_sq"].shape for state in optimizer.state.values()]
         assert moments == [p.shape for group in optimizer.param_groups for p in group["params"]]
 

@@ -26,13 +26,13 @@ def test_twenty_updates_teach_a_student_what_its_prompts_ask_for():
     assert config.distill.batch_size == 16
     distiller, scores = local_distillation(config)
     fixed = FixedPrompts(read_prompts(resolve(config.evaluation.prompts)), PICTURES, config.evaluation.seed)
-    evaluator = StudentEvaluator(distiller.student_space, fixed, config.evaluation, "cpu")
+    evaluator = StudentEvaluator(distiller.networks.student_space, fixed, config.evaluation, "cpu")
 
     def accuracy():
-        return evaluator.accuracy(evaluator.draw(distiller.evaluated, config.student.start_timestep))
+        return evaluator.accuracy(evaluator.draw(distiller.networks.evaluated, config.student.start_timestep))
 
     before = accuracy()
-    frozen = (*scores.network.parameters(), *distiller.bridge.parameters())
+    frozen = (*scores.network.parameters(), *distiller.networks.bridge.parameters())
     weights = [p.clone() for p in frozen]
     for _ in range(UPDATES):
         distillation_step(distiller, scores, config.fake_score.updates, config.distill.overlap)

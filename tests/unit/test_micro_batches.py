@@ -13,7 +13,8 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.data.pairs import write_pairs
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.schedule import Requests, distillation_step
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
@@ -67,8 +68,19 @@ def build(spaces, tables):
         if rows is not None:  # those of a worker
             stream = ({name: column[rows] for name, column in batch.items()} for batch in stream)
         unet, network = student.load_network(), teacher.load_network()
-        return Distiller(
-            config, student, teacher, unet, bridge, network, real, stream, average, device, anchor, **parts
+        return build_distiller(
+            config,
+            student_space=student,
+            teacher_space=teacher,
+            student=unet,
+            bridge=bridge,
+            fake_network=network,
+            real=real,
+            source=stream,
+            average=average,
+            device=device,
+            anchor=anchor,
+            **parts,
         )
 
     return start
@@ -101,12 +113,13 @@ def submit(spaces, tables):
 
 def gradients_of(distiller, submit, overlap=True):
     """Gradients of each optimizer's first update, before clipping, and what was noised for the teachers."""
-    taken, seen, step = {}, [], distiller._step
+    taken, seen, step = {}, [], distiller.gradients.step
 
     def spy(**norms):
         for name in norms:
             flat = [
-                p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in distiller._parameters(name)
+                p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel())
+                for p in distiller.gradients.parameters(name)
             ]
             taken.setdefault(name, torch.cat(flat))
         return step(**norms)
@@ -115,7 +128,7 @@ def gradients_of(distiller, submit, overlap=True):
         seen.append(made)
         return submit(made)
 
-    distiller._step = spy
+    distiller.gradients.step = spy
     distillation_step(distiller, noticed, 1, overlap)
     return taken, seen
 
@@ -268,7 +281,7 @@ def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
             fake = memory.count(distiller.fake_update).peak
             before = memory.live
             student = memory.count(lambda d=distiller, m=made, s=scores: d.student_update(m, s)).peak - before
-        trained = sum(p.nbytes for p in distiller.student.parameters())
+        trained = sum(p.nbytes for p in distiller.networks.student.parameters())
         peaks.append((fake, student - 3 * trained))  # without gradients and Adam's moments
     assert peaks[1][0] < 0.6 * peaks[0][0]
     assert peaks[1][1] < 0.5 * peaks[0][1]

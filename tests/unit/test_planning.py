@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import TextEncoder
-from raydistill.distill.distiller import Distiller, Real
+from raydistill.distill.batches import Real
+from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_unet
 from raydistill.errors import InputError
 from raydistill.planning import memory as memory_module
@@ -68,7 +69,16 @@ def worker(config, spaces):
     real = Real(torch.randn(BATCH, *teacher.latent_shape), texts["teacher"].encode(captions), torch.arange(BATCH))
     bridge = Bridge.load(WEIGHTS / "bridge/sd15-flux", student, teacher)
     unet = load_unet(student, "shapes:sd15-onestep")
-    return Distiller(config, student, teacher, unet, bridge, teacher.load_network(), real, batches)
+    return build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=unet,
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        real=real,
+        source=batches,
+    )
 
 
 def step(worker, teacher):
@@ -97,10 +107,16 @@ def test_flops_of_a_step_are_those_counted_on_real_tensors(counts, worker, space
 def test_live_bytes_of_a_step_are_those_of_real_tensors(counts, worker, spaces):
     """Real tensors of the CPU include the batch itself, which on a GPU run lies in main memory too."""
     with Meter("cpu") as memory:
-        for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
+        for module in (
+            worker.networks.student,
+            worker.networks.bridge,
+            worker.networks.fake,
+            worker.networks.discriminator,
+            worker.networks.ema,
+        ):
             for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                 memory.watch(tensor)
-        for optimizer in worker.optimizers.values():
+        for optimizer in worker.gradients.optimizers.values():
             for state in optimizer.state.values():
                 for value in state.values():
                     memory.watch(value)
@@ -133,8 +149,8 @@ def test_parameters_are_exact(counts, worker, spaces):
     assert counts.trainer.gradients["student"] == 4 * stored(unet)
     assert counts.network.parameters == stored(transformer)
     assert weights.fake_frozen == 4 * stored(transformer)
-    assert weights.fake_trained == sum(p.nbytes for p in worker.fake.trainable().values())
-    assert weights.bridge == sum(p.nbytes for p in worker.bridge.parameters())
+    assert weights.fake_trained == sum(p.nbytes for p in worker.networks.fake.trainable().values())
+    assert weights.bridge == sum(p.nbytes for p in worker.networks.bridge.parameters())
     trained = sum(counts.trainer.gradients.values())
     assert weights.optimizers - 2 * trained == pytest.approx(0, abs=4 * 2000)  # two moments, and a step count each
     for role, space in zip(("student", "teacher"), spaces, strict=True):
@@ -267,10 +283,16 @@ def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spa
     worker.config = mixed
     try:
         with Meter("cpu") as memory:
-            for module in (worker.student, worker.bridge, worker.fake, worker.discriminator, worker.ema):
+            for module in (
+                worker.networks.student,
+                worker.networks.bridge,
+                worker.networks.fake,
+                worker.networks.discriminator,
+                worker.networks.ema,
+            ):
                 for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
                     memory.watch(tensor)
-            for optimizer in worker.optimizers.values():
+            for optimizer in worker.gradients.optimizers.values():
                 for state in optimizer.state.values():
                     for value in state.values():
                         memory.watch(value)

@@ -1,0 +1,98 @@
+"""What a worker's updates are fed with: its share of the prompts in micro-batches, and teacher samples.
+
+Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. Everything lies in main memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from raydistill.data.encode import CUT
+from raydistill.data.encode import conditioning as columns_of
+from raydistill.spaces import Conditioning
+
+
+@dataclass
+class Real:
+    """Teacher samples for the discriminator: normalised latents and their own captions' conditioning."""
+
+    latents: torch.Tensor  # [N, C, H, W]
+    table: Conditioning  # one row per distinct caption
+    rows: torch.Tensor  # [N] row of each sample's caption
+
+    def take(self, pick: torch.Tensor) -> tuple[torch.Tensor, Conditioning]:
+        """Latents [B, C, H, W] float32 and conditioning of the samples `pick` [B]."""
+        return self.latents[pick].float(), {name: value[self.rows[pick]] for name, value in self.table.items()}
+
+
+@dataclass(kw_only=True)
+class MicroBatch:
+    """An equal part of a worker's batch."""
+
+    sample_ids: torch.Tensor  # [B] int64
+    student_conditioning: Conditioning
+    teacher_conditioning: Conditioning
+
+
+@dataclass(kw_only=True)
+class Made(MicroBatch):
+    """A micro-batch of the student before its update: what the teachers get to see."""
+
+    noise: torch.Tensor  # [B, c, h, w]
+    x_t: torch.Tensor  # [B, C, H, W]
+    t_B: torch.Tensor
+
+
+class Batches:
+    """The batches of one worker, k + 1 for each update, the student's first.
+
+    Attributes:
+        source: conditioned batches (`data.encode.conditioned_batches`).
+        parts: equal micro-batches that each of them is cut into.
+    """
+
+    def __init__(self, source: Iterator[dict[str, Any]], parts: int) -> None:
+        self.source, self.parts = source, parts
+        self._consumed: list[list[int]] = []
+        self._metrics: dict[str, float] = {}
+
+    def next(self) -> list[MicroBatch]:
+        """The next batch in equal parts. Raises ValueError where it cannot be divided."""
+        started = time.perf_counter()
+        batch = next(self.source)
+        self._add("time/data", time.perf_counter() - started)
+        if CUT in batch:
+            self._add("data/cut_prompts", float(np.sum(batch[CUT])))
+        ids = torch.tensor(batch["sample_id"], dtype=torch.long)
+        self._consumed.append(ids.tolist())
+        if len(ids) % self.parts:
+            raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts")
+        size = len(ids) // self.parts
+        student, teacher = (columns_of(batch, role) for role in ("student", "teacher"))
+        return [
+            MicroBatch(
+                sample_ids=ids[rows],
+                student_conditioning={name: value[rows] for name, value in student.items()},
+                teacher_conditioning={name: value[rows] for name, value in teacher.items()},
+            )
+            for rows in (slice(first, first + size) for first in range(0, len(ids), size))
+        ]
+
+    def _add(self, name: str, value: float) -> None:
+        self._metrics[name] = self._metrics.get(name, 0.0) + value
+
+    def pop_metrics(self) -> dict[str, float]:
+        """time/data (seconds) and data/cut_prompts since the last call."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def pop_sample_ids(self) -> list[list[int]]:
+        """Sample ids of each batch consumed since the last call."""
+        consumed, self._consumed = self._consumed, []
+        return consumed

@@ -1,0 +1,100 @@
+"""Gradients of one worker's micro-batches, their mean over all workers, and the optimizers that take them.
+
+A batch is computed in `distill.micro_batches` equal parts. Every loss is a mean over samples of what each sample gives
+by itself, so the mean of the parts' gradients is the batch's, up to rounding. Where fewer workers than usual share the
+parts of all, some have more of them than others: each divides by what they have on average, before the mean of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from raydistill.config.schema import Config
+from raydistill.distill.losses import require_finite
+from raydistill.distill.networks import Networks
+
+Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
+
+
+def alone(gradients: list[torch.Tensor]) -> None:
+    """The mean over one worker."""
+
+
+def optimizers_of(networks: Networks, config: Config) -> dict[str, AdamW]:
+    """AdamW(0, 0.999, 1e-8) without weight decay for each trained network (arXiv 2606.32020)."""
+
+    def adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
+        return AdamW(parameters, lr=lr, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.0)
+
+    found = {
+        "student": adamw(list(networks.student.parameters()), config.student.lr),
+        "fake": adamw(list(networks.fake.trainable().values()), config.fake_score.lr),
+    }
+    if config.bridge.trainable:
+        found["bridge"] = adamw(networks.bridge.trainable_parameters(), config.bridge.trainable_lr)
+    if networks.discriminator is not None:
+        found["discriminator"] = adamw(list(networks.discriminator.parameters()), config.discriminator.lr)
+    return found
+
+
+class Gradients:
+    """The optimizers by name, and what they step on.
+
+    Args:
+        mean_parts: micro-batches of a worker, on average over all workers.
+        average: mean of tensors over the workers.
+    """
+
+    def __init__(self, optimizers: dict[str, AdamW], mean_parts: float, average: Average = alone) -> None:
+        self.optimizers, self.mean_parts, self.average = optimizers, mean_parts, average
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Those of one optimizer."""
+        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
+
+    def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False) -> None:
+        """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters.
+
+        Args:
+            keep: the graph, for another loss that shares it.
+        """
+        require_finite(loss, f"the {' and '.join(names)} loss")
+        parameters = [p for name in names for p in self.parameters(name)]
+        torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
+
+    def step(self, **max_norms: float) -> dict[str, float]:
+        """Average the gradients over workers, clip them and step the named optimizers.
+
+        Returns:
+            Each one's gradient norm before clipping.
+
+        Raises:
+            NonFiniteError: of a gradient, before anything has changed; of weights after their update.
+        """
+        groups = {name: self.parameters(name) for name in max_norms}
+        parameters = [p for group in groups.values() for p in group]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.average([p.grad for p in parameters])
+        norms = {name: nn.utils.clip_grad_norm_(group, max_norms[name]) for name, group in groups.items()}
+        for name, norm in norms.items():  # before any step: a bad gradient must change nothing
+            require_finite(norm, f"the {name} gradient")
+        for name, group in groups.items():
+            self.optimizers[name].step()
+            self.optimizers[name].zero_grad(set_to_none=True)
+            with torch.no_grad():
+                require_finite(nn.utils.get_total_norm(group), f"the {name} weights after their update")
+        return {name: norm.item() for name, norm in norms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])

@@ -1,0 +1,249 @@
+"""The three updates of cross-space distillation, in plain torch (METHOD.md section 3; DMD2 in teacher space).
+
+    make            xi ~ N(0, I); z_student = student's x0; x = B(z_student); x_t = alpha_t x + sigma_t eps     no graph
+    fake_update     fake score:     min  |prediction(x_t) - target|^2              on fresh student samples
+                    discriminator:  min  softplus(-D(real_t)) + softplus(D(x_t))   on the fake score's features
+    student_update  g = (x0_fake - x0_real) / mean|x - x0_real|
+                    student:        min  1/2 |x - sg(x - g)|^2  +  w_GAN softplus(-D(x_t))
+
+Every random number comes from (seed, purpose, sample id): nothing here keeps generator state.
+
+Shapes: B samples of a micro-batch, C×H×W teacher latents.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from raydistill.bridge.objective import Objective
+from raydistill.config.schema import Config
+from raydistill.data.pairs import Pairs
+from raydistill.diffusion.noise import normal
+from raydistill.diffusion.path import add_noise, target, to_x0
+from raydistill.distill.batches import Batches, Made, MicroBatch, Real
+from raydistill.distill.collapse import CollapseAlarm
+from raydistill.distill.draws import Draws
+from raydistill.distill.gradients import Average, Gradients, alone, optimizers_of
+from raydistill.distill.losses import (
+    fake_logits_loss,
+    generator_loss,
+    real_logits_loss,
+    require_finite,
+    vsd_gradient,
+    vsd_loss,
+)
+from raydistill.distill.networks import Networks
+
+Row = dict[str, torch.Tensor]  # scalars of one micro-batch
+
+
+def mean_of(rows: Sequence[Row]) -> dict[str, float]:
+    """Mean of each scalar over the micro-batches."""
+    return {name: torch.stack([row[name].detach() for row in rows]).mean().item() for name in rows[0]}
+
+
+class Distiller:
+    """One worker's updates of its networks.
+
+    Args:
+        real: teacher samples, which the networks' discriminator was made for.
+        anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
+        average: mean of tensors over the workers.
+        mean_parts: micro-batches of a worker, on average over all workers; None: as many as this one has.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        networks: Networks,
+        batches: Batches,
+        *,
+        real: Real | None = None,
+        anchor: Objective | None = None,
+        average: Average = alone,
+        mean_parts: float | None = None,
+    ) -> None:
+        if config.bridge.trainable and anchor is None:
+            raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
+        self.config, self.networks, self.batches, self.real = config, networks, batches, real
+        self.anchor = anchor if config.bridge.trainable else None
+        self.gradients = Gradients(optimizers_of(networks, config), mean_parts or batches.parts, average)
+        self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
+        shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
+        self.draws = Draws(config.run.seed, shift, networks.device)
+        self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.latents)
+        self.metrics: dict[str, float] = {}
+        self.updates = 0  # of the student
+        # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
+        self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
+
+    # -- make ----------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def make(self) -> Iterator[Made]:
+        """The next student batch, noised in teacher space, micro-batch by micro-batch; the teachers score its x_t."""
+        started, vsd = time.perf_counter(), self.config.vsd
+        self.alarm.begin()
+        for batch in self.batches.next():
+            ids, noise = batch.sample_ids, self._xi(batch)
+            x = self.networks.x(noise, batch.student_conditioning)
+            t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
+            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
+            self.alarm.add(x)
+            self._add("time/make", time.perf_counter() - started)
+            yield Made(**vars(batch), noise=noise, x_t=x_t.cpu(), t_B=t_B.cpu())
+            started = time.perf_counter()
+
+    def _xi(self, batch: MicroBatch) -> torch.Tensor:
+        """The student's noise [B, c, h, w], in main memory."""
+        shape = self.networks.student_space.latent_shape
+        return normal(self.config.run.seed, batch.sample_ids, shape, "latents")
+
+    # -- fake update ---------------------------------------------------------------------------------
+    def fake_update(self) -> None:
+        """One update of the fake score on fresh student samples, and one of the discriminator."""
+        started, config = time.perf_counter(), self.config
+        batches = self.batches.next()
+        rows = [self._fake_gradients(batch) for batch in batches]
+        if not self._shapes_features:
+            self.gradients.step(fake=config.fake_score.max_grad_norm)
+        self.metrics["loss/fake"] = mean_of(rows)["fake"]
+        if self.networks.discriminator is not None:
+            for row, batch in zip(rows, batches, strict=True):
+                self._real_gradients(row, batch)
+            if self._shapes_features:
+                self.gradients.step(fake=config.fake_score.max_grad_norm)
+            self.gradients.step(discriminator=config.student.max_grad_norm)
+            mean = mean_of(rows)
+            self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
+        self._add("time/fake", time.perf_counter() - started)
+
+    def _fake_gradients(self, batch: MicroBatch) -> Row:
+        """Of the fake score's loss, and of the discriminator's on its features of student samples."""
+        ids = batch.sample_ids
+        with torch.no_grad():
+            x = self.networks.x(self._xi(batch), batch.student_conditioning)
+            eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
+            x_t = add_noise(self.path, x, eps, t_B)
+        prediction, features = self.networks.fake_score(x_t, t_B, batch.teacher_conditioning)
+        loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
+        row = {"fake": loss}
+        if self.networks.discriminator is not None:
+            logits = self.networks.logits(features if self._shapes_features else features.detach())
+            row |= {"discriminator": fake_logits_loss(logits), "accuracy": (logits < 0).float().mean()}
+            loss = loss + self._head_gradients(row["discriminator"])
+        self.gradients.accumulate(loss, "fake")
+        return row
+
+    def _real_gradients(self, row: Row, batch: MicroBatch) -> None:
+        """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
+        ids = batch.sample_ids
+        with torch.no_grad():
+            pick = (self.draws.uniform(ids, "real_pick").cpu() * len(self.real.rows)).long()
+            latents, conditioning = self.real.take(pick)
+            latents = require_finite(latents.to(self.networks.device), "the teacher samples of discriminator.real_data")
+            t_B = self.draws.t(ids, "real_t")
+            x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
+        with torch.set_grad_enabled(self._shapes_features):
+            features = self.networks.features(x_t, t_B, conditioning)
+        logits = self.networks.logits(features)
+        loss = real_logits_loss(logits)
+        share = self._head_gradients(loss)
+        if self._shapes_features:
+            self.gradients.accumulate(share, "fake")
+        row["discriminator"] = loss + row["discriminator"]
+        row["accuracy"] = ((logits > 0).float().mean() + row["accuracy"]) / 2
+
+    def _head_gradients(self, loss: torch.Tensor) -> torch.Tensor:
+        """Of the head's own weights; returns the loss's share in the fake score's."""
+        self.gradients.accumulate(loss, "discriminator", keep=self._shapes_features)
+        return self.config.discriminator.fake_weight * loss if self._shapes_features else torch.zeros_like(loss)
+
+    # -- student update ------------------------------------------------------------------------------
+    def student_update(self, made: Sequence[Made], scores: Iterable[torch.Tensor] | None) -> None:
+        """VSD + GAN update of the student, on what `make` gave.
+
+        A Bridge that is trained along takes the same losses plus its own, on the pairs of this update.
+
+        Args:
+            scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
+        """
+        started, waited = time.perf_counter(), 0.0
+        answers = None if scores is None else iter(scores)
+        pairs = None if self.anchor is None else self.anchor.batch(self.updates)
+        rows = []
+        for index, part in enumerate(made):
+            waiting = time.perf_counter()
+            x0_real = None if answers is None else next(answers)
+            waited += time.perf_counter() - waiting
+            own = None if pairs is None else pairs.part(index, len(made))
+            rows.append(self._student_gradients(part, x0_real, own))
+        self.metrics |= mean_of(rows)
+        if answers is not None:
+            self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
+            self._add("time/wait_teacher", waited)
+        names = ["student"] if self.anchor is None else ["student", "bridge"]
+        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
+        self.metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
+        self.networks.update_ema(self.updates)
+        self.metrics |= self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
+        self.updates += 1
+        self._add("time/student", time.perf_counter() - started - waited)
+
+    def _student_gradients(self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None) -> Row:
+        """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
+        config, row = self.config, {}
+        x = self.networks.x(made.noise, made.student_conditioning)
+        loss = x.new_zeros(())
+        if x0_real is not None:
+            g = vsd_gradient(x, x0_real.to(x.device), self._x0_fake(made))
+            row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
+            loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
+        if self.networks.discriminator is not None:
+            ids = made.sample_ids
+            t_B = self.draws.t(ids, "gan_t")
+            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
+            logits = self.networks.logits(self.networks.features(x_t, t_B, made.teacher_conditioning))
+            row["loss/gan"] = generator_loss(logits)
+            loss = loss + config.discriminator.weight * require_finite(row["loss/gan"], "the GAN loss")
+        names = ["student"]
+        if pairs is not None:
+            own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
+            loss = loss + config.bridge.anchor_weight * require_finite(own, "the Bridge's own loss")
+            row |= {f"bridge/{name}": value for name, value in losses.items()}
+            names.append("bridge")
+        self.gradients.accumulate(loss, *names)
+        return row
+
+    @torch.no_grad()
+    def _x0_fake(self, made: Made) -> torch.Tensor:
+        """The fake score's x0 estimate at the x_t that the teachers saw, with its newest weights."""
+        x_t, t_B = made.x_t.to(self.networks.device), made.t_B.to(self.networks.device)
+        prediction, _ = self.networks.fake_score(x_t, t_B, made.teacher_conditioning)
+        return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
+
+    # -- metrics and state ---------------------------------------------------------------------------
+    def _add(self, name: str, value: float) -> None:
+        self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Metrics gathered since the last call."""
+        metrics, self.metrics = self.metrics | self.batches.pop_metrics(), {}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs besides the step."""
+        own = {"updates": self.updates, "guard": self.alarm.state_dict()}
+        return own | self.networks.state_dict() | self.gradients.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        if "guard" in state:  # checkpoints of versions before 0.2 have none: the average begins anew
+            self.alarm.load_state_dict(state["guard"])
+        self.networks.load_state_dict(state)
+        self.gradients.load_state_dict(state)

@@ -1,0 +1,94 @@
+"""What one worker is made of: its batches, its networks, and its way to the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from raydistill.bridge.model import Bridge
+from raydistill.bridge.objective import build_objective
+from raydistill.config.schema import Config
+from raydistill.data.encode import conditioned_batches, encode_unconditional, own_rows
+from raydistill.data.prompts import training_prompts
+from raydistill.distill.build import build_distiller
+from raydistill.distill.gradients import alone
+from raydistill.distill.networks import guidance_scale, load_real, load_unet
+from raydistill.distill.updates import Distiller
+from raydistill.precision import allow_tf32
+from raydistill.spaces import load_space
+from raydistill.storage.resolve import resolve
+from raydistill.teachers.client import TeacherClient
+from raydistill.workers.ray_train import Worker
+from raydistill.workers.score_requests import Teachers
+from raydistill.workers.stage import Stage
+
+
+def batches_after(config: Config, worker: Worker, first: int) -> Any:
+    """Conditioned batches of the updates after `first`; a generator."""
+    distill, prompts = config.distill, config.prompts
+    per_step = 1 + config.fake_score.updates
+    return conditioned_batches(
+        training_prompts(config),
+        {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
+        seed=config.run.seed,
+        first=first * per_step,
+        stop=distill.steps * per_step,
+        rows=own_rows(
+            worker.rank,
+            worker.world,
+            distill.workers * distill.micro_batches,
+            distill.batch_size // distill.micro_batches,
+        ),
+        slot_size=distill.workers * distill.batch_size,
+        dtype=prompts.encoder_dtype,
+        encoders=prompts.encoders,
+        cpus_per_encoder=prompts.cpus_per_encoder,
+        gpus_per_encoder=prompts.gpus_per_encoder,
+        threads=prompts.threads_per_encoder,
+        node_labels=prompts.node_labels,
+    )
+
+
+def load_distiller(
+    stage: Stage, config: Config, worker: Worker, source: Iterator[dict[str, Any]]
+) -> tuple[Distiller, Teachers | None]:
+    """Load every network of a worker and connect it to its teachers."""
+    device, gan = worker.device, config.discriminator
+    allow_tf32(config.distill.tf32)
+    student_space = load_space(resolve(config.student.model))
+    teacher_space = load_space(resolve(config.teacher.model))
+    unet = load_unet(student_space, config.student.unet)
+    if stage.bridge:
+        bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
+    else:
+        bridge = Bridge.create(student_space, teacher_space, config.bridge)
+    encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
+    empty = encode_unconditional(teacher_space, encoding, device) if stage.service else None
+    if stage.real and gan.weight > 0:
+        real = load_real(resolve(stage.real), teacher_space, gan.real_count, encoding, device)
+    anchor = None
+    if config.bridge.trainable:
+        anchor = build_objective(config, stage.pairs, device, worker.rank, worker.world)
+    parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
+    distiller = build_distiller(
+        config,
+        student_space=student_space,
+        teacher_space=teacher_space,
+        student=unet,
+        bridge=bridge,
+        fake_network=teacher_space.load_network(),
+        source=source,
+        real=real,
+        anchor=anchor,
+        device=device,
+        mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
+        average=worker.average if worker.world > 1 else alone,
+        parts=len(own_rows(worker.rank, worker.world, parts, 1)),
+        mean_parts=parts / worker.world,
+    )
+    if empty is None:
+        return distiller, None
+    client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
+    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space))
