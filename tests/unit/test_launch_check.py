@@ -73,7 +73,7 @@ def test_nothing_is_counted_for_roles_without_gpus(monkeypatch):
         raise AssertionError("counted")
 
     for name in ("count_trainer", "count_teacher", "count_bridge"):
-        monkeypatch.setattr(memory.counting, name, never)
+        monkeypatch.setattr(counting, name, never)
     assert check_launch(load()) == []
     assert check_launch(load(overrides=[*GPUS, "plan.launch=ignore"])) == []
     with pytest.raises(AssertionError, match="counted"):
