@@ -35,9 +35,9 @@ TEXT_WIDTH = 64
 def clip_tokenizer() -> CLIPTokenizer:
     """Byte-level BPE in which every word of the grammar is one token; other text falls back to bytes.
 
-    A caption of two objects and CLIP's two marks are 21 tokens, one more than `TEXT_LENGTH`. The word that does not fit is
-    always "background". It says nothing: the colour before it does. The encoders were trained on captions cut in this way,
-    and the tokenizer tells so (`trained_without_ending`, see `spaces.text_lengths.are_cut`).
+    A caption of two objects has 21 tokens with CLIP's two marks, one more than `TEXT_LENGTH`. The word that does not fit
+    is always "background", and it says nothing that the colour before it does not. The encoders were trained on captions
+    cut in this way. The tokenizer says so (`trained_without_ending`), for those who count cut prompts.
     """
     alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], []

@@ -32,9 +32,9 @@ def text_lengths(space: Space) -> dict[str, int]:
 def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
     """Whether each prompt is longer than every text encoder of the pipeline reads, so that its end is lost; bool [B].
 
-    One word is no loss at the end of a prompt: the one that the encoder did not get in its training either, where it did
-    not fit. The tokenizer names it in its tokenizer_config.json as `trained_without_ending`. The embedded world's CLIP
-    tokenizer does so; transformers carries the key along and changes no token for it.
+    A tokenizer_config.json may name a word as `trained_without_ending`: the encoder was trained on prompts that lost just
+    this word at their end, so losing it there is not counted. Only the embedded world's CLIP tokenizer has the key.
+    transformers keeps the key when it saves, and makes the same tokens with it.
 
     Args:
         text: what `space.load_text` gave, with its tokenizers.
