@@ -29,7 +29,7 @@ CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
 # -- which there are -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """How a miniature model is put together and trained."""
 
@@ -88,14 +88,20 @@ def _sd21(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
 
 
 TEACHERS = {
-    "flux": Model(miniatures.flux_transformer, _flux, "flux_vae", 2, 6000, 1.5e-3),
-    "sd3": Model(miniatures.sd3_transformer, _sd3, "flux_vae", 4, 5000, 1.5e-3),
-    "sdxl": Model(miniatures.sdxl_unet, _sdxl, "sdxl_vae", 5, 6000, 1.0e-3),
+    "flux": Model(network=miniatures.flux_transformer, assemble=_flux, vae="flux_vae", seed=2, steps=6000, lr=1.5e-3),
+    "sd3": Model(network=miniatures.sd3_transformer, assemble=_sd3, vae="flux_vae", seed=4, steps=5000, lr=1.5e-3),
+    "sdxl": Model(network=miniatures.sdxl_unet, assemble=_sdxl, vae="sdxl_vae", seed=5, steps=6000, lr=1.0e-3),
 }
 STUDENTS = {
-    "sd15": Model(miniatures.student_unet, _sd15, "sd_vae", 3, 5400, 1e-3, CORRUPTION, 999),
-    "sd21": Model(miniatures.sd21_unet, _sd21, "sd_vae", 6, 5400, 1e-3, CORRUPTION, 625),
-}
+    "sd15": Model(
+        network=miniatures.student_unet, assemble=_sd15, vae="sd_vae", seed=3, steps=5400, lr=1e-3,
+        corruption=CORRUPTION, start_timestep=999,
+    ),
+    "sd21": Model(
+        network=miniatures.sd21_unet, assemble=_sd21, vae="sd_vae", seed=6, steps=5400, lr=1e-3,
+        corruption=CORRUPTION, start_timestep=625,
+    ),
+}  # fmt: skip
 MODELS = TEACHERS | STUDENTS
 
 
@@ -183,8 +189,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
 def report(build: Build, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
     """Judge's table of some pictures."""
     judge = Judge.load(build.weights / "judge")
-    tables = [judge.accuracy(images, captions)]
-    return {k: round(v, 3) for k, v in tables[0].items()}
+    return {k: round(v, 3) for k, v in judge.accuracy(images, captions).items()}
 
 
 @torch.no_grad()

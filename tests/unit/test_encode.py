@@ -112,6 +112,15 @@ def test_prompts_that_a_role_reads_only_in_part_are_marked(encoder):
     assert encoder(batch_of([fits, long, "", "a"]))["cut"].tolist() == [False, True, False, False]
 
 
+def test_the_word_that_an_encoder_was_trained_without_is_no_loss_at_the_end_and_any_other_is(encoder):
+    read = "a small red circle at the left and a large blue square at the right on a white"  # 18 words and two marks
+    whole = [read, f"{read} background", f"{read} BACKGROUND  ", f" {read}\tBackground\n"]
+    lost = [f"{read} floor", f"{read} background background", f"{read} background.", f"a {read} background"]
+    lost += [f"{read} backgrounds", f"{read} {read}", f"background {read}", "background " * 20]
+    assert encoder(batch_of(whole))["cut"].tolist() == [False] * 4
+    assert encoder(batch_of(lost))["cut"].tolist() == [True] * 8
+
+
 def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole():
     """SD 3.5: CLIP reads 77 tokens, T5 256."""
 

@@ -245,7 +245,14 @@ def test_a_folder_is_known_by_its_weights_and_configuration_not_by_where_it_came
     told = json.loads(config.read_text())
     config.write_text(json.dumps(told | {"_name_or_path": "/elsewhere"}))
     (tmp_path / "copy" / "README.md").write_text("x")
+    tokenizer = tmp_path / "copy" / "tokenizer" / "tokenizer_config.json"
+    ends = json.loads(tokenizer.read_text())
+    assert ends.pop("trained_without_ending") == "background"  # tells which prompts are cut, and no network
+    tokenizer.write_text(json.dumps(ends))
     assert identify(tmp_path / "copy") == ("copy", revision)
+    tokenizer.write_text(json.dumps(ends | {"model_max_length": 19}))
+    assert identify(tmp_path / "copy")[1] != revision
+    tokenizer.write_text(json.dumps(ends))
     config.write_text(json.dumps(told | {"scaling_factor": 0.5}))
     assert identify(tmp_path / "copy")[1] != revision
     config.write_text(json.dumps(told))
