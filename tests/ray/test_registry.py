@@ -52,8 +52,10 @@ class Run:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def says(self, word: str) -> None:
-        """Wait for this line."""
-        assert self.process.stdout.readline() == word + "\n"
+        """Wait for this line, the next one that is not Ray's own."""
+        while "(raylet)" in (line := self.process.stdout.readline()):
+            pass
+        assert line == word + "\n"
 
     def go(self) -> None:
         self.process.stdin.write("go\n")
@@ -104,9 +106,10 @@ def crash_serve_controller() -> None:
 
 
 def kill_registry() -> None:
-    """As a crash of its process; Ray starts it again."""
+    """As a crash of its process, whatever it does at that moment; Ray starts it again."""
     actor = ray.get_actor(registry.NAME, namespace=registry.NAMESPACE)
-    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+    pid = actor.__ray_call__.options(concurrency_group="queries").remote(lambda self: os.getpid())
+    os.kill(ray.get(pid, timeout=30), signal.SIGKILL)
 
 
 def registries() -> list[dict]:
