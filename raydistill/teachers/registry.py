@@ -31,7 +31,7 @@ from raydistill.teachers.request import TeacherStartError, one_line
 log = logging.getLogger(__name__)
 
 NAMESPACE, NAME = "raydistill-teachers", "registry"  # of the actor
-STATE = "services"  # the key of its state in the key-value store
+STATE = "records"  # the key of its state in the key-value store
 LOOK_EVERY_S = 2.0  # how often it looks for crashed users
 IDLE_S = 5.0  # how long it stays without a service
 RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
@@ -172,7 +172,7 @@ def _registry() -> Any:
 
 
 @dataclass(frozen=True)
-class Service:
+class Record:
     """What the registry knows of one service."""
 
     identity: dict[str, Any]  # see `identity.identify`
@@ -181,10 +181,10 @@ class Service:
     ready: tuple[str, ...] = ()  # of these, those whose start or attach has ended
     ending: bool = False  # its take-down has begun
 
-    def joined_by(self, job: str) -> Service:
+    def joined_by(self, job: str) -> Record:
         return replace(self, users=tuple({*self.users, job}), ending=False)
 
-    def left_by(self, job: str) -> Service:
+    def left_by(self, job: str) -> Record:
         users, ready = (tuple(other for other in jobs if other != job) for jobs in (self.users, self.ready))
         return replace(self, users=users, ready=ready)
 
@@ -193,17 +193,17 @@ class Service:
 class Registry:
     """Users of all teacher services. It alone takes services down.
 
-    Reports run one after another, queries at any time. `_services` is replaced whole, so a query sees one moment.
+    Reports run one after another, queries at any time. `_records` is replaced whole, so a query sees one moment.
     """
 
     def __init__(self) -> None:
         saved = _internal_kv_get(STATE, namespace=NAMESPACE)
-        self._services = {name: Service(**fields) for name, fields in json.loads(saved or "{}").items()}
+        self._records = {name: Record(**fields) for name, fields in json.loads(saved or "{}").items()}
         self._unused_since: dict[str, float] = {}  # services without a living user
         self._idle_since: float | None = None
         self._lock = threading.Lock()  # of reports and the watch
-        for name, known in list(self._services.items()):
-            if known.ending:  # a crash interrupted this take-down; newcomers wait until it is over
+        for name, record in list(self._records.items()):
+            if record.ending:  # a crash interrupted this take-down; newcomers wait until it is over
                 self._try_take_down(name)
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -212,10 +212,10 @@ class Registry:
     def start(self, name: str, job: str, identity: dict[str, Any], linger_s: float) -> str:
         """Make `job` a user, and say what it must do. Raises TeacherStartError: see `registry.start`."""
         with self._lock:
-            known, others = self._services.get(name), self.living(name) - {job}
-            same = known is not None and known.identity == identity
+            record, others = self._records.get(name), self.living(name) - {job}
+            same = record is not None and record.identity == identity
             if same and service.exists(name):
-                self._save(name, replace(known.joined_by(job), linger_s=linger_s))
+                self._save(name, replace(record.joined_by(job), linger_s=linger_s))
                 return TAKE_OVER
             if same and others:
                 return WAIT  # another user is about to launch it, or has lost it and is about to leave
@@ -224,35 +224,35 @@ class Registry:
                     f"run.name: a living run on this cluster (Ray job {', '.join(sorted(others))}) has teachers of the "
                     f"name {name} with another model or other settings; choose another run.name"
                 )
-            self._save(name, Service(identity, linger_s).joined_by(job))
+            self._save(name, Record(identity, linger_s).joined_by(job))
             return LAUNCH
 
     def attach(self, name: str, job: str, identity: dict[str, Any]) -> None:
         """Make `job` a user of a service that runs. Raises TeacherStartError: see `registry.attach`."""
         with self._lock:
-            known = self._services.get(name)
-            if known is None or not service.exists(name):
+            record = self._records.get(name)
+            if record is None or not service.exists(name):
                 raise TeacherStartError(
                     f"teachers.service: there is no teacher service {name!r} on this cluster; services: "
                     f"{', '.join(self.names()) or 'none'}. teachers.service=null starts one"
                 )
-            if found := differences(known.identity, identity):
+            if found := differences(record.identity, identity):
                 raise TeacherStartError(f"teachers.service: {name} is not this run's teacher: {'; '.join(found)}")
-            self._save(name, known.joined_by(job))
+            self._save(name, record.joined_by(job))
 
     def set_ready(self, name: str, job: str) -> None:
         """The start or attach of `job` has ended well."""
         with self._lock:
-            known = self._services[name]
-            self._save(name, replace(known, ready=tuple({*known.ready, job})))
+            record = self._records[name]
+            self._save(name, replace(record, ready=tuple({*record.ready, job})))
 
     def leave(self, name: str, job: str, take_down: bool) -> None:
         """End the use by `job`; with `take_down`, stop the service if that was the last living user."""
         with self._lock:
-            known = self._services.get(name)
-            if known is None or job not in known.users:
+            record = self._records.get(name)
+            if record is None or job not in record.users:
                 return
-            left = known.left_by(job)
+            left = record.left_by(job)
             ending = take_down and not set(left.users) - _dead_jobs()
             self._save(name, replace(left, ending=ending))  # at once, or a crash in between would leave it to linger
             if ending:
@@ -262,33 +262,33 @@ class Registry:
 
     @ray.method(concurrency_group="queries")
     def is_ready(self, name: str, job: str) -> bool:
-        known = self._services.get(name)
-        return known is not None and job in known.ready
+        record = self._records.get(name)
+        return record is not None and job in record.ready
 
     @ray.method(concurrency_group="queries")
     def living(self, name: str) -> set[str]:
-        known = self._services.get(name)
-        return set(known.users) - _dead_jobs() if known else set()
+        record = self._records.get(name)
+        return set(record.users) - _dead_jobs() if record else set()
 
     @ray.method(concurrency_group="queries")
     def names(self) -> list[str]:
-        return sorted(self._services)
+        return sorted(self._records)
 
     # The rest is the registry's own
 
-    def _save(self, name: str, changed: Service | None) -> None:
+    def _save(self, name: str, changed: Record | None) -> None:
         """Change what is known of one service, first where it outlives this process. None: forget it."""
-        services = {other: known for other, known in self._services.items() if other != name}
+        records = {other: record for other, record in self._records.items() if other != name}
         if changed is not None:
-            services[name] = changed
-        state = {other: asdict(known) for other, known in services.items()}
+            records[name] = changed
+        state = {other: asdict(record) for other, record in records.items()}
         _internal_kv_put(STATE, json.dumps(state), namespace=NAMESPACE)
-        self._services = services
+        self._records = records
 
     def _take_down(self, name: str) -> None:
         """Stop a service and forget it. Serve itself stays if another service has users: they may be about to launch it."""
-        self._save(name, replace(self._services[name], ending=True))
-        others = any(self.living(other) for other in self._services if other != name)
+        self._save(name, replace(self._records[name], ending=True))
+        others = any(self.living(other) for other in self._records if other != name)
         service.stop(name, with_serve=not others)
         self._save(name, None)
 
@@ -310,16 +310,16 @@ class Registry:
 
     def _look(self) -> None:
         now = time.monotonic()
-        unused = [name for name in self._services if not self.living(name)]
+        unused = [name for name in self._records if not self.living(name)]
         self._unused_since = {name: self._unused_since.get(name, now) for name in unused}
         for name in unused:
-            known = self._services[name]
-            if known.ending:
+            record = self._records[name]
+            if record.ending:
                 self._try_take_down(name)
-            elif now - self._unused_since[name] >= known.linger_s:
+            elif now - self._unused_since[name] >= record.linger_s:
                 log.warning("teacher %s: its users crashed and none resumed; it is taken down", name)
                 self._try_take_down(name)
-        self._idle_since = None if self._services else self._idle_since or now
+        self._idle_since = None if self._records else self._idle_since or now
         if self._idle_since is not None and now - self._idle_since > IDLE_S:
             ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
             time.sleep(RESTART_S)  # with the lock: nothing may be reported to this process any more
