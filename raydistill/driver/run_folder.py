@@ -60,7 +60,7 @@ def open_run_folder(config: Config) -> RunFolder:
     return run
 
 
-def pinned(config: Config, run: RunFolder) -> Config:
+def pin_models(config: Config, run: RunFolder) -> Config:
     """The configuration with the commit of each hub model whose revision it leaves open: the run's own, or what is
     fetched now.
 
