@@ -18,7 +18,8 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.imports import left_out
-from raydistill.spaces.base import Space, diffusers_class, weight_files
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import diffusers_class, weight_files
 
 with left_out("mlflow"):  # for its autotuner's own logs
     import deepspeed
