@@ -12,7 +12,7 @@ A family from outside the package is added in two steps:
 
     Install this package wherever raydistill is installed. `load_space` then imports the module where it is needed.
 
-`tests/unit/aura_flow_family.py` is such a module.
+`tests/aura_flow_family.py` is such a module.
 """
 
 from __future__ import annotations
@@ -141,11 +141,16 @@ def check_everywhere(space: Space) -> None:
     """See that the other processes of a run can find this Space's family too.
 
     Raises:
-        InputError: it is registered in this process alone.
+        InputError: it is registered in this process alone, or others would load another class.
     """
     name = space.pipeline_class
-    if name not in OWN and not entry_points(group=ENTRY_POINTS, name=name):
+    if name in OWN:
+        return
+    entries = entry_points(group=ENTRY_POINTS, name=name)
+    if not entries:
         raise InputError(
             f"{space.folder}: {name} is registered in this process alone, and a run has others; install a package whose "
             f"entry point {name} in the group {ENTRY_POINTS} is {type(space).__module__}:{type(space).__qualname__}"
         )
+    for entry in entries:
+        _load(entry)
