@@ -142,6 +142,6 @@ class Flux2KleinSpace(FlowSpace):
 
     def mu(self, steps: int) -> float:
         """The pipeline's own fit, in the number of image tokens and of steps."""
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu  # slow: transformers' models
 
         return compute_empirical_mu(self.image_tokens, steps)
