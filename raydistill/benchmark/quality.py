@@ -241,7 +241,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     from raydistill.planning.counting import count_teacher, count_trainer, distiller
     from raydistill.planning.counts import changed
     from raydistill.planning.meter import counted
-    from raydistill.spaces.meta import conditioning_layout, empty_conditioning, open_space
+    from raydistill.spaces.meta import empty_conditioning, open_space
 
     config = load(CONFIGS / f"{name}.yaml", variant.overrides())
     config = changed(config, gradient_checkpointing=False)  # what it computes twice is no work of the method
@@ -260,7 +260,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
         with counted() as meter, torch.no_grad():
             fake = distiller(config, student, teacher, batch).fake
             inputs = torch.empty(batch, *teacher.latent_shape, device="meta"), torch.empty(batch, device="meta")
-            conditioning = empty_conditioning(conditioning_layout(teacher), batch)
+            conditioning = empty_conditioning(teacher.conditioning_layout, batch)
             parts["separate"] = k * meter.count(lambda: fake.features(*inputs, conditioning)).flops
     return {f"{part}_forwards": flops / forward for part, flops in parts.items()} | {
         "forwards": sum(parts.values()) / forward,

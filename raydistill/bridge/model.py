@@ -25,7 +25,8 @@ from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
 from raydistill.config import schema
 from raydistill.errors import InputError
-from raydistill.spaces.base import Space, weight_files
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import weight_files
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
 SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "vae_sha256")  # of bridge.json

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from raydistill.bridge.attention import check_network
+from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
@@ -18,7 +18,7 @@ from raydistill.distill.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
 from raydistill.shapes.captions import ATTRIBUTES, parse
-from raydistill.spaces import load_space
+from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
@@ -60,6 +60,7 @@ def check_inputs(config: Config) -> Inputs:
     student.check_files(network=config.student.unet is None)
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
+    check_everywhere(teacher)
     teacher.check_files()
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
@@ -131,7 +132,7 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
             "workers (distill.min_workers, else distill.workers)"
         )
     if trains and config.bridge.attention.weight > 0:
-        check_network(teacher)
+        reader_of(teacher)
     if config.bridge.checkpoint is not None:
         check_pair(resolve(config.bridge.checkpoint), student, teacher)
     elif config.bridge.projector == "identity":

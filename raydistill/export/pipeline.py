@@ -22,7 +22,8 @@ from diffusers import (
 
 from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
-from raydistill.spaces.base import Space, without_bars
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import without_bars
 
 
 @dataclass(frozen=True)

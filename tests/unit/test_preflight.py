@@ -16,7 +16,7 @@ from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
-from raydistill.spaces.base import weight_files
+from raydistill.spaces.folder import weight_files
 from raydistill.storage.resolve import resolve
 
 CAPTION = single_scenes(held_out=False)[0].caption
