@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from raydistill.config.schema import Config
-from raydistill.data.texts import Spill, Texts, permutation, repeated
+from raydistill.data.texts import Numbers, Texts, permutation, repeated
 from raydistill.errors import InputError
 from raydistill.storage.resolve import resolve
 
@@ -158,7 +158,7 @@ def read_prompts(
     """
     path = Path(path)
     report = PromptReport(str(path))
-    ids, hashes = Spill(np.int64), Spill(np.int64)
+    ids, hashes = Numbers(), Numbers()
 
     def usable() -> Iterator[str]:
         for row, get in _rows(path, column):
