@@ -92,9 +92,9 @@ class PairEncoder:
         """
         pictures = pictures.to(self.device)
         small = resized(pictures, self.student.resolution)
-        z_T = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
-        z_S = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
-        return z_T, z_S, previews(pictures)
+        z_teacher = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
+        z_student = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
+        return z_teacher, z_student, previews(pictures)
 
     def _latents(
         self,

@@ -64,7 +64,7 @@ def check_inputs(config: Config) -> Inputs:
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         from raydistill.data.pairs import read_pairs
 
-        pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
+        pairs = read_pairs(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
         from raydistill.data.pairs import read_pairs

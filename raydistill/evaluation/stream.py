@@ -16,7 +16,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
+from raydistill.data.ray_data import dataset_of
 from raydistill.data.stage_error import StageError
 from raydistill.errors import StageFailed
 from raydistill.evaluation.parts import Parts, Stage
@@ -58,15 +58,8 @@ def run_stages(parts: Parts, stages: list[StagePlan], done: Callable[[int], obje
         return
     stages = [stage for stage in stages if missing[stage.metric]]
     check_room(stages, ray.cluster_resources())
-    quiet_ray_data()
-    rows = ray.data.from_items(
-        [{"batch": batch} for batch in batches], override_num_blocks=min(len(batches), MAX_BLOCKS)
-    )
-    rows.context.execution_options.preserve_order = False
+    rows = dataset_of([{"batch": batch} for batch in batches])
     rows.context.raise_original_map_exception = True  # a StageError
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
-    rows.context.issue_detectors_config.detectors = []
     for stage in stages:
         arguments = {"folder": str(parts.folder), "batch_size": parts.batch_size, "metric": stage.metric}
         arguments |= {"make": stage.make, "arguments": stage.arguments}

@@ -107,7 +107,9 @@ def find_subject(
             raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
         _one_step_only(steps, guidance_scale)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
-        return Subject(name, folder, str(weights.resolve()), start, 1, 1.0)  # no run of MODEL made these weights
+        return Subject(
+            name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start, steps=1, guidance_scale=1.0
+        )  # no run of MODEL made these weights
     start = _start_of(export) if steps in (None, 1) else None
     if start is not None:
         _one_step_only(steps, guidance_scale)

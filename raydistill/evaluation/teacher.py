@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from raydistill.config.schema import Config
-from raydistill.data.encode import encode_table
+from raydistill.data.encode import PromptTable
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
@@ -27,15 +27,13 @@ def draw_teacher(
     """
     if config.evaluation.judge is None:
         fixed = fixed.first(config.evaluation.grid)
-    table, row = encode_table(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
-    empty = space.unconditional({name: value[:1] for name, value in table.items()})
+    table = PromptTable(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
+    empty = space.unconditional(table([""]))
     vae = space.load_vae()
 
     def request(start: int, stop: int, captions: list[str]) -> object:
-        rows = torch.tensor([row[caption] for caption in captions])
-        conditioning = {name: value[rows] for name, value in table.items()}
         noise = fixed.noise(space, start, stop)
-        return generate(noise, conditioning, empty, config.teacher.sampling_steps, guidance_scale)
+        return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
 
     pictures, waiting = [], []
     batches = list(fixed.batches(config.evaluation.batch_size))

@@ -139,9 +139,9 @@ class Decoder:
             self.bridge = Bridge.load(upgrade.bridge, upgrade.base, upgrade.teacher).to(device)
         self.vae = self.space.load_vae(dtype).to(device)
 
-    def __call__(self, z_S: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z_student: torch.Tensor) -> torch.Tensor:
         """[B, C, h, w] float32, normalised -> [B, 3, S, S] in [-1, 1]. The Bridge computes in float32."""
-        return self.space.decode(self.vae, z_S if self.bridge is None else self.bridge(z_S))
+        return self.space.decode(self.vae, z_student if self.bridge is None else self.bridge(z_student))
 
 
 # -- drawing ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def one_step(tmp_path_factory):
     """An export of a one-step student."""
     space = load_space(WEIGHTS / "sd15")
     student = load_student(space, WEIGHTS / "sd15-onestep")
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
     return export_student(space, student, 999, tmp_path_factory.mktemp("one-step") / "export", card)
 
 
@@ -42,7 +42,7 @@ def plan(tmp_path) -> Plan:
     (tmp_path / "e" / "pictures").mkdir(parents=True)
     for item in items:
         save_picture(tmp_path / "e" / "pictures" / item.file_name, torch.zeros(3, 8, 8), item, "mine")
-    subject = Subject("mine", "/models/mine", None, 999, 1, 1.0)
+    subject = Subject(name="mine", folder="/models/mine", unet=None, start_timestep=999, steps=1, guidance_scale=1.0)
     return Plan(subject, prompts, items, [], None, tmp_path / "e", {"seed": 4, "metrics": {}}, Resources())
 
 

@@ -24,7 +24,7 @@ from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
 PROMPTS = PromptSet(["a red circle", "a large blue square on a green background", "ein roter Kreis – grün"], [1, 2, 7])
 TINY = BridgeConfig(projector="swinir", embed_dim=8, depths=[1], heads=2, window=4)
 
@@ -113,8 +113,8 @@ def test_the_upgrade_is_the_bridge_and_the_teachers_decoder(space, flux_folder, 
     plain, upgraded = Sampler(load_space(exports[999])), Sampler(load_space(exports[999]), upgrade)
     teacher = load_space(flux_folder)
     with torch.no_grad():
-        z_T = Bridge.load(bridge, space, teacher)(plain.latents(pictures))
-        wanted = teacher.decode(teacher.load_vae(), z_T)
+        z_teacher = Bridge.load(bridge, space, teacher)(plain.latents(pictures))
+        wanted = teacher.decode(teacher.load_vae(), z_teacher)
     images = torch.stack([image for _, image in upgraded.draw(pictures, 3)])
     assert images.shape == (3, 3, teacher.resolution, teacher.resolution)
     assert teacher.resolution == 2 * space.resolution
