@@ -27,10 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
+from raydistill.pictures.files import load_image
 from raydistill.storage.atomic import writing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place
@@ -79,13 +79,6 @@ def existing_shards(folder: str | Place) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def png(image: Image.Image) -> bytes:
-    """A preview's bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def captioned_previews(files: Sequence[Place], count: int) -> tuple[torch.Tensor, list[str]]:
     """At most `count` previews spread over some shards, [N, 3, H, W] in [-1, 1], and their prompts.
 
@@ -99,9 +92,8 @@ def captioned_previews(files: Sequence[Place], count: int) -> tuple[torch.Tensor
         share = min(share, len(table))
         rows = table.take([index * len(table) // share for index in range(share)]) if share else table
         prompts += rows["prompt"].to_pylist()
-        images += [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in rows["preview"].to_pylist()]
-    pixels = torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 1, 1, 3)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, prompts
+        images += [load_image(io.BytesIO(data)) for data in rows["preview"].to_pylist()]
+    return torch.stack(images) if images else torch.zeros(0, 3, 1, 1), prompts
 
 
 def _where(file: Place) -> dict[str, Any]:

@@ -38,7 +38,11 @@ class Texts(Sequence[str]):
         with tempfile.TemporaryFile() as file:
             with pa.ipc.new_file(file, _SCHEMA) as writer:
                 while chunk := [text.encode("utf-8", "surrogatepass") for text in itertools.islice(texts, TEXT_CHUNK)]:
-                    writer.write(pa.record_batch([pa.array(chunk, pa.large_binary(), memory_pool=pa.system_memory_pool())], schema=_SCHEMA))
+                    writer.write(
+                        pa.record_batch(
+                            [pa.array(chunk, pa.large_binary(), memory_pool=pa.system_memory_pool())], schema=_SCHEMA
+                        )
+                    )
             self._column = pa.ipc.open_file(pa.py_buffer(_mapped(file))).read_all().column("text")
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ A scorer takes picture files and prompts and returns columns of one number a pic
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,43 +13,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPModel, CLIPTokenizer
 
 from raydistill.evaluation.frechet import frechet_distance
-from raydistill.evaluation.promptsets import Item
-from raydistill.evaluation.subject import Painter, Subject, save_picture
+from raydistill.evaluation.subject import Subject, load_painter
+from raydistill.pictures.files import load_image, save_png
+from raydistill.pictures.grids import to_pil
+from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import ATTRIBUTES
 from raydistill.shapes.judge import Judge
 from raydistill.storage.staging import on_this_machine
 
 
-def load_image(file: str | Path) -> torch.Tensor:
-    """A picture file -> [3, H, W] in [-1, 1]."""
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
 class Drawing:
-    """Writes the pictures of items; the first stage."""
+    """Writes the files of pictures."""
 
     def __init__(self, subject: Subject, device: str, dtype: str, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.painter, self.title = Painter(subject, device, getattr(torch, dtype)), subject.title
+        _limit(threads)
+        self.painter, self.title = load_painter(subject, device, getattr(torch, dtype)), subject.title
 
-    def __call__(self, items: Sequence[dict], files: Sequence[str]) -> None:
-        made = [Item(**item) for item in items]
+    def __call__(self, pictures: Sequence[Picture], files: Sequence[str]) -> None:
         Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
-        for item, file, image in zip(made, files, self.painter.draw(made), strict=True):
-            save_picture(Path(file), image, item, self.title)
+        for picture, file, image in zip(pictures, files, self.painter.draw(pictures), strict=True):
+            save_png(Path(file), to_pil(image), picture.facts | {"model": self.title})
+
+
+def _limit(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class JudgeScorer:
     """Columns mean, all, one an attribute, and relation (None for captions of one object); see shapes/judge.py."""
 
     def __init__(self, folder: str, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _limit(threads)
         self.judge = Judge.load(on_this_machine(folder))
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
@@ -69,10 +68,7 @@ class ClipScorer:
     """
 
     def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        from transformers import CLIPModel, CLIPTokenizer
-
+        _limit(threads)
         self.device = torch.device(device)
         self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
@@ -104,8 +100,6 @@ class ClipScorer:
 
 def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of the channels, from preprocessor_config.json, else CLIP's own."""
-    import json
-
     file = folder / "preprocessor_config.json"
     config = json.loads(file.read_text()) if file.is_file() else {}
     mean = config.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
@@ -122,6 +116,5 @@ def judge_features(folder: str | Path, files: Sequence[str | Path]) -> torch.Ten
 
 def judge_frechet(folder: str, files: Sequence[str], reference: Sequence[str], threads: int | None = None) -> float:
     """Fréchet distance of the judge's features between two sets of picture files."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _limit(threads)
     return frechet_distance(judge_features(folder, files), judge_features(folder, reference))

@@ -25,7 +25,7 @@ from raydistill.export.licences import student_licences
 from raydistill.spaces.base import Space, without_bars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Where an exported student comes from."""
 

@@ -19,7 +19,6 @@ from raydistill.data.pairs import (
     captioned_previews,
     existing_shards,
     load_pairs,
-    png,
     read_pairs,
     remove_abandoned,
     shard_file,
@@ -27,6 +26,7 @@ from raydistill.data.pairs import (
     write_pairs,
 )
 from raydistill.errors import InputError
+from raydistill.pictures.files import png_bytes
 
 
 def write(folder, shard, first, count, z_teacher=None, previews=None):
@@ -47,7 +47,7 @@ def write(folder, shard, first, count, z_teacher=None, previews=None):
 
 def test_rows_come_back_as_written_across_shards(tmp_path):
     picture = Image.new("RGB", (3, 2), (250, 0, 10))
-    write(tmp_path, 0, 0, 3, previews=[png(picture), None, b"x"])
+    write(tmp_path, 0, 0, 3, previews=[png_bytes(picture), None, b"x"])
     write(tmp_path, 2, 3, 4)
     pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
     assert len(pairs) == 7
@@ -253,7 +253,9 @@ def test_only_old_unfinished_files_are_removed(tmp_path):
 def test_previews_are_spread_over_the_shards(tmp_path, count, seen):
     for shard in range(2):
         ids = range(5 * shard, 5 * shard + 5)
-        write(tmp_path, shard, 5 * shard, 5, previews=[png(Image.new("RGB", (4, 4), (25 * i, 0, 255))) for i in ids])
+        write(
+            tmp_path, shard, 5 * shard, 5, previews=[png_bytes(Image.new("RGB", (4, 4), (25 * i, 0, 255))) for i in ids]
+        )
     images, prompts = captioned_previews([shard_file(tmp_path, shard) for shard in range(2)], count)
     assert prompts == [f"prompt {i}" for i in seen]
     expected = torch.tensor([[25.0 * i, 0, 255] for i in seen]) / 127.5 - 1

@@ -378,9 +378,10 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
     import numpy as np
     import torch
 
-    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, png, shard_file
+    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, shard_file
     from raydistill.data.shards import FAILURES_FILE, PairWriter
     from raydistill.errors import InputError
+    from raydistill.pictures.files import png_bytes
 
     def writer(place_, seed=0):
         names = lambda rows: (np.asarray(rows), [f"prompt {row}" for row in rows])  # noqa: E731
@@ -397,7 +398,7 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
 
     def rows(*numbers):
         z = torch.arange(len(numbers) * 4, dtype=torch.float16).reshape(-1, 1, 2, 2).numpy() + numbers[0]
-        preview = np.array([png(Image.new("RGB", (4, 4))) for _ in numbers], dtype=object)
+        preview = np.array([png_bytes(Image.new("RGB", (4, 4))) for _ in numbers], dtype=object)
         failure = np.array(["broken" if row == 2 else "" for row in numbers], dtype=object)
         return {"row": np.array(numbers), "z_T": z, "z_S": z, "preview": preview, "failure": failure}
 
