@@ -202,4 +202,4 @@ def for_ray_train(folder: Place) -> dict[str, Any]:
     return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
 
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

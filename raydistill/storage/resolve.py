@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from raydistill.config.reading import get
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
-from raydistill.storage.place import _URI, Place, Remote, remote
+from raydistill.storage.place import URI, Place, Remote, remote
 
 if typing.TYPE_CHECKING:
     from raydistill.storage.place import Place
@@ -55,7 +55,7 @@ HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging
 
 def is_uri(text: str) -> bool:
     """Whether `text` reads as scheme://something."""
-    return _URI.match(text) is not None
+    return URI.match(text) is not None
 
 
 def local_path(path: str) -> Path:

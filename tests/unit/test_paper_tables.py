@@ -19,7 +19,6 @@ from raydistill.driver.paper_tables import (
     SHARED,
     START,
     STUDENTS,
-    TABLES,
     TEACHERS,
     _take_teacher,
     cells,
@@ -29,9 +28,10 @@ from raydistill.driver.paper_tables import (
     summarise,
     verdicts,
 )
-from raydistill.driver.pipeline import opened
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.driver.run_record import open_record
+from raydistill.driver.table_names import TABLES
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
 
@@ -139,7 +139,7 @@ def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, t
             teacher=cell.config.teacher.model, teacher_class="P", student=cell.config.student.unet, steps=1
         )
         export_student(space, student, 999, tmp_path / "paper" / cell.name / "export", card, torch.float32)
-    with opened(config, run, inputs) as pipeline:
+    with open_record(config, run, inputs) as pipeline:
         merged = merge("sd15", 0, members, pipeline)
         assert merge("sd15", 0, members, pipeline) == merged  # the second time it is read
     fixed = FixedPrompts(inputs.held_out, 8, config.evaluation.seed)
