@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
+from raydistill.data.in_order import in_order
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
 from raydistill.data.vae import PairEncoder
@@ -256,7 +256,7 @@ def synthesise(
         return 0
     requests = list(writer.requests(recipe.batch_size))
     if recipe.samples:
-        pictures = _answers(requests, TeacherAsker(client, recipe, device).ask)
+        pictures = in_order(requests, TeacherAsker(client, recipe, device).ask, IN_FLIGHT)
     else:
         pictures = (load_rows(recipe.source, request, recipe.teacher.resolution) for request in requests)
     encoder = recipe.encoder(device)
@@ -273,14 +273,3 @@ def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:
     if common:
         name = source.report.source if isinstance(source, PromptSet) else source.source
         raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")
-
-
-def _answers(requests: Iterable[Request], ask: Callable[[Request], AskedRows]) -> Iterator[Batch]:
-    """Answers in order; the next requests are sent before an answer is handed out to be decoded."""
-    pending: deque[AskedRows] = deque()
-    for request in requests:
-        pending.append(ask(request))
-        if len(pending) > IN_FLIGHT:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

@@ -34,6 +34,7 @@ from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
 from raydistill.data.vae import PairEncoder
 from raydistill.errors import InputError, StageFailed
+from raydistill.pictures.grids import grid
 from raydistill.storage.place import Place
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
@@ -275,8 +276,6 @@ class SynthesisLog:
             self.tracker.artifact(folder / FAILURES_FILE)
 
     def _show(self, files: list[Place], step: int) -> None:
-        from raydistill.pictures.grids import grid
-
         images, captions = captioned_previews(files, self.pictures)
         if captions:
             self.tracker.image(grid(images, captions), "pictures", step)

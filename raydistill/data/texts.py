@@ -110,3 +110,15 @@ def permutation(count: int, generator: np.random.Generator) -> np.ndarray:
     generator.shuffle(order)
     order.flags.writeable = False  # shared by everybody who asks for it
     return order
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, also behind a dictionary."""
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value)
+
+
+def undecoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
+    """Strings as bytes: one that is no UTF-8 would otherwise spoil the whole column."""
+    value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(value).cast(pa.large_binary()).to_pylist()

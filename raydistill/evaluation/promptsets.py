@@ -15,6 +15,7 @@ from pathlib import Path
 from raydistill.data.prompts import PromptReport, PromptSet, read_prompts
 from raydistill.errors import InputError
 from raydistill.pictures.picture import Picture
+from raydistill.shapes.captions import sample_scene
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path
 from raydistill.storage.staging import local_copy
@@ -95,8 +96,6 @@ def open_prompts(
 
 def _held_out_pairs(count: int) -> list[str]:
     """Different captions of two objects that no training set contains, in a fixed order."""
-    from raydistill.shapes.captions import sample_scene
-
     rng, captions = random.Random(0), {}
     while len(captions) < count:
         captions[sample_scene(rng, held_out=True, two_objects=1.0).caption] = None

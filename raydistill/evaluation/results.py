@@ -31,12 +31,12 @@ Columns = Mapping[str, Sequence[float | None]]
 def write_scores(file: Path, pictures: Sequence[Picture], columns: Columns) -> None:
     """Parquet, one row a picture: index, prompt_id, prompt, seed, category, file, then the scores as float64."""
     table = {
-        "index": pa.array([i.index for i in pictures], pa.int64()),
-        "prompt_id": pa.array([i.prompt_id for i in pictures], pa.int64()),
-        "prompt": pa.array([i.prompt for i in pictures], pa.string()),
-        "seed": pa.array([i.seed for i in pictures], pa.int64()),
-        "category": pa.array([i.category or None for i in pictures], pa.string()),
-        "file": pa.array([f"pictures/{i.file_name}" for i in pictures], pa.string()),
+        "index": pa.array([p.index for p in pictures], pa.int64()),
+        "prompt_id": pa.array([p.prompt_id for p in pictures], pa.int64()),
+        "prompt": pa.array([p.prompt for p in pictures], pa.string()),
+        "seed": pa.array([p.seed for p in pictures], pa.int64()),
+        "category": pa.array([p.category or None for p in pictures], pa.string()),
+        "file": pa.array([f"{PICTURES}/{p.file_name}" for p in pictures], pa.string()),
     }
     table |= {name: pa.array(values, pa.float64()) for name, values in columns.items()}
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
@@ -45,7 +45,7 @@ def write_scores(file: Path, pictures: Sequence[Picture], columns: Columns) -> N
 
 
 def mean_table(pictures: Sequence[Picture], columns: Columns) -> dict[str, dict[str, float]]:
-    """« all prompts» and every category in order of appearance -> column -> mean of the pictures that have a number.
+    """« all prompts » and every category in order of appearance -> column -> mean of the pictures that have a number.
 
     A row lacks a column in which none of its pictures has one.
     """

@@ -5,15 +5,13 @@ A scorer takes picture files and prompts and returns columns of one number a pic
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.subject import Subject, load_painter
@@ -63,8 +61,7 @@ class ClipScorer:
     """CLIPScore (Hessel et al. 2021): 100 · max(cos(image features, text features), 0), the scale of torchmetrics.
 
     The paper's own scale is 2.5 instead of 100, with "A photo depicts" before the text; neither is used here.
-    The picture's shorter side is resized (bicubic) to the model's size and its middle is cropped, as CLIP's own
-    preprocessing does; texts are cut at the model's length.
+    Texts are cut at the model's length.
     """
 
     def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
@@ -72,39 +69,29 @@ class ClipScorer:
         self.device = torch.device(device)
         self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
-        self.mean, self.std = _normalisation(Path(folder))
-
-    def pixels(self, file: str | Path) -> torch.Tensor:
-        """[3, S, S], normalised."""
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB")
-            width, height = (self.size * side // min(picture.size) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            picture = picture.crop((left, top, left + self.size, top + self.size))
-            values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
-        return (values - self.mean[:, None, None]) / self.std[:, None, None]
+        if Path(folder, "preprocessor_config.json").is_file():
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        else:
+            size = self.model.config.vision_config.image_size
+            self.processor = CLIPImageProcessorPil(
+                size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+            )
 
     @torch.no_grad()
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
-        pixels = torch.stack([self.pixels(file) for file in files]).to(self.device)
+        # one by one: the files may differ in size
+        pixels = [self.processor(Image.open(file), return_tensors="pt")["pixel_values"] for file in files]
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
-        out = self.model(pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        out = self.model(
+            pixel_values=torch.cat(pixels).to(self.device),
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+        )
         cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
         return {"clipscore": (100 * cosine.clamp_min(0)).tolist()}
-
-
-def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the channels, from preprocessor_config.json, else CLIP's own."""
-    file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    mean = config.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
-    std = config.get("image_std", [0.26862954, 0.26130258, 0.27577711])
-    return torch.tensor(mean), torch.tensor(std)
 
 
 @torch.no_grad()

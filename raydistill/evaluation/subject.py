@@ -129,10 +129,6 @@ def _one_step_only(steps: int | None, guidance_scale: float | None) -> None:
 
 def _start_of(export: Export) -> int | None:
     """Start timestep of a one-step export; None for any other pipeline."""
-    if json.loads((Path(export.folder) / "model_index.json").read_text()).get("_class_name") != (
-        "StableDiffusionPipeline"
-    ):
-        return None
     try:
         return open_one_step(export)[1]
     except InputError:

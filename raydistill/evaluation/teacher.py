@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
+from raydistill.data.in_order import in_order
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
@@ -31,18 +32,13 @@ def draw_teacher(
     empty = space.unconditional(table([""]))
     vae = space.load_vae()
 
-    def request(start: int, stop: int, captions: list[str]) -> object:
+    def ask(batch: tuple[int, int, list[str]]) -> object:
+        start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
         return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
 
-    pictures, waiting = [], []
     batches = list(fixed.batches(config.evaluation.batch_size))
-    for index in tqdm(range(len(batches) + 1), desc="teacher draws", disable=None):
-        if index < len(batches):
-            waiting.append(request(*batches[index]))
-        if len(waiting) == 2 or index == len(batches):
-            while waiting and (len(waiting) == 2 or index == len(batches)):
-                pictures.append(space.decode(vae, waiting.pop(0).result()))
-    images = torch.cat(pictures)
+    answers = tqdm(in_order(batches, ask, ahead=1), desc="teacher draws", total=len(batches), disable=None)
+    images = torch.cat([space.decode(vae, latents) for latents in answers])
     judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
     return images, judge.accuracy(images, fixed.captions) if judge else {}

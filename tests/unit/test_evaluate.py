@@ -185,7 +185,6 @@ def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_fol
     wanted = []
     for file, caption in zip(files, captions, strict=True):
         pixels = processor(Image.open(file), return_tensors="pt")["pixel_values"]
-        assert torch.equal(scorer.pixels(file), pixels[0])
         ids = CLIPTokenizer.from_pretrained(clip_folder)(caption, truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
             out = scorer.model(pixel_values=pixels, input_ids=ids["input_ids"])
