@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from raydistill.build_shapes.frame import Build, cached, fit, scenes_for
 from raydistill.build_shapes.parts import text_part, vae_part
+from raydistill.data.encode import PromptTable
 from raydistill.diffusion.path import add_noise, expand, target
 from raydistill.shapes import miniatures
 from raydistill.shapes.captions import corrupt, evaluation_captions
@@ -143,16 +144,12 @@ def render_latents(
     return latents, [s.caption for s in scenes], [corrupt(s, corruption, rng).caption for s in scenes]
 
 
-def encode_unique(space: Space, captions: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Conditioning of each distinct caption once, the unconditional one at row 0, and the row of each caption."""
-    unique = ["", *dict.fromkeys(captions)]
-    text = space.load_text()
-    parts = [space.encode_prompts(text, unique[i : i + 256]) for i in range(0, len(unique), 256)]
-    parts[0] = {
-        k: torch.cat([space.unconditional({k: v[:1] for k, v in parts[0].items()})[k], v[1:]])
-        for k, v in parts[0].items()
-    }
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {c: i for i, c in enumerate(unique)}
+def caption_table(space: Space, captions: Iterable[str]) -> PromptTable:
+    """Conditioning of each distinct caption, the unconditional one at row 0."""
+    table = PromptTable(space, ["", *captions], batch_size=256)
+    for name, value in space.unconditional(table([""])).items():
+        table.columns[name][:1] = value
+    return table
 
 
 def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -> nn.Module:
@@ -163,8 +160,8 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
     """
     model, batch = MODELS[name], 32
     latents, *captions = render_latents(build, space, model.vae, model.corruption)
-    table, row_of = encode_unique(space, captions[0] + captions[1])
-    clean, corrupted = (torch.tensor([row_of[c] for c in some]) for some in captions)
+    table = caption_table(space, captions[0] + captions[1])
+    clean, corrupted = map(table.rows, captions)
     corrupt_from = build.steps(round(model.steps * 2 / 3))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -176,7 +173,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
         if space.prediction == "velocity":
             t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
         x_t = add_noise(space.path, latents[pick], noise, t_B)
-        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.items()})
+        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.columns.items()})
         error = prediction - target(space.path, space.prediction, latents[pick], noise, t_B)
         if space.prediction == "epsilon":
             # as the error of v: otherwise noisy times, where the caption decides the picture, hardly count

@@ -70,7 +70,7 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
+        pairs = read_pairs(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
         pairs = read_pairs(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)

@@ -114,17 +114,17 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
     """What decides the rows of the run's pairs."""
     synthesis = config.synthesis
     return Recipe(
-        inputs.teacher,
-        inputs.student,
-        inputs.prompts if inputs.images is None else inputs.images,
-        synthesis.count if inputs.images is None else len(inputs.images),
-        synthesis.batch_size,
-        synthesis.shard_size,
-        config.run.seed,
-        synthesis.posterior,
-        config.teacher.sampling_steps,
-        guidance_scale(config, inputs.teacher),
-        config.prompts.encoder_dtype,
+        teacher=inputs.teacher,
+        student=inputs.student,
+        source=inputs.prompts if inputs.images is None else inputs.images,
+        count=synthesis.count if inputs.images is None else len(inputs.images),
+        batch_size=synthesis.batch_size,
+        shard_size=synthesis.shard_size,
+        seed=config.run.seed,
+        posterior=synthesis.posterior,
+        steps=config.teacher.sampling_steps,
+        guidance_scale=guidance_scale(config, inputs.teacher),
+        text_dtype=config.prompts.encoder_dtype,
     )
 
 

@@ -26,7 +26,7 @@ from raydistill.spaces.base import Space
 from raydistill.spaces.folder import without_bars
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Where an exported student comes from."""
 

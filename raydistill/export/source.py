@@ -7,14 +7,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.errors import InputError
+from raydistill.errors import InputError, mask, reason
+from raydistill.export.pipeline import replacing
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, to_place
 from raydistill.storage.staging import local_copy
+from raydistill.tracking.store import client_of
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 DOWNLOADS = "downloads"  # of storage
@@ -31,8 +35,6 @@ class Export:
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises InputError where this version cannot read it."""
-        import yaml
-
         file = self.run / "config.yaml" if self.run else None
         return validate(yaml.safe_load(file.read_text())) if file and file.is_file() else None
 
@@ -96,11 +98,8 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
     then has one place, which every node sees.
     """
-    from raydistill.errors import mask, reason
-    from raydistill.tracking.store import client_of
-
     client = client_of(uri)
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts  # slow to import
 
     try:
         run = client.get_run(run_id)
@@ -115,8 +114,6 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                 artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
                 place = storage / DOWNLOADS / made_by
                 if not place.is_dir():
-                    from raydistill.export.pipeline import replacing
-
                     with replacing(place) as fresh:
                         download_artifacts(**artifact, dst_path=str(fresh))
                 return Export(place / EXPORT_FOLDER, name)

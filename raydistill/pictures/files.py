@@ -1,17 +1,52 @@
-"""Files of pictures: lossless stores of a few tensors [N, 3, S, S] in [-1, 1]."""
+"""Files of pictures: PNG files that say how they were made, and lossless stores of a few tensors."""
 
 from __future__ import annotations
 
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
 
 from raydistill.storage.atomic import reading, writing
 from raydistill.storage.place import Place
 
+# -- PNG ------------------------------------------------------------------------------------------------
+
+
+def save_png(file: Path, picture: Image.Image, facts: Mapping[str, str]) -> None:
+    """Write one PNG with these texts inside, in one move."""
+    entries = PngInfo()
+    for key, value in facts.items():
+        entries.add_itxt(key, value)
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    picture.save(unfinished, format="PNG", pnginfo=entries)
+    os.replace(unfinished, file)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def load_image(file: str | Path | io.BytesIO) -> torch.Tensor:
+    """A picture file of any format -> [3, H, W] in [-1, 1]."""
+    with Image.open(file) as picture:
+        pixels = np.array(picture.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+
+
+# -- tensors --------------------------------------------------------------------------------------------
+
 
 def save_pictures(file: Place, pictures: torch.Tensor) -> None:
-    """Lossless small store of pictures: uint8 safetensors."""
-    from safetensors.torch import save_file
-
+    """Lossless small store of pictures [N, 3, S, S] in [-1, 1]: uint8 safetensors."""
     with writing(file) as local:
         local.parent.mkdir(parents=True, exist_ok=True)
         save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
@@ -19,7 +54,5 @@ def save_pictures(file: Place, pictures: torch.Tensor) -> None:
 
 def load_pictures(file: Place) -> torch.Tensor:
     """What `save_pictures` wrote, back in [-1, 1]."""
-    from safetensors.torch import load_file
-
     with reading(file) as local:
         return load_file(local)["pictures"].float() / 127.5 - 1

@@ -258,8 +258,16 @@ class _Losses(Objective):
         layout = teacher.conditioning_layout
         self.captions = lambda prompts: empty_conditioning(layout, len(prompts))
         numbers = torch.arange(share)
-        z_T, z_S = (torch.empty(share, *space.latent_shape, device="meta") for space in (teacher, student))
-        self.pairs = Pairs(numbers.numpy(), [""] * share, numbers, numbers, z_T, z_S, [None] * share)
+        z_teacher, z_student = (torch.empty(share, *space.latent_shape, device="meta") for space in (teacher, student))
+        self.pairs = Pairs(
+            ids=numbers.numpy(),
+            prompts=[""] * share,
+            prompt_ids=numbers,
+            seeds=numbers,
+            z_teacher=z_teacher,
+            z_student=z_student,
+            previews=[None] * share,
+        )
 
     def batch(self, step: int) -> Pairs:
         return self.pairs

@@ -130,7 +130,7 @@ def build(shipped):
             student=load_unet(student, config.student.unet),
             bridge=Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher),
             fake_network=teacher.load_network(),
-            real=Real(samples.z_T.clone(), tables[1], torch.arange(16)),
+            real=Real(samples.z_teacher.clone(), tables[1], torch.arange(16)),
             source=batches(),
         )
 

@@ -282,7 +282,7 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
     samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(96))
     table = [space.encode_prompts(space.load_text(), samples.prompts) for space in (student, teacher)]
-    real = Real(samples.z_T, table[1], torch.arange(96))
+    real = Real(samples.z_teacher, table[1], torch.arange(96))
     bridge = Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher)
     unet = load_unet(student, "shapes:sd15-onestep")
     stream = batches(table, size=12, captions=96)
@@ -360,8 +360,16 @@ def test_recomputed_activations_change_no_number(spaces, tables):
 @pytest.fixture(scope="module")
 def pairs(spaces, tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(9)
-    z_S, z_T = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
-    write_pairs(folder, 0, [f"{CAPTIONS[i % 3]} {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    z_student, z_teacher = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
+    write_pairs(
+        folder,
+        0,
+        prompts=[f"{CAPTIONS[i % 3]} {i}" for i in range(24)],
+        prompt_ids=list(range(24)),
+        seeds=[0] * 24,
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     return folder
 
 

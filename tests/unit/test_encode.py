@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from raydistill.data import encode
-from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
+from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
+from raydistill.data.stream import Early
 from raydistill.spaces import load_space
 from raydistill.spaces.meta import open_space
 from raydistill.spaces.text_lengths import are_cut
@@ -48,9 +49,9 @@ def test_columns_are_what_the_diffusers_pipelines_encode(encoder, sd_folder, flu
 
 def test_a_prompt_is_encoded_bit_for_bit_alike_in_any_company(flux_folder):
     space = load_space(flux_folder)
-    together = encode_prompt_list(space, PROMPTS)
+    together = TextEncoder(space).encode(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        alone = encode_prompt_list(space, [prompt])
+        alone = TextEncoder(space).encode([prompt])
         for name, value in together.items():
             assert torch.equal(value[row], alone[name][0]), (name, prompt)
 
@@ -81,7 +82,7 @@ def test_bfloat16_travels_as_uint16_and_comes_back(sd_folder):
     batch = PromptEncoder({"student": str(sd_folder)}, dtype={"student": "bfloat16"})(batch_of(PROMPTS))
     assert batch["student.prompt_embeds"].dtype == np.uint16
     came_back = conditioning(batch, "student")["prompt_embeds"]
-    expected = encode_prompt_list(load_space(sd_folder), PROMPTS, dtype=torch.bfloat16)["prompt_embeds"]
+    expected = TextEncoder(load_space(sd_folder), torch.bfloat16).encode(PROMPTS)["prompt_embeds"]
     assert came_back.dtype == torch.bfloat16
     assert torch.equal(came_back, expected)
 
@@ -103,7 +104,7 @@ def test_unknown_role_is_named(encoder):
 
 def test_no_prompts_is_an_error(sd_folder):
     with pytest.raises(ValueError, match="no prompts"):
-        encode_prompt_list(load_space(sd_folder), [])
+        TextEncoder(load_space(sd_folder)).encode([])
 
 
 def test_prompts_that_a_role_reads_only_in_part_are_marked(encoder):

@@ -20,7 +20,15 @@ from raydistill.export.pipeline import ModelCard, export_student, one_step_sched
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
-CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 3000, "run-id", "abc123", {"mean": 0.75})
+CARD = ModelCard(
+    teacher="shapes:flux",
+    teacher_class="FluxPipeline",
+    student="shapes:sd15",
+    steps=3000,
+    run_id="run-id",
+    config_hash="abc123",
+    metrics={"mean": 0.75},
+)
 PROMPTS = ["a red circle", "a large blue square on a green background"]
 
 # What a user does who has diffusers and nothing of ours.

@@ -88,11 +88,11 @@ def test_a_picture_has_the_latents_of_its_family_in_both_spaces(pair):
     name, _, student, teacher = pair
     picture = torch.empty(1, 3, 1024, 1024, device="meta")
     with meter.counted(), torch.no_grad():
-        z_T = teacher.encode(teacher.load_vae(), picture)
-        z_S = student.encode(student.load_vae(), resized(picture, student.resolution))
-        drawn = teacher.decode(teacher.load_vae(), z_T)
-    assert z_T.shape == (1, TEACHERS[name][0], 128, 128)
-    assert z_S.shape == (1, 4, 64, 64)
+        z_teacher = teacher.encode(teacher.load_vae(), picture)
+        z_student = student.encode(student.load_vae(), resized(picture, student.resolution))
+        drawn = teacher.decode(teacher.load_vae(), z_teacher)
+    assert z_teacher.shape == (1, TEACHERS[name][0], 128, 128)
+    assert z_student.shape == (1, 4, 64, 64)
     assert drawn.shape == picture.shape
 
 
@@ -166,9 +166,9 @@ def test_a_student_draws_one_step_latents_at_its_real_size(student):
         conditioning = empty_conditioning(space.conditioning_layout, BATCH)
         assert conditioning["prompt_embeds"].shape == (BATCH, 77, STUDENTS[student])
         noise = torch.empty(BATCH, *space.latent_shape, device="meta")
-        z_S = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
-        picture = space.decode(space.load_vae(), z_S)
-    assert z_S.shape == (BATCH, 4, 64, 64)
+        z_student = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
+        picture = space.decode(space.load_vae(), z_student)
+    assert z_student.shape == (BATCH, 4, 64, 64)
     assert picture.shape == (BATCH, 3, 512, 512)
 
 

@@ -23,7 +23,9 @@ PAIRS = sorted(file.stem for file in CONFIGS.glob("*_sd*.yaml") if not file.stem
 
 def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> tuple[dict, str]:
     """Front matter and text of a model card."""
-    text = ModelCard(teacher, pipeline_class, student, 1, start=start).markdown(999, torch.float16)
+    text = ModelCard(teacher=teacher, teacher_class=pipeline_class, student=student, steps=1, start=start).markdown(
+        999, torch.float16
+    )
     return yaml.safe_load(text.split("---")[1]), text
 
 

@@ -135,7 +135,9 @@ def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, t
         for weight, total in zip(student.parameters(), mean.parameters(), strict=True):
             weight.data += 0.01 * weight.std() * torch.randn(weight.shape, generator=generator)
             total.data += weight.data / 3
-        card = ModelCard(cell.config.teacher.model, "P", cell.config.student.unet, 1)
+        card = ModelCard(
+            teacher=cell.config.teacher.model, teacher_class="P", student=cell.config.student.unet, steps=1
+        )
         export_student(space, student, 999, tmp_path / "paper" / cell.name / "export", card, torch.float32)
     with open_record(config, run, inputs) as pipeline:
         merged = merge("sd15", 0, members, pipeline)
