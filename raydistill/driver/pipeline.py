@@ -16,9 +16,12 @@ from raydistill.errors import InputError, StageFailed
 from raydistill.storage.resolve import resolve
 
 if TYPE_CHECKING:
+    import torch
+
     from raydistill.data.synthesis import Recipe
     from raydistill.driver.preflight import Inputs
     from raydistill.driver.run_folder import RunFolder
+    from raydistill.storage.place import Place
 
 PAIRS_FOLDER = "pairs"  # of a run
 
@@ -361,13 +364,24 @@ def _distillation(
 # -- the end ----------------------------------------------------------------------------------------------
 
 
+def kept_pictures(folder: Place) -> list[torch.Tensor]:
+    """What a run's folder keeps of before, after and the teacher, each [N, 3, S, S].
+
+    N is what all three have: `evaluation.grid` may have changed between a run's parts.
+    """
+    from raydistill.pictures.files import load_pictures
+
+    files = (folder / "distill" / "before.safetensors", folder / "distill" / "after.safetensors")
+    rows = [load_pictures(file) for file in (*files, folder / "teacher.safetensors")]
+    return [row[: min(map(len, rows))] for row in rows]
+
+
 def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     """Table on screen, grid, summary.json, and all of it in MLflow."""
     from rich.console import Console
 
     from raydistill.evaluation.evaluator import FixedPrompts
     from raydistill.evaluation.summary import markdown, table, write_summary
-    from raydistill.pictures.files import load_pictures
     from raydistill.pictures.grids import before_after
     from raydistill.storage.atomic import move_folder, writing
     from raydistill.tracking.store import ui_command
@@ -380,11 +394,9 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     rows |= {label: results[name]["after"] for name, label in controls.items() if name in results}
     rows["teacher"] = results["teacher"]
 
-    count = config.evaluation.grid
-    captions = FixedPrompts(pipeline.inputs.held_out, count, config.evaluation.seed).captions
-    stage = run.path / "distill"
-    pictures = [load_pictures(file) for file in (stage / "before.safetensors", stage / "after.safetensors")]
-    sheet = before_after(*pictures, load_pictures(run.path / "teacher.safetensors"), captions)
+    stage, shown = run.path / "distill", kept_pictures(run.path)
+    captions = FixedPrompts(pipeline.inputs.held_out, len(shown[0]), config.evaluation.seed).captions
+    sheet = before_after(*shown, captions)
     (run.path / "grids").mkdir(exist_ok=True)
     with writing(run.path / "grids" / "before_after.png") as file:
         sheet.save(file)

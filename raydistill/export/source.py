@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.config.reading import validate
+from raydistill.config.reading import from_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
@@ -31,10 +31,9 @@ class Export:
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises InputError where this version cannot read it."""
-        import yaml
 
         file = self.run / "config.yaml" if self.run else None
-        return validate(yaml.safe_load(file.read_text())) if file and file.is_file() else None
+        return from_yaml(file.read_text()) if file and file.is_file() else None
 
 
 def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> Export:
