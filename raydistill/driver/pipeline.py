@@ -383,7 +383,7 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     from raydistill.evaluation.evaluator import FixedPrompts
     from raydistill.evaluation.summary import markdown, table, write_summary
     from raydistill.pictures.grids import before_after
-    from raydistill.storage.atomic import move_folder, writing
+    from raydistill.storage.atomic import move_folder, replacing
     from raydistill.tracking.store import ui_command
     from raydistill.tracking.tracker import Tracker
 
@@ -397,8 +397,7 @@ def _summarise(pipeline: Pipeline, results: dict[str, Any]) -> dict[str, Any]:
     stage, shown = run.path / "distill", kept_pictures(run.path)
     captions = FixedPrompts(pipeline.inputs.held_out, len(shown[0]), config.evaluation.seed).captions
     sheet = before_after(*shown, captions)
-    (run.path / "grids").mkdir(exist_ok=True)
-    with writing(run.path / "grids" / "before_after.png") as file:
+    with replacing(run.path / "grids" / "before_after.png") as file:
         sheet.save(file)
     if (stage / "export").is_dir():
         move_folder(stage / "export", run.path / "export")

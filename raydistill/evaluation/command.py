@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import InputError
-from raydistill.evaluation.parts import PARTS, Parts, replace_text
+from raydistill.evaluation.parts import PARTS, Parts
+from raydistill.storage.atomic import replace_text
 
 PREFIX = "command:"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

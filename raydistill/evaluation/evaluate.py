@@ -21,13 +21,14 @@ from typing import Any
 
 from raydistill.errors import MASK, InputError, mask
 from raydistill.evaluation.command import PREFIX, parse_command, run_command
-from raydistill.evaluation.parts import DRAW, ITEMS_FILE, PICTURES, SETTINGS_FILE, Parts, replace_text
+from raydistill.evaluation.parts import DRAW, ITEMS_FILE, PICTURES, SETTINGS_FILE, Parts
 from raydistill.evaluation.promptsets import CategorisedPrompts, Item, write_items
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.weights import find_weights
 from raydistill.export.sampling import SHEETS
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve
 from raydistill.tracking.store import TrackingError, absolute, client_of, sqlite_uri

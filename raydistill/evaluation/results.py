@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raydistill.evaluation.promptsets import Item
+from raydistill.storage.atomic import replacing
 
 ALL = "all prompts"
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. ]")
@@ -29,9 +29,8 @@ def write_scores(file: Path, items: Sequence[Item], columns: Columns) -> None:
         "file": pa.array([f"pictures/{i.file_name}" for i in items], pa.string()),
     }
     table |= {name: pa.array(values, pa.float64()) for name, values in columns.items()}
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    pq.write_table(pa.table(table), unfinished)
-    os.replace(unfinished, file)
+    with replacing(file) as fresh:
+        pq.write_table(pa.table(table), fresh)
 
 
 def mean_table(items: Sequence[Item], columns: Columns) -> dict[str, dict[str, float]]:

@@ -7,7 +7,6 @@ gives it: another order draws the same pictures, another batch size the same up 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from raydistill.export.source import Export, find_export, open_one_step
 from raydistill.pictures.grids import to_pil
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
+from raydistill.storage.atomic import replacing
 from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve, to_place
@@ -212,6 +212,5 @@ def save_picture(file: Path, image: torch.Tensor, item: Item, model: str) -> Non
     entries = {"prompt": item.prompt, "prompt_number": item.prompt_id, "seed": item.seed, "model": model}
     for key, value in entries.items():
         facts.add_itxt(key, str(value))
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    to_pil(image).save(unfinished, format="PNG", pnginfo=facts)
-    os.replace(unfinished, file)
+    with replacing(file) as fresh:
+        to_pil(image).save(fresh, format="PNG", pnginfo=facts)

@@ -12,8 +12,9 @@ from raydistill.config.schema import Config
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
-from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, to_place
+from raydistill.storage.atomic import replacing
+from raydistill.storage.place import Place, Remote, is_uri
+from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
 from raydistill.storage.staging import local_copy
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
@@ -114,9 +115,8 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                 artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
                 place = storage / DOWNLOADS / made_by
                 if not place.is_dir():
-                    from raydistill.export.pipeline import replacing
-
                     with replacing(place) as fresh:
+                        fresh.mkdir()
                         download_artifacts(**artifact, dst_path=str(fresh))
                 return Export(place / EXPORT_FOLDER, name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own

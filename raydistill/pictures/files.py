@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from raydistill.storage.atomic import reading, writing
+from raydistill.storage.atomic import reading, replacing
 from raydistill.storage.place import Place
 
 
@@ -12,8 +12,7 @@ def save_pictures(file: Place, pictures: torch.Tensor) -> None:
     """Lossless small store of pictures: uint8 safetensors."""
     from safetensors.torch import save_file
 
-    with writing(file) as local:
-        local.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as local:
         save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
 
 

@@ -6,12 +6,12 @@ A bar where there is a terminal, otherwise a line every fifteen seconds.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 
 from tqdm import tqdm
 
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote
 
 BUCKET_EVERY_S = 2  # a progress file in a bucket is written and read less often
@@ -26,9 +26,7 @@ def write_progress(file: Place, **values: float | int | str) -> None:
             _last_written[file] = now
             file.write_text(json.dumps(values))
         return
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(file)
+    replace_text(file, json.dumps(values), durable=False)
 
 
 class ProgressWatcher:

@@ -80,7 +80,7 @@ def test_ui_command_names_the_store_and_no_password():
 
 
 def test_first_use_by_several_processes_at_once_makes_one_store(tmp_path):
-    code = "import sys; from raydistill.tracking.tracker import *; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
+    code = "import sys; from raydistill.tracking.store import open_run; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
     code += " 'r', storage=Path(sys.argv[2]), params={}, tags={}))"
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     command = [sys.executable, "-c", code, uri, str(tmp_path)]
