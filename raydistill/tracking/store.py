@@ -1,6 +1,6 @@
 """MLflow runs: where they are kept, what describes them, opening and resuming them. The driver's side of tracking.
 
-Use it through `raydistill.tracking`. MLflow takes seconds to import, so it is imported inside functions only.
+MLflow takes seconds to import, so it is imported inside functions only.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@ import threading
 from typing import Any
 
 from raydistill.errors import reason
-from raydistill.tracking.store import (
-    client_of,
-)
-from raydistill.tracking.tracker import log
+from raydistill.tracking.store import client_of
+
+log = logging.getLogger(__name__)
 
 
 class SystemMetrics:
