@@ -1,4 +1,4 @@
-"""Files of pictures: lossless stores of a few tensors [N, 3, S, S] in [-1, 1]."""
+"""Files of pictures: uint8 safetensors of a few pictures [N, 3, S, S] in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from raydistill.storage.place import Place
 
 
 def save_pictures(file: Place, pictures: torch.Tensor) -> None:
-    """Lossless small store of pictures: uint8 safetensors."""
+    """Write pictures, rounded to 256 levels."""
     from safetensors.torch import save_file
 
     with replacing(file) as local:
