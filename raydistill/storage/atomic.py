@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 import uuid
@@ -31,7 +32,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
     """A local path to write a file or a folder to. It takes the place of `target` when the block ends.
 
     A reader sees the old one or the new one, whole, also after a kill, a power cut or on a full disk. A block that fails
-    leaves the old one. A folder takes two moves, and for that moment there is none.
+    leaves the old one. A folder takes two moves, and for that moment there is none. Modes follow the umask.
 
     Args:
         target: the folder around it is made where it is missing. What belongs into a bucket is uploaded at the end.
@@ -51,6 +52,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         shutil.rmtree(fresh)
     try:
         yield fresh
+        _let_others_read(fresh)
         if durable:
             _flush(fresh)
         if fresh.is_dir() and target.exists():
@@ -67,12 +69,31 @@ def _beside(target: Path, mark: str) -> Path:
     return target.with_name(f".{mark}.{target.name}")
 
 
+def _files(written: Path) -> list[Path]:
+    """The file itself, or all files of a folder."""
+    return [file for file in (written.rglob("*") if written.is_dir() else [written]) if file.is_file()]
+
+
+def _let_others_read(written: Path) -> None:
+    """Give files that their owner alone may read, as safetensors writes them, the mode that the umask says."""
+    private = [file for file in _files(written) if not file.is_symlink() and not file.stat().st_mode & 0o077]
+    if private:
+        probe = _beside(written, "mode")
+        descriptor = os.open(probe, os.O_CREAT, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+        for file in private:
+            file.chmod(mode)
+
+
 def _flush(written: Path) -> None:
     """Wait until a file, or all files of a folder, are on the disk."""
-    for file in written.rglob("*") if written.is_dir() else [written]:
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+    for file in _files(written):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from raydistill.config.reading import load
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
@@ -74,11 +76,15 @@ def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):
     before = os.umask(0o027)
     try:
         replace_text(tmp_path / "file", "")
+        with replacing(tmp_path / "tensors") as fresh:
+            save_file({"x": torch.zeros(1)}, fresh)
         with replacing(tmp_path / "folder") as fresh:
             fresh.mkdir()
+            save_file({"x": torch.zeros(1)}, fresh / "tensors")
     finally:
         os.umask(before)
-    assert ((tmp_path / "file").stat().st_mode & 0o777, (tmp_path / "folder").stat().st_mode & 0o777) == (0o640, 0o750)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o640, "tensors": 0o640, "folder": 0o750, "folder/tensors": 0o640}
 
 
 def test_writing_files_needs_nothing_but_the_standard_library():
