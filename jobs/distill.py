@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 
 from raydistill.driver.job import run_job
-from raydistill.driver.pipeline import distil
 
 
 def main() -> int:
-    return run_job(__doc__, distil, result="summary.json")
+    return run_job(__doc__, "raydistill.driver.pipeline:distil", result="summary.json")
 
 
 if __name__ == "__main__":

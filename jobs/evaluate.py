@@ -22,8 +22,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from raydistill.export.command_line import DTYPES, count, parser_of, report_error
 from raydistill.storage.resolve import path_argument, place_argument
+
+if TYPE_CHECKING:
+    from raydistill.evaluation.evaluation import Evaluation
 
 EXAMPLES = """examples:
   python jobs/evaluate.py mine --count 512
@@ -35,164 +40,122 @@ EXAMPLES = """examples:
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, EXAMPLES)
+    # fmt: off
     add = parser.add_argument
     add("model", metavar="MODEL", help="run's name or folder, diffusers folder, URI of one, or MLflow run id")
-    add(
-        "--prompts",
-        default="heldout",
-        metavar="FILE|NAME",
-        help="prompt file (txt, csv, tsv, jsonl, parquet, json, or a "
-        "folder of json or txt), or a set: heldout, shapes-pairs, parti, hpsv2, hpsv3, imagereward, dpg (default: heldout)",
-    )
-    add(
-        "--prompt-sets",
-        type=place_argument,
-        metavar="FOLDER",
-        help="where the published sets were put (default: <storage>/prompts)",
-    )
+    add("--prompts", default="heldout", metavar="FILE|NAME", help="prompt file (txt, csv, tsv, jsonl, parquet, json, or a "
+        "folder of json or txt), or a set: heldout, shapes-pairs, parti, hpsv2, hpsv3, imagereward, dpg (default: heldout)")
+    add("--prompt-sets", type=place_argument, metavar="FOLDER",
+        help="where the published sets were put (default: <storage>/prompts)")
     add("--column", help="column of the prompt (default: prompt, Prompt or caption)")
     add("--category-column", metavar="COLUMN", help="column of the category (default: category or Category, if there)")
     add("--metrics", nargs="+", default=["judge"], metavar="METRIC", help="see above (default: judge)")
-    add("--count", type=_count(1), metavar="N", help="pictures (default: one a prompt)")
-    add("--seed", type=_count(0), default=0, metavar="S", help="seed of the noise (default: 0)")
-    add("--steps", type=_count(1), metavar="N", help="of a multi-step model (default: 28; a one-step export takes one)")
+    add("--count", type=count(1), metavar="N", help="pictures (default: one a prompt)")
+    add("--seed", type=count(0), default=0, metavar="S", help="seed of the noise (default: 0)")
+    add("--steps", type=count(1), metavar="N", help="of a multi-step model (default: 28; a one-step export takes one)")
     add("--guidance", type=float, metavar="G", help="guidance scale of a multi-step model (default: its family's)")
     add("--unet", metavar="PLACE", help="one-step weights to put into MODEL, as student.unet names them")
-    add("--start-timestep", type=_count(1), metavar="T", help="of --unet (default: what the checkpoint says)")
+    add("--start-timestep", type=count(1), metavar="T", help="of --unet (default: what the checkpoint says)")
     add("--reference", type=Path, metavar="FOLDER", help="pictures, or an earlier evaluation, for frechet and fid")
-    add(
-        "--weights",
-        nargs="+",
-        default=[],
-        metavar="NAME=PLACE",
-        help="weights of a metric: file, folder or hub id "
-        "(clipscore, hpsv3, hpsv3.base, hpsv2, imagereward, imagereward.config, imagereward.tokenizer, fid)",
-    )
+    add("--weights", nargs="+", default=[], metavar="NAME=PLACE", help="weights of a metric: file, folder or hub id "
+        "(clipscore, hpsv3, hpsv3.base, hpsv2, imagereward, imagereward.config, imagereward.tokenizer, fid)")
     add("--judge", default="shapes:judge", help="judge of judge and frechet (default: shapes:judge)")
-    add(
-        "--out",
-        type=path_argument,
-        metavar="DIR",
-        help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)",
-    )
-    add("--batch-size", type=_count(1), default=16, metavar="N", help="pictures at once (default: 16)")
-    add("--actors", type=_count(1), default=1, metavar="N", help="actors that draw (default: 1)")
-    add(
-        "--gpus",
-        type=float,
-        metavar="SHARE",
-        help="GPUs of each actor (default: where the cluster has one now, one divided among the stages; else none)",
-    )
-    add(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the model (default: float32)"
-    )
-    add(
-        "--storage",
-        type=place_argument,
-        default=Path("outputs"),
-        metavar="FOLDER",
-        help="where runs are (default: outputs)",
-    )
-    add(
-        "--tracking-uri",
-        metavar="URI",
-        help="MLflow (default: that of the run that made the model, else $MLFLOW_TRACKING_URI, else <storage>/mlflow.db)",
-    )
-    add(
-        "--experiment", default="raydistill", help="MLflow experiment of a model that no run made (default: raydistill)"
-    )
-    return parser.parse_args(argv)  # fmt: skip
+    add("--out", type=path_argument, metavar="DIR",
+        help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)")
+    add("--batch-size", type=count(1), default=16, metavar="N", help="pictures at once (default: 16)")
+    add("--actors", type=count(1), default=1, metavar="N", help="actors that draw (default: 1)")
+    add("--gpus", type=float, metavar="SHARE",
+        help="GPUs of each actor (default: where the cluster has one now, one divided among all actors; else none)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
+    add("--tracking-uri", metavar="URI", help="MLflow (default: that of the run that made the model, else "
+        "$MLFLOW_TRACKING_URI, else <storage>/mlflow.db)")
+    add("--experiment", default="raydistill", help="MLflow experiment of a model that no run made (default: raydistill)")
+    # fmt: on
+    return parser.parse_args(argv)
 
 
-def _count(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least {least} is needed")
-        return int(text)
-
-    return number
-
-
-def plan_of(arguments: argparse.Namespace):
+def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
     """Check everything and find everything. Raises ValueError, which names option, file or row; starts nothing."""
-    from raydistill.evaluation.evaluate import Plan, find_metrics, open_folder, open_reference
+    from raydistill.evaluation.evaluation import Evaluation, Resources, open_folder
+    from raydistill.evaluation.metrics import find_metrics, open_reference
     from raydistill.evaluation.promptsets import open_prompts
     from raydistill.evaluation.subject import find_subject
     from raydistill.evaluation.weights import parse_weights
 
-    told = arguments
-    for option, folder in (("--storage", told.storage), ("--out", told.out)):
+    given = arguments
+    for option, folder in (("--storage", given.storage), ("--out", given.out)):
         relative = isinstance(folder, Path) and not folder.is_absolute()
         if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and relative:
             raise ValueError(
                 f"{option} {folder}: is relative, and under `ray job submit` the working directory is a copy that is thrown "
                 "away; name an absolute folder"
             )
-    prompts = open_prompts(
-        told.prompts, told.prompt_sets or told.storage / "prompts", told.column, told.category_column
+    if given.gpus is not None and given.gpus < 0:
+        raise ValueError(f"--gpus {given.gpus}: must not be negative")
+    sets = given.prompt_sets or given.storage / "prompts"
+    prompts = open_prompts(given.prompts, sets, given.column, given.category_column)
+    asked = given.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")  # for a run id that is not in storage
+    subject = find_subject(
+        given.model, given.storage, asked, given.steps, given.guidance, given.unet, given.start_timestep
     )
-    asked = told.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")  # for a run id that is not in storage
-    subject = find_subject(told.model, told.storage, asked, told.steps, told.guidance, told.unet, told.start_timestep)
-    items = prompts.items(told.count, told.seed)
-    metrics = find_metrics(told.metrics, parse_weights(told.weights), items, told.judge)
-    reference = open_reference(told.reference, metrics)
-    resources = _resources(told)
-    folder, settings = open_folder(
-        told.out, told.storage, subject, prompts, items, metrics, reference, resources, told.batch_size
-    )
-    return Plan(subject, prompts, items, metrics, reference, folder, settings, resources)
-
-
-def _resources(told: argparse.Namespace):
-    from raydistill.evaluation.evaluate import Resources
-
-    if told.gpus is not None and told.gpus < 0:
-        raise ValueError(f"--gpus {told.gpus}: must not be negative")
+    pictures = prompts.pictures(given.count, given.seed)
+    metrics = find_metrics(given.metrics, parse_weights(given.weights), pictures, given.judge)
+    found = {
+        "subject": subject,
+        "prompts": prompts,
+        "pictures": pictures,
+        "metrics": metrics,
+        "reference": open_reference(given.reference, metrics),
+    }
+    folder, settings = open_folder(given.out, given.storage, **found, dtype=given.dtype, batch_size=given.batch_size)
     threads = int(os.environ["OMP_NUM_THREADS"]) if os.environ.get("OMP_NUM_THREADS", "").isdecimal() else None
-    return Resources(told.dtype, told.actors, told.gpus, threads)
+    resources = Resources(given.dtype, given.actors, given.gpus, threads)
+    return Evaluation(**found, resources=resources, folder=folder, settings=settings)
 
 
 def main() -> int:
     arguments = arguments_of()
-    from raydistill.evaluation.evaluate import store_of
+    # after the command line is known to be right: torch, Ray and mlflow take seconds
+    from raydistill.evaluation.mlflow_log import log_results, store_of
     from raydistill.tracking.store import TrackingError, prepare, ui_command
 
     try:
-        plan = plan_of(arguments)
-        uri = store_of(arguments.tracking_uri, plan.subject, arguments.storage)
+        evaluation = evaluation_of(arguments)
+        uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
         prepare(uri)
-    except (ValueError, OSError, TrackingError) as error:  # every input error of the project says what to do
+    except TrackingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, OSError) else 2
+        return 2
+    except (ValueError, OSError) as error:
+        return report_error(error)
+    title, pictures = evaluation.subject.title, len(evaluation.pictures)
     print(
-        f"model     {plan.subject.title}\nprompts   {plan.prompts.prompts.report}\nfolder    {plan.folder}", flush=True
+        f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}", flush=True
     )
 
     from rich.console import Console
     from tqdm import tqdm
 
     from raydistill.driver.cluster import connected
+    from raydistill.driver.evaluation import run_evaluation
     from raydistill.errors import StageFailed
-    from raydistill.evaluation.evaluate import log_results, run_evaluation
     from raydistill.evaluation.summary import table as table_of
 
     try:
-        with connected(), tqdm(total=len(plan.items), desc="evaluate", unit="picture", disable=None) as bar:
-            table = run_evaluation(plan, bar.update)
-        run_id, parent = log_results(plan, table, uri, arguments.experiment, arguments.storage)
+        with connected(), tqdm(total=pictures, desc="evaluate", unit="picture", disable=None) as bar:
+            table = run_evaluation(evaluation, bar.update)
+        run_id, parent = log_results(evaluation, table, uri, arguments.experiment, arguments.storage)
     except (StageFailed, TrackingError) as error:
         print(f"error: {error}\nthe same command goes on where this stopped", file=sys.stderr)
         return 1
-    Console(width=None if sys.stdout.isatty() else 160).print(
-        table_of(table, f"{plan.subject.title}: {len(plan.items)} pictures of {plan.prompts.name}")
-    )
-    print(f"scores    {plan.folder / 'scores.parquet'}\ngrid      {plan.folder / 'grid.png'}")
+    shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
+    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
     print(f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else "") + f"; {ui_command(uri)}")
-    if plan.subject.run_id and parent is None:
-        print(f"note      the run that made the model, {plan.subject.run_id}, is not in this store (--tracking-uri)")
+    made_by = evaluation.subject.run_id
+    if made_by and parent is None:
+        print(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
     return 0
 
 

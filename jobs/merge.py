@@ -11,10 +11,9 @@ Exit code 2: wrong input, nothing was written.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
+from raydistill.export.command_line import STUDENT_HELP, add_tracking_uri, parser_of, report_error
 from raydistill.storage.atomic import writing
 from raydistill.storage.resolve import place_argument
 
@@ -26,23 +25,15 @@ EXAMPLES = """examples:
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, EXAMPLES)
+    # fmt: off
     add = parser.add_argument
-    add("students", nargs="+", metavar="STUDENT", help="export's folder, run's name or folder, URI of one, or MLflow run id")  # fmt: skip
+    add("students", nargs="+", metavar="STUDENT", help=STUDENT_HELP)
     add("--weights", type=float, nargs="+", metavar="W", help="one positive number a student, in the same order; they "
-        "are scaled to the sum 1 (default: all equal)")  # fmt: skip
+        "are scaled to the sum 1 (default: all equal)")
     add("--out", type=place_argument, required=True, metavar="FOLDER", help="folder or URI to write; must not exist")
-    add(
-        "--storage",
-        type=place_argument,
-        default=Path("outputs"),
-        metavar="FOLDER",
-        help="where runs are (default: outputs)",
-    )
-    add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
-        help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
+    # fmt: on
+    add_tracking_uri(parser)
     return parser.parse_args(argv)
 
 
@@ -63,9 +54,8 @@ def main() -> int:
         bar = tqdm(total=len(sources[0].tensors), desc="merge", unit="tensor", disable=None)
         with bar, writing(arguments.out) as folder:
             merge_students(sources, shares, folder, bar.update)
-    except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+    except (ValueError, OSError) as error:
+        return report_error(error)
     print(f"pipeline  {arguments.out}  (num_inference_steps=1, guidance_scale=0)")
     print(f"card      {arguments.out / 'README.md'}")
     return 0

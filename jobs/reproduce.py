@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from functools import partial
 
 from raydistill.driver.job import run_job
-from raydistill.driver.paper_tables import TABLES, check, reproduce, result_name
+from raydistill.driver.table_names import TABLES, result_name
 
 
 def main() -> int:
@@ -35,12 +34,18 @@ def main() -> int:
     others = [argument for argument in arguments if argument not in TABLES]
     if not any(argument.startswith("run.name=") for argument in others):
         others.append(f"run.name=paper{'-quick' if quick else ''}")
-    work = partial(reproduce, table, seeds, quick)
 
-    def check_cells(config, run, inputs):
-        check(table, seeds, quick, config, run)
+    def run(config, folder, inputs):
+        from raydistill.driver.paper_tables import reproduce  # once the command line is known to be right
 
-    return run_job(__doc__, work, result_name(table, seeds), check=check_cells, arguments=others)
+        reproduce(table, seeds, quick, config, folder, inputs)
+
+    def check(config, folder, inputs):
+        from raydistill.driver.paper_tables import check  # likewise
+
+        check(table, seeds, quick, config, folder)
+
+    return run_job(__doc__, run, result_name(table, seeds), check=check, arguments=others)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import os
 import secrets
 import sys
 from pathlib import Path
 
-from raydistill.storage.resolve import path_argument, place_argument
+from raydistill.export.command_line import DTYPES, STUDENT_HELP, add_tracking_uri, count, parser_of, report_error
+from raydistill.storage.resolve import path_argument
 
 EXAMPLES = """examples:
   python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
@@ -27,47 +27,29 @@ EXAMPLES = """examples:
 
 
 def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, EXAMPLES)
+    # fmt: off
     add = parser.add_argument
-    add("student", metavar="STUDENT", help="export's folder, run's name or folder, URI of one, or MLflow run id")
+    add("student", metavar="STUDENT", help=STUDENT_HELP)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
     texts.add_argument("--prompts", metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, parquet)")
     add("--column", default="prompt", help="column of a tabular prompt file (default: prompt)")
-    add("--number", type=_count(1), default=1, metavar="N", help="number of the first --prompt (default: 1); with a "
-        "line's number, draws one line of a prompt file again")  # fmt: skip
-    add("--seeds", type=_count(0), nargs="+", default=[0], metavar="S", help="seeds of the noise (default: 0)")
-    add("--batch-size", type=_count(1), default=8, metavar="N", help="pictures at once (default: 8)")
+    add("--number", type=count(1), default=1, metavar="N", help="number of the first --prompt (default: 1); with a "
+        "line's number, draws one line of a prompt file again")
+    add("--seeds", type=count(0), nargs="+", default=[0], metavar="S", help="seeds of the noise (default: 0)")
+    add("--batch-size", type=count(1), default=8, metavar="N", help="pictures at once (default: 8)")
     add("--upgrade", action="store_true", help="draw at the teacher's resolution, through the Bridge")
     add("--bridge", help="Bridge of --upgrade (default: the run's)")
     add("--teacher", help="teacher whose VAE decodes with --upgrade (default: the run's)")
     add("--base", help="student model that the Bridge was trained with (default: the run's, else the export itself)")
     add("--out", type=path_argument, metavar="FOLDER", help="new or empty folder (default: <storage>/samples/<date>)")
-    add(
-        "--columns",
-        type=_count(1),
-        metavar="N",
-        help="pictures a row (default: 8, with several seeds one row a prompt)",
-    )
-    add("--shown", type=_count(1), default=64, metavar="N", help="pictures in grid and sheet, at most (default: 64)")
+    add("--columns", type=count(1), metavar="N", help="pictures a row (default: 8, with several seeds one row a prompt)")
+    add("--shown", type=count(1), default=64, metavar="N", help="pictures in grid and sheet, at most (default: 64)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    add(
-        "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        default="float32",
-        help="of the networks (default: float32)",
-    )
-    add(
-        "--storage",
-        type=place_argument,
-        default=Path("outputs"),
-        metavar="FOLDER",
-        help="where runs are (default: outputs)",
-    )
-    add("--tracking-uri", default=os.environ.get("MLFLOW_TRACKING_URI"), metavar="URI",
-        help="MLflow, for a run id that is not in storage (default: $MLFLOW_TRACKING_URI)")  # fmt: skip
+    add("--dtype", choices=DTYPES, default="float32", help="of the networks (default: float32)")
+    # fmt: on
+    add_tracking_uri(parser)
     arguments = parser.parse_args(argv)
     if not arguments.upgrade and (arguments.bridge or arguments.teacher or arguments.base):
         parser.error("--bridge, --teacher and --base belong to --upgrade")
@@ -76,25 +58,18 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _count(least: int):
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least {least} is needed")
-        return int(text)
-
-    return number
-
-
 def main() -> int:
     arguments = arguments_of()
+    # after the command line is known to be right: torch takes seconds
     import torch
     from tqdm import tqdm
 
     from raydistill.data.prompts import read_prompts
     from raydistill.errors import NonFiniteError
-    from raydistill.export.sampling import Album, Sampler, find_upgrade, pictures_of, sample, typed_prompts
+    from raydistill.export.sampling import Album, Painter, pictures_of, sample, typed_prompts
     from raydistill.export.source import find_export, open_one_step
-    from raydistill.spaces.published_students import open_student
+    from raydistill.export.upgrade import find_upgrade
+    from raydistill.spaces.published_students import load_student, open_student
     from raydistill.storage.resolve import local_path
 
     try:
@@ -111,23 +86,22 @@ def main() -> int:
         upgrade = None
         if arguments.upgrade:
             upgrade = find_upgrade(export, arguments.bridge, arguments.teacher, arguments.base)
-        sampler = Sampler(space, upgrade, device, getattr(torch, arguments.dtype))
-    except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        network = load_student(space, export.folder)
+        painter = Painter(space, network, upgrade=upgrade, device=device, dtype=getattr(torch, arguments.dtype))
+    except (ValueError, OSError) as error:
+        return report_error(error)
     pictures = pictures_of(prompts, arguments.seeds)
     columns = arguments.columns or (len(arguments.seeds) if len(arguments.seeds) > 1 else 8)
     side = (upgrade.teacher if upgrade else space).resolution
     about = {"student": export.name, "start_timestep": str(start_timestep), "dtype": arguments.dtype}
     if upgrade:
         about["upgrade"] = f"{upgrade.bridge.name}, decoded by {Path(upgrade.teacher.folder).name}"
-    album = Album(folder, about, columns, arguments.shown)
+    album = Album(folder=folder, about=about, columns=columns, shown=arguments.shown)
     try:
         with tqdm(total=len(pictures), desc="sample", unit="picture", disable=None) as bar:
-            sample(sampler, pictures, album, arguments.batch_size, bar.update)
+            sample(painter, pictures, album, arguments.batch_size, bar.update)
     except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return report_error(error)
     files = album.finish(f"{export.name}, one step from t = {start_timestep}, {side} px")
     print(f"pictures  {folder}: {len(pictures)} of {side} px")
     for file in files:

@@ -7,8 +7,8 @@ from __future__ import annotations
 import sys
 
 from raydistill.driver.job import run_job
-from raydistill.driver.single_stages import PAIRS_SUMMARY, check_pairs_folder, pairs_only
 
+STAGES = "raydistill.driver.single_stages"
 UNUSED = {  # of other stages: what they name need not fit this teacher
     "bridge": {"checkpoint": None, "pairs": None},
     "discriminator": {"real_data": None},
@@ -19,7 +19,14 @@ UNUSED = {  # of other stages: what they name need not fit this teacher
 
 def main() -> int:
     roles = ["teacher rank", "synthesis, prompts", "synthesis, pictures"]
-    return run_job(__doc__, pairs_only, result=PAIRS_SUMMARY, changes=UNUSED, check=check_pairs_folder, roles=roles)
+    return run_job(
+        __doc__,
+        f"{STAGES}:pairs_only",
+        result="pairs/summary.json",
+        changes=UNUSED,
+        check=f"{STAGES}:check_pairs_folder",
+        roles=roles,
+    )
 
 
 if __name__ == "__main__":

@@ -9,21 +9,28 @@ from __future__ import annotations
 import sys
 
 from raydistill.driver.job import run_job
-from raydistill.driver.single_stages import ablate_bridge, bridge_only, check_ablation, check_trainable
 
+STAGES = "raydistill.driver.single_stages"
 UNTRAINED = {"bridge": {"checkpoint": None}}
 
 
 def main() -> int:
     arguments = [argument for argument in sys.argv[1:] if argument != "--ablate"]
     ablate = len(arguments) < len(sys.argv) - 1
-    work, result, check = (
-        (ablate_bridge, "ablation.json", check_ablation)
-        if ablate
-        else (bridge_only, "bridge/bridge.json", check_trainable)
-    )
+    if ablate:
+        run, result, check = "ablate_bridge", "ablation.json", "check_ablation"
+    else:
+        run, result, check = "bridge_only", "bridge/bridge.json", "check_trainable"
     roles = ["teacher rank", "synthesis, prompts", "synthesis, pictures", "Bridge training"]
-    return run_job(__doc__, work, result, changes=UNTRAINED, check=check, roles=roles, arguments=arguments)
+    return run_job(
+        __doc__,
+        f"{STAGES}:{run}",
+        result,
+        changes=UNTRAINED,
+        check=f"{STAGES}:{check}",
+        roles=roles,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

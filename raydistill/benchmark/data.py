@@ -23,7 +23,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from raydistill.benchmark.measure import ray_cluster
     from raydistill.config.reading import CONFIGS, load
-    from raydistill.data.encode import CACHE_BYTES, conditioned_batches
+    from raydistill.data.encode import CACHE_BYTES
+    from raydistill.data.stream import conditioned_batches
     from raydistill.storage.resolve import resolve
 
     torch.set_num_threads(1)
@@ -76,8 +77,8 @@ def _wait(folders: dict[str, str], arguments: argparse.Namespace) -> dict[str, f
     """Share of a step that a trainer waits for its batches; without teachers, so that nothing hides it."""
     from raydistill.benchmark.measure import median
     from raydistill.benchmark.schedule import trainer
-    from raydistill.data.encode import conditioned_batches
     from raydistill.data.prompts import training_prompts
+    from raydistill.data.stream import conditioned_batches
     from raydistill.distill.schedule import distillation_step
 
     config, worker = trainer(arguments.batch_size, fake_updates=2)

@@ -82,7 +82,7 @@ def _random_part(space: Any, name: str, dtype: Any, device: Any) -> Any:
     """A network of the family at its real size with small random weights, made on the device."""
     import torch
 
-    from raydistill.spaces.base import diffusers_class
+    from raydistill.spaces.folder import diffusers_class
 
     config = space.part_config(name)
     with torch.device("meta"):
@@ -100,13 +100,11 @@ def _random_part(space: Any, name: str, dtype: Any, device: Any) -> Any:
 def _conditioning(space: Any, batch: int, dtype: Any, device: Any) -> dict[str, Any]:
     import torch
 
-    from raydistill.spaces.meta import conditioning_layout
-
     return {
         name: torch.randn(batch, *shape, device=device).to(dtype)
         if kind.is_floating_point
         else torch.ones(batch, *shape, dtype=kind, device=device)
-        for name, (shape, kind) in conditioning_layout(space).items()
+        for name, (shape, kind) in space.conditioning_layout.items()
     }
 
 
@@ -123,9 +121,9 @@ def _flops(space: Any, batch: int, scale: float) -> float:
     import torch
 
     from raydistill.planning.meter import counted
-    from raydistill.spaces.meta import conditioning_layout, empty_conditioning, empty_part
+    from raydistill.spaces.meta import empty_conditioning, empty_part
 
-    layout = conditioning_layout(space)
+    layout = space.conditioning_layout
     with counted() as meter, torch.no_grad():
         network = empty_part(space, space.network_name)
         inputs = torch.empty(batch, *space.latent_shape, device="meta"), torch.empty(batch, device="meta")

@@ -55,18 +55,22 @@ def measure_one(student: str, pair: str | None, device: str, dtype: str, repeats
     import torch
 
     from raydistill.benchmark.measure import interleaved
-    from raydistill.export.sampling import Picture, Sampler, Upgrade
+    from raydistill.export.sampling import Painter
+    from raydistill.export.upgrade import Upgrade
+    from raydistill.pictures.picture import Picture
     from raydistill.spaces import load_space
+    from raydistill.spaces.published_students import load_student
     from raydistill.storage.resolve import resolve
 
     space, upgrade = load_space(resolve(student)), None
     if pair is not None:
         bridge, _, teacher = pair.partition("=")
         upgrade = Upgrade(Path(resolve(bridge)), space, load_space(resolve(teacher)))
-    sampler = Sampler(space, upgrade, device, getattr(torch, dtype))
-    picture = [Picture(PROMPT, 0, 0)]
-    z_S = sampler.latents(picture)
-    decoder = sampler.decoder
+    network = load_student(space, Path(space.folder))
+    painter = Painter(space, network, upgrade=upgrade, device=device, dtype=getattr(torch, dtype))
+    picture = [Picture(0, 0, PROMPT, 0)]
+    z_S = painter.latents(picture)
+    decoder = painter.decoder
     z = z_S if decoder.bridge is None else decoder.bridge(z_S)
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -79,9 +83,9 @@ def measure_one(student: str, pair: str | None, device: str, dtype: str, repeats
         return call
 
     parts = {
-        "student": waited(lambda: sampler.latents(picture)),
+        "student": waited(lambda: painter.latents(picture)),
         "decode": waited(lambda: decoder.space.decode(decoder.vae, z)),
-        "total": waited(lambda: decoder(sampler.latents(picture))),
+        "total": waited(lambda: decoder(painter.latents(picture))),
     }
     if decoder.bridge is not None:
         parts["bridge"] = waited(lambda: decoder.bridge(z_S))

@@ -148,10 +148,10 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
     columns = {
         f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
         for role, space in (("student", student), ("teacher", teacher))
-        for name, (shape, kind) in meta.conditioning_layout(space).items()
+        for name, (shape, kind) in space.conditioning_layout.items()
     }
     conditioning = {
-        name: torch.zeros(1, *shape, dtype=kind) for name, (shape, kind) in meta.conditioning_layout(teacher).items()
+        name: torch.zeros(1, *shape, dtype=kind) for name, (shape, kind) in teacher.conditioning_layout.items()
     }
     _warm_up()
     with Peak(mapped=True) as peak:
@@ -186,7 +186,7 @@ def _teacher(settings: dict[str, Any]) -> dict[str, Any]:
     config, (_, teacher), batch = _config(settings), _spaces(settings), settings["batch_size"]
     counted = counting.count_teacher(config, meta.open_space(settings["teacher"]), 3.5)
     planned = 4 * (counted.parameters + counted.buffers) + counted.score.peak
-    layout = meta.conditioning_layout(teacher)
+    layout = teacher.conditioning_layout
     conditioning, empty = (
         {name: torch.zeros(rows, *shape, dtype=kind) for name, (shape, kind) in layout.items()} for rows in (batch, 1)
     )

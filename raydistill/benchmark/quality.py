@@ -197,20 +197,19 @@ def _teacher_accuracy(config: Any, scores: Any, evaluator: Any, file: Path) -> f
     import torch
 
     from raydistill.config.reading import mathematical
-    from raydistill.data.encode import encode_table
+    from raydistill.data.encode import PromptTable
 
     key = {name: value for name, value in mathematical(config).items() if name.partition(".")[0] in OF_TEACHER}
     key["files"] = _hashes(config, FILES_OF_TEACHER)
     if file.is_file() and (known := json.loads(file.read_text())).get("key") == key:
         return known["mean"]
     space, fixed = scores.space, evaluator.fixed
-    table, row = encode_table(space, fixed.captions)
+    table = PromptTable(space, fixed.captions)
     vae, pictures = space.load_vae(), []
     with torch.no_grad():
         for start, stop, captions in fixed.batches(config.evaluation.batch_size):
-            conditioning = {name: value[[row[caption] for caption in captions]] for name, value in table.items()}
             latents = space.sample(
-                scores.network, fixed.noise(space, start, stop), conditioning, scores.unconditional,
+                scores.network, fixed.noise(space, start, stop), table(captions), scores.unconditional,
                 config.teacher.sampling_steps, scores.guidance_scale,
             )  # fmt: skip
             pictures.append(space.decode(vae, latents))
@@ -241,7 +240,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     from raydistill.planning.counting import count_teacher, count_trainer, distiller
     from raydistill.planning.counts import changed
     from raydistill.planning.meter import counted
-    from raydistill.spaces.meta import conditioning_layout, empty_conditioning, open_space
+    from raydistill.spaces.meta import empty_conditioning, open_space
 
     config = load(CONFIGS / f"{name}.yaml", variant.overrides())
     config = changed(config, gradient_checkpointing=False)  # what it computes twice is no work of the method
@@ -260,7 +259,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
         with counted() as meter, torch.no_grad():
             fake = distiller(config, student, teacher, batch).fake
             inputs = torch.empty(batch, *teacher.latent_shape, device="meta"), torch.empty(batch, device="meta")
-            conditioning = empty_conditioning(conditioning_layout(teacher), batch)
+            conditioning = empty_conditioning(teacher.conditioning_layout, batch)
             parts["separate"] = k * meter.count(lambda: fake.features(*inputs, conditioning)).flops
     return {f"{part}_forwards": flops / forward for part, flops in parts.items()} | {
         "forwards": sum(parts.values()) / forward,

@@ -27,7 +27,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.config.reading import CONFIGS, load
     from raydistill.diffusion.noise import normal
     from raydistill.distill.losses import vsd_gradient, vsd_loss
-    from raydistill.spaces.meta import conditioning_layout
     from raydistill.spaces.one_step import one_step_x0
 
     torch.set_num_threads(arguments.threads)
@@ -45,7 +44,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     bridge.projector.gradient_checkpointing = True
     optimizer = torch.optim.SGD(unet.parameters(), lr=1e-6)  # AdamW's two moments would add 7 GB and no shape
     conditioning = {
-        name: torch.randn(1, *shape).to(kind) for name, (shape, kind) in conditioning_layout(student).items()
+        name: torch.randn(1, *shape).to(kind) for name, (shape, kind) in student.conditioning_layout.items()
     }
     noise = normal(0, torch.tensor([0]), student.latent_shape, "latents")
     found: dict[str, Any] = {}

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.benchmark.idle import idle_service
     from raydistill.benchmark.measure import ray_cluster
     from raydistill.config.schema import TeacherServiceConfig
-    from raydistill.data.encode import encode_unconditional
+    from raydistill.data.encode import TextEncoder
     from raydistill.distill.local import LocalScores
     from raydistill.distill.networks import guidance_scale
     from raydistill.teachers import service
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     config, worker = trainer(arguments.batch_size, arguments.fake_updates)
     space = worker.teacher_space
-    empty, scale, rows = encode_unconditional(space), guidance_scale(config, space), []
+    empty, scale, rows = TextEncoder(space).encode_unconditional(), guidance_scale(config, space), []
     with ray_cluster(4):
         with idle_service(TeacherServiceConfig(shards=1, slice=4, cpus_per_rank=0.1)) as idle:
             submit = Submit(idle.client(), empty, scale)

@@ -74,14 +74,14 @@ def _families() -> dict[str, Any]:
     """A maker of each real family's request at the paper's batch."""
     from raydistill.config.reading import CONFIGS, load
     from raydistill.distill.networks import guidance_scale
-    from raydistill.spaces.meta import conditioning_layout, open_space
+    from raydistill.spaces.meta import open_space
 
     requests = {}
     for file in sorted((CONFIGS / "teachers").glob("*.yaml")):
         config = load(CONFIGS / f"{file.stem}_sd15.yaml")
         space, batch = open_space(config.teacher.model), config.distill.batch_size
         scale = guidance_scale(config, space)
-        layout, shape = conditioning_layout(space), space.latent_shape
+        layout, shape = space.conditioning_layout, space.latent_shape
         dtype = config.prompts.encoder_dtype
         requests[f"{file.stem}, {batch} samples"] = lambda a=(shape, layout, batch, scale, dtype): _request(*a)
     return requests

@@ -22,7 +22,8 @@ from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
 from raydistill.config import schema
 from raydistill.errors import InputError
-from raydistill.spaces.base import Space, weight_files
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import weight_files
 from raydistill.storage.atomic import replacing
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
@@ -102,8 +103,8 @@ class SpatialPrior(nn.Module):
         """Stay in evaluation mode whatever the surrounding module does."""
         return super().train(False)
 
-    def forward(self, z_S: torch.Tensor) -> torch.Tensor:
-        x = self.space.denormalise(z_S)
+    def forward(self, z_student: torch.Tensor) -> torch.Tensor:
+        x = self.space.denormalise(z_student)
         if self.post_quant_conv is not None:
             x = self.post_quant_conv(x)
         x = self.mid_block(self.conv_in(x))
@@ -119,7 +120,8 @@ def _projector(architecture: schema.BridgeConfig, in_channels: int, out_channels
             return UNetProjector(in_channels, out_channels, a.embed_dim, upscale)
         if a.projector == "mlp":
             return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
-        return SwinIR(in_channels, out_channels, a.embed_dim, a.depths, a.heads, a.window, upscale=upscale)
+        window = {"depths": a.depths, "heads": a.heads, "window": a.window}
+        return SwinIR(in_channels, out_channels, embed_dim=a.embed_dim, upscale=upscale, **window)
     except ValueError as error:
         raise InputError(f"bridge: {error}") from None
 
@@ -162,7 +164,7 @@ class Bridge(nn.Module):
             InputError: the grids or the identity projector do not fit the pair.
         """
         n = doublings(student_space, teacher_space)
-        (c_S, *_), (c_T, *_) = student_space.latent_shape, teacher_space.latent_shape
+        (c_student, *_), (c_teacher, *_) = student_space.latent_shape, teacher_space.latent_shape
         if architecture.projector == "identity":
             if student_space.latent_shape != teacher_space.latent_shape:
                 raise InputError(
@@ -172,20 +174,20 @@ class Bridge(nn.Module):
             return cls(student_space, teacher_space, architecture, None, nn.Identity())
         if architecture.prior:
             prior = SpatialPrior(student_space, student_space.load_vae(), n)
-            projector = _projector(architecture, prior.out_channels, c_T, upscale=1)
+            projector = _projector(architecture, prior.out_channels, c_teacher, upscale=1)
         else:
-            prior, projector = None, _projector(architecture, c_S, c_T, upscale=2**n)
+            prior, projector = None, _projector(architecture, c_student, c_teacher, upscale=2**n)
         return cls(student_space, teacher_space, architecture, prior, projector)
 
-    def forward(self, z_S: torch.Tensor) -> torch.Tensor:
+    def forward(self, z_student: torch.Tensor) -> torch.Tensor:
         """Student latents [B, Cs, h, w] -> teacher latents [B, Ct, H, W], both normalised.
 
         Raises:
             ValueError: not latents of the student's space.
         """
-        if z_S.ndim != 4 or z_S.shape[1] != self.student.latent_shape[0]:
-            raise ValueError(f"latents must be [B, {self.student.latent_shape[0]}, h, w], not {list(z_S.shape)}")
-        return self.projector(z_S if self.prior is None else self.prior(z_S))
+        if z_student.ndim != 4 or z_student.shape[1] != self.student.latent_shape[0]:
+            raise ValueError(f"latents must be [B, {self.student.latent_shape[0]}, h, w], not {list(z_student.shape)}")
+        return self.projector(z_student if self.prior is None else self.prior(z_student))
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The projector's; none for the identity."""

@@ -6,7 +6,6 @@ anchor, by a distillation that trains the Bridge along.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,67 +16,15 @@ from torch import nn
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config import schema
-from raydistill.config.schema import Config
+from raydistill.config.schema import BridgeConfig, Config
+from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import Pairs, PairSet, read_pairs, split
 from raydistill.diffusion.noise import normal
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
-from raydistill.spaces.base import Conditioning, Space
 from raydistill.storage.resolve import resolve
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
-
-
-class Captions:
-    """Teacher conditioning of prompts.
-
-    Where the conditioning of all distinct prompts takes up to `table_bytes`, they are encoded once, in fixed chunks, and the
-    text encoders are let go; otherwise each batch is encoded when needed. Either way a batch's numbers depend on it alone.
-
-    Args:
-        space: the teacher's.
-        prompts: all prompts that may be asked for.
-        device: where the encoders run and conditioning is returned.
-        dtype: of the encoders and of the conditioning.
-        chunk: prompts encoded at once.
-    """
-
-    def __init__(
-        self,
-        space: Space,
-        prompts: Sequence[str],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        table_bytes: int = TABLE_BYTES,
-        chunk: int = 64,
-    ) -> None:
-        distinct = sorted(set(prompts))
-        self._space, self._device = space, device
-        self._text = space.load_text(dtype).to(device)
-        self._row: dict[str, int] | None = None
-        first = self._encode(distinct[:chunk])
-        row_bytes = sum(value[0].nbytes for value in first.values())
-        if len(distinct) * row_bytes <= table_bytes:
-            self._table = {
-                name: value.new_empty(len(distinct), *value.shape[1:], device="cpu") for name, value in first.items()
-            }
-            for start in range(0, len(distinct), chunk):
-                part = self._encode(distinct[start : start + chunk]) if start else first
-                for name, value in part.items():
-                    self._table[name][start : start + chunk] = value.cpu()
-            self._row = {prompt: row for row, prompt in enumerate(distinct)}
-            self._text = None
-
-    def _encode(self, prompts: Sequence[str]) -> Conditioning:
-        return self._space.encode_prompts(self._text, prompts)
-
-    def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """Conditioning of a batch of prompts, [B, …] each."""
-        if self._row is None:
-            return self._encode(prompts)
-        rows = torch.tensor([self._row[prompt] for prompt in prompts])
-        return {name: value[rows].to(self._device) for name, value in self._table.items()}
 
 
 class Objective:
@@ -90,7 +37,7 @@ class Objective:
         device: where everything runs.
         rank, world_size: this worker among all; a step's batch is divided evenly between them.
         probe: the teacher's attention; None trains on L1 alone.
-        captions: conditioning for the probe.
+        captions: the teacher's conditioning of every prompt, for the probe.
         split_seed: of the split alone, where runs of several seeds must hold out the same pairs.
 
     Raises:
@@ -100,13 +47,14 @@ class Objective:
     def __init__(
         self,
         pairs: PairSet,
-        settings: schema.BridgeConfig,
+        settings: BridgeConfig,
+        *,
         seed: int,
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
         probe: AttentionProbe | None = None,
-        captions: Captions | None = None,
+        captions: PromptTable | None = None,
         split_seed: int | None = None,
     ) -> None:
         if settings.batch_size % world_size:
@@ -133,33 +81,31 @@ class Objective:
 
         With `bridge.mixed_precision` the networks run in bfloat16 where that is safe; weights and losses stay float32.
         """
-        z_S, z_T = batch.z_S.to(self.device).float(), batch.z_T.to(self.device).float()
+        z_student, z_teacher = batch.z_student.to(self.device).float(), batch.z_teacher.to(self.device).float()
         weight = self.settings.attention.weight
         teacher_inputs: dict[str, Any] = {}
         if weight > 0:
-            noise = normal(self.seed, batch.ids, z_T.shape[1:], "bridge_noise", step)
+            noise = normal(self.seed, batch.ids, z_teacher.shape[1:], "bridge_noise", step)
             teacher_inputs = {
                 "probe": self.probe,
                 "noise": noise.to(self.device),
-                "conditioning": self.captions(batch.prompts),
+                "conditioning": {k: v.to(self.device) for k, v in self.captions(batch.prompts).items()},
                 "rows": sample_rows(self.seed, step, self.settings.attention.rows),
             }
         with autocast(self.device, self.settings.mixed_precision):
-            return bridge_loss(bridge(z_S), z_T, weight, **teacher_inputs)
+            return bridge_loss(bridge(z_student), z_teacher, weight, **teacher_inputs)
 
 
 def build_objective(
     config: Config,
     pairs_folder: str | Path,
     device: torch.device | str = "cpu",
+    *,
     rank: int = 0,
     world_size: int = 1,
     split_seed: int | None = None,
 ) -> Objective:
-    """The losses that a configuration describes, on one worker's share of the pairs.
-
-    Args:
-        split_seed: decides which pairs are held out; None: the run's seed.
+    """The losses that a configuration describes, on one worker's share of the pairs. Arguments as of `Objective`.
 
     Raises:
         InputError: the pairs are not of these spaces.
@@ -170,7 +116,18 @@ def build_objective(
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))
         probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
-        captions = Captions(teacher, pairs.prompts(), device, getattr(torch, config.prompts.encoder_dtype))
+        dtype = getattr(torch, config.prompts.encoder_dtype)
+        captions = PromptTable(teacher, sorted(set(pairs.prompts())), dtype, device, max_bytes=TABLE_BYTES)
         if config.bridge.gradient_checkpointing:
             probe.network.enable_gradient_checkpointing()
-    return Objective(pairs, config.bridge, config.run.seed, device, rank, world_size, probe, captions, split_seed)
+    return Objective(
+        pairs,
+        config.bridge,
+        seed=config.run.seed,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        probe=probe,
+        captions=captions,
+        split_seed=split_seed,
+    )

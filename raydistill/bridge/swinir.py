@@ -163,6 +163,7 @@ class SwinIR(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        *,
         embed_dim: int = 120,
         depths: Sequence[int] = (6, 6, 6, 6, 6),
         heads: int = 6,

@@ -120,12 +120,12 @@ class BridgeTrainer:
         self.bridge.eval()
         for start in range(0, len(ids), size):
             batch = self.objective.pairs.rows(ids[start : start + size])
-            z_T = batch.z_T.to(self.device).float()
-            z_hat = self.bridge(batch.z_S.to(self.device).float())
-            true, made = teacher.decode(self._vae, z_T), teacher.decode(self._vae, z_hat)
+            z_teacher = batch.z_teacher.to(self.device).float()
+            z_hat = self.bridge(batch.z_student.to(self.device).float())
+            true, made = teacher.decode(self._vae, z_teacher), teacher.decode(self._vae, z_hat)
             for key, metric in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
                 scores[key].append(metric(made, true).cpu())
-            scores["latent_l1"].append(latent_l1(z_hat, z_T).cpu().expand(len(batch)))
+            scores["latent_l1"].append(latent_l1(z_hat, z_teacher).cpu().expand(len(batch)))
             shown = shown or _comparison(true, made, batch.prompts)
         self.bridge.train()
         return {f"eval/{key}": float(torch.cat(values).mean()) for key, values in scores.items()}, shown
@@ -152,12 +152,7 @@ def _comparison(true: torch.Tensor, made: torch.Tensor, prompts: Sequence[str]) 
 
 
 def build_trainer(
-    config: Config,
-    pairs_folder: str | Path,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    split_seed: int | None = None,
+    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", **share: int | None
 ) -> BridgeTrainer:
     """The trainer that a configuration describes; also for use without Ray. Arguments and errors as `build_objective`."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
@@ -166,4 +161,4 @@ def build_trainer(
         bridge = Bridge.create(student, teacher, config.bridge)
     if config.bridge.gradient_checkpointing:
         bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
-    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, rank, world_size, split_seed))
+    return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, **share))

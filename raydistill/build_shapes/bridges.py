@@ -12,8 +12,9 @@ from raydistill.bridge.trainer import build_trainer
 from raydistill.build_shapes.frame import Build
 from raydistill.build_shapes.starts import training_prompts
 from raydistill.config.reading import CONFIGS, load, validate
+from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import existing_shards, read_pairs, write_pairs
-from raydistill.data.synthesis import LocalTeacher, synthesise
+from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.shapes.captions import single_scenes
 from raydistill.spaces import load_space
@@ -26,20 +27,19 @@ SHIPPED_SAMPLES = 192
 
 def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed: int) -> Path:
     teacher, student = load_space(build.weights / teacher_name), load_space(build.weights / "sd15")
-    synthesise(
-        LocalTeacher(teacher, teacher.load_network()),
-        teacher,
-        student,
-        training_prompts(build),
-        folder,
+    recipe = Recipe(
+        teacher=teacher,
+        student=student,
+        source=training_prompts(build),
         count=count,
         batch_size=64,
         shard_size=256,
+        seed=seed,
         steps=SAMPLE_STEPS,
         guidance_scale=SAMPLE_GUIDANCE,
-        seed=seed,
-        forbidden={scene.caption for scene in single_scenes(held_out=True)},
     )
+    held_out = {scene.caption for scene in single_scenes(held_out=True)}
+    synthesise(recipe, folder, LocalTeacher(teacher, teacher.load_network()), forbidden=held_out)
     return folder
 
 
@@ -48,7 +48,7 @@ def build_samples(build: Build, name: str) -> None:
     pairs = read_pairs(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
     rows = pairs.rows(range(SHIPPED_SAMPLES))
     write_pairs(
-        build.weights / "samples" / name, 0, rows.prompts, rows.prompt_ids, rows.seeds, rows.z_T, rows.z_S
+        build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student
     )  # fmt: skip
 
 
@@ -88,18 +88,27 @@ def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> Non
             continue
         generator = torch.Generator().manual_seed(build.seed * 1_000_003 + index)
         rows = samples.rows(torch.randint(len(samples), (shard,), generator=generator).tolist())
-        images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_T.split(32)])
+        images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_teacher.split(32)])
         plain, pictures, beside = images.tensor_split([shard // 4, shard * 9 // 16])
-        z_T, z_S, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
-        latents = rows.z_S[-len(beside) :].float()
+        z_teacher, z_student, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
+        latents = rows.z_student[-len(beside) :].float()
         other = latents[torch.randperm(len(latents), generator=generator)]
         share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
         drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
-        beside_T, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
-        z_T, z_S = torch.cat([z_T, beside_T]), torch.cat([z_S, latents])
-        write_pairs(folder, index, rows.prompts, rows.ids, [build.seed] * shard, z_T, z_S, pngs + beside_pngs)
+        z_beside, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
+        z_teacher, z_student = torch.cat([z_teacher, z_beside]), torch.cat([z_student, latents])
+        write_pairs(
+            folder,
+            index,
+            prompts=rows.prompts,
+            prompt_ids=rows.ids,
+            seeds=[build.seed] * shard,
+            z_teacher=z_teacher,
+            z_student=z_student,
+            previews=pngs + beside_pngs,
+        )
 
 
 def build_bridge(build: Build, name: str) -> None:
@@ -110,7 +119,7 @@ def build_bridge(build: Build, name: str) -> None:
     config["student"]["model"], config["teacher"]["model"] = str(build.weights / "sd15"), str(build.weights / name)
     config["bridge"]["steps"] = build.steps(config["bridge"]["steps"])
     settings = validate(config)
-    trainer = build_trainer(settings, pairs, torch.device("cpu"), 0, 1)
+    trainer = build_trainer(settings, pairs)
     state = build.work / f"bridge_{name}" / "state.pt"
     if state.is_file():
         trainer.load_state_dict(torch.load(state, weights_only=True))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from raydistill.build_shapes.frame import Build, cached, fit, scenes_for
 from raydistill.build_shapes.parts import text_part, vae_part
+from raydistill.data.encode import PromptTable
 from raydistill.diffusion.path import add_noise, expand, target
 from raydistill.shapes import miniatures
 from raydistill.shapes.captions import corrupt, evaluation_captions
@@ -29,7 +30,7 @@ CAPTION_DROPOUT = 0.1  # share of empty captions, for classifier-free guidance
 # -- which there are -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """How a miniature model is put together and trained."""
 
@@ -88,14 +89,20 @@ def _sd21(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
 
 
 TEACHERS = {
-    "flux": Model(miniatures.flux_transformer, _flux, "flux_vae", 2, 6000, 1.5e-3),
-    "sd3": Model(miniatures.sd3_transformer, _sd3, "flux_vae", 4, 5000, 1.5e-3),
-    "sdxl": Model(miniatures.sdxl_unet, _sdxl, "sdxl_vae", 5, 6000, 1.0e-3),
+    "flux": Model(network=miniatures.flux_transformer, assemble=_flux, vae="flux_vae", seed=2, steps=6000, lr=1.5e-3),
+    "sd3": Model(network=miniatures.sd3_transformer, assemble=_sd3, vae="flux_vae", seed=4, steps=5000, lr=1.5e-3),
+    "sdxl": Model(network=miniatures.sdxl_unet, assemble=_sdxl, vae="sdxl_vae", seed=5, steps=6000, lr=1.0e-3),
 }
 STUDENTS = {
-    "sd15": Model(miniatures.student_unet, _sd15, "sd_vae", 3, 5400, 1e-3, CORRUPTION, 999),
-    "sd21": Model(miniatures.sd21_unet, _sd21, "sd_vae", 6, 5400, 1e-3, CORRUPTION, 625),
-}
+    "sd15": Model(
+        network=miniatures.student_unet, assemble=_sd15, vae="sd_vae", seed=3, steps=5400, lr=1e-3,
+        corruption=CORRUPTION, start_timestep=999,
+    ),
+    "sd21": Model(
+        network=miniatures.sd21_unet, assemble=_sd21, vae="sd_vae", seed=6, steps=5400, lr=1e-3,
+        corruption=CORRUPTION, start_timestep=625,
+    ),
+}  # fmt: skip
 MODELS = TEACHERS | STUDENTS
 
 
@@ -137,16 +144,12 @@ def render_latents(
     return latents, [s.caption for s in scenes], [corrupt(s, corruption, rng).caption for s in scenes]
 
 
-def encode_unique(space: Space, captions: Iterable[str]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Conditioning of each distinct caption once, the unconditional one at row 0, and the row of each caption."""
-    unique = ["", *dict.fromkeys(captions)]
-    text = space.load_text()
-    parts = [space.encode_prompts(text, unique[i : i + 256]) for i in range(0, len(unique), 256)]
-    parts[0] = {
-        k: torch.cat([space.unconditional({k: v[:1] for k, v in parts[0].items()})[k], v[1:]])
-        for k, v in parts[0].items()
-    }
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}, {c: i for i, c in enumerate(unique)}
+def caption_table(space: Space, captions: Iterable[str]) -> PromptTable:
+    """Conditioning of each distinct caption, the unconditional one at row 0."""
+    table = PromptTable(space, ["", *captions], batch_size=256)
+    for name, value in space.unconditional(table([""])).items():
+        table.columns[name][:1] = value
+    return table
 
 
 def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -> nn.Module:
@@ -157,8 +160,8 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
     """
     model, batch = MODELS[name], 32
     latents, *captions = render_latents(build, space, model.vae, model.corruption)
-    table, row_of = encode_unique(space, captions[0] + captions[1])
-    clean, corrupted = (torch.tensor([row_of[c] for c in some]) for some in captions)
+    table = caption_table(space, captions[0] + captions[1])
+    clean, corrupted = map(table.rows, captions)
     corrupt_from = build.steps(round(model.steps * 2 / 3))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -170,7 +173,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
         if space.prediction == "velocity":
             t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
         x_t = add_noise(space.path, latents[pick], noise, t_B)
-        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.items()})
+        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.columns.items()})
         error = prediction - target(space.path, space.prediction, latents[pick], noise, t_B)
         if space.prediction == "epsilon":
             # as the error of v: otherwise noisy times, where the caption decides the picture, hardly count
@@ -183,8 +186,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
 def report(build: Build, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
     """Judge's table of some pictures."""
     judge = Judge.load(build.weights / "judge")
-    tables = [judge.accuracy(images, captions)]
-    return {k: round(v, 3) for k, v in tables[0].items()}
+    return {k: round(v, 3) for k, v in judge.accuracy(images, captions).items()}
 
 
 @torch.no_grad()

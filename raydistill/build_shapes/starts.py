@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from raydistill.bridge.model import Bridge
 from raydistill.build_shapes.frame import Build, cached, fit
-from raydistill.build_shapes.models import STUDENTS, encode_unique
+from raydistill.build_shapes.models import STUDENTS, caption_table
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, read_prompts
@@ -61,11 +61,10 @@ def build_start(build: Build, name: str) -> None:
     """One-step start of the weak student: first its own sampler's pictures by regression, then shared-space DMD."""
     space = load_space(build.weights / name)
     prompts = training_prompts(build)
-    table, row_of = encode_unique(space, prompts.prompts)
+    table = caption_table(space, prompts.prompts)
     unet = space.load_network()
     count = max(64, round(4096 * min(1.0, build.scale)))
     captions = prompts.at(build.seed, range(count))[1]
-    rows = torch.tensor([row_of[c] for c in captions])
 
     @torch.no_grad()
     def make() -> dict[str, torch.Tensor]:
@@ -73,9 +72,8 @@ def build_start(build: Build, name: str) -> None:
         for start in tqdm(range(0, count, 128), desc="sample weak student", disable=None):
             ids = range(start, min(start + 128, count))
             noise = normal(build.seed, ids, space.latent_shape, "start")
-            conditioning = {k: v[rows[list(ids)]] for k, v in table.items()}
             noises.append(noise)
-            latents.append(space.sample(unet, noise, conditioning, {}, 20, 1.0))
+            latents.append(space.sample(unet, noise, table(captions[ids.start : ids.stop]), {}, 20, 1.0))
         return {"noise": torch.cat(noises), "latents": torch.cat(latents)}
 
     pairs = cached(build.work / f"{name}_ode.safetensors", make)
@@ -84,7 +82,7 @@ def build_start(build: Build, name: str) -> None:
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         pick = torch.randint(count, (32,), generator=generator)
-        conditioning = {k: v[rows[pick]] for k, v in table.items()}
+        conditioning = table([captions[i] for i in pick.tolist()])
         return F.mse_loss(
             one_step_x0(space, start, pairs["noise"][pick], conditioning, timestep), pairs["latents"][pick]
         )
@@ -98,9 +96,9 @@ def build_start(build: Build, name: str) -> None:
         student=regressed,
         bridge=Bridge.create(space, space, config.bridge),
         fake_network=space.load_network(),
-        source=local_batches(prompts, dict.fromkeys(("student", "teacher"), (table, row_of)), 32, build.seed),
+        source=local_batches(prompts, dict.fromkeys(("student", "teacher"), table), 32, build.seed),
     )
-    scores = LocalScores(space, unet, {k: v[:1] for k, v in table.items()}, START_GUIDANCE)
+    scores = LocalScores(space, unet, table([""]), START_GUIDANCE)
     for _ in tqdm(range(build.steps(100)), desc=f"{name}_start", disable=None):
         distillation_step(distiller, scores, 4, overlap=False)
     distiller.networks.student.half().save_pretrained(build.weights / f"{name}-onestep" / "unet")

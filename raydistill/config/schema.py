@@ -354,7 +354,7 @@ class TrackingConfig(Section):
 class PlanConfig(Section):
     """What jobs/plan.py, and the check before every launch, assume of the hardware."""
 
-    trainer_gpu: str = Field("H100", description="kind of GPU of the trainers, a name in raydistill/gpus.yaml")
+    trainer_gpu: str = Field("H100", description="kind of GPU of the trainers, a name in raydistill/planning/gpus.yaml")
     teacher_gpu: str = Field("H100", description="kind of GPU of the teachers")
     encoder_gpu: str | None = Field(
         None, description="kind of GPU of the text encoders and of synthesis' actors; null: plan.teacher_gpu"
@@ -365,7 +365,9 @@ class PlanConfig(Section):
     )
     network_gbits: Positive = Field(100, description="network between nodes, Gbit/s")
     cpu_gflops: Positive = Field(50, description="float32 GFLOP/s of one CPU thread, for text encoders without a GPU")
-    gpus: str | None = Field(None, description="YAML file of further kinds of GPU, as raydistill/gpus.yaml; null: none")
+    gpus: str | None = Field(
+        None, description="YAML file of further kinds of GPU, as raydistill/planning/gpus.yaml; null: none"
+    )
     spot: bool = Field(True, description="price workers as spot instances")
     head_price: NonNegative = Field(1.06, description="US dollars an hour for the head node, which is never spot")
     launch: Literal["refuse", "warn", "ignore"] = Field(

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from raydistill.data.texts import holds_text, undecoded
 from raydistill.errors import InputError
 from raydistill.storage.staging import on_this_machine
 
@@ -211,11 +212,9 @@ def _read_captions(
             if caption_column is None and "caption" not in schema.names:
                 return parquet.metadata.num_rows, [(None, None)] * parquet.metadata.num_rows
             name = caption_column or "caption"
-            _check_column(file, schema, name, "synthesis.caption_column", _holds_text, "strings")
+            _check_column(file, schema, name, "synthesis.caption_column", holds_text, "strings")
             column = parquet.read(columns=[name])[name]
-            # as bytes, since one undecodable string would otherwise spoil the whole column
-            value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-            return len(column), [_text(raw) for raw in column.cast(value).cast(pa.large_binary()).to_pylist()]
+            return len(column), [_text(raw) for raw in undecoded(column)]
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -234,11 +233,6 @@ def _holds_bytes(kind: pa.DataType) -> bool:
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _holds_text(kind: pa.DataType) -> bool:
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(value) or pa.types.is_large_string(value)
 
 
 def _text(raw: bytes | None) -> tuple[str | None, str | None]:

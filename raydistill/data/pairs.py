@@ -24,10 +24,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
+from raydistill.pictures.files import load_image
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place
@@ -37,7 +37,7 @@ LATENT_COLUMNS = ("z_T", "z_S")
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """Rows of a pair set; `ids` are their positions in the whole set."""
 
@@ -45,8 +45,8 @@ class Pairs:
     prompts: list[str]
     prompt_ids: torch.Tensor  # [N] int64
     seeds: torch.Tensor  # [N] int64
-    z_T: torch.Tensor  # [N, Ct, H, W] float16
-    z_S: torch.Tensor  # [N, Cs, h, w] float16
+    z_teacher: torch.Tensor  # [N, Ct, H, W] float16
+    z_student: torch.Tensor  # [N, Cs, h, w] float16
     previews: list[bytes | None]
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class Pairs:
             raise ValueError(f"micro_batches: {len(self)} pairs have no {count} equal parts")
         size = len(self) // count
         rows = slice(index * size, (index + 1) * size)
-        return Pairs(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+        return Pairs(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
 
 
 # -- writing --------------------------------------------------------------------------------------------
@@ -75,13 +75,6 @@ def existing_shards(folder: str | Place) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def png(image: Image.Image) -> bytes:
-    """A preview's bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
 def captioned_previews(files: Sequence[Place], count: int) -> tuple[torch.Tensor, list[str]]:
     """At most `count` previews spread over some shards, [N, 3, H, W] in [-1, 1], and their prompts.
 
@@ -95,9 +88,8 @@ def captioned_previews(files: Sequence[Place], count: int) -> tuple[torch.Tensor
         share = min(share, len(table))
         rows = table.take([index * len(table) // share for index in range(share)]) if share else table
         prompts += rows["prompt"].to_pylist()
-        images += [np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in rows["preview"].to_pylist()]
-    pixels = torch.from_numpy(np.stack(images)) if images else torch.zeros(0, 1, 1, 3)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1, prompts
+        images += [load_image(io.BytesIO(data)) for data in rows["preview"].to_pylist()]
+    return torch.stack(images) if images else torch.zeros(0, 3, 1, 1), prompts
 
 
 def _where(file: Place) -> dict[str, Any]:
@@ -120,11 +112,12 @@ def _latent_column(latents: torch.Tensor, name: str, count: int) -> pa.Array:
 def write_pairs(
     folder: str | Place,
     shard_index: int,
+    *,
     prompts: Sequence[str],
     prompt_ids: Sequence[int] | torch.Tensor,
     seeds: Sequence[int] | torch.Tensor,
-    z_T: torch.Tensor,
-    z_S: torch.Tensor,
+    z_teacher: torch.Tensor,
+    z_student: torch.Tensor,
     previews: Sequence[bytes | None] | None = None,
     rows: Sequence[int] | np.ndarray | None = None,
     teacher: tuple[str, str] | None = None,
@@ -134,7 +127,7 @@ def write_pairs(
 
     Args:
         prompts, prompt_ids, seeds: N of each.
-        z_T, z_S: [N, C, H, W] normalised latents, stored as float16.
+        z_teacher, z_student: [N, C, H, W] normalised latents, stored as float16 in the columns z_T and z_S.
         previews: PNG bytes of the pictures, or None.
         rows: positions in the whole set, N integers, or None for no such column.
         teacher: name and revision of the model whose VAE encoded z_T, or None for no such columns.
@@ -151,8 +144,8 @@ def write_pairs(
         "prompt": pa.array(list(prompts), pa.string()),
         "prompt_id": pa.array(np.asarray(prompt_ids, dtype=np.int64)),
         "seed": pa.array(np.asarray(seeds, dtype=np.int64)),
-        "z_T": _latent_column(z_T, "z_T", count),
-        "z_S": _latent_column(z_S, "z_S", count),
+        "z_T": _latent_column(z_teacher, "z_T", count),
+        "z_S": _latent_column(z_student, "z_S", count),
     }
     if previews is not None:
         columns["preview"] = pa.array(list(previews), pa.binary())
@@ -223,15 +216,15 @@ class PairSet:
     def __init__(
         self,
         folder: str | Path,
-        z_T_shape: tuple[int, int, int] | None = None,
-        z_S_shape: tuple[int, int, int] | None = None,
+        z_teacher_shape: tuple[int, int, int] | None = None,
+        z_student_shape: tuple[int, int, int] | None = None,
         cached_shards: int = 16,
     ) -> None:
         self.folder = Path(folder)
         self.files = [shard_file(folder, index) for index in existing_shards(folder)]
         if not self.files:
             raise InputError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
-        expected: dict[str, tuple[int, ...] | None] = {"z_T": z_T_shape, "z_S": z_S_shape}
+        expected: dict[str, tuple[int, ...] | None] = {"z_T": z_teacher_shape, "z_S": z_student_shape}
         lengths = [self._check(file, expected) for file in self.files]
         self.shapes = expected
         self.cached_shards = cached_shards
@@ -297,8 +290,8 @@ class PairSet:
             prompts=table["prompt"].to_pylist(),
             prompt_ids=torch.tensor(table["prompt_id"].to_numpy().copy()),
             seeds=torch.tensor(table["seed"].to_numpy().copy()),
-            z_T=latents("z_T"),
-            z_S=latents("z_S"),
+            z_teacher=latents("z_T"),
+            z_student=latents("z_S"),
             previews=table["preview"].to_pylist() if has_preview else [None] * len(table),
         )
 
@@ -318,11 +311,11 @@ class PairSet:
 
 def read_pairs(
     folder: str | Path,
-    z_T_shape: tuple[int, int, int] | None = None,
-    z_S_shape: tuple[int, int, int] | None = None,
+    z_teacher_shape: tuple[int, int, int] | None = None,
+    z_student_shape: tuple[int, int, int] | None = None,
 ) -> PairSet:
     """Open a folder of pairs and check every shard's columns and shapes. See `PairSet`."""
-    return PairSet(folder, z_T_shape, z_S_shape)
+    return PairSet(folder, z_teacher_shape, z_student_shape)
 
 
 def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -347,7 +340,7 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
-def load_pairs(folder: str | Path, z_T_shape: tuple[int, int, int] | None = None) -> Pairs:
+def load_pairs(folder: str | Path, z_teacher_shape: tuple[int, int, int] | None = None) -> Pairs:
     """All rows of a folder in memory. See `PairSet` for the errors."""
-    pairs = read_pairs(folder, z_T_shape)
+    pairs = read_pairs(folder, z_teacher_shape)
     return pairs.rows(range(len(pairs)))

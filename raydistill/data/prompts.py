@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from raydistill.config.schema import Config
-from raydistill.data.texts import Spill, Texts, permutation, repeated
+from raydistill.data.texts import Numbers, Texts, holds_text, permutation, repeated, undecoded
 from raydistill.errors import InputError
 from raydistill.storage.resolve import resolve
 
@@ -158,7 +160,7 @@ def read_prompts(
     """
     path = Path(path)
     report = PromptReport(str(path))
-    ids, hashes = Spill(np.int64), Spill(np.int64)
+    ids, hashes = Numbers(), Numbers()
 
     def usable() -> Iterator[str]:
         for row, get in _rows(path, column):
@@ -317,9 +319,6 @@ def _malformed() -> str:
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     damages = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of a column's name
     try:
         file = pq.ParquetFile(path)
@@ -332,14 +331,12 @@ def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
         if names.count(column) > 1:
             raise InputError(f"{path}: {names.count(column)} columns are named {column!r}")
         kind = file.schema_arrow.field(column).type
-        value = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(value) or pa.types.is_large_string(value)):
+        if not holds_text(kind):
             raise InputError(f"{path}: column {column!r} holds {kind}, not strings")
         number = 0
         try:
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                # as bytes, since one undecodable string would otherwise spoil its whole batch
-                for raw in batch.column(0).cast(value).cast(pa.large_binary()).to_pylist():
+                for raw in undecoded(batch.column(0)):
                     number += 1
                     yield number, functools.partial(_decode, raw)
         except damages as error:

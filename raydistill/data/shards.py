@@ -88,13 +88,13 @@ class PairWriter:
         settings: what decides the rows. Rows of other settings are never mixed into a folder.
 
     Raises:
-        InputError: the folder's set was made with other settings.
-        InputError: a shard cannot be read.
+        InputError: the folder's set was made with other settings, or a shard cannot be read.
     """
 
     def __init__(
         self,
         folder: str | Place,
+        *,
         count: int,
         shard_size: int,
         at: Callable[[Sequence[int] | np.ndarray], tuple[np.ndarray, list[str]]],
@@ -188,12 +188,12 @@ class PairWriter:
         file = write_pairs(
             self.folder,
             index,
-            prompts,
-            ids,
-            [self.seed] * len(good),
-            torch.from_numpy(kept["z_T"]),
-            torch.from_numpy(kept["z_S"]),
-            kept["preview"].tolist(),
+            prompts=prompts,
+            prompt_ids=ids,
+            seeds=[self.seed] * len(good),
+            z_teacher=torch.from_numpy(kept["z_T"]),
+            z_student=torch.from_numpy(kept["z_S"]),
+            previews=kept["preview"].tolist(),
             rows=good,
             teacher=self.teacher,
             about={

@@ -5,7 +5,7 @@ student's resolution (arXiv 2606.32020), so both describe one image. Row i of a 
 set's order (or image i of a set of real images), its noise is drawn for (seed, i), and requests always have `batch_size`
 samples: neither an interruption, nor the order in which answers come, nor a larger count changes a row.
 
-Here everything happens in one process; `synthesis_stream` does the same on Ray.
+Here everything happens in one process; `synthesis_stream` does the same on Ray. `LocalTeacher` is a client for it.
 
 Shapes: B samples, C×H×W normalised latents, images [B, 3, S, S] in [-1, 1].
 """
@@ -14,33 +14,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
+from raydistill.data.in_order import in_order
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
-from raydistill.data.vae import PairEncoder, previews, resized
+from raydistill.data.vae import PairEncoder
 from raydistill.diffusion.noise import normal
-from raydistill.errors import InputError, StageFailed
-from raydistill.spaces.base import Conditioning, Space
+from raydistill.errors import InputError
+from raydistill.spaces.base import Space
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
-
-__all__ = [
-    "LocalTeacher", "PairEncoder", "Recipe", "Sampler", "InputError", "StageFailed", "TeacherAsker",
-    "encode_images", "encode_rows", "load_rows", "previews", "resized", "synthesise",
-]  # fmt: skip
 
 IN_FLIGHT = 2  # requests the teacher may work on while a batch is decoded here
 
@@ -55,64 +49,13 @@ class Samples(Protocol):
 class Sampler(Protocol):
     """What generates: a `TeacherClient` of the service, or a `LocalTeacher`."""
 
-    def generate(
-        self,
-        noise: torch.Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        steps: int,
-        guidance_scale: float,
-    ) -> Samples: ...
-
-
-# -- a teacher in this process --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LocalSamples:
-    """Samples that are drawn when they are asked for."""
-
-    teacher: LocalTeacher
-    arguments: tuple[torch.Tensor, Conditioning, Conditioning | None, int, float]
-
-    def result(self, check_finite: bool = True) -> torch.Tensor:
-        noise, conditioning, unconditional, steps, guidance_scale = self.arguments
-        device = next(self.teacher.network.parameters()).device
-
-        def moved(tensors: Conditioning | None) -> Conditioning | None:
-            return tensors and {name: value.to(device) for name, value in tensors.items()}
-
-        latents = self.teacher.space.sample(
-            self.teacher.network, noise.to(device), moved(conditioning), moved(unconditional), steps, guidance_scale
-        )
-        if check_finite and not bool(torch.isfinite(latents).all()):
-            raise FloatingPointError("the teacher's samples are not finite")
-        return latents.float().cpu()
-
-
-@dataclass(frozen=True)
-class LocalTeacher:
-    """A teacher without the service, for one process: notebooks and small sets."""
-
-    space: Space
-    network: nn.Module
-
-    def generate(
-        self,
-        noise: torch.Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        steps: int,
-        guidance_scale: float,
-    ) -> LocalSamples:
-        """Multi-step samples from noise [B, C, H, W]; drawn at `.result()`."""
-        return LocalSamples(self, (noise, conditioning, unconditional, steps, guidance_scale))
+    generate: Callable[..., Samples]
 
 
 # -- what decides the rows ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Everything that decides the rows of a set.
 
@@ -148,13 +91,13 @@ class Recipe:
         """Open the set in a folder. Errors as in `PairWriter`."""
         return PairWriter(
             folder,
-            self.count,
-            self.shard_size,
-            functools.partial(self.source.at, self.seed),
-            self.seed,
-            identify(self.teacher.folder),
-            max_failed_rows,
-            self.settings(),
+            count=self.count,
+            shard_size=self.shard_size,
+            at=functools.partial(self.source.at, self.seed),
+            seed=self.seed,
+            teacher=identify(self.teacher.folder),
+            max_failed_rows=max_failed_rows,
+            settings=self.settings(),
         )
 
     def encoder(self, device: str) -> PairEncoder:
@@ -187,12 +130,6 @@ def _fingerprint(prompts: PromptSet) -> str:
     for prompt in prompts.prompts:
         digest.update(prompt.encode() + b"\n")
     return digest.hexdigest()
-
-
-def _refuse(source: str, prompts: Iterable[str], forbidden: Collection[str]) -> None:
-    common = set(forbidden).intersection(prompts)
-    if common:
-        raise InputError(f"{source}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")
 
 
 # -- rows -> pictures -> encoded rows -----------------------------------------------------------------------
@@ -266,10 +203,10 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
         pictures = torch.from_numpy(batch["pixels"].copy()).to(encoder.device).float() / 127.5 - 1
     else:
         pictures = encoder.decode(torch.from_numpy(batch["latents"].copy()))
-    z_T, z_S, pngs = encoder.encode(pictures, batch["row"])
+    z_teacher, z_student, pngs = encoder.encode(pictures, batch["row"])
     failure = batch["failure"].astype(object)
     columns = {}
-    for name, latents in (("z_T", z_T), ("z_S", z_S)):
+    for name, latents in (("z_T", z_teacher), ("z_S", z_student)):
         columns[name] = latents.half()
         finite = torch.isfinite(columns[name]).flatten(1).all(1)
         failure = np.where((failure == "") & ~finite.numpy(), f"{name} is not finite in float16", failure)
@@ -285,40 +222,24 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
 
 
 def synthesise(
-    client: Sampler,
-    teacher: Space,
-    student: Space,
-    prompts: PromptSet,
+    recipe: Recipe,
     folder: str | Path,
+    client: Sampler | None = None,
     *,
-    count: int,
-    batch_size: int,
-    shard_size: int,
-    steps: int,
-    guidance_scale: float,
-    seed: int,
-    posterior: Posterior = "mean",
-    text_dtype: str = "float32",
     forbidden: Collection[str] = (),
     max_failed_rows: int = 0,
     device: str = "cpu",
     progress: bool = True,
 ) -> int:
-    """Write `count` rows to pairs-*.parquet; complete shards that are already there are kept.
+    """Write the rows that a folder lacks to pairs-*.parquet; complete shards that are already there are kept.
 
     Args:
-        client: what generates.
-        teacher, student: the two spaces; the teacher's text encoders and both VAEs are loaded here.
-        prompts: row i takes position i of their order under `seed`.
+        recipe: what decides the rows.
         folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
-        count, batch_size, shard_size: rows in all, per request, and per file.
-        steps, guidance_scale: of the teacher's sampling.
-        seed: of the order of prompts and of the noise.
-        posterior: what a VAE's latents are.
-        text_dtype: of the text encoders.
+        client: what generates; None for real images.
         forbidden: held-out prompts.
-        max_failed_rows: non-finite samples that are recorded instead of raising.
-        device: of text encoders and VAEs.
+        max_failed_rows: rows that may fail and are recorded instead of raising.
+        device: of text encoders and VAEs, which are loaded here.
         progress: show a progress bar where there is a terminal.
 
     Returns:
@@ -328,70 +249,27 @@ def synthesise(
         InputError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.
         StageFailed: more than `max_failed_rows` rows failed.
     """
-    _refuse(prompts.report.source, prompts.prompts, forbidden)
-    recipe = Recipe(
-        teacher, student, prompts, count, batch_size, shard_size, seed, posterior, steps, guidance_scale, text_dtype
-    )  # fmt: skip
-
-    def pictures(requests: Iterator[Request]) -> Iterator[Batch]:
-        return _answers(requests, TeacherAsker(client, recipe, device).ask)
-
-    return _complete(recipe, folder, max_failed_rows, device, progress, pictures)
-
-
-def encode_images(
-    images: ImageSet,
-    teacher: Space,
-    student: Space,
-    folder: str | Path,
-    *,
-    batch_size: int,
-    shard_size: int,
-    seed: int = 0,
-    posterior: Posterior = "mean",
-    forbidden: Collection[str] = (),
-    max_failed_rows: int = 0,
-    device: str = "cpu",
-    progress: bool = True,
-) -> int:
-    """As `synthesise`, of real images: all of them, one row each."""
-    _refuse(images.source, images.prompts, forbidden)
-    recipe = Recipe(teacher, student, images, len(images), batch_size, shard_size, seed, posterior)
-
-    def pictures(requests: Iterator[Request]) -> Iterator[Batch]:
-        return (load_rows(images, request, teacher.resolution) for request in requests)
-
-    return _complete(recipe, folder, max_failed_rows, device, progress, pictures)
-
-
-def _complete(
-    recipe: Recipe,
-    folder: str | Path,
-    max_failed_rows: int,
-    device: str,
-    progress: bool,
-    pictures: Callable[[Iterator[Request]], Iterable[Batch]],
-) -> int:
-    """Make the rows that the folder lacks; returns how many."""
+    _refuse(recipe.source, forbidden)
     writer = recipe.writer(folder, max_failed_rows)
     missing = writer.missing
     if not missing:
         return 0
+    requests = list(writer.requests(recipe.batch_size))
+    if recipe.samples:
+        pictures = in_order(requests, TeacherAsker(client, recipe, device).ask, IN_FLIGHT)
+    else:
+        pictures = (load_rows(recipe.source, request, recipe.teacher.resolution) for request in requests)
     encoder = recipe.encoder(device)
     with tqdm(total=recipe.count, initial=writer.done, desc="synthesis", disable=None if progress else True) as bar:
-        for batch in pictures(iter(list(writer.requests(recipe.batch_size)))):
+        for batch in pictures:
             writer.add(encode_rows(encoder, batch))
             bar.update(len(batch["row"]))
     writer.finish()
     return missing
 
 
-def _answers(requests: Iterator[Request], ask: Callable[[Request], AskedRows]) -> Iterator[Batch]:
-    """Answers in order; the next requests are sent before an answer is handed out to be decoded."""
-    pending: deque[AskedRows] = deque()
-    for request in requests:
-        pending.append(ask(request))
-        if len(pending) > IN_FLIGHT:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:
+    common = set(forbidden).intersection(source.prompts)
+    if common:
+        name = source.report.source if isinstance(source, PromptSet) else source.source
+        raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")

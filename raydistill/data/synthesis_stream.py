@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -26,13 +27,14 @@ import torch
 from ray.exceptions import RayError
 
 from raydistill.config.schema import SynthesisConfig
-from raydistill.data.encode import MAX_BLOCKS, quiet_ray_data
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
+from raydistill.data.ray_data import dataset_of
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
 from raydistill.data.vae import PairEncoder
 from raydistill.errors import InputError, StageFailed
+from raydistill.pictures.grids import grid
 from raydistill.storage.place import Place
 from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
@@ -164,7 +166,6 @@ def _encoded(
     recipe: Recipe, requests: list[Request], settings: SynthesisConfig, client: TeacherClient | None
 ) -> Iterator[Batch]:
     """Encoded rows of all requests, in any order. Closing the generator ends the actors."""
-    quiet_ray_data()
     told = ray.put(recipe)
     device = "cuda" if settings.gpus_per_encoder else "cpu"
     where = {"label_selector": settings.node_labels or None}
@@ -205,15 +206,8 @@ def _encoded(
 
 
 def _dataset(requests: list[Request]) -> ray.data.Dataset:
-    """One request a block where they are not too many, with settings for this data set alone."""
-    rows = ray.data.from_items(
-        [{"first": request.first, "kept": request.kept} for request in requests],
-        override_num_blocks=min(len(requests), MAX_BLOCKS),
-    )
-    rows.context.execution_options.preserve_order = False  # a slow request holds up no other
+    rows = dataset_of([asdict(request) for request in requests])
     rows.context.raise_original_map_exception = True  # a StageError
-    rows.context.enable_progress_bars = False
-    rows.context.print_on_execution_start = False
     return rows
 
 
@@ -282,8 +276,6 @@ class SynthesisLog:
             self.tracker.artifact(folder / FAILURES_FILE)
 
     def _show(self, files: list[Place], step: int) -> None:
-        from raydistill.pictures.grids import grid
-
         images, captions = captioned_previews(files, self.pictures)
         if captions:
             self.tracker.image(grid(images, captions), "pictures", step)

@@ -6,59 +6,47 @@ their last reader. Memory holds the pages that were just read, and the system dr
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
+import pyarrow as pa
 
 CHUNK = 1 << 16  # numbers that are in memory at a time
+TEXT_CHUNK = 1 << 12  # texts that are in memory at a time
+# Not a column of strings: those are strict UTF-8, and a command line may have lone surrogates.
+_SCHEMA = pa.schema([("text", pa.large_binary())])
 
 
-class Spill:
-    """A column that is written once, from its first value to its last, and then read anywhere.
-
-    Raises OSError where the disk is full.
-    """
-
-    def __init__(self, dtype: type[np.generic]) -> None:
-        self.dtype = np.dtype(dtype)
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (`array` closes it)
-
-    def append(self, number: int) -> None:
-        self._file.write(number.to_bytes(self.dtype.itemsize, sys.byteorder, signed=True))
-
-    def write(self, values: bytes | np.ndarray) -> None:
-        self._file.write(values)
-
-    def array(self) -> np.ndarray:
-        """All of it, mapped from the file; ends the writing."""
-        with self._file as file:
-            file.flush()
-            size = file.tell()
-            # an empty file cannot be mapped
-            return np.frombuffer(mmap.mmap(file.fileno(), size), self.dtype) if size else np.empty(0, self.dtype)
+def _mapped(file: IO[bytes]) -> mmap.mmap:
+    file.flush()
+    return mmap.mmap(file.fileno(), 0)
 
 
 class Texts(Sequence[str]):
-    """Texts of any length, as UTF-8 in a file.
+    """Texts of any length in a memory-mapped Arrow file, as UTF-8.
 
-    A copy in Ray's object store is not unpacked by its readers.
+    A copy in Ray's object store is not unpacked by its readers. Raises OSError where the disk is full.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        content, ends, end = Spill(np.uint8), Spill(np.int64), 0
-        for text in texts:
-            encoded = text.encode("utf-8", "surrogatepass")  # which a command line may have
-            content.write(encoded)
-            end += len(encoded)
-            ends.append(end)
-        self._content, self._ends = content.array(), ends.array()  # uint8 [bytes], int64 [N]
+        texts = iter(texts)
+        with tempfile.TemporaryFile() as file:
+            with pa.ipc.new_file(file, _SCHEMA) as writer:
+                while chunk := [text.encode("utf-8", "surrogatepass") for text in itertools.islice(texts, TEXT_CHUNK)]:
+                    writer.write(
+                        pa.record_batch(
+                            [pa.array(chunk, pa.large_binary(), memory_pool=pa.system_memory_pool())], schema=_SCHEMA
+                        )
+                    )
+            self._column = pa.ipc.open_file(pa.py_buffer(_mapped(file))).read_all().column("text")
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._column)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -67,15 +55,11 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        i = range(len(self))[index]  # raises IndexError; takes negative ones
-        return str(self._content[self._ends[i - 1] if i else 0 : self._ends[i]].data, "utf-8", "surrogatepass")
+        return str(self._column[int(index)].as_buffer(), "utf-8", "surrogatepass")
 
     def __iter__(self) -> Iterator[str]:
-        start = 0
-        for first in range(0, len(self), CHUNK):
-            for end in self._ends[first : first + CHUNK].tolist():
-                yield str(self._content[start:end].data, "utf-8", "surrogatepass")
-                start = end
+        for value in itertools.chain.from_iterable(self._column.chunks):
+            yield str(value.as_buffer(), "utf-8", "surrogatepass")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
@@ -88,8 +72,29 @@ class Texts(Sequence[str]):
         return f"Texts({self[:3]!r}{', …' if len(self) > 3 else ''})"
 
 
-def repeated(hashes: Spill) -> int:
-    """How many of these int64 have an equal one before them, in memory of a constant size."""
+class Numbers:
+    """int64 numbers that are written once, from the first to the last, and then read anywhere.
+
+    Raises OSError where the disk is full.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (`array` closes it)
+
+    def append(self, number: int) -> None:
+        self._file.write(number.to_bytes(8, sys.byteorder, signed=True))
+
+    def extend(self, numbers: np.ndarray) -> None:
+        self._file.write(numbers)
+
+    def array(self) -> np.ndarray:
+        """All of them, mapped from the file; ends the writing."""
+        with self._file as file:  # an empty file cannot be mapped
+            return np.frombuffer(_mapped(file), np.int64) if file.tell() else np.empty(0, np.int64)
+
+
+def repeated(hashes: Numbers) -> int:
+    """How many of these have an equal one before them, in memory of a constant size."""
     ordered = hashes.array()
     ordered.sort()  # on disk
     chunks = (ordered[first : first + CHUNK + 1] for first in range(0, len(ordered), CHUNK))  # one ends the next begins
@@ -98,10 +103,22 @@ def repeated(hashes: Spill) -> int:
 
 def permutation(count: int, generator: np.random.Generator) -> np.ndarray:
     """int64 [count], read-only: the numbers of `generator.permutation(count)`, on disk."""
-    numbers = Spill(np.int64)
+    numbers = Numbers()
     for first in range(0, count, CHUNK):
-        numbers.write(np.arange(first, min(first + CHUNK, count), dtype=np.int64))
+        numbers.extend(np.arange(first, min(first + CHUNK, count), dtype=np.int64))
     order = numbers.array()
     generator.shuffle(order)
     order.flags.writeable = False  # shared by everybody who asks for it
     return order
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, also behind a dictionary."""
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(value) or pa.types.is_large_string(value)
+
+
+def undecoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
+    """Strings as bytes: one that is no UTF-8 would otherwise spoil the whole column."""
+    value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    return column.cast(value).cast(pa.large_binary()).to_pylist()

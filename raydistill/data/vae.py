@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from raydistill.config.schema import Posterior
-from raydistill.data.pairs import png
 from raydistill.diffusion.noise import normal
+from raydistill.pictures.files import png_bytes
 from raydistill.spaces.base import Space
 
 PREVIEW_PIXELS = 64
@@ -35,7 +35,7 @@ def resized(images: torch.Tensor, pixels: int) -> torch.Tensor:
 def previews(images: torch.Tensor, pixels: int = PREVIEW_PIXELS) -> list[bytes]:
     """PNG bytes of small versions of the images."""
     small = ((resized(images.float(), pixels).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [png(Image.fromarray(image)) for image in small.permute(0, 2, 3, 1).cpu().numpy()]
+    return [png_bytes(Image.fromarray(image)) for image in small.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def in_chunks(space: Space, forward: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -92,9 +92,9 @@ class PairEncoder:
         """
         pictures = pictures.to(self.device)
         small = resized(pictures, self.student.resolution)
-        z_T = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
-        z_S = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
-        return z_T, z_S, previews(pictures)
+        z_teacher = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
+        z_student = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
+        return z_teacher, z_student, previews(pictures)
 
     def _latents(
         self,

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
-from raydistill.data.encode import encode_table
+from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import read_pairs
 from raydistill.distill.batches import Real
 from raydistill.distill.discriminator import Discriminator
@@ -65,10 +65,10 @@ def load_real(
         dtype: of the text encoders and of the conditioning.
         device: where they run, before anything else is there.
     """
-    pairs = read_pairs(folder, z_T_shape=teacher_space.latent_shape)
+    pairs = read_pairs(folder, z_teacher_shape=teacher_space.latent_shape)
     pairs = pairs.rows(range(min(count, len(pairs))))
-    table, row = encode_table(teacher_space, pairs.prompts, dtype, device)
-    return Real(pairs.z_T, table, torch.tensor([row[prompt] for prompt in pairs.prompts]))
+    table = PromptTable(teacher_space, pairs.prompts, dtype, device)
+    return Real(pairs.z_teacher, table.columns, table.rows(pairs.prompts))
 
 
 class Networks:

@@ -24,7 +24,8 @@ from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import replace_text, replacing
-from raydistill.workers.bridge import LOG_EVERY
+from raydistill.tracking.progress import write_progress
+from raydistill.workers.bridge import CURVES, LOG_EVERY, MetricLog
 
 METRICS = ("l1", "psnr", "ssim")
 
@@ -137,9 +138,6 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
     Returns:
         variant, seed, parameters, embed_dim, steps, seconds and the metrics of `BridgeTrainer.validation`.
     """
-    from raydistill.tracking.progress import write_progress
-    from raydistill.workers.bridge import CURVES, MetricLog
-
     config = validate(cell.config)
     torch.set_num_threads(config.distill.threads)
     device = torch.device("cuda" if config.distill.gpus_per_worker else "cpu")

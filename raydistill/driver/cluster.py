@@ -8,6 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import ray
+from ray import serve
+
 # Loggers whose level is set again by those who own them.
 TALKATIVE = ("ray.serve", "mlflow.system_metrics.system_metrics_monitor")
 REPORTS = "train/v2/_internal/execution/context.py"  # of Ray: this one's name is its file
@@ -17,7 +20,6 @@ def quiet() -> None:
     """Runs first in every worker process: keeps what concerns nobody off the driver's screen."""
     for name in ("ray.data", "ray.serve", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    import ray
 
     for name in (*TALKATIVE, str(Path(ray.__file__).parent / REPORTS)):
         logging.getLogger(name).addFilter(_is_warning)
@@ -59,7 +61,6 @@ def connected() -> Iterator[None]:
     machine and takes it down again.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    import ray
 
     quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
@@ -74,8 +75,6 @@ def connected() -> Iterator[None]:
         try:
             yield
         finally:
-            from ray import serve
-
             if not joins:
                 serve.shutdown()
             ray.shutdown()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,24 +17,25 @@ from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import changed
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
+from raydistill.errors import StageFailed
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
-RESUMABLE = 75
-
-if TYPE_CHECKING:  # imported once the command line is known to be right: torch and diffusers take seconds
+if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, diffusers and Ray take seconds
     from raydistill.driver.preflight import Inputs
     from raydistill.driver.run_folder import RunFolder
 
-Stages = Callable[[Config, "RunFolder", "Inputs"], Any]
+RESUMABLE = 75
+
+RunFunction = Callable[[Config, "RunFolder", "Inputs"], Any]
 
 
 def run_job(
     purpose: str,
-    work: Stages,
+    run: str | RunFunction,
     result: str,
     *,
     changes: Mapping[str, Mapping[str, Any]] | None = None,
-    check: Stages | None = None,
+    check: str | RunFunction | None = None,
     roles: Sequence[str] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
@@ -41,54 +43,58 @@ def run_job(
 
     Args:
         purpose: first lines of --help.
-        work: the run; raises StageFailed.
+        run: the run, which raises StageFailed; "module:function", loaded once the command line is known to be right.
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
-        check: what this job checks beside `check_inputs`; raises ValueError.
-        roles: those of `planning.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
+        check: what this job checks beside `check_inputs`; raises InputError.
+        roles: those of `planning.memory.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
+    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
+    from raydistill.driver.cluster import connected
     from raydistill.driver.preflight import check_inputs
-    from raydistill.driver.run_folder import create_run_folder, open_run_folder, pinned
-    from raydistill.errors import StageFailed
+    from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
 
     try:
         config = changed(config, changes or {})
-        run = open_run_folder(config)
-        if (run.path / result).is_file():
-            print(f"run {run.name} is finished: {run.path / result}")
+        folder = open_run_folder(config)
+        if (folder.path / result).is_file():
+            print(f"run {folder.name} is finished: {folder.path / result}")
             return 0
-        config = pinned(config, run)
+        config = pin_models(config, folder)
         inputs = check_inputs(config)
         if check is not None:
-            check(config, run, inputs)
-        for line in _fit(config, roles):
+            _loaded(check)(config, folder, inputs)
+        for line in _check_gpus(config, roles):
             print(line, flush=True)
-    except ValueError as error:  # every input error of the project is one, and says what to do
+    except ValueError as error:  # every error of wrong input is one, and says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from raydistill.driver.cluster import connected
-
+    again = f"run {folder.name} can be continued with run.name={folder.name}"
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        with lock_run(run.path):
-            create_run_folder(run, config)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with lock_run(folder.path):
+            create_run_folder(folder, config)
             with connected(), stop_on_signals():
-                work(config, run, inputs)
+                _loaded(run)(config, folder, inputs)
     except RunLocked as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stopped:
-        print(f"{stopped}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        print(f"{stopped}\n{again}", file=sys.stderr)
         return RESUMABLE
     except (StageFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
-        print(f"error: {error}\nrun {run.name} can be continued with run.name={run.name}", file=sys.stderr)
+        print(f"error: {error}\n{again}", file=sys.stderr)
         return 1
     return 0
 
 
-def _fit(config: Config, roles: Sequence[str] | None) -> list[str]:
+def _loaded(function: str | RunFunction) -> RunFunction:
+    return pkgutil.resolve_name(function) if isinstance(function, str) else function
+
+
+def _check_gpus(config: Config, roles: Sequence[str] | None) -> list[str]:
     """The planner's check, which is not even imported where no GPU is asked for. Raises InputError."""
     asked = (config.distill.gpus_per_worker, config.teachers.gpus_per_rank)
     if not any((*asked, config.prompts.gpus_per_encoder, config.synthesis.gpus_per_encoder)):

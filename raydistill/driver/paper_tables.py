@@ -18,15 +18,24 @@ from typing import Any
 
 from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
 from raydistill.config.schema import Config
-from raydistill.driver.pipeline import Pipeline, distil, opened, shared_space
+from raydistill.distill.networks import load_unet
+from raydistill.driver.pipeline import distil, shared_space
 from raydistill.driver.preflight import Inputs, check_inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.driver.run_record import RunRecord, open_record
+from raydistill.driver.table_names import result_name
 from raydistill.errors import StageFailed
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.evaluation.summary import write_summary
+from raydistill.export.merge import merge_students, open_sources, shares_of
+from raydistill.export.source import find_export
+from raydistill.pictures.files import save_pictures
+from raydistill.pictures.grids import grid
 from raydistill.storage.resolve import require_folder
-from raydistill.tracking.store import tracking_uri
+from raydistill.tracking.store import tracking_uri, ui_command
+from raydistill.tracking.tracker import Tracker
 
 STUDENTS, TEACHERS = ("sd15", "sd21"), ("flux", "sd3", "sdxl")
-TABLES = ("table1", "table3")
 QUICK_STEPS = 60
 MERGED, SHARED, START, ONE_STEP, RAW = "merged", "shared space", "start", "one-step start", "raw start"
 PAPER = {  # HPSv3 of arXiv 2606.32020; our three teachers stand for FLUX.2 [klein], SD 3.5 Medium and SDXL
@@ -48,11 +57,6 @@ class Cell:
     def name(self) -> str:
         assert self.config.run.name is not None
         return self.config.run.name
-
-
-def result_name(table: str, seeds: int) -> str:
-    """File of a run's folder; a table of more seeds is another one."""
-    return f"{table}-{seeds}-seeds.json"
 
 
 def cells(table: str, config: Config, storage: Path, seeds: int, quick: bool) -> list[Cell]:
@@ -102,21 +106,17 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
     Raises:
         StageFailed: a cell failed; those that are done are kept.
     """
-    from raydistill.evaluation.summary import write_summary
-    from raydistill.tracking.store import ui_command
-    from raydistill.tracking.tracker import Tracker
-
-    with opened(config, run, inputs) as pipeline:
+    with open_record(config, run, inputs) as record:
         results: list[dict[str, Any]] = []
         planned = cells(table, config, run.storage, seeds, quick)
         for number, cell in enumerate(planned, 1):
             print(f"== {number}/{len(planned)} {cell.name}", flush=True)
-            results.append(_run_cell(cell, pipeline, planned))
+            results.append(_run_cell(cell, record, planned))
         if table == "table1":
             for seed in dict.fromkeys(cell.seed for cell in planned):
                 for student in STUDENTS:
                     members = [c for c in planned if (c.student, c.seed) == (student, seed) and c.row in TEACHERS]
-                    results.append(merge(student, seed, members, pipeline))
+                    results.append(merge(student, seed, members, record))
         summary = {
             "table": table,
             "seeds": seeds,
@@ -124,11 +124,11 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
             "pictures": config.evaluation.count,
             "rows": summarise(results),
             "cells": results,
-            "stages": {name: round(seconds, 1) for name, seconds in pipeline.seconds.items()},
-            "mlflow_run_id": pipeline.parent,
+            "stages": {name: round(seconds, 1) for name, seconds in record.seconds.items()},
+            "mlflow_run_id": record.parent,
         }
         text = markdown(summary)
-        tracker = Tracker(pipeline.uri, pipeline.parent)
+        tracker = Tracker(record.uri, record.parent)
         tracker.text(text, f"{table}.md")
         tracker.note(text)
         tracker.close()
@@ -137,19 +137,19 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
         for line in verdicts(summary):
             print(line)
         print(f"results   {run.path / result_name(table, seeds)}")
-        print(f"MLflow    {ui_command(pipeline.uri)}")
+        print(f"MLflow    {ui_command(record.uri)}")
     return summary
 
 
-def _run_cell(cell: Cell, pipeline: Pipeline, planned: Sequence[Cell]) -> dict[str, Any]:
+def _run_cell(cell: Cell, record: RunRecord, planned: Sequence[Cell]) -> dict[str, Any]:
     """Run one cell, or read what it has written."""
     folder = open_run_folder(cell.config)
     file = folder.path / "summary.json"
     if not file.is_file():
         create_run_folder(folder, cell.config)
         _take_teacher(cell, folder, planned)
-        with pipeline.timed(cell.name):
-            distil(cell.config, folder, check_inputs(cell.config), parent=pipeline.parent)
+        with record.timed(cell.name):
+            distil(cell.config, folder, check_inputs(cell.config), parent=record.parent)
     about = json.loads(file.read_text())
     _same_length(cell.name, about["steps"], cell.config)
     return {
@@ -179,22 +179,13 @@ def _take_teacher(cell: Cell, folder: RunFolder, planned: Sequence[Cell]) -> Non
                 return
 
 
-def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) -> dict[str, Any]:
+def merge(student: str, seed: int, members: Sequence[Cell], record: RunRecord) -> dict[str, Any]:
     """The mean of one student's distillations from all teachers, judged as they were."""
-    from raydistill.distill.networks import load_unet
-    from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
-    from raydistill.evaluation.summary import write_summary
-    from raydistill.export.merge import merge_students, open_sources, shares_of
-    from raydistill.export.source import find_export
-    from raydistill.pictures.files import save_pictures
-    from raydistill.pictures.grids import grid
-    from raydistill.tracking.tracker import Tracker
-
-    config, inputs = members[0].config, pipeline.inputs
+    config, inputs = members[0].config, record.inputs
     name = f"{student}-{MERGED}-seed{seed}"
-    folder = pipeline.run.path / name
+    folder = record.run.path / name
     if not (folder / "summary.json").is_file():
-        with pipeline.timed(name):
+        with record.timed(name):
             exports = [find_export(member.name, Path(config.storage)) for member in members]
             with contextlib.suppress(FileNotFoundError):  # an earlier try
                 shutil.rmtree(folder)
@@ -207,14 +198,14 @@ def merge(student: str, seed: int, members: Sequence[Cell], pipeline: Pipeline) 
             pictures = evaluator.draw(load_unet(space, str(folder / "export")), config.student.start_timestep)
             accuracy = evaluator.accuracy(pictures)
             save_pictures(folder / "after.safetensors", pictures[: evaluation.grid])
-            run_id = pipeline.stage_run(config, name)
-            tracker = Tracker(pipeline.uri, run_id)
+            run_id = record.stage_run(config, name)
+            tracker = Tracker(record.uri, run_id)
             tracker.metrics({f"student_after/{key}": value for key, value in accuracy.items()}, config.distill.steps)
             shown = evaluation.grid
             tracker.image(grid(pictures[:shown], fixed.captions[:shown]), "samples", config.distill.steps)
             tracker.artifact(folder / "export")
             tracker.close()
-            pipeline.finish(run_id)
+            record.finish(run_id)
             about = {"student_after": accuracy, "steps": config.distill.steps, "mlflow_run_id": run_id}
             write_summary(folder / "summary.json", about)
     about = json.loads((folder / "summary.json").read_text())

@@ -7,14 +7,21 @@ import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from raydistill.bridge.attention import reader_of
+from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
+from raydistill.data.pairs import read_pairs
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
-from raydistill.driver.run_folder import RunFolder, _of_storage
+from raydistill.distill.fake_score import truncate
+from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
-from raydistill.spaces import load_space
+from raydistill.shapes.captions import ATTRIBUTES, parse
+from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
+from raydistill.spaces.meta import empty_part
+from raydistill.spaces.published_students import open_student
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import check_paths, check_storage, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
@@ -53,6 +60,7 @@ def check_inputs(config: Config) -> Inputs:
     student.check_files(network=config.student.unet is None)
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
+    check_everywhere(teacher)
     teacher.check_files()
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
@@ -62,13 +70,9 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        from raydistill.data.pairs import read_pairs
-
-        pairs = read_pairs(resolve(config.discriminator.real_data), z_T_shape=teacher.latent_shape)
+        pairs = read_pairs(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
-        from raydistill.data.pairs import read_pairs
-
         pairs = read_pairs(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
@@ -89,8 +93,6 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
         raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
     if config.student.unet is None:
         return ()
-    from raydistill.spaces.published_students import open_student
-
     checkpoint = open_student(space, resolve(config.student.unet))
     conflict = checkpoint.start_conflict(config.student.start_timestep)
     return (checkpoint.describe(), *([conflict] if conflict else []))
@@ -100,7 +102,7 @@ def _check_bucket(storage: Place) -> None:
     """A bucket takes an object and gives it away again."""
     if isinstance(storage, Remote):
         probe = storage / f".probe-{secrets.token_hex(4)}"
-        with _of_storage(storage):
+        with as_storage_error(storage):
             probe.write_text("")
             probe.unlink()
 
@@ -119,9 +121,6 @@ def _check_tracking(config: Config) -> None:
 
 
 def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
-    from raydistill.bridge.attention import check_network
-    from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-
     if config.bridge.projector == "identity" and config.bridge.checkpoint is not None:
         raise InputError("bridge.projector=identity has no weights: set bridge.checkpoint=null")
     if config.bridge.projector == "identity" and config.bridge.trainable:
@@ -133,7 +132,7 @@ def _check_bridge(config: Config, student: Space, teacher: Space) -> None:
             "workers (distill.min_workers, else distill.workers)"
         )
     if trains and config.bridge.attention.weight > 0:
-        check_network(teacher)
+        reader_of(teacher)
     if config.bridge.checkpoint is not None:
         check_pair(resolve(config.bridge.checkpoint), student, teacher)
     elif config.bridge.projector == "identity":
@@ -171,9 +170,6 @@ def _check_fake_score(config: Config, teacher: Space) -> None:
     """A network that is to be truncated can be, tried on one without weights."""
     if config.fake_score.kind != "truncated":
         return
-    from raydistill.distill.fake_score import truncate
-    from raydistill.spaces.meta import empty_part
-
     if "shared_space" in config.controls:
         raise InputError(
             "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
@@ -184,8 +180,6 @@ def _check_fake_score(config: Config, teacher: Space) -> None:
 
 def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
     """The judge can read every prompt that it will be asked about, and answers the metric that is asked for."""
-    from raydistill.shapes.captions import ATTRIBUTES, parse
-
     metrics = ("mean", "all", *ATTRIBUTES)
     if config.evaluation.metric not in metrics:
         raise InputError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")

@@ -13,7 +13,9 @@ from typing import Any
 from raydistill.config.reading import changed, from_yaml, get, mathematical, to_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
+from raydistill.storage import hub
 from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.hub import same_but_for_revision
 from raydistill.storage.place import Place, Remote, cause
 from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
 
@@ -58,7 +60,7 @@ def open_run_folder(config: Config) -> RunFolder:
     return run
 
 
-def pinned(config: Config, run: RunFolder) -> Config:
+def pin_models(config: Config, run: RunFolder) -> Config:
     """The configuration with the commit of each hub model whose revision it leaves open: the run's own, or what is
     fetched now.
 
@@ -67,8 +69,6 @@ def pinned(config: Config, run: RunFolder) -> Config:
     Raises:
         InputError: a model cannot be fetched; names the key.
     """
-    from raydistill.storage import hub
-
     if (saved := _saved(run)) is not None:
         config = _of_revisions(config, saved)
     models = {}
@@ -84,8 +84,6 @@ def pinned(config: Config, run: RunFolder) -> Config:
 
 def _of_revisions(config: Config, saved: Config) -> Config:
     """Hub models whose revision is left open, at the revision that the saved configuration names."""
-    from raydistill.storage.hub import same_but_for_revision
-
     models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
     same = {key: before for key, (now, before) in models.items() if same_but_for_revision(now, before)}
     return _with_models(config, same)
@@ -103,13 +101,13 @@ def _with_models(config: Config, models: Mapping[str, str]) -> Config:
 def _saved(run: RunFolder) -> Config | None:
     """The configuration that the run has had; None: the run is new."""
     file = run.path / "config.yaml"
-    with _of_storage(run.storage):
+    with as_storage_error(run.storage):
         text = file.read_text(encoding="utf-8") if file.is_file() else None
     return None if text is None else _read_config(file, text)
 
 
 @contextlib.contextmanager
-def _of_storage(storage: Place) -> Iterator[None]:
+def as_storage_error(storage: Place) -> Iterator[None]:
     """What a bucket refuses is an error of the key `storage`."""
     try:
         yield

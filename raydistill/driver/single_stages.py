@@ -2,69 +2,65 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from typing import Any
 
+import ray
+from tqdm import tqdm
+
+from raydistill.bridge.model import read_description
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.driver.pipeline import PAIRS_FOLDER, Pipeline, made_bridge, opened, pairs_alone, recipe_of
-from raydistill.storage.resolve import resolve
-
-if TYPE_CHECKING:
-    from raydistill.driver.bridge_ablation import Cell
-    from raydistill.driver.preflight import Inputs
-    from raydistill.driver.run_folder import RunFolder
+from raydistill.data.pairs import count_rows
+from raydistill.data.shards import FAILURES_FILE, check_settings
+from raydistill.driver.bridge_ablation import Cell, cells, markdown, result_file, steps_done, summarise, train_cell
+from raydistill.driver.preflight import Inputs
+from raydistill.driver.run_folder import RunFolder
+from raydistill.driver.run_record import RunRecord, open_record
+from raydistill.driver.stages import PAIRS_FOLDER, make_pairs_alone, recipe_of, train_bridge_on
+from raydistill.errors import InputError, StageFailed
+from raydistill.evaluation.summary import write_summary
+from raydistill.storage.resolve import require_folder, resolve
+from raydistill.tracking.store import ui_command
+from raydistill.tracking.tracker import Tracker
 
 PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"  # of a run; it is written when the set is complete
 
 
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises StageFailed."""
-    from raydistill.bridge.model import read_description
-    from raydistill.tracking.store import ui_command
-    from raydistill.tracking.tracker import Tracker
-
-    with opened(config, run, inputs) as pipeline:
-        folder = made_bridge(pipeline, pairs_alone(pipeline))
-        tracker = Tracker(pipeline.uri, pipeline.parent)
+    with open_record(config, run, inputs) as record:
+        folder = train_bridge_on(record, make_pairs_alone(record))
+        tracker = Tracker(record.uri, record.parent)
         metrics = dict(read_description(resolve(folder))["metrics"])
         tracker.metrics(metrics, int(metrics.pop("step", config.bridge.steps)))
         tracker.close()
         print(f"folder    {folder}  (bridge.checkpoint={folder})")
-        print(f"MLflow    {ui_command(pipeline.uri)}")
+        print(f"MLflow    {ui_command(record.uri)}")
     return folder
 
 
 def check_trainable(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError where there is nothing to train."""
-    from raydistill.errors import InputError
-
     if config.bridge.projector == "identity":
         raise InputError("bridge.projector=identity has nothing to train: use swinir, unet or mlp")
 
 
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError where a variant cannot be built for this pair of spaces."""
-    from raydistill.driver.bridge_ablation import cells
-    from raydistill.storage.resolve import require_folder
-
     require_folder(run.storage, "--ablate")
     cells(config, inputs.student, inputs.teacher)
 
 
 def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     """Pairs, then every variant of the Bridge with every seed; returns and writes the tables. Raises StageFailed."""
-    from raydistill.driver.bridge_ablation import cells, markdown, summarise
-    from raydistill.evaluation.summary import write_summary
-    from raydistill.tracking.store import ui_command
-    from raydistill.tracking.tracker import Tracker
-
-    with opened(config, run, inputs) as pipeline:
+    with open_record(config, run, inputs) as record:
         planned = cells(config, inputs.student, inputs.teacher)
-        pairs = pairs_alone(pipeline)
-        with pipeline.timed("ablation"):
-            results = _train_cells(pipeline, planned, pairs)
-        summary = summarise(results) | {"mlflow_run_id": pipeline.parent}
-        tracker = Tracker(pipeline.uri, pipeline.parent)
+        pairs = make_pairs_alone(record)
+        with record.timed("ablation"):
+            results = _train_cells(record, planned, pairs)
+        summary = summarise(results) | {"mlflow_run_id": record.parent}
+        tracker = Tracker(record.uri, record.parent)
         tracker.text(markdown(summary), "ablation.md")
         tracker.note(markdown(summary))
         tracker.close()
@@ -72,25 +68,18 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
         print(markdown(summary))
         for table, same in summary["paper_order"].items():
             print(f"{table:<13}the order of PSNR is {'the' if same else 'not the'} paper's")
-        print(f"MLflow       {ui_command(pipeline.uri)}")
+        print(f"MLflow       {ui_command(record.uri)}")
     return summary
 
 
-def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[dict[str, Any]]:
+def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dict[str, Any]]:
     """Every cell as a Ray task with a worker's resources, as many at once as fit; those that are done are read.
 
     Raises:
         StageFailed: a cell failed; the others are kept.
     """
-    import json
 
-    import ray
-    from tqdm import tqdm
-
-    from raydistill.driver.bridge_ablation import result_file, steps_done, train_cell
-    from raydistill.errors import StageFailed
-
-    distill, folder = pipeline.config.distill, pipeline.run.path / "ablation"
+    distill, folder = record.config.distill, record.run.path / "ablation"
     folder.mkdir(exist_ok=True)
     task = ray.remote(train_cell).options(
         num_cpus=distill.cpus_per_worker,
@@ -100,13 +89,13 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
     )
     tasks, runs, results = {}, {}, {}
     for cell in planned:
-        runs[cell.name] = pipeline.stage_run(validate(cell.config), f"ablation-{cell.name}", cell.name)
+        runs[cell.name] = record.stage_run(validate(cell.config), f"ablation-{cell.name}", cell.name)
         if result_file(folder, cell).is_file():
             results[cell.name] = json.loads(result_file(folder, cell).read_text())
-            pipeline.finish(runs[cell.name])  # perhaps the driver ended before it could
+            record.finish(runs[cell.name])  # perhaps the driver ended before it could
         else:
-            tasks[task.remote(cell, pairs, folder, (pipeline.uri, runs[cell.name]))] = cell
-    steps = pipeline.config.bridge.steps
+            tasks[task.remote(cell, pairs, folder, (record.uri, runs[cell.name]))] = cell
+    steps = record.config.bridge.steps
     waiting, failed = list(tasks), {}
     with tqdm(total=len(planned) * steps, desc="ablation", unit="step", disable=None) as bar:
         while waiting:
@@ -116,11 +105,11 @@ def _train_cells(pipeline: Pipeline, planned: list[Cell], pairs: str) -> list[di
                 try:
                     results[cell.name] = ray.get(reference)
                     metrics = results[cell.name]["metrics"]
-                    pipeline.finish(runs[cell.name])
+                    record.finish(runs[cell.name])
                     tqdm.write(f"{cell.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
                 except ray.exceptions.RayError as error:
                     failed[cell.name] = str(error).strip().splitlines()[-1]
-                    pipeline.finish(runs[cell.name], "FAILED")
+                    record.finish(runs[cell.name], "FAILED")
             bar.n = steps_done(folder, planned, steps)
             bar.refresh()
     if failed:
@@ -134,35 +123,28 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     Raises:
         StageFailed: with the reason; the run can be continued.
     """
-    from raydistill.data.pairs import count_rows
-    from raydistill.data.shards import FAILURES_FILE
-    from raydistill.evaluation.summary import write_summary
-    from raydistill.tracking.store import ui_command
-
-    with opened(config, run, inputs) as pipeline:
-        folder = pairs_alone(pipeline)
+    with open_record(config, run, inputs) as record:
+        folder = make_pairs_alone(record)
         rows = count_rows(folder)
         failed = recipe_of(config, inputs).count - rows
-        seconds = pipeline.seconds["synthesis"]
+        seconds = record.seconds["synthesis"]
         write_summary(
             run.path / PAIRS_SUMMARY,
             {
                 "folder": folder,
                 "rows": rows,
                 "failed_rows": failed,
-                "stages": {name: round(value, 1) for name, value in pipeline.seconds.items()},
-                "mlflow_run_id": pipeline.parent,
+                "stages": {name: round(value, 1) for name, value in record.seconds.items()},
+                "mlflow_run_id": record.parent,
             },
         )
         print(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s", flush=True)
         if failed:
             print(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")
-        print(f"MLflow    {ui_command(pipeline.uri)}")
+        print(f"MLflow    {ui_command(record.uri)}")
     return folder
 
 
 def check_pairs_folder(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError if the run's folder holds rows that were made with other models, prompts or images."""
-    from raydistill.data.shards import check_settings
-
     check_settings(run.path / PAIRS_FOLDER, recipe_of(config, inputs).settings())

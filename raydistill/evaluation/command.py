@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import InputError
-from raydistill.evaluation.parts import PARTS, Parts
+from raydistill.evaluation.folder import SCORES, EvaluationFolder
+from raydistill.pictures.picture import Picture
 from raydistill.storage.atomic import replace_text
 
 PREFIX = "command:"
@@ -54,19 +55,22 @@ def parse_command(text: str) -> tuple[str, list[str]]:
     return name, words
 
 
-def run_command(folder: str, batch_size: int, name: str, words: list[str], directory: str) -> None:
-    """Ask the program for every picture that has no score yet, and write the metric's parts.
+def run_command(path: str, batch_size: int, name: str, words: list[str], directory: str) -> None:
+    """Ask the program for every picture that has no score yet, and write the metric's scores.
+
+    Args:
+        path, batch_size: of the `EvaluationFolder`.
 
     Raises:
         InputError: it failed, or its answer is wrong; what it answered rightly before is kept.
     """
-    parts = Parts(folder, batch_size)
-    request, answer = (parts.folder / PARTS / name / f"{file}.jsonl" for file in ("request", "answer"))
+    folder = EvaluationFolder(path, batch_size)
+    request, answer = (folder.path / SCORES / name / f"{file}.jsonl" for file in ("request", "answer"))
     request.parent.mkdir(parents=True, exist_ok=True)
-    known = read_answer(answer, name, len(parts.items), whole=True)
-    rest = [item for item in parts.items if item["index"] not in known]
+    known = read_answer(answer, name, len(folder.pictures), whole=True)
+    rest = [picture for picture in folder.pictures if picture.index not in known]
     if rest:
-        replace_text(request, "".join(json.dumps(_asked(parts, item), ensure_ascii=False) + "\n" for item in rest))
+        replace_text(request, "".join(json.dumps(_asked(folder, p), ensure_ascii=False) + "\n" for p in rest))
         replace_text(answer, "".join(json.dumps(known[index]) + "\n" for index in sorted(known)))
         done = subprocess.run(
             [*words, str(request), str(answer)],
@@ -76,21 +80,21 @@ def run_command(folder: str, batch_size: int, name: str, words: list[str], direc
         if done.returncode:
             said = " | ".join(done.stdout.strip().splitlines()[-LAST_LINES:]) or "nothing"
             raise InputError(f"{name}: {shlex.join(words)} ended with code {done.returncode} and said: {said}")
-        known = read_answer(answer, name, len(parts.items))
-        lacking = [item["index"] for item in rest if item["index"] not in known]
+        known = read_answer(answer, name, len(folder.pictures))
+        lacking = [picture.index for picture in rest if picture.index not in known]
         if lacking:
             raise InputError(
                 f"{name}: {answer} has no line for {len(lacking)} pictures, the first with id {lacking[0]}"
             )
     names = list(dict.fromkeys(column for line in known.values() for column in _columns(line, name)))
-    for batch in parts.batches:
-        rows = [_columns(known[item["index"]], name) for item in parts.rows(batch)]
-        parts.write(name, batch, {column: [row.get(column) for row in rows] for column in names})
+    for batch in folder.batches:
+        rows = [_columns(known[picture.index], name) for picture in folder.batch(batch)]
+        folder.write(name, batch, {column: [row.get(column) for row in rows] for column in names})
 
 
-def _asked(parts: Parts, item: dict[str, Any]) -> dict[str, Any]:
-    image = str(parts.picture(item).absolute())
-    return {"id": item["index"], "image": image} | {key: item[key] for key in ("prompt", "prompt_id", "category")}
+def _asked(folder: EvaluationFolder, picture: Picture) -> dict[str, Any]:
+    about = {"prompt": picture.prompt, "prompt_id": picture.prompt_id, "category": picture.category}
+    return {"id": picture.index, "image": str(folder.file_of(picture).absolute())} | about
 
 
 def _columns(line: dict[str, Any], name: str) -> dict[str, float | None]:

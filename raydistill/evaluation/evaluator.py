@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from raydistill.config.schema import EvaluationConfig
-from raydistill.data.encode import encode_table
+from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
 from raydistill.shapes.judge import Judge
@@ -51,7 +51,7 @@ class StudentEvaluator:
 
     def __init__(self, space: Space, fixed: FixedPrompts, config: EvaluationConfig, device: torch.device | str) -> None:
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
-        self.table, self.row = encode_table(space, fixed.captions)
+        self.table = PromptTable(space, fixed.captions)
         self.vae = space.load_vae().to(device)
         self.judge = Judge.load(resolve(config.judge)) if config.judge else None
 
@@ -60,8 +60,7 @@ class StudentEvaluator:
         """One picture a prompt, on the CPU."""
         pictures = []
         for start, stop, captions in self.fixed.batches(self.config.batch_size):
-            rows = torch.tensor([self.row[caption] for caption in captions])
-            conditioning = {name: value[rows].to(self.device) for name, value in self.table.items()}
+            conditioning = {name: value.to(self.device) for name, value in self.table(captions).items()}
             noise = self.fixed.noise(self.space, start, stop).to(self.device)
             latents = one_step_x0(self.space, unet, noise, conditioning, start_timestep)
             pictures.append(self.space.decode(self.vae, latents).cpu())

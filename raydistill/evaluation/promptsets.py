@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from raydistill.data.prompts import PromptReport, PromptSet, read_prompts
 from raydistill.errors import InputError
+from raydistill.pictures.picture import Picture
+from raydistill.shapes.captions import sample_scene
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path
 from raydistill.storage.staging import local_copy
 
-PROMPT_COLUMNS, CATEGORY_COLUMNS = (
-    ("prompt", "Prompt", "caption"),
-    ("category", "Category"),
-)  # looked for where none is named
+# Looked for where no column is named.
+PROMPT_COLUMNS, CATEGORY_COLUMNS = ("prompt", "Prompt", "caption"), ("category", "Category")
 PAIRS = "shapes-pairs"  # two objects, held out
 PAIRS_COUNT = 128
 
@@ -45,21 +45,6 @@ EMBEDDED = {"heldout": f"{SHAPES_PREFIX}heldout.txt"}
 
 
 @dataclass(frozen=True)
-class Item:
-    """What decides one picture."""
-
-    index: int  # in the evaluation
-    prompt_id: int
-    prompt: str
-    seed: int
-    category: str  # "" where there is none
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.prompt_id:05d}-seed{self.seed}.png"
-
-
-@dataclass(frozen=True)
 class CategorisedPrompts:
     """A prompt set, and the category of each prompt id that has one."""
 
@@ -67,12 +52,12 @@ class CategorisedPrompts:
     prompts: PromptSet
     categories: dict[int, str]
 
-    def items(self, count: int | None, seed: int) -> list[Item]:
+    def pictures(self, count: int | None, seed: int) -> list[Picture]:
         """`count` pictures (None: one a prompt) in their order."""
         total = len(self.prompts) if count is None else count
         ids, texts = self.prompts.at(seed, range(total))
         return [
-            Item(index, number, text, seed + index // len(self.prompts), self.categories.get(number, ""))
+            Picture(index, number, text, seed + index // len(self.prompts), self.categories.get(number, ""))
             for index, (number, text) in enumerate(zip(ids.tolist(), texts, strict=True))
         ]
 
@@ -111,8 +96,6 @@ def open_prompts(
 
 def _held_out_pairs(count: int) -> list[str]:
     """Different captions of two objects that no training set contains, in a fixed order."""
-    from raydistill.shapes.captions import sample_scene
-
     rng, captions = random.Random(0), {}
     while len(captions) < count:
         captions[sample_scene(rng, held_out=True, two_objects=1.0).caption] = None
@@ -180,12 +163,3 @@ def _json_list(file: Path) -> list:
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{file}: must be a JSON list of prompts")
     return entries
-
-
-def write_items(file: Path, items: Iterable[Item]) -> None:
-    """One JSON object a line."""
-    file.write_text("".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
-
-
-def read_items(file: Path) -> list[Item]:
-    return [Item(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -8,47 +8,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from raydistill.evaluation.frechet import frechet_distance
-from raydistill.evaluation.promptsets import Item
-from raydistill.evaluation.subject import Painter, Subject, save_picture
+from raydistill.evaluation.subject import Subject, load_painter
+from raydistill.pictures.files import load_image, save_png
+from raydistill.pictures.grids import to_pil
+from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import ATTRIBUTES
 from raydistill.shapes.judge import Judge
 from raydistill.storage.staging import on_this_machine
 
 
-def load_image(file: str | Path) -> torch.Tensor:
-    """A picture file -> [3, H, W] in [-1, 1]."""
-    with Image.open(file) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
 class Drawing:
-    """Writes the pictures of items; the first stage."""
+    """Writes the files of pictures."""
 
     def __init__(self, subject: Subject, device: str, dtype: str, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.painter, self.title = Painter(subject, device, getattr(torch, dtype)), subject.title
+        _limit(threads)
+        self.painter, self.title = load_painter(subject, device, getattr(torch, dtype)), subject.title
 
-    def __call__(self, items: Sequence[dict], files: Sequence[str]) -> None:
-        made = [Item(**item) for item in items]
+    def __call__(self, pictures: Sequence[Picture], files: Sequence[str]) -> None:
         Path(files[0]).parent.mkdir(parents=True, exist_ok=True)
-        for item, file, image in zip(made, files, self.painter.draw(made), strict=True):
-            save_picture(Path(file), image, item, self.title)
+        for picture, file, image in zip(pictures, files, self.painter.draw(pictures), strict=True):
+            save_png(Path(file), to_pil(image), picture.facts | {"model": self.title})
+
+
+def _limit(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class JudgeScorer:
     """Columns mean, all, one an attribute, and relation (None for captions of one object); see shapes/judge.py."""
 
     def __init__(self, folder: str, threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _limit(threads)
         self.judge = Judge.load(on_this_machine(folder))
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
@@ -64,53 +61,37 @@ class ClipScorer:
     """CLIPScore (Hessel et al. 2021): 100 · max(cos(image features, text features), 0), the scale of torchmetrics.
 
     The paper's own scale is 2.5 instead of 100, with "A photo depicts" before the text; neither is used here.
-    The picture's shorter side is resized (bicubic) to the model's size and its middle is cropped, as CLIP's own
-    preprocessing does; texts are cut at the model's length.
+    Texts are cut at the model's length.
     """
 
     def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
-        from transformers import CLIPModel, CLIPTokenizer
-
+        _limit(threads)
         self.device = torch.device(device)
         self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings
-        self.mean, self.std = _normalisation(Path(folder))
-
-    def pixels(self, file: str | Path) -> torch.Tensor:
-        """[3, S, S], normalised."""
-        with Image.open(file) as picture:
-            picture = picture.convert("RGB")
-            width, height = (self.size * side // min(picture.size) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            picture = picture.crop((left, top, left + self.size, top + self.size))
-            values = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
-        return (values - self.mean[:, None, None]) / self.std[:, None, None]
+        if Path(folder, "preprocessor_config.json").is_file():
+            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        else:
+            size = self.model.config.vision_config.image_size
+            self.processor = CLIPImageProcessorPil(
+                size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+            )
 
     @torch.no_grad()
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
-        pixels = torch.stack([self.pixels(file) for file in files]).to(self.device)
+        # one by one: the files may differ in size
+        pixels = [self.processor(Image.open(file), return_tensors="pt")["pixel_values"] for file in files]
         tokens = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
-        out = self.model(pixel_values=pixels, input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        out = self.model(
+            pixel_values=torch.cat(pixels).to(self.device),
+            input_ids=tokens["input_ids"],
+            attention_mask=tokens["attention_mask"],
+        )
         cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
         return {"clipscore": (100 * cosine.clamp_min(0)).tolist()}
-
-
-def _normalisation(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation of the channels, from preprocessor_config.json, else CLIP's own."""
-    import json
-
-    file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
-    mean = config.get("image_mean", [0.48145466, 0.4578275, 0.40821073])
-    std = config.get("image_std", [0.26862954, 0.26130258, 0.27577711])
-    return torch.tensor(mean), torch.tensor(std)
 
 
 @torch.no_grad()
@@ -122,6 +103,5 @@ def judge_features(folder: str | Path, files: Sequence[str | Path]) -> torch.Ten
 
 def judge_frechet(folder: str, files: Sequence[str], reference: Sequence[str], threads: int | None = None) -> float:
     """Fréchet distance of the judge's features between two sets of picture files."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _limit(threads)
     return frechet_distance(judge_features(folder, files), judge_features(folder, reference))

@@ -1,30 +1,22 @@
-"""What is evaluated: a one-step student, a multi-step student or a teacher, and the pictures it draws.
-
-A picture depends on the model, its prompt, its prompt's number and its seed, and has the noise that `jobs/sample.py`
-gives it: another order draws the same pictures, another batch size the same up to the last bits of arithmetic.
-"""
+"""What is evaluated: a one-step student, a multi-step student or a teacher. `jobs/sample.py` gives it the same noise."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
-from PIL.PngImagePlugin import PngInfo
 
-from raydistill.diffusion.noise import normal
-from raydistill.errors import InputError, NonFiniteError
-from raydistill.evaluation.promptsets import Item
+from raydistill.errors import InputError
+from raydistill.export.sampling import Painter
 from raydistill.export.source import Export, find_export, open_one_step
-from raydistill.pictures.grids import to_pil
 from raydistill.spaces import load_space
-from raydistill.spaces.one_step import one_step_x0
-from raydistill.storage.atomic import replacing
+from raydistill.spaces.published_students import load_student, open_student
 from raydistill.storage.fingerprint import content_hash
+from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve, to_place
 from raydistill.storage.staging import on_this_machine
@@ -33,7 +25,7 @@ DEFAULT_STEPS = 28  # of a multi-step model
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model, and how it is sampled; nothing is loaded.
 
@@ -49,10 +41,10 @@ class Subject:
 
     name: str
     folder: str
-    unet: str | None
-    start_timestep: int | None
-    steps: int
-    guidance_scale: float
+    unet: str | None = None
+    start_timestep: int | None = None
+    steps: int = 1
+    guidance_scale: float = 1.0
     run_id: str | None = None
     tracking_uri: str | None = None
 
@@ -92,11 +84,9 @@ def find_subject(
     """
     export = _find(model, storage, tracking_uri)
     space = load_space(export.folder)
-    run = (_run_of(export, model), _store_of(export))
+    made_by = {"run_id": _run_of(export, model), "tracking_uri": _store_of(export)}
     folder = str(Path(export.folder).resolve())
     if unet is not None:
-        from raydistill.spaces.published_students import open_student
-
         weights = resolve(unet)
         space = load_space(export.folder, "StableDiffusionPipeline")
         found = open_student(space, weights)
@@ -107,21 +97,20 @@ def find_subject(
             raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
         _one_step_only(steps, guidance_scale)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
-        return Subject(name, folder, str(weights.resolve()), start, 1, 1.0)  # no run of MODEL made these weights
+        # no run of MODEL made these weights
+        return Subject(name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start)
     start = _start_of(export) if steps in (None, 1) else None
     if start is not None:
         _one_step_only(steps, guidance_scale)
-        return Subject(export.name, folder, None, start, 1, 1.0, *run)
+        return Subject(name=export.name, folder=folder, start_timestep=start, **made_by)
     scale = space.default_guidance_scale if guidance_scale is None else guidance_scale
-    return Subject(export.name, folder, None, None, steps or DEFAULT_STEPS, scale, *run)
+    return Subject(name=export.name, folder=folder, steps=steps or DEFAULT_STEPS, guidance_scale=scale, **made_by)
 
 
 def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
     try:
         return find_export(model, storage, tracking_uri)
     except InputError as error:
-        from raydistill.storage.hub import is_hub_id
-
         if is_hub_id(model):
             return Export(resolve(model), model)
         folder = to_place(model)
@@ -140,10 +129,6 @@ def _one_step_only(steps: int | None, guidance_scale: float | None) -> None:
 
 def _start_of(export: Export) -> int | None:
     """Start timestep of a one-step export; None for any other pipeline."""
-    if json.loads((Path(export.folder) / "model_index.json").read_text()).get("_class_name") != (
-        "StableDiffusionPipeline"
-    ):
-        return None
     try:
         return open_one_step(export)[1]
     except InputError:
@@ -164,53 +149,12 @@ def _store_of(export: Export) -> str | None:
     return ((tree or {}).get("tracking") or {}).get("uri")
 
 
-class Painter:
-    """Draws the pictures of a subject."""
-
-    def __init__(self, subject: Subject, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Load the networks. Noise always comes from the CPU; latents stay float32."""
-        self.subject, self.device = subject, torch.device(device)
-        self.space = load_space(subject.folder)
-        self.text = self.space.load_text(dtype).to(self.device)
-        if subject.unet is not None:
-            from raydistill.spaces.published_students import load_student
-
-            network = load_student(self.space, on_this_machine(subject.unet)).to(dtype)
-        else:
-            network = self.space.load_network(dtype)
-        self.network = network.to(self.device)
-        self.vae = self.space.load_vae(dtype).to(self.device)
-        self._empty = None
-
-    @torch.no_grad()
-    def draw(self, items: Sequence[Item]) -> torch.Tensor:
-        """[B, 3, S, S] in [-1, 1] on the CPU.
-
-        Raises:
-            NonFiniteError: naming the first picture concerned.
-        """
-        space, subject = self.space, self.subject
-        noise = torch.cat([normal(i.seed, [i.prompt_id], space.latent_shape, "sample") for i in items]).to(self.device)
-        conditioning = space.encode_prompts(self.text, [item.prompt for item in items])
-        if subject.start_timestep is not None:
-            latents = one_step_x0(space, self.network, noise, conditioning, subject.start_timestep)
-        else:
-            if self._empty is None:
-                self._empty = space.unconditional(space.encode_prompts(self.text, [""]))
-            latents = space.sample(
-                self.network, noise, conditioning, self._empty, subject.steps, subject.guidance_scale
-            )
-        for item, finite in zip(items, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
-            if not finite:
-                raise NonFiniteError(f"{item.file_name} ({item.prompt!r}): the latents are not finite")
-        return space.decode(self.vae, latents).cpu()
-
-
-def save_picture(file: Path, image: torch.Tensor, item: Item, model: str) -> None:
-    """One PNG that says how it was made, written in one move."""
-    facts = PngInfo()
-    entries = {"prompt": item.prompt, "prompt_number": item.prompt_id, "seed": item.seed, "model": model}
-    for key, value in entries.items():
-        facts.add_itxt(key, str(value))
-    with replacing(file) as fresh:
-        to_pil(image).save(fresh, format="PNG", pnginfo=facts)
+def load_painter(subject: Subject, device: torch.device | str, dtype: torch.dtype) -> Painter:
+    """Load the networks of a subject."""
+    space = load_space(subject.folder)
+    if subject.unet is not None:
+        network = load_student(space, on_this_machine(subject.unet))
+    else:
+        network = space.load_network(dtype)
+    sampling = {key: getattr(subject, key) for key in ("start_timestep", "steps", "guidance_scale")}
+    return Painter(space, network, **sampling, device=device, dtype=dtype)

@@ -26,19 +26,21 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     for name in columns:
         result.add_column(name, justify="right", style="bold" if name == first else None)
     for who, scores in rows.items():
-        result.add_row(who, *(f"{scores[name]:.3f}" if name in scores else "–" for name in columns))
+        result.add_row(who, *_cells(scores, columns))
     return result
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]], first: str = "mean") -> str:
     """The same table in Markdown, for a run's description."""
     columns = _columns(rows, first)
-    lines = [" | ".join(["", "", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for who, scores in rows.items():
-        lines.append(
-            " | ".join(["", who, *(f"{scores[name]:.3f}" if name in scores else "–" for name in columns)]) + " |"
-        )
+    body = [[who, *_cells(scores, columns)] for who, scores in rows.items()]
+    lines = [" | ".join(["", *cells]) + " |" for cells in (["", *columns], *body)]
+    lines.insert(1, "|---" * (len(columns) + 1) + "|")
     return "\n".join(line.strip() for line in lines)
+
+
+def _cells(scores: Mapping[str, float], columns: list[str]) -> list[str]:
+    return [f"{scores[name]:.3f}" if name in scores else "–" for name in columns]
 
 
 def _columns(rows: Mapping[str, Mapping[str, float]], first: str) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from tqdm import tqdm
 
 from raydistill.config.schema import Config
-from raydistill.data.encode import encode_table
+from raydistill.data.encode import PromptTable
+from raydistill.data.in_order import in_order
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
@@ -27,24 +28,17 @@ def draw_teacher(
     """
     if config.evaluation.judge is None:
         fixed = fixed.first(config.evaluation.grid)
-    table, row = encode_table(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
-    empty = space.unconditional({name: value[:1] for name, value in table.items()})
+    table = PromptTable(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
+    empty = space.unconditional(table([""]))
     vae = space.load_vae()
 
-    def request(start: int, stop: int, captions: list[str]) -> object:
-        rows = torch.tensor([row[caption] for caption in captions])
-        conditioning = {name: value[rows] for name, value in table.items()}
+    def ask(batch: tuple[int, int, list[str]]) -> object:
+        start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
-        return generate(noise, conditioning, empty, config.teacher.sampling_steps, guidance_scale)
+        return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
 
-    pictures, waiting = [], []
     batches = list(fixed.batches(config.evaluation.batch_size))
-    for index in tqdm(range(len(batches) + 1), desc="teacher draws", disable=None):
-        if index < len(batches):
-            waiting.append(request(*batches[index]))
-        if len(waiting) == 2 or index == len(batches):
-            while waiting and (len(waiting) == 2 or index == len(batches)):
-                pictures.append(space.decode(vae, waiting.pop(0).result()))
-    images = torch.cat(pictures)
+    answers = tqdm(in_order(batches, ask, ahead=1), desc="teacher draws", total=len(batches), disable=None)
+    images = torch.cat([space.decode(vae, latents) for latents in answers])
     judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
     return images, judge.accuracy(images, fixed.captions) if judge else {}

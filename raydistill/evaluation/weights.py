@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
 from raydistill.errors import InputError
 from raydistill.evaluation.rewards import TOKENIZER_ONLY, WEIGHTS, Weights
 
@@ -59,9 +62,6 @@ def _find(metric: str, weights: Weights, place: str | None) -> str:
 
 def _of_hub(metric: str, weights: Weights, repo: str) -> str:
     """From the cache, else fetched."""
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     patterns = TOKENIZER_FILES if weights.option in TOKENIZER_ONLY else MODEL_FILES
     try:
         if weights.file is not None:

@@ -19,11 +19,12 @@ from diffusers import (
 
 from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
-from raydistill.spaces.base import Space, without_bars
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import without_bars
 from raydistill.storage.atomic import replacing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """Where an exported student comes from."""
 

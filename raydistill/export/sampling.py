@@ -1,12 +1,12 @@
-"""Pictures of an exported one-step student, at its own size or, through the Bridge, at the teacher's.
+"""Drawing pictures: by an exported one-step student, a multi-step student or a teacher.
 
-A picture depends on the student, its prompt, its seed and its prompt's number; neither on the batch nor on the other
+A picture depends on the model, its prompt, its prompt's number and its seed; neither on the batch nor on the other
 pictures (arithmetic of another batch size may differ in the last bits). Shapes: B pictures a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,38 +14,21 @@ from pathlib import Path
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import nn
 from torch.nn.functional import interpolate
 
-from raydistill.bridge.model import Bridge, check_pair
-from raydistill.config import schema
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, NonFiniteError
-from raydistill.export.source import Export
-from raydistill.export.tensors import first_difference
+from raydistill.export.upgrade import Decoder, Upgrade
+from raydistill.pictures.files import save_png
 from raydistill.pictures.grids import grid, to_pil
-from raydistill.spaces import load_space
+from raydistill.pictures.picture import Picture
 from raydistill.spaces.base import Space
-from raydistill.spaces.published_students import load_student
-from raydistill.storage.resolve import resolve
+from raydistill.spaces.one_step import one_step_x0
 
 SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
 SHEET_CELL = 256  # pixels a picture has at most on the contact sheet
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What decides one picture's noise and content."""
-
-    prompt: str
-    number: int  # of the prompt: its row in a file
-    seed: int
-
-    @property
-    def file_name(self) -> str:
-        return f"{self.number:05d}-seed{self.seed}.png"
 
 
 def typed_prompts(texts: Sequence[str], first: int = 1) -> PromptSet:
@@ -58,146 +41,73 @@ def typed_prompts(texts: Sequence[str], first: int = 1) -> PromptSet:
 
 def pictures_of(prompts: PromptSet, seeds: Sequence[int]) -> list[Picture]:
     """One picture for every prompt and seed; a prompt's pictures follow each other."""
-    pairs = zip(prompts.prompts, prompts.ids.tolist(), strict=True)
-    return [Picture(prompt, number, seed) for prompt, number in pairs for seed in seeds]
+    known = zip(prompts.prompts, prompts.ids.tolist(), strict=True)
+    drawn = ((number, prompt, seed) for prompt, number in known for seed in seeds)
+    return [Picture(index, *which) for index, which in enumerate(drawn)]
 
 
-# -- the upgrade to the teacher's size ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Upgrade:
-    """What takes student latents to pictures of the teacher's size; checked, nothing loaded."""
-
-    bridge: Path
-    base: Space  # the student model that the Bridge was trained with: its decoder is the Bridge's first part
-    teacher: Space
-
-
-def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: str | None) -> Upgrade:
-    """The Bridge, teacher and base model as named, or as the run was configured that made the export.
+class Painter:
+    """Draws batches of pictures with a loaded network.
 
     Args:
-        export: the student.
-        bridge: a trained Bridge's folder; None: the run's.
-        teacher: a diffusers folder, or a hub model in the cache; None: the run's.
-        base: the student model that the Bridge was trained with; None: the run's, without a run the export itself.
-
-    Raises:
-        InputError: something is neither named nor known, or the student has another VAE than the base.
-        InputError: the Bridge belongs to another pair of VAEs.
-        InputError: a model that is not there, or no model.
+        space: of the model's folder, whose text encoders and VAE are loaded here.
+        network: the student's or teacher's.
+        start_timestep: of a student's single step; None: `steps` steps of the folder's own scheduler.
+        steps, guidance_scale: of the scheduler's sampling.
+        upgrade: None draws at the model's own size.
+        device: where to compute. Noise always comes from the CPU, so that devices agree.
+        dtype: of network, text encoders and VAE. Latents stay float32.
     """
-    config = export.run_config()
-    if config is not None:
-        if bridge is None and config.bridge.projector == "identity":
-            raise InputError(f"{export.name}: its run has the identity Bridge, so there is no larger size to go to")
-        bridge = bridge or _bridge_of(export.run, config.bridge)
-        teacher, base = teacher or config.teacher.model, base or config.student.model
-    missing = [option for option, value in (("--bridge", bridge), ("--teacher", teacher)) if value is None]
-    if missing:
-        raise InputError(
-            f"{export.folder} does not lie in a run's folder that tells its Bridge and teacher: name {' and '.join(missing)}"
-        )
-    teacher_space = load_space(_existing(teacher, "--teacher"))
-    base_space = load_space(_existing(base or str(export.folder), "--base"), "StableDiffusionPipeline")
-    folder = _existing(bridge, "--bridge")
-    try:
-        check_pair(folder, base_space, teacher_space)
-    except InputError as error:
-        hint = "" if base else ". An export's VAE may be a half-precision copy: name the original model with --base"
-        raise InputError(f"{error}{hint}") from None
-    if base is not None:
-        difference = first_difference(Path(base_space.folder, "vae"), Path(export.folder, "vae"))
-        if difference is not None:
-            raise InputError(f"{export.folder}: its VAE is not that of {base_space.folder}: {difference}")
-    return Upgrade(folder, base_space, teacher_space)
-
-
-def _bridge_of(run: Path, config: schema.BridgeConfig) -> str:
-    """Where a run has its Bridge: trained along with the student, as it was given, or trained at first."""
-    if config.trainable:
-        return str(run / "distill" / "bridge")
-    return config.checkpoint or str(run / "bridge")
-
-
-def _existing(name: str, option: str) -> Path:
-    path = resolve(name)
-    if not path.exists():
-        raise InputError(f"{option}: {name} does not exist")
-    return path
-
-
-class Decoder:
-    """Student latents -> pictures: the student's own VAE, or the Bridge and the teacher's VAE."""
-
-    def __init__(self, space: Space, upgrade: Upgrade | None, device: torch.device, dtype: torch.dtype) -> None:
-        self.bridge: nn.Module | None = None
-        self.space = space
-        if upgrade is not None:
-            self.space = upgrade.teacher
-            self.bridge = Bridge.load(upgrade.bridge, upgrade.base, upgrade.teacher).to(device)
-        self.vae = self.space.load_vae(dtype).to(device)
-
-    def __call__(self, z_S: torch.Tensor) -> torch.Tensor:
-        """[B, C, h, w] float32, normalised -> [B, 3, S, S] in [-1, 1]. The Bridge computes in float32."""
-        return self.space.decode(self.vae, z_S if self.bridge is None else self.bridge(z_S))
-
-
-# -- drawing ------------------------------------------------------------------------------------------------
-
-
-class Sampler:
-    """Draws batches of pictures in one network evaluation each."""
 
     def __init__(
         self,
         space: Space,
+        network: nn.Module,
+        *,
+        start_timestep: int | None = None,
+        steps: int = 1,
+        guidance_scale: float = 1.0,
         upgrade: Upgrade | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Load the networks.
-
-        Args:
-            space: Space of the export, whose scheduler has one exact step (`open_one_step`).
-            upgrade: None draws at the student's size.
-            device: where to compute; noise always comes from the CPU, so that devices agree.
-            dtype: of UNet, text encoder and VAE; latents stay float32.
-        """
         self.space, self.device = space, torch.device(device)
+        self.start_timestep, self.steps, self.guidance_scale = start_timestep, steps, guidance_scale
+        self.network = network.to(self.device, dtype)
         self.text = space.load_text(dtype).to(self.device)
-        self.unet = load_student(space, Path(space.folder)).to(self.device, dtype)
         self.decoder = Decoder(space, upgrade, self.device, dtype)
+        guided = start_timestep is None and guidance_scale != 1.0
+        self._empty = space.unconditional(space.encode_prompts(self.text, [""])) if guided else None
 
     @torch.no_grad()
     def latents(self, batch: Sequence[Picture]) -> torch.Tensor:
-        """Student latents [B, C, h, w], float32: the single step of the folder's own scheduler, without guidance.
+        """Latents [B, C, h, w], float32.
 
         Raises:
             NonFiniteError: naming the first picture concerned.
         """
-        shape = self.space.latent_shape
-        noise = torch.cat([normal(p.seed, [p.number], shape, "sample") for p in batch]).to(self.device)
-        conditioning = self.space.encode_prompts(self.text, [p.prompt for p in batch])
-        latents = self.space.sample(self.unet, noise, conditioning, conditioning, 1, 1.0)
+        space, shape = self.space, self.space.latent_shape
+        noise = torch.cat([normal(p.seed, [p.prompt_id], shape, "sample") for p in batch]).to(self.device)
+        conditioning = space.encode_prompts(self.text, [p.prompt for p in batch])
+        if self.start_timestep is not None:
+            latents = one_step_x0(space, self.network, noise, conditioning, self.start_timestep)
+        else:
+            latents = space.sample(self.network, noise, conditioning, self._empty, self.steps, self.guidance_scale)
         for picture, finite in zip(batch, latents.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:
-                raise NonFiniteError(f"{picture.file_name} ({picture.prompt!r}): the student's latents are not finite")
+                raise NonFiniteError(f"{picture.file_name} ({picture.prompt!r}): the latents are not finite")
         return latents
 
     @torch.no_grad()
-    def draw(self, pictures: Sequence[Picture], batch_size: int) -> Iterator[tuple[Picture, torch.Tensor]]:
-        """(picture, image [3, S, S] in [-1, 1] on the CPU), in order."""
-        for start in range(0, len(pictures), batch_size):
-            batch = pictures[start : start + batch_size]
-            yield from zip(batch, self.decoder(self.latents(batch)).cpu(), strict=True)
+    def draw(self, batch: Sequence[Picture]) -> torch.Tensor:
+        """Images [B, 3, S, S] in [-1, 1] on the CPU. Errors as of `latents`."""
+        return self.decoder(self.latents(batch)).cpu()
 
 
 # -- files --------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Album:
     """Writes pictures as PNG files that say how they were made, then a grid and a contact sheet of the first ones.
 
@@ -219,17 +129,13 @@ class Album:
     def add(self, picture: Picture, image: torch.Tensor) -> Path:
         """Write one picture [3, S, S]; returns its file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        facts = {"prompt": picture.prompt, "prompt_number": str(picture.number), "seed": str(picture.seed)}
-        entries = PngInfo()
-        for key, value in (facts | self.about | {"Software": f"raydistill {metadata.version('raydistill')}"}).items():
-            entries.add_itxt(key, value)
-        pil = to_pil(image)
-        pil.save(self.folder / picture.file_name, pnginfo=entries)
+        drawn, software = to_pil(image), f"raydistill {metadata.version('raydistill')}"
+        save_png(self.folder / picture.file_name, drawn, picture.facts | self.about | {"Software": software})
         if len(self._images) < self.shown:
-            self._images.append(pil)
+            self._images.append(drawn)
             size = min(SHEET_CELL, image.shape[-1])
             self._cells.append(interpolate(image[None], size=(size, size), mode="area")[0])
-            self._captions.append(f"{picture.prompt} ({picture.number}, seed {picture.seed})")
+            self._captions.append(f"{picture.prompt} ({picture.prompt_id}, seed {picture.seed})")
         return self.folder / picture.file_name
 
     def finish(self, title: str) -> list[Path]:
@@ -245,13 +151,15 @@ class Album:
 
 
 def sample(
-    sampler: Sampler,
+    painter: Painter,
     pictures: Sequence[Picture],
     album: Album,
     batch_size: int,
     done: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Draw all pictures into the album; `done` is called with 1 after each."""
-    for picture, image in sampler.draw(pictures, batch_size):
-        album.add(picture, image)
-        done(1)
+    for start in range(0, len(pictures), batch_size):
+        batch = pictures[start : start + batch_size]
+        for picture, image in zip(batch, painter.draw(batch), strict=True):
+            album.add(picture, image)
+            done(1)

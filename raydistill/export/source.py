@@ -9,13 +9,14 @@ from pathlib import Path
 
 from raydistill.config.reading import from_yaml
 from raydistill.config.schema import Config
-from raydistill.errors import InputError
+from raydistill.errors import InputError, mask, reason
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
 from raydistill.storage.staging import local_copy
+from raydistill.tracking.store import client_of
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 DOWNLOADS = "downloads"  # of storage
@@ -96,11 +97,8 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
     then has one place, which every node sees.
     """
-    from raydistill.errors import mask, reason
-    from raydistill.tracking.store import client_of
-
     client = client_of(uri)
-    from mlflow.artifacts import download_artifacts
+    from mlflow.artifacts import download_artifacts  # slow to import
 
     try:
         run = client.get_run(run_id)

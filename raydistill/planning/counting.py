@@ -8,7 +8,6 @@ Attention is counted as the fused kernel that GPUs run, which stores no attentio
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,9 +29,8 @@ from raydistill.distill.build import build_distiller
 from raydistill.distill.gradients import alone
 from raydistill.distill.updates import Distiller
 from raydistill.planning.meter import Cost, Meter, counted
-from raydistill.spaces.base import Space
-from raydistill.spaces.meta import Layout, conditioning_layout, empty_conditioning, empty_text_encoders, nbytes, numel
-from raydistill.spaces.text_lengths import text_lengths
+from raydistill.spaces.base import Layout, Space
+from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
 
 
@@ -91,7 +89,7 @@ def empty_bridge(config: Config, student: Space, teacher: Space) -> Bridge:
 
 def distiller(config: Config, student: Space, teacher: Space, batch: int, device: str = "meta") -> Distiller:
     """The worker's Distiller, fed with endless batches of zeros."""
-    layouts = {"student": conditioning_layout(student), "teacher": conditioning_layout(teacher)}
+    layouts = {"student": student.conditioning_layout, "teacher": teacher.conditioning_layout}
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         while True:
@@ -102,7 +100,7 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
 
     table = {
         name: torch.zeros(1, *shape, dtype=kind, device=device)
-        for name, (shape, kind) in conditioning_layout(teacher).items()
+        for name, (shape, kind) in teacher.conditioning_layout.items()
     }
     real = Real(torch.zeros(1, *teacher.latent_shape, device=device), table, torch.zeros(1, dtype=torch.long))
     bridge = empty_bridge(config, student, teacher)
@@ -195,7 +193,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
     from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE
 
     dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
-    layout = conditioning_layout(teacher)
+    layout = teacher.conditioning_layout
     with counted() as meter:
         network = teacher.load_network(dtype)
         for tensor in (*network.parameters(), *network.buffers()):
@@ -257,11 +255,19 @@ class _Losses(Objective):
             self.probe = AttentionProbe(teacher, network, self.settings.attention)
             if self.settings.gradient_checkpointing:
                 self.probe.network.enable_gradient_checkpointing()
-        layout = conditioning_layout(teacher)
+        layout = teacher.conditioning_layout
         self.captions = lambda prompts: empty_conditioning(layout, len(prompts))
         numbers = torch.arange(share)
-        z_T, z_S = (torch.empty(share, *space.latent_shape, device="meta") for space in (teacher, student))
-        self.pairs = Pairs(numbers.numpy(), [""] * share, numbers, numbers, z_T, z_S, [None] * share)
+        z_teacher, z_student = (torch.empty(share, *space.latent_shape, device="meta") for space in (teacher, student))
+        self.pairs = Pairs(
+            ids=numbers.numpy(),
+            prompts=[""] * share,
+            prompt_ids=numbers,
+            seeds=numbers,
+            z_teacher=z_teacher,
+            z_student=z_student,
+            previews=[None] * share,
+        )
 
     def batch(self, step: int) -> Pairs:
         return self.pairs
@@ -290,22 +296,6 @@ def count_bridge(config: Config, student: Space, teacher: Space, share: int) -> 
         return BridgeTraining(trained, prior, probed, work, validation, text * encoding.itemsize)
 
 
-@contextlib.contextmanager
-def _without_script(space: Space) -> Iterator[None]:
-    """ChatGLM's rotary embedding is compiled by torch.jit, which fails on meta tensors; it is elementwise, so not counted."""
-    if space.pipeline_class != "KolorsPipeline":
-        yield
-        return
-    from diffusers.pipelines.kolors import text_encoder
-
-    compiled = text_encoder.apply_rotary_pos_emb
-    text_encoder.apply_rotary_pos_emb = lambda x, rope_cache: torch.empty_like(x)
-    try:
-        yield
-    finally:
-        text_encoder.apply_rotary_pos_emb = compiled
-
-
 @dataclass(frozen=True)
 class Text:
     """A text encoder, and what one prompt of full length takes; the peak without weights, in float32."""
@@ -316,9 +306,9 @@ class Text:
 
 def count_text(space: Space) -> dict[str, Text]:
     """Each text encoder."""
-    lengths, result = text_lengths(space), {}
+    lengths, result = space.text_lengths, {}
     for part, encoder in empty_text_encoders(space).items():
-        with counted() as meter, torch.no_grad(), _without_script(space):
+        with counted() as meter, torch.no_grad():
             ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
             result[part] = Text(numel(encoder), _without_weights(meter, encoder, lambda e=encoder, i=ids: e(i)))
     return result

@@ -46,7 +46,7 @@ class Counts:
 
 def conditioning_bytes(teacher: Space, dtype: torch.dtype = torch.float32) -> int:
     """One prompt's conditioning as it travels: real numbers in the text encoders' `dtype`, and integers."""
-    layout = meta.conditioning_layout(teacher).values()
+    layout = teacher.conditioning_layout.values()
     return sum(math.prod(shape) * (dtype if kind.is_floating_point else kind).itemsize for shape, kind in layout)
 
 

@@ -8,7 +8,6 @@ fused kernel that GPUs run, which stores no attention map.
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from raydistill.spaces.meta import without_initial_values
 
 # -- modes ----------------------------------------------------------------------------------------------
 
@@ -67,31 +67,6 @@ def fused_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = plain
-
-
-@contextlib.contextmanager
-def without_initial_values() -> Iterator[None]:
-    """Networks are built without drawing meta tensors' values, which takes longer than to build them.
-
-    torch.nn.init's functions are exchanged for the length of the block. Real tensors are still filled: what is imported
-    inside the block may keep such a function for good.
-    """
-    plain = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
-
-    def for_real_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        @functools.wraps(function)
-        def fill(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
-
-        return fill
-
-    for name, function in plain.items():
-        setattr(nn.init, name, for_real_tensors(function))
-    try:
-        yield
-    finally:
-        for name, function in plain.items():
-            setattr(nn.init, name, function)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Constructors of the miniature models: real diffusers and transformers classes with small numbers.
 
-Weights are random here; `building/` trains them and writes them into ordinary diffusers folders.
+Weights are random here; `build_shapes/` trains them and writes them into ordinary diffusers folders.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ from transformers import (
 from raydistill.shapes.captions import WORDS
 
 TEACHER_PIXELS, STUDENT_PIXELS = 64, 32
-TEXT_LENGTH = 20  # the longest caption is 18 words and the end token
+TEXT_LENGTH = 20  # tokens that a text encoder reads: the longest caption, 19 words of two objects, and T5's end token
 TEXT_WIDTH = 64
 
 
 def clip_tokenizer() -> CLIPTokenizer:
-    """Byte-level BPE in which every word of the grammar is one token; other text falls back to bytes."""
+    """Byte-level BPE in which every word of the grammar is one token; other text falls back to bytes.
+
+    A caption of two objects has 21 tokens with CLIP's two marks, one more than `TEXT_LENGTH`. The word that does not fit
+    is always "background", and it says nothing that the colour before it does not. The encoders were trained on captions
+    cut in this way. The tokenizer says so (`trained_without_ending`), for those who count cut prompts.
+    """
     alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     pieces, merges = [*alphabet, *(c + "</w>" for c in alphabet)], []
     for word in sorted(WORDS, key=lambda w: (-len(w), w)):  # longest first, or a shorter word's merge splits it
@@ -45,7 +50,7 @@ def clip_tokenizer() -> CLIPTokenizer:
                 pieces.append(piece + letter)
             piece += letter
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH, trained_without_ending="background")
 
 
 def t5_tokenizer() -> T5Tokenizer:

@@ -4,16 +4,16 @@ A Space knows how to speak one family's dialect: which folder parts to load, wha
 latents are scaled and packed, what the network predicts and on which path. It holds no trained network; networks
 are passed in, so that the same Space serves a local module, a LoRA copy and a ZeRO-3 engine.
 
-Shapes: B samples, C×H×W latents on the VAE grid (normalised: what the diffusion network was trained on).
+A family is one subclass, and nothing about it stands elsewhere. `raydistill.spaces.register` says how one is added.
+
+Shapes: B samples, C×H×W latents on the VAE grid (normalised: what the diffusion network was trained on), L text tokens.
 """
 
 from __future__ import annotations
 
 import copy
-import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,221 +25,50 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
-from raydistill.errors import InputError
-from raydistill.storage.staging import on_this_machine
+from raydistill.spaces.attention_readers import AttentionReader
+from raydistill.spaces.folder import diffusers_class, read_settings
+from raydistill.spaces.hub_model import HubModel
+from raydistill.spaces.latents import LatentSpace
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
 
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """No progress bar of diffusers: every worker would show one for a part of a second."""
-    shown = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            diffusers.utils.logging.enable_progress_bar()
-
-
-class Settings(dict[str, Any]):
-    """A JSON file of a model folder; asking for a key that it lacks names the file."""
-
-    def __init__(self, values: dict[str, Any], file: str = "") -> None:
-        super().__init__(values)
-        self.file = file
-
-    def __missing__(self, key: str) -> Any:
-        raise InputError(f"{self.file}: lacks {key!r}")
-
-
-def read_settings(file: Path) -> Settings:
-    """A JSON object. Raises InputError, which names the file, where it is missing or damaged."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: holds no JSON object")
-    return Settings(values, str(file))
-
-
-def diffusers_class(config: Settings) -> type:
-    """The class that a part's configuration names. Raises InputError where this diffusers has none such."""
-    name = config["_class_name"]
-    found = getattr(diffusers, str(name), None)
-    if found is None:
-        raise InputError(f"{config.file}: diffusers {diffusers.__version__} has no class {name!r}")
-    return found
-
-
-def weight_files(folder: Path, stem: str) -> list[Path]:
-    """The safetensors of one network: `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names.
-
-    Raises:
-        InputError: there is neither, or a file that the index names is not there.
-    """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
-            raise InputError(f"{folder}: no {single.name} (or {index.name})")
-        return [single]
-    names = sorted({str(name) for name in read_settings(index)["weight_map"].values()})
-    foreign = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if foreign:
-        raise InputError(f"{folder}: {index.name} names {', '.join(foreign)}, which is not a file beside it")
-    return [folder / name for name in names]
-
-
-class Space(ABC):
+class Space(LatentSpace):
     """One pipeline folder, read as a member of its family."""
 
-    pipeline_class: ClassVar[str]  # the diffusers class named by model_index.json
-    network_name: ClassVar[str]  # "unet" or "transformer"
+    hub_models: ClassVar[Mapping[str, HubModel]] = {}  # public models of the family, by hub id
     lora_targets: ClassVar[tuple[str, ...]]  # linear layers a LoRA adapts
     default_guidance_scale: ClassVar[float]
     default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = str(folder)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """On another node, which may not have staged the folder yet."""
-        self.__dict__ |= state | {"folder": str(on_this_machine(state["folder"]))}
-
-    # -- reading the folder ------------------------------------------------------------------------
-    @cached_property
-    def index(self) -> Settings:
-        """model_index.json."""
-        return read_settings(Path(self.folder, "model_index.json"))
-
-    def part_config(self, name: str) -> Settings:
-        """config.json (or scheduler_config.json) of one pipeline part."""
-        for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
-            if file.is_file():
-                return read_settings(file)
-        raise InputError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
-
-    def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """One network of the folder, frozen and in evaluation mode. Safetensors only."""
-        module_class = diffusers_class(self.part_config(name))
-        try:
-            module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}/{name}: {error}") from error
-        return module.eval().requires_grad_(False)
-
-    def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return self.load_part(self.network_name, dtype)
-
-    def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return self.load_part("vae", dtype)
-
-    def load_text(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-        """The pipeline without its network and VAE: tokenizers and text encoders only."""
-        pipeline_class = getattr(diffusers, self.pipeline_class)
-        without = {self.network_name: None, "vae": None} | self.unused_parts
-        self._check_text_parts(without)
-        try:
-            with without_bars():
-                pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
-        except OSError as error:
-            raise InputError(f"{self.folder}: {error}") from error
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
-    def _check_text_parts(self, without: dict[str, None]) -> None:
-        """Parts of model_index.json have files. transformers makes an empty tokenizer where there is no vocabulary."""
-        for name, kind in self.index.items():
-            if name in without or not isinstance(kind, list) or kind[0] is None:
-                continue
-            if not Path(self.folder, name).is_dir():
-                raise InputError(f"{self.folder}: model_index.json names {name}, but there is no such folder")
-            if name.startswith("tokenizer") and not any(
-                Path(self.folder, name, file).is_file() for file in VOCABULARIES
-            ):
-                raise InputError(f"{self.folder}/{name}: no vocabulary ({', '.join(VOCABULARIES)})")
-
-    unused_parts: ClassVar[dict[str, None]] = {}
+    attention_reader: ClassVar[AttentionReader | None] = None  # None: a Bridge trains without attention fidelity
 
     def check_files(self, *, network: bool = True) -> None:
-        """Every part that is used has its configuration and, if it is a network, its weights; loads nothing.
-
-        Args:
-            network: False where the diffusion network's weights come from elsewhere.
-
-        Raises:
-            InputError: a file is missing or damaged; it is named.
-        """
-        for part in (self.network_name, "vae", "scheduler"):
-            diffusers_class(self.part_config(part))
-        for part in ("vae", *([self.network_name] if network else [])):
-            weight_files(Path(self.folder, part), "diffusion_pytorch_model")
-        self._check_text_parts({self.network_name: None, "vae": None} | self.unused_parts)
-        for name, kind in self.index.items():
-            if name.startswith("text_encoder") and isinstance(kind, list) and kind[0] is not None:
-                self.part_config(name)
-                weight_files(Path(self.folder, name), "model")
+        """As `ModelFolder.check_files`; also the values that the family reads from these files."""
+        super().check_files(network=network)
         self.denormalise(self.normalise(torch.zeros(1, *self.latent_shape)))  # reads what the latents' map needs
         self.path, self.prediction  # noqa: B018 - read from the scheduler's configuration, where not the family's own
-
-    def assume_values(self) -> None:  # noqa: B027 - most families read none
-        """Stand-ins for numbers that the family reads from weight files, for counting where there are none."""
-
-    # -- geometry ----------------------------------------------------------------------------------
-    @cached_property
-    def vae_config(self) -> Settings:
-        return self.part_config("vae")
-
-    @cached_property
-    def downscale(self) -> int:
-        """Image pixels per latent pixel."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
-
-    @property
-    @abstractmethod
-    def latent_shape(self) -> tuple[int, int, int]:
-        """C, H, W of one sample on the VAE grid."""
-
-    @property
-    def resolution(self) -> int:
-        """Pixels a side."""
-        return self.latent_shape[1] * self.downscale
-
-    def vae_batch(self, most: int) -> int:
-        """Pictures for one pass of the VAE, at most: about a megapixel (16 of them would take 52 GB in float32)."""
-        return max(1, min(most, 2**20 // self.resolution**2))
-
-    # -- the latent affine map (always from the VAE's config) ----------------------------------------
-    @property
-    def scaling(self) -> tuple[float, float]:
-        """(shift, scale): normalised = (raw - shift) · scale."""
-        return self.vae_config.get("shift_factor") or 0.0, self.vae_config["scaling_factor"]
-
-    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
-        offset, scale = self.scaling
-        return (raw - offset) * scale
-
-    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
-        offset, scale = self.scaling
-        return latents / scale + offset
-
-    def encode(self, vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, 3, S, S] in [-1, 1] -> normalised latents (the posterior's mean)."""
-        return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
-
-    def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time."""
-        raw = self.denormalise(latents).to(vae.dtype)
-        parts = [vae.decode(part).sample.float().clamp(-1, 1) for part in raw.split(self.vae_batch(len(raw)))]
-        return torch.cat(parts)
 
     # -- text --------------------------------------------------------------------------------------
     @abstractmethod
     def encode_prompts(self, text: diffusers.DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
         """Everything the network needs to know of the prompts."""
+
+    @property
+    @abstractmethod
+    def conditioning_layout(self) -> Layout:
+        """Names, shapes of one sample and dtypes of what `encode_prompts` returns; read from configuration files."""
+
+    tokens_asked: ClassVar[Mapping[str, int]] = {}  # tokenizer -> tokens that `encode_prompts` asks for, at most
+
+    @property
+    def text_lengths(self) -> dict[str, int]:
+        """Tokens that each text encoder reads, as `encode_prompts` asks for them."""
+        lengths = {}
+        for part in self.parts("tokenizer"):
+            longest = read_settings(Path(self.folder, part, "tokenizer_config.json"))["model_max_length"]
+            lengths[part.replace("tokenizer", "text_encoder")] = min(longest, self.tokens_asked.get(part, longest))
+        return lengths
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
         """What guidance contrasts a prompt with, made from the conditioning of the empty prompt as the pipeline does."""

@@ -8,8 +8,15 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, first_blocks, patches, watch_rotary_norms
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.hub_model import APACHE, HubModel, Licence
+
+NON_COMMERCIAL = (
+    "Non-commercial: the weights and models distilled from them may not be used commercially without a licence from "
+    "Black Forest Labs."
+)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -32,6 +39,12 @@ class FluxSpace(FlowSpace):
     """FLUX.1 teachers: [dev] takes its guidance scale as an input (`guidance_embeds`), others take true CFG."""
 
     pipeline_class = "FluxPipeline"
+    hub_models = {
+        "black-forest-labs/FLUX.1-dev": HubModel(
+            Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL), "flux1-dev"
+        ),
+        "black-forest-labs/FLUX.1-schnell": HubModel(APACHE),
+    }
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -50,6 +63,10 @@ class FluxSpace(FlowSpace):
     )
     default_guidance_scale = 3.5
     block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
+    attention_reader = AttentionReader(
+        cut=first_blocks(block_lists, "attn"), watch=watch_rotary_norms, image_tokens=patches
+    )
+    tokens_asked = {"tokenizer_2": 512}
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
@@ -63,12 +80,19 @@ class FluxSpace(FlowSpace):
         """Whether the network takes the guidance scale as an input, in one evaluation without CFG."""
         return self.part_config("transformer").get("guidance_embeds", False)
 
+    @property
+    def conditioning_layout(self) -> Layout:
+        config = self.part_config("transformer")
+        return {
+            "prompt_embeds": ((self.text_lengths["text_encoder_2"], config["joint_attention_dim"]), torch.float32),
+            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), torch.float32),
+        }
+
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
         """prompt_embeds [B, L, D] of T5, pooled_prompt_embeds [B, P] of CLIP."""
-        embeds, pooled, _ = text.encode_prompt(
-            list(prompts), None, max_sequence_length=min(512, text.tokenizer_2.model_max_length)
-        )
+        length = min(self.tokens_asked["tokenizer_2"], text.tokenizer_2.model_max_length)
+        embeds, pooled, _ = text.encode_prompt(list(prompts), None, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def predict(self, network, x_t, t_B, conditioning, embedded_guidance: float = 1.0):

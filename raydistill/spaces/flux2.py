@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from raydistill.errors import InputError
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, first_blocks, patches, watch_rotary_norms
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import FlowSpace, as_map
-from raydistill.spaces.flux import pack, unpack
+from raydistill.spaces.flux import NON_COMMERCIAL, pack, unpack
+from raydistill.spaces.hub_model import APACHE, HubModel, Licence
 
 
 def position_ids(frames: int, height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
@@ -34,8 +36,18 @@ class Flux2KleinSpace(FlowSpace):
     """
 
     pipeline_class = "Flux2KleinPipeline"
+    hub_models = {
+        "black-forest-labs/FLUX.2-klein-base-4B": HubModel(APACHE, "flux2-klein-base-4b"),
+        "black-forest-labs/FLUX.2-klein-base-9B": HubModel(
+            Licence("FLUX Non-Commercial License", "other", NON_COMMERCIAL)
+        ),
+    }
     default_guidance_scale = 4.0
     block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
+    attention_reader = AttentionReader(
+        cut=first_blocks(block_lists, "attn"), watch=watch_rotary_norms, image_tokens=patches
+    )
+    tokens_asked = {"tokenizer": 512}
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(folder)
@@ -96,10 +108,16 @@ class Flux2KleinSpace(FlowSpace):
         return F.pixel_shuffle(F.pixel_unshuffle(latents, 2) * deviation + mean, 2)
 
     # -- text and network --------------------------------------------------------------------------
+    @property
+    def conditioning_layout(self) -> Layout:
+        width = self.part_config("transformer")["joint_attention_dim"]
+        return {"prompt_embeds": ((self.text_lengths["text_encoder"], width), torch.float32)}
+
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
         """prompt_embeds [B, L, 3D]: three hidden layers of Qwen3 side by side; padding is part of what was trained."""
-        embeds, _ = text.encode_prompt(list(prompts), max_sequence_length=min(512, text.tokenizer.model_max_length))
+        length = min(self.tokens_asked["tokenizer"], text.tokenizer.model_max_length)
+        embeds, _ = text.encode_prompt(list(prompts), max_sequence_length=length)
         return {"prompt_embeds": embeds}
 
     def predict(self, network, x_t, t_B, conditioning):
@@ -124,6 +142,6 @@ class Flux2KleinSpace(FlowSpace):
 
     def mu(self, steps: int) -> float:
         """The pipeline's own fit, in the number of image tokens and of steps."""
-        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu  # slow: transformers' models
 
         return compute_empirical_mu(self.image_tokens, steps)

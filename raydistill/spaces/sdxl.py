@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 
 from raydistill.errors import InputError
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.base import Conditioning, Layout
+from raydistill.spaces.hub_model import OPEN_RAIL_PLUS, HubModel
 from raydistill.spaces.sd import StableDiffusionSpace
 
 
@@ -16,10 +17,26 @@ class SDXLSpace(StableDiffusionSpace):
     """SDXL teachers. The default guidance is what DMD2 distils SDXL with (arXiv 2405.14867)."""
 
     pipeline_class = "StableDiffusionXLPipeline"
+    hub_models = {"stabilityai/stable-diffusion-xl-base-1.0": HubModel(OPEN_RAIL_PLUS, "sdxl-base")}
     default_guidance_scale = 8.0
     unused_parts = {"image_encoder": None, "feature_extractor": None}
     network_settings = {"addition_embed_type": "text_time"}
     zeros_for_empty_prompt: ClassVar[bool] = True  # where model_index.json does not say: the pipeline's own default
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled text embedding that the UNet was made for."""
+        config = self.network_config
+        return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+    @property
+    def conditioning_layout(self) -> Layout:
+        width = self.network_config.get("encoder_hid_dim") or self.network_config["cross_attention_dim"]
+        return {
+            "prompt_embeds": ((self.text_lengths["text_encoder"], width), torch.float32),
+            "pooled_prompt_embeds": ((self.pooled_width,), torch.float32),
+            "time_ids": ((6,), torch.int64),
+        }
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
@@ -29,11 +46,10 @@ class SDXLSpace(StableDiffusionSpace):
             InputError: the text encoders are not those that the UNet was made for.
         """
         embeds, pooled = self._encode_text(text, list(prompts))
-        config = self.network_config
-        expected = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-        if pooled.shape[1] != expected:
+        if pooled.shape[1] != self.pooled_width:
             raise InputError(
-                f"{self.folder}: the text encoder pools to {pooled.shape[1]} channels, but the UNet takes {expected}"
+                f"{self.folder}: the text encoder pools to {pooled.shape[1]} channels, but the UNet takes "
+                f"{self.pooled_width}"
             )
         return {
             "prompt_embeds": embeds,

@@ -9,18 +9,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from raydistill.spaces.base import Conditioning
+from raydistill.spaces.attention_readers import AttentionReader, Recording, Sink, first_blocks, patches, record
+from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.hub_model import APACHE, HubModel
+
+
+def watch_turned(attention: nn.Module, sink: Sink) -> None:
+    """The positions of every token come as unit complex numbers [B, tokens, d/2]."""
+
+    def read(q: torch.Tensor, k: torch.Tensor, kwargs: dict[str, Any]) -> Recording:
+        turn = kwargs["freqs_cis"].unsqueeze(2)
+        pairs = (value.unflatten(-1, (-1, 2)) for value in (q, k))
+        precise = (value.to(torch.promote_types(value.dtype, torch.float32)).contiguous() for value in pairs)
+        return Recording(*(torch.view_as_real(torch.view_as_complex(value) * turn).flatten(-2) for value in precise))
+
+    record(attention, attention.norm_q, attention.norm_k, read, sink)
 
 
 class ZImageSpace(FlowSpace):
     """Z-Image teachers, with true CFG. Z-Image-Turbo has the same layout but is step-distilled: it gives no scores."""
 
     pipeline_class = "ZImagePipeline"
+    hub_models = {
+        "Tongyi-MAI/Z-Image": HubModel(APACHE, "z-image"),
+        "Tongyi-MAI/Z-Image-Turbo": HubModel(APACHE),
+    }
     lora_targets = (
         "attention.to_q",
         "attention.to_k",
@@ -32,16 +52,28 @@ class ZImageSpace(FlowSpace):
     )
     default_guidance_scale = 5.0  # 4 in the pipeline's count
     block_lists = ("noise_refiner", "layers")  # blocks of image tokens alone, then those that see image and text
+    attention_reader = AttentionReader(
+        cut=first_blocks(block_lists, "attention"), watch=watch_turned, image_tokens=patches, image_first=True
+    )
+    tokens_asked = {"tokenizer": 512}
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.vae_config["sample_size"] // self.downscale
         return self.part_config("transformer")["in_channels"], side, side
 
+    @property
+    def conditioning_layout(self) -> Layout:
+        width = self.part_config("transformer")["cap_feat_dim"]
+        return {
+            "prompt_embeds": ((self.text_lengths["text_encoder"], width), torch.float32),
+            "prompt_tokens": ((), torch.int64),
+        }
+
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
         """prompt_embeds [B, L, D], zero behind each caption; prompt_tokens [B] int64, its length."""
-        length = min(512, text.tokenizer.model_max_length)
+        length = min(self.tokens_asked["tokenizer"], text.tokenizer.model_max_length)
         captions, _ = text.encode_prompt(list(prompts), do_classifier_free_guidance=False, max_sequence_length=length)
         padded = [F.pad(caption, (0, 0, 0, length - len(caption))) for caption in captions]
         return {"prompt_embeds": torch.stack(padded), "prompt_tokens": torch.tensor([len(one) for one in captions])}

@@ -11,7 +11,8 @@ from typing import BinaryIO
 
 SNAPSHOT = re.compile(r"models--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")  # Hugging Face's cache
 PIECES, PIECE_BYTES = 16, 65536  # of each file that are read: weights are too large to hash whole
-NOT_THE_MODEL = ("_name_or_path", "_diffusers_version", "transformers_version")  # where from and with what, not what
+# Where from, with what, and of which prompts it says that they are cut: none of them changes what the model draws.
+NOT_THE_MODEL = ("_name_or_path", "_diffusers_version", "transformers_version", "trained_without_ending")
 
 
 def identify(folder: str | Path) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Whose request a replica works on next: those who use it take turns, however much each of them asks."""
+"""Which request a replica works on next: its users take turns, however many requests each of them sends."""
 
 from __future__ import annotations
 
@@ -6,47 +6,49 @@ import asyncio
 
 
 class FairQueue:
-    """One request at a time; next is the user whose last turn is longest ago, with its oldest request.
+    """Admits one request at a time. The next is the oldest request of the user whose last turn is longest ago.
 
     For one event loop.
     """
 
     def __init__(self) -> None:
-        self._taken = False
-        self._line: list[tuple[str, asyncio.Future[None]]] = []  # (user, its turn has come), as they arrived
-        self._turns: dict[str, int] = {}  # of each user so far: the number of its last turn
-        self._count = 0
+        self._busy = False
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []  # (user, done when admitted), in order of arrival
+        self._last_turn: dict[str, int] = {}  # of each user: the number of its last turn
+        self._turns = 0  # so far
 
     @property
     def waiting(self) -> int:
         """Requests that wait for their turn."""
-        return sum(not come.done() for _, come in self._line)
+        return sum(not admitted.done() for _, admitted in self._waiting)
 
-    async def take(self, user: str) -> None:
-        """Wait for a turn of `user`, which `pass_on` ends. A request that is cancelled while it waits leaves the line."""
-        if not self._taken:
-            self._begin(user)
+    async def acquire(self, user: str) -> None:
+        """Wait for a turn of `user`; `release` ends it. A request that is cancelled while it waits leaves the queue."""
+        if not self._busy:
+            self._admit(user)
             return
-        come = asyncio.get_running_loop().create_future()
-        self._line.append((user, come))
+        admitted = asyncio.get_running_loop().create_future()
+        self._waiting.append((user, admitted))
         try:
-            await come
+            await admitted
         except asyncio.CancelledError:
-            if not come.cancelled():  # it had just come
-                self.pass_on()
+            if not admitted.cancelled():  # it was admitted just before
+                self.release()
             raise
 
-    def pass_on(self) -> None:
-        """End this turn; the next one begins."""
-        self._line = [(user, come) for user, come in self._line if not come.done()]
-        if not self._line:
-            self._taken = False
+    def release(self) -> None:
+        """End this turn and admit the next request."""
+        self._waiting = [(user, admitted) for user, admitted in self._waiting if not admitted.done()]
+        if not self._waiting:
+            self._busy = False
             return
-        user, come = min(self._line, key=lambda waits: self._turns.get(waits[0], 0))  # of equals the first
-        self._begin(user)
-        come.set_result(None)
+        user, admitted = min(
+            self._waiting, key=lambda request: self._last_turn.get(request[0], 0)
+        )  # of equals the first
+        self._admit(user)
+        admitted.set_result(None)
 
-    def _begin(self, user: str) -> None:
-        self._taken = True
-        self._count += 1
-        self._turns[user] = self._count
+    def _admit(self, user: str) -> None:
+        self._busy = True
+        self._turns += 1
+        self._last_turn[user] = self._turns

@@ -1,4 +1,4 @@
-"""Can a teacher service be placed on this cluster, and if not, why."""
+"""Whether teachers and other actors fit the nodes of this cluster, and if not, why."""
 
 from __future__ import annotations
 
@@ -23,37 +23,39 @@ ROOM_PATIENCE_S = 60.0  # how long actors may wait for resources where no node c
 
 
 def bundles(config: TeacherServiceConfig) -> list[dict[str, float]]:
-    """Placement-group bundles of one replica: the coordinator's, then one for each rank."""
+    """Placement-group bundles of one replica: the coordinator's first, then one for each rank."""
     rank = {"CPU": config.cpus_per_rank} | ({"GPU": config.gpus_per_rank} if config.gpus_per_rank else {})
     return [{"CPU": COORDINATOR_CPUS}, *(dict(rank) for _ in range(config.shards))]
 
 
 def label_selectors(config: TeacherServiceConfig) -> list[dict[str, str]] | None:
-    """Labels that the node of each bundle must carry; None: any node will do."""
+    """For each bundle, the labels that its node must have; None: any node will do."""
     return [dict(config.node_labels) for _ in bundles(config)] if config.node_labels else None
 
 
 def fits(config: TeacherServiceConfig) -> bool:
-    """Whether all replicas fit the nodes as they are, if nothing else ran on them."""
+    """Whether all replicas would fit the current nodes if nothing else ran on them."""
     nodes = [dict(node["Resources"]) for node in labelled_nodes(config.node_labels)]
     coordinator, rank, *_ = bundles(config)
     return take_room([rank] * (config.shards * config.replicas) + [coordinator] * config.replicas, nodes)
 
 
 def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Entries of `ray.nodes()`: those alive that carry all of these labels."""
-    wanted = labels.items()
-    return [node for node in ray.nodes() if node["Alive"] and wanted <= (node.get("Labels") or {}).items()]
+    """Entries of `ray.nodes()` that are alive and have all of these labels."""
+    return [node for node in ray.nodes() if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()]
 
 
 def free_resources(labels: Mapping[str, str]) -> list[dict[str, float]]:
-    """What is free now on each node that carries all of these labels."""
+    """Free resources of each node that has all of these labels."""
     free = available_resources_per_node()
     return [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(labels)]
 
 
 def take_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
-    """Whether each of the wanted amounts finds a node, the first that has it all; takes them from `nodes`."""
+    """Place each of the wanted amounts on the first node that has them all. False: one of them fits no node.
+
+    `nodes`, the free resources of each node, are reduced by what was placed.
+    """
     for amounts in wanted:
         node = next((n for n in nodes if all(n.get(kind, 0) >= much - 1e-6 for kind, much in amounts.items())), None)
         if node is None:
@@ -65,24 +67,26 @@ def take_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, f
 
 @dataclass(frozen=True)
 class Need:
-    """Equal actors, each of which must find all that it needs on one node."""
+    """Equal actors. Each must find all of its resources on one node."""
 
-    what: str  # "train workers"
+    what: str  # for the message, such as "train workers"
     count: int
-    amounts: Mapping[str, float]
-    keys: str  # settings that change the need, for the message
-    labels: Mapping[str, str] = field(default_factory=dict)  # that the nodes must carry
+    amounts: Mapping[str, float]  # resources of one actor
+    keys: str  # settings that change count or amounts, for the message
+    labels: Mapping[str, str] = field(default_factory=dict)  # that the nodes must have
 
 
 def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None = None) -> None:
-    """Wait until all needs find room on the nodes as they are; where nodes may be added, Ray asks for them itself.
+    """Wait until all of these actors fit the free resources. Returns at once where an autoscaler can add nodes.
+
+    Ray Train and Ray Data would wait for ever.
 
     Args:
-        needs: asked at every look.
-        patience_s: default ROOM_PATIENCE_S.
+        needs: called before every check.
+        patience_s: how long to wait; None: ROOM_PATIENCE_S.
 
     Raises:
-        StageFailed: there is still none; Ray Train and Ray Data would wait for ever.
+        StageFailed: they do not fit in time.
     """
     deadline = time.monotonic() + (ROOM_PATIENCE_S if patience_s is None else patience_s)
     while not autoscaler_present():
@@ -96,10 +100,16 @@ def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None 
 
 
 def lacking(needs: Sequence[Need], nodes: Sequence[tuple[Mapping[str, str], dict[str, float]]]) -> str | None:
-    """What does not fit on nodes of these (labels, free resources), the first needs first; None: everything does."""
+    """Place the needs in order, and describe the first that does not fit; None: all of them fit.
+
+    Args:
+        nodes: labels and free resources of each node.
+    """
     for need in needs:
         fitting = [free for labels, free in nodes if need.labels.items() <= labels.items()]
-        have = "; ".join(f"{_floor(free.get('CPU', 0))} CPU and {_floor(free.get('GPU', 0))} GPU" for free in fitting)
+        free_text = "; ".join(
+            f"{_floor(free.get('CPU', 0))} CPU and {_floor(free.get('GPU', 0))} GPU" for free in fitting
+        )
         placed = 0
         while placed < need.count and take_room([need.amounts], fitting):
             placed += 1
@@ -108,14 +118,14 @@ def lacking(needs: Sequence[Need], nodes: Sequence[tuple[Mapping[str, str], dict
             labels = ", ".join(f"{key}={value}" for key, value in need.labels.items())
             return (
                 f"{need.what} cannot be placed: asked for {need.count} of {each} each, room for {placed}; free on the "
-                f"{len(fitting)} node(s){f' labelled {labels}' if labels else ''}: {have or 'nothing'}. Lower {need.keys}"
+                f"{len(fitting)} node(s){f' labelled {labels}' if labels else ''}: {free_text or 'nothing'}. Lower {need.keys}"
                 f"{', change the labels' if labels else ''}, or add nodes"
             )
     return None
 
 
 def requested_against_available(config: TeacherServiceConfig) -> str:
-    """One line for an error message."""
+    """What the service requests, what the cluster has, and what to change. For an error message."""
     per_rank = f"{config.cpus_per_rank:g} CPU" + (f" + {config.gpus_per_rank:g} GPU" if config.gpus_per_rank else "")
     ranks = config.replicas * config.shards
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -133,11 +143,12 @@ def requested_against_available(config: TeacherServiceConfig) -> str:
 
 
 def _floor(amount: float) -> str:
+    """Two decimals at most, rounded down: an error message must not promise more than is free."""
     return f"{math.floor(amount * 100) / 100:g}"
 
 
 def groups(name: str) -> list[str]:
-    """States of the placement groups of the service `name` that exist."""
+    """States of the placement groups of the service `name`, without those that are removed."""
     prefix = f"SERVE_REPLICA::{name}#"
     table = placement_group_table().values()
     return [group["state"] for group in table if group["name"].startswith(prefix) and group["state"] != "REMOVED"]
@@ -149,10 +160,10 @@ def pending_groups(name: str) -> int:
 
 
 def autoscaler_present() -> bool:
-    """Whether nodes may be added when they are asked for.
+    """Whether an autoscaler can add nodes.
 
-    An autoscaler gives nodes a group label, or reports node types; without one, Ray reports each node as a type of
-    its own (`node_<id>`).
+    An autoscaler gives nodes a group label, or it reports node types. Without one, Ray reports every node as a type of its
+    own, `node_<id>`.
     """
     if any("ray.io/node-group" in (node.get("Labels") or {}) for node in ray.nodes()):
         return True

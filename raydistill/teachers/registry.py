@@ -1,297 +1,329 @@
-"""Who uses a teacher service: the last user takes it down, and a crashed one does not.
+"""Which runs use a teacher service. The last user takes it down; a crashed user does not.
 
-A user is a driver, known by its Ray job. Users and what the service was started with are kept in the cluster's key-value
-store. A keeper, one small actor that outlives drivers, watches them: a service whose users have all crashed waits
-`teachers.linger_s` for one of them to resume, and is then taken down.
+The registry is one actor on the head node. It outlives the drivers, which report to it when they start, attach and
+release. It handles one report at a time. So a run that arrives during a take-down waits, and launches a new service then.
 
-Who takes a service down says so first and looks for users then; who wants to use one says so first and waits then until
-nobody takes any down. So a newcomer is either seen, and its service stays, or finds the ground clear.
+The registry saves its state in the cluster's key-value store before it acts. Ray restarts it after a crash, and it goes on
+from there. It ends itself once it knows no service.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.exceptions import RayServeException
 
-import raydistill
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import service
+from raydistill.teachers.identity import differences, identify
 from raydistill.teachers.request import TeacherStartError, one_line
 
 log = logging.getLogger(__name__)
 
-NAMESPACE = "raydistill-teachers"
-STOPPING = "stopping/"  # the key of who takes a service down begins so
-KEEPER = "keeper-"  # its name as an actor begins so
-LOOK_EVERY_S = 2.0
-EVERY, SAMPLE = 1 << 20, 1 << 12  # of every EVERY bytes of a weight file so many are hashed, and its first EVERY whole
-DECIDE_NUMBERS = ("dtype", "slice", "shards", "threads_per_rank")
+NAMESPACE, NAME = "raydistill-teachers", "registry"  # of the actor
+STATE = "records"  # the key of its state in the key-value store
+LOOK_EVERY_S = 2.0  # how often it looks for crashed users
+IDLE_S = 5.0  # how long it stays without a service
+RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
+LAUNCH, TAKE_OVER, WAIT = "launch", "take over", "wait"  # what a driver does that starts a service
+
+
+# -- what drivers and their workers call ------------------------------------------------------------------
 
 
 def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: threading.Event | None = None) -> None:
-    """As `service.start`, for this driver; a service that it finds running just as it would start it is taken over.
+    """As `service.start`, for this driver. An equal service that already runs is taken over.
 
     Args:
-        given_up: set by whoever does not need it any more, while it starts.
+        given_up: the caller sets it when it no longer needs the service; the start then fails.
 
     Raises:
-        TeacherStartError: see `service.start`; or other living runs use a service of this name that is another one.
+        TeacherStartError: see `service.start`; or living runs use another service of this name.
     """
-    told = _describe(model_folder, config)
-    with _using(name, release):
-        _keep(name, config.linger_s)
-        others = living(name) - {_me()}
-        if told == _description(name) and service.exists(name):
+    identity = identify(model_folder, config)
+    given_up = given_up or threading.Event()
+    with _using(name, take_down=True):
+        while (role := _call("start", name, _job(), identity, config.linger_s)) == WAIT:
+            if given_up.wait(0.2):
+                raise TeacherStartError(f"teacher {name} is not needed any more")
+        if role == LAUNCH:
+            service.launch(model_folder, config, name)
+        else:
             log.info("teacher %s: found running, taken over", name)
-            service.wait_until_ready(config, name, patient=True, given_up=given_up)
-            _put(name, "ready/" + _me(), "")
-            return
-        if others:
-            raise TeacherStartError(
-                f"run.name: a living run on this cluster (Ray job {', '.join(sorted(others))}) has teachers of the name "
-                f"{name} with another model or other settings; choose another run.name"
-            )
-        _put(name, "description", json.dumps(told))
-        service.launch(model_folder, config, name)
-        service.wait_until_ready(config, name, patient=True, given_up=given_up)  # `release` takes it down, marked
-        _put(name, "ready/" + _me(), "")
+        service.wait_until_ready(config, name, given_up)
+        _call("set_ready", name, _job())
 
 
 def attach(model_folder: str, config: TeacherServiceConfig, name: str, given_up: threading.Event | None = None) -> None:
     """Use the running service `name` that another run started. `given_up`: see `start`.
 
     Raises:
-        TeacherStartError: there is none, or its answers would not be those of this teacher and these settings.
+        TeacherStartError: there is none, or it is another teacher, or its settings would change the answers.
     """
-    told = _describe(model_folder, config)
-    with _using(name, _leave):  # what others started, and may resume with, is its keeper's to end
-        _check_same(told, name)
-        service.wait_until_ready(config, name, patient=True, given_up=given_up)
-        _put(name, "ready/" + _me(), "")
+    identity = identify(model_folder, config)
+    with _using(name, take_down=False):
+        _call("attach", name, _job(), identity)
+        service.wait_until_ready(config, name, given_up)
+        _call("set_ready", name, _job())
+
+
+def release(name: str) -> None:
+    """End this driver's use of the service. The service stops if no other living driver uses it.
+
+    A service may fail to stop, for example while its replicas still work. The registry then tries again: the run has done
+    its work and must not fail.
+    """
+    _leave(name, take_down=True)
+
+
+def ready(name: str) -> bool:
+    """Whether this driver has started or attached, and not released. For the driver and its workers."""
+    return _exists() and _call("is_ready", name, _job())
+
+
+def living(name: str) -> set[str]:
+    """Ray jobs that use the service and have not ended."""
+    return _call("living", name) if _exists() else set()
+
+
+def services() -> list[str]:
+    """Names of the services that drivers of this cluster started."""
+    return _call("names") if _exists() else []
 
 
 @contextlib.contextmanager
-def _using(name: str, end: Callable[[str], None]) -> Iterator[None]:
-    """Makes this driver a user of the service, which `end` ends if the block fails; Ray's errors become TeacherStartError."""
-    _put(name, "user/" + _me(), "")
+def _using(name: str, take_down: bool) -> Iterator[None]:
+    """If the block fails, this driver leaves the service, and Ray's errors become TeacherStartError.
+
+    Args:
+        take_down: stop the service if nobody else uses it; False: it waits for its crashed users.
+    """
     try:
-        _await_take_downs()
         yield
     except BaseException as error:
-        end(name)
+        _leave(name, take_down)
         if isinstance(error, RayError | RayServeException):
             raise TeacherStartError(f"teacher {name}: {one_line(error)}") from error
         raise
 
 
-def _check_same(wanted: dict[str, Any], name: str) -> None:
-    """Raises TeacherStartError unless the service `name` runs and answers as this teacher would."""
-    running = _description(name)
-    if running is None or not service.exists(name):
-        raise TeacherStartError(
-            f"teachers.service: there is no teacher service {name!r} on this cluster; services: "
-            f"{', '.join(services()) or 'none'}. teachers.service=null starts one"
-        )
-    differ = [
-        f"teachers.{key}: it runs with {running['config'][key]!r}, not {wanted['config'][key]!r}"
-        for key in DECIDE_NUMBERS
-        if running["config"][key] != wanted["config"][key]
-    ]
-    if running["fingerprint"] != wanted["fingerprint"]:
-        differ.insert(0, f"its model is {running['folder']}, and {wanted['folder']} is another one (teacher.model)")
-    if differ:
-        raise TeacherStartError(f"teachers.service: {name} is not this run's teacher: {'; '.join(differ)}")
-
-
-def release(name: str) -> None:
-    """This driver does not need the service any more; if no other living driver does, it is stopped.
-
-    A service that cannot be stopped now, as when its replicas still work, is left to its keeper: no reason for a run to
-    fail that has done its work.
-    """
-    _leave(name)
+def _leave(name: str, take_down: bool) -> None:
     try:
-        _take_down(name, _me())
+        _call("leave", name, _job(), take_down)
     except (RayError, RayServeException, TimeoutError) as error:
-        log.warning("teacher %s: not stopped yet, its keeper will stop it: %s", name, one_line(error))
+        log.warning("teacher %s: not stopped yet, the registry will try again: %s", name, one_line(error))
 
 
-def _leave(name: str) -> None:
-    for key in ("ready", "user"):
-        _internal_kv_del(f"{name}/{key}/{_me()}", namespace=NAMESPACE)
+def _job() -> str:
+    return ray.get_runtime_context().get_job_id()
 
 
-def _take_down(name: str, who: str) -> None:
-    """Stop the service, if it was started for users and has none, and drop what is known of it."""
-    _internal_kv_put(STOPPING + who, "", namespace=NAMESPACE)
+def _exists() -> bool:
     try:
-        if not living(name):
-            if _description(name) is not None:  # no users' service is not ours to stop
-                service.stop(name, only=not _living_of_all())
-            _forget(name)
-    finally:
-        _internal_kv_del(STOPPING + who, namespace=NAMESPACE)
-
-
-def _await_take_downs() -> None:
-    """Return once nobody takes a service down; who takes down another one may take Serve with it."""
-    logged = time.monotonic()
-    while busy := [who for who in _keys(STOPPING) if _lives(who)]:
-        time.sleep(0.1)
-        if time.monotonic() - logged > service.LOG_EVERY_S:
-            logged = time.monotonic()
-            log.info("a teacher service is being taken down by %s; waiting for that", ", ".join(busy))
-
-
-def _lives(who: str) -> bool:
-    """Whether a driver, named by its Ray job, or a keeper, by its actor, is there."""
-    if not who.startswith(KEEPER):
-        return who not in _dead_jobs()
-    try:
-        ray.get_actor(who, namespace=NAMESPACE)
+        ray.get_actor(NAME, namespace=NAMESPACE)
     except ValueError:
         return False
     return True
 
 
-def ready(name: str) -> bool:
-    """In a driver and its workers: whether `start` or `attach` of this driver is done, and `release` still to come."""
-    return _internal_kv_get(f"{name}/ready/{_me()}", namespace=NAMESPACE) is not None
+def _call(method: str, *arguments: Any) -> Any:
+    """Call the registry, which starts if there is none. Raises what the method raises.
 
-
-def living(name: str) -> set[str]:
-    """Ray jobs that use the service and have not ended."""
-    return set(_keys(f"{name}/user/")) - _dead_jobs()
-
-
-def _living_of_all() -> set[str]:
-    """Ray jobs that use any service, or are about to, and have not ended."""
-    return {key.rpartition("/user/")[2] for key in _keys("") if "/user/" in key} - _dead_jobs()
-
-
-def services() -> list[str]:
-    """Names of the services that were started for drivers of this cluster."""
-    return sorted(key.removesuffix("/description") for key in _keys("") if key.endswith("/description"))
-
-
-def _forget(name: str) -> None:
-    """Drop what is known of a service that is gone, its crashed users, and its keeper; newcomers wait meanwhile."""
-    _internal_kv_del(f"{name}/description", namespace=NAMESPACE)
-    for user in set(_keys(f"{name}/user/")) & _dead_jobs():
-        for key in ("ready", "user"):
-            _internal_kv_del(f"{name}/{key}/{user}", namespace=NAMESPACE)
-    with contextlib.suppress(ValueError):  # it has none
-        ray.kill(ray.get_actor(KEEPER + name, namespace=NAMESPACE))
-    while _lives(KEEPER + name):  # or a newcomer would take it for its own
-        time.sleep(0.05)
-
-
-# -- what is known of a service ---------------------------------------------------------------------------
-
-
-def _me() -> str:
-    return ray.get_runtime_context().get_job_id()
-
-
-def _dead_jobs() -> set[str]:
-    return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
-
-
-def _keys(prefix: str) -> list[str]:
-    """Of all keys that begin so, the rest."""
-    return [key.decode().removeprefix(prefix) for key in _internal_kv_list(prefix, namespace=NAMESPACE)]
-
-
-def _put(name: str, key: str, value: str) -> None:
-    _internal_kv_put(f"{name}/{key}", value, namespace=NAMESPACE)
-
-
-def _description(name: str) -> dict[str, Any] | None:
-    found = _internal_kv_get(f"{name}/description", namespace=NAMESPACE)
-    return json.loads(found) if found else None
-
-
-def _describe(model_folder: str, config: TeacherServiceConfig) -> dict[str, Any]:
-    folder = Path(model_folder).resolve()
-    settings = config.model_dump(exclude={"service", "linger_s", "start_timeout_s", "retry_for_s"})
-    return {
-        "folder": str(folder),
-        "fingerprint": fingerprint(folder),
-        "config": settings,
-        "version": raydistill.__version__,
-    }
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of a diffusers folder: its JSON files whole, of its weight files name, size, beginning, and a sample of every MiB.
-
-    The beginning holds a safetensors file's header, that is, every tensor's name and shape. The samples are 4 kB each: 24 GB
-    are read in seconds, and what changes a tensor of a megabyte or more is seen.
+    A call may run twice, because the registry may die after it has acted. All methods allow for that.
     """
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if not file.is_file() or file.suffix not in (".json", ".safetensors"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
-        with file.open("rb") as data:
-            digest.update(data.read(size if file.suffix == ".json" else EVERY))
-            for place in range(EVERY, size if file.suffix != ".json" else 0, EVERY):
-                data.seek(place)
-                digest.update(data.read(SAMPLE))
-    return digest.hexdigest()
+    first_failure = None
+    while True:
+        try:
+            answer = getattr(_registry(), method).remote(*arguments)
+            while not ray.wait([answer], timeout=service.LOG_EVERY_S)[0]:
+                log.info("waiting for the registry of teacher services, which takes one down")
+            return ray.get(answer)
+        except RayTaskError as error:
+            raise getattr(error, "cause", error) from None
+        except RayActorError:  # it has just ended itself, or crashed
+            first_failure = first_failure or time.monotonic()
+            if time.monotonic() - first_failure > RESTART_S:
+                raise
+            time.sleep(0.1)
 
 
-# -- the keeper -------------------------------------------------------------------------------------------
-
-
-@ray.remote(num_cpus=0, max_restarts=-1)
-class Keeper:
-    """Takes down one service that only crashed drivers used. All it knows is in the key-value store."""
-
-    def __init__(self, name: str, linger_s: float) -> None:
-        self.name, self.linger_s = name, linger_s
-        _internal_kv_del(STOPPING + KEEPER + name, namespace=NAMESPACE)  # of one that ended itself, or was restarted
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def ready(self) -> None:
-        """Answers once the keeper is there."""
-
-    def _watch(self) -> None:
-        since: float | None = None
-        while True:
-            time.sleep(LOOK_EVERY_S)
-            try:
-                if living(self.name):
-                    since = None
-                    continue
-                since = since or time.monotonic()
-                if time.monotonic() - since >= self.linger_s:
-                    log.warning("teacher %s: its users crashed and none resumed; it is taken down", self.name)
-                    _take_down(self.name, KEEPER + self.name)  # and this keeper with it
-            except Exception as error:  # noqa: BLE001 (a controller that is being replaced: look again)
-                log.warning("teacher %s: its keeper will look again: %s", self.name, error)
-
-
-def _keep(name: str, linger_s: float) -> None:
-    """Start the keeper, where the head node is: that is not the one that is lost."""
-    keeper = Keeper.options(
-        name=KEEPER + name,
+def _registry() -> Any:
+    """The actor. It runs on the head node: other nodes may be lost while the cluster lives."""
+    return Registry.options(
+        name=NAME,
         namespace=NAMESPACE,
         lifetime="detached",
         get_if_exists=True,
         resources={"node:__internal_head__": 0.001},
-    ).remote(name, linger_s)
-    ray.get(keeper.ready.remote())
+    ).remote()
+
+
+# -- the actor --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """What the registry knows of one service."""
+
+    identity: dict[str, Any]  # see `identity.identify`
+    linger_s: float  # how long it waits for crashed users
+    users: tuple[str, ...] = ()  # Ray jobs that have not left; some may have crashed
+    ready: tuple[str, ...] = ()  # of these, those whose start or attach has ended
+    ending: bool = False  # its take-down has begun
+
+    def joined_by(self, job: str) -> Record:
+        return replace(self, users=tuple({*self.users, job}), ending=False)
+
+    def left_by(self, job: str) -> Record:
+        users, ready = (tuple(other for other in jobs if other != job) for jobs in (self.users, self.ready))
+        return replace(self, users=users, ready=ready)
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, concurrency_groups={"queries": 1})
+class Registry:
+    """Users of all teacher services. It alone takes services down.
+
+    Reports run one after another, queries at any time. `_records` is replaced whole, so a query sees one moment.
+    """
+
+    def __init__(self) -> None:
+        saved = _internal_kv_get(STATE, namespace=NAMESPACE)
+        self._records = {name: Record(**fields) for name, fields in json.loads(saved or "{}").items()}
+        self._unused_since: dict[str, float] = {}  # services without a living user
+        self._idle_since: float | None = None
+        self._lock = threading.Lock()  # of reports and the watch
+        for name, record in list(self._records.items()):
+            if record.ending:  # a crash interrupted this take-down; newcomers wait until it is over
+                self._try_take_down(name)
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    # Reports
+
+    def start(self, name: str, job: str, identity: dict[str, Any], linger_s: float) -> str:
+        """Make `job` a user, and say what it must do. Raises TeacherStartError: see `registry.start`."""
+        with self._lock:
+            record, others = self._records.get(name), self.living(name) - {job}
+            same = record is not None and record.identity == identity
+            if same and service.exists(name):
+                self._save(name, replace(record.joined_by(job), linger_s=linger_s))
+                return TAKE_OVER
+            if same and others:
+                return WAIT  # another user is about to launch it, or has lost it and is about to leave
+            if others:
+                raise TeacherStartError(
+                    f"run.name: a living run on this cluster (Ray job {', '.join(sorted(others))}) has teachers of the "
+                    f"name {name} with another model or other settings; choose another run.name"
+                )
+            self._save(name, Record(identity, linger_s).joined_by(job))
+            return LAUNCH
+
+    def attach(self, name: str, job: str, identity: dict[str, Any]) -> None:
+        """Make `job` a user of a service that runs. Raises TeacherStartError: see `registry.attach`."""
+        with self._lock:
+            record = self._records.get(name)
+            if record is None or not service.exists(name):
+                raise TeacherStartError(
+                    f"teachers.service: there is no teacher service {name!r} on this cluster; services: "
+                    f"{', '.join(self.names()) or 'none'}. teachers.service=null starts one"
+                )
+            if found := differences(record.identity, identity):
+                raise TeacherStartError(f"teachers.service: {name} is not this run's teacher: {'; '.join(found)}")
+            self._save(name, record.joined_by(job))
+
+    def set_ready(self, name: str, job: str) -> None:
+        """The start or attach of `job` has ended well."""
+        with self._lock:
+            record = self._records[name]
+            self._save(name, replace(record, ready=tuple({*record.ready, job})))
+
+    def leave(self, name: str, job: str, take_down: bool) -> None:
+        """End the use by `job`; with `take_down`, stop the service if that was the last living user."""
+        with self._lock:
+            record = self._records.get(name)
+            if record is None or job not in record.users:
+                return
+            left = record.left_by(job)
+            ending = take_down and not set(left.users) - _dead_jobs()
+            self._save(name, replace(left, ending=ending))  # at once, or a crash in between would leave it to linger
+            if ending:
+                self._take_down(name)
+
+    # Queries
+
+    @ray.method(concurrency_group="queries")
+    def is_ready(self, name: str, job: str) -> bool:
+        record = self._records.get(name)
+        return record is not None and job in record.ready
+
+    @ray.method(concurrency_group="queries")
+    def living(self, name: str) -> set[str]:
+        record = self._records.get(name)
+        return set(record.users) - _dead_jobs() if record else set()
+
+    @ray.method(concurrency_group="queries")
+    def names(self) -> list[str]:
+        return sorted(self._records)
+
+    # The rest is the registry's own
+
+    def _save(self, name: str, changed: Record | None) -> None:
+        """Change what is known of one service, first where it outlives this process. None: forget it."""
+        records = {other: record for other, record in self._records.items() if other != name}
+        if changed is not None:
+            records[name] = changed
+        state = {other: asdict(record) for other, record in records.items()}
+        _internal_kv_put(STATE, json.dumps(state), namespace=NAMESPACE)
+        self._records = records
+
+    def _take_down(self, name: str) -> None:
+        """Stop a service and forget it. Serve itself stays if another service has users: they may be about to launch it."""
+        self._save(name, replace(self._records[name], ending=True))
+        others = any(self.living(other) for other in self._records if other != name)
+        service.stop(name, with_serve=not others)
+        self._save(name, None)
+
+    def _try_take_down(self, name: str) -> None:
+        try:
+            self._take_down(name)
+        except Exception as error:  # noqa: BLE001 (Serve's controller may be restarting: the watch tries again)
+            log.warning("teacher %s: not stopped yet, the registry will try again: %s", name, one_line(error))
+
+    def _watch(self) -> None:
+        """Take down what nobody uses, for as long as the registry lives."""
+        while True:
+            time.sleep(LOOK_EVERY_S)
+            try:
+                with self._lock:
+                    self._look()
+            except Exception as error:  # noqa: BLE001 (the key-value store may be away: look again)
+                log.warning("the registry of teacher services will look again: %s", one_line(error))
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        unused = [name for name in self._records if not self.living(name)]
+        self._unused_since = {name: self._unused_since.get(name, now) for name in unused}
+        for name in unused:
+            record = self._records[name]
+            if record.ending:
+                self._try_take_down(name)
+            elif now - self._unused_since[name] >= record.linger_s:
+                log.warning("teacher %s: its users crashed and none resumed; it is taken down", name)
+                self._try_take_down(name)
+        self._idle_since = None if self._records else self._idle_since or now
+        if self._idle_since is not None and now - self._idle_since > IDLE_S:
+            ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
+            time.sleep(RESTART_S)  # with the lock: nothing may be reported to this process any more
+
+
+def _dead_jobs() -> set[str]:
+    return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}

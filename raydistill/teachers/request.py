@@ -1,4 +1,4 @@
-"""What travels between a client and a teacher, and what can go wrong on the way.
+"""Requests and answers between a client and a teacher, and their errors.
 
 Shapes: B samples, C×H×W latents on the teacher's VAE grid (normalised), L text tokens.
 """
@@ -13,18 +13,21 @@ import numpy as np
 
 from raydistill.errors import NonFiniteError
 
-if TYPE_CHECKING:  # the coordinator of a replica handles these without importing torch
+# torch is imported inside functions: the coordinator of a replica handles requests without it.
+if TYPE_CHECKING:
     import torch
 
-CACHED_BYTES = 1 << 20  # of a tensor, read twice from a core's cache
+CACHED_BYTES = 1 << 20  # of a tensor: this much stays in a core's cache between two reads
 
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
-Answer = tuple[str, Any, Any]  # ("done", [B, C, H, W] array, Load), or ("rejected", "late" or "broken", why, None)
+Answer = tuple[
+    str, Any, Any
+]  # ("done", [B, C, H, W] array, Utilisation), or ("rejected", "late" or "broken", why, None)
 
 
 class TeacherError(RuntimeError):
-    """The teacher cannot answer this request; asking again would not help."""
+    """The teacher cannot answer this request. Another attempt would not help."""
 
 
 class NonFiniteScores(NonFiniteError, TeacherError):
@@ -32,19 +35,19 @@ class NonFiniteScores(NonFiniteError, TeacherError):
 
 
 class TeacherUnavailable(TeacherError):
-    """The service did not come (back) within the time the configuration allows."""
+    """The service was away for longer than `teachers.retry_for_s`."""
 
 
 class TeacherStartError(TeacherError):
-    """The service could not be started or placed."""
+    """The service could not be started, placed, attached to or taken over."""
 
 
 class ReplicaBroken(RuntimeError):
-    """This replica lost a rank and is about to be replaced; another one gives the same answer."""
+    """This replica lost a rank, and Serve is about to replace it. Another replica gives the same answer."""
 
 
 class RequestTooLong(ReplicaBroken):
-    """The ranks worked on this request for longer than they may; the replica is about to be replaced."""
+    """The ranks worked on this request for longer than `teachers.request_timeout_s`. Serve is about to replace the replica."""
 
 
 def one_line(error: BaseException) -> str:
@@ -54,7 +57,7 @@ def one_line(error: BaseException) -> str:
 
 
 def to_wire(tensor: torch.Tensor) -> Wire:
-    """A contiguous CPU array, which Ray ships without a copy. numpy has no bfloat16: its bits travel as uint16."""
+    """A contiguous CPU array, which Ray sends without a copy. numpy has no bfloat16, so its bits travel as uint16."""
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
@@ -66,10 +69,11 @@ def to_wire(tensor: torch.Tensor) -> Wire:
 def rows_from_wire(
     wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None, memory: Memory | None = None, name: str = ""
 ) -> torch.Tensor:
-    """Some rows of an array from `to_wire`, copied once; real-valued ones straight into `dtype`, if that is given.
+    """Some rows of an array from `to_wire`, copied once.
 
     Args:
-        memory: where the copy goes, under `name`; None: into memory of its own.
+        dtype: of the copy, where the values are floating-point; None: as they are.
+        memory: the copy goes there, under `name`; None: into new memory.
     """
     import torch
 
@@ -79,13 +83,13 @@ def rows_from_wire(
         shared = shared.view(getattr(torch, kind))
     wanted = dtype if dtype is not None and shared.is_floating_point() else shared.dtype
     copy = (memory or Memory()).tensor(name, (len(rows), *shared.shape[1:]), wanted)
-    for place, row in enumerate(rows.tolist()):
-        copy[place].copy_(shared[row])
+    for i, row in enumerate(rows.tolist()):
+        copy[i].copy_(shared[row])
     return copy
 
 
 def shared_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor in the array's own memory. What Ray hands out is read-only, and torch has no such tensors: only read it."""
+    """A tensor in the array's own memory. Do not write to it: Ray's arrays are read-only, but torch cannot mark a tensor so."""
     import torch
 
     with warnings.catch_warnings():
@@ -94,30 +98,30 @@ def shared_tensor(array: np.ndarray) -> torch.Tensor:
 
 
 class Memory:
-    """Tensors that are filled again and again: the pages of new ones cost the kernel more than what is copied into them."""
+    """Tensors that are used again for every request. New memory pages would cost the kernel more than the copies into them."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, torch.Tensor] = {}
+        self._tensors: dict[str, torch.Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """The one of this name, with anything in it; another one if shape or dtype are others than last time."""
+        """The tensor of this name, with arbitrary contents. A new shape or dtype replaces it."""
         import torch
 
-        kept = self._kept.get(name)
-        if kept is None or kept.shape != shape or kept.dtype != dtype:
-            kept = self._kept[name] = torch.empty(shape, dtype=dtype)
-        return kept
+        tensor = self._tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+            tensor = self._tensors[name] = torch.empty(shape, dtype=dtype)
+        return tensor
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """One batch of noised latents to score. The answer is a pure function of these fields.
+    """One batch of noised latents to score. The answer depends on these fields alone.
 
     Args:
         x_t: [B, C, H, W] float32.
         t: [B] float32, diffusion time from 0 (data) to 1 (noise).
-        conditioning: what `Space.encode_prompts` returns, [B, …] each.
-        unconditional: the same names, one row [1, …] each; may be None when guidance_scale is 1.
+        conditioning: as `Space.encode_prompts` returns it, [B, …] each.
+        unconditional: the same names, one row [1, …] each; None is allowed when guidance_scale is 1.
         guidance_scale: classifier-free guidance; 1 is none.
     """
 
@@ -128,15 +132,15 @@ class ScoreRequest:
     guidance_scale: float
 
     def payload(self) -> Payload:
-        """Checked and ready to ship. Raises TeacherError naming the field that is wrong."""
+        """The request, checked and ready to send. Raises TeacherError with the name of the wrong field."""
         batch = _check_latents("x_t", self.x_t)
         if tuple(self.t.shape) != (batch,):
             raise TeacherError(f"t has shape {tuple(self.t.shape)}, not ({batch},) as x_t has {batch} samples")
         _check_finite("t", self.t)
         if bool((self.t < 0).any() | (self.t > 1).any()):
             raise TeacherError(f"t must lie between 0 and 1, found {self.t.min().item():g} … {self.t.max().item():g}")
-        shipped = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
-        return {"latents": to_wire(self.x_t.float()), "t": to_wire(self.t.float()), **shipped}
+        checked = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
+        return {"latents": to_wire(self.x_t.float()), "t": to_wire(self.t.float()), **checked}
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,12 @@ class GenerateRequest:
     guidance_scale: float
 
     def payload(self) -> Payload:
-        """Checked and ready to ship. Raises TeacherError naming the field that is wrong."""
+        """The request, checked and ready to send. Raises TeacherError with the name of the wrong field."""
         batch = _check_latents("noise", self.noise)
         if self.steps < 1:
             raise TeacherError(f"steps must be at least 1, not {self.steps}")
-        shipped = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
-        return {"latents": to_wire(self.noise.float()), "steps": int(self.steps), **shipped}
+        checked = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
+        return {"latents": to_wire(self.noise.float()), "steps": int(self.steps), **checked}
 
 
 def _conditioning_payload(
@@ -203,10 +207,10 @@ def _check_unconditional(
 
 
 def all_finite(value: torch.Tensor) -> bool:
-    """No NaN, no infinity: all bits of whose exponent are set.
+    """Whether a tensor has no NaN and no infinity. These are the floating-point numbers whose exponent bits are all set.
 
-    On the CPU by numpy, as integers, piece by piece, without temporary arrays: torch's threads would go on spinning afterwards,
-    for longer than all of this takes, on the cores that a teacher on this machine needs.
+    On the CPU, numpy compares the bits as integers, one piece after the other, without temporary arrays. torch's threads
+    would spin for longer than this takes, on cores that a teacher on the same machine needs.
     """
     import torch
 
@@ -221,7 +225,7 @@ def all_finite(value: torch.Tensor) -> bool:
     negative_infinity = infinity + (1 << (8 * signed.itemsize - 1))
     size = CACHED_BYTES // signed.itemsize
     for piece in (signed[start : start + size] for start in range(0, len(signed), size)):
-        # as unsigned integers, negative numbers are the largest
+        # As unsigned integers, negative numbers are the largest.
         if piece.max() >= infinity or piece.view(f"u{signed.dtype}").max() >= negative_infinity:
             return False
     return True

@@ -1,9 +1,9 @@
 """One rank of a ZeRO-3 group, as a Ray actor.
 
-All ranks of a group must be called in the same order with the same request: a forward on one waits for the others.
-A request is cut into slices of `teachers.slice` samples; the last is filled up by repeating the last sample, and a
-rank without a slice of its own runs one of repeats. So every rank runs equally many forwards, all of one size, and a
-sample's bits depend on its request alone.
+All ranks of a group must receive the same requests in the same order: a forward on one rank waits for the others.
+A request is cut into slices of `teachers.slice` samples. Repeats of the last sample fill the last slice, and whole slices
+for ranks that have none of their own. So every rank runs equally many forwards of one size. The bits of a sample then
+depend on its request alone.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import ray
 from raydistill.imports import left_out
 from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, rows_from_wire
 
-if TYPE_CHECKING:  # torch must be imported after the environment is set
+# torch is imported inside methods: the environment variables of `__init__` and `load` must be set before.
+if TYPE_CHECKING:
     import torch
 
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
 
 class TeacherRank:
-    """Rank `rank` of `world`; answers pings while it computes."""
+    """Rank `rank` of `world`. It answers pings while it computes."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.memory = rank, world, Memory()
@@ -35,10 +36,10 @@ class TeacherRank:
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
-        # All ranks import at once, rather than the others after rank 0 has said where to meet. A rank runs one network:
-        # for text encoders and LoRAs diffusers would import for most of another second.
+        # Imported here, all ranks import at the same time; in `load`, they would wait for rank 0 first. A rank runs one
+        # network. Without text encoders and LoRAs, diffusers imports most of a second faster.
         with left_out("transformers", "peft"):
-            import diffusers.models.modeling_utils  # noqa: F401 (what every network begins with)
+            import diffusers.models.modeling_utils  # noqa: F401 (all networks import it)
 
             import raydistill.spaces
             import raydistill.teachers.zero3  # noqa: F401
@@ -46,7 +47,7 @@ class TeacherRank:
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
     def open_store(self) -> tuple[str, int]:
-        """On rank 0: the address at which the group meets, on a port the system just gave."""
+        """On rank 0: open the store where the group meets, on a free port, and return its address."""
         from torch.distributed import TCPStore
 
         host = ray.util.get_node_ip_address()
@@ -58,6 +59,7 @@ class TeacherRank:
         started = time.monotonic()
         host, port = address
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        # Imported here because they import torch.
         import torch
         from torch.distributed import TCPStore
 
@@ -79,7 +81,7 @@ class TeacherRank:
 
     @ray.method(concurrency_group="health")
     def describe(self) -> dict[str, Any]:
-        """rank, pid, node, parameter elements held and in all, seconds to load. Doubles as the ping."""
+        """rank, pid, node, numel (of this rank's partition), full_numel (of the network), load_s. Also serves as the ping."""
         return self.facts
 
     def predict_x0(self, payload: Payload) -> np.ndarray:
@@ -91,6 +93,7 @@ class TeacherRank:
         return self._slices(payload, self._sample_rows)
 
     def _slices(self, payload: Payload, forward: Forward) -> np.ndarray:
+        """Run `forward` on each slice of this rank. Raises TeacherError."""
         import torch
 
         batch, size = len(payload["latents"]), self.slice_size
@@ -99,7 +102,7 @@ class TeacherRank:
         own = max(0, min(rounds * size, batch - first))
         try:
             self._check(payload)
-            # Ray copies an answer before it begins with the next request.
+            # Used again for the next request: by then Ray has copied the answer.
             answer = self.memory.tensor("answer", (own, *payload["latents"].shape[1:]), torch.float32)
             with torch.no_grad():
                 for start in range(first, first + rounds * size, size):
@@ -117,10 +120,10 @@ class TeacherRank:
             raise TeacherError(f"latents have shape {found} a sample; {self.space.folder} works on {expected}")
 
     def recover(self) -> None:
-        """After a forward that failed on every rank alike: free what it left gathered, and see that all ranks are here.
+        """After a forward failed on every rank: free the parameters it left gathered, and wait for the other ranks.
 
-        Asked for by the coordinator once all ranks have reported, never by a rank that fails: the others may still be
-        inside a forward, and both sides would wait for each other.
+        The coordinator calls this once all ranks have reported. A rank that fails must not call it: the others may still
+        be inside a forward, and both sides would wait for each other.
         """
         import torch
 
@@ -152,10 +155,10 @@ class TeacherRank:
         return load("conditioning", rows), load("unconditional", np.zeros(1, dtype=np.int64)) if guided else None
 
     def _load(self, name: str, wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Rows of one array, on the device; on the CPU in memory that the next slice fills again."""
+        """Rows of one array, on the device. On the CPU, the next slice overwrites this memory."""
         return rows_from_wire(wire, rows, dtype, self.memory, name).to(self.device)
 
 
 def actor(rank: type[TeacherRank]) -> Any:
-    """A kind of rank as a Ray actor."""
+    """The Ray actor class of a class of rank."""
     return ray.remote(concurrency_groups={"health": 1}, max_restarts=0, max_task_retries=0)(rank)

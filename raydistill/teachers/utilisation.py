@@ -1,6 +1,6 @@
-"""How busy teachers are: measured in each replica, sent along with its answers, gathered by the client.
+"""How busy teachers are. Each replica measures it and sends it with its answers, and the client collects it.
 
-A replica computes one request at a time; a request's latency is its wait for its turn and the ranks' work.
+A replica computes one request at a time. The latency of a request is its wait in the queue plus the work of the ranks.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WINDOW_S = 60.0
-KEPT = 256  # answers that percentiles are taken of
+WINDOW_S = 60.0  # of the busy fraction
+RECENT_ANSWERS = 256  # that percentiles are taken of
 
 
 @dataclass(frozen=True)
 class Utilisation:
-    """What a replica says of itself with an answer."""
+    """The load of a replica when it answers a request."""
 
-    latency_s: float  # of this request: wait for its turn, and work
-    busy_fraction: float  # of the last minute, or of the replica's life so far
-    queue: int  # requests that waited behind this one when it was done
+    latency_s: float  # of this request: wait in the queue, and work
+    busy_fraction: float  # of the last minute, or of the replica's life if that is shorter
+    queue: int  # requests that wait when this one is done
 
 
 class Meter:
-    """A replica's view of its own work. Not thread-safe: for one event loop."""
+    """Measures the work of one replica. Not thread-safe: for one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -37,7 +37,7 @@ class Meter:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        """Around the ranks' work on it."""
+        """For the time that the ranks work on a request."""
         self._working_since = self._clock()
         try:
             yield
@@ -46,10 +46,11 @@ class Meter:
             self._working_since = None
 
     def load(self, arrived: float, queue: int) -> Utilisation:
-        """Of a request that arrived at `arrived` (this meter's clock) and is done now, with `queue` others behind it."""
+        """The load to send with an answer. `arrived`: of its request, on this meter's clock; `queue`: requests that wait."""
         return Utilisation(self._clock() - arrived, self.busy_fraction(), queue)
 
     def busy_fraction(self) -> float:
+        """Share of the last minute, or of the replica's life, that the ranks worked."""
         now = self._clock()
         first = max(self._born, now - WINDOW_S)
         while self._work and self._work[0][1] <= first:
@@ -61,16 +62,16 @@ class Meter:
 
 
 class LoadLog:
-    """A client's view of the answers it got."""
+    """The loads that a client received with its answers."""
 
     def __init__(self) -> None:
-        self._recent: deque[Utilisation] = deque(maxlen=KEPT)
+        self._recent: deque[Utilisation] = deque(maxlen=RECENT_ANSWERS)
 
     def add(self, load: Utilisation) -> None:
         self._recent.append(load)
 
     def metrics(self) -> dict[str, float]:
-        """Nearest-rank percentiles of recent latencies (s), and the last answer's busy fraction and queue."""
+        """Nearest-rank percentiles of recent latencies in seconds; busy fraction and queue of the last answer."""
         if not self._recent:
             return {}
         p50, p95 = np.quantile([load.latency_s for load in self._recent], [0.5, 0.95], method="inverted_cdf").tolist()

@@ -1,7 +1,7 @@
-"""Load a frozen diffusion network cut into ZeRO-3 shards: each of S ranks keeps 1/S of every parameter.
+"""Load a frozen diffusion network as ZeRO-3 partitions: each of S ranks keeps 1/S of every parameter.
 
-The whole network never sits on one rank: `zero.Init` cuts each layer as it is built, and the weights are copied from
-the safetensors one parameter at a time. The forward pass gathers a layer just before it runs and frees it after.
+No rank ever holds the whole network. `zero.Init` partitions each layer when it is built, and the weights are copied from
+the safetensors one parameter at a time. The forward pass gathers a layer just before it runs, and frees it afterwards.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.imports import left_out
-from raydistill.spaces.base import Space, diffusers_class, weight_files
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import diffusers_class, weight_files
 
-with left_out("mlflow"):  # for its autotuner's own logs
+with left_out("mlflow"):  # DeepSpeed imports it for the logs of its autotuner, which is not used
     import deepspeed
 import deepspeed.ops
 
-# Layers no larger than this stay gathered on every rank, up to 1/200 of the network in all: a norm or a bias costs
-# more to gather than to keep.
+# Parameters up to this size stay gathered on every rank, up to 1/200 of the network in all. A norm or a bias costs more
+# to gather than to keep.
 PERSISTENT_NUMEL, PERSISTENT_SHARE = 100_000, 1 / 200
-# Modules up to this size, and this share of the network, are gathered in one piece: DeepSpeed's hooks on every small
-# layer cost more than the layers.
+# Modules up to this size, and up to this share of the network, are gathered in one piece. DeepSpeed's hooks on every
+# small layer cost more than the layers.
 PIECE_NUMEL, PIECE_SHARE = 250_000_000, 1 / 3
 
 
 def init_process_group(rank: int, world: int, store: torch.distributed.Store, device: torch.device) -> None:
     """Join the group of `world` ranks that meet in `store`: NCCL on CUDA, gloo elsewhere.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment: DeepSpeed reads them too.
+    DeepSpeed also reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the environment.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Only `inference_all_reduce` uses this op, which ZeRO-3 never calls; building it needs a compiler and 40 s.
+    # Only `inference_all_reduce` uses this op, and ZeRO-3 never calls it. Building it needs a compiler and 40 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -51,13 +52,13 @@ def init_process_group(rank: int, world: int, store: torch.distributed.Store, de
 def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, rank: int, world: int) -> Any:
     """The network of `space`, partitioned over the ranks of the initialised process group.
 
-    Every rank must call this; `space.folder` must be readable by all of them.
+    Every rank must call this, and must be able to read `space.folder`.
 
     Returns:
-        a DeepSpeed engine: call it like the network, under `torch.no_grad`, in the same order on every rank.
+        a DeepSpeed engine. Call it like the network, under `torch.no_grad`, in the same order on every rank.
 
     Raises:
-        InputError: weights missing, or not those of the network that config.json describes.
+        InputError: weights are missing, or do not fit the network that config.json describes.
     """
     group = (torch.distributed.get_rank(), torch.distributed.get_world_size())
     if group != (rank, world):
@@ -67,7 +68,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
     config = space.part_config(space.network_name)
     network_class = diffusers_class(config)
     settings = _deepspeed_config(dtype, numel=0)
-    # zero.Init takes the dtype from the configuration; its own `dtype` argument overrides float32 with float16.
+    # zero.Init must take the dtype from the configuration: its own `dtype` argument overrides float32 with float16.
     with deepspeed.zero.Init(config_dict_or_path=settings):
         network = network_class.from_config(config)
     network.eval().requires_grad_(False)
@@ -84,7 +85,7 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
 
 
 def partition_numel(engine: Any) -> int:
-    """Parameter elements this rank holds between forwards: its partitions and whatever stays gathered."""
+    """Parameter elements on this rank between forwards: its partitions, and what stays gathered."""
     return sum(parameter.ds_tensor.numel() + parameter.numel() for parameter in engine.parameters())
 
 
@@ -94,14 +95,14 @@ def full_numel(engine: Any) -> int:
 
 
 def release(engine: Any) -> None:
-    """Give back what an interrupted forward left gathered, so that the next one starts from a clean state."""
+    """Free the parameters that an interrupted forward left gathered."""
     engine.empty_partition_cache()
 
 
 def _mark_pieces(module: nn.Module, limit: float) -> None:
     """Mark the largest modules of at most `limit` elements as gathered in one piece."""
     for child in module.children():
-        # The containers have no forward of their own, so nothing would trigger their gathering.
+        # A container has no forward of its own, so nothing would gather it.
         container = isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential)
         if not container and sum(parameter.ds_numel for parameter in child.parameters()) <= limit:
             deepspeed.utils.set_z3_leaf_module(child, True)
@@ -116,7 +117,7 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
         "fp16": {"enabled": dtype == torch.float16},
         "zero_optimization": {
             "stage": 3,
-            "memory_efficient_linear": False,  # its matmul-then-add is not the bits of torch's own linear
+            "memory_efficient_linear": False,  # its bits differ from those of torch's own linear
             "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
             "stage3_model_persistence_threshold": int(numel * PERSISTENT_SHARE),
         },
@@ -124,7 +125,7 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
 
 
 def _safetensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it; single-file and sharded folders."""
+    """Tensor name -> its file. The folder may hold one file or several."""
     where = {}
     for file in weight_files(folder, "diffusion_pytorch_model"):
         with safe_open(file, framework="pt") as opened:
@@ -133,7 +134,11 @@ def _safetensors(folder: Path) -> dict[str, Path]:
 
 
 def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:
-    """Every rank checks before any copies: one that failed alone would leave the others waiting."""
+    """Compare names and shapes on every rank before any copy: a rank that failed alone would leave the others waiting.
+
+    Raises:
+        InputError: they differ.
+    """
     shapes = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
     buffers = set(network.state_dict()) - set(shapes)
     wrong = [f"{name} is missing" for name in sorted((set(shapes) | buffers) - set(files))]
@@ -150,7 +155,7 @@ def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> No
 
 
 def _fill_parameters(network: nn.Module, files: dict[str, Path], rank: int) -> None:
-    """Rank 0 reads each parameter and hands every rank its part."""
+    """Rank 0 reads each parameter, and DeepSpeed sends every rank its partition."""
     by_file: dict[Path, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
         by_file.setdefault(files[name], []).append((name, parameter))
@@ -170,10 +175,10 @@ def _fill_buffers(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Buffers as `from_pretrained(torch_dtype=dtype)` has them.
+    """Set the buffers to what `from_pretrained(torch_dtype=dtype)` computes.
 
-    `zero.Init` casts what the constructor computes at other places than `from_pretrained` does, so the buffers are
-    computed again by a parameterless copy built the way diffusers builds it; persistent ones come from the file.
+    `zero.Init` casts in other steps of the constructor than `from_pretrained` does. So a copy of the network computes the
+    buffers again, as diffusers builds it but without memory for parameters. Persistent buffers come from the file.
     """
     if not any(True for _ in network.buffers()):
         return

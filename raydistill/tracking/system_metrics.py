@@ -1,4 +1,4 @@
-"""CPU, memory, disk, network and GPU of a node in its MLflow run."""
+"""CPU, memory, disk, network and GPU of a node in its MLflow run. MLflow is slow, so it is imported inside functions."""
 
 from __future__ import annotations
 

@@ -34,6 +34,20 @@ class BestStudent:
         self.networks.load_best_state(state)
         return about["step"]
 
+    def card(self, step: int, table: dict[str, float]) -> ModelCard:
+        """The model card of the student of update `step`, with this table of metrics."""
+        config = self.config
+        return ModelCard(
+            teacher=config.teacher.model,
+            teacher_class=self.networks.teacher_space.pipeline_class,
+            student=config.student.model,
+            steps=step,
+            run_id=self.stage.mlflow_run,
+            config_hash=config_hash(config),
+            metrics=table,
+            start=config.student.unet,
+        )
+
     def export(self, step: int, table: dict[str, float]) -> list[Place]:
         """Write what is loaded as `export/`, and the Bridge as `bridge/`; returns the folders.
 
@@ -42,16 +56,7 @@ class BestStudent:
             table: metrics of the model card.
         """
         networks, config, folders = self.networks, self.config, [self.stage.path("export")]
-        card = ModelCard(
-            teacher=config.teacher.model,
-            teacher_class=networks.teacher_space.pipeline_class,
-            student=config.student.model,
-            steps=step,
-            run_id=self.stage.mlflow_run,
-            config_hash=config_hash(config),
-            metrics=table,
-            start=config.student.unet,
-        )
+        card = self.card(step, table)
         with writing(folders[0]) as folder:
             export_student(networks.student_space, networks.evaluated, config.student.start_timestep, folder, card)
         if config.bridge.trainable:

@@ -159,7 +159,7 @@ def _train(told: _Settings) -> None:
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
-    trainer = build_trainer(config, told.pairs, worker.device, worker.rank, worker.world)
+    trainer = build_trainer(config, told.pairs, worker.device, rank=worker.rank, world_size=worker.world)
     curves: dict[int, dict[str, float]] = {}
     if (found := newest_state("bridge", worker)) is not None:
         trainer.load_state_dict(found.state)

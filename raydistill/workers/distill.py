@@ -19,7 +19,7 @@ import torch
 
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.data.encode import Early
+from raydistill.data.stream import Early
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.updates import Distiller
 from raydistill.errors import NonFiniteError

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
+from raydistill.teachers.request import TeacherError, TeacherUnavailable
+from raydistill.workers.checkpoint import CheckpointError
 
 FATAL_FILE = "fatal.txt"
 
@@ -17,10 +21,6 @@ def is_fatal(error: BaseException) -> bool:
     Wrong input, numbers that are not finite and a GPU that is too small would; lost processes, nodes, files and services
     may come back.
     """
-    import torch
-
-    from raydistill.teachers.request import TeacherError, TeacherUnavailable
-    from raydistill.workers.checkpoint import CheckpointError
 
     if isinstance(error, TeacherUnavailable):
         return False

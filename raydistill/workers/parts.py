@@ -10,8 +10,9 @@ import torch
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.schema import Config
-from raydistill.data.encode import conditioned_batches, encode_unconditional, own_rows
+from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
+from raydistill.data.stream import conditioned_batches, own_rows
 from raydistill.distill.build import build_distiller
 from raydistill.distill.gradients import alone
 from raydistill.distill.networks import guidance_scale, load_real, load_unet
@@ -65,12 +66,12 @@ def load_distiller(
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
-    empty = encode_unconditional(teacher_space, encoding, device) if stage.service else None
+    empty = TextEncoder(teacher_space, encoding, device).encode_unconditional() if stage.service else None
     if stage.real and gan.weight > 0:
         real = load_real(resolve(stage.real), teacher_space, gan.real_count, encoding, device)
     anchor = None
     if config.bridge.trainable:
-        anchor = build_objective(config, stage.pairs, device, worker.rank, worker.world)
+        anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
     parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
     distiller = build_distiller(
         config,

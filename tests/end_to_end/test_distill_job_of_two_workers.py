@@ -83,8 +83,8 @@ def test_a_run_without_a_bridge_makes_pairs_trains_its_own_and_trains_it_along(b
     own, along = (Bridge.load(place, student, teacher) for place in (folder / "bridge", folder / "distill" / "bridge"))
     rows = pairs.rows(range(8))
     with torch.no_grad():
-        before, after = own(rows.z_S.float()), along(rows.z_S.float())
-    assert before.shape == rows.z_T.shape
+        before, after = own(rows.z_student.float()), along(rows.z_student.float())
+    assert before.shape == rows.z_teacher.shape
     assert 0 < (before - after).abs().max() < 0.1  # a small update later
     _, children = mlflow_runs(both[0], "both")
     losses = {

@@ -30,7 +30,7 @@ def storage(tmp_path):
 
     folder = tmp_path / "storage"
     space = load_space(WEIGHTS / "sd15")
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
     student = load_student(space, WEIGHTS / "sd15-onestep")
     export_student(space, student, 999, folder / "mine" / "export", card, torch.float32)
     uri = f"sqlite:///{folder}/mlflow.db"

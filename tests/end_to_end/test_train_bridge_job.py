@@ -15,9 +15,17 @@ pytestmark = pytest.mark.timeout(TEST_S)
 @pytest.fixture
 def pairs(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    z_S = torch.randn(24, 4, 8, 8, generator=generator)
-    z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
-    write_pairs(tmp_path / "pairs", 0, [f"a red circle {i}" for i in range(24)], range(24), range(24), z_T, z_S)
+    z_student = torch.randn(24, 4, 8, 8, generator=generator)
+    z_teacher = torch.nn.functional.interpolate(z_student.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+    write_pairs(
+        tmp_path / "pairs",
+        0,
+        prompts=[f"a red circle {i}" for i in range(24)],
+        prompt_ids=range(24),
+        seeds=range(24),
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     return tmp_path / "pairs"
 
 

@@ -11,9 +11,10 @@ import pytest
 import ray
 import torch
 
-from raydistill.data import encode
-from raydistill.data.encode import conditioned_batches, conditioning, encode_prompt_list, own_rows, slot_positions
+from raydistill.data import ray_data
+from raydistill.data.encode import TextEncoder, conditioning
 from raydistill.data.prompts import PromptSet
+from raydistill.data.stream import conditioned_batches, own_rows, slot_positions
 from raydistill.spaces import load_space
 
 PROMPTS = PromptSet([f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")])
@@ -43,7 +44,7 @@ def stream(ray_cluster, folders):
 @pytest.fixture(scope="module")
 def expected(folders):
     """role -> conditioning of all prompts, encoded here."""
-    return {role: encode_prompt_list(load_space(folder), PROMPTS.prompts) for role, folder in folders.items()}
+    return {role: TextEncoder(load_space(folder)).encode(PROMPTS.prompts) for role, folder in folders.items()}
 
 
 def check(batch, slot: int, rank: int, expected) -> None:
@@ -115,7 +116,7 @@ def test_closing_ends_the_encoders(stream):
 
 
 def test_many_slots_share_blocks_without_changing_the_batches(stream, expected, monkeypatch):
-    monkeypatch.setattr(encode, "MAX_BLOCKS", 3)
+    monkeypatch.setattr(ray_data, "MAX_BLOCKS", 3)
     batches = list(stream(1, 9))
     assert len(batches) == 8
     for slot, batch in enumerate(batches, start=1):

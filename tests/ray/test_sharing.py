@@ -22,10 +22,10 @@ GREEDY = """
 import sys
 import ray
 from raydistill.benchmark.idle import request_of
-from raydistill.config import Teachers
+from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers.client import TeacherClient
 ray.init(address=sys.argv[1], log_to_driver=False)
-client = TeacherClient("teacher-idle", Teachers.model_validate_json(sys.argv[2]))
+client = TeacherClient("teacher-idle", TeacherServiceConfig.model_validate_json(sys.argv[2]))
 pending = [client.submit(request_of(200_000)) for _ in range(20)]
 pending[0].result()
 print("asked", flush=True)

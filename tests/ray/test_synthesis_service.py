@@ -4,6 +4,7 @@ or the driver killed on the way; rows that fail are recorded; real images need n
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -24,11 +25,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from raydistill.config.schema import SynthesisConfig, TeacherServiceConfig
-from raydistill.data import synthesis_stream
+from raydistill.data import ray_data, synthesis_stream
 from raydistill.data.images import open_images
+from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import existing_shards, load_pairs, shard_file
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.data.synthesis import LocalTeacher, Recipe, encode_images, synthesise
+from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.synthesis_stream import synthesise_on_ray
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import StageFailed
@@ -65,7 +67,7 @@ def client(ray_cluster, flux_folder):
 
 
 def recipe(spaces, prompts, count=COUNT, **changes) -> Recipe:
-    return Recipe(*spaces, prompts, count, **NUMBERS | changes)
+    return Recipe(teacher=spaces[0], student=spaces[1], source=prompts, count=count, **NUMBERS | changes)
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +94,16 @@ def shards(folder) -> dict[str, bytes]:
 
 def test_rows_are_those_of_the_local_teacher(whole, spaces, prompts, tmp_path):
     local = LocalTeacher(spaces[0], spaces[0].load_network())
-    synthesise(local, *spaces, prompts, tmp_path, count=6, **NUMBERS)
+    synthesise(recipe(spaces, prompts, 6), tmp_path, local)
     here, there = load_pairs(tmp_path), load_pairs(whole)
     assert here.prompts == there.prompts[:6]
-    torch.testing.assert_close(there.z_T[:6].float(), here.z_T.float(), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(there.z_S[:6].float(), here.z_S.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(there.z_teacher[:6].float(), here.z_teacher.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(there.z_student[:6].float(), here.z_student.float(), rtol=1e-3, atol=1e-3)
 
 
 def test_rows_arrive_with_their_request_where_a_block_has_many(whole, client, spaces, prompts, tmp_path, monkeypatch):
     """As in sets of millions: what is made is written and shown, rather than held back until a block is full."""
-    monkeypatch.setattr(synthesis_stream, "MAX_BLOCKS", 2)
+    monkeypatch.setattr(ray_data, "MAX_BLOCKS", 2)
     arrived = []
     synthesise_on_ray(
         recipe(spaces, prompts),
@@ -207,7 +209,7 @@ def test_a_failing_row_is_recorded(whole, client, spaces, prompts, flux_folder, 
     assert [failure["row"] for failure in failures] == green
     assert {failure["reason"] for failure in failures} == {"the text encoders' output is not finite"}
     pairs, left = load_pairs(tmp_path / "set"), [row for row in range(COUNT) if row not in green]
-    assert torch.equal(pairs.z_T, complete.z_T[left])
+    assert torch.equal(pairs.z_teacher, complete.z_teacher[left])
     assert pairs.prompts == [complete.prompts[row] for row in left]
 
 
@@ -229,8 +231,7 @@ def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_pat
     (failure,) = map(json.loads, (tmp_path / "set" / "failures.jsonl").read_text().splitlines())
     assert failure["row"] == 5
     assert failure["reason"].startswith("5.png: OSError: image file is truncated")
-    numbers = {"batch_size": 3, "shard_size": 4, "seed": 5, "posterior": "sample"}
-    encode_images(images, *spaces, tmp_path / "here", max_failed_rows=1, **numbers)
+    synthesise(dataclasses.replace(told, batch_size=3), tmp_path / "here", max_failed_rows=1)
     assert shards(tmp_path / "set") == shards(tmp_path / "here")
 
 

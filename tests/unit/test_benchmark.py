@@ -14,7 +14,7 @@ from raydistill.benchmark import SECTIONS, measure
 from raydistill.benchmark import gpu as gpu_section
 from raydistill.benchmark import scale as scale_section
 from raydistill.benchmark import schedule as schedule_section
-from raydistill.data.encode import encode_unconditional
+from raydistill.data.encode import TextEncoder
 from raydistill.distill.local import LocalScores
 
 LATER = {"chaos"}  # sections that may come from elsewhere
@@ -119,7 +119,9 @@ def test_a_step_with_the_teacher_in_its_process_stands_beside_those_with_a_servi
     arguments = argparse.Namespace(steps=1, fake_updates=2)
     config, worker = schedule_section.trainer(4, 2)
     space = worker.teacher_space
-    local = LocalScores(space, space.load_network(), encode_unconditional(space), config.teacher.guidance_scale)
+    local = LocalScores(
+        space, space.load_network(), TextEncoder(space).encode_unconditional(), config.teacher.guidance_scale
+    )
     simulated = schedule_section._measure(worker, _Sleeping(0.0), arguments)
     assert "in_process_s" not in simulated
     real = schedule_section._measure(worker, _Sleeping(0.0), arguments, local)

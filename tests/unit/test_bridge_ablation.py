@@ -37,9 +37,17 @@ def planned(config, sd_folder, flux_folder):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
-    z_S = torch.randn(24, 4, 8, 8, generator=generator)
-    z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
-    write_pairs(folder, 0, [f"a red circle {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    z_student = torch.randn(24, 4, 8, 8, generator=generator)
+    z_teacher = torch.nn.functional.interpolate(z_student.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+    write_pairs(
+        folder,
+        0,
+        prompts=[f"a red circle {i}" for i in range(24)],
+        prompt_ids=list(range(24)),
+        seeds=[0] * 24,
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     return str(folder)
 
 

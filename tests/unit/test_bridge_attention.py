@@ -13,6 +13,7 @@ from raydistill.bridge.losses import attention_fidelity, bridge_loss, latent_l1
 from raydistill.config.schema import AttentionConfig
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
+from raydistill.spaces.flux import FluxSpace
 
 
 def flux_case(folder):
@@ -221,6 +222,9 @@ def test_layers_are_evenly_spaced_and_end_with_the_last():
     assert spaced(8, 1) == [7]
 
 
-def test_unknown_networks_are_named(flux_folder):
-    with pytest.raises(InputError, match="does not know Linear.*FluxTransformer2DModel.*attention.weight=0"):
-        AttentionProbe(load_space(flux_folder), nn.Linear(2, 2), AttentionConfig())
+def test_a_family_without_a_reader_is_told_how_to_go_without(flux_folder):
+    class Unread(FluxSpace):
+        attention_reader = None
+
+    with pytest.raises(InputError, match=r"family Unread has no attention_reader; set bridge\.attention\.weight=0"):
+        AttentionProbe(Unread(flux_folder), nn.Linear(2, 2), AttentionConfig())

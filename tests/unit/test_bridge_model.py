@@ -35,14 +35,14 @@ def other_vae(folder, destination, **change):
 def test_prior_is_the_start_of_the_students_own_decoder(spaces):
     """The rest of the decoder, run on the prior's features, gives the VAE's own picture."""
     student, _ = spaces
-    vae, z_S = student.load_vae(), torch.randn(2, 4, 8, 8)
+    vae, z_student = student.load_vae(), torch.randn(2, 4, 8, 8)
     decoder = vae.decoder
     for n in (0, 1, 2):
-        x = SpatialPrior(student, vae, n)(z_S)
+        x = SpatialPrior(student, vae, n)(z_student)
         for block in decoder.up_blocks[n:]:
             x = block(x)
         picture = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(x)))
-        assert torch.allclose(picture.clamp(-1, 1), student.decode(vae, z_S), atol=1e-6)
+        assert torch.allclose(picture.clamp(-1, 1), student.decode(vae, z_student), atol=1e-6)
 
 
 def test_prior_announces_its_channels_and_grid(spaces):
@@ -58,11 +58,11 @@ def test_prior_announces_its_channels_and_grid(spaces):
 @pytest.mark.parametrize("prior", [True, False])
 def test_every_variant_maps_grid_to_grid_and_gradients_reach_the_student(spaces, projector, prior):
     bridge = Bridge.create(*spaces, Settings(projector=projector, prior=prior, **SMALL)).train()
-    z_S = torch.randn(2, 4, 8, 8, requires_grad=True)
-    z_hat = bridge(z_S)
+    z_student = torch.randn(2, 4, 8, 8, requires_grad=True)
+    z_hat = bridge(z_student)
     assert z_hat.shape == (2, 8, 16, 16)
     z_hat.square().mean().backward()
-    assert z_S.grad.abs().sum() > 0
+    assert z_student.grad.abs().sum() > 0
     trainable = {id(p) for p in bridge.trainable_parameters()}
     assert all((p.grad is not None and p.requires_grad) == (id(p) in trainable) for p in bridge.parameters())
     assert trainable

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from raydistill.bridge.model import Bridge
-from raydistill.bridge.objective import Captions, Objective
+from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import load
+from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import read_pairs, write_pairs
 from raydistill.errors import NonFiniteError
 from raydistill.pictures import fidelity
@@ -26,10 +27,18 @@ def pairs_folder(tmp_path_factory):
     """Student latents that decide the teacher's: a smooth teacher map, and its mean-pooled first channels."""
     folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
     for shard in range(2):
-        z_S = torch.randn(24, 4, 8, 8, generator=generator)
-        z_T = torch.nn.functional.interpolate(z_S.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
+        z_student = torch.randn(24, 4, 8, 8, generator=generator)
+        z_teacher = torch.nn.functional.interpolate(z_student.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
         ids = range(24 * shard, 24 * shard + 24)
-        write_pairs(folder, shard, [f"a red circle {i}" for i in ids], list(ids), list(ids), z_T, z_S)
+        write_pairs(
+            folder,
+            shard,
+            prompts=[f"a red circle {i}" for i in ids],
+            prompt_ids=list(ids),
+            seeds=list(ids),
+            z_teacher=z_teacher,
+            z_student=z_student,
+        )
     return folder
 
 
@@ -100,9 +109,9 @@ def test_workers_gradients_are_averaged_once_an_update(make):
             yield
             self.alone = False
 
-        def forward(self, z_S):
+        def forward(self, z_student):
             self.averaged.append(not self.alone)
-            return self.bridge(z_S)
+            return self.bridge(z_student)
 
     trainer = make("bridge.micro_batches=4")
     trainer.module = Several(trainer.bridge)
@@ -163,7 +172,10 @@ def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_
     """A Bridge that answers with the true latents is perfect; one that adds an offset has that latent L1."""
     trainer = make()
     rows, teacher = read_pairs(pairs_folder).rows(range(48)), load_space(flux_folder)
-    truth = {z_S.numpy().tobytes(): z_T.float() for z_S, z_T in zip(rows.z_S, rows.z_T, strict=True)}
+    truth = {
+        z_student.numpy().tobytes(): z_teacher.float()
+        for z_student, z_teacher in zip(rows.z_student, rows.z_teacher, strict=True)
+    }
 
     class Oracle(torch.nn.Module):
         offset = 0.0
@@ -178,7 +190,7 @@ def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_
     assert perfect == {"eval/psnr": 100.0, "eval/ssim": pytest.approx(1.0), "eval/l1": 0.0, "eval/latent_l1": 0.0}
     oracle.offset = 0.25
     shifted, _ = trainer.validation()
-    held_out = read_pairs(pairs_folder).rows(trainer.objective.held_out_ids).z_T.float()
+    held_out = read_pairs(pairs_folder).rows(trainer.objective.held_out_ids).z_teacher.float()
     vae = teacher.load_vae()
     with torch.no_grad():
         true, made = teacher.decode(vae, held_out), teacher.decode(vae, held_out + 0.25)
@@ -199,7 +211,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(make
 def test_divergence_stops_before_the_weights_are_touched(make):
     trainer = make()
     batch = trainer.objective.batch(0)
-    batch.z_S[0] = float("nan")
+    batch.z_student[0] = float("nan")
     before = [p.clone() for p in trainer.bridge.trainable_parameters()]
     with pytest.raises(NonFiniteError, match="step 0: .*latent_l1.* not finite"):
         trainer.step(batch)
@@ -212,12 +224,12 @@ def test_unusable_settings_are_refused(make, sd_folder, pairs_folder):
     with pytest.raises(ValueError, match="identity has nothing to train"):
         BridgeTrainer(Bridge.create(student, student, identity), good)
     with pytest.raises(ValueError, match=r"batch_size \(8\) must be a multiple of 3 workers"):
-        Objective(good.pairs, good.settings, 0, world_size=3)
+        Objective(good.pairs, good.settings, seed=0, world_size=3)
     weighted = good.settings.model_copy(
         update={"attention": good.settings.attention.model_copy(update={"weight": 1.0})}
     )
     with pytest.raises(ValueError, match="needs an attention probe"):
-        Objective(good.pairs, weighted, 0)
+        Objective(good.pairs, weighted, seed=0)
 
 
 def test_mixed_precision_is_close_to_full_precision_and_keeps_float32_weights(make):
@@ -237,7 +249,7 @@ def test_mixed_precision_is_close_to_full_precision_and_keeps_float32_weights(ma
 @pytest.mark.parametrize("table_bytes", [1 << 20, 1])
 def test_captions_equal_the_encoders_own_output(flux_folder, table_bytes):
     space, prompts = load_space(flux_folder), ["a red circle", "a blue square", "a red circle"]
-    captions = Captions(space, prompts, table_bytes=table_bytes, chunk=1)
+    captions = PromptTable(space, prompts, max_bytes=table_bytes, batch_size=1)
     assert (captions._text is None) == (table_bytes > 1)  # what a table holds needs no encoder
     conditioning = captions(prompts)
     expected = space.encode_prompts(space.load_text(), prompts)

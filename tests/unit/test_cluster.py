@@ -16,7 +16,7 @@ from raydistill.driver.cluster import REPORTS, TALKATIVE, WITHOUT_DASHBOARD, qui
 # what Ray Train's cleaner asks once a second
 ASK = """
 import ray
-from raydistill.cluster import connected
+from raydistill.driver.cluster import connected
 with connected():
     @ray.remote(num_cpus=0)
     def ask():

@@ -130,7 +130,7 @@ def build(shipped):
             student=load_unet(student, config.student.unet),
             bridge=Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher),
             fake_network=teacher.load_network(),
-            real=Real(samples.z_T.clone(), tables[1], torch.arange(16)),
+            real=Real(samples.z_teacher.clone(), tables[1], torch.arange(16)),
             source=batches(),
         )
 
@@ -165,7 +165,11 @@ def spoil_rate(name):
     [
         (spoil_weights(lambda w: w.networks.student), "the student's x0: not finite in samples .* of 4", 4),
         (spoil_weights(lambda w: w.networks.bridge.projector), "the Bridge's output: not finite in samples .* of 4", 4),
-        (spoil_weights(lambda w: w.networks.fake.network), "the fake score, which starts as the teacher's copy: .* of 4", 4),
+        (
+            spoil_weights(lambda w: w.networks.fake.network),
+            "the fake score, which starts as the teacher's copy: .* of 4",
+            4,
+        ),
         (spoil_weights(lambda w: w.networks.discriminator), "the discriminator loss", 1),
         (spoil_real, "the teacher samples of discriminator.real_data: not finite in samples .* of 4", 4),
         (spoil_rate("fake"), "the fake weights after their update", 1),

@@ -186,9 +186,9 @@ def test_overlap_changes_no_bit(spaces, tables):
     config = configuration(fake_score__updates=2)
     overlapped = run(config, spaces, tables, overlap=True)
     sequential = run(config, spaces, tables, overlap=False)
-    assert torch.equal(flat(overlapped.student), flat(sequential.student))
+    assert torch.equal(flat(overlapped.networks.student), flat(sequential.networks.student))
     other = run(configuration(fake_score__updates=2, run__seed=1), spaces, tables)
-    assert not torch.equal(flat(overlapped.student), flat(other.student))
+    assert not torch.equal(flat(overlapped.networks.student), flat(other.networks.student))
 
 
 def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
@@ -198,11 +198,11 @@ def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
     state = copy.deepcopy(first.state_dict())
     resumed = make_distiller(config, spaces, tables)
     for _ in range(2 * 2):
-        next(resumed.batches)
+        next(resumed.batches.source)
     resumed.load_state_dict(state)
     run(config, spaces, tables, steps=1, distiller=resumed)
-    assert torch.equal(flat(whole.student), flat(resumed.student))
-    assert torch.equal(flat(whole.ema), flat(resumed.ema))
+    assert torch.equal(flat(whole.networks.student), flat(resumed.networks.student))
+    assert torch.equal(flat(whole.networks.ema), flat(resumed.networks.ema))
     assert torch.equal(flat(whole.discriminator), flat(resumed.discriminator))
 
 
@@ -282,7 +282,7 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
     samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(96))
     table = [space.encode_prompts(space.load_text(), samples.prompts) for space in (student, teacher)]
-    real = Real(samples.z_T, table[1], torch.arange(96))
+    real = Real(samples.z_teacher, table[1], torch.arange(96))
     bridge = Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher)
     unet = load_unet(student, "shapes:sd15-onestep")
     stream = batches(table, size=12, captions=96)
@@ -346,8 +346,8 @@ def test_recomputed_activations_change_no_number(spaces, tables):
     kept, recomputed = (
         run(configuration(distill__gradient_checkpointing=value), spaces, tables) for value in ("false", "true")
     )
-    assert recomputed.student.is_gradient_checkpointing
-    assert recomputed.fake.network.is_gradient_checkpointing
+    assert recomputed.networks.student.is_gradient_checkpointing
+    assert recomputed.networks.fake.network.is_gradient_checkpointing
     state, again = kept.state_dict(), recomputed.state_dict()
     for part in ("student", "fake", "discriminator"):
         for name, value in state[part].items():
@@ -360,8 +360,16 @@ def test_recomputed_activations_change_no_number(spaces, tables):
 @pytest.fixture(scope="module")
 def pairs(spaces, tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(9)
-    z_S, z_T = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
-    write_pairs(folder, 0, [f"{CAPTIONS[i % 3]} {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    z_student, z_teacher = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
+    write_pairs(
+        folder,
+        0,
+        prompts=[f"{CAPTIONS[i % 3]} {i}" for i in range(24)],
+        prompt_ids=list(range(24)),
+        seeds=[0] * 24,
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     return folder
 
 
@@ -424,11 +432,11 @@ def test_a_bridge_trained_along_resumes_with_the_same_bits_in_either_order_of_wo
     run(config, spaces, tables, steps=2, overlap=False, distiller=first)
     _, resumed = make_joint(spaces, tables, pairs)
     for _ in range(2 * 2):
-        next(resumed.batches)
+        next(resumed.batches.source)
     resumed.load_state_dict(copy.deepcopy(first.state_dict()))
     run(config, spaces, tables, steps=1, distiller=resumed)
-    assert torch.equal(flat(whole.bridge.projector), flat(resumed.bridge.projector))
-    assert torch.equal(flat(whole.student), flat(resumed.student))
+    assert torch.equal(flat(whole.networks.bridge.projector), flat(resumed.networks.bridge.projector))
+    assert torch.equal(flat(whole.networks.student), flat(resumed.networks.student))
 
 
 def test_the_best_student_is_kept_with_the_bridge_of_its_update(spaces, tables, pairs):

@@ -52,7 +52,7 @@ class Shipped:
             WEIGHTS / "bridge" / f"sd15-{self.teacher_name}", self.student, self.teacher
         )  # the students share a VAE
         unet = load_unet(self.student, f"shapes:{self.name}-onestep")
-        real = Real(self.samples.z_T, self.tables[1], torch.arange(SAMPLES))
+        real = Real(self.samples.z_teacher, self.tables[1], torch.arange(SAMPLES))
         network = self.teacher.load_network()
         return build_distiller(
             config,

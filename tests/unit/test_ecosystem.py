@@ -22,7 +22,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from raydistill.data.encode import encode_prompt_list
+from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.path import to_x0
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space
@@ -58,7 +58,7 @@ def student(space):
 def exports(space, student, tmp_path_factory) -> dict[object, Path]:
     """Start timestep -> float32 export; ("half", start) -> float16 export."""
     root = tmp_path_factory.mktemp("ecosystem")
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
     kinds = {s: (s, torch.float32) for s in STARTS} | {("half", s): (s, torch.float16) for s in STARTS}
     return {
         kind: export_student(space, student, start, root / f"{start}-{dtype}", card, dtype)
@@ -73,7 +73,7 @@ def noise(space):
 
 @pytest.fixture(scope="module")
 def conditioning(space):
-    return encode_prompt_list(space, PROMPTS)
+    return TextEncoder(space).encode(PROMPTS)
 
 
 def latents(pipe, noise, **more) -> torch.Tensor:

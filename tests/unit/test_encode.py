@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from raydistill.data import encode
-from raydistill.data.encode import Early, PromptEncoder, TextEncoder, conditioning, encode_prompt_list
+from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
+from raydistill.data.stream import Early
 from raydistill.spaces import load_space
 from raydistill.spaces.meta import open_space
-from raydistill.spaces.text_lengths import are_cut, text_lengths
+from raydistill.spaces.text_lengths import are_cut
 
 PROMPTS = ["a red circle", "a blue square on a green background", "", "two circles", "a red circle"]
 
@@ -48,9 +49,9 @@ def test_columns_are_what_the_diffusers_pipelines_encode(encoder, sd_folder, flu
 
 def test_a_prompt_is_encoded_bit_for_bit_alike_in_any_company(flux_folder):
     space = load_space(flux_folder)
-    together = encode_prompt_list(space, PROMPTS)
+    together = TextEncoder(space).encode(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        alone = encode_prompt_list(space, [prompt])
+        alone = TextEncoder(space).encode([prompt])
         for name, value in together.items():
             assert torch.equal(value[row], alone[name][0]), (name, prompt)
 
@@ -81,7 +82,7 @@ def test_bfloat16_travels_as_uint16_and_comes_back(sd_folder):
     batch = PromptEncoder({"student": str(sd_folder)}, dtype={"student": "bfloat16"})(batch_of(PROMPTS))
     assert batch["student.prompt_embeds"].dtype == np.uint16
     came_back = conditioning(batch, "student")["prompt_embeds"]
-    expected = encode_prompt_list(load_space(sd_folder), PROMPTS, dtype=torch.bfloat16)["prompt_embeds"]
+    expected = TextEncoder(load_space(sd_folder), torch.bfloat16).encode(PROMPTS)["prompt_embeds"]
     assert came_back.dtype == torch.bfloat16
     assert torch.equal(came_back, expected)
 
@@ -103,13 +104,22 @@ def test_unknown_role_is_named(encoder):
 
 def test_no_prompts_is_an_error(sd_folder):
     with pytest.raises(ValueError, match="no prompts"):
-        encode_prompt_list(load_space(sd_folder), [])
+        TextEncoder(load_space(sd_folder)).encode([])
 
 
 def test_prompts_that_a_role_reads_only_in_part_are_marked(encoder):
     """The miniature tokenizers give every word a token, and both encoders read 20 with their marks."""
     fits, long = "red " * 17, "red " * 30
     assert encoder(batch_of([fits, long, "", "a"]))["cut"].tolist() == [False, True, False, False]
+
+
+def test_the_word_that_an_encoder_was_trained_without_is_no_loss_at_the_end_and_any_other_is(encoder):
+    read = "a small red circle at the left and a large blue square at the right on a white"  # 18 words and two marks
+    whole = [read, f"{read} background", f"{read} BACKGROUND  ", f" {read}\tBackground\n"]
+    lost = [f"{read} floor", f"{read} background background", f"{read} background.", f"a {read} background"]
+    lost += [f"{read} backgrounds", f"{read} {read}", f"background {read}", "background " * 20]
+    assert encoder(batch_of(whole))["cut"].tolist() == [False] * 4
+    assert encoder(batch_of(lost))["cut"].tolist() == [True] * 8
 
 
 def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole():
@@ -122,7 +132,7 @@ def test_a_prompt_is_lost_only_where_no_encoder_of_its_pipeline_reads_it_whole()
         tokenizer_2 = tokenizer_3 = tokenizer
 
     space = open_space("stabilityai/stable-diffusion-3.5-medium")
-    assert sorted(text_lengths(space).values()) == [77, 77, 256]
+    assert sorted(space.text_lengths.values()) == [77, 77, 256]
     assert are_cut(space, Text(), ["a " * 77, "a " * 200, "a " * 256, "a " * 257]).tolist() == [
         False,
         False,

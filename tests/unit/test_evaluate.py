@@ -15,15 +15,19 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from raydistill.data.stage_error import StageError
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, StageFailed
 from raydistill.evaluation.command import parse_command, run_command
+from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
 from raydistill.evaluation.frechet import frechet_distance
-from raydistill.evaluation.parts import DRAW, ITEMS_FILE, Parts, Stage
-from raydistill.evaluation.promptsets import Item, open_prompts, read_items, write_items
+from raydistill.evaluation.promptsets import open_prompts
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
-from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, judge_frechet, load_image
-from raydistill.evaluation.subject import Painter, find_subject, save_picture
+from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, judge_frechet
+from raydistill.evaluation.subject import find_subject, load_painter
+from raydistill.pictures.files import load_image, save_png
+from raydistill.pictures.grids import to_pil
+from raydistill.pictures.picture import Picture
 from raydistill.shapes import WEIGHTS, miniatures
 from raydistill.shapes.captions import Scene, evaluation_captions, parse
 from raydistill.shapes.judge import Judge
@@ -50,17 +54,20 @@ def job(run_script):
     return partial(run_script, "evaluate")
 
 
-def items_of(prompts, categories=("",)) -> list[Item]:
-    return [Item(i, i + 1, p, 0, categories[i % len(categories)]) for i, p in enumerate(prompts)]
+def items_of(prompts, categories=("",)) -> list[Picture]:
+    return [Picture(i, i + 1, p, 0, categories[i % len(categories)]) for i, p in enumerate(prompts)]
 
 
 def folder_of(tmp_path, items, images=None) -> Path:
     """An evaluation's folder with these pictures."""
-    write_items(tmp_path / ITEMS_FILE, items)
-    (tmp_path / "pictures").mkdir()
+    EvaluationFolder.create(tmp_path, items, {"batch_size": 2})
     for item, image in zip(items, images if images is not None else [], strict=images is not None):
-        save_picture(tmp_path / "pictures" / item.file_name, image, item, "test")
+        save_png(tmp_path / "pictures" / item.file_name, to_pil(image), item.facts)
     return tmp_path
+
+
+def created(evaluation) -> EvaluationFolder:
+    return EvaluationFolder.create(evaluation.folder, evaluation.pictures, evaluation.settings)
 
 
 # -- metrics ----------------------------------------------------------------------------------------------
@@ -93,9 +100,9 @@ def test_frechet_distance_of_picture_files_of_any_size(tmp_path):
         (tmp_path / name).mkdir()
         sets[name] = [tmp_path / name / f"{i}.png" for i in range(6)]
         for item, file, image in zip(items_of(captions[:6]), sets[name], some, strict=True):
-            save_picture(file, image, item, "test")
+            save_png(file, to_pil(image), item.facts)
     tall = torch.nn.functional.interpolate(images[:1], size=(96, 64))[0]
-    save_picture(sets["one"][0], tall, items_of(captions)[0], "test")
+    save_png(sets["one"][0], to_pil(tall), items_of(captions)[0].facts)
     judge = Judge.load(WEIGHTS / "judge")
     features = [torch.cat([judge.embed(load_image(file)[None]) for file in files]) for files in sets.values()]
     distance = judge_frechet(str(WEIGHTS / "judge"), sets["one"], sets["other"])
@@ -178,7 +185,6 @@ def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_fol
     wanted = []
     for file, caption in zip(files, captions, strict=True):
         pixels = processor(Image.open(file), return_tensors="pt")["pixel_values"]
-        assert torch.equal(scorer.pixels(file), pixels[0])
         ids = CLIPTokenizer.from_pretrained(clip_folder)(caption, truncation=True, max_length=24, return_tensors="pt")
         with torch.no_grad():
             out = scorer.model(pixel_values=pixels, input_ids=ids["input_ids"])
@@ -196,7 +202,7 @@ def test_partiprompts_as_published_have_categories(tmp_path, monkeypatch):
     file.write_text(PARTI)
     found = open_prompts(str(file), tmp_path)
     assert len(found.prompts) == 4
-    by_id = {item.prompt_id: (item.prompt, item.category) for item in found.items(None, 0)}
+    by_id = {item.prompt_id: (item.prompt, item.category) for item in found.pictures(None, 0)}
     assert by_id == {
         2: ("bond", "Abstract"),
         3: ("a shiba inu", "Animals"),
@@ -250,13 +256,12 @@ def test_the_embedded_pairs_are_held_out_and_of_two_objects(tmp_path):
 def test_items_go_round_with_the_next_seed_and_are_a_prefix_of_each_other(tmp_path):
     prompts = open_prompts("heldout", tmp_path)
     n = len(prompts.prompts)
-    items = prompts.items(2 * n + 3, 7)
-    assert items[:5] == prompts.items(5, 7)
+    items = prompts.pictures(2 * n + 3, 7)
+    assert items[:5] == prompts.pictures(5, 7)
     assert len({(i.prompt_id, i.seed) for i in items}) == len(items)
     assert [i.seed for i in items] == [7] * n + [8] * n + [9] * 3
     assert sorted(i.prompt_id for i in items[:n]) == prompts.prompts.ids.tolist()
-    write_items(tmp_path / "i.jsonl", items)
-    assert read_items(tmp_path / "i.jsonl") == items
+    assert EvaluationFolder.create(tmp_path, items, {"batch_size": 2}).pictures == items
 
 
 # -- drawing ----------------------------------------------------------------------------------------------
@@ -266,13 +271,13 @@ def test_pictures_are_x0_of_noise_by_seed_and_number(tmp_path):
     subject = find_subject("shapes:sd15", tmp_path, unet="shapes:sd15-onestep", start_timestep=999)
     assert (subject.steps, subject.start_timestep, subject.name) == (1, 999, "sd15-onestep")
     space = load_space(WEIGHTS / "sd15")
-    items = [Item(0, 3, SINGLE, 5, ""), Item(1, 9, PAIR, 6, "")]
+    items = [Picture(0, 3, SINGLE, 5, ""), Picture(1, 9, PAIR, 6, "")]
     noise = torch.cat([normal(i.seed, [i.prompt_id], space.latent_shape, "sample") for i in items])
     with torch.no_grad():
         conditioning = space.encode_prompts(space.load_text(), [i.prompt for i in items])
         unet = load_student(space, WEIGHTS / "sd15-onestep")
         wanted = space.decode(space.load_vae(), one_step_x0(space, unet, noise, conditioning, 999))
-    painter = Painter(subject, "cpu", torch.float32)
+    painter = load_painter(subject, "cpu", torch.float32)
     drawn = painter.draw(items)
     assert torch.equal(drawn, wanted)
     assert (painter.draw(items[::-1]).flip(0) - wanted).abs().max() < 1e-4
@@ -283,14 +288,14 @@ def test_a_teacher_is_sampled_with_its_familys_guidance(tmp_path):
     subject = find_subject("shapes:flux", tmp_path, steps=3)
     assert (subject.steps, subject.guidance_scale, subject.start_timestep) == (3, 3.5, None)
     space = load_space(WEIGHTS / "flux")
-    item = Item(0, 3, SINGLE, 5, "")
+    item = Picture(0, 3, SINGLE, 5, "")
     with torch.no_grad():
         text = space.load_text()
         empty = space.unconditional(space.encode_prompts(text, [""]))
         noise = normal(5, [3], space.latent_shape, "sample")
         latents = space.sample(space.load_network(), noise, space.encode_prompts(text, [SINGLE]), empty, 3, 3.5)
         wanted = space.decode(space.load_vae(), latents)
-    assert torch.equal(Painter(subject, "cpu", torch.float32).draw([item]), wanted)
+    assert torch.equal(load_painter(subject, "cpu", torch.float32).draw([item]), wanted)
 
 
 def test_other_weights_in_the_same_place_have_another_fingerprint(tmp_path):
@@ -331,23 +336,23 @@ def test_a_stage_makes_only_what_is_missing(tmp_path):
     items = items_of(["a", "bb", "ccc", "dddd", "eeeee"])
     folder = folder_of(tmp_path, items)
     Counting.asked = []
-    stage = Stage(str(folder), 2, "length", Counting, {})
-    assert Parts(folder, 2).missing("length") == [0, 1, 2]
+    stage = BatchActor(str(folder), 2, "length", Counting, {})
+    assert EvaluationFolder(folder, 2).missing("length") == [0, 1, 2]
     stage(rows(1))
-    assert Parts(folder, 2).missing("length") == [0, 2]
-    again = Stage(str(folder), 2, "length", Counting, {})
+    assert EvaluationFolder(folder, 2).missing("length") == [0, 2]
+    again = BatchActor(str(folder), 2, "length", Counting, {})
     for batch in range(3):
         again(rows(batch))
     assert Counting.asked == ["ccc", "dddd", "a", "bb", "eeeee"]
-    assert Parts(folder, 2).read("length") == {"length": [1, 2, 3, 4, 5], "odd": [None, 1, None, 1, None]}
+    assert EvaluationFolder(folder, 2).read("length") == {"length": [1, 2, 3, 4, 5], "odd": [None, 1, None, 1, None]}
     # complete: nothing is loaded, or this would raise
-    Stage(str(folder), 2, "length", Counting, {"no_such_argument": 1})(rows(0, 1, 2))
+    BatchActor(str(folder), 2, "length", Counting, {"no_such_argument": 1})(rows(0, 1, 2))
 
 
 def test_a_batch_without_all_its_pictures_is_drawn_again(tmp_path):
     items = items_of(["a", "bb", "ccc"])
     folder = folder_of(tmp_path, items, torch.zeros(3, 3, 8, 8))
-    parts = Parts(folder, 2)
+    parts = EvaluationFolder(folder, 2)
     assert parts.missing(DRAW) == []
     (folder / "pictures" / items[1].file_name).unlink()
     assert parts.missing(DRAW) == [0]
@@ -355,12 +360,12 @@ def test_a_batch_without_all_its_pictures_is_drawn_again(tmp_path):
 
 def test_a_failing_stage_names_its_metric(tmp_path):
     folder = folder_of(tmp_path, items_of(["a"]))
-    with pytest.raises(StageFailed, match="length: out of luck"):
-        Stage(str(folder), 2, "length", Counting, {"fail": True})(rows(0))
+    with pytest.raises(StageError, match="length: out of luck"):
+        BatchActor(str(folder), 2, "length", Counting, {"fail": True})(rows(0))
 
 
 def test_a_metric_must_answer_for_every_picture(tmp_path):
-    parts = Parts(folder_of(tmp_path, items_of(["a", "b"])), 2)
+    parts = EvaluationFolder(folder_of(tmp_path, items_of(["a", "b"])), 2)
     with pytest.raises(ValueError, match="1 values of x for 2 pictures"):
         parts.write("m", 0, {"x": [1.0]})
     parts.write("m", 0, {"x": [1.0, float("nan")]})
@@ -420,10 +425,10 @@ def test_a_scorer_command_is_asked_again_only_for_what_it_did_not_answer(tmp_pat
     folder = folder_of(tmp_path, items, images)
     with pytest.raises(InputError, match=r"mps: .* ended with code 1 and said: the scorer lost its way"):
         run_command(str(folder), 3, "mps", [*program, "1"], str(tmp_path))
-    assert Parts(folder, 3).missing("mps") == [0, 1]
+    assert EvaluationFolder(folder, 3).missing("mps") == [0, 1]
     run_command(str(folder), 3, "mps", [*program, "-1"], str(tmp_path))
     assert (tmp_path / "asked.txt").read_text() == "0 1 2 3\n0 1\n"
-    assert Parts(folder, 3).read("mps") == {
+    assert EvaluationFolder(folder, 3).read("mps") == {
         "mps.red": [10, 20, 30, 40], "mps.length": [1, 2, 3, 4], "mps.category": [1, None, 1, None],
     }  # fmt: skip
 
@@ -502,16 +507,14 @@ def test_prompts_the_judge_cannot_read_are_named(tmp_path, job):
 
 
 def test_an_evaluation_of_other_settings_is_not_mixed_into_a_folder(tmp_path, job):
-    from raydistill.evaluation.evaluate import create_folder
-
     namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
     arguments = [*map(str, START), "--storage", str(tmp_path), "--out", str(tmp_path / "e"), "--count", "4"]
-    create_folder(namespace["plan_of"](namespace["arguments_of"](arguments)))
+    created(namespace["evaluation_of"](namespace["arguments_of"](arguments)))
     code, _, stderr = job(*arguments[:-1], 5)
     assert code == 2
     assert "holds an evaluation of other settings" in stderr
     assert "count was 4, now 5" in stderr
-    again = namespace["plan_of"](namespace["arguments_of"]([*arguments, "--batch-size", "2"]))
+    again = namespace["evaluation_of"](namespace["arguments_of"]([*arguments, "--batch-size", "2"]))
     assert again.settings["batch_size"] == 16  # batches are what parts are kept by
 
 
@@ -523,51 +526,52 @@ def test_a_relative_storage_is_refused_under_ray_job_submit(tmp_path, job, monke
 
 
 def test_a_metric_is_added_without_drawing_and_earlier_columns_stay(tmp_path):
-    from raydistill.evaluation.evaluate import collect, create_folder, stages_of
+    from raydistill.driver.evaluation import pools_of
+    from raydistill.evaluation.results import collect
 
     namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
 
     def plan(*metrics):
         arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "3", "--metrics", *metrics]
-        return namespace["plan_of"](namespace["arguments_of"](arguments))
+        return namespace["evaluation_of"](namespace["arguments_of"](arguments))
 
     first = plan("judge")
-    parts = create_folder(first)
-    for stage in stages_of(first):
-        Stage(str(parts.folder), parts.batch_size, stage.metric, stage.make, stage.arguments)(rows(0))
-    pictures = {f.name: f.stat().st_mtime_ns for f in (parts.folder / "pictures").iterdir()}
+    parts = created(first)
+    for stage in pools_of(first):
+        BatchActor(str(parts.path), parts.batch_size, stage.metric, stage.make, stage.arguments)(rows(0))
+    pictures = {f.name: f.stat().st_mtime_ns for f in (parts.path / "pictures").iterdir()}
     (tmp_path / "score.py").write_text(PROGRAM)
     second = plan(f"command:mps={sys.executable} {tmp_path}/score.py -1")
     assert second.folder == first.folder
-    create_folder(second)
+    created(second)
     assert parts.missing(DRAW) == []
     run_command(str(second.folder), parts.batch_size, "mps", list(second.metrics[0].command), str(tmp_path))
     table, columns = collect(second, parts)
     assert {"mean", "color", "mps.red"} <= set(columns)
-    assert table[ALL]["mps.length"] == pytest.approx(sum(len(i.prompt) for i in first.items) / 3)
-    assert pictures == {f.name: f.stat().st_mtime_ns for f in (parts.folder / "pictures").iterdir()}
+    assert table[ALL]["mps.length"] == pytest.approx(sum(len(i.prompt) for i in first.pictures) / 3)
+    assert pictures == {f.name: f.stat().st_mtime_ns for f in (parts.path / "pictures").iterdir()}
 
 
 def test_the_distance_to_a_reference_stays_when_another_metric_is_added(tmp_path, monkeypatch):
-    from raydistill.evaluation import stream
-    from raydistill.evaluation.evaluate import run_evaluation
+    from raydistill.driver import evaluation as stream
+    from raydistill.driver.evaluation import run_evaluation
 
     def here(parts, stages, done=None):  # as Ray Data would, in this process
         for stage in stages:
-            work = Stage(str(parts.folder), parts.batch_size, stage.metric, stage.make, stage.arguments)
+            work = BatchActor(str(parts.path), parts.batch_size, stage.metric, stage.make, stage.arguments)
             work(rows(*parts.batches))
 
-    monkeypatch.setattr(stream, "run_stages", here)
+    monkeypatch.setattr(stream, "run_stream", here)
     monkeypatch.setattr(stream, "run_once", lambda work, *arguments, **_: work(*arguments))
     reference = tmp_path / "reference"
     reference.mkdir()
     for item, image in zip(items_of(["a"] * 4), render([parse(SINGLE)] * 4, 64, seed=0), strict=True):
-        save_picture(reference / item.file_name, image, item, "test")
+        save_png(reference / item.file_name, to_pil(image), item.facts)
     namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
 
     def results(*more):
         arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "4", "--gpus", "0", *map(str, more)]
-        plan = namespace["plan_of"](namespace["arguments_of"](arguments))
+        plan = namespace["evaluation_of"](namespace["arguments_of"](arguments))
         table = run_evaluation(plan)
         assert json.loads((plan.folder / "results.json").read_text())["results"] == table
         return table[ALL]
@@ -585,7 +589,7 @@ def test_the_distance_to_a_reference_stays_when_another_metric_is_added(tmp_path
 def test_sheets_of_sampled_pictures_are_no_reference(tmp_path, job):
     (tmp_path / "drawn").mkdir()
     for name in ("grid.png", "sheet.png", "00001-seed0.png"):
-        save_picture(tmp_path / "drawn" / name, torch.zeros(3, 8, 8), items_of(["a"])[0], "test")
+        save_png(tmp_path / "drawn" / name, to_pil(torch.zeros(3, 8, 8)), items_of(["a"])[0].facts)
     code, _, stderr = job(
         *START, "--metrics", "frechet", "--reference", tmp_path / "drawn", "--storage", tmp_path / "s"
     )
@@ -594,10 +598,13 @@ def test_sheets_of_sampled_pictures_are_no_reference(tmp_path, job):
 
 
 def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
-    from raydistill.evaluation import stream
+    from raydistill.driver import evaluation as stream
 
     monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: False)
-    stages = [stream.StagePlan("draw", Counting, {}, gpus=0.5), stream.StagePlan("hpsv3", Counting, {}, gpus=1.0)]
+    stages = [
+        stream.ActorPool(metric=name, make=Counting, arguments={}, gpus=gpus)
+        for name, gpus in (("draw", 0.5), ("hpsv3", 1.0))
+    ]
     with pytest.raises(StageFailed, match="need 1.5 GPU at once, and the cluster has 1: lower"):
         stream.check_room(stages, {"CPU": 8.0, "GPU": 1.0})
     stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
@@ -606,7 +613,7 @@ def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
 
 
 def test_one_gpu_of_the_cluster_is_divided_among_the_stages():
-    from raydistill.evaluation.evaluate import Resources
+    from raydistill.evaluation.evaluation import Resources
 
     assert Resources().divided(metrics=2, gpus=0.0) == Resources(gpus=0.0)
     assert Resources().divided(metrics=2, gpus=0.0).device == "cpu"

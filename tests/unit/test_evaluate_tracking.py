@@ -12,11 +12,14 @@ from raydistill.benchmark.world import MlflowServer
 from raydistill.config.reading import load, to_yaml
 from raydistill.data.prompts import PromptSet
 from raydistill.errors import InputError
-from raydistill.evaluation.evaluate import Plan, Resources, finish, log_results, store_of
+from raydistill.evaluation.evaluation import Evaluation, Resources
+from raydistill.evaluation.mlflow_log import log_results, store_of
 from raydistill.evaluation.promptsets import CategorisedPrompts
-from raydistill.evaluation.results import mean_table
-from raydistill.evaluation.subject import Subject, find_subject, save_picture
+from raydistill.evaluation.results import finish, mean_table
+from raydistill.evaluation.subject import Subject, find_subject
 from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.pictures.files import save_png
+from raydistill.pictures.grids import to_pil
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.published_students import load_student
@@ -30,25 +33,33 @@ def one_step(tmp_path_factory):
     """An export of a one-step student."""
     space = load_space(WEIGHTS / "sd15")
     student = load_student(space, WEIGHTS / "sd15-onestep")
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
     return export_student(space, student, 999, tmp_path_factory.mktemp("one-step") / "export", card)
 
 
 @pytest.fixture
-def plan(tmp_path) -> Plan:
+def plan(tmp_path) -> Evaluation:
     """A finished evaluation of two pictures."""
     prompts = CategorisedPrompts("parti", PromptSet(["a cake", "a fox"]), CATEGORIES)
-    items = prompts.items(None, 4)
+    items = prompts.pictures(None, 4)
     (tmp_path / "e" / "pictures").mkdir(parents=True)
     for item in items:
-        save_picture(tmp_path / "e" / "pictures" / item.file_name, torch.zeros(3, 8, 8), item, "mine")
-    subject = Subject("mine", "/models/mine", None, 999, 1, 1.0)
-    return Plan(subject, prompts, items, [], None, tmp_path / "e", {"seed": 4, "metrics": {}}, Resources())
+        save_png(tmp_path / "e" / "pictures" / item.file_name, to_pil(torch.zeros(3, 8, 8)), item.facts)
+    return Evaluation(
+        subject=Subject(name="mine", folder="/models/mine", start_timestep=999),
+        prompts=prompts,
+        pictures=items,
+        metrics=[],
+        reference=None,
+        resources=Resources(),
+        folder=tmp_path / "e",
+        settings={"seed": 4, "metrics": {}},
+    )
 
 
-def log(plan: Plan, tmp_path, scores: list[float]):
+def log(plan: Evaluation, tmp_path, scores: list[float]):
     columns = {"clipscore": scores}
-    table = mean_table(plan.items, columns)
+    table = mean_table(plan.pictures, columns)
     finish(plan, table, columns)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     return log_results(plan, table, uri, "evaluations", tmp_path)
@@ -71,7 +82,7 @@ def test_results_are_logged_under_the_run_that_made_the_model(plan, tmp_path):
     ]
     assert "| all prompts | 25.000 |" in run.data.tags["mlflow.note.content"]
     assert run.info.experiment_id == client.get_run(parent).info.experiment_id
-    value = [20.0, 30.0][[item.prompt_id for item in plan.items].index(1)]
+    value = [20.0, 30.0][[item.prompt_id for item in plan.pictures].index(1)]
     assert run.data.metrics["eval/clipscore"] == 25.0
     assert run.data.metrics["eval/Food _ Beverage/clipscore"] == value  # MLflow takes no &
     assert run.data.params["prompts"] == "parti"

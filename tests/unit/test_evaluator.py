@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raydistill.config.reading import CONFIGS, load
-from raydistill.data.encode import encode_table
+from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.teacher import draw_teacher
@@ -95,9 +95,9 @@ def test_without_a_judge_a_teacher_draws_what_is_shown(judge, drawn):
 
 def test_texts_are_encoded_in_the_dtype_that_is_asked_for():
     space = load_space(WEIGHTS / "flux")
-    whole, row = encode_table(space, ["a", "b", "a"])
-    half, _ = encode_table(space, ["a", "b", "a"], torch.bfloat16)
-    assert row == {"a": 0, "b": 1}
+    table = PromptTable(space, ["a", "b", "a"])
+    whole, half = table.columns, PromptTable(space, ["a", "b", "a"], torch.bfloat16).columns
+    assert table.row == {"a": 0, "b": 1}
     assert {name: value.dtype for name, value in half.items()} == dict.fromkeys(whole, torch.bfloat16)
     for name, value in whole.items():
         torch.testing.assert_close(half[name].float(), value, rtol=0.05, atol=0.05)

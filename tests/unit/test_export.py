@@ -12,13 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusionPipeline
 
+from raydistill.data.encode import TextEncoder
 from raydistill.errors import InputError
 from raydistill.export.pipeline import ModelCard, export_student, one_step_scheduler
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
-CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 3000, "run-id", "abc123", {"mean": 0.75})
+CARD = ModelCard(
+    teacher="shapes:flux",
+    teacher_class="FluxPipeline",
+    student="shapes:sd15",
+    steps=3000,
+    run_id="run-id",
+    config_hash="abc123",
+    metrics={"mean": 0.75},
+)
 PROMPTS = ["a red circle", "a large blue square on a green background"]
 
 # What a user does who has diffusers and nothing of ours.
@@ -95,6 +105,18 @@ def test_half_precision_export_draws_nearly_the_same(exports, name):
     _, ours, theirs = exports[name]
     assert theirs.isfinite().all()
     assert (ours - theirs).abs().mean() < 0.01
+
+
+def test_an_export_counts_the_same_prompts_as_cut_and_reads_the_same_tokens(exports, sd_folder):
+    two = "a small red circle at the left and a large blue square at the right on a white background"
+    prompts = [two, f"{two} at the left", two.upper(), "", "a red circle"]
+    mine, theirs = TextEncoder(load_space(sd_folder)), TextEncoder(load_space(exports["t999"][0]))
+    assert mine.are_cut(prompts).tolist() == theirs.are_cut(prompts).tolist() == [False, True, False, False, False]
+    read = [
+        StableDiffusionPipeline.from_pretrained(folder).tokenizer(prompts, padding="max_length", truncation=True).data
+        for folder in (sd_folder, exports["t999"][0])
+    ]
+    assert read[0] == read[1]
 
 
 def test_export_holds_safetensors_of_the_asked_dtype_and_no_origin(exports):

@@ -11,7 +11,7 @@ class Queue:
     """Requests, each of which works until the test lets it finish."""
 
     def __init__(self) -> None:
-        self.turns, self.began = FairQueue(), []
+        self.queue, self.began = FairQueue(), []
         self._tasks: dict[str, asyncio.Task] = {}
         self._finish: dict[str, asyncio.Event] = {}
 
@@ -23,12 +23,12 @@ class Queue:
         await self.settle()
 
     async def _request(self, name: str) -> None:
-        await self.turns.take(name[0])
+        await self.queue.acquire(name[0])
         try:
             self.began.append(name)
             await self._finish[name].wait()
         finally:
-            self.turns.pass_on()
+            self.queue.release()
 
     async def finish(self, name: str | None = None) -> None:
         self._finish[name or self.began[-1]].set()
@@ -48,14 +48,14 @@ def test_a_modest_user_waits_for_one_request_of_a_greedy_one():
         queue = Queue()
         await queue.ask("a1", "a2", "a3", "a4")
         await queue.ask("b1")
-        assert queue.turns.waiting == 4
+        assert queue.queue.waiting == 4
         await queue.finish()
         assert queue.began == ["a1", "b1"]
         await queue.ask("b2", "c1")
         for _ in range(5):
             await queue.finish()
         assert queue.began == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
-        assert queue.turns.waiting == 0
+        assert queue.queue.waiting == 0
         await queue.finish()
         await queue.ask("d1")
         assert queue.began[-1] == "d1"
@@ -69,7 +69,7 @@ def test_a_cancelled_request_leaves_the_line_and_costs_nobody_a_turn():
         await queue.ask("a1", "a2", "b1", "b2", "c1")
         queue.cancel("b1", "c1")
         await queue.settle()
-        assert queue.turns.waiting == 2
+        assert queue.queue.waiting == 2
         queue.cancel("a2")  # and the turn ends before it has left
         await queue.finish()
         assert queue.began == ["a1", "b2"]
@@ -80,6 +80,6 @@ def test_a_cancelled_request_leaves_the_line_and_costs_nobody_a_turn():
         queue.cancel("a3")  # whose turn has come, but which has not yet begun
         await queue.ask("c2")
         assert queue.began == ["a1", "b2", "c2"]
-        assert queue.turns.waiting == 0
+        assert queue.queue.waiting == 0
 
     asyncio.run(scene())

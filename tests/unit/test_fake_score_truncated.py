@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.data.encode import encode_prompt_list
+from raydistill.data.encode import TextEncoder
 from raydistill.distill.batches import Real
 from raydistill.distill.build import build_distiller
 from raydistill.distill.discriminator import Discriminator
@@ -46,7 +46,7 @@ class Case:
 
     def __init__(self, name, folder):
         self.name, self.space = name, load_space(SAVE[name](folder))
-        self.conditioning = encode_prompt_list(self.space, PROMPTS)
+        self.conditioning = TextEncoder(self.space).encode(PROMPTS)
         generator = torch.Generator().manual_seed(4)
         self.x_t = torch.randn(2, *self.space.latent_shape, generator=generator)
         self.t_B = torch.tensor([0.3, 0.8])
@@ -269,7 +269,7 @@ def spaces(sd_folder, flux_folder):
 
 @pytest.fixture(scope="module")
 def tables(spaces):
-    return [encode_prompt_list(space, ["a small red circle", "a large blue square"]) for space in spaces]
+    return [TextEncoder(space).encode(["a small red circle", "a large blue square"]) for space in spaces]
 
 
 def configuration(*overrides, kind="truncated"):
@@ -349,7 +349,10 @@ def test_a_restored_run_goes_on_with_the_same_bits(gradient_checkpointing, space
     resumed = start(2)
     resumed.load_state_dict(state)
     update(resumed)
-    for one, other in ((whole.fake, resumed.fake), (whole.student, resumed.student)):
+    for one, other in (
+        (whole.networks.fake, resumed.networks.fake),
+        (whole.networks.student, resumed.networks.student),
+    ):
         assert torch.equal(flat(one.parameters()), flat(other.parameters()))
 
 

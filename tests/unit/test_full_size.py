@@ -21,12 +21,9 @@ from raydistill.config.schema import Config
 from raydistill.data.vae import resized
 from raydistill.planning import meter
 from raydistill.planning.counting import count_bridge, distiller
-from raydistill.planning.meter import without_initial_values
-from raydistill.spaces import load_space
+from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.base import Space
-from raydistill.spaces.meta import conditioning_layout, empty_conditioning, empty_part, open_space
-from raydistill.spaces.published import HUB_MODELS
-from raydistill.spaces.text_lengths import text_lengths
+from raydistill.spaces.meta import empty_conditioning, empty_part, open_space, without_initial_values
 
 BATCH = 2
 TEACHERS = {  # channels, tokens and width of the text, pooled width, does the network see conditional and empty prompts
@@ -45,7 +42,7 @@ FEWER_OF_A_STUDENT = {"layers_per_block": 1}
 
 def shortened(model: str, folder: Path, fewer: dict[str, Any] | None = None) -> Space:
     """The Space of a public model whose network has few blocks."""
-    write_shortened(HUB_MODELS[model], folder, fewer)
+    write_shortened(hub_models()[model].sizes, folder, fewer)
     if model.endswith("FLUX.2-klein-base-4B"):  # its latents' statistics are stored with the weights
         names = {"bn.running_mean": torch.zeros(128), "bn.running_var": torch.ones(128)}
         save_file(names, folder / "vae" / "diffusion_pytorch_model.safetensors")
@@ -91,11 +88,11 @@ def test_a_picture_has_the_latents_of_its_family_in_both_spaces(pair):
     name, _, student, teacher = pair
     picture = torch.empty(1, 3, 1024, 1024, device="meta")
     with meter.counted(), torch.no_grad():
-        z_T = teacher.encode(teacher.load_vae(), picture)
-        z_S = student.encode(student.load_vae(), resized(picture, student.resolution))
-        drawn = teacher.decode(teacher.load_vae(), z_T)
-    assert z_T.shape == (1, TEACHERS[name][0], 128, 128)
-    assert z_S.shape == (1, 4, 64, 64)
+        z_teacher = teacher.encode(teacher.load_vae(), picture)
+        z_student = student.encode(student.load_vae(), resized(picture, student.resolution))
+        drawn = teacher.decode(teacher.load_vae(), z_teacher)
+    assert z_teacher.shape == (1, TEACHERS[name][0], 128, 128)
+    assert z_student.shape == (1, 4, 64, 64)
     assert drawn.shape == picture.shape
 
 
@@ -121,7 +118,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         network.register_forward_pre_hook(
             lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
         )
-        layout = conditioning_layout(teacher)
+        layout = teacher.conditioning_layout
         conditioning, empty = (empty_conditioning(layout, n, torch.bfloat16) for n in (BATCH, 1))
         with torch.no_grad():
             x_t, t_B = made.x_t.to("meta"), made.t_B.to("meta")  # they come on the CPU, to be sent
@@ -166,12 +163,12 @@ def test_a_student_draws_one_step_latents_at_its_real_size(student):
     with meter.counted(), torch.no_grad():
         from raydistill.spaces.one_step import one_step_x0
 
-        conditioning = empty_conditioning(conditioning_layout(space), BATCH)
+        conditioning = empty_conditioning(space.conditioning_layout, BATCH)
         assert conditioning["prompt_embeds"].shape == (BATCH, 77, STUDENTS[student])
         noise = torch.empty(BATCH, *space.latent_shape, device="meta")
-        z_S = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
-        picture = space.decode(space.load_vae(), z_S)
-    assert z_S.shape == (BATCH, 4, 64, 64)
+        z_student = one_step_x0(space, space.load_network(), noise, conditioning, config.student.start_timestep)
+        picture = space.decode(space.load_vae(), z_student)
+    assert z_student.shape == (BATCH, 4, 64, 64)
     assert picture.shape == (BATCH, 3, 512, 512)
 
 
@@ -180,7 +177,7 @@ def test_text_encoders_give_what_the_network_takes(name):
     """Widths of all encoders of a family make up the width of its conditioning."""
     space = open_space(load(CONFIGS / f"{name}_sd15.yaml").teacher.model)
     _, tokens, width, pooled, _ = TEACHERS[name]
-    lengths = text_lengths(space)
+    lengths = space.text_lengths
     configs = {part: space.part_config(part) for part in lengths}
     hidden = {part: c.get("d_model") or c.get("hidden_size") for part, c in configs.items()}
     made = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ImageFont
 
-from raydistill.driver.pipeline import kept_pictures
+from raydistill.driver.summary import kept_pictures
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap

@@ -15,7 +15,7 @@ from PIL import Image
 
 from raydistill.data.images import BadImage, open_images
 from raydistill.data.pairs import existing_shards, load_pairs
-from raydistill.data.synthesis import encode_images
+from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
@@ -178,15 +178,20 @@ def spaces(flux_folder, sd_folder):
     return load_space(flux_folder), load_space(sd_folder)
 
 
+def encode_images(images, teacher, student, folder, *, forbidden=(), max_failed_rows=0) -> int:
+    told = Recipe(teacher=teacher, student=student, source=images, count=len(images), **SETTINGS)
+    return synthesise(told, folder, forbidden=forbidden, max_failed_rows=max_failed_rows)
+
+
 def test_images_become_pairs_and_bad_ones_are_recorded(folder, spaces, tmp_path):
     teacher, student = spaces
     images = open_images(folder)
-    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS) == 4
+    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1) == 4
     pairs = load_pairs(tmp_path / "set")
     assert pairs.prompts == ["", "a blue square", "a blue square"]
     assert pairs.prompt_ids.tolist() == [1, 2, 2]
     small = noise_picture(1).resize((32, 32), Image.Resampling.BILINEAR)
-    for space, picture, z in ((teacher, noise_picture(1), pairs.z_T), (student, small, pairs.z_S)):
+    for space, picture, z in ((teacher, noise_picture(1), pairs.z_teacher), (student, small, pairs.z_student)):
         x = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             expected = space.encode(space.load_vae(), x)
@@ -195,12 +200,12 @@ def test_images_become_pairs_and_bad_ones_are_recorded(folder, spaces, tmp_path)
     failure = json.loads(line)
     assert failure["reason"].startswith("broken.jpeg: OSError")
     assert (failure["row"], failure["prompt_id"], failure["prompt"]) == (2, 3, "a red circle")
-    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS) == 0
+    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1) == 0
 
 
 def test_an_interrupted_set_of_images_goes_on_to_the_same_bytes(folder, spaces, tmp_path, monkeypatch):
     images = open_images(folder)
-    encode_images(images, *spaces, tmp_path / "whole", max_failed_rows=1, **SETTINGS)
+    encode_images(images, *spaces, tmp_path / "whole", max_failed_rows=1)
     whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
     read = images.read
 
@@ -211,20 +216,20 @@ def test_an_interrupted_set_of_images_goes_on_to_the_same_bytes(folder, spaces, 
 
     monkeypatch.setattr(images, "read", gone)
     with pytest.raises(ConnectionError):
-        encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS)
+        encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1)
     assert existing_shards(tmp_path / "set") == [0]
     monkeypatch.undo()
-    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS) == 1
+    assert encode_images(images, *spaces, tmp_path / "set", max_failed_rows=1) == 1
     assert {file.name: file.read_bytes() for file in (tmp_path / "set").iterdir()} == whole
 
 
 def test_held_out_captions_and_changed_images_are_refused(folder, spaces, tmp_path):
     with pytest.raises(InputError, match="1 held-out prompts.*'a red circle'"):
-        encode_images(open_images(folder), *spaces, tmp_path / "set", forbidden={"a red circle"}, **SETTINGS)
-    encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS)
+        encode_images(open_images(folder), *spaces, tmp_path / "set", forbidden={"a red circle"})
+    encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1)
     (folder / "d.png").write_bytes(encoded(noise_picture(7)))
     with pytest.raises(InputError, match="images was"):
-        encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1, **SETTINGS)
+        encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1)
 
 
 # -- which model --------------------------------------------------------------------------------------------
@@ -245,7 +250,14 @@ def test_a_folder_is_known_by_its_weights_and_configuration_not_by_where_it_came
     told = json.loads(config.read_text())
     config.write_text(json.dumps(told | {"_name_or_path": "/elsewhere"}))
     (tmp_path / "copy" / "README.md").write_text("x")
+    tokenizer = tmp_path / "copy" / "tokenizer" / "tokenizer_config.json"
+    ends = json.loads(tokenizer.read_text())
+    assert ends.pop("trained_without_ending") == "background"  # tells which prompts are cut, and no network
+    tokenizer.write_text(json.dumps(ends))
     assert identify(tmp_path / "copy") == ("copy", revision)
+    tokenizer.write_text(json.dumps(ends | {"model_max_length": 19}))
+    assert identify(tmp_path / "copy")[1] != revision
+    tokenizer.write_text(json.dumps(ends))
     config.write_text(json.dumps(told | {"scaling_factor": 0.5}))
     assert identify(tmp_path / "copy")[1] != revision
     config.write_text(json.dumps(told))

@@ -12,10 +12,11 @@ import pytest
 
 from raydistill.config.reading import load
 from raydistill.errors import InputError
-from raydistill.planning import memory
+from raydistill.planning import counting
 from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB
 from raydistill.planning.launch import check_launch
+from raydistill.spaces import meta
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "distill.batch_size=2", "teachers.slice=2"]
@@ -41,8 +42,8 @@ def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
 def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     """The GPU is given the memory that a recomputing trainer needs, and a little more."""
     config = load(overrides=[*GPUS, "distill.batch_size=32"])
-    spaces = (memory.counting.open_space(model) for model in (config.student.model, config.teacher.model))
-    enough = memory.counting.count_trainer(changed(config, gradient_checkpointing=True), *spaces).peak
+    spaces = (meta.open_space(model) for model in (config.student.model, config.teacher.model))
+    enough = counting.count_trainer(changed(config, gradient_checkpointing=True), *spaces).peak
     file = tmp_path / "gpus.yaml"
     file.write_text(file.read_text().replace("0.04", f"{1.2 * enough / GIB}"))
     settings = [*GPUS, *small_gpu, "distill.batch_size=32"]
@@ -72,7 +73,7 @@ def test_nothing_is_counted_for_roles_without_gpus(monkeypatch):
         raise AssertionError("counted")
 
     for name in ("count_trainer", "count_teacher", "count_bridge"):
-        monkeypatch.setattr(memory.counting, name, never)
+        monkeypatch.setattr(counting, name, never)
     assert check_launch(load()) == []
     assert check_launch(load(overrides=[*GPUS, "plan.launch=ignore"])) == []
     with pytest.raises(AssertionError, match="counted"):
@@ -95,8 +96,13 @@ def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small
 
 
 def test_a_job_without_gpus_does_not_even_import_the_planner():
-    code = "import sys, raydistill.driver.job as job; from raydistill.config.schema import load; assert job._fit(load(), ['trainer']) == []"
+    code = "import sys, raydistill.driver.job as job, raydistill.driver.preflight; from raydistill.config.reading import load; assert job._check_gpus(load(), ['trainer']) == []"
     done = subprocess.run(
-        [sys.executable, "-c", f"{code}; sys.exit('raydistill.planning.memory' in sys.modules)"], cwd=ROOT
+        [
+            sys.executable,
+            "-c",
+            f"{code}; sys.exit(any(name.startswith('raydistill.planning') for name in sys.modules))",
+        ],
+        cwd=ROOT,
     )
     assert done.returncode == 0

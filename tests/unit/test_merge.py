@@ -29,9 +29,15 @@ from raydistill.spaces.weights import Entry
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
 TEACHERS = (
-    ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 120, "run-one"),
-    ModelCard("stabilityai/stable-diffusion-3.5-medium", "StableDiffusion3Pipeline", "shapes:sd15", 300, "run-two"),
-    ModelCard("org/a|b", "SomebodysPipeline", "shapes:sd15", 7),
+    ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=120, run_id="run-one"),
+    ModelCard(
+        teacher="stabilityai/stable-diffusion-3.5-medium",
+        teacher_class="StableDiffusion3Pipeline",
+        student="shapes:sd15",
+        steps=300,
+        run_id="run-two",
+    ),
+    ModelCard(teacher="org/a|b", teacher_class="SomebodysPipeline", student="shapes:sd15", steps=7),
 )
 
 

@@ -256,8 +256,16 @@ def test_every_request_of_a_batch_is_sent_before_the_fake_updates_and_before_any
 
 def test_a_bridge_trained_along_learns_from_its_pairs_in_parts(build, submit, spaces, tmp_path):
     generator = torch.Generator().manual_seed(9)
-    z_S, z_T = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
-    write_pairs(tmp_path, 0, [f"{CAPTIONS[0]} {i}" for i in range(24)], list(range(24)), [0] * 24, z_T, z_S)
+    z_student, z_teacher = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)
+    write_pairs(
+        tmp_path,
+        0,
+        prompts=[f"{CAPTIONS[0]} {i}" for i in range(24)],
+        prompt_ids=list(range(24)),
+        seeds=[0] * 24,
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     settings = (
         "bridge.trainable=true", "bridge.batch_size=8", f"student.model={spaces[0].folder}",
         f"teacher.model={spaces[1].folder}",

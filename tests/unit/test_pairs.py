@@ -21,26 +21,35 @@ from raydistill.data.pairs import (
     captioned_previews,
     existing_shards,
     load_pairs,
-    png,
     read_pairs,
     shard_file,
     split,
     write_pairs,
 )
 from raydistill.errors import InputError
+from raydistill.pictures.files import png_bytes
 from raydistill.storage.atomic import remove_abandoned
 
 
-def write(folder, shard, first, count, z_T=None, previews=None):
+def write(folder, shard, first, count, z_teacher=None, previews=None):
     ids = torch.arange(first, first + count)
-    z_T = ids[:, None, None, None].expand(-1, 2, 4, 4).float() if z_T is None else z_T
-    z_S = -ids[:, None, None, None].expand(-1, 1, 2, 2).float()
-    return write_pairs(folder, shard, [f"prompt {i}" for i in ids.tolist()], 10 * ids, ids + 7, z_T, z_S, previews)
+    z_teacher = ids[:, None, None, None].expand(-1, 2, 4, 4).float() if z_teacher is None else z_teacher
+    z_student = -ids[:, None, None, None].expand(-1, 1, 2, 2).float()
+    return write_pairs(
+        folder,
+        shard,
+        prompts=[f"prompt {i}" for i in ids.tolist()],
+        prompt_ids=10 * ids,
+        seeds=ids + 7,
+        z_teacher=z_teacher,
+        z_student=z_student,
+        previews=previews,
+    )
 
 
 def test_rows_come_back_as_written_across_shards(tmp_path):
     picture = Image.new("RGB", (3, 2), (250, 0, 10))
-    write(tmp_path, 0, 0, 3, previews=[png(picture), None, b"x"])
+    write(tmp_path, 0, 0, 3, previews=[png_bytes(picture), None, b"x"])
     write(tmp_path, 2, 3, 4)
     pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
     assert len(pairs) == 7
@@ -48,22 +57,22 @@ def test_rows_come_back_as_written_across_shards(tmp_path):
     assert rows.prompts == ["prompt 6", "prompt 0", "prompt 4", "prompt 0"]
     assert rows.prompt_ids.tolist() == [60, 0, 40, 0]
     assert rows.seeds.tolist() == [13, 7, 11, 7]
-    assert rows.z_T.dtype == rows.z_S.dtype == torch.float16
-    assert torch.equal(rows.z_T, torch.tensor([6.0, 0, 4, 0]).half()[:, None, None, None].expand(-1, 2, 4, 4))
-    assert torch.equal(rows.z_S[:, 0, 1, 1], -torch.tensor([6.0, 0, 4, 0]).half())
+    assert rows.z_teacher.dtype == rows.z_student.dtype == torch.float16
+    assert torch.equal(rows.z_teacher, torch.tensor([6.0, 0, 4, 0]).half()[:, None, None, None].expand(-1, 2, 4, 4))
+    assert torch.equal(rows.z_student[:, 0, 1, 1], -torch.tensor([6.0, 0, 4, 0]).half())
     assert Image.open(io.BytesIO(rows.previews[1])).getpixel((2, 1)) == (250, 0, 10)
     assert rows.previews[0] is None
     everything = load_pairs(tmp_path)
-    assert everything.z_T[:, 0, 0, 0].tolist() == list(range(7))
+    assert everything.z_teacher[:, 0, 0, 0].tolist() == list(range(7))
     assert everything.ids.tolist() == list(range(7))
     with pytest.raises(IndexError, match="0 … 6"):
         pairs.rows([7])
 
 
 def test_latents_keep_their_layout(tmp_path):
-    z_T = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    write(tmp_path, 0, 0, 3, z_T.permute(0, 1, 3, 2))  # not contiguous
-    assert torch.equal(load_pairs(tmp_path).z_T, z_T.permute(0, 1, 3, 2).half())
+    z_teacher = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    write(tmp_path, 0, 0, 3, z_teacher.permute(0, 1, 3, 2))  # not contiguous
+    assert torch.equal(load_pairs(tmp_path).z_teacher, z_teacher.permute(0, 1, 3, 2).half())
 
 
 def test_any_parquet_reader_sees_a_tensor_column(tmp_path):
@@ -159,7 +168,15 @@ def test_order_of_a_large_set_stays_within_the_cached_shards(tmp_path):
 
 def test_split_shares_no_prompt_and_holds_out_the_share(tmp_path):
     z = torch.zeros(100, 1, 2, 2)
-    write_pairs(tmp_path, 0, [f"p{i // 2}" for i in range(100)], torch.arange(100) // 2, range(100), z, z)
+    write_pairs(
+        tmp_path,
+        0,
+        prompts=[f"p{i // 2}" for i in range(100)],
+        prompt_ids=torch.arange(100) // 2,
+        seeds=range(100),
+        z_teacher=z,
+        z_student=z,
+    )
     pairs = read_pairs(tmp_path)
     training, held_out = split(pairs, 0.1, seed=0)
     assert sorted([*training, *held_out]) == list(range(100))
@@ -171,7 +188,7 @@ def test_split_shares_no_prompt_and_holds_out_the_share(tmp_path):
 def test_a_text_on_several_lines_is_one_prompt(tmp_path):
     z = torch.zeros(40, 1, 2, 2)
     texts = [f"p{i % 20}" for i in range(40)]
-    write_pairs(tmp_path, 0, texts, range(1, 41), range(40), z, z)
+    write_pairs(tmp_path, 0, prompts=texts, prompt_ids=range(1, 41), seeds=range(40), z_teacher=z, z_student=z)
     training, held_out = split(read_pairs(tmp_path), 0.1, seed=0)
     assert len(held_out) == 4
     assert not {texts[i] for i in training} & {texts[i] for i in held_out}
@@ -179,7 +196,7 @@ def test_a_text_on_several_lines_is_one_prompt(tmp_path):
 
 def test_split_of_one_prompt_is_by_row(tmp_path):
     z = torch.zeros(10, 1, 2, 2)
-    write_pairs(tmp_path, 0, [""] * 10, [0] * 10, range(10), z, z)
+    write_pairs(tmp_path, 0, prompts=[""] * 10, prompt_ids=[0] * 10, seeds=range(10), z_teacher=z, z_student=z)
     training, held_out = split(read_pairs(tmp_path), 0.2, seed=0)
     assert len(training) == 8
     assert len(held_out) == 2
@@ -191,11 +208,11 @@ def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
     write_pairs(
         tmp_path,
         0,
-        ["a"],
-        [1],
-        [0],
-        z,
-        z[:, :1, :2, :2],
+        prompts=["a"],
+        prompt_ids=[1],
+        seeds=[0],
+        z_teacher=z,
+        z_student=z[:, :1, :2, :2],
         rows=[2],
         teacher=("org/name", "abc"),
         about={"rows": 2, "failed": failed},
@@ -203,11 +220,11 @@ def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
     write_pairs(
         tmp_path,
         1,
-        [],
-        [],
-        [],
-        z[:0],
-        z[:0, :1, :2, :2],
+        prompts=[],
+        prompt_ids=[],
+        seeds=[],
+        z_teacher=z[:0],
+        z_student=z[:0, :1, :2, :2],
         rows=[],
         teacher=("org/name", "abc"),
         about={"rows": 4, "failed": []},
@@ -221,7 +238,7 @@ def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
     assert len(pairs) == 4
     assert pairs.rows([3, 0]).prompts == ["prompt 2", "a"]
     with pytest.raises(ValueError, match="at least 1"):
-        write_pairs(tmp_path, 3, [], [], [], z[:0], z[:0])
+        write_pairs(tmp_path, 3, prompts=[], prompt_ids=[], seeds=[], z_teacher=z[:0], z_student=z[:0])
 
 
 def test_only_old_unfinished_files_are_removed(tmp_path):
@@ -244,7 +261,9 @@ def test_only_old_unfinished_files_are_removed(tmp_path):
 def test_previews_are_spread_over_the_shards(tmp_path, count, seen):
     for shard in range(2):
         ids = range(5 * shard, 5 * shard + 5)
-        write(tmp_path, shard, 5 * shard, 5, previews=[png(Image.new("RGB", (4, 4), (25 * i, 0, 255))) for i in ids])
+        write(
+            tmp_path, shard, 5 * shard, 5, previews=[png_bytes(Image.new("RGB", (4, 4), (25 * i, 0, 255))) for i in ids]
+        )
     images, prompts = captioned_previews([shard_file(tmp_path, shard) for shard in range(2)], count)
     assert prompts == [f"prompt {i}" for i in seen]
     expected = torch.tensor([[25.0 * i, 0, 255] for i in seen]) / 127.5 - 1

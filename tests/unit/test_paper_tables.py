@@ -19,7 +19,6 @@ from raydistill.driver.paper_tables import (
     SHARED,
     START,
     STUDENTS,
-    TABLES,
     TEACHERS,
     _take_teacher,
     cells,
@@ -29,9 +28,10 @@ from raydistill.driver.paper_tables import (
     summarise,
     verdicts,
 )
-from raydistill.driver.pipeline import opened
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
+from raydistill.driver.run_record import open_record
+from raydistill.driver.table_names import TABLES
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
 
@@ -135,9 +135,11 @@ def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, t
         for weight, total in zip(student.parameters(), mean.parameters(), strict=True):
             weight.data += 0.01 * weight.std() * torch.randn(weight.shape, generator=generator)
             total.data += weight.data / 3
-        card = ModelCard(cell.config.teacher.model, "P", cell.config.student.unet, 1)
+        card = ModelCard(
+            teacher=cell.config.teacher.model, teacher_class="P", student=cell.config.student.unet, steps=1
+        )
         export_student(space, student, 999, tmp_path / "paper" / cell.name / "export", card, torch.float32)
-    with opened(config, run, inputs) as pipeline:
+    with open_record(config, run, inputs) as pipeline:
         merged = merge("sd15", 0, members, pipeline)
         assert merge("sd15", 0, members, pipeline) == merged  # the second time it is read
     fixed = FixedPrompts(inputs.held_out, 8, config.evaluation.seed)
@@ -149,13 +151,14 @@ def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, t
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_readme_shows_the_table_that_was_measured(table):
+def test_the_page_shows_the_table_that_was_measured(table):
     root = Path(__file__).parents[2]
     summary = json.loads((root / "raydistill" / "shapes" / "results" / f"{table}.json").read_text())
     assert summary["seeds"] >= 2
     assert summarise(summary["cells"]) == summary["rows"]
-    assert f"`{summary['command']}`" in (root / "README.md").read_text()
-    assert markdown(summary) in (root / "README.md").read_text()
+    page = (root / "raydistill" / "shapes" / "README.md").read_text()
+    assert f"`{summary['command']}`" in page
+    assert markdown(summary) in page
 
 
 def test_the_command_reads_its_own_options_and_the_configuration_s(run_script, tmp_path):

@@ -12,9 +12,9 @@ from ray.exceptions import ActorUnavailableError
 
 from raydistill.config.reading import load
 from raydistill.data.prompts import PromptSet
-from raydistill.driver.pipeline import opened
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
+from raydistill.driver.run_record import open_record
 from raydistill.errors import InputError, StageFailed
 from raydistill.teachers.request import TeacherUnavailable
 from raydistill.workers import stop_signal
@@ -55,7 +55,7 @@ def fail(run):
     """Break a run by an error while a stage is open; the pipeline and that stage are kept as attributes."""
 
     def fail(error: BaseException) -> None:
-        with opened(*run) as fail.pipeline:
+        with open_record(*run) as fail.pipeline:
             fail.finished = fail.pipeline.stage_run(run[0], "bridge")
             fail.pipeline.finish(fail.finished)
             fail.stage = fail.pipeline.stage_run(run[0], "distill")
@@ -114,7 +114,7 @@ def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(
     started = []
 
     def leave(port: int) -> None:
-        with opened(*run) as pipeline:
+        with open_record(*run) as pipeline:
             for stage in ("bridge", "distill"):
                 pipeline.stage_run(run[0], stage)
             pipeline.uri = f"http://127.0.0.1:{port}"
@@ -127,7 +127,7 @@ def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(
 
 
 def test_a_run_that_ends_well_is_finished(run, client):
-    with opened(*run) as pipeline:
+    with open_record(*run) as pipeline:
         assert status(client, pipeline.parent) == "RUNNING"
     assert status(client, pipeline.parent) == "FINISHED"
 
@@ -135,7 +135,7 @@ def test_a_run_that_ends_well_is_finished(run, client):
 def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
     with pytest.raises(StageFailed):
         fail(ValueError())
-    with opened(*run) as again:
+    with open_record(*run) as again:
         assert (again.parent, again.stage_run(run[0], "distill")) == (fail.pipeline.parent, fail.stage)
         assert statuses(client, fail) == ["RUNNING", "FINISHED", "RUNNING"]
         again.finish(fail.stage)
@@ -145,23 +145,23 @@ def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
 def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
     config, folder, inputs = run
     gone = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "gone"})})
-    with opened(gone, folder, inputs) as pipeline:
+    with open_record(gone, folder, inputs) as pipeline:
         pass
     client.delete_experiment(client.get_run(pipeline.parent).info.experiment_id)
     (folder.path / "run.json").unlink()
-    with pytest.raises(StageFailed, match="experiment 'gone' was deleted"), opened(gone, folder, inputs):
+    with pytest.raises(StageFailed, match="experiment 'gone' was deleted"), open_record(gone, folder, inputs):
         pytest.fail("there is nothing to log to")
 
 
 def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
-    with pytest.raises(StageFailed), opened(*run) as first, first.timed("bridge"):
+    with pytest.raises(StageFailed), open_record(*run) as first, first.timed("bridge"):
         raise ValueError
-    with opened(*run) as second, second.timed("bridge"):
+    with open_record(*run) as second, second.timed("bridge"):
         pass
     assert second.seconds["bridge"] >= first.seconds["bridge"] > 0
 
 
 def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):
     (run[1].path / "run.json").write_text("")
-    with pytest.raises(StageFailed, match=r"run\.json is damaged .*restore it, or remove it"), opened(*run):
+    with pytest.raises(StageFailed, match=r"run\.json is damaged .*restore it, or remove it"), open_record(*run):
         pytest.fail("it cannot be opened")

@@ -33,8 +33,8 @@ from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, tra
 from raydistill.planning.meter import Cost, Meter
 from raydistill.planning.schedule import phases, price, request_seconds, schedule
 from raydistill.shapes import WEIGHTS
-from raydistill.spaces import load_space
-from raydistill.spaces.meta import conditioning_layout, empty_text_encoders, numel, open_space
+from raydistill.spaces import hub_models, load_space
+from raydistill.spaces.meta import empty_text_encoders, numel, open_space
 from raydistill.teachers.request import ScoreRequest
 
 BATCH = 4
@@ -176,9 +176,7 @@ FOLDERS = {
 def test_the_conditioning_of_every_family_has_the_shapes_it_is_planned_with(family, tmp_path):
     space = load_space(FOLDERS[family](tmp_path))
     encoded = TextEncoder(space, chunk=2).encode(["a small red circle", "a square"])
-    assert conditioning_layout(space) == {
-        name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
-    }
+    assert space.conditioning_layout == {name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()}
 
 
 @pytest.mark.parametrize("family", FOLDERS)
@@ -193,7 +191,7 @@ def test_flops_of_text_encoders_are_those_counted_on_real_tensors(family, tmp_pa
 
 def test_the_students_conditioning_has_the_shape_it_is_planned_with(spaces):
     encoded = TextEncoder(spaces[0]).encode(["a small red circle"])
-    assert conditioning_layout(spaces[0]) == {
+    assert spaces[0].conditioning_layout == {
         name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()
     }
 
@@ -225,7 +223,7 @@ PUBLISHED_TEXT = {  # parameters of the text encoders, as published with them
 
 @pytest.mark.parametrize("name", PUBLISHED_TEXT)
 def test_text_encoders_have_their_published_sizes(name):
-    hub_id = next(model for model, file in memory_module.counting.HUB_MODELS.items() if file == name)
+    hub_id = next(hub_id for hub_id, model in hub_models().items() if model.sizes == name)
     encoders = empty_text_encoders(open_space(hub_id))
     assert {part: numel(encoder) for part, encoder in encoders.items()} == pytest.approx(PUBLISHED_TEXT[name], rel=0.01)
 

@@ -37,9 +37,17 @@ def trainer(tmp_path_factory):
     folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
     config = load(overrides=["bridge.checkpoint=null", f"bridge.batch_size={SHARE}"])
     shapes = (load_space(resolve(model)).latent_shape for model in (config.teacher.model, config.student.model))
-    z_T, z_S = (torch.randn(40, *shape, generator=generator) for shape in shapes)
+    z_teacher, z_student = (torch.randn(40, *shape, generator=generator) for shape in shapes)
     ids = list(range(40))
-    write_pairs(folder, 0, [f"a red circle {i}" for i in ids], ids, ids, z_T, z_S)
+    write_pairs(
+        folder,
+        0,
+        prompts=[f"a red circle {i}" for i in ids],
+        prompt_ids=ids,
+        seeds=ids,
+        z_teacher=z_teacher,
+        z_student=z_student,
+    )
     return config, build_trainer(config, folder)
 
 

@@ -16,7 +16,7 @@ from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
-from raydistill.spaces.base import weight_files
+from raydistill.spaces.folder import weight_files
 from raydistill.storage.resolve import resolve
 
 CAPTION = single_scenes(held_out=False)[0].caption
@@ -151,8 +151,10 @@ def test_an_identity_bridge_takes_no_checkpoint():
 
 
 def pair_set(folder, prompt, shapes=((8, 16, 16), (4, 8, 8))):
-    z_T, z_S = (torch.zeros(2, *shape) for shape in shapes)
-    write_pairs(folder, 0, [prompt, CAPTION], [0, 1], [0, 0], z_T, z_S)
+    z_teacher, z_student = (torch.zeros(2, *shape) for shape in shapes)
+    write_pairs(
+        folder, 0, prompts=[prompt, CAPTION], prompt_ids=[0, 1], seeds=[0, 0], z_teacher=z_teacher, z_student=z_student
+    )
     return f"bridge.pairs={folder}"
 
 

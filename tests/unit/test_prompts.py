@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.data.texts import CHUNK, Spill, Texts, permutation, repeated
+from raydistill.data.texts import CHUNK, Numbers, Texts, permutation, repeated
 from raydistill.errors import InputError
 
 
@@ -249,7 +249,7 @@ def test_a_full_disk_for_temporary_files_is_told_with_its_folder(tmp_path):
     ended = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment)
     assert ended.returncode == 1
     told = ended.stderr.strip().splitlines()[-1]
-    assert told.startswith(f"raydistill.data.prompts.InputError: {file}: no room for its prompts in {tmp_path} (")
+    assert told.startswith(f"raydistill.errors.InputError: {file}: no room for its prompts in {tmp_path} (")
     assert told.endswith("make some, or name another folder in TMPDIR")
 
 
@@ -281,12 +281,12 @@ def test_texts_are_a_sequence():
 @pytest.mark.parametrize("count", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK])
 def test_what_lies_on_disk_is_what_memory_would_hold(count):
     values = np.random.default_rng(count).integers(-count // 2, count // 2 + 1, count)
-    spill = Spill(np.int64)
+    numbers = Numbers()
     for value in values.tolist():
-        spill.append(value)
-    assert repeated(spill) == count - len(set(values.tolist()))
-    equal = Spill(np.int64)
-    equal.write(np.zeros(count, np.int64))
+        numbers.append(value)
+    assert repeated(numbers) == count - len(set(values.tolist()))
+    equal = Numbers()
+    equal.extend(np.zeros(count, np.int64))
     assert repeated(equal) == count - 1  # also across the seams of what is in memory at a time
     texts = [str(value) for value in values.tolist()]
     assert list(Texts(texts)) == texts

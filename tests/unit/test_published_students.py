@@ -404,7 +404,7 @@ def test_shards_must_lie_beside_their_index(space, student, tmp_path):
 
 
 def test_a_stated_start_is_found_and_the_configuration_decides(space, state, student, tmp_path):
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
     cases = {
         saved({"ema": state}, tmp_path / "batch512_sd21_cfg4.54.54.5_t625_7168_v2.pt"): (625, "its name"),
         saved({"ema": state, "args": {"init_timestep": 625}}, tmp_path / "a.pt"): (625, "args.init_timestep"),

@@ -11,8 +11,8 @@ from raydistill.bridge.model import doublings
 from raydistill.config.reading import CONFIGS, flatten, load
 from raydistill.driver.preflight import check_inputs
 from raydistill.shapes import WEIGHTS
+from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
-from raydistill.spaces.published import HUB_MODELS
 from raydistill.storage.hub import is_hub_id
 
 TEACHERS = {
@@ -95,7 +95,7 @@ def test_a_pair_needs_nothing_of_the_miniature_world(teacher, student):
     assert [key for key, value in values.items() if isinstance(value, str) and value.startswith("shapes:")] == []
     for role in ("teacher", "student"):
         assert is_hub_id(values[f"{role}.model"])
-        assert values[f"{role}.model"] in HUB_MODELS
+        assert values[f"{role}.model"] in hub_models()
 
 
 @pytest.mark.parametrize("file", [CONFIGS / "paper.yaml", *sorted(CONFIGS.glob("*s/*.yaml"))], ids=lambda f: f.stem)

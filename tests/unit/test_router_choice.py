@@ -52,11 +52,11 @@ def test_the_least_busy_is_first_and_the_silent_are_last_and_left_alone_for_a_wh
         replicas = [Replica("a", 3), Replica("b", None), Replica("c", 1), Replica("d", 2)]
         router = router_of(replicas)
         for _ in range(3):
-            router._asked = float("-inf")  # what they said does not hold any longer
+            router._probed_at = float("-inf")  # what they said does not hold any longer
             found = names(await router.choose_replicas(replicas, request(0.0)))
             assert found == [["c"], ["d"], ["a"], ["b"]]
         assert [replica.asked for replica in replicas] == [3, 1, 3, 3]
-        router._asked = float("-inf")
+        router._probed_at = float("-inf")
         router._silent = {replica: 0.0 for replica in router._silent}
         replicas[1].length = 0
         assert names(await router.choose_replicas(replicas, request(0.0)))[0] == ["b"]
@@ -86,9 +86,9 @@ def test_own_requests_count_at_once_and_never_below_none():
             router.on_request_completed(b, "could not be sent")
         assert names(await router.choose_replicas(replicas, request(0.0)))[0] == ["a"]
         router.on_send_request(a)
-        router._asked = float("-inf")
+        router._probed_at = float("-inf")
         await router.choose_replicas([Replica("b"), Replica("c")], request(0.0))  # a is gone
-        assert a not in router._sent
+        assert a not in router._own
 
     asyncio.run(choose())
 

@@ -18,13 +18,16 @@ from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.export.pipeline import ModelCard, export_student
-from raydistill.export.sampling import Album, Picture, Sampler, find_upgrade, pictures_of, typed_prompts
+from raydistill.export.sampling import Album, Painter, pictures_of, typed_prompts
 from raydistill.export.source import Export, find_export, open_one_step
+from raydistill.export.upgrade import find_upgrade
+from raydistill.pictures.picture import Picture
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
+from raydistill.spaces.published_students import load_student
 
 ROOT = Path(__file__).resolve().parents[2]
-CARD = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15", 1)
+CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
 PROMPTS = PromptSet(["a red circle", "a large blue square on a green background", "ein roter Kreis – grün"], [1, 2, 7])
 TINY = BridgeConfig(projector="swinir", embed_dim=8, depths=[1], heads=2, window=4)
 
@@ -73,6 +76,10 @@ def job(run_script):
     return partial(run_script, "sample")
 
 
+def painter_of(space, upgrade=None) -> Painter:
+    return Painter(space, load_student(space, Path(space.folder)), upgrade=upgrade)
+
+
 # -- numbers ----------------------------------------------------------------------------------------------
 
 
@@ -81,24 +88,30 @@ def test_latents_are_our_x0_of_noise_by_seed_and_number(start, space, exports):
     export_space, found = open_one_step(Export(exports[start], "x"))
     assert found == start
     pictures = pictures_of(PROMPTS, [3, 11])
-    assert [(p.number, p.seed) for p in pictures] == [(1, 3), (1, 11), (2, 3), (2, 11), (7, 3), (7, 11)]
-    drawn = Sampler(export_space).latents(pictures)
-    noise = torch.cat([normal(p.seed, [p.number], space.latent_shape, "sample") for p in pictures])
+    assert [(p.prompt_id, p.seed) for p in pictures] == [(1, 3), (1, 11), (2, 3), (2, 11), (7, 3), (7, 11)]
+    latents = painter_of(export_space).latents(pictures)
+    noise = torch.cat([normal(p.seed, [p.prompt_id], space.latent_shape, "sample") for p in pictures])
     conditioning = space.encode_prompts(space.load_text(), [p.prompt for p in pictures])
     with torch.no_grad():
         ours = one_step_x0(space, space.load_network(), noise, conditioning, start)
     assert ours.std() > 0.1
-    assert (drawn - ours).abs().max() <= 2e-5 * ours.abs().max()
+    assert (latents - ours).abs().max() <= 2e-5 * ours.abs().max()
+
+
+def drawn(painter, pictures, batch_size):
+    """(picture, image) in order."""
+    batches = (pictures[start : start + batch_size] for start in range(0, len(pictures), batch_size))
+    return [pair for batch in batches for pair in zip(batch, painter.draw(batch), strict=True)]
 
 
 def test_a_picture_depends_on_neither_batch_nor_neighbours(exports):
-    sampler = Sampler(load_space(exports[625]))
+    painter = painter_of(load_space(exports[625]))
     pictures = pictures_of(PROMPTS, [0, 5])
-    together = {p: image for p, image in sampler.draw(pictures, 4)}
+    together = {p: image for p, image in drawn(painter, pictures, 4)}
     assert list(together) == pictures
-    again = {p: image for p, image in sampler.draw(pictures, 4)}
+    again = {p: image for p, image in drawn(painter, pictures, 4)}
     assert all(torch.equal(together[p], again[p]) for p in pictures)  # same batches: same bits
-    for p, image in sampler.draw(pictures[::-1], 1):
+    for p, image in drawn(painter, pictures[::-1], 1):
         assert (image - together[p]).abs().max() <= 1e-4
     (alone,) = pictures_of(typed_prompts([" ein roter Kreis – grün "], first=7), [5])
     assert alone == pictures[-1]
@@ -110,17 +123,17 @@ def test_a_picture_depends_on_neither_batch_nor_neighbours(exports):
 def test_the_upgrade_is_the_bridge_and_the_teachers_decoder(space, flux_folder, bridge, exports):
     upgrade = find_upgrade(Export(exports[999], "x"), str(bridge), str(flux_folder), None)
     pictures = pictures_of(PROMPTS, [0])
-    plain, upgraded = Sampler(load_space(exports[999])), Sampler(load_space(exports[999]), upgrade)
+    plain, upgraded = painter_of(load_space(exports[999])), painter_of(load_space(exports[999]), upgrade)
     teacher = load_space(flux_folder)
     with torch.no_grad():
-        z_T = Bridge.load(bridge, space, teacher)(plain.latents(pictures))
-        wanted = teacher.decode(teacher.load_vae(), z_T)
-    images = torch.stack([image for _, image in upgraded.draw(pictures, 3)])
+        z_teacher = Bridge.load(bridge, space, teacher)(plain.latents(pictures))
+        wanted = teacher.decode(teacher.load_vae(), z_teacher)
+    images = torch.stack([image for _, image in drawn(upgraded, pictures, 3)])
     assert images.shape == (3, 3, teacher.resolution, teacher.resolution)
     assert teacher.resolution == 2 * space.resolution
     assert wanted.std() > 0.01
     assert (images - wanted).abs().max() <= 1e-4
-    assert next(plain.draw(pictures, 3))[1].shape == (3, space.resolution, space.resolution)
+    assert drawn(plain, pictures, 3)[0][1].shape == (3, space.resolution, space.resolution)
 
 
 def test_numbers_that_are_not_finite_name_their_picture(job, exports, tmp_path):
@@ -131,12 +144,12 @@ def test_numbers_that_are_not_finite_name_their_picture(job, exports, tmp_path):
     weights = load_file(file)
     weights["conv_out.weight"].fill_(3e38)  # finite itself
     save_file(weights, file, {"format": "pt"})
-    sampler = Sampler(load_space(tmp_path / "broken"))
+    painter = painter_of(load_space(tmp_path / "broken"))
     with pytest.raises(NonFiniteError, match=r"00002-seed4\.png \('a large blue square"):
-        sampler.latents(pictures_of(PROMPTS, [4])[1:])
+        painter.latents(pictures_of(PROMPTS, [4])[1:])
     code, _, error = job(tmp_path / "broken", "--prompt", "a", "--out", tmp_path / "out")
     assert code == 1
-    assert "00001-seed0.png ('a'): the student's latents are not finite" in error
+    assert "00001-seed0.png ('a'): the latents are not finite" in error
 
 
 # -- where a student is -----------------------------------------------------------------------------------
@@ -238,10 +251,10 @@ def test_a_half_precision_export_upgrades_with_its_base(bridge, flux_folder, sd_
 
 
 def test_pictures_say_how_they_were_made_and_sheets_stay_small(tmp_path):
-    album = Album(tmp_path / "new", {"student": "mine"}, columns=2, shown=3)
+    album = Album(folder=tmp_path / "new", about={"student": "mine"}, columns=2, shown=3)
     image = torch.linspace(-1, 1, 3 * 300 * 300).view(3, 300, 300)
     for seed in range(5):
-        album.add(Picture("ein grüner Kreis – 😀", 12, seed), image * (seed - 2) / 2)
+        album.add(Picture(seed, 12, "ein grüner Kreis – 😀", seed), image * (seed - 2) / 2)
     files = album.finish("title")
     assert [file.name for file in files] == ["grid.png", "sheet.png"]
     with Image.open(tmp_path / "new" / "00012-seed4.png") as picture:
@@ -294,7 +307,7 @@ def test_wrong_input_ends_with_code_two_and_leaves_nothing(
     def heavy(*_: object, **__: object):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("raydistill.export.sampling.Sampler.__init__", heavy)
+    monkeypatch.setattr("raydistill.export.sampling.Painter.__init__", heavy)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     (tmp_path / "empty.txt").touch()

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 
 from raydistill.bridge.model import check_pair, vae_fingerprint
 from raydistill.build_shapes.models import MODELS, STUDENTS, TEACHERS
+from raydistill.config.reading import CONFIGS, load
+from raydistill.data.encode import CUT, PromptEncoder, TextEncoder
 from raydistill.data.pairs import read_pairs
+from raydistill.data.prompts import held_out_prompts, training_prompts
 from raydistill.distill.networks import load_unet
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import ATTRIBUTES, corrupt, evaluation_captions, parse, sample_scene, single_scenes
@@ -17,6 +21,7 @@ from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
+from raydistill.storage.resolve import resolve
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +59,56 @@ def test_held_out_captions_occur_in_no_training_set(held_out):
     assert not forbidden & set((WEIGHTS / "prompts.txt").read_text().splitlines())
     for name in TEACHERS:
         assert not forbidden & set(read_pairs(WEIGHTS / "samples" / name).prompts())
+
+
+@pytest.fixture(scope="module")
+def shipped_prompts():
+    """Every text that is shipped, the empty prompt, and two-object captions that are not."""
+    files = [WEIGHTS / "prompts.txt", WEIGHTS / "heldout.txt"]
+    texts = [line for file in files for line in file.read_text().splitlines()]
+    texts += [prompt for name in TEACHERS for prompt in read_pairs(WEIGHTS / "samples" / name).prompts()]
+    rng = random.Random(5)
+    return [*dict.fromkeys(texts), *(sample_scene(rng, two_objects=1.0).caption for _ in range(200)), ""]
+
+
+def test_a_default_run_counts_no_prompt_as_cut():
+    config = load(CONFIGS / "shapes.yaml")
+    encoder = PromptEncoder({"student": resolve(config.student.model), "teacher": resolve(config.teacher.model)})
+    prompts = [*training_prompts(config).prompts[-100:], *held_out_prompts(config).prompts[:20]]
+    assert sum(" and " in prompt for prompt in prompts) == 100
+    assert not encoder({"prompt": np.array(prompts, dtype=object)})[CUT].any()
+    assert encoder({"prompt": np.array([f"{prompts[0]} and a red circle", *prompts[:3]], dtype=object)})[CUT].tolist() == [
+        True, False, False, False,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_shipped_prompt_is_cut_but_one_word_longer_is(name, shipped_prompts):
+    text = TextEncoder(load_space(WEIGHTS / name))
+    assert not text.are_cut(shipped_prompts).any()
+    assert text.are_cut([f"{p} at" for p in shipped_prompts if " and " in p]).all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_encoder_reads_a_caption_of_two_objects_but_for_its_last_word_at_most(name, shipped_prompts):
+    """T5 reads all of it; CLIP cuts the word "background", and nothing else."""
+    pipeline = load_space(WEIGHTS / name).load_text()
+    tokenizers = {part: value for part, value in pipeline.components.items() if part.startswith("tokenizer")}
+    assert tokenizers
+    for part, tokenizer in tokenizers.items():
+
+        def read(prompts, tokenizer=tokenizer):
+            tokens = tokenizer(prompts, padding="max_length", max_length=20, truncation=True)
+            return tokens["input_ids"], tokens["attention_mask"]
+
+        pairs = [prompt for prompt in shipped_prompts if " and " in prompt]
+        singles = [prompt for prompt in shipped_prompts if " and " not in prompt]
+        assert max(len(ids) for ids in tokenizer(singles)["input_ids"]) <= 20
+        if "T5" in type(tokenizer).__name__:
+            assert {len(ids) for ids in tokenizer(pairs)["input_ids"]} == {20}
+        else:
+            assert {len(ids) for ids in tokenizer(pairs, verbose=False)["input_ids"]} == {21}
+            assert read(pairs) == read([prompt.removesuffix(" background") for prompt in pairs]), part
 
 
 def test_renders_are_deterministic_and_the_same_picture_at_both_sizes(held_out):

@@ -96,6 +96,6 @@ def test_a_vae_never_sees_more_than_a_megapixel_at_once(flux_folder, monkeypatch
         assert sum(seen) == len(pictures) == 6
         torch.testing.assert_close(pictures[5:], space.decode(vae, latents[5:]), rtol=0, atol=1e-5)
         seen.clear()
-        z_T = in_chunks(space, lambda part: space.encode(vae, part), pictures)
+        z_teacher = in_chunks(space, lambda part: space.encode(vae, part), pictures)
     assert max(seen) == min(8, 2**20 // pixels**2)
-    torch.testing.assert_close(z_T[:1], space.encode(vae, pictures[:1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(z_teacher[:1], space.encode(vae, pictures[:1]), rtol=0, atol=1e-5)

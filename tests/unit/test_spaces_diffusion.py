@@ -13,7 +13,7 @@ import tiny_diffusion_pipelines as tiny
 import torch
 
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning, encode_prompt_list, encode_unconditional
+from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
 from raydistill.diffusion.path import add_noise
 from raydistill.distill.discriminator import Discriminator
 from raydistill.distill.fake_score import FakeScore
@@ -38,7 +38,7 @@ def pipeline_of(folder):
 
 @torch.no_grad()
 def ours(space, guidance_scale, prompts=PROMPTS, steps=4):
-    encoded, empty = encode_prompt_list(space, prompts), encode_unconditional(space)
+    encoded, empty = TextEncoder(space).encode(prompts), TextEncoder(space).encode_unconditional()
     return space.sample(space.load_network(), noise_for(space), encoded, empty, steps, guidance_scale)
 
 
@@ -105,7 +105,7 @@ def test_pixart_with_size_conditions_equals_the_alpha_pipeline(tmp_path):
     """PixArt-Sigma's pipeline passes no sizes; PixArt-Alpha's does at 1024 px, where the transformer asks for them."""
     folder = tiny.save_pixart(tmp_path, sample_size=128, num_layers=1, use_additional_conditions=None)
     space = load_space(folder)
-    encoded, empty = encode_prompt_list(space, PROMPTS[:1]), encode_unconditional(space)
+    encoded, empty = TextEncoder(space).encode(PROMPTS[:1]), TextEncoder(space).encode_unconditional()
     assert encoded["resolution"].tolist() == [[512, 512]]
     assert encoded["aspect_ratio"].tolist() == [[1.0]]
     network = space.load_network()
@@ -138,7 +138,11 @@ def test_latents_are_the_vaes_own_scaled_by_its_config(family, diffusion_folders
 def test_x0_estimates_are_the_schedulers(family, diffusion_folders):
     """Euler and DDIM report pred_original_sample; DPM-Solver++ computes it inside. Over the whole range of times."""
     space = load_space(diffusion_folders[family])
-    network, encoded, empty = space.load_network(), encode_prompt_list(space, PROMPTS), encode_unconditional(space)
+    network, encoded, empty = (
+        space.load_network(),
+        TextEncoder(space).encode(PROMPTS),
+        TextEncoder(space).encode_unconditional(),
+    )
     own = space.start_sampling(5)
     ddim = diffusers.DDIMScheduler.from_config(own.config, clip_sample=False)
     ddim.set_timesteps(5)
@@ -167,7 +171,7 @@ def test_x0_estimates_are_the_schedulers(family, diffusion_folders):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_conditioning_is_what_the_pipeline_encodes(family, diffusion_folders):
     space, pipe = load_space(diffusion_folders[family]), pipeline_of(diffusion_folders[family])
-    encoded, empty = encode_prompt_list(space, PROMPTS), encode_unconditional(space)
+    encoded, empty = TextEncoder(space).encode(PROMPTS), TextEncoder(space).encode_unconditional()
     with torch.no_grad():
         embeds = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=True)
     if family == "pixart":
@@ -189,7 +193,7 @@ def test_conditioning_is_what_the_pipeline_encodes(family, diffusion_folders):
 def test_every_part_of_the_conditioning_reaches_the_prediction(family, diffusion_folders):
     space = load_space(diffusion_folders[family])
     network, x_t, t_B = space.load_network(), noise_for(space, 1), torch.tensor([0.6])
-    encoded = encode_prompt_list(space, PROMPTS[:1])
+    encoded = TextEncoder(space).encode(PROMPTS[:1])
     before = space.predict(network, x_t, t_B, encoded)
     for name, value in encoded.items():
         other = (value + 1) % 2 if name == "prompt_attention_mask" else value * 2
@@ -219,7 +223,7 @@ def test_families_without_a_rule_of_their_own_contrast_with_the_empty_prompt(flu
 
 def test_pixarts_learned_variance_is_dropped(diffusion_folders, tmp_path):
     space = load_space(diffusion_folders["pixart"])
-    network, x_t, encoded = space.load_network(), noise_for(space), encode_prompt_list(space, PROMPTS)
+    network, x_t, encoded = space.load_network(), noise_for(space), TextEncoder(space).encode(PROMPTS)
     raw = []
     network.register_forward_hook(lambda module, args, output: raw.append(output[0]))
     prediction = space.predict(network, x_t, torch.full((2,), 0.5), encoded)
@@ -244,7 +248,7 @@ def test_pixart_loads_under_the_class_name_of_the_public_folders(diffusion_folde
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_adapts_every_named_layer_and_trains_alone(family, diffusion_folders):
     space = load_space(diffusion_folders[family])
-    encoded = encode_prompt_list(space, PROMPTS)
+    encoded = TextEncoder(space).encode(PROMPTS)
     x_t, t_B = noise_for(space), torch.tensor([0.3, 0.8])
     with torch.no_grad():
         teacher = space.predict(space.load_network(), x_t, t_B, encoded)
@@ -275,7 +279,7 @@ def test_features_are_pictures_that_a_discriminator_can_follow(family, depth_fra
     space = load_space(diffusion_folders[family])
     fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=4), depth_fraction)
     x_t = noise_for(space).requires_grad_()
-    features = fake.features(x_t, torch.tensor([0.3, 0.8]), encode_prompt_list(space, PROMPTS))
+    features = fake.features(x_t, torch.tensor([0.3, 0.8]), TextEncoder(space).encode(PROMPTS))
     assert features.ndim == 4
     assert features.shape[-2:] == ((4, 4) if family == "pixart" or depth_fraction == 0 else (2, 2))
     Discriminator(features.shape[1], 64)(features).sum().backward()
@@ -362,4 +366,4 @@ def test_text_encoders_of_another_unet_are_named(diffusion_folders, tmp_path):
         diffusion_folders["sdxl"], tmp_path / "sdxl", "unet/config.json", projection_class_embeddings_input_dim=100
     )
     with pytest.raises(InputError, match="pools to 24 channels, but the UNet takes 52"):
-        encode_prompt_list(load_space(folder), PROMPTS)
+        TextEncoder(load_space(folder)).encode(PROMPTS)

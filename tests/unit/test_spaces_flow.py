@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
 
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.data.encode import encode_prompt_list
+from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift
 from raydistill.distill.fake_score import FakeScore
@@ -109,7 +109,7 @@ def test_encoding_equals_the_pipeline(name, folders):
 def test_a_prompt_is_encoded_alike_in_any_company(name, folders):
     """Conditioning has one shape whatever the prompts, so that rows of different batches fit together."""
     space = load_space(folders[name])
-    alone, together = (encode_prompt_list(space, prompts, chunk=2) for prompts in (PROMPTS[:1], PROMPTS))
+    alone, together = (TextEncoder(space, chunk=2).encode(prompts) for prompts in (PROMPTS[:1], PROMPTS))
     for key, value in together.items():
         assert torch.equal(value[:1], alone[key])
         assert not torch.equal(value[0], value[1])

@@ -259,7 +259,15 @@ def exported(bucket, tmp_path_factory):
 
     space = load_space(WEIGHTS / "sd15")
     local = tmp_path_factory.mktemp("run")
-    card = ModelCard("shapes:flux", "FluxPipeline", "shapes:sd15-onestep", 1, "0" * 32, "0" * 12, {"mean": 0.5})
+    card = ModelCard(
+        teacher="shapes:flux",
+        teacher_class="FluxPipeline",
+        student="shapes:sd15-onestep",
+        steps=1,
+        run_id="0" * 32,
+        config_hash="0" * 12,
+        metrics={"mean": 0.5},
+    )
     export_student(space, load_student(space, WEIGHTS / "sd15-onestep"), 999, local / "export", card)
     (local / "config.yaml").write_text(to_yaml(Config()))
     (local / "run.json").write_text(json.dumps({"mlflow": {"pipeline": "a" * 32, "no_vsd": "b" * 32}}))
@@ -371,17 +379,27 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
     import numpy as np
     import torch
 
-    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, png, shard_file
+    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, shard_file
     from raydistill.data.shards import FAILURES_FILE, PairWriter
     from raydistill.errors import InputError
+    from raydistill.pictures.files import png_bytes
 
     def writer(place_, seed=0):
         names = lambda rows: (np.asarray(rows), [f"prompt {row}" for row in rows])  # noqa: E731
-        return PairWriter(place_, 5, 2, names, seed, ("flux", "1"), 1, {"seed": seed})
+        return PairWriter(
+            place_,
+            count=5,
+            shard_size=2,
+            at=names,
+            seed=seed,
+            teacher=("flux", "1"),
+            max_failed_rows=1,
+            settings={"seed": seed},
+        )
 
     def rows(*numbers):
         z = torch.arange(len(numbers) * 4, dtype=torch.float16).reshape(-1, 1, 2, 2).numpy() + numbers[0]
-        preview = np.array([png(Image.new("RGB", (4, 4))) for _ in numbers], dtype=object)
+        preview = np.array([png_bytes(Image.new("RGB", (4, 4))) for _ in numbers], dtype=object)
         failure = np.array(["broken" if row == 2 else "" for row in numbers], dtype=object)
         return {"row": np.array(numbers), "z_T": z, "z_S": z, "preview": preview, "failure": failure}
 

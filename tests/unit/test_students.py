@@ -12,7 +12,7 @@ import tiny_diffusion_pipelines as tiny
 import torch
 from diffusers import StableDiffusionPipeline
 
-from raydistill.data.encode import encode_prompt_list, encode_unconditional
+from raydistill.data.encode import TextEncoder
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
@@ -48,7 +48,7 @@ def test_spaces_read_both_models_as_they_are(folders):
 def test_sampling_equals_the_pipeline(prediction, folders):
     """PNDM for 2.1-base, DDIM for 2.1, as published; with guidance."""
     space = load_space(folders[prediction])
-    encoded, empty = encode_prompt_list(space, PROMPTS), encode_unconditional(space)
+    encoded, empty = TextEncoder(space).encode(PROMPTS), TextEncoder(space).encode_unconditional()
     with torch.no_grad():
         ours = space.sample(space.load_network(), noise_for(space), encoded, empty, 4, 3.0)
         picture = space.decode(space.load_vae(), ours)
@@ -63,7 +63,7 @@ def test_sampling_equals_the_pipeline(prediction, folders):
 def test_one_step_x0_equals_a_float64_computation(prediction, start, folders):
     """alpha_bar = prod(1 - beta) of the scaled-linear schedule; eps: (x - sigma eps) / alpha; v: alpha x - sigma v."""
     space = load_space(folders[prediction])
-    noise, encoded = noise_for(space), encode_prompt_list(space, PROMPTS)
+    noise, encoded = noise_for(space), TextEncoder(space).encode(PROMPTS)
     with torch.no_grad():
         ours = one_step_x0(space, space.load_network(), noise, encoded, start)
 
@@ -82,10 +82,10 @@ def test_one_step_x0_equals_a_float64_computation(prediction, start, folders):
 def test_the_exported_pipelines_step_is_our_x0(prediction, start, folders, tmp_path):
     """The latents that plain diffusers reaches with one step and no guidance."""
     space = load_space(folders[prediction])
-    unet, noise, encoded = space.load_network(), noise_for(space), encode_prompt_list(space, PROMPTS)
+    unet, noise, encoded = space.load_network(), noise_for(space), TextEncoder(space).encode(PROMPTS)
     with torch.no_grad():
         ours = one_step_x0(space, unet, noise, encoded, start)
-    card = ModelCard("shapes:flux", "FluxPipeline", "stable-diffusion-2-1", 1)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="stable-diffusion-2-1", steps=1)
     folder = export_student(space, unet, start, tmp_path / "export", card, torch.float32)
     pipe = quiet(StableDiffusionPipeline.from_pretrained(folder))
     theirs = pipe(PROMPTS, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="latent").images

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from raydistill.data import synthesis
+from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import existing_shards, load_pairs, read_pairs, shard_file
 from raydistill.data.prompts import PromptSet
-from raydistill.data.synthesis import AskedRows, LocalTeacher, Recipe, TeacherAsker, encode_rows, synthesise
+from raydistill.data.synthesis import AskedRows, Recipe, TeacherAsker, encode_rows
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, StageFailed
@@ -38,6 +40,11 @@ def spaces(flux_folder, sd_folder):
 @pytest.fixture(scope="module")
 def local(spaces):
     return LocalTeacher(spaces[0], spaces[0].load_network())
+
+
+def synthesise(client, teacher, student, prompts, folder, *, forbidden=(), max_failed_rows=0, **numbers) -> int:
+    told = Recipe(teacher=teacher, student=student, source=prompts, **numbers)
+    return synthesis.synthesise(told, folder, client, forbidden=forbidden, max_failed_rows=max_failed_rows)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +68,9 @@ def pillow_resized(images, pixels: int) -> torch.Tensor:
 
 
 def same(a, b) -> bool:
-    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("prompt_ids", "seeds", "z_T", "z_S"))
+    tensors = all(
+        torch.equal(getattr(a, name), getattr(b, name)) for name in ("prompt_ids", "seeds", "z_teacher", "z_student")
+    )
     return tensors and a.prompts == b.prompts and a.previews == b.previews
 
 
@@ -93,10 +102,10 @@ def test_rows_hold_the_sampled_picture_in_both_spaces(whole, spaces, local):
     )
     with torch.no_grad():
         images = teacher.decode(teacher.load_vae(), latents)
-        z_T = teacher.encode(teacher.load_vae(), images)
-        z_S = student.encode(student.load_vae(), pillow_resized(images, 32))
-    torch.testing.assert_close(whole.z_T.float(), z_T, rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(whole.z_S.float(), z_S, rtol=2e-3, atol=2e-3)
+        z_teacher = teacher.encode(teacher.load_vae(), images)
+        z_student = student.encode(student.load_vae(), pillow_resized(images, 32))
+    torch.testing.assert_close(whole.z_teacher.float(), z_teacher, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(whole.z_student.float(), z_student, rtol=2e-3, atol=2e-3)
 
 
 def test_preview_is_the_picture(whole, spaces, local):
@@ -164,12 +173,12 @@ def test_rows_of_other_settings_are_not_mixed(spaces, local, tmp_path):
 def test_bits_of_a_row_do_not_depend_on_its_batch(spaces):
     encoder = PairEncoder(*spaces)
     latents = normal(0, range(11), spaces[0].latent_shape, "latents")
-    z_T, z_S, pngs = encoder(latents)
-    assert z_T.shape == latents.shape
-    assert z_S.shape == (11, *spaces[1].latent_shape)
+    z_teacher, z_student, pngs = encoder(latents)
+    assert z_teacher.shape == latents.shape
+    assert z_student.shape == (11, *spaces[1].latent_shape)
     alone = encoder(latents[9:])
-    assert torch.equal(z_T[9:], alone[0])
-    assert torch.equal(z_S[9:], alone[1])
+    assert torch.equal(z_teacher[9:], alone[0])
+    assert torch.equal(z_student[9:], alone[1])
     assert pngs[9:] == alone[2]
 
 
@@ -177,10 +186,10 @@ def test_posterior_samples_are_the_rows_own_draws_around_the_mean(spaces):
     teacher, student = spaces
     pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     encoder = PairEncoder(teacher, student, posterior="sample", seed=8)
-    z_T, z_S, _ = encoder.encode(pictures, [4, 0, 9])
+    z_teacher, z_student, _ = encoder.encode(pictures, [4, 0, 9])
     for space, images, z, purpose in (
-        (teacher, pictures, z_T, "posterior_T"),
-        (student, resized(pictures, 32), z_S, "posterior_S"),
+        (teacher, pictures, z_teacher, "posterior_T"),
+        (student, resized(pictures, 32), z_student, "posterior_S"),
     ):
         with torch.no_grad():
             posterior = space.load_vae().encode(images).latent_dist
@@ -189,7 +198,7 @@ def test_posterior_samples_are_the_rows_own_draws_around_the_mean(spaces):
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(z, space.normalise(posterior.mean), atol=1e-2)
     again, _, _ = encoder.encode(pictures[1:2], [0])
-    assert torch.equal(again[0], z_T[1])
+    assert torch.equal(again[0], z_teacher[1])
     with pytest.raises(ValueError, match="rows must be given"):
         encoder.encode(pictures)
 
@@ -198,7 +207,7 @@ def test_posterior_samples_are_the_rows_own_draws_around_the_mean(spaces):
 
 
 def recipe(spaces, count, **changes) -> Recipe:
-    return Recipe(*spaces, PROMPTS, count, **SETTINGS | changes)
+    return Recipe(teacher=spaces[0], student=spaces[1], source=PROMPTS, count=count, **SETTINGS | changes)
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +310,8 @@ def test_failed_rows_are_recorded_and_cost_no_other_row(whole, spaces, local, tm
     assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=2, **SETTINGS) == 7
     left = [0, 1, 3, 4, 6]
     pairs = load_pairs(tmp_path)
-    assert torch.equal(pairs.z_T, whole.z_T[left])
-    assert torch.equal(pairs.z_S, whole.z_S[left])
+    assert torch.equal(pairs.z_teacher, whole.z_teacher[left])
+    assert torch.equal(pairs.z_student, whole.z_student[left])
     assert pairs.prompts == [whole.prompts[row] for row in left]
     assert [(entry["row"], entry["prompt_id"], entry["prompt"], entry["reason"]) for entry in failures(tmp_path)] == [
         (row, int(whole.prompt_ids[row]), whole.prompts[row], "the teacher's sample is not finite") for row in (2, 5)
@@ -329,7 +338,7 @@ def test_a_shard_whose_rows_all_failed_is_complete_and_empty(whole, spaces, loca
     assert synthesise(teacher, *spaces, PROMPTS, tmp_path, count=7, max_failed_rows=9, **SETTINGS) == 0
     pairs = read_pairs(tmp_path)
     assert len(pairs) == 3
-    assert torch.equal(pairs.rows([2, 0]).z_T, whole.z_T[[6, 4]])
+    assert torch.equal(pairs.rows([2, 0]).z_teacher, whole.z_teacher[[6, 4]])
 
 
 def poisoned(folder, copy):
@@ -354,7 +363,7 @@ def test_a_prompt_that_the_text_encoder_cannot_read_fails_alone(whole, spaces, l
     assert [entry["row"] for entry in failures(tmp_path / "set")] == blue
     assert {entry["reason"] for entry in failures(tmp_path / "set")} == {"the text encoders' output is not finite"}
     left = [row for row in range(7) if row not in blue]
-    assert torch.equal(load_pairs(tmp_path / "set").z_T, whole.z_T[left])
+    assert torch.equal(load_pairs(tmp_path / "set").z_teacher, whole.z_teacher[left])
 
 
 def test_rows_of_a_retrained_teacher_are_not_mixed(spaces, local, flux_folder, tmp_path):

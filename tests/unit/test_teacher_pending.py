@@ -11,7 +11,7 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from raydistill.config.schema import TeacherServiceConfig
-from raydistill.teachers import client as client_module
+from raydistill.teachers import pending as pending_module
 from raydistill.teachers.client import PendingScores, TeacherClient
 from raydistill.teachers.request import TeacherError
 
@@ -123,8 +123,8 @@ def result_on(monkeypatch):
 
     def wait(states, answers):
         serve = Serve(states, answers)
-        monkeypatch.setattr(client_module, "time", serve)
-        monkeypatch.setattr(client_module.service, "applications", serve.applications)
+        monkeypatch.setattr(pending_module, "time", serve)
+        monkeypatch.setattr(pending_module.service, "applications", serve.applications)
         try:
             PendingScores(serve.client, "predict_x0", None, SHAPE, str).result()
         except TeacherError as error:

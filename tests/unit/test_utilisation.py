@@ -6,7 +6,7 @@ import pytest
 
 from raydistill.config.reading import load
 from raydistill.errors import InputError
-from raydistill.teachers.utilisation import KEPT, WINDOW_S, LoadLog, Meter, Utilisation
+from raydistill.teachers.utilisation import RECENT_ANSWERS, WINDOW_S, LoadLog, Meter, Utilisation
 
 
 class Clock:
@@ -60,7 +60,7 @@ def test_the_client_gathers_recent_answers():
         "teachers/latency_p50": 50.0, "teachers/latency_p95": 95.0,
         "teachers/busy_fraction": 0.25, "teachers/queue": 7.0,
     }  # fmt: skip
-    for _ in range(KEPT):
+    for _ in range(RECENT_ANSWERS):
         log.add(Utilisation(1.0, 0.5, 0))
     assert log.metrics()["teachers/latency_p95"] == 1.0
 

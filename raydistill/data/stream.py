@@ -1,0 +1,171 @@
+"""Conditioned batches for trainers: text encoders in Ray Data actors, in an order that can be resumed anywhere.
+
+The cursor is a slot number. Slot s is one batch of all workers together, G rows: the positions s G … s G + G - 1 of the
+prompt set's endless order (`PromptSet.at`), of which each worker reads its own (`own_rows`). Each position is read
+exactly once by construction, whatever the number of restarts, and of workers after each; a resume encodes nothing that
+was consumed before. See `encode` for the columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import ray
+import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from raydistill.background import in_background
+from raydistill.data.encode import CHUNK, Batch, PromptEncoder
+from raydistill.data.prompts import PromptSet
+from raydistill.data.ray_data import dataset_of
+
+IDLE_S = 0.02  # pause of the executor's loop while the trainer has batches waiting
+
+
+def own_rows(rank: int, world: int, parts: int, part_size: int) -> range:
+    """Rows of every slot that worker `rank` of `world` reads: consecutive parts out of `parts`, as evenly as it goes."""
+    return range(rank * parts // world * part_size, (rank + 1) * parts // world * part_size)
+
+
+def slot_positions(slot: int, rows: range, slot_size: int) -> np.ndarray:
+    """Positions [B] of a slot's `rows`, int64."""
+    return np.arange(rows.start, rows.stop, dtype=np.int64) + slot * slot_size
+
+
+@functools.lru_cache(maxsize=2)
+def _fetch(prompts: ray.ObjectRef) -> PromptSet:
+    """The prompt set, whose columns stay where they lie in the object store of this node."""
+    return ray.get(prompts)
+
+
+def _rows_of_slots(
+    slots: Batch, prompts: ray.ObjectRef, seed: int, rows: range, slot_size: int
+) -> dict[str, np.ndarray]:
+    """Slot numbers -> sample_id, prompt_id and prompt of their rows."""
+    positions = np.concatenate([slot_positions(slot, rows, slot_size) for slot in slots["slot"].tolist()])
+    ids, texts = _fetch(prompts).at(seed, positions)
+    return {"sample_id": positions, "prompt_id": ids, "prompt": np.array(texts, dtype=object)}
+
+
+def conditioned_batches(
+    prompts: PromptSet,
+    folders: Mapping[str, str],
+    *,
+    seed: int,
+    first: int,
+    stop: int,
+    rows: range,
+    slot_size: int,
+    dtype: str | Mapping[str, str] = "float32",
+    chunk: int = CHUNK,
+    encoders: int = 1,
+    cpus_per_encoder: float = 0.1,
+    gpus_per_encoder: float = 0.0,
+    threads: int = 1,
+    node_labels: Mapping[str, str] | None = None,
+    prefetch: int = 2,
+    in_flight_bytes: int = 256 << 20,
+) -> Generator[Batch]:
+    """Batches of the slots first … stop - 1 for one worker, in order; see `encode` for the columns.
+
+    Call it inside the worker that consumes the batches; closing the generator ends the encoders.
+
+    Args:
+        prompts: the prompt set; stored once in the object store.
+        folders, dtype, chunk, threads: see `PromptEncoder`. Folders must exist on every node.
+        seed: of the order of prompts.
+        first, stop: slots to read; a resume starts at the first slot that was not consumed.
+        rows: of each slot, those of this worker: B of them.
+        slot_size: rows G of a slot, of all workers together.
+        encoders: actors of this worker that encode.
+        cpus_per_encoder, gpus_per_encoder: Ray resources of each; with a GPU share they encode on "cuda".
+        node_labels: of the nodes that may hold them; None: any.
+        prefetch: batches fetched ahead into this process.
+        in_flight_bytes: object store memory within which the encoders run ahead.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    batch_size = len(rows)
+    if not 0 <= rows.start < rows.stop <= slot_size or rows.step != 1:
+        raise ValueError(f"rows must lie within 0 … {slot_size} and be at least one, not {rows}")
+    if not 0 <= first <= stop:
+        raise ValueError(f"need 0 <= first <= stop, not {first} and {stop}")
+    if first == stop:
+        return
+    rows_of_slots = functools.partial(
+        _rows_of_slots, prompts=ray.put(prompts), seed=seed, rows=rows, slot_size=slot_size
+    )
+    encoder = {
+        "folders": {role: str(folder) for role, folder in folders.items()},
+        "dtype": dtype,
+        "device": "cuda" if gpus_per_encoder else "cpu",
+        "chunk": chunk,
+        "threads": threads,
+    }
+    share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder, "label_selector": node_labels or None}
+    conditioned = (
+        _slots(first, stop, in_flight_bytes)
+        .map_batches(rows_of_slots, batch_size=None, batch_format="numpy", **share)  # fused into the encoders
+        .map_batches(
+            PromptEncoder,
+            fn_constructor_kwargs=encoder,
+            batch_size=batch_size,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=encoders, max_tasks_in_flight_per_actor=2),
+            **share,
+        )
+    )
+    batches = iter(conditioned.iter_batches(batch_size=batch_size, prefetch_batches=prefetch, batch_format="numpy"))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+class Early(Iterator[Batch]):
+    """The batches of a generator, whose first is fetched from now on, in a thread, while the caller does other things."""
+
+    def __init__(self, batches: Generator[Batch]) -> None:
+        self._batches = batches
+        self._first: Future[Batch | None] | None = in_background(lambda: next(batches, None))  # until it was asked for
+
+    def __next__(self) -> Batch:
+        """Raises StopIteration after the last one."""
+        if self._first is None:
+            return next(self._batches)
+        first, self._first = self._first.result(), None
+        if first is None:
+            raise StopIteration
+        return first
+
+    def close(self) -> None:
+        """End the generator; one whose first batch is still under way ends with the process, as nothing can stop it."""
+        if self._first is None or self._first.done():
+            self._batches.close()
+
+
+def _slots(first: int, stop: int, in_flight_bytes: int) -> ray.data.Dataset:
+    slots = dataset_of([{"slot": slot} for slot in range(first, stop)], in_order=True)
+    options = slots.context.execution_options
+    options.resource_limits = options.resource_limits.copy(object_store_memory=in_flight_bytes)
+    slots.context.custom_execution_callback_classes = [_Unhurried]
+    return slots
+
+
+class _Unhurried(ExecutionCallback):
+    """Slows the executor's loop down while nobody waits for it.
+
+    Ray Data's executor runs in a thread of the process that consumes, and its loop spins without a pause while the
+    encoders are held back by a full buffer: it would take half of the trainer's time from under the interpreter's lock.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        _, output = executor._output_node
+        if len(output.output_queue) > 0:
+            time.sleep(IDLE_S)

@@ -1,0 +1,196 @@
+"""An evaluation on Ray: its pictures and scores as a Ray Data stream, then what needs all pictures, then its results.
+
+    batch numbers ──► draw ──► judge ──► clipscore ──► rewards
+
+Pictures and scores go through the evaluation's folder, which all nodes must see. Each actor skips what is there. So a
+job that was killed goes on where it was, and another metric can be added afterwards without drawing again. Metrics of
+a whole set (Fréchet distance, FID) and scorer commands follow when all pictures are there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from raydistill.data.ray_data import dataset_of
+from raydistill.data.stage_error import StageError
+from raydistill.errors import StageFailed
+from raydistill.evaluation.command import run_command
+from raydistill.evaluation.evaluation import Evaluation
+from raydistill.evaluation.folder import DRAW, PICTURES, BatchActor, EvaluationFolder
+from raydistill.evaluation.metrics import SET_METRICS, Metric, pictures_in
+from raydistill.evaluation.results import collect, finish
+from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
+from raydistill.evaluation.scorers import ClipScorer, Drawing, JudgeScorer, judge_frechet
+from raydistill.teachers import placement
+
+log = logging.getLogger(__name__)
+
+
+def run_evaluation(
+    evaluation: Evaluation, done: Callable[[int], object] = lambda pictures: None
+) -> dict[str, dict[str, float]]:
+    """Do what is missing, inside a connection to Ray, and write the results; returns the table of means.
+
+    Raises:
+        StageFailed: an actor or a command failed; what is there is kept.
+    """
+    if evaluation.resources.gpus is None:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        evaluation = replace(evaluation, resources=evaluation.resources.divided(len(evaluation.metrics), gpus))
+    folder = EvaluationFolder.create(evaluation.folder, evaluation.pictures, evaluation.settings)
+    run_stream(folder, pools_of(evaluation), done)
+    for metric in evaluation.metrics:
+        if metric.command and folder.missing(metric.name):
+            arguments = (str(evaluation.folder), folder.batch_size, metric.name, list(metric.command), str(Path.cwd()))
+            run_once(run_command, *arguments, gpus=evaluation.resources.gpus)
+    for metric in evaluation.metrics:
+        if metric.name in SET_METRICS:
+            folder.write_set(metric.name, _of_set(evaluation, folder, metric))
+    table, columns = collect(evaluation, folder)
+    finish(evaluation, table, columns)
+    return table
+
+
+def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) -> float:
+    if metric.name == "fid":
+        arguments = (
+            str(evaluation.folder / PICTURES),
+            str(evaluation.reference),
+            metric.weights,
+            evaluation.resources.device,
+        )
+        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=evaluation.resources.gpus)
+    files = [str(folder.file_of(picture)) for picture in folder.pictures]
+    reference = [str(file) for file in pictures_in(evaluation.reference)]
+    return run_once(judge_frechet, metric.weights["judge"], files, reference, evaluation.resources.threads)
+
+
+# -- the stream ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """One operator of the stream, and what its actors need.
+
+    Attributes:
+        metric: its name.
+        make, arguments: `make(**arguments)` is called in the actor.
+        runtime_env: of its own; None: the job's.
+        actors, cpus, gpus: how many actors, and the share of each.
+    """
+
+    metric: str
+    make: Callable[..., Any]
+    arguments: dict[str, Any]
+    runtime_env: dict[str, Any] | None = None
+    actors: int = 1
+    cpus: float = 0.25
+    gpus: float = 0.0
+
+
+def pools_of(evaluation: Evaluation) -> list[ActorPool]:
+    """The stream's actors, those that draw first."""
+    told = evaluation.resources
+    common = {"device": told.device, "threads": told.threads}
+    drawing = {"subject": evaluation.subject, "dtype": told.dtype} | common
+    pools = [ActorPool(metric=DRAW, make=Drawing, arguments=drawing, actors=told.actors, gpus=told.gpus)]
+    for metric in evaluation.metrics:
+        name = metric.name
+        if name == "judge":
+            arguments = {"folder": metric.weights["judge"], "threads": told.threads}
+            pools.append(ActorPool(metric=name, make=JudgeScorer, arguments=arguments))
+        elif name == "clipscore":
+            arguments = {"folder": metric.weights["clipscore"]} | common
+            pools.append(ActorPool(metric=name, make=ClipScorer, arguments=arguments, gpus=told.gpus))
+        elif name in REWARDS:
+            arguments, own = {"weights": metric.weights, "device": told.device}, runtime_env(name)
+            pools.append(
+                ActorPool(metric=name, make=REWARDS[name], arguments=arguments, runtime_env=own, gpus=told.gpus)
+            )
+    return pools
+
+
+def run_stream(
+    folder: EvaluationFolder, pools: list[ActorPool], done: Callable[[int], object] = lambda pictures: None
+) -> None:
+    """Run every pool for every batch that it lacks; `done` is called with the pictures of each finished batch.
+
+    Raises:
+        StageFailed: an actor failed.
+    """
+    missing = {pool.metric: set(folder.missing(pool.metric)) for pool in pools}
+    batches = sorted(set().union(*missing.values())) if missing else []
+    done(sum(len(folder.batch(b)) for b in folder.batches if b not in set(batches)))
+    if not batches:
+        return
+    pools = [pool for pool in pools if missing[pool.metric]]
+    check_room(pools, ray.cluster_resources())
+    rows = dataset_of([{"batch": batch} for batch in batches])
+    rows.context.raise_original_map_exception = True  # a StageError
+    for pool in pools:
+        arguments = {"path": str(folder.path), "batch_size": folder.batch_size, "metric": pool.metric}
+        arguments |= {"make": pool.make, "arguments": pool.arguments}
+        more = {"runtime_env": pool.runtime_env} if pool.runtime_env else {}
+        rows = rows.map_batches(
+            BatchActor,
+            fn_constructor_kwargs=arguments,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=pool.actors, max_tasks_in_flight_per_actor=2),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            **more,
+        )
+    finished = iter(rows.iter_batches(batch_size=1, batch_format="numpy"))
+    try:
+        for row in finished:
+            done(sum(len(folder.batch(batch)) for batch in row["batch"].tolist()))
+    except StageError as error:
+        raise _failed(error) from error
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        raise _failed(cause if isinstance(cause, StageError) else error) from error
+
+
+def check_room(pools: list[ActorPool], cluster: dict[str, float]) -> None:
+    """Raises StageFailed where the actors can never be placed: Ray Data would wait for ever without a word."""
+    wanted = {
+        "CPU": sum(pool.actors * pool.cpus for pool in pools),
+        "GPU": sum(pool.actors * pool.gpus for pool in pools),
+    }
+    for kind, amount in wanted.items():
+        if amount > cluster.get(kind, 0.0) + 1e-6 and not placement.autoscaler_present():
+            raise StageFailed(
+                f"the actors need {amount:g} {kind} at once, and the cluster has {cluster.get(kind, 0.0):g}: lower --actors "
+                "or --gpus, or give the metrics one after the other"
+            )
+
+
+def _failed(error: Exception) -> StageFailed:
+    if isinstance(error, StageError):
+        log.debug("%s", error.trace)
+        return StageFailed(f"{error.text} ({error.kind})")
+    return StageFailed(" ".join(str(error).split())[-800:])
+
+
+def run_once(
+    work: Callable[..., Any], *arguments: Any, runtime_env: dict[str, Any] | None = None, gpus: float = 0.0
+) -> Any:
+    """One Ray task, for example in an environment of its own. Raises StageFailed."""
+    options: dict[str, Any] = {"num_cpus": 0.25, "num_gpus": gpus, "max_retries": 0}
+    if runtime_env:
+        options["runtime_env"] = runtime_env
+    try:
+        return ray.get(ray.remote(**options)(work).remote(*arguments))
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        text = f"{cause} ({type(cause).__name__})" if cause is not None else " ".join(str(error).split())[-800:]
+        raise StageFailed(text) from error

@@ -1,0 +1,113 @@
+"""Metrics by name, and what they need: weights, a program, a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydistill.errors import InputError
+from raydistill.evaluation.command import PREFIX, parse_command
+from raydistill.evaluation.folder import DRAW, PICTURES, SETTINGS_FILE
+from raydistill.evaluation.weights import find_weights
+from raydistill.export.sampling import SHEETS
+from raydistill.pictures.picture import Picture
+from raydistill.shapes.captions import parse
+from raydistill.storage.resolve import resolve
+
+PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
+SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric that was asked for, with everything it needs found."""
+
+    name: str
+    weights: dict[str, str]  # option -> place
+    command: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides its numbers."""
+        return {"weights": self.weights} | ({"command": list(self.command)} if self.command else {})
+
+
+def find_metrics(texts: list[str], named: dict[str, str], pictures: Sequence[Picture], judge: str) -> list[Metric]:
+    """The metrics of --metrics, with weights found.
+
+    Raises:
+        InputError: an unknown metric, weights that are not to be had, or prompts the judge cannot read.
+    """
+    metrics: dict[str, Metric] = {}
+    for text in texts:
+        if text.startswith(PREFIX):
+            name, words = parse_command(text)
+            if name in (*PICTURE_METRICS, *SET_METRICS, DRAW):
+                raise InputError(f"--metrics {text}: {name} is a metric already; give the program another name")
+            metric = Metric(name, {}, tuple(words))
+        elif text in ("judge", "frechet"):
+            folder = resolve(judge)
+            if not (folder / "judge.safetensors").is_file():
+                raise InputError(f"--judge {judge}: no judge (judge.safetensors)")
+            metric = Metric(text, {"judge": str(folder.resolve())})
+        elif text in (*PICTURE_METRICS, *SET_METRICS):
+            metric = Metric(text, find_weights(text, named))
+        else:
+            known = ", ".join((*PICTURE_METRICS, *SET_METRICS, "command:NAME=PROGRAM"))
+            raise InputError(f"--metrics {text}: unknown; metrics: {known}")
+        if metric.name in metrics:
+            raise InputError(f"--metrics: {metric.name} is named twice")
+        metrics[metric.name] = metric
+    if "judge" in metrics:
+        _check_judged(pictures)
+    return list(metrics.values())
+
+
+def _check_judged(pictures: Sequence[Picture]) -> None:
+    for picture in pictures:
+        try:
+            parse(picture.prompt)
+        except ValueError as error:
+            raise InputError(
+                f"prompt {picture.prompt_id}: {error}; the judge, which scores where no --metrics are named, reads no other: name "
+                "others, for example --metrics clipscore"
+            ) from None
+
+
+def open_reference(place: Path | None, metrics: list[Metric]) -> Path | None:
+    """The folder of pictures that set metrics compare with; of an earlier evaluation, its pictures.
+
+    Raises:
+        InputError: it is missing, not asked for, has fewer than two pictures, or pictures of pictures.
+    """
+    wanted = [metric.name for metric in metrics if metric.name in SET_METRICS]
+    if place is None:
+        if wanted:
+            raise InputError(
+                f"--metrics {wanted[0]}: needs --reference FOLDER, pictures to compare with (for example the folder of a "
+                "teacher's evaluation)"
+            )
+        return None
+    if not wanted:
+        raise InputError(f"--reference belongs to --metrics {' and '.join(SET_METRICS)}")
+    folder = place / PICTURES if (place / SETTINGS_FILE).is_file() else place
+    if all((folder / name).is_file() for name in SHEETS):
+        raise InputError(
+            f"--reference {folder}: {' and '.join(SHEETS)}, which jobs/sample.py wrote beside its pictures, would count as two "
+            "of them; move them away"
+        )
+    if len(pictures_in(folder)) < 2:
+        raise InputError(
+            f"--reference {folder}: a folder of at least two pictures is needed ({', '.join(PICTURE_SUFFIXES)})"
+        )
+    return folder.resolve()
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Picture files of a folder, by name."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURE_SUFFIXES and not f.name.startswith("."))

@@ -1,0 +1,107 @@
+"""Imports of the package point one way, and stand at the top of a file (raydistill/README.md has the map of the rooms)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "raydistill"
+ROOT = {"__init__", "errors", "background", "precision", "imports"}  # small tools, which know nothing above them
+LAYERS = (  # rooms of one line do not know each other; a room knows those of the lines above it
+    {"diffusion", "shapes"},
+    {"config"},
+    {"storage"},
+    {"tracking", "pictures", "spaces"},
+    {"teachers"},
+    {"data"},
+    {"bridge"},
+    {"distill", "export"},
+    {"evaluation", "planning", "build_shapes"},
+    {"workers"},
+    {"driver"},
+    {"benchmark"},
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+MAY_IMPORT_RAY = {"teachers", "data", "workers", "driver", "benchmark"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    """The room, or the module's own name where it stands at the package's root."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Full names of the modules that a statement imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.level == 0:
+        return [f"{node.module}.{alias.name}" if node.module == "raydistill" else node.module for alias in node.names]
+    return []
+
+
+def imports(file: Path) -> list[tuple[ast.AST, str]]:
+    tree = ast.parse(file.read_text())
+    return [(node, name) for node in ast.walk(tree) for name in imported(node)]
+
+
+def test_the_root_holds_at_most_six_modules():
+    found = {file.stem for file in PACKAGE.glob("*.py")}
+    assert found == ROOT
+    assert len(found) <= 6
+    assert {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")} == set(LEVEL)
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_knows_its_own_room_and_those_below(file):
+    room = room_of(file)
+    for node, name in imports(file):
+        if not name.startswith("raydistill."):
+            continue
+        other = name.split(".")[1]
+        if other in ROOT or other == room:
+            assert room not in ROOT or other in ROOT, f"line {node.lineno}: {name}"
+            continue
+        assert room in LEVEL, f"line {node.lineno}: a module of the root imports {name}"
+        assert LEVEL[other] < LEVEL[room], f"line {node.lineno}: {room} imports {name}"
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_ray_is_imported_where_processes_are_started_alone(file):
+    if room_of(file) in MAY_IMPORT_RAY:
+        return
+    names = [name for _, name in imports(file) if name.split(".")[0] == "ray"]
+    assert set(names) <= {"ray.exceptions"}, names  # errors of Ray's that others tell apart
+
+
+def commented(lines: list[str], node: ast.stmt) -> bool:
+    """Whether a comment stands in the import's lines, or above it and the imports around it."""
+    if any("#" in line for line in lines[node.lineno - 1 : node.end_lineno]):
+        return True
+    above = node.lineno - 2
+    while lines[above].strip().startswith(("import ", "from ")):
+        if "#" in lines[above]:
+            return True
+        above -= 1
+    return lines[above].strip().startswith("#")
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_an_import_inside_a_function_says_why(file):
+    """Beside it, or once for the whole module: its docstring says "imported inside functions"."""
+    text = file.read_text()
+    tree, lines = ast.parse(text), text.splitlines()
+    if "imported inside functions" in " ".join((ast.get_docstring(tree) or "").split()):
+        return
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inner = {
+        node.lineno: node for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    silent = [f"line {line}: {', '.join(imported(node))}" for line, node in inner.items() if not commented(lines, node)]
+    assert not silent
