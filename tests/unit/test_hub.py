@@ -250,10 +250,10 @@ def test_only_models_may_come_from_the_hub():
 
 PIN = """
 from raydistill.config.reading import load
-from raydistill.driver.run_folder import create_run_folder, open_run_folder, pinned
+from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
 config = load(None, ["storage={storage}", "run.name={name}", "teacher.model={model}"])
 run = open_run_folder(config)
-config = pinned(config, run)
+config = pin_models(config, run)
 create_run_folder(run, config)
 print(config.teacher.model)
 """
