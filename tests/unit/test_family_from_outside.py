@@ -18,9 +18,10 @@ from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
 from raydistill.config.schema import AttentionConfig
+from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import load_pairs
 from raydistill.data.prompts import PromptSet
-from raydistill.data.synthesis import LocalTeacher, synthesise
+from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.distill.local import local_distillation
 from raydistill.distill.schedule import distillation_step
 from raydistill.driver.preflight import check_inputs
@@ -132,10 +133,11 @@ def test_a_launch_check_with_gpus_counts_it(configure):
 
 def test_synthesis_a_bridge_with_attention_and_an_update(configure, folder, sd_folder, tmp_path):
     teacher, student, pairs, bridge = load_space(folder), load_space(sd_folder), tmp_path / "pairs", tmp_path / "bridge"
-    made = synthesise(
-        LocalTeacher(teacher, teacher.load_network()), teacher, student, PromptSet(PROMPTS), pairs,
-        count=12, batch_size=6, shard_size=12, steps=2, guidance_scale=2.0, seed=0, progress=False,
+    recipe = Recipe(
+        teacher=teacher, student=student, source=PromptSet(PROMPTS),
+        count=12, batch_size=6, shard_size=12, steps=2, guidance_scale=2.0, seed=0,
     )  # fmt: skip
+    made = synthesise(recipe, pairs, LocalTeacher(teacher, teacher.load_network()), progress=False)
     assert made == 12
     assert load_pairs(pairs).z_T.std() > 0.01
 

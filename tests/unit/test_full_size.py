@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from few_blocks import write_shortened
+from lanes import full_but
 from safetensors.torch import save_file
 
 from raydistill.config.reading import CONFIGS, load
@@ -73,7 +74,10 @@ class Seen:
         shapes.append((*args[0].shape, *output.shape))
 
 
-@pytest.fixture(params=[*(f"{teacher}_sd15" for teacher in TEACHERS), "sd35_medium_sd21_base"])
+PAIRS = [*(f"{teacher}_sd15" for teacher in TEACHERS), "sd35_medium_sd21_base"]
+
+
+@pytest.fixture(params=full_but(PAIRS, "sdxl_sd15", "sd35_medium_sd15"))
 def pair(request, tmp_path) -> tuple[str, Config, Space, Space]:
     """(name of the teacher, configuration, student, teacher): every family with SD 1.5, and one with SD 2.1."""
     settings = [f"distill.batch_size={BATCH}", "distill.micro_batches=1", "distill.gradient_checkpointing=false"]
