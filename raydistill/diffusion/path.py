@@ -46,7 +46,7 @@ class DiscretePath:
     @classmethod
     def from_scheduler_config(cls, config: dict) -> DiscretePath:
         """Read the betas of any diffusers DDPM-like scheduler configuration."""
-        from diffusers import DDPMScheduler
+        from diffusers import DDPMScheduler  # slow, and needed by none of the equations
 
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         scheduler = DDPMScheduler(**{key: config[key] for key in keys if config.get(key) is not None})

@@ -20,6 +20,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.errors import InputError
@@ -47,8 +48,6 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
 
 def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     """Leave this worker its share of the parts' frozen parameters, on the mesh's device; what is trained stays whole."""
-    from torch.distributed.fsdp import fully_shard
-
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for part in parts:

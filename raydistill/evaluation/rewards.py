@@ -2,7 +2,7 @@
 
 The packages pin clashing versions, so none of them is imported by this project's own processes: each runs in a Ray
 runtime_env, which Ray builds with pip on the node where it is needed, and this module imports only the standard
-library. torch is pinned there too, since torchvision belongs to one torch.
+library: everything else is imported inside functions. torch is pinned there too, since torchvision belongs to one torch.
 
 | metric | package | entry point | order |
 |---|---|---|---|

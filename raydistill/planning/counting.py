@@ -190,7 +190,7 @@ class Teacher:
 
 def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teacher:
     """One forward of teachers.slice samples in teachers.dtype, as a rank computes it."""
-    from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE
+    from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE  # it imports deepspeed, which takes seconds
 
     dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
     layout = teacher.conditioning_layout

@@ -4,6 +4,8 @@ All ranks of a group must receive the same requests in the same order: a forward
 A request is cut into slices of `teachers.slice` samples. Repeats of the last sample fill the last slice, and whole slices
 for ranks that have none of their own. So every rank runs equally many forwards of one size. The bits of a sample then
 depend on its request alone.
+
+torch, diffusers and deepspeed are imported inside functions: in the rank's own process, after its environment is set.
 """
 
 from __future__ import annotations
