@@ -1,4 +1,4 @@
-"""Work that goes on beside the caller's own, in a thread, and whose failure the caller meets where it waits."""
+"""Work in a background thread. Its failure reaches the caller where the caller waits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Begin `work` in a daemon thread: unlike an executor's, no process that has given up on it waits for it."""
+    """Begin `work` in a daemon thread. A process can end without it, which an executor's threads would not allow."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -25,7 +25,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
 
 
 def result_of(wanted: Future[T], others: Iterable[Future[Any]]) -> T:
-    """What `wanted` gives, once it does; or, before that, the first failure of what runs beside it."""
+    """The result of `wanted`. Raises at once what one of the `others` raises before that."""
     running = {wanted, *others}
     while not wanted.done():
         ended, running = wait(running, return_when=FIRST_COMPLETED)

@@ -8,15 +8,19 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Wrong input: a configuration, a file or a folder that cannot be used. The message names it and says what to do."""
+    """A configuration, a file or a folder that cannot be used. The message names it and says what to do."""
 
 
 class StageFailed(RuntimeError):
-    """A stage of a run ended without its result. The message says why; what was reached is kept and can be continued."""
+    """A stage of a run ended without its result. The message says why. A resume goes on from what was reached."""
 
 
 class NonFiniteError(FloatingPointError):
-    """A value that must be finite is not; the message names where it arose, `count` says in how many samples."""
+    """A value that must be finite is not. The message names where it arose.
+
+    Attributes:
+        count: samples in which it is not finite.
+    """
 
     def __init__(self, message: str, count: int = 1) -> None:
         super().__init__(message, count)
@@ -26,6 +30,8 @@ class NonFiniteError(FloatingPointError):
         return self.message
 
 
+# -- texts without secrets --------------------------------------------------------------------------------
+
 MASK = "***"
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
 _USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
@@ -33,7 +39,7 @@ _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\
 
 
 def mask(key: str, value: Any) -> str:
-    """`value` as text without secrets: whole values of secret-looking keys, passwords and tokens inside URIs."""
+    """`value` as text without secrets. Masked are values of keys like `token`, and credentials in URIs."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if _SECRET_KEY.search(key) and value not in (None, ""):
         return MASK

@@ -1,4 +1,4 @@
-"""Importing a library without optional packages of its that cost every process a second and are of no use here."""
+"""Imports of libraries without their optional packages, which would cost every process a second for nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 @contextmanager
 def left_out(*packages: str) -> Iterator[None]:
-    """Whatever is imported in the block finds these packages not installed; one that is imported already stays.
+    """To what the block imports, these packages seem not installed. A package that is imported already stays.
 
-    Only for libraries that do without them: any other raises ImportError.
+    Only for libraries that can do without them. Others raise ImportError.
     """
     absent = [package for package in packages if package not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # None is Python's own way to say that there is none
+    sys.modules.update(dict.fromkeys(absent))  # None makes Python say that there is no such package
     try:
         yield
     finally:

@@ -9,14 +9,16 @@ import torch
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """On, or off within a block where it is on."""
+    """bfloat16 autocast; `enabled=False` switches it off within a block where it is on."""
     kind = "cpu" if device.type == "meta" else device.type  # the planner counts on meta tensors, as if on a CPU
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 def allow_tf32(allowed: bool | None) -> None:
-    """Whether this process's float32 matrix products and convolutions on CUDA round their factors to TF32: 10 bits of
-    mantissa instead of 23, sums in float32, several times as fast. None: torch's own default, convolutions alone.
+    """Whether this process rounds the factors of float32 matrix products and convolutions on CUDA to TF32.
+
+    TF32 has 10 bits of mantissa instead of 23. Sums stay float32. It is several times as fast.
+    None: torch's default, which is convolutions alone.
     """
     if allowed is None:
         return

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raydistill.config.schema import TeacherServiceConfig
+from raydistill.storage.atomic import replace_text
 from raydistill.teachers import service
 from raydistill.teachers.request import Memory, Payload
 from raydistill.teachers.shard import TeacherRank, actor
@@ -83,9 +84,7 @@ class IdleService:
 
     def set(self, seconds: float, slices: bool = False) -> None:
         """From the next request on: how long a rank takes, and whether it cuts and converts what it is sent."""
-        temporary = self.folder / "next.json"
-        temporary.write_text(json.dumps({"seconds": seconds, "slices": slices}))
-        temporary.replace(self.folder / SETTINGS)
+        replace_text(self.folder / SETTINGS, json.dumps({"seconds": seconds, "slices": slices}), durable=False)
 
     def start(self, replicas: int) -> None:
         """Start, or change the number of replicas."""

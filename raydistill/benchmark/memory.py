@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raydistill.storage.atomic import replace_text
+
 TOLERANCE = 0.1
 
 
@@ -211,8 +213,7 @@ def _rank(settings: dict[str, Any]) -> dict[str, Any]:
     file = Path(settings["meeting"], "port")
     if rank == 0:
         store = torch.distributed.TCPStore("127.0.0.1", 0, world, True, wait_for_workers=False)
-        file.with_suffix(".new").write_text(str(store.port))
-        file.with_suffix(".new").replace(file)
+        replace_text(file, str(store.port), durable=False)
     while not file.is_file():
         time.sleep(0.05)
     os.environ["MASTER_PORT"] = file.read_text()

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -27,6 +24,7 @@ from raydistill.config import schema
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import weight_files
+from raydistill.storage.atomic import replacing
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
 SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "vae_sha256")  # of bridge.json
@@ -221,18 +219,11 @@ class Bridge(nn.Module):
             dtype: of the stored weights (float16 halves the file).
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            unfinished.mkdir()
+        with replacing(folder) as fresh:
+            fresh.mkdir()
             weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.projector.state_dict().items()}
-            save_file(weights, unfinished / WEIGHTS_FILE)
-            (unfinished / DESCRIPTION_FILE).write_text(json.dumps(self.description(metrics), indent=2) + "\n")
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(unfinished, folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            save_file(weights, fresh / WEIGHTS_FILE)
+            (fresh / DESCRIPTION_FILE).write_text(json.dumps(self.description(metrics), indent=2) + "\n")
         return folder
 
     @classmethod

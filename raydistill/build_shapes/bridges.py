@@ -18,6 +18,7 @@ from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.shapes.captions import single_scenes
 from raydistill.spaces import load_space
+from raydistill.storage.atomic import replacing
 
 SAMPLE_STEPS = 12
 SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
@@ -127,9 +128,8 @@ def build_bridge(build: Build, name: str) -> None:
         parts = trainer.step(trainer.objective.batch(step))
         if step % 100 == 0:
             tqdm.write(f"bridge {step}: {parts}")
-            state.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(trainer.state_dict(), state.with_suffix(".tmp"))
-            state.with_suffix(".tmp").replace(state)
+            with replacing(state, alone=True) as fresh:
+                torch.save(trainer.state_dict(), fresh)
     metrics, picture = trainer.validation()
     tqdm.write(f"bridge: {metrics}")
     picture.save(build.work / f"bridge_{name}.png")

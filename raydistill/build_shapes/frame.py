@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import Scene, sample_scene
+from raydistill.storage.atomic import replacing
 
 
 @dataclass
@@ -87,15 +88,14 @@ def fit(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            folder.mkdir(parents=True, exist_ok=True)
             state = {
                 "step": step + 1,
                 "model": model.state_dict(),
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            torch.save(state, folder / "state.tmp")
-            (folder / "state.tmp").replace(folder / "state.pt")
+            with replacing(folder / "state.pt", alone=True) as fresh:
+                torch.save(state, fresh)
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps({"step": step + 1, "loss": running}) + "\n")
     return average.requires_grad_(False)
@@ -104,7 +104,6 @@ def fit(
 def cached(file: Path, make: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Tensors computed once and kept in a safetensors file."""
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in make().items()}, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
+        with replacing(file, alone=True) as fresh:
+            save_file({k: v.contiguous() for k, v in make().items()}, fresh)
     return load_file(file)

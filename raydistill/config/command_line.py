@@ -14,8 +14,6 @@ from raydistill.config.reading import fields, get, load, to_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
 
-# -- command line ---------------------------------------------------------------------------------------
-
 
 def _type_name(annotation: Any) -> str:
     origin = typing.get_origin(annotation)

@@ -1,6 +1,6 @@
 """Reading a configuration: YAML files that extend each other, then dotted overrides (`student.lr=1e-5`), then validation.
 
-A wrong key, type or value is one line of a InputError, which names the key, its file, and the nearest key that there is.
+A wrong key, type or value is one line of an InputError. It names the key, its file, and the nearest key that there is.
 """
 
 from __future__ import annotations
@@ -15,20 +15,30 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
-from raydistill.config.schema import Config, Section
+from raydistill.config.schema import Config, Free, Section, trains_bridge
 from raydistill.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, description) of every leaf."""
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from fields(info.annotation, f"{prefix}{name}.")
+def _leaves(
+    section: type[Section] = Config, prefix: str = "", around: Free | None = None
+) -> Iterator[tuple[str, FieldInfo, Free | None]]:
+    """(dotted key, field, mark) of every leaf; the mark may stand at a section around it."""
+    for name, field in section.model_fields.items():
+        mark = field.json_schema_extra if isinstance(field.json_schema_extra, Free) else around
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _leaves(field.annotation, f"{prefix}{name}.", mark)
         else:
-            yield prefix + name, info.annotation, info.default, info.description or ""
+            yield prefix + name, field, mark
+
+
+def fields() -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted key, type, default, description) of every leaf."""
+    for key, field, _ in _leaves():
+        yield key, field.annotation, field.default, field.description or ""
 
 
 def nearest(key: str) -> str:
@@ -61,6 +71,27 @@ def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-5 as a number, as everybody expects. YAML 1.1 wants 1.0e-5."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts texts in quotes where `_Loader` would read a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def _parse(text: str) -> Any:
+    """YAML as plain values. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+
+
 def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
     """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
 
@@ -78,7 +109,7 @@ def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dic
     if file.resolve() in (other.resolve() for other in extended_by):
         raise InputError(f"{extended_by[-1]}: extends {file}, which extends it")
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        tree = _parse(file.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -95,32 +126,13 @@ def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dic
     return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-5 as a number, as everybody expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _coerce_floats(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _coerce_floats(value) for key, value in tree.items()}
-    if isinstance(tree, str) and re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+", tree):
-        return float(tree)
-    return tree
-
-
 def _override(text: str) -> dict:
     """`section.key=value` as a tree. Raises InputError."""
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise InputError(f"{text!r}: overrides look like section.key=value (see --help)")
     try:
-        parsed: Any = yaml.load(value, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        parsed: Any = _parse(value)
     except yaml.YAMLError:
         raise InputError(f"{text!r}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
@@ -143,7 +155,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
     """
     origins = origins or {}
     try:
-        return Config.model_validate(_coerce_floats(tree))
+        return Config.model_validate(tree)
     except ValidationError as error:
         lines = []
         for problem in error.errors():
@@ -155,6 +167,8 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
             else:
                 got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
                 text = problem["msg"].removeprefix("Value error, ")
+                if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+                    text += "; a text that looks like a number needs quotes, as in 'run.name=\"1e5\"'"
                 lines.append(f"{key + ': ' if key else ''}{text}{got}{_where(key, origins)}")
         raise InputError("\n".join(lines)) from None
 
@@ -177,11 +191,6 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
-def trains_bridge(config: Config) -> bool:
-    """Whether a run begins by training its Bridge."""
-    return config.bridge.checkpoint is None and config.bridge.projector != "identity"
-
-
 def needs_pairs(config: Config) -> bool:
     """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
@@ -201,19 +210,16 @@ def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
     return validate(tree)
 
 
-# Changing one of these changes the numbers of a run; a resume with a changed one is refused.
-_FREE_KEYS = re.compile(
-    r"storage|run\.name|controls|plan\..*|tracking\..*|teachers\.(?!slice|shards|dtype|threads_per_rank).*|"
-    r"distill\.(overlap|checkpoint_every|cpus_per_worker|gpus_per_worker|max_failures|steps|node_labels|"
-    r"gradient_checkpointing|in_flight|drift_limit|stop_on_collapse)|"
-    r"prompts\.(encoders|cpus_per_encoder|node_labels)|bridge\.(checkpoint_every|ablation_seeds|gradient_checkpointing)|"
-    r"synthesis\.(max_failed_rows|encoders|cpus_per_encoder|gpus_per_encoder|in_flight|node_labels)"
-)
-
-
 def mathematical(config: Config) -> dict[str, Any]:
-    """The keys that decide the numbers of a run."""
-    return {key: value for key, value in flatten(config).items() if not _FREE_KEYS.fullmatch(key)}
+    """The keys that decide the numbers of a run; a resume must not change them.
+
+    A key that decides them in some configurations only is always there; in the others it has its default.
+    """
+    return {
+        key: get(config, key) if mark is None or mark.unless(config) else field.default
+        for key, field, mark in _leaves()
+        if mark is None or mark.unless is not None
+    }
 
 
 def config_hash(config: Config) -> str:
@@ -222,4 +228,14 @@ def config_hash(config: Config) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    """The whole configuration as YAML, which `from_yaml` reads back the same."""
+    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+
+
+def from_yaml(text: str) -> Config:
+    """A whole configuration, as `to_yaml` writes it. Raises InputError: no YAML, or wrong keys or values."""
+    try:
+        tree = _parse(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    return validate(tree)

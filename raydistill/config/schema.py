@@ -1,19 +1,44 @@
-"""One typed configuration tree: YAML file, then dotted overrides (`student.lr=1e-5`), validated before anything starts.
-
-Every job takes `[--config FILE] [--help] [--print-config] [key=value …]`. A wrong key, type or value ends the job with
-exit code 2 and one line per mistake.
-"""
+"""The keys of a configuration: type, default, meaning, range, and whether a resume may change them (`free`)."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def trains_bridge(config: Config) -> bool:
+    """Whether a run begins by training its Bridge."""
+    return config.bridge.checkpoint is None and config.bridge.projector != "identity"
+
+
+@dataclass(frozen=True)
+class Free:
+    """Marks a key, or a section, that decides no number of a run. A resume may change it.
+
+    What numbers depend on besides is no matter of the configuration: the kind of hardware, and which workers were lost.
+
+    Attributes:
+        unless: the configurations in which the key decides numbers after all; None: there are none.
+    """
+
+    unless: Callable[[Config], bool] | None = None
+
+    def __call__(self, schema: dict[str, Any]) -> None:
+        """What pydantic calls to add to a JSON schema."""
+        schema["free"] = True
+
+
+def free(default: Any, unless: Callable[[Config], bool] | None = None, **arguments: Any) -> Any:
+    """A `Field` marked as `Free`. Every other field decides numbers."""
+    return Field(default, json_schema_extra=Free(unless), **arguments)
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -23,7 +48,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 
 
 class RunConfig(Section):
-    name: str | None = Field(None, description="name of the run; unique by default, naming an existing run resumes it")
+    name: str | None = free(None, description="name of the run; unique by default, naming an existing run resumes it")
     seed: int = Field(0, ge=0, description="seed of every random number (noise, times, order of prompts)")
 
 
@@ -61,32 +86,32 @@ class TeacherConfig(Section):
 
 
 class TeacherServiceConfig(Section):
-    replicas: Count = Field(1, description="replicas of the teacher service that it starts with")
-    min_replicas: Count | None = Field(None, description="fewest replicas when it autoscales; null: teachers.replicas")
-    max_replicas: Count | None = Field(
+    replicas: Count = free(1, description="replicas of the teacher service that it starts with")
+    min_replicas: Count | None = free(None, description="fewest replicas when it autoscales; null: teachers.replicas")
+    max_replicas: Count | None = free(
         None, description="most replicas: follow the ongoing requests up to it; null: always teachers.replicas"
     )
-    target_ongoing_requests: Positive = Field(2, description="requests per replica that autoscaling aims at")
-    upscale_delay_s: NonNegative = Field(30, description="how long more requests must last before replicas are added")
-    downscale_delay_s: NonNegative = Field(600, description="how long fewer must last before replicas are removed")
+    target_ongoing_requests: Positive = free(2, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: NonNegative = free(30, description="how long more requests must last before replicas are added")
+    downscale_delay_s: NonNegative = free(600, description="how long fewer must last before replicas are removed")
     shards: Count = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
     slice: Count = Field(8, description="samples per forward and rank; requests are cut into equal slices")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
-    cpus_per_rank: Positive = Field(0.2, description="Ray CPUs each rank reserves")
-    gpus_per_rank: NonNegative = Field(0, description="Ray GPUs each rank reserves")
+    cpus_per_rank: Positive = free(0.2, description="Ray CPUs each rank reserves")
+    gpus_per_rank: NonNegative = free(0, description="Ray GPUs each rank reserves")
     threads_per_rank: Count = Field(1, description="CPU threads of each rank")
-    request_timeout_s: Positive = Field(
+    request_timeout_s: Positive = free(
         600, description="longest time the ranks may work on one request, its wait for their time apart; retried once"
     )
-    retry_for_s: Positive = Field(
+    retry_for_s: Positive = free(
         600, description="how long the service may be away, in all, while an answer is awaited"
     )
-    start_timeout_s: Positive = Field(600, description="longest time until the service is ready")
-    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold ranks; none: any node")
-    service: str | None = Field(
+    start_timeout_s: Positive = free(600, description="longest time until the service is ready")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold ranks; none: any node")
+    service: str | None = free(
         None, description="attach to this running service (teacher-<run.name> of another run); null: start one"
     )
-    linger_s: NonNegative = Field(
+    linger_s: NonNegative = free(
         600, description="how long a service whose runs have crashed waits for one of them to resume"
     )
 
@@ -136,10 +161,10 @@ class BridgeConfig(Section):
     lr: Positive = Field(1e-4, description="Adam learning rate")
     lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
-    checkpoint_every: Count = Field(500, description="steps between checkpoints")
-    ablation_seeds: Count = Field(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
+    checkpoint_every: Count = free(500, description="steps between checkpoints")
+    ablation_seeds: Count = free(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
     mixed_precision: bool = Field(False, description="train with bfloat16 autocast; weights stay float32")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in training: slower, less memory")
+    gradient_checkpointing: bool = free(False, description="recompute activations in training: slower, less memory")
 
 
 Posterior = Literal["mean", "sample"]
@@ -162,22 +187,20 @@ class SynthesisConfig(Section):
     caption_column: str | None = Field(
         None, description="caption column of a parquet of images; null: `caption` where there is one, else no captions"
     )
-    max_failed_rows: int = Field(
+    max_failed_rows: int = free(
         20, ge=0, description="undecodable images and non-finite samples that are recorded before the run fails"
     )
-    encoders: Count = Field(
+    encoders: Count = free(
         1,
         description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
     )
-    cpus_per_encoder: Positive = Field(0.2, description="Ray CPUs each of these actors reserves")
-    gpus_per_encoder: NonNegative = Field(
+    cpus_per_encoder: Positive = free(0.2, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: NonNegative = free(
         0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU"
     )
     threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
-    node_labels: dict[str, str] = Field(
-        {}, description="labels of the nodes that may hold these actors; none: any node"
-    )
-    in_flight: Count = Field(2, description="requests each asking actor has under way; a few per teacher replica")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
+    in_flight: Count = free(2, description="requests each asking actor has under way; a few per teacher replica")
 
 
 class FakeScoreConfig(Section):
@@ -233,7 +256,7 @@ class VsdConfig(Section):
 
 
 class DistillConfig(Section):
-    steps: Count = Field(3000, description="student updates")
+    steps: Count = free(3000, description="student updates")
     batch_size: Count = Field(32, description="samples per update and worker")
     tf32: bool | None = Field(
         None,
@@ -245,28 +268,27 @@ class DistillConfig(Section):
         description="equal parts of a batch that are computed one after another, with one score request each, and whose "
         "gradients are averaged: less memory, the same update up to rounding",
     )
-    in_flight: Count = Field(
+    in_flight: Count = free(
         8, description="score requests (one a micro-batch) that each worker has under way at most; the others follow"
     )
-    overlap: bool = Field(
-        True, description="score the next batch while the fake score updates; same numbers either way"
-    )
-    checkpoint_every: Count = Field(500, description="student updates between checkpoints")
+    overlap: bool = free(True, description="score the next batch while the fake score updates; same numbers either way")
+    checkpoint_every: Count = free(500, description="student updates between checkpoints")
     evaluate_every: Count = Field(500, description="student updates between evaluations")
     workers: Count = Field(1, description="Ray Train workers")
-    min_workers: Count | None = Field(
+    min_workers: Count | None = free(
         None,
+        unless=trains_bridge,
         description="go on with as few workers when nodes are lost, and with more as they come back; the update's samples "
-        "stay the same, so fewer workers are slower. The Bridge is trained by that many. null: always distill.workers",
+        "stay the same, so fewer workers are slower. Exactly so many train the Bridge. null: always distill.workers",
     )
-    resize_after_s: NonNegative = Field(
+    resize_after_s: NonNegative = free(
         60, description="how often it is looked whether more workers fit; a restart goes back to the last checkpoint"
     )
-    cpus_per_worker: Positive = Field(0.5, description="Ray CPUs each worker reserves")
-    gpus_per_worker: NonNegative = Field(0, description="Ray GPUs each worker reserves")
+    cpus_per_worker: Positive = free(0.5, description="Ray CPUs each worker reserves")
+    gpus_per_worker: NonNegative = free(0, description="Ray GPUs each worker reserves")
     threads: Count = Field(1, description="CPU threads of each worker")
-    max_failures: int = Field(3, ge=-1, description="worker failures survived before giving up; -1: any number")
-    gradient_checkpointing: bool = Field(
+    max_failures: int = free(3, ge=-1, description="worker failures survived before giving up; -1: any number")
+    gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
     )
     mixed_precision: bool = Field(
@@ -274,16 +296,16 @@ class DistillConfig(Section):
         description="forward passes of Bridge, fake score and student under bfloat16 autocast; weights, losses and "
         "updates stay float32, and so does a student that starts at t = 999, whose x0 would multiply the rounding",
     )
-    drift_limit: Positive | None = Field(
+    drift_limit: Positive | None = free(
         1.0,
         description="collapse alarm: largest moving average of guard/latent_drift, the distance between the channels' "
         "means and spreads of the student's latents in teacher space and those of the teacher's samples (without "
         "discriminator: of the start), in standard deviations; null: none",
     )
-    stop_on_collapse: bool = Field(
+    stop_on_collapse: bool = free(
         False, description="end the distillation at a collapse alarm, and export the best student so far"
     )
-    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold workers; none: any node")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 
     @model_validator(mode="after")
     def _elastic(self) -> DistillConfig:
@@ -302,12 +324,12 @@ class PromptsConfig(Section):
     column: str = Field("prompt", description="column of tabular files")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")
     max_characters: Count = Field(2000, description="longer prompts are bad rows")
-    encoders: Count = Field(1, description="actors per worker that hold the text encoders")
+    encoders: Count = free(1, description="actors per worker that hold the text encoders")
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the text encoders")
-    cpus_per_encoder: Positive = Field(0.1, description="Ray CPUs each of these actors reserves")
-    gpus_per_encoder: NonNegative = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
+    cpus_per_encoder: Positive = free(0.1, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: NonNegative = free(0, description="Ray GPUs each of these actors reserves; 0: CPU")
     threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
-    node_labels: dict[str, str] = Field({}, description="labels of the nodes that may hold them; none: any node")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold them; none: any node")
 
 
 class EvaluationConfig(Section):
@@ -318,7 +340,7 @@ class EvaluationConfig(Section):
     seed: int = Field(1234, ge=0, description="seed of the fixed noise")
     metric: str = Field("mean", description="metric by which the best checkpoint is kept")
     judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
-    grid: Count = Field(32, description="pictures in a sample grid")
+    grid: Count = free(32, description="pictures in a sample grid")
 
 
 class TrackingConfig(Section):
@@ -356,7 +378,7 @@ class PlanConfig(Section):
 class Config(Section):
     """Root of the tree."""
 
-    storage: str = Field(
+    storage: str = free(
         "outputs", description="folder that roots everything a run writes, or s3://bucket/prefix, gs://bucket/prefix"
     )
     run: RunConfig = RunConfig()
@@ -369,13 +391,13 @@ class Config(Section):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     vsd: VsdConfig = VsdConfig()
     distill: DistillConfig = DistillConfig()
-    controls: list[Literal["no_vsd", "shared_space"]] = Field(
+    controls: list[Literal["no_vsd", "shared_space"]] = free(
         [], description="extra runs for comparison: VSD off; the student's own weak model as teacher (identity Bridge)"
     )
     prompts: PromptsConfig = PromptsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
-    plan: PlanConfig = PlanConfig()
+    tracking: TrackingConfig = free(TrackingConfig())
+    plan: PlanConfig = free(PlanConfig())
 
     @model_validator(mode="after")
     def _names(self) -> Config:

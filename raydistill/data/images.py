@@ -287,7 +287,7 @@ def open_images(path: str | Path, image_column: str = "image", caption_column: s
         return ParquetImages(path, [path], image_column, caption_column)
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    tables = sorted(path.glob("*.parquet"))
+    tables = sorted(path.glob("[!.]*.parquet"))  # not those that are being written
     if not tables:
         return FolderImages(path)
     if _image_files(path):

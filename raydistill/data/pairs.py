@@ -13,10 +13,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 import re
-import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,14 +28,13 @@ import torch
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.pictures.files import load_image
-from raydistill.storage.atomic import writing
+from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
-ABANDONED_S = 3600  # age at which an unfinished file belongs to a writer that is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,27 +160,9 @@ def write_pairs(
     if about is not None:
         table = table.replace_schema_metadata({ABOUT: json.dumps(about, sort_keys=True)})
     file = shard_file(folder, shard_index)
-    if isinstance(file, Remote):
-        with writing(file) as local:
-            pq.write_table(table, local, compression="zstd")
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        pq.write_table(table, unfinished, compression="zstd")
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())  # or a power cut could leave the final name on half a file
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(file) as fresh:
+        pq.write_table(table, fresh, compression="zstd")
     return file
-
-
-def remove_abandoned(folder: Place) -> None:
-    """Delete what writers that were killed in mid-write left behind, once it is an hour old; in a bucket there is none."""
-    for file in () if isinstance(folder, Remote) else folder.glob(".pairs-*.parquet.*"):
-        if time.time() - file.stat().st_mtime > ABANDONED_S:
-            file.unlink(missing_ok=True)
 
 
 def about_shard(folder: str | Place, shard_index: int) -> dict[str, Any]:

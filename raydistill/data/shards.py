@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydistill.data.pairs import about_shard, existing_shards, remove_abandoned, write_pairs
+from raydistill.data.pairs import about_shard, existing_shards, write_pairs
 from raydistill.errors import InputError, StageFailed
-from raydistill.storage.atomic import replace_text
+from raydistill.storage.atomic import remove_abandoned, replace_text
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 
@@ -108,7 +108,7 @@ class PairWriter:
         check_settings(self.folder, settings)
         self.folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-        remove_abandoned(self.folder)
+        remove_abandoned(self.folder, "pairs-*.parquet")
         self.failures: list[Failure] = []
         self._open = {}  # shards that are to be made
         present = set(existing_shards(self.folder))

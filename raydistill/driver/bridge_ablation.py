@@ -10,7 +10,6 @@ import contextlib
 import json
 import statistics
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from raydistill.config import schema
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.spaces.base import Space
+from raydistill.storage.atomic import replace_text, replacing
 from raydistill.tracking.progress import write_progress
 from raydistill.workers.bridge import CURVES, LOG_EVERY, MetricLog
 
@@ -156,10 +156,9 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
                 log.metrics(losses, step)
                 write_progress(progress_file(folder, cell), step=step, total=steps)
             if step % config.bridge.checkpoint_every == 0 and step < steps:
-                unfinished = state.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")  # a lost task may still be writing
                 beside = {"seconds": time.monotonic() - started, CURVES: log.curves}
-                torch.save(trainer.state_dict() | beside, unfinished)
-                unfinished.replace(state)
+                with replacing(state) as fresh:  # a lost task may still be writing
+                    torch.save(trainer.state_dict() | beside, fresh)
         seconds = time.monotonic() - started
         metrics, picture = trainer.validation()
         log.metrics(metrics, steps)
@@ -170,9 +169,7 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
         "variant": cell.variant, "seed": cell.seed, "parameters": cell.parameters,
         "embed_dim": config.bridge.embed_dim, "steps": steps, "seconds": round(seconds, 1), "metrics": metrics,
     }  # fmt: skip
-    temporary = result_file(folder, cell).with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    temporary.write_text(json.dumps(about, indent=1))
-    temporary.replace(result_file(folder, cell))
+    replace_text(result_file(folder, cell), json.dumps(about, indent=1))
     state.unlink(missing_ok=True)
     progress_file(folder, cell).unlink(missing_ok=True)
     return about

@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from raydistill.config.reading import changed, get, mathematical, to_yaml, validate
+from raydistill.config.reading import changed, from_yaml, get, mathematical, to_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
 from raydistill.storage import hub
@@ -122,8 +120,8 @@ def as_storage_error(storage: Place) -> Iterator[None]:
 def _read_config(file: Place, text: str) -> Config:
     """Raises InputError naming the file."""
     try:
-        return validate(yaml.safe_load(text))
-    except (yaml.YAMLError, ValueError) as error:
+        return from_yaml(text)
+    except InputError as error:
         raise InputError(
             f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
             "run.name"

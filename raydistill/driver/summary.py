@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -12,7 +13,8 @@ from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
-from raydistill.storage.atomic import move_folder, writing
+from raydistill.storage.atomic import move_folder, replacing
+from raydistill.storage.place import Place
 from raydistill.tracking.store import ui_command
 from raydistill.tracking.tracker import Tracker
 
@@ -38,14 +40,21 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
 def _pictures(record: RunRecord) -> Image.Image:
     """Before, after and teacher on the same held-out prompts and noise, also as `grids/before_after.png`."""
     run, evaluation = record.run, record.config.evaluation
-    captions = FixedPrompts(record.inputs.held_out, evaluation.grid, evaluation.seed).captions
-    stage = run.path / "distill"
-    before, after = (load_pictures(stage / f"{name}.safetensors") for name in ("before", "after"))
-    sheet = before_after(before, after, load_pictures(run.path / "teacher.safetensors"), captions)
-    (run.path / "grids").mkdir(exist_ok=True)
-    with writing(run.path / "grids" / "before_after.png") as file:
+    rows = kept_pictures(run.path)
+    sheet = before_after(*rows, FixedPrompts(record.inputs.held_out, len(rows[0]), evaluation.seed).captions)
+    with replacing(run.path / "grids" / "before_after.png") as file:
         sheet.save(file)
     return sheet
+
+
+def kept_pictures(folder: Place) -> list[torch.Tensor]:
+    """What a run's folder keeps of before, after and the teacher, each [N, 3, S, S].
+
+    N is what all three have: `evaluation.grid` may have changed between a run's parts.
+    """
+    files = (folder / "distill" / "before.safetensors", folder / "distill" / "after.safetensors")
+    rows = [load_pictures(file) for file in (*files, folder / "teacher.safetensors")]
+    return [row[: min(map(len, rows))] for row in rows]
 
 
 def _summary(record: RunRecord, results: Results) -> dict[str, Any]:

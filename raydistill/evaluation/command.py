@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import InputError
-from raydistill.evaluation.folder import SCORES, EvaluationFolder, replace_text
+from raydistill.evaluation.folder import SCORES, EvaluationFolder
 from raydistill.pictures.picture import Picture
+from raydistill.storage.atomic import replace_text
 
 PREFIX = "command:"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")

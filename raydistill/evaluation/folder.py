@@ -7,7 +7,6 @@ reward packages, whose versions of everything else clash with this project's.
 from __future__ import annotations
 
 import json
-import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,19 +15,12 @@ from typing import Any
 
 from raydistill.data.stage_error import StageError
 from raydistill.pictures.picture import Picture
+from raydistill.storage.atomic import replace_text
 
 SETTINGS_FILE, LIST_FILE, PICTURES, SCORES = "evaluation.json", "items.jsonl", "pictures", "parts"
 DRAW = "draw"  # what is done before all metrics
 
 Scores = Mapping[str, Sequence[float | None]]  # column -> a number for each picture; None where it has none
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Write a small file in one move."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
 
 
 class EvaluationFolder:

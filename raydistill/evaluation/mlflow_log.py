@@ -11,10 +11,10 @@ from PIL import Image
 
 from raydistill.errors import MASK, InputError, mask
 from raydistill.evaluation.evaluation import Evaluation
-from raydistill.evaluation.folder import replace_text
 from raydistill.evaluation.results import GRID_FILE, RESULTS_FILE, SCORES_FILE, mlflow_names
 from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.summary import markdown
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
 from raydistill.tracking.store import TrackingError, absolute, client_of, open_run, source_version, sqlite_uri
 from raydistill.tracking.tracker import Tracker

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from raydistill.evaluation.summary import write_summary
 from raydistill.pictures.files import load_image
 from raydistill.pictures.grids import grid
 from raydistill.pictures.picture import Picture
+from raydistill.storage.atomic import replacing
 
 SCORES_FILE, RESULTS_FILE, GRID_FILE = "scores.parquet", "results.json", "grid.png"
 ALL = "all prompts"
@@ -39,9 +39,8 @@ def write_scores(file: Path, pictures: Sequence[Picture], columns: Columns) -> N
         "file": pa.array([f"{PICTURES}/{p.file_name}" for p in pictures], pa.string()),
     }
     table |= {name: pa.array(values, pa.float64()) for name, values in columns.items()}
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    pq.write_table(pa.table(table), unfinished)
-    os.replace(unfinished, file)
+    with replacing(file) as fresh:
+        pq.write_table(pa.table(table), fresh)
 
 
 def mean_table(pictures: Sequence[Picture], columns: Columns) -> dict[str, dict[str, float]]:

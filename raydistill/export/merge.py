@@ -18,12 +18,13 @@ import torch
 import yaml
 
 from raydistill.errors import InputError
-from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, replacing, table_rows, tidy_configs
+from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, table_rows, tidy_configs
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import open_student
 from raydistill.spaces.weights import Entry, read_header
+from raydistill.storage.atomic import replacing
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 SHARED_PARTS = ("vae", "text_encoder")  # what students of one family have in common
@@ -178,6 +179,7 @@ def merge_students(
         return tensor
 
     with replacing(folder) as fresh:
+        fresh.mkdir()
         for part in ("model_index.json", *(name for name, kind in first.space.index.items() if _is_part(kind))):
             origin = Path(first.space.folder, part)
             if part == "unet":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import without_bars
+from raydistill.storage.atomic import replacing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,25 +167,6 @@ def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionM
     copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
     copy.load_state_dict(state)
     return copy.eval()
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place at the end; removed again if anything fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    old = fresh.with_name(fresh.name + ".old")
-    fresh.mkdir()
-    try:
-        yield fresh
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def export_student(

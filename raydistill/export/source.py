@@ -7,16 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from raydistill.config.reading import validate
+from raydistill.config.reading import from_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask, reason
-from raydistill.export.pipeline import replacing
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
-from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import SHAPES_PREFIX, is_uri, local_path, to_place
+from raydistill.storage.atomic import replacing
+from raydistill.storage.place import Place, Remote, is_uri
+from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
 from raydistill.storage.staging import local_copy
 from raydistill.tracking.store import client_of
 
@@ -35,8 +33,9 @@ class Export:
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises InputError where this version cannot read it."""
+
         file = self.run / "config.yaml" if self.run else None
-        return validate(yaml.safe_load(file.read_text())) if file and file.is_file() else None
+        return from_yaml(file.read_text()) if file and file.is_file() else None
 
 
 def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> Export:
@@ -115,6 +114,7 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                 place = storage / DOWNLOADS / made_by
                 if not place.is_dir():
                     with replacing(place) as fresh:
+                        fresh.mkdir()
                         download_artifacts(**artifact, dst_path=str(fresh))
                 return Export(place / EXPORT_FOLDER, name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own

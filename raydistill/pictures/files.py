@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,20 +12,19 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from raydistill.storage.atomic import reading, writing
+from raydistill.storage.atomic import reading, replacing
 from raydistill.storage.place import Place
 
 # -- PNG ------------------------------------------------------------------------------------------------
 
 
 def save_png(file: Path, picture: Image.Image, facts: Mapping[str, str]) -> None:
-    """Write one PNG with these texts inside, in one move."""
+    """Write one PNG with these texts inside."""
     entries = PngInfo()
     for key, value in facts.items():
         entries.add_itxt(key, value)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    picture.save(unfinished, format="PNG", pnginfo=entries)
-    os.replace(unfinished, file)
+    with replacing(file) as fresh:
+        picture.save(fresh, format="PNG", pnginfo=entries)
 
 
 def png_bytes(picture: Image.Image) -> bytes:
@@ -47,8 +45,7 @@ def load_image(file: str | Path | io.BytesIO) -> torch.Tensor:
 
 def save_pictures(file: Place, pictures: torch.Tensor) -> None:
     """Lossless small store of pictures [N, 3, S, S] in [-1, 1]: uint8 safetensors."""
-    with writing(file) as local:
-        local.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as local:
         save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8).contiguous()}, local)
 
 

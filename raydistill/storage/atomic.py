@@ -1,13 +1,17 @@
-"""Files of a run: small ones are read with an error that names them (`storage.replace_text` writes them), hashes, scratch space."""
+"""Files and folders that are whole at every moment, local paths for those in a bucket, and scratch folders.
+
+Imports the standard library alone: `evaluation/parts.py` is also read in environments of other packages.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +21,113 @@ from typing import Any
 from raydistill.errors import InputError
 from raydistill.storage.place import Place, Remote
 
+ABANDONED_S = 3600.0  # no write of one file takes that long
 
-@contextlib.contextmanager
+
+# -- writing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> Iterator[Path]:
+    """A local path to write a file or a folder to. It takes the place of `target` when the block ends.
+
+    A reader sees the old one or the new one, whole, also after a kill, a power cut or on a full disk. A block that fails
+    leaves the old one. A folder takes two moves, and for that moment there is none. Modes follow the umask.
+
+    Args:
+        target: the folder around it is made where it is missing. What belongs into a bucket is uploaded at the end.
+        alone: no other process writes to `target` meanwhile. The next write then uses up what a killed one left;
+            otherwise `remove_abandoned` does.
+        durable: False leaves it to the system when the bytes reach the disk. A power cut may then lose the file.
+    """
+    if isinstance(target, Remote):
+        with writing(target) as local:
+            yield local
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex[:8]
+    fresh = _beside(target, "new" if alone else mark)  # the name ends as the target's: writers go by its suffix
+    old = _beside(target, f"{mark}.old")
+    if alone and fresh.is_dir():
+        shutil.rmtree(fresh)
+    try:
+        yield fresh
+        _let_others_read(fresh)
+        if durable:
+            _flush(fresh)
+        if fresh.is_dir() and target.exists():
+            target.rename(old)
+        fresh.replace(target)
+    finally:
+        _remove(fresh)
+        if old.exists() and not target.exists():
+            old.rename(target)
+        _remove(old)
+
+
+def _beside(target: Path, mark: str) -> Path:
+    return target.with_name(f".{mark}.{target.name}")
+
+
+def _files(written: Path) -> list[Path]:
+    """The file itself, or all files of a folder."""
+    return [file for file in (written.rglob("*") if written.is_dir() else [written]) if file.is_file()]
+
+
+def _let_others_read(written: Path) -> None:
+    """Give files that their owner alone may read, as safetensors writes them, the mode that the umask says."""
+    private = [file for file in _files(written) if not file.is_symlink() and not file.stat().st_mode & 0o077]
+    if private:
+        probe = _beside(written, "mode")
+        descriptor = os.open(probe, os.O_CREAT, 0o666)
+        try:
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        finally:
+            os.close(descriptor)
+            probe.unlink()
+        for file in private:
+            file.chmod(mode)
+
+
+def _flush(written: Path) -> None:
+    """Wait until a file, or all files of a folder, are on the disk."""
+    for file in _files(written):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def replace_text(file: Place, text: str, *, durable: bool = True) -> None:
+    """Write a small file as `replacing` does."""
+    with replacing(file, durable=durable) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def remove_abandoned(folder: Place, names: str) -> None:
+    """Delete what killed writers of the files `names`, a glob, left in a folder, once it is an hour old.
+
+    A bucket holds nothing of the kind.
+    """
+    if isinstance(folder, Remote):
+        return
+    for pattern in (f".*.{names}", f".{names}.*"):  # earlier versions had the mark at the end
+        for file in folder.glob(pattern):
+            if time.time() - file.stat().st_mtime > ABANDONED_S:
+                _remove(file)
+
+
+# -- local paths ------------------------------------------------------------------------------------------
+
+
+@contextmanager
 def writing(target: Place) -> Iterator[Path]:
-    """A local path to write a file or folder to: `target` itself, or one that is stored there at the block's end."""
+    """A local path for a writer that replaces `target` itself: `target`, or one that is uploaded when the block ends."""
     if isinstance(target, Path):
         yield target
         return
@@ -29,7 +136,7 @@ def writing(target: Place) -> Iterator[Path]:
         target.upload(Path(folder, target.name))
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(source: Place) -> Iterator[Path]:
     """A local path to read a file or folder from, for the length of the block: `source` itself, or a copy."""
     if isinstance(source, Path):
@@ -40,28 +147,8 @@ def reading(source: Place) -> Iterator[Path]:
         yield Path(folder, source.name)
 
 
-def replace_text(file: Place, text: str) -> None:
-    """Write a small file in one move, and the folder it lies in.
-
-    A reader sees the old file or the new one, whole, also after a kill or on a full disk.
-    """
-    if isinstance(file, Remote):
-        file.write_text(text)
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with fresh.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        fresh.replace(file)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
 def move_folder(source: Place, target: Place) -> None:
-    """Move a folder's files into another folder, where they replace those of their names."""
+    """Move a folder's files into another folder. They replace those of the same names."""
     with reading(source) as local:
         if isinstance(target, Remote):
             target.upload(local)
@@ -85,8 +172,8 @@ def read_json(file: Place, cure: str) -> Any:
 def scratch(owner: Place) -> Iterator[Path]:
     """An empty temporary folder of this machine, for the one process that works for `owner` at a time.
 
-    A process that is killed cannot remove its folder, and a checkpoint may have 10 GB: the next one does, so that they do
-    not add up.
+    A process that is killed cannot remove its folder, and a checkpoint may have 10 GB. The next process of this owner
+    removes it.
     """
     name = hashlib.blake2b(str(owner).encode(), digest_size=8).hexdigest()
     folder = Path(tempfile.gettempdir(), f"raydistill-{os.getuid()}-{name}")

@@ -1,4 +1,4 @@
-"""Which model, and which version of it: what a data set remembers of the networks that made it."""
+"""Fingerprints: name and version of a model's folder, and a hash of all bytes of a file or folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 SNAPSHOT = re.compile(r"models--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")  # Hugging Face's cache
-PIECES, PIECE_BYTES = 16, 65536  # read of each file: weights are too large to hash whole
+PIECES, PIECE_BYTES = 16, 65536  # of each file that are read: weights are too large to hash whole
 # Where from, with what, and of which prompts it says that they are cut: none of them changes what the model draws.
 NOT_THE_MODEL = ("_name_or_path", "_diffusers_version", "transformers_version", "trained_without_ending")
 
@@ -19,9 +19,9 @@ def identify(folder: str | Path) -> tuple[str, str]:
     """(name, revision) of a model folder.
 
     In Hugging Face's cache they are the repository and its commit. Elsewhere the name is the folder's, and the revision
-    a fingerprint of its JSON and safetensors files: their contents, or, of files beyond a megabyte, their size and 16
-    pieces spread over them. Training changes nearly every byte of the weights, so that shows; an edit of a few
-    tensors may not.
+    a fingerprint of its JSON and safetensors files. Files of up to a megabyte count with their contents, larger ones with
+    their size and 16 pieces spread over them. Training changes nearly every byte of the weights, so it shows. An edit
+    of a few tensors may not.
     """
     folder = Path(folder).absolute()
     cached = SNAPSHOT.search(folder.as_posix())
@@ -54,9 +54,9 @@ def _pieces(stream: BinaryIO, size: int) -> bytes:
 
 
 def content_hash(path: Path) -> str:
-    """Of a file, or of all files below a folder in the order of their paths: their names and every byte.
+    """Hash of a file, or of all files below a folder in the order of their paths: their names and every byte.
 
-    Links are followed, a folder that was seen already once only.
+    Links are followed. A folder counts once.
     """
     files, seen = [] if path.is_dir() else [path], set()
     for folder, folders, names in os.walk(path, followlinks=True):

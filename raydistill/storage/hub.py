@@ -1,22 +1,25 @@
 """Models of the Hugging Face hub: downloaded once a node, then read from the cache.
 
 The cache is the hub client's own ($HF_HOME, default ~/.cache/huggingface). Where nodes share it, the driver downloads and
-all others only read; where each has its own disk, the first process of a node that needs a model fetches it and the others
-wait, so that a replica on a new node starts by itself. Weights are safetensors, never pickles.
+all others read. Where each has its own disk, the first process of a node that needs a model fetches it, and the others
+wait. So a replica on a new node starts by itself. Weights are safetensors, never pickles.
 
-A token comes from HF_TOKEN, or from `hf auth login`, which writes it to $HF_HOME; the hub's client reads it, and it appears
-in no message, file or log of this project. For that reason no driver hands its own to other nodes: the variables of a
+A token comes from HF_TOKEN, or from `hf auth login`, which writes it to $HF_HOME. The hub's client reads it, and it appears
+in no message, file or log of this project. Therefore no driver hands its own to other nodes: the variables of a
 runtime environment stand in Ray's dashboard and logs. Where nodes do not share $HF_HOME, each needs HF_TOKEN itself.
+
+huggingface_hub is imported inside functions: it is slow to import, and a run of local folders has no use for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
 
 from raydistill.errors import InputError
 
@@ -26,8 +29,6 @@ HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revis
 ALLOWED = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
 VARIANTS = ["*.fp16.*", "*.fp16-*"]  # only taken where there is nothing else (Kolors)
 IGNORED = ["*.bf16.*", "*.non_ema.*", "safety_checker/*", "image_encoder/*", "vae_1_0/*"]
-
-
 # A file of a model in the cache of whichever node.
 SNAPSHOT = re.compile(
     r".*/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})(?:/(?P<rest>.*))?"
@@ -60,7 +61,7 @@ def cached(model: str) -> Path:
 
 
 def on_this_node(model: str) -> Path:
-    """The folder of a hub model; fetched first where this node's cache lacks it, by one process while others wait.
+    """The folder of a hub model. Where this node's cache lacks it, one process fetches it and the others wait.
 
     Raises:
         InputError: see `download`.
@@ -73,7 +74,7 @@ def on_this_node(model: str) -> Path:
 
 
 def counterpart(path: Path) -> Path:
-    """A path in the hub cache of another node, in this node's; other paths as they are. Raises as `on_this_node`."""
+    """A path in another node's hub cache, as it is in this node's. Other paths stay. Raises as `on_this_node`."""
     match = SNAPSHOT.fullmatch(str(path))
     if match is None or path.exists():
         return path
@@ -82,7 +83,7 @@ def counterpart(path: Path) -> Path:
 
 
 def pinned(model: str) -> str:
-    """org/name@commit of what org/name means now; fetched first. A revision that was named stays as it is.
+    """org/name@commit of what org/name means now, which is fetched. A revision that was named stays.
 
     Raises:
         InputError: see `download`.
@@ -105,12 +106,12 @@ def _mark(model: str) -> Path:
 
 @contextlib.contextmanager
 def _locked(model: str) -> Iterator[None]:
-    """One process of this node at a time; the lock goes with its holder."""
+    """One process of this node at a time. The lock ends with its holder."""
     file = _mark(model).with_name(f"{_mark(model).name}.lock")
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that may only be read needs no lock
             file.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(file.open("w")), fcntl.LOCK_EX)
+            stack.enter_context(FileLock(file))
         yield
 
 

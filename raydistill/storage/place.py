@@ -1,12 +1,13 @@
-"""Files by URI: `s3://bucket/key` and `gs://bucket/key`, through pyarrow.fs, which Ray Train uses for checkpoints too.
+"""A `Place`: a local path, or a `Remote` in a bucket (`s3://bucket/key`, `gs://bucket/key`).
 
-Inputs are staged: fetched once a node into a cache ($RAYDISTILL_CACHE, default ~/.cache/raydistill), then read as local
-files. Outputs are a `Place`: a local path, or a `Remote`, whose methods are named and mean as pathlib's. An object is
-replaced in one step; there are no folders, no renames and no appending.
+A Remote goes through pyarrow.fs, as Ray Train's checkpoints do. Its methods have pathlib's names and meanings. An object is
+replaced in one step. A bucket has no folders, no renames and no appending.
 
 Credentials, region and endpoint come from where the SDKs look for them (AWS_ACCESS_KEY_ID …, AWS_PROFILE,
 AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, the machine's role). A URI that carries any is refused, so that none can
 reach a log, a file or MLflow.
+
+pyarrow is imported inside functions: most processes that hold a Place never touch a bucket, and it is slow to import.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import InputError
+from raydistill.errors import InputError, mask, reason
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 RETRIES, RETRY_S = 8, 60  # attempts of a request to S3; seconds for which one to GCS is tried again
-_DENIED = re.compile(
+DENIED = re.compile(
     r"AWS Error [A-Z_]*(ACCESS|TOKEN|SIGNATURE|CREDENTIAL|CLIENT)|HTTP status 40[13]|UNAUTHENTICATED|PERMISSION_DENIED"
 )
 _CREDENTIALS = {
@@ -39,7 +41,7 @@ _CREDENTIALS = {
 
 @dataclass(frozen=True)
 class Remote:
-    """An object, or the objects below a prefix. Methods raise OSError where the store does not do what is asked."""
+    """An object, or the objects below a prefix. Methods raise OSError where the store refuses or does not answer."""
 
     scheme: str  # s3 or gs
     key: str  # bucket/key
@@ -107,7 +109,7 @@ class Remote:
                 raise
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: a prefix is there as soon as an object is."""
+        """Does nothing: a prefix exists as soon as an object below it does."""
 
     def iterdir(self) -> list[Remote]:
         """Objects and prefixes one level below, by name; empty where there is nothing."""
@@ -129,9 +131,9 @@ class Remote:
         return sorted((info.path[start:], info.size, info.mtime_ns) for info in infos if info.is_file)
 
     def upload(self, source: Path) -> None:
-        """Store a file, or a folder's files, its top level's .json ones last: they tell readers that the rest is there.
+        """Store a file, or a folder's files. The top level's .json files come last: they tell readers that the rest is there.
 
-        Each by one call that no signal interrupts: an arrow stream that is left by an exception stores what it has.
+        Each file takes one call that no signal interrupts: an arrow stream that an exception ends stores what it has.
         """
         from pyarrow.fs import LocalFileSystem, copy_files
 
@@ -166,10 +168,13 @@ def _filesystem(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
     )
 
 
+def is_uri(text: str) -> bool:
+    """Whether `text` reads as scheme://something."""
+    return _URI.match(text) is not None
+
+
 def remote(uri: str) -> Remote:
     """What a URI names. Raises InputError: another scheme, no bucket, or credentials or options inside."""
-    from raydistill.errors import mask
-
     scheme, _, key = uri.partition("://")
     bucket = key.partition("/")[0]
     if scheme not in _CREDENTIALS:
@@ -186,11 +191,9 @@ def remote(uri: str) -> Remote:
 
 
 def cause(error: OSError, scheme: str) -> str:
-    """Why a store refuses, in one line without secrets; where it is about credentials, which ones are read."""
-    from raydistill.errors import reason
-
+    """Why a store refuses, in one line without secrets. About credentials it says which ones are read."""
     text = reason(error)
-    denied = _DENIED.search(text) or "OAuth2 access token" in text  # so GCS, without any
+    denied = DENIED.search(text) or "OAuth2 access token" in text  # so GCS, without any
     hint = f"no credentials that allow it; they are read from {_CREDENTIALS[scheme]}: " if denied else ""
     return hint + text
 
@@ -200,6 +203,3 @@ def for_ray_train(folder: Place) -> dict[str, Any]:
     if isinstance(folder, Path):
         return {"storage_path": str(folder)}
     return {"storage_path": folder.key, "storage_filesystem": folder.filesystem}
-
-
-URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")

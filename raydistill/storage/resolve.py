@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,15 +11,20 @@ from urllib.parse import unquote
 from raydistill.config.reading import get
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
-from raydistill.storage.place import URI, Place, Remote, remote
+from raydistill.shapes import WEIGHTS
+from raydistill.storage.hub import download, is_hub_id, on_this_node
+from raydistill.storage.place import Place, Remote, is_uri, remote
+from raydistill.storage.staging import fetch, on_this_machine
 
-if typing.TYPE_CHECKING:
-    from raydistill.storage.place import Place
+SHAPES_PREFIX = "shapes:"
+HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
+
+
+# -- outputs ----------------------------------------------------------------------------------------------
 
 
 def to_place(text: str) -> Place:
     """Where outputs go: a local path, or a URI's place. Raises InputError as `remote`."""
-
     return remote(text) if is_uri(text) and not text.startswith("file://") else local_path(text)
 
 
@@ -33,7 +37,7 @@ def place_argument(text: str) -> Place:
 
 
 def path_argument(text: str) -> Path:
-    """For argparse: a path, or file://."""
+    """A path of this machine, or file://, for argparse."""
     found = place_argument(text)
     if isinstance(found, Remote):
         raise argparse.ArgumentTypeError(f"{found}: must be a folder of this machine, or of a file system that it sees")
@@ -41,41 +45,28 @@ def path_argument(text: str) -> Path:
 
 
 def require_folder(storage: Place, what: str) -> None:
-    """Raises InputError for a URI."""
+    """Raises InputError where `storage` is a bucket, which `what` cannot use."""
     if isinstance(storage, Remote):
         raise InputError(f"storage: {storage}: {what} needs a folder that every node sees, and goes by no URI")
 
 
-SHAPES_PREFIX = "shapes:"
-HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
-
-
-# -- reading --------------------------------------------------------------------------------------------
-
-
-def is_uri(text: str) -> bool:
-    """Whether `text` reads as scheme://something."""
-    return URI.match(text) is not None
+# -- inputs -----------------------------------------------------------------------------------------------
 
 
 def local_path(path: str) -> Path:
     """A path of the configuration on this machine.
 
-    `shapes:NAME` is a part of the embedded world; what `s3://` and `gs://` name is fetched once a node (`storage.stage`).
+    `shapes:NAME` is a part of the embedded world. What `s3://` and `gs://` name is fetched once a node (`staging.fetch`).
 
     Raises:
         InputError: a URI of another scheme, of nothing, or that may not be read.
         OSError: the store of a URI does not answer.
     """
     if path.startswith(SHAPES_PREFIX):
-        from raydistill.shapes import WEIGHTS
-
         return WEIGHTS / path.removeprefix(SHAPES_PREFIX)
     if path.startswith("file:///"):
         return Path(unquote(path.removeprefix("file://")))
     if is_uri(path):
-        from raydistill.storage.staging import fetch
-
         return fetch(path)
     return Path(path).expanduser()
 
@@ -83,7 +74,7 @@ def local_path(path: str) -> Path:
 def resolve(path: str) -> Path:
     """`local_path`, or the cached folder of a hub model `org/name[@revision]`.
 
-    `check_paths` downloads hub models when a run starts; a node that does not share its cache does so here.
+    `check_paths` downloads hub models when a run starts. A node with a cache of its own does so here.
 
     Raises:
         InputError: as `local_path`, or a hub model cannot be fetched.
@@ -91,16 +82,11 @@ def resolve(path: str) -> Path:
     found = local_path(path)
     if found.exists():
         return found
-    from raydistill.storage.hub import is_hub_id, on_this_node
-    from raydistill.storage.staging import on_this_machine
-
     return on_this_node(path) if is_hub_id(path) else on_this_machine(found)
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
-    """Every named path must exist; models of the hub, and URIs, are fetched. Raises InputError naming key and path."""
-    from raydistill.storage.hub import download, is_hub_id
-
+    """Every named path must exist; models of the hub and URIs are fetched. Raises InputError naming key and path."""
     for key in keys:
         value = get(config, key)
         try:
@@ -116,7 +102,6 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 def check_storage(config: Config) -> Place:
     """Absolute storage root, or a URI's. Raises InputError: a wrong URI, or a relative folder under `ray job submit`."""
-
     if is_uri(config.storage):
         try:
             return to_place(config.storage)

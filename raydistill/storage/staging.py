@@ -1,8 +1,10 @@
-"""Inputs by URI: fetched once a node into a cache ($RAYDISTILL_CACHE, default ~/.cache/raydistill), then read as local files."""
+"""Inputs by URI: each node fetches them once into a cache, and reads them as local files.
+
+The cache is $RAYDISTILL_CACHE, by default ~/.cache/raydistill.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,13 +12,14 @@ import re
 import shutil
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock
+
 from raydistill.errors import InputError
-from raydistill.storage.place import _DENIED, Place, Remote, cause, remote
+from raydistill.storage.atomic import replacing
+from raydistill.storage.hub import counterpart
+from raydistill.storage.place import DENIED, Place, Remote, cause, remote
 
 STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs)/(?P<key>.+)")
-
-
-# -- inputs: staged once a node ---------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -24,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def fetch(uri: str) -> Path:
-    """The local copy of an object, or of all objects below a prefix, as they are now; fetched where it is missing.
+    """The local copy of an object, or of all objects below a prefix, as they are now. It is fetched where it is missing.
 
     Its last name is the URI's. Of several processes one fetches, and the others wait for it.
 
@@ -38,7 +41,7 @@ def fetch(uri: str) -> Path:
 
 
 def on_this_machine(path: str | Path) -> Path:
-    """A path as another node gave it: what it has staged, or fetched from the hub, is fetched here too, the same version.
+    """A path as another node gave it. What that node fetched, from a bucket or the hub, this one fetches too, unchanged.
 
     Raises as `fetch`; InputError also where the objects have changed meanwhile.
     """
@@ -47,8 +50,6 @@ def on_this_machine(path: str | Path) -> Path:
     if path.exists():
         return path
     if match is None:
-        from raydistill.storage.hub import counterpart
-
         return counterpart(path)
     source = Remote(match["scheme"], match["key"])
     entries = _entries(source)
@@ -62,7 +63,7 @@ def _entries(source: Remote) -> list[tuple[str, int, int]]:
         entries = source.entries()
     except OSError as error:
         text = cause(error, source.scheme)
-        raise (InputError if _DENIED.search(text) else OSError)(f"{source}: cannot be read: {text}") from error
+        raise (InputError if DENIED.search(text) else OSError)(f"{source}: cannot be read: {text}") from error
     if not entries:
         raise InputError(f"{source}: no such object, and none below it")
     for name, *_ in entries:
@@ -76,19 +77,17 @@ def _digest(source: Remote, entries: list[tuple[str, int, int]]) -> str:
 
 
 def _staged(source: Remote, digest: str, entries: list[tuple[str, int, int]]) -> Path:
-    """`<cache>/staged/<digest>/<scheme>/<bucket>/<key>`, whole: its first folder is moved there in one step."""
+    """`<cache>/staged/<digest>/<scheme>/<bucket>/<key>`, whole: `<digest>` is moved there in one step."""
     cache = cache_folder() / "staged"
-    whole, unfinished = cache / digest, cache / f".{digest}"
+    whole = cache / digest
     target = Path(source.scheme, source.key)
     if (whole / target).exists():
         return whole / target
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / f".{digest}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+    with FileLock(cache / f".{digest}.lock"):
         if not (whole / target).exists():
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-            _fetch(source, unfinished / target, entries)
-            unfinished.replace(whole)
+            with replacing(whole, alone=True) as fresh:
+                _fetch(source, fresh / target, entries)
     return whole / target
 
 
@@ -108,9 +107,6 @@ def _fetch(source: Remote, target: Path, entries: list[tuple[str, int, int]]) ->
             raise OSError(f"{source}: {name} came with {found} of {size} bytes; has it been written meanwhile?")
 
 
-# -- outputs ----------------------------------------------------------------------------------------------
-
-
 def local_copy(source: Place) -> Path:
-    """A path to read from: a `Remote` is staged. Raises as `fetch`."""
+    """A path to read from. A `Remote` is fetched; raises as `fetch`."""
     return fetch(str(source)) if isinstance(source, Remote) else source

@@ -1,17 +1,17 @@
 """Progress of remote work on the driver's screen: rank 0 writes a small file, the driver shows it.
 
-A bar where there is a terminal, otherwise a line every fifteen seconds.
+A terminal gets a bar. Anything else gets a line every fifteen seconds.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 
 from tqdm import tqdm
 
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote
 
 BUCKET_EVERY_S = 2  # a progress file in a bucket is written and read less often
@@ -19,16 +19,14 @@ _last_written: dict[Remote, float] = {}
 
 
 def write_progress(file: Place, **values: float | int | str) -> None:
-    """Replace the file atomically; one in a bucket every BUCKET_EVERY_S, and at the end. Needs `step` and `total`."""
+    """Replace the file. A file in a bucket is written every BUCKET_EVERY_S, and at the end. Needs `step` and `total`."""
     if isinstance(file, Remote):
         now = time.monotonic()
         if now - _last_written.get(file, float("-inf")) > BUCKET_EVERY_S or values["step"] == values["total"]:
             _last_written[file] = now
             file.write_text(json.dumps(values))
         return
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(values))
-    temporary.replace(file)
+    replace_text(file, json.dumps(values), durable=False)
 
 
 class ProgressWatcher:

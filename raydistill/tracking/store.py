@@ -1,12 +1,11 @@
 """MLflow runs: where they are kept, what describes them, opening and resuming them. The driver's side of tracking.
 
-Use it through `raydistill.tracking`. MLflow takes seconds to import, so it is imported inside functions only.
+MLflow takes seconds to import, so it is imported inside functions only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shlex
@@ -17,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
@@ -101,8 +102,7 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file closes
+    with FileLock(f"{path}.lock"):
         yield
 
 

@@ -1,4 +1,4 @@
-"""CPU, memory, disk, network and GPU of a node in its MLflow run."""
+"""CPU, memory, disk, network and GPU of a node in its MLflow run. MLflow is slow, so it is imported inside functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import threading
 from typing import Any
 
 from raydistill.errors import reason
-from raydistill.tracking.store import (
-    client_of,
-)
-from raydistill.tracking.tracker import log
+from raydistill.tracking.store import client_of
+
+log = logging.getLogger(__name__)
 
 
 class SystemMetrics:

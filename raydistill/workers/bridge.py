@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,8 @@ from raydistill.data.pairs import Pairs, read_pairs
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
-from raydistill.storage.atomic import scratch
-from raydistill.storage.place import Place, Remote
+from raydistill.storage.atomic import replacing, scratch
+from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.tracker import Tracker
@@ -107,15 +106,11 @@ def _check(config: Config, pairs_folder: str | Path) -> None:
 
 def _collect(checkpoint: Any, folder: Place) -> TrainedBridge:
     """Copy the last checkpoint's Bridge to where the next stage looks for it."""
-    if isinstance(folder, Remote):
-        with checkpoint.as_directory() as source:
-            folder.upload(Path(source, BRIDGE_FOLDER))
-            return TrainedBridge(folder, read_description(Path(source, BRIDGE_FOLDER))["metrics"])
-    with checkpoint.as_directory() as source, tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        copied = Path(shutil.copytree(Path(source, BRIDGE_FOLDER), Path(unfinished, BRIDGE_FOLDER)))
-        shutil.rmtree(folder, ignore_errors=True)
-        copied.replace(folder)
-    return TrainedBridge(folder, read_description(folder)["metrics"])
+    with checkpoint.as_directory() as source:
+        made = Path(source, BRIDGE_FOLDER)
+        with replacing(folder) as fresh:
+            shutil.copytree(made, fresh)
+        return TrainedBridge(folder, read_description(made)["metrics"])
 
 
 # -- the worker -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from raydistill.storage.atomic import replace_text
+from raydistill.storage.atomic import replace_text, replacing
 
 MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
@@ -30,17 +30,15 @@ class CheckpointError(RuntimeError):
 
 def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
     """Write `state.pt` and `about.json` into an existing folder; an older state stays until the new one is whole."""
-    unfinished = folder / "state.tmp"
     try:
-        torch.save({"state": state, "about": about}, unfinished)
+        with replacing(folder / "state.pt", alone=True) as fresh:
+            torch.save({"state": state, "about": about}, fresh)
     except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos", if it says anything
-        unfinished.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free / 2**30
         raise OSError(
             f"{folder / 'state.pt'} cannot be written ({str(error).splitlines()[0]}); is the disk full? {free:.1f} GiB are "
             "free. The older one is kept; free space, then continue with the same run.name"
         ) from error
-    unfinished.replace(folder / "state.pt")
     replace_text(folder / "about.json", json.dumps(about, indent=1))
 
 

@@ -126,6 +126,7 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
     assert same_weights(exported(storage / "whole"), exported(folder))
 
 
+@pytest.mark.full
 def test_a_run_in_a_bucket_goes_on_after_a_kill_with_the_bits_of_one_in_a_folder(
     finished, bucket, tmp_path, monkeypatch
 ):
@@ -182,6 +183,7 @@ def mlflow_server(tmp_path):
     server.kill()
 
 
+@pytest.mark.full
 def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, mlflow_server):
     """First life: a text encoder is killed, the disk is full, a Serve replica is killed, Ctrl-C. Second: the train worker is
     killed, and MLflow is away for a while. Each kill is a SIGKILL of a real process."""
@@ -245,6 +247,7 @@ def broken_teacher(tmp_path_factory):
     return folder
 
 
+@pytest.mark.full
 def test_a_teacher_of_nan_is_named_by_the_worker_and_not_tried_again(finished, broken_teacher, tmp_path):
     storage, _ = finished
     (tmp_path / "nan").mkdir()

@@ -9,7 +9,7 @@ from jobs_started import TEST_S, history, mlflow_runs, started
 
 from raydistill.workers.step_log import consumed_by_all
 
-pytestmark = pytest.mark.timeout(TEST_S)
+pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 
 
 @pytest.fixture(scope="module")

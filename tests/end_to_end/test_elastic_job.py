@@ -13,7 +13,7 @@ from jobs_started import JOB_S, TEST_S
 from raydistill.benchmark.world import World
 from raydistill.workers.step_log import consumed_by_all, read_lines, step_file
 
-pytestmark = pytest.mark.timeout(TEST_S)
+pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 BATCH, FAKE_UPDATES = 2, 1
 SETTINGS = (
     "distill.steps=100000",  # more than there is time for: SIGTERM ends it

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jobs_started import ROOT, TEST_S, command, running, whole
 
-pytestmark = pytest.mark.timeout(TEST_S)
+pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 COUNT, BATCH = 120, 2
 SCORER = """
 import json, sys

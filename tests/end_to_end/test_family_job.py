@@ -9,7 +9,7 @@ from tiny_aura_flow import install, save_aura_flow
 
 from raydistill.data.pairs import load_pairs
 
-pytestmark = pytest.mark.timeout(TEST_S)
+pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 TESTS = Path(__file__).parents[1]
 
 

@@ -9,7 +9,7 @@ from jobs_started import TEST_S, command, whole
 from raydistill.data.pairs import write_pairs
 from raydistill.driver.bridge_ablation import TABLES, VARIANTS
 
-pytestmark = pytest.mark.timeout(TEST_S)
+pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import ScoreRequest
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.full]
 MARK = "RAYDISTILL_TEST_CLUSTER"
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 LABELS = {"role": "teacher"}

@@ -12,7 +12,7 @@ from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers.request import ScoreRequest
 from raydistill.teachers.shard import actor
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.full]
 
 
 def test_a_request_is_stored_once_and_its_answer_by_the_rank_and_the_coordinator(ray_cluster):

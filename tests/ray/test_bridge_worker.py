@@ -114,6 +114,7 @@ def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
     assert any("reconstruction" in file.path for file in client.list_artifacts(mlflow_run[1], "images"))
 
 
+@pytest.mark.full
 def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, configure, pairs_folder, tmp_path):
     one = build_trainer(configure("bridge.attention.weight=0"), pairs_folder)
     for _ in range(2):
@@ -166,6 +167,7 @@ def process_of(actor):
     return None
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_a_job_whose_driver_controller_and_worker_are_killed_gives_the_bridge_of_one_left_alone(
     ray_cluster, pairs_folder, sd_folder, flux_folder, tmp_path

@@ -146,6 +146,7 @@ def sample(folder) -> PendingScores:
     )
 
 
+@pytest.mark.full
 def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     joined, sd_folder, flux_folder, tmp_path
 ):

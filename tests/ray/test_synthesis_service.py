@@ -143,6 +143,7 @@ def test_order_of_completion_and_a_killed_actor_change_no_byte(whole, client, sp
     assert shards(tmp_path) == shards(whole)
 
 
+@pytest.mark.full
 def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tmp_path, monkeypatch):
     (tmp_path / "images").mkdir()
     pixels = random.Random(2)
@@ -305,6 +306,7 @@ def finish(job, log: Path) -> str:
     return log.read_text()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_a_driver_killed_in_mid_set_goes_on_to_the_same_bytes(whole, command, tmp_path):
     """kill -9, then the same command: identical shards, the same MLflow run, and a third start has nothing to do."""

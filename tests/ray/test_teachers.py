@@ -239,6 +239,7 @@ def test_second_service_coexists_and_stops_cleanly(flux, sd_folder):
     assert torch.equal(client.submit(first).result(), expected)
 
 
+@pytest.mark.full
 def test_replicas_follow_the_requests_and_draining_loses_none(ray_cluster, flux_folder):
     """One replica becomes two while requests pile up, and one again while they trickle; every answer is the same."""
     config = TeacherServiceConfig(

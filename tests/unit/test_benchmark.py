@@ -17,6 +17,8 @@ from raydistill.benchmark import schedule as schedule_section
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.local import LocalScores
 
+pytestmark = pytest.mark.full
+
 LATER = {"chaos"}  # sections that may come from elsewhere
 
 

@@ -14,6 +14,8 @@ from raydistill.config.reading import CONFIGS
 from raydistill.evaluation.evaluator import StudentEvaluator
 from raydistill.shapes import WEIGHTS
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(autouse=True)
 def threads():

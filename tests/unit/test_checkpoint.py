@@ -60,7 +60,7 @@ def test_an_interrupted_write_leaves_the_older_state(tmp_path, monkeypatch, fail
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_full_disk_is_named_and_leaves_the_older_state(tmp_path):
     save_state(tmp_path, state(1.0), {"step": 1})
-    (tmp_path / "state.tmp").symlink_to("/dev/full")  # every write to it fails, as on a full disk
+    (tmp_path / ".new.state.pt").symlink_to("/dev/full")  # every write to it fails, as on a full disk
     with pytest.raises(
         OSError, match=r"state.pt cannot be written .* is the disk full\? .* GiB are free. The older one"
     ):

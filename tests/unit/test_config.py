@@ -4,8 +4,19 @@ import pytest
 import yaml
 
 from raydistill.config.command_line import from_command_line
-from raydistill.config.reading import CONFIGS, config_hash, fields, load, to_yaml, validate
+from raydistill.config.reading import (
+    CONFIGS,
+    config_hash,
+    fields,
+    flatten,
+    from_yaml,
+    load,
+    mathematical,
+    to_yaml,
+    validate,
+)
 from raydistill.config.schema import Config
+from raydistill.driver.run_folder import open_run_folder
 from raydistill.errors import InputError
 from raydistill.storage.resolve import check_storage
 
@@ -89,6 +100,70 @@ def test_hash_follows_the_maths_only():
     assert config_hash(base) != config_hash(load(overrides=["student.lr=1e-3"]))
 
 
+DECISIVE = {
+    "run": "seed",
+    "student": "ema_decay lr max_grad_norm model start_timestep unet",
+    "teacher": "guidance_scale model sampling_steps",
+    "teachers": "dtype shards slice threads_per_rank",
+    "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
+    "attention.temperature attention.weight batch_size checkpoint depths embed_dim heads lr lr_decay micro_batches "
+    "mixed_precision pairs prior projector steps trainable trainable_lr validation_share window",
+    "synthesis": "batch_size caption_column count image_column images posterior shard_size threads_per_encoder",
+    "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
+    "discriminator": "depth_fraction fake_weight lr real_count real_data weight width",
+    "vsd": "shift t_max t_min weight",
+    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads workers",
+    "prompts": "column encoder_dtype max_characters on_bad_row path threads_per_encoder",
+    "evaluation": "batch_size count judge metric periodic_count prompts seed",
+}
+
+
+def test_a_resume_may_change_what_decides_no_number_and_nothing_else():
+    """The keys as earlier versions had them, but for those that decide no number and were refused all the same."""
+    decisive = {f"{section}.{key}" for section, keys in DECISIVE.items() for key in keys.split()}
+    for config in (load(), load(overrides=["bridge.checkpoint=null"])):
+        assert mathematical(config) == {key: value for key, value in flatten(config).items() if key in decisive}
+
+
+@pytest.mark.parametrize("change", ["distill.resize_after_s=5", "evaluation.grid=4", "prompts.gpus_per_encoder=1"])
+def test_keys_that_decide_no_number_may_change_on_a_resume(tmp_path, change):
+    assert_resumes(tmp_path, [], [change])
+
+
+def test_the_fewest_workers_decide_numbers_while_a_bridge_trains_and_else_none(tmp_path):
+    elastic = ["distill.workers=4", "distill.min_workers=2"]
+    assert_resumes(tmp_path / "given", elastic, ["distill.min_workers=1"])
+    assert_resumes(
+        tmp_path / "identity",
+        [*elastic, "bridge.checkpoint=null", "bridge.projector=identity"],
+        ["distill.min_workers=null"],
+    )
+    with pytest.raises(InputError, match=r"must not change them: distill\.min_workers: 2 -> 1\. "):
+        assert_resumes(tmp_path / "trained", [*elastic, "bridge.checkpoint=null"], ["distill.min_workers=1"])
+
+
+def assert_resumes(storage, overrides, changes):
+    """A run with `overrides` was begun by an earlier version; it is resumed with `changes` besides."""
+    before = load(overrides=[f"storage={storage}", "run.name=mine", *overrides])
+    (storage / "mine").mkdir(parents=True)
+    (storage / "mine" / "config.yaml").write_text(yaml.safe_dump(before.model_dump(), sort_keys=False))
+    now = load(overrides=[f"storage={storage}", "run.name=mine", *overrides, *changes])
+    assert now != before
+    assert open_run_folder(now).path == storage.resolve() / "mine"
+
+
+def test_a_text_in_quotes_stays_a_text_and_a_number_needs_no_point(tmp_path):
+    (tmp_path / "file.yaml").write_text("run: {name: '1e5'}\nstudent: {lr: 1e-5}\ndistill: {steps: 2e3}\n")
+    for config in (
+        load(tmp_path / "file.yaml"),
+        load(overrides=["run.name='1e5'", "student.lr=1e-5", "distill.steps=2e3"]),
+    ):
+        assert (config.run.name, config.student.lr, config.distill.steps) == ("1e5", 1e-5, 2000)
+        assert from_yaml(to_yaml(config)) == config
+    with pytest.raises(InputError, match=r"run.name: .*needs quotes.* \(got 100000.0\)"):
+        load(overrides=["run.name=1e5"])
+
+
 def test_yaml_files_extend_each_other(tmp_path):
     (tmp_path / "base.yaml").write_text("student: {lr: 1.0e-3}\ndistill: {steps: 7}\n")
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ndistill: {batch_size: 3}\n")
@@ -151,6 +226,8 @@ def test_relative_storage_under_job_submission_is_refused(monkeypatch, tmp_path)
     assert check_storage(load(overrides=[f"storage={tmp_path}"])) == tmp_path.resolve()
 
 
-def test_config_round_trips_through_yaml():
-    config = load()
-    assert validate(yaml.safe_load(to_yaml(config))) == config
+def test_config_round_trips_through_yaml_as_earlier_versions_read_and_wrote_it():
+    config = load(overrides=["student.lr=1e-5"])
+    assert from_yaml(to_yaml(config)) == validate(yaml.safe_load(to_yaml(config))) == config
+    assert from_yaml(yaml.safe_dump(config.model_dump())) == config
+    assert from_yaml(to_yaml(config).replace("1.0e-05", "1e-5")) == config, "as people write it"

@@ -276,6 +276,7 @@ def test_early_features_equal_those_of_a_whole_forward(spaces, tables, index):
     assert x_t.grad.abs().sum() > 0
 
 
+@pytest.mark.full
 def test_the_discriminator_learns_to_tell_real_from_fake():
     """Shipped teacher samples against the shipped one-step start, over the full range of noise."""
     config = load(overrides=["discriminator.lr=2e-3", "fake_score.updates=1"])

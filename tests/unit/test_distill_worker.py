@@ -181,6 +181,7 @@ def result(settings):
     return json.loads(Path(settings["folder"], "result.json").read_text())
 
 
+@pytest.mark.full
 def test_two_workers_stop_together_at_a_collapse_and_export_the_best(stage, tmp_path):
     settings = stage("distill.stop_on_collapse=true", "distill.drift_limit=0.02", "distill.workers=2")
     start(settings, world=2)
@@ -198,6 +199,7 @@ def test_two_workers_stop_together_at_a_collapse_and_export_the_best(stage, tmp_
     assert result(settings) == told
 
 
+@pytest.mark.full
 def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(stage):
     settings = stage("distill.stop_on_collapse=true", "distill.drift_limit=1e-6")
     start(settings)

@@ -95,7 +95,13 @@ def worker(rank: int, folders, overrides, results) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(("family", "overrides"), [("flux", ()), ("sdxl", ("distill.gradient_checkpointing=true",))])
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("flux", ()),
+        pytest.param("sdxl", ("distill.gradient_checkpointing=true",), marks=pytest.mark.full),
+    ],
+)
 def test_a_shared_copy_gives_the_numbers_of_a_whole_one(
     sd_folder, flux_folder, diffusion_folders, tmp_path, family, overrides
 ):

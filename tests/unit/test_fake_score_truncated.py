@@ -349,7 +349,10 @@ def test_a_restored_run_goes_on_with_the_same_bits(gradient_checkpointing, space
     resumed = start(2)
     resumed.load_state_dict(state)
     update(resumed)
-    for one, other in ((whole.networks.fake, resumed.networks.fake), (whole.networks.student, resumed.networks.student)):
+    for one, other in (
+        (whole.networks.fake, resumed.networks.fake),
+        (whole.networks.student, resumed.networks.student),
+    ):
         assert torch.equal(flat(one.parameters()), flat(other.parameters()))
 
 

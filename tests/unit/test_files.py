@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from raydistill.config.reading import load
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
-from raydistill.storage.atomic import read_json, replace_text, scratch
+from raydistill.storage.atomic import read_json, replace_text, replacing, scratch
 from raydistill.storage.fingerprint import content_hash
 from raydistill.workers.stage import Stage
 
@@ -29,6 +31,71 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         replace_text(file, '{"steps": 1}')
     assert file.read_text() == "{}"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "runs" / "export"
+    for number in (1, 2):
+        with replacing(folder) as fresh:
+            fresh.mkdir()
+            (fresh / f"weights-{number}").write_text("whole")
+            assert folder.exists() == (number == 2), "the old one stays until the new one is whole"
+    assert [file.name for file in folder.iterdir()] == ["weights-2"]
+
+    def fail(write):
+        with replacing(folder) as fresh:
+            write(fresh)
+            raise KeyboardInterrupt
+
+    for write in (Path.mkdir, Path.touch, lambda _: None):
+        with pytest.raises(KeyboardInterrupt):
+            fail(write)
+    with pytest.raises(FileNotFoundError), replacing(folder):
+        pass  # nothing was written
+    assert [file.name for file in folder.iterdir()] == ["weights-2"]
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_what_a_killed_writer_left_is_used_up_where_there_is_one_writer(tmp_path):
+    code = (
+        "import os, sys; from raydistill.storage.atomic import replacing; from pathlib import Path\n"
+        "with replacing(Path(sys.argv[1]), alone=True) as fresh:\n"
+        "    exec(sys.argv[2]); os._exit(9)"
+    )
+    for name, write in (("file", "fresh.write_text('half')"), ("folder", "fresh.mkdir(); (fresh / 'half').touch()")):
+        assert subprocess.run([sys.executable, "-c", code, name, write], cwd=tmp_path).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing(tmp_path / "file", alone=True) as fresh:
+        fresh.write_text("1")
+    with replacing(tmp_path / "folder", alone=True) as fresh:
+        fresh.mkdir()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        replace_text(tmp_path / "file", "")
+        with replacing(tmp_path / "tensors") as fresh:
+            save_file({"x": torch.zeros(1)}, fresh)
+        with replacing(tmp_path / "folder") as fresh:
+            fresh.mkdir()
+            save_file({"x": torch.zeros(1)}, fresh / "tensors")
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"file": 0o640, "tensors": 0o640, "folder": 0o750, "folder/tensors": 0o640}
+
+
+def test_writing_files_needs_nothing_but_the_standard_library():
+    """The environments of the reward packages have other versions of all the rest, or none."""
+    code = (
+        "import sys; before = set(sys.modules); import raydistill.storage.atomic\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+        "print(*(new - sys.stdlib_module_names))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["raydistill"], done.stderr
 
 
 def test_a_content_hash_sees_names_and_bytes_also_behind_links(tmp_path):
@@ -82,7 +149,7 @@ def test_a_run_whose_files_were_cut_says_so(tmp_path):
 def test_what_a_killed_process_left_in_its_scratch_goes_with_the_next_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
-        "import os; from pathlib import Path; from raydistill.files import scratch\n"
+        "import os; from pathlib import Path; from raydistill.storage.atomic import scratch\n"
         "with scratch(Path('/runs/one')) as folder: (folder / 'state.pt').write_text('half'); os._exit(9)"
     )
     environment = os.environ | {"TMPDIR": str(tmp_path)}

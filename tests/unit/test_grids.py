@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import ImageFont
 
+from raydistill.driver.summary import kept_pictures
 from raydistill.evaluation.summary import markdown, table, write_summary
+from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
 
 
@@ -119,3 +121,13 @@ def test_summary_is_valid_json_and_replaces_whole_files(tmp_path):
         write_summary(path, {"bad": object()})
     assert json.loads(path.read_text())["mean"] == 0.5
     assert [file.name for file in path.parent.iterdir()] == ["summary.json"]
+
+
+def test_a_run_whose_grid_changed_shows_what_all_its_parts_kept(tmp_path):
+    (tmp_path / "distill").mkdir()
+    save_pictures(tmp_path / "distill" / "before.safetensors", flat(RED, RED, RED))
+    save_pictures(tmp_path / "distill" / "after.safetensors", flat(GREEN, GREEN))
+    save_pictures(tmp_path / "teacher.safetensors", flat(BLUE, BLUE, BLUE, size=64))
+    rows = kept_pictures(tmp_path)
+    assert [len(row) for row in rows] == [2, 2, 2]
+    assert before_after(*rows, ["a", "b"]).width > 0

@@ -120,7 +120,9 @@ def hub() -> Iterator[str]:
 
 def ask(code: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own: the client reads its environment once, when it is imported."""
-    code = f"from raydistill.storage.hub import download, cached\nfrom raydistill.config.schema import resolve\n{code}"
+    code = (
+        f"from raydistill.storage.hub import download, cached\nfrom raydistill.storage.resolve import resolve\n{code}"
+    )
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", **environment}
     return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
@@ -247,11 +249,11 @@ def test_only_models_may_come_from_the_hub():
 
 
 PIN = """
-from raydistill.config import load
-from raydistill.preflight import create_run_folder, open_run_folder, pinned
+from raydistill.config.reading import load
+from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
 config = load(None, ["storage={storage}", "run.name={name}", "teacher.model={model}"])
 run = open_run_folder(config)
-config = pinned(config, run)
+config = pin_models(config, run)
 create_run_folder(run, config)
 print(config.teacher.model)
 """

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+import pytest
+
 from raydistill.benchmark import latency
+
+pytestmark = pytest.mark.full
 
 
 def test_every_part_of_a_picture_is_timed(tmp_path):

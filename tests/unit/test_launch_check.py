@@ -85,6 +85,7 @@ def test_an_unknown_kind_of_gpu_is_named():
         check_launch(load(overrides=[*GPUS, "plan.trainer_gpu=H1000"]))
 
 
+@pytest.mark.full
 def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small_gpu, monkeypatch, capfd, tmp_path):
     storage = tmp_path / "storage"
     monkeypatch.setattr(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -20,13 +22,13 @@ from raydistill.data.pairs import (
     existing_shards,
     load_pairs,
     read_pairs,
-    remove_abandoned,
     shard_file,
     split,
     write_pairs,
 )
 from raydistill.errors import InputError
 from raydistill.pictures.files import png_bytes
+from raydistill.storage.atomic import remove_abandoned
 
 
 def write(folder, shard, first, count, z_teacher=None, previews=None):
@@ -241,11 +243,17 @@ def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
 
 def test_only_old_unfinished_files_are_removed(tmp_path):
     write(tmp_path, 0, 0, 2)
-    old, fresh = tmp_path / ".pairs-00001.parquet.aa", tmp_path / ".pairs-00002.parquet.bb"
-    for file in (old, fresh):
-        file.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
-    remove_abandoned(tmp_path)
+    kill = "import os; from raydistill.storage.atomic import replacing; from pathlib import Path\n"
+    kill += "with replacing(Path('pairs-00001.parquet')) as file: file.write_bytes(b'half'); os._exit(9)"
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", kill], cwd=tmp_path).returncode == 9
+    fresh, old = (file for file in tmp_path.iterdir() if file.name.startswith("."))
+    older = tmp_path / ".pairs-00002.parquet.aa"  # of an earlier version
+    older.write_bytes(b"half")
+    assert existing_shards(tmp_path) == [0]
+    for file in (old, older):
+        os.utime(file, (time.time() - 7200,) * 2)
+    remove_abandoned(tmp_path, "pairs-*.parquet")
     assert sorted(file.name for file in tmp_path.iterdir()) == [fresh.name, "pairs-00000.parquet"]
 
 

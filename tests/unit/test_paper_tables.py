@@ -44,6 +44,7 @@ def config(tmp_path):
     return load(overrides=["run.name=paper", f"storage={tmp_path}"])
 
 
+@pytest.mark.full
 def test_table1_has_every_pair_and_the_shared_space_with_every_seed(config, tmp_path):
     planned = cells("table1", config, tmp_path, seeds=2, quick=False)
     expected = {(s, row, seed) for s in STUDENTS for row in (*TEACHERS, SHARED) for seed in (0, 1)}
@@ -119,6 +120,7 @@ def test_table3_shows_both_starts():
     assert rows[2]["values"]["mean"][0] == 0.1
 
 
+@pytest.mark.full
 def test_the_merged_row_is_the_judged_mean_of_the_students_of_one_seed(config, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = changed(config, {"evaluation": {"count": 8, "grid": 8}})

@@ -244,6 +244,7 @@ def test_recomputed_activations_cost_flops_and_save_memory(counts):
     assert counts.recomputing.make.flops == counts.trainer.make.flops
 
 
+@pytest.mark.full
 def test_memory_between_two_counted_batches_is_never_said_to_be_less(config, counts):
     student, teacher = open_space(config.student.model), open_space(config.teacher.model)
     for batch in (2, 3):
@@ -251,6 +252,7 @@ def test_memory_between_two_counted_batches_is_never_said_to_be_less(config, cou
         assert real <= trainer_bytes(counts, batch) <= 1.15 * real
 
 
+@pytest.mark.full
 def test_parts_of_a_batch_cost_the_flops_of_the_batch_and_the_memory_of_a_part(config, counts):
     parted = count_run(changed(config, micro_batches=2))
     for name in PARTS:
@@ -271,6 +273,7 @@ def test_parts_of_a_batch_cost_the_flops_of_the_batch_and_the_memory_of_a_part(c
     assert advice.startswith("distill.micro_batches=4 or distill.batch_size=2 ")
 
 
+@pytest.mark.full
 def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spaces):
     """The CPU's autocast, which normalises in bfloat16 where CUDA's, which is counted, takes float32."""
     mixed = changed(config, mixed_precision=True)
@@ -365,6 +368,7 @@ def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, larg
     assert held_back == pytest.approx(parts[1])
 
 
+@pytest.mark.full
 def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float32s(config, counts):
     """A student that starts at t = 999 stays float32; one that starts at 625 does not, nor do Bridge and fake score."""
     late, early = (
@@ -491,6 +495,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=500)
 
 
+@pytest.mark.full
 def test_the_job_prints_every_section(counts):
     done = plan(f"distill.batch_size={BATCH}", "bridge.checkpoint=null")
     assert done.returncode == 0, done.stderr
@@ -508,6 +513,7 @@ def test_the_job_prints_every_section(counts):
     assert "64 GPU-hours for the Bridge and 160 for 3,000 student updates" in done.stdout
 
 
+@pytest.mark.full
 def test_the_job_names_what_it_does_not_know():
     done = plan("plan.trainer_gpu=H1000")
     assert done.returncode == 2

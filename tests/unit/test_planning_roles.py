@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from few_blocks import write_shortened
+from lanes import full_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -99,6 +100,7 @@ def test_flops_of_a_vae_are_those_counted_on_real_tensors(trainer):
     assert counted.decode.peak == pytest.approx(decoded.peak - weights, rel=0.2)
 
 
+@pytest.mark.full
 def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
     settings = ["distill.batch_size=4", "bridge.batch_size=4"]
     student, teacher = (open_space(f"shapes:{name}") for name in ("sd15", "flux"))
@@ -121,7 +123,7 @@ def shortened(monkeypatch):
     monkeypatch.setattr(counting_module, "write_folder", write_shortened)
 
 
-@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("teacher", full_but(TEACHERS, "sd35_medium", "flux1_dev"))
 def test_every_role_of_a_ready_pair_can_be_checked_before_its_launch(teacher, shortened):
     """With the networks' real widths, and few of their blocks: what is missing to count them would be missing here."""
     config = load(CONFIGS / f"{teacher}_sd15.yaml", ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"])
@@ -129,6 +131,7 @@ def test_every_role_of_a_ready_pair_can_be_checked_before_its_launch(teacher, sh
     assert [line.split(": ")[1] for line in lines] == list(ROLES)
 
 
+@pytest.mark.full
 def test_the_bridge_to_the_largest_teacher_fits_the_gpus_it_asks_for():
     """FLUX.1 at its full size, half of whose blocks are behind the Bridge."""
     (line,) = check_launch(load(CONFIGS / "flux1_dev_sd15.yaml"), ["Bridge training"])

@@ -25,8 +25,8 @@ from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
+from raydistill.storage import place as place_module
 from raydistill.storage import staging
-from raydistill.storage import to_place as place_module
 from raydistill.storage.atomic import reading, replace_text, writing
 from raydistill.storage.place import Remote, remote
 from raydistill.storage.resolve import check_paths, local_path, resolve, to_place
@@ -72,13 +72,14 @@ def test_several_processes_fetch_once(folder, cache, tmp_path):
     (folder / "set").upload(source)
     code = (
         "import sys\n"
-        "from raydistill import storage\n"
-        "download = storage.Remote.download\n"
+        "from raydistill.storage.place import Remote\n"
+        "from raydistill.storage.staging import fetch\n"
+        "download = Remote.download\n"
         "def told(self, target):\n"
         "    print('fetched', flush=True)\n"
         "    download(self, target)\n"
-        "storage.Remote.download = told\n"
-        "print(storage.stage(sys.argv[1]))\n"
+        "Remote.download = told\n"
+        "print(fetch(sys.argv[1]))\n"
     )
     command = [sys.executable, "-c", code, f"{folder}/set"]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
@@ -103,7 +104,7 @@ def test_a_killed_fetch_leaves_nothing_that_counts(folder, cache):
     (folder / "prompts.txt").write_text("whole\n")
     entries = (folder / "prompts.txt").entries()
     digest = staging._digest(folder / "prompts.txt", entries)
-    cut = cache / "staged" / f".{digest}" / "s3" / (folder / "prompts.txt").key
+    cut = cache / "staged" / f".new.{digest}" / "s3" / (folder / "prompts.txt").key
     cut.parent.mkdir(parents=True)
     cut.write_text("who")
     assert resolve(f"{folder}/prompts.txt").read_text() == "whole\n"

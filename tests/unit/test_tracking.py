@@ -80,7 +80,7 @@ def test_ui_command_names_the_store_and_no_password():
 
 
 def test_first_use_by_several_processes_at_once_makes_one_store(tmp_path):
-    code = "import sys; from raydistill.tracking.tracker import *; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
+    code = "import sys; from raydistill.tracking.store import open_run; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
     code += " 'r', storage=Path(sys.argv[2]), params={}, tags={}))"
     uri = f"sqlite:///{tmp_path}/new/mlflow.db"
     command = [sys.executable, "-c", code, uri, str(tmp_path)]
@@ -290,12 +290,12 @@ def test_store_that_stays_away_is_reported_with_the_number_of_lost_entries(monke
 
 
 def test_memory_is_bounded_while_the_store_is_away(monkeypatch):
-    monkeypatch.setattr("raydistill.tracking.tracker.METRICS_KEPT", 100)
+    monkeypatch.setattr("raydistill.tracking.sender.METRICS_KEPT", 100)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracker = Tracker("http://127.0.0.1:1", "run", interval=60)
     for step in range(500):
         tracker.metrics({"loss": step}, step)
-    assert len(tracker._metrics) <= 100
+    assert len(tracker._sender.metrics) <= 100
     assert tracker.close(timeout=0.1) == 500
 
 
@@ -308,6 +308,24 @@ def test_one_bad_artifact_does_not_hold_up_the_rest(uri, client, run_id, tmp_pat
     run = client.get_run(run_id)
     assert run.data.tags["after"] == "yes"
     assert run.info.status == "FINISHED"
+
+
+def test_an_artifact_that_arrives_on_the_second_try_is_not_counted_as_lost(uri, client, run_id, tmp_path, monkeypatch):
+    (tmp_path / "file.txt").write_text("f")
+    log_artifact, tries = mlflow.MlflowClient.log_artifact, []
+
+    def fail_once(self, *arguments):
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise ConnectionResetError
+        log_artifact(self, *arguments)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_artifact", fail_once)
+    tracker = Tracker(uri, run_id, interval=0.01)
+    tracker.artifact(tmp_path / "file.txt")
+    assert tracker.finish() == 0
+    assert len(tries) == 2
+    assert [entry.path for entry in client.list_artifacts(run_id)] == ["file.txt"]
 
 
 def test_system_metrics_are_sampled_and_continue_after_a_resume(uri, client, run_id):

@@ -120,6 +120,7 @@ def _write_without_one_tensor(source: Path, target: Path) -> None:
     (target / "config.json").write_text((source / "config.json").read_text())
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1200)
 def test_partitioned_networks_equal_from_pretrained(tmp_path):
     """Bitwise the network diffusers loads, 1/S of the parameters a rank, also after a forward that failed midway."""
