@@ -6,6 +6,7 @@ their last reader. Memory holds the pages that were just read, and the system dr
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import sys
@@ -86,6 +87,11 @@ class Numbers:
 
     def extend(self, numbers: np.ndarray) -> None:
         self._file.write(numbers)
+
+    def __del__(self) -> None:
+        # Python writes what is left as the file goes: on a full disk that fails again, and from 3.13 on it is printed.
+        with contextlib.suppress(OSError, AttributeError):  # AttributeError: there was no room even for the file
+            self._file.close()
 
     def array(self) -> np.ndarray:
         """All of them, mapped from the file; ends the writing."""

@@ -253,6 +253,18 @@ def test_a_full_disk_for_temporary_files_is_told_with_its_folder(tmp_path):
     assert told.endswith("make some, or name another folder in TMPDIR")
 
 
+def test_numbers_that_a_full_disk_cuts_short_are_told_once():
+    """Python 3.13 prints what fails as a file goes."""
+    code = (
+        "import resource; from raydistill.data.texts import Numbers;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); numbers = Numbers()\n"
+        "for i in range(20_000): numbers.append(i)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.count("File too large") == 1
+
+
 def test_a_copy_for_other_processes_is_a_few_buffers():
     prompts = PromptSet([f"prompt {i}" for i in range(10_000)])
     buffers = []

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from raydistill.driver import run_lock
 from raydistill.driver.run_lock import LEASE_FILE, RunLocked, lock_run
 
 HOLD = "import sys, pathlib\nfrom raydistill.driver.run_lock import lock_run\nwith lock_run(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -60,13 +61,13 @@ def test_a_killed_holder_and_one_that_left_are_no_obstacle(holder, capfd):
 def test_a_holder_on_another_machine_is_watched(holder, monkeypatch, capfd):
     """That machine's lock is not seen, as on storage without locks, and it has another name."""
     _, folder = holder
-    monkeypatch.setattr(lock_run.fcntl, "flock", fail)
-    monkeypatch.setattr(lock_run.socket, "gethostname", lambda: "another")
-    monkeypatch.setattr(lock_run, "WATCHED_FOR_S", 20.0)
+    monkeypatch.setattr(run_lock.fcntl, "flock", fail)
+    monkeypatch.setattr(run_lock.socket, "gethostname", lambda: "another")
+    monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 20.0)
     with pytest.raises(RunLocked, match="is under way"), lock_run(folder):
         pytest.fail("it beats every five seconds")
     assert "watching for 20 s" in capfd.readouterr().out
-    monkeypatch.setattr(lock_run, "WATCHED_FOR_S", 1.0)  # shorter than a beat: as if it were gone
+    monkeypatch.setattr(run_lock, "WATCHED_FOR_S", 1.0)  # shorter than a beat: as if it were gone
     with lock_run(folder):
         assert json.loads((folder / LEASE_FILE).read_text())["host"] == "another"
 
