@@ -1,8 +1,12 @@
-"""A small Ray cluster, an MLflow server and a job on them, all of whose processes can be told, killed and started again."""
+"""Ray clusters of the benchmarks' own: one for a section's own processes, and a world for jobs.
+
+A world is a small cluster, an MLflow server and a job on them. All its processes can be told, killed and started again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -17,12 +21,38 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import ray
+from ray import serve
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray.cluster_utils import Cluster
 
-from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
+from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment, quiet
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MARK = "RAYDISTILL_WORLD"  # environment variable that all processes of a world inherit
 SPOT = {"raydistill-world": "spot"}  # labels of the node that may be lost
+
+
+@contextlib.contextmanager
+def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[None]:
+    """A local Ray cluster for the length of the block, with as many logical CPUs as the section needs."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    quiet()
+    with environment(WITHOUT_DASHBOARD):
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+            runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"},
+        )
+    try:
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 class MlflowServer:
@@ -93,8 +123,6 @@ class World:
         self._before = os.environ.get(MARK)
         os.environ[MARK] = self.mark
         self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
-        from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-
         try:
             ensure_token_if_auth_enabled()  # as ray.init does for a cluster of its own
             self._start_cluster()
@@ -109,9 +137,7 @@ class World:
         if (cluster := getattr(self, "cluster", None)) is not None:
             address = cluster.address
             cluster.shutdown()
-            note = Path(
-                tempfile.gettempdir(), "ray", "ray_current_cluster"
-            )  # else `ray.init()` would look for this one
+            note = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray.init()` would look for this one
             if note.is_file() and note.read_text().strip() == address:
                 note.unlink()
         if self._before is None:
@@ -122,8 +148,6 @@ class World:
 
     # -- nodes -------------------------------------------------------------------------------------
     def _start_cluster(self) -> None:
-        from ray.cluster_utils import Cluster
-
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, but makes no folder
         with environment(WITHOUT_DASHBOARD):
             self.cluster = Cluster(
