@@ -368,13 +368,6 @@ def _recovery(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """Recovery by kind of fault, and what the two runs differ in."""
-    columns = {
-        "killed": "{fault}",
-        "times": "{kills}",
-        "seconds to the next update: alone": "{alone_median_s:.1f}",
-        "with others meanwhile": "{median_s:.1f}",
-        "longest": "{longest_s:.1f}",
-    }
     facts = {
         "an update of the quiet run (s, median)": f"{result['quiet_step_s']:.2f}",
         "seconds, quiet and under faults": f"{result['quiet_s']:.0f} and {result['chaos_s']:.0f}",
@@ -387,6 +380,10 @@ def table(result: dict[str, Any]) -> str:
         "processes left over": len(result["processes_left"]),
         "Ray Train's cleaners left until the cluster ends": result["ray_train_cleaners_left"],
     }
-    recovery = markdown(columns, [{"fault": fault} | row for fault, row in result["recovery"].items()])
-    compared = markdown((f"{result['kills']} faults, {result['steps']} updates", ""), facts.items())
+    recovery = markdown(
+        "killed | times | seconds to the next update: alone | with others meanwhile | longest",
+        "{fault} | {kills} | {alone_median_s:.1f} | {median_s:.1f} | {longest_s:.1f}",
+        [{"fault": fault} | row for fault, row in result["recovery"].items()],
+    )
+    compared = markdown(f"{result['kills']} faults, {result['steps']} updates | ", "{} | {}", facts.items())
     return f"{recovery}\n\n{compared}"

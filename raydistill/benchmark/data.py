@@ -15,12 +15,12 @@ import torch
 
 from raydistill.benchmark.measure import markdown, median, megabytes, milliseconds, option, resident, timed
 from raydistill.benchmark.models import default_trainer
-from raydistill.benchmark.world import ray_cluster
 from raydistill.config.reading import load
 from raydistill.data.encode import CACHE_BYTES
 from raydistill.data.prompts import PromptSet, read_prompts, training_prompts
 from raydistill.data.stream import conditioned_batches
 from raydistill.distill.schedule import distillation_step
+from raydistill.driver.cluster import connected
 from raydistill.storage.resolve import resolve
 
 TARGET = 0.01  # of a step
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
-    with ray_cluster(4):
+    with connected(num_cpus=4, log_to_driver=False):
         wait = _wait(arguments)
         reading, prompts = _read(arguments.prompts)
         streaming = _drain(_stream(prompts, arguments.batches, arguments.batch_size), arguments)
@@ -115,4 +115,4 @@ def table(result: dict[str, Any]) -> str:
         ),
     }
     notes = f"Miniature text encoders, batches of {result['batch_size']}, one encoder actor. Target: a wait below {TARGET:.0%}."
-    return f"{markdown(('what', 'measured'), rows.items())}\n\n{notes}"
+    return f"{markdown('what | measured', '{} | {}', rows.items())}\n\n{notes}"

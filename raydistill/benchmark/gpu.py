@@ -208,22 +208,16 @@ def _zero3(device: torch.device) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     if "skipped" in result:
         return result["skipped"]
-    scores = {
-        "teacher": "{model}",
-        "samples": "{batch}",
-        "": "{kind}",
-        "guided score": "{seconds:ms}",
-        "TFLOP/s": "{tflops:.3g}",
-        "of the measured matrix peak": "{of_peak:.0%}",
-    }
-    bridges = {
-        "Bridge to": "{teacher}",
-        "Bridge": "{bridge_s:ms}",
-        "teacher's decoder": "{teacher_decoder_s:ms}",
-        "student's decoder": "{student_decoder_s:ms}",
-        "added to a picture": "{added_s:+ms}",
-        "paper (H100)": "+{paper_added_ms} ms",
-    }
+    scores = markdown(
+        "teacher | samples |  | guided score | TFLOP/s | of the measured matrix peak",
+        "{model} | {batch} | {kind} | {seconds:ms} | {tflops:.3g} | {of_peak:.0%}",
+        result["scores"],
+    )
+    bridges = markdown(
+        "Bridge to | Bridge | teacher's decoder | student's decoder | added to a picture | paper (H100)",
+        "{teacher} | {bridge_s:ms} | {teacher_decoder_s:ms} | {student_decoder_s:ms} | {added_s:+ms} | +{paper_added_ms} ms",
+        result["bridges"],
+    )
     student = result["student"]
     counted_bytes, peak = student["counted_bytes"], student["peak_bytes"]
     lines = [
@@ -237,5 +231,4 @@ def table(result: dict[str, Any]) -> str:
     ]
     if result["dry_run"]:
         lines.append("DRY RUN on the CPU with tiny sizes: the times mean nothing.")
-    tables = [markdown(scores, result["scores"]), markdown(bridges, result["bridges"])]
-    return "\n\n".join([*tables, "\n".join(lines)])
+    return "\n\n".join([scores, bridges, "\n".join(lines)])

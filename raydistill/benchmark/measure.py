@@ -31,9 +31,6 @@ def option(parser: argparse.ArgumentParser, name: str, default: Any, help: str, 
     parser.add_argument(name, default=default, help=help, **more)
 
 
-# -- the machine ------------------------------------------------------------------------------------------
-
-
 def machine() -> str:
     """CPU, usable cores and GPU in one line."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -57,9 +54,6 @@ def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> in
     """Resident bytes of a process, of these kinds of /proc/PID/status."""
     found = re.findall(r"^(Rss\w+):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return sum(1024 * int(size) for kind, size in found if kind in kinds)
-
-
-# -- seconds ----------------------------------------------------------------------------------------------
 
 
 def timed(action: Callable[[], Any], device: torch.device | str = "cpu") -> float:
@@ -90,9 +84,6 @@ def copy_seconds(nbytes: int, repeats: int = 5) -> float:
     return median(timed(lambda: np.copyto(target, source)) for _ in range(repeats))
 
 
-# -- processes of their own, whose memory is theirs alone -------------------------------------------------
-
-
 def in_processes(module: str, tasks: Sequence[Mapping[str, Any]], **variables: str) -> list[dict[str, Any]]:
     """What `python -m MODULE` answers to each task (see `answer`); all run at once, with these environment variables.
 
@@ -115,9 +106,6 @@ def answer(measure: Callable[..., dict[str, Any]]) -> None:
     print("\n" + json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
 
 
-# -- tables -----------------------------------------------------------------------------------------------
-
-
 def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e6:.3g} MB"
 
@@ -137,16 +125,15 @@ class _Cells(string.Formatter):
         return self.UNITS[format_spec](value) if format_spec in self.UNITS else super().format_field(value, format_spec)
 
 
-def markdown(columns: Mapping[str, str] | Sequence[tuple[str, str]] | Sequence[str], rows: Iterable[Any]) -> str:
+def markdown(columns: str, cells: str, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> str:
     """A table.
 
     Args:
-        columns: headings; or pairs of a heading and a cell, which is a format (see `_Cells`) of the keys of a row.
-        rows: of cells; or dictionaries, for such pairs.
+        columns: the headings, as in "one | two".
+        cells: a format (see `_Cells`) of a row's keys, as in "{one:ms} | {two:.2f}", or of its entries.
     """
-    columns = list(columns.items() if isinstance(columns, Mapping) else columns)
-    if not isinstance(columns[0], str):
-        columns, cells = zip(*columns, strict=True)
-        rows = [[_Cells().format(cell, **row) for cell in cells] for row in rows]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    filled = [
+        _Cells().format(cells, **row) if isinstance(row, Mapping) else _Cells().format(cells, *row) for row in rows
+    ]
+    lines = [f"| {line} |" for line in (columns, *filled)]
+    return "\n".join([lines[0], "|---" * len(columns.split(" | ")) + "|", *lines[1:]])

@@ -7,11 +7,12 @@ that the planner counts. The network is generated, random, and large enough that
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import json
 import shutil
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import diffusers
 import torch
 
+from raydistill.background import in_background
 from raydistill.benchmark.measure import answer, in_processes, markdown, option, resident
 from raydistill.benchmark.models import score_inputs, zero3_group
 from raydistill.config.reading import load
@@ -74,31 +76,25 @@ def _processes(world: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
 # -- inside such a process --------------------------------------------------------------------------------
 
 
-class Peak:
-    """Context that samples this process's resident memory; `bytes` is the most above what it was before.
+@contextlib.contextmanager
+def peak(*kinds: str) -> Iterator[SimpleNamespace]:
+    """`bytes`: the most resident memory of these kinds in the block, above what it was before; sampled.
 
-    Args:
-        mapped: count pages of mapped files, which is where weights lie that a network on the CPU has loaded.
+    With RssFile the pages of mapped files count, which is where weights lie that a network on the CPU has loaded.
     """
+    before, end, found = resident(kinds=kinds), threading.Event(), SimpleNamespace(bytes=0)
 
-    def __init__(self, mapped: bool) -> None:
-        self._resident = functools.partial(resident, kinds=("RssAnon", "RssFile") if mapped else ("RssAnon",))
+    def sample() -> None:
+        while not end.wait(0.002):
+            found.bytes = max(found.bytes, resident(kinds=kinds) - before)
 
-    def __enter__(self) -> Peak:
-        self._end = threading.Event()
-        self._before = self.bytes = self._resident()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def _sample(self) -> None:
-        while not self._end.wait(0.002):
-            self.bytes = max(self.bytes, self._resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self.bytes = max(self.bytes, self._resident()) - self._before
+    sampling = in_background(sample)
+    try:
+        yield found
+    finally:
+        end.set()
+        sampling.result()
+        found.bytes = max(found.bytes, resident(kinds=kinds) - before)
 
 
 def measure(role: str, teacher: str, batch_size: int, **place: int) -> dict[str, Any]:
@@ -125,11 +121,11 @@ def _trainer(config: Config) -> dict[str, Any]:
     planned = counting.count_trainer(config, *map(open_space, models)).peak
     student, teacher = (load_space(local_path(model)) for model in models)
     _warm_up()
-    with Peak(mapped=True) as peak:
+    with peak("RssAnon", "RssFile") as found:
         worker = counting.distiller(config, student, teacher, config.distill.batch_size, "cpu")
         for _ in range(2):
             distillation_step(worker, lambda made: SimpleNamespace(result=made.x_t.clone), 1, overlap=True)
-    return {"planned": planned, "measured": peak.bytes}
+    return {"planned": planned, "measured": found.bytes}
 
 
 def _teacher(config: Config) -> dict[str, Any]:
@@ -138,9 +134,9 @@ def _teacher(config: Config) -> dict[str, Any]:
     teacher = load_space(config.teacher.model)
     inputs = score_inputs(teacher, config.teachers.slice)
     _warm_up()
-    with Peak(mapped=True) as peak, torch.no_grad():
+    with peak("RssAnon", "RssFile") as found, torch.no_grad():
         teacher.predict_x0(teacher.load_network(), *inputs, 3.5)
-    return {"planned": 4 * (counted.parameters + counted.buffers) + counted.score.peak, "measured": peak.bytes}
+    return {"planned": 4 * (counted.parameters + counted.buffers) + counted.score.peak, "measured": found.bytes}
 
 
 def _rank(teacher: str, rank: int, world: int, port: int) -> dict[str, Any]:
@@ -151,14 +147,14 @@ def _rank(teacher: str, rank: int, world: int, port: int) -> dict[str, Any]:
         layer = max(map(numel, (*network.transformer_blocks, *network.single_transformer_blocks)))
         _warm_up()
         torch.distributed.barrier()
-        with Peak(mapped=False) as peak:
+        with peak("RssAnon") as found:
             engine = zero3.load_partitioned(space, torch.float32, CPU, rank, world)
             torch.distributed.barrier()
         held = zero3.partition_numel(engine)
     share = numel(network) / world
     return {
         "numel": numel(network), "layer": layer, "held": 4 * held,
-        "planned": 4 * (share + layer), "measured": peak.bytes,
+        "planned": 4 * (share + layer), "measured": found.bytes,
     }  # fmt: skip
 
 
@@ -175,30 +171,25 @@ def _warm_up() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    roles = {
-        "role": "{role}",
-        "planned": "{planned:MB}",
-        "measured peak": "{measured:MB}",
-        "measured / planned": "{ratio:.3f}",
-    }
-    shards = {
-        "shards": "{shards}",
-        "network": "{network:MB}",
-        "its share": "{share:MB}",
-        "largest layer": "{largest:MB}",
-        "share + layer": "{planned:MB}",
-        "measured load peak, worst rank": "{measured:MB}",
-        "ratio": "{ratio:.3f}",
-    }
     rows, loads = ([row | {"ratio": row["measured"] / row["planned"]} for row in result[k]] for k in ("rows", "loads"))
     for row in loads:
         row |= {"network": 4 * row["numel"], "share": 4 * row["numel"] / row["shards"], "largest": 4 * row["layer"]}
+    roles = markdown(
+        "role | planned | measured peak | measured / planned",
+        "{role} | {planned:MB} | {measured:MB} | {ratio:.3f}",
+        rows,
+    )
+    shards = markdown(
+        "shards | network | its share | largest layer | share + layer | measured load peak, worst rank | ratio",
+        "{shards} | {network:MB} | {share:MB} | {largest:MB} | {planned:MB} | {measured:MB} | {ratio:.3f}",
+        loads,
+    )
     notes = (
         f"Resident memory beyond imports, float32 on the CPU, {result['batch_size']} samples; the plan counts live tensors, the "
         "process also holds what the allocator keeps. While loading in shards, pages of mapped files are not counted: the "
         f"kernel shares them among ranks and can drop them. Target: within {TOLERANCE:.0%}."
     )
-    return "\n\n".join([markdown(roles, rows), markdown(shards, loads), notes])
+    return "\n\n".join([roles, shards, notes])
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ from raydistill.benchmark.measure import markdown, option
 from raydistill.benchmark.models import score_inputs
 from raydistill.config import reading
 from raydistill.config.schema import Config
-from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import training_prompts
 from raydistill.distill.local import LocalScores, local_distillation
 from raydistill.distill.networks import guidance_scale
 from raydistill.distill.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.summary import write_summary
+from raydistill.evaluation.teacher import draw_teacher
 from raydistill.planning.counting import count_teacher, count_trainer, distiller
 from raydistill.planning.counts import changed
 from raydistill.planning.meter import counted
@@ -103,19 +103,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             tqdm.write(f"{cell.variant.name}, seed {cell.seed}: {reached}")
         sizes = {"miniature": "shapes"} | ({} if arguments.no_real_size else {"real": REAL_PAIR})
         costs = {v: {size: pool.submit(update_cost, v, name) for size, name in sizes.items()} for v in variants}
-        found = {v: [done.result() for done, cell in waiting.items() if cell.variant == v] for v in variants}
-        rows = [
-            asdict(v)
-            | {
-                "updates": [
-                    [crossing(cell["curve"], share * cell["teacher"]) for cell in found[v]] for share in shares
-                ],
-                "best": max(accuracy for cell in found[v] for _, accuracy in cell["curve"]),
-            }
-            | {size: cost.result() for size, cost in costs[v].items()}
-            for v in variants
-        ]
-    first = found[variants[0]][0]
+        rows = []
+        for v in variants:
+            done = [future.result() for future, cell in waiting.items() if cell.variant == v]
+            updates = [[crossing(cell["curve"], share * cell["teacher"]) for cell in done] for share in shares]
+            best = max(accuracy for cell in done for _, accuracy in cell["curve"])
+            cost = {size: future.result() for size, future in costs[v].items()}
+            rows.append(asdict(v) | {"updates": updates, "best": best} | cost)
+    first = next(iter(waiting)).result()
     common = {"teacher": first["teacher"], "start": first["curve"][0][1], "seeds": arguments.seeds, "shares": shares}
     return {"rows": rows} | common | settings
 
@@ -189,17 +184,7 @@ def _teacher_accuracy(config: Config, scores: LocalScores, evaluator: StudentEva
     key["files"] = _hashes(config, FILES_OF_TEACHER)
     if file.is_file() and (known := json.loads(file.read_text())).get("key") == key:
         return known["mean"]
-    space, fixed = scores.space, evaluator.fixed
-    table = PromptTable(space, fixed.captions)
-    vae, pictures = space.load_vae(), []
-    with torch.no_grad():
-        for start, stop, captions in fixed.batches(config.evaluation.batch_size):
-            latents = space.sample(
-                scores.network, fixed.noise(space, start, stop), table(captions), scores.unconditional,
-                config.teacher.sampling_steps, scores.guidance_scale,
-            )  # fmt: skip
-            pictures.append(space.decode(vae, latents))
-    judged = evaluator.judge.accuracy(torch.cat(pictures), fixed.captions)
+    _, judged = draw_teacher(scores.generate, scores.space, evaluator.fixed, config, scores.guidance_scale)
     write_summary(file, judged | {"key": key})
     return judged["mean"]
 
@@ -260,14 +245,11 @@ def _table(result: dict[str, Any], place: int) -> str:
             return None
         return statistics.fmean(row["updates"][place]) * row[size]["forwards"] / row[size]["batch"]
 
-    def costs(row: dict[str, Any], size: str) -> list[str]:
-        """Per sample of a batch."""
+    def costs(row: dict[str, Any], size: str) -> tuple[float | None, ...]:
+        """Of an update, in all, and of DMD2's; per sample of a batch."""
         found, reference = in_all(row, size), in_all(known[DMD2], size) if DMD2 in known else None
-        return [
-            f"{row[size]['forwards'] / row[size]['batch']:.1f}",
-            "–" if found is None else f"{found:,.0f}",
-            "–" if found is None or reference is None else f"{found / reference:.2f}",
-        ]
+        share = None if found is None or reference is None else found / reference
+        return row[size]["forwards"] / row[size]["batch"], found, share
 
     def updates(row: dict[str, Any]) -> str:
         counts = row["updates"][place]
@@ -275,9 +257,9 @@ def _table(result: dict[str, Any], place: int) -> str:
             return f"not within {result['most']} (best {row['best']:.3f})"
         return f"{statistics.fmean(counts):.0f} ({', '.join(f'{count:.0f}' for count in counts)})"
 
-    columns = ["variant", "student updates (seeds)", "forwards an update", "in all", "of DMD2's"]
-    columns += ["at real size: an update", "in all", "of DMD2's"] if "real" in sizes else []
-    cells = (
-        [row["name"], updates(row), *(cell for size in sizes for cell in costs(row, size))] for row in result["rows"]
-    )
-    return markdown(columns, cells)
+    columns = "variant | student updates (seeds) | forwards an update | in all | of DMD2's"
+    columns += " | at real size: an update | in all | of DMD2's" if "real" in sizes else ""
+    rows = [
+        (row["name"], updates(row), *(cell for size in sizes for cell in costs(row, size))) for row in result["rows"]
+    ]
+    return markdown(columns, "{} | {}" + " | {:.1f} | {:,.0f} | {:.2f}" * len(sizes), rows)

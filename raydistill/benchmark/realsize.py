@@ -96,4 +96,4 @@ def table(result: dict[str, Any]) -> str:
         f"gradient, weights {'changed' if result['changed'] else 'DID NOT CHANGE'}. Random weights, float32, "
         f"{result['threads']} threads, one step, SGD."
     )
-    return f"{markdown(('phase', 'one sample'), rows)}\n\n{notes}"
+    return f"{markdown('phase | one sample', '{} | {}', rows)}\n\n{notes}"

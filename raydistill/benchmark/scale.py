@@ -16,8 +16,8 @@ import ray
 
 from raydistill.benchmark.idle import IdleService, idle_service, request_of
 from raydistill.benchmark.measure import markdown, milliseconds, option, timed
-from raydistill.benchmark.world import ray_cluster
 from raydistill.config.schema import TeacherServiceConfig
+from raydistill.driver.cluster import connected
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import ScoreRequest
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = TeacherServiceConfig(shards=1, cpus_per_rank=0.01)
     nbytes = int(arguments.megabytes * 1e6)
     shared = max((count for count in arguments.replicas if count <= max(arguments.trainers, default=0)), default=0)
-    with ray_cluster(16, 4 << 30):
+    with connected(num_cpus=16, object_store_memory=4 << 30, log_to_driver=False):
         for count in arguments.replicas:
             print(f"{count} replicas …", flush=True)
             with idle_service(settings, f"idle-{count}", count) as idle:
@@ -116,28 +116,23 @@ def _trainers(count: int, idle: IdleService, nbytes: int, arguments: argparse.Na
 
 
 def table(result: dict[str, Any]) -> str:
-    replicas = {
-        "replicas": "{replicas}",
-        "requests/s": "{per_s:.2f}",
-        "of linear": "{of_linear:.1%}",
-        "driver's CPU a request": "{driver_cpu_s:ms}",
-        "of it Serve's router": "{router_cpu_s:ms}",
-    }
-    trainers = {
-        "trainers": "{trainers}",
-        "replicas": "{replicas}",
-        "steps/s": "{per_s:.2f}",
-        "of linear": "{of_linear:.1%}",
-        "wait for teachers a step": "{waited_s:ms}",
-    }
+    replicas = markdown(
+        "replicas | requests/s | of linear | driver's CPU a request | of it Serve's router",
+        "{replicas} | {per_s:.2f} | {of_linear:.1%} | {driver_cpu_s:ms} | {router_cpu_s:ms}",
+        result["replicas"],
+    )
+    trainers = markdown(
+        "trainers | replicas | steps/s | of linear | wait for teachers a step",
+        "{trainers} | {replicas} | {per_s:.2f} | {of_linear:.1%} | {waited_s:ms}",
+        result["trainers"],
+    )
     notes = (
         f"Simulated: a replica sleeps {result['seconds']:g} s a request of {result['megabytes']:g} MB, and stands for a GPU; "
         f"{result['requests']} requests a replica, {result['steps']} steps a trainer. Linear: replicas / "
         f"{result['seconds']:g} s, and trainers / ({1.5 * result['seconds']:g} s of their own sleep). All processes share "
         f"this machine's cores. Target: {TARGET:.0%}."
     )
-    tables = markdown(replicas, result["replicas"]), markdown(trainers, result["trainers"])
-    return "\n\n".join([*tables, notes, *map(_saturation, result["replicas"][-1:])])
+    return "\n\n".join([replicas, trainers, notes, *map(_saturation, result["replicas"][-1:])])
 
 
 def _saturation(row: dict[str, float]) -> str:

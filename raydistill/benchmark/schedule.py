@@ -15,11 +15,11 @@ import torch
 from raydistill.benchmark.idle import idle_service
 from raydistill.benchmark.measure import cores, markdown, median, milliseconds, option
 from raydistill.benchmark.models import default_trainer
-from raydistill.benchmark.world import ray_cluster
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.distill.local import LocalScores
 from raydistill.distill.schedule import Submit, distillation_step
 from raydistill.distill.updates import Distiller
+from raydistill.driver.cluster import connected
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient
 from raydistill.workers.score_requests import Teachers
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     worker, local = default_trainer(arguments.batch_size, arguments.fake_updates)
     common, steps, rows = (local.unconditional, local.guidance_scale), arguments.steps, []
-    with ray_cluster(4):
+    with connected(num_cpus=4, log_to_driver=False):
         with idle_service(TeacherServiceConfig(shards=1, slice=4, cpus_per_rank=0.1)) as idle:
             submit = Teachers(idle.client(), *common)
             idle.set(0.0)
@@ -111,19 +111,14 @@ def _on_all_cores(worker: Distiller, local: LocalScores, steps: int) -> dict[str
 
 
 def table(result: dict[str, Any]) -> str:
-    columns = {
-        "teacher": "{teacher}",
-        "T_teacher": "{teacher_s:ms}",
-        "k T_fake": "{fake_s:ms}",
-        "T_make + T_student": "{own_s:ms}",
-        "bound": "{bound_s:ms}",
-        "overlapped": "{overlapped_s:ms}",
-        "over the bound": "{over_bound:.3f}",
-        "sequential": "{sequential_s:ms}",
-        "sequential / overlapped": "{speedup:.2f}",
-        "in process": "{in_process_s:ms}",
-        "in process / overlapped": "{in_process:.2f}",
-    }
+    columns = (
+        "teacher | T_teacher | k T_fake | T_make + T_student | bound | overlapped | over the bound | sequential | "
+        "sequential / overlapped | in process | in process / overlapped"
+    )
+    cells = (
+        "{teacher} | {teacher_s:ms} | {fake_s:ms} | {own_s:ms} | {bound_s:ms} | {overlapped_s:ms} | {over_bound:.3f} | "
+        "{sequential_s:ms} | {speedup:.2f} | {in_process_s:ms} | {in_process:.2f}"
+    )
     rows, all_cores = [], ""
     for row in result["rows"]:
         row = {"own_s": row["make_s"] + row["student_s"], "in_process_s": None, "in_process": None} | row
@@ -142,4 +137,4 @@ def table(result: dict[str, Any]) -> str:
         "it stands for a GPU. The real teacher shares the machine with the trainer. Sequential steps ask the service too; in "
         f"process: the teacher's network in the trainer, and no service, both on one thread.{all_cores} Target: {TARGET}."
     )
-    return f"{markdown(columns, rows)}\n\n{notes}"
+    return f"{markdown(columns, cells, rows)}\n\n{notes}"

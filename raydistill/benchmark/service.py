@@ -20,14 +20,15 @@ import torch
 from ray._private.internal_api import get_memory_info_reply
 from ray._private.state import state
 from ray.actor import ActorHandle
+from torch.utils._pytree import tree_leaves
 
 from raydistill.benchmark.idle import IdleRank, idle_service, request_of
 from raydistill.benchmark.measure import copy_seconds, interleaved, markdown, option
 from raydistill.benchmark.models import score_inputs
-from raydistill.benchmark.world import ray_cluster
 from raydistill.config.reading import CONFIGS, load
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.distill.networks import guidance_scale
+from raydistill.driver.cluster import connected
 from raydistill.spaces.meta import open_space
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import ScoreRequest
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             batch, request = _of_family(f"{file.stem}_sd15")
             requests[f"{file.stem}, {batch} samples"] = request
     rows = []
-    with ray_cluster(4, 4 << 30):
+    with connected(num_cpus=4, object_store_memory=4 << 30, log_to_driver=False):
         _use_the_store()
         bare = ray.remote(num_cpus=0.1)(_Bare).remote()
         config = TeacherServiceConfig(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
@@ -91,7 +92,8 @@ def _measure(
 ) -> dict[str, float]:
     """Median seconds of each kind of call, and the bytes that one writes to the object store."""
     payload = request.payload()
-    nbytes = sum(_nbytes(payload[name]) for name in ("latents", "t", "conditioning", "unconditional"))
+    sent = tree_leaves([payload[name] for name in ("latents", "t", "conditioning", "unconditional")])
+    nbytes = sum(array.nbytes for array in sent if isinstance(array, np.ndarray))
     calls = {
         "service": lambda: client.submit(request).result(),
         "bare": lambda: ray.get(bare.answer.remote(payload)),
@@ -125,32 +127,16 @@ def _stored(call: Callable[[], Any]) -> int:
     return so_far() - before
 
 
-def _nbytes(wire: Any) -> int:
-    if wire is None:
-        return 0
-    if isinstance(wire, dict):
-        return sum(map(_nbytes, wire.values()))
-    return wire[1].nbytes if isinstance(wire, tuple) else wire.nbytes
-
-
 def table(result: dict[str, Any]) -> str:
-    columns = (  # some headings occur twice
-        ("request", "{request}"),
-        ("bytes", "{nbytes:MB}"),
-        ("answer", "{answer_nbytes:MB}"),
-        ("bare actor", "{bare_s:ms}"),
-        ("rank directly", "{rank_s:ms}"),
-        ("service", "{service_s:ms}"),
-        ("added to the bare actor", "{added_s:ms}"),
-        ("to the rank", "{added_to_rank_s:ms}"),
-        ("of it checking", "{check_s:ms}"),
-        ("one memory copy", "{copy_s:ms}"),
-        ("added to the bare actor, in copies", "{added_copies:.2f}"),
-        ("to the rank", "{added_to_rank_copies:.2f}"),
-        ("throughput", "{gbytes_per_s:.2f} GB/s"),
-        ("into the store: bare actor", "{bare_stored:MB}"),
-        ("rank", "{rank_stored:MB}"),
-        ("service", "{service_stored:MB}"),
+    columns = (
+        "request | bytes | answer | bare actor | rank directly | service | added to the bare actor | to the rank | "
+        "of it checking | one memory copy | added to the bare actor, in copies | to the rank | throughput | "
+        "into the store: bare actor | rank | service"
+    )
+    cells = (
+        "{request} | {nbytes:MB} | {answer_nbytes:MB} | {bare_s:ms} | {rank_s:ms} | {service_s:ms} | {added_s:ms} | "
+        "{added_to_rank_s:ms} | {check_s:ms} | {copy_s:ms} | {added_copies:.2f} | {added_to_rank_copies:.2f} | "
+        "{gbytes_per_s:.2f} GB/s | {bare_stored:MB} | {rank_stored:MB} | {service_stored:MB}"
     )
     notes = (
         f"Medians of {result['repeats']} calls. Into the store: bytes that one call writes to the object store, counted by Ray; "
@@ -161,4 +147,4 @@ def table(result: dict[str, Any]) -> str:
         "joins the parts of several ranks (here is one); in the client none. Targets: "
         f"{1e3 * TARGET_S:g} ms added at 8 MB, {TARGET_COPIES} copies added at 128 MB."
     )
-    return f"{markdown(columns, result['rows'])}\n\n{notes}"
+    return f"{markdown(columns, cells, result['rows'])}\n\n{notes}"

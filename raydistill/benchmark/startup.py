@@ -71,8 +71,8 @@ def _start(evaluated: int) -> dict[str, tuple[float, float]]:
                     continue
                 if kind == "file" and (folder / name).is_file():
                     at[event] = time.perf_counter() - started
-                elif kind == "line":
-                    at |= {event: seconds for seconds, line in reversed(lines.copy()) if line.startswith(name)}
+                elif kind == "line" and (found := [seconds for seconds, line in lines if line.startswith(name)]):
+                    at[event] = found[0]
             time.sleep(0.02)
         code = job.wait()
         reader.join()
@@ -99,11 +99,11 @@ def _imports() -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     starts = result["starts"]
-    phases = markdown(
-        ("phase", *(f"start {i + 1}" for i in range(len(starts)))),
-        [(name, *("{:.1f} – {:.1f} s".format(*start[name]) for start in starts)) for name in starts[0]],
-    )
-    imports = markdown(("imports of", "seconds"), [(name, f"{taken:.1f}") for name, taken in result["imports"].items()])
+    columns, cells = "phase", "{}"
+    for i in range(len(starts)):
+        columns, cells = f"{columns} | start {i + 1}", cells + " | {:.1f} – {:.1f} s"
+    phases = markdown(columns, cells, [(name, *(at for start in starts for at in start[name])) for name in starts[0]])
+    imports = markdown("imports of | seconds", "{} | {:.1f}", result["imports"].items())
     notes = (
         "A run of one step with few pictures; seconds since the command. Phases go on beside each other where they can."
     )

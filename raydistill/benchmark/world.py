@@ -1,12 +1,8 @@
-"""Ray clusters of the benchmarks' own: one for a section's own processes, and a world for jobs.
-
-A world is a small cluster, an MLflow server and a job on them. All its processes can be told, killed and started again.
-"""
+"""A small Ray cluster, an MLflow server and a job on them, all of whose processes can be told, killed and started again."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
 import signal
@@ -21,38 +17,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
-import ray
-from ray import serve
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray.cluster_utils import Cluster
 
-from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment, quiet
+from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MARK = "RAYDISTILL_WORLD"  # environment variable that all processes of a world inherit
 SPOT = {"raydistill-world": "spot"}  # labels of the node that may be lost
-
-
-@contextlib.contextmanager
-def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[None]:
-    """A local Ray cluster for the length of the block, with as many logical CPUs as the section needs."""
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    quiet()
-    with environment(WITHOUT_DASHBOARD):
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"},
-        )
-    try:
-        yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 class MlflowServer:
@@ -116,35 +88,25 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
-        self.server = MlflowServer(folder)
+        self.server, self.cluster = MlflowServer(folder), None
 
     def __enter__(self) -> World:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        self._before = os.environ.get(MARK)
-        os.environ[MARK] = self.mark
-        self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
-        try:
+        with contextlib.ExitStack() as stack:
+            os.environ[MARK] = self.mark
+            stack.callback(os.environ.pop, MARK, None)
+            self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
+            stack.callback(shutil.rmtree, self._temporary, ignore_errors=True)
             ensure_token_if_auth_enabled()  # as ray.init does for a cluster of its own
+            stack.callback(self._stop_cluster)
             self._start_cluster()
+            stack.callback(self.server.kill)
             self.server.start()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.kill()
-        if (cluster := getattr(self, "cluster", None)) is not None:
-            address = cluster.address
-            cluster.shutdown()
-            note = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray.init()` would look for this one
-            if note.is_file() and note.read_text().strip() == address:
-                note.unlink()
-        if self._before is None:
-            os.environ.pop(MARK, None)
-        else:
-            os.environ[MARK] = self._before
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._stack.close()
 
     # -- nodes -------------------------------------------------------------------------------------
     def _start_cluster(self) -> None:
@@ -155,6 +117,14 @@ class World:
                 head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
             )
         self.add_node()
+
+    def _stop_cluster(self) -> None:
+        if self.cluster is not None:
+            address = self.cluster.address
+            self.cluster.shutdown()
+            note = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray.init()` would look for this one
+            if note.is_file() and note.read_text().strip() == address:
+                note.unlink()
 
     def lose_head(self) -> None:
         """SIGKILL to everything of the cluster's nodes, the head's too; then another cluster, at another address."""
