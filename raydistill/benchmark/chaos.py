@@ -193,9 +193,6 @@ class Soak:
             strike.recovered = time.monotonic()
 
 
-# -- the section ------------------------------------------------------------------------------------------
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both runs and their comparison; `passed` says whether there is no difference."""
     storage = Path(arguments.storage).absolute() / "benchmark" / time.strftime("chaos-%Y%m%d-%H%M%S")
@@ -278,16 +275,13 @@ def _compare(world: World, storage: Path) -> dict[str, Any]:
     quiet, chaos = (_lines(storage, name) for name in ("quiet", "chaos"))
     ids, wanted = consumed(chaos).tolist(), set(consumed(quiet).tolist())
     first, second = steps_of(quiet), steps_of(chaos)
+    one, other = (
+        {(step, key): value for step, line in steps.items() for key, value in _own(line["values"]).items()}
+        for steps in (first, second)
+    )
     return {
         "weights_differing": _differing(*(_last_state(storage / name / "distill") for name in ("quiet", "chaos"))),
-        "metrics_differing": sorted(
-            {
-                key
-                for step, line in first.items()
-                for key, value in _own(line["values"]).items()
-                if step not in second or value != second[step]["values"].get(key)
-            }
-        ),
+        "metrics_differing": sorted({key for (step, key), value in one.items() if other.get((step, key)) != value}),
         "steps_done": len(second),
         "steps_done_again": len(chaos) - len(second),
         "prompts_consumed": len(ids),

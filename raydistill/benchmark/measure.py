@@ -87,6 +87,8 @@ def copy_seconds(nbytes: int, repeats: int = 5) -> float:
 def in_processes(module: str, tasks: Sequence[Mapping[str, Any]], **variables: str) -> list[dict[str, Any]]:
     """What `python -m MODULE` answers to each task (see `answer`); all run at once, with these environment variables.
 
+    Peak memory is the highest since a process began, so what measures it has a process of its own.
+
     Raises:
         RuntimeError: one failed.
     """

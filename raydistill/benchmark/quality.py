@@ -115,9 +115,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows} | common | settings
 
 
-# -- one cell ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Cell:
     """One distillation."""
@@ -187,9 +184,6 @@ def _teacher_accuracy(config: Config, scores: LocalScores, evaluator: StudentEva
     _, judged = draw_teacher(scores.generate, scores.space, evaluator.fixed, config, scores.guidance_scale)
     write_summary(file, judged | {"key": key})
     return judged["mean"]
-
-
-# -- what an update costs ---------------------------------------------------------------------------------
 
 
 def update_cost(variant: Variant, name: str) -> dict[str, float]:

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from raydistill.background import in_background
 from raydistill.benchmark.measure import interleaved, markdown, option
 
 JOB = Path(__file__).parents[2] / "jobs" / "distill.py"
@@ -61,21 +61,17 @@ def _start(evaluated: int) -> dict[str, tuple[float, float]]:
         variables = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         started, lines, at = time.perf_counter(), [], {None: 0.0}
         job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
-        reader = threading.Thread(
-            target=lambda: lines.extend((time.perf_counter() - started, line) for line in job.stdout)
-        )
-        reader.start()
+        reader = in_background(lambda: lines.extend((time.perf_counter() - started, line) for line in job.stdout))
         while len(at) <= len(EVENTS) and job.poll() is None:
-            for event, (kind, name) in EVENTS.items():
-                if event in at:
-                    continue
+            for event in EVENTS.keys() - at.keys():
+                kind, name = EVENTS[event]
                 if kind == "file" and (folder / name).is_file():
                     at[event] = time.perf_counter() - started
                 elif kind == "line" and (found := [seconds for seconds, line in lines if line.startswith(name)]):
                     at[event] = found[0]
             time.sleep(0.02)
         code = job.wait()
-        reader.join()
+        reader.result()
         ended = time.perf_counter() - started
     if code or len(at) <= len(EVENTS):
         raise RuntimeError(f"the run ended with {code}:\n" + "".join(line for _, line in lines[-20:]))

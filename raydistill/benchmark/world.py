@@ -64,11 +64,9 @@ class MlflowServer:
             )
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+            return answer.status == 200
+        return False
 
     def signal(self, number: int) -> None:
         """To the server and its workers."""
@@ -108,7 +106,6 @@ class World:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    # -- nodes -------------------------------------------------------------------------------------
     def _start_cluster(self) -> None:
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, but makes no folder
         with environment(WITHOUT_DASHBOARD):
@@ -140,7 +137,6 @@ class World:
         """SIGKILL to the raylet; its workers go with it."""
         self.cluster.remove_node(self.node, allow_graceful=False)
 
-    # -- processes ---------------------------------------------------------------------------------
     def workers(self) -> Iterator[tuple[str, psutil.Process]]:
         """(title, process) of every worker process of Ray."""
         for node in (self.cluster.head_node, *self.cluster.worker_nodes):
@@ -165,7 +161,6 @@ class World:
                     found.append(process)
         return found
 
-    # -- jobs --------------------------------------------------------------------------------------
     def start_job(self, name: str, overrides: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """`jobs/NAME.py`, joined to the cluster; appends what it says to `log`."""
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
