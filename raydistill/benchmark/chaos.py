@@ -362,22 +362,23 @@ def _recovery(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     """Recovery by kind of fault, and what the two runs differ in."""
-    facts = {
-        "an update of the quiet run (s, median)": f"{result['quiet_step_s']:.2f}",
-        "seconds, quiet and under faults": f"{result['quiet_s']:.0f} and {result['chaos_s']:.0f}",
-        "tensors of the last checkpoint that differ from the quiet run's": len(result["weights_differing"]),
-        "metrics that differ": len(result["metrics_differing"]),
-        "prompts consumed, doubled, skipped": f"{result['prompts_consumed']}, {result['prompts_doubled']}, {result['prompts_skipped']}",
-        "updates done again": result["steps_done_again"],
-        "score requests, asked again, lost": f"{result['requests']}, {result['requests_repeated']}, {result['requests_lost']}",
-        "values missing in MLflow": result["mlflow_values_missing"],
-        "processes left over": len(result["processes_left"]),
-        "Ray Train's cleaners left until the cluster ends": result["ray_train_cleaners_left"],
-    }
+    facts = (
+        "an update of the quiet run (s, median) | {quiet_step_s:.2f}",
+        "seconds, quiet and under faults | {quiet_s:.0f} and {chaos_s:.0f}",
+        "tensors of the last checkpoint that differ from the quiet run's | {weights_differing}",
+        "metrics that differ | {metrics_differing}",
+        "prompts consumed, doubled, skipped | {prompts_consumed}, {prompts_doubled}, {prompts_skipped}",
+        "updates done again | {steps_done_again}",
+        "score requests, asked again, lost | {requests}, {requests_repeated}, {requests_lost}",
+        "values missing in MLflow | {mlflow_values_missing}",
+        "processes left over | {processes_left}",
+        "Ray Train's cleaners left until the cluster ends | {ray_train_cleaners_left}",
+    )
+    counts = result | {name: len(value) for name, value in result.items() if isinstance(value, list)}
     recovery = markdown(
         "killed | times | seconds to the next update: alone | with others meanwhile | longest",
         "{fault} | {kills} | {alone_median_s:.1f} | {median_s:.1f} | {longest_s:.1f}",
         [{"fault": fault} | row for fault, row in result["recovery"].items()],
     )
-    compared = markdown(f"{result['kills']} faults, {result['steps']} updates | ", "{} | {}", facts.items())
+    compared = markdown(f"{result['kills']} faults, {result['steps']} updates |", " |\n| ".join(facts), [counts])
     return f"{recovery}\n\n{compared}"

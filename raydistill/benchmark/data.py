@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from raydistill.benchmark.measure import markdown, median, megabytes, milliseconds, option, resident, timed
+from raydistill.benchmark.measure import markdown, median, option, resident, timed
 from raydistill.benchmark.models import default_trainer
 from raydistill.config.reading import load
 from raydistill.data.encode import CACHE_BYTES
@@ -99,20 +99,17 @@ def family_resident() -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    reading, streaming, wait = result["reading"], result["streaming"], result["wait"]
-    early, end = streaming["early_bytes"], streaming["end_bytes"]
-    rows = {
-        "reading and checking a text file": f"{reading['per_s']:,.0f} prompts/s",
-        f"memory that {reading['rows']:,} prompts take, of a file of {megabytes(reading['file_bytes'])}": (
-            f"{megabytes(reading['held_bytes'])} ({reading['held_bytes'] / reading['rows']:.0f} B a prompt)"
-        ),
-        "encoding them for student and teacher, streamed": f"{streaming['per_s']:,.0f} prompts/s",
-        f"memory of all processes after the first fifth, and {streaming['prompts']:,} prompts later": (
-            f"{megabytes(early)}, {megabytes(end)} ({end / early - 1:+.1%})"
-        ),
-        f"a trainer's wait for data, of a step of {milliseconds(wait['step_s'])}": (
-            f"{milliseconds(wait['data_s'])}; {wait['share']:.2%} of all steps' time"
-        ),
-    }
+    reading, streaming = result["reading"], result["streaming"]
+    each, growth = reading["held_bytes"] / reading["rows"], streaming["end_bytes"] / streaming["early_bytes"] - 1
+    lines = (
+        "reading and checking a text file | {reading[per_s]:,.0f} prompts/s",
+        "memory that {reading[rows]:,} prompts take, of a file of {reading[file_bytes]:MB} | "
+        "{reading[held_bytes]:MB} ({each:.0f} B a prompt)",
+        "encoding them for student and teacher, streamed | {streaming[per_s]:,.0f} prompts/s",
+        "memory of all processes after the first fifth, and {streaming[prompts]:,} prompts later | "
+        "{streaming[early_bytes]:MB}, {streaming[end_bytes]:MB} ({growth:+.1%})",
+        "a trainer's wait for data, of a step of {wait[step_s]:ms} | {wait[data_s]:ms}; {wait[share]:.2%} of all steps' time",
+    )
+    table = markdown("what | measured", " |\n| ".join(lines), [result | {"each": each, "growth": growth}])
     notes = f"Miniature text encoders, batches of {result['batch_size']}, one encoder actor. Target: a wait below {TARGET:.0%}."
-    return f"{markdown('what | measured', '{} | {}', rows.items())}\n\n{notes}"
+    return f"{table}\n\n{notes}"

@@ -100,8 +100,8 @@ def _scores(model: str, arguments: argparse.Namespace, device: torch.device) -> 
             except torch.cuda.OutOfMemoryError:
                 print("  out of memory", flush=True)
                 continue
-            row = {"model": model, "batch": batch, "kind": kind, "seconds": seconds}
-            rows.append(row | {"tflops": batch * flops / seconds / 1e12})
+            tflops = batch * flops / seconds / 1e12
+            rows.append({"model": model, "batch": batch, "kind": kind, "seconds": seconds, "tflops": tflops})
     if device.type == "cuda":
         del network, kinds
         torch.cuda.empty_cache()

@@ -26,11 +26,12 @@ PROMPT = "a small red circle at the left on a white background"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    types = {"choices": ("float32", "bfloat16", "float16")}
     option(parser, "--student", "shapes:sd15", "the student's diffusers folder")
     option(parser, "--pairs", PAIRS, "Bridges and the teachers whose VAEs decode", metavar="BRIDGE=TEACHER")
     option(parser, "--device", None, "default: cuda where there is one, else cpu")
-    option(parser, "--dtype", None, "default: float32 on a CPU, else float16", **types)
+    option(
+        parser, "--dtype", None, "default: float32 on a CPU, else float16", choices=("float32", "bfloat16", "float16")
+    )
     option(parser, "--repeats", 20, "pictures that are timed")
 
 

@@ -108,10 +108,6 @@ def answer(measure: Callable[..., dict[str, Any]]) -> None:
     print("\n" + json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
 
 
-def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.3g} MB"
-
-
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
@@ -119,12 +115,13 @@ def milliseconds(seconds: float) -> str:
 class _Cells(string.Formatter):
     """`str.format` with `ms` and `+ms` for seconds and `MB` for bytes. None shows as –, text as it is."""
 
-    UNITS = {"ms": milliseconds, "+ms": lambda seconds: f"{1e3 * seconds:+.3g} ms", "MB": megabytes}
+    UNITS = {"ms": (1e3, ".3g", "ms"), "+ms": (1e3, "+.3g", "ms"), "MB": (1e-6, ".3g", "MB")}
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or isinstance(value, str):
             return "–" if value is None else value
-        return self.UNITS[format_spec](value) if format_spec in self.UNITS else super().format_field(value, format_spec)
+        factor, number, unit = self.UNITS.get(format_spec, (None, format_spec, ""))
+        return f"{factor * value:{number}} {unit}" if unit else super().format_field(value, number)
 
 
 def markdown(columns: str, cells: str, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> str:
@@ -134,8 +131,7 @@ def markdown(columns: str, cells: str, rows: Iterable[Mapping[str, Any] | Sequen
         columns: the headings, as in "one | two".
         cells: a format (see `_Cells`) of a row's keys, as in "{one:ms} | {two:.2f}", or of its entries.
     """
-    filled = [
-        _Cells().format(cells, **row) if isinstance(row, Mapping) else _Cells().format(cells, *row) for row in rows
-    ]
-    lines = [f"| {line} |" for line in (columns, *filled)]
-    return "\n".join([lines[0], "|---" * len(columns.split(" | ")) + "|", *lines[1:]])
+    fill = _Cells().format
+    filled = [fill(cells, **row) if isinstance(row, Mapping) else fill(cells, *row) for row in rows]
+    head, *lines = [f"| {line} |" for line in (columns, *filled)]
+    return "\n".join([head, "|---" * (columns.count("|") + 1) + "|", *lines])

@@ -106,12 +106,9 @@ def measure(role: str, teacher: str, batch_size: int, **place: int) -> dict[str,
     """
     if role == "rank":
         return {"role": role} | _rank(teacher, **place)
-    config = load(
-        overrides=[
-            f"teacher.model={teacher}", "bridge.checkpoint=null", "fake_score.updates=1",
-            f"distill.batch_size={batch_size}", f"teachers.slice={batch_size}",
-        ]
-    )  # fmt: skip
+    keys = {"teacher.model": teacher, "bridge.checkpoint": "null", "fake_score.updates": 1}
+    keys |= {"distill.batch_size": batch_size, "teachers.slice": batch_size}
+    config = load(overrides=[f"{key}={value}" for key, value in keys.items()])
     return {"role": role} | _trainer(config) if role == "trainer" else {"role": "teacher, one shard"} | _teacher(config)
 
 
@@ -150,12 +147,8 @@ def _rank(teacher: str, rank: int, world: int, port: int) -> dict[str, Any]:
         with peak("RssAnon") as found:
             engine = zero3.load_partitioned(space, torch.float32, CPU, rank, world)
             torch.distributed.barrier()
-        held = zero3.partition_numel(engine)
-    share = numel(network) / world
-    return {
-        "numel": numel(network), "layer": layer, "held": 4 * held,
-        "planned": 4 * (share + layer), "measured": found.bytes,
-    }  # fmt: skip
+    planned, held = 4 * (numel(network) / world + layer), 4 * zero3.partition_numel(engine)
+    return {"numel": numel(network), "layer": layer, "held": held, "planned": planned, "measured": found.bytes}
 
 
 def _warm_up() -> None:
