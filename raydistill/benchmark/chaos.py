@@ -10,9 +10,9 @@ import itertools
 import json
 import random
 import signal
-import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from typing import Any
 import psutil
 import torch
 
+from raydistill.benchmark.measure import markdown, median, option
 from raydistill.benchmark.world import SPOT, World
+from raydistill.tracking.store import client_of
+from raydistill.workers.checkpoint import load_state
 from raydistill.workers.step_log import consumed, read_lines, step_file, steps_of
 
 # fault -> how Ray titles the processes that it ends; None: handled by the world itself
@@ -31,11 +34,7 @@ FAULTS: dict[str, str | None] = {
     "train worker": "ray::RayTrainWorker",
     "train controller": "ray::TrainController",
     "text encoder": "ray::MapWorker",
-    "driver": None,
-    "MLflow server": None,
-    "node": None,
-    "head node": None,
-}
+} | dict.fromkeys(("driver", "MLflow server", "node", "head node"))
 RARE = ("driver", "node", "head node", "train controller", "Serve controller")  # slow to mend: once in two rounds
 AWAY_S = 5.0  # how long the MLflow server stays away
 PATIENCE_S = 240.0  # for a run to go on after a fault
@@ -43,21 +42,20 @@ LEFT_S = 20.0  # for processes to end by themselves
 # what a cluster keeps for itself once it has run anything
 CLUSTERS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor",
                 "ray::_StatsActor", "ray::_UsageCollectionActor", "ray::ActorLocationTracker")  # fmt: skip
-CLEANER = (
-    "ray::PlacementGroupCleaner"  # of Ray Train; outlives a controller that was killed (its exit fails in a thread)
-)
+# of Ray Train; outlives a controller that was killed (its exit fails in a thread)
+CLEANER = "ray::PlacementGroupCleaner"
 OWN_TIMES = ("time/", "throughput/", "teachers/")  # metrics that two runs need not share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--kills", type=int, default=30, help="how many faults, at least")
-    parser.add_argument("--steps", type=int, help="student updates of the run; default: six a fault")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of faults")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no further fault after that")
-    parser.add_argument("--only", nargs="+", choices=FAULTS, help="only these kinds of fault")
+    option(parser, "--kills", 30, "how many faults, at least")
+    option(parser, "--steps", None, "student updates of the run; default: six a fault", type=int)
+    option(parser, "--seed", 0, "of the choice of faults")
+    option(parser, "--minutes", 8.0, "no further fault after that")
+    option(parser, "--only", None, "only these kinds of fault", nargs="+", choices=FAULTS)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Strike:
     """One fault and what became of it."""
 
@@ -70,13 +68,13 @@ class Strike:
     alone: bool = True  # no other fault came before it was over
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Soak:
     """The run under faults."""
 
     world: World
     folder: Path  # of its stage
-    start_driver: Any  # () -> Popen
+    start_driver: Callable[[], subprocess.Popen[bytes]]
     kills: int
     until: float
     faults: list[str]
@@ -84,7 +82,7 @@ class Soak:
     strikes: list[Strike] = field(default_factory=list)
     starts: int = 0
     exits: list[int] = field(default_factory=list)  # codes of drivers that ended by themselves, unfinished
-    repair: tuple[float, Any] | None = None  # when and how the MLflow server comes back
+    repair: tuple[float, Callable[[], None]] | None = None  # when and how the MLflow server comes back
 
     def run(self) -> None:
         """Until the job has ended with 0.
@@ -104,10 +102,9 @@ class Soak:
             if self.repair is not None and now >= self.repair[0]:
                 self.repair[1]()
                 self.repair = None
-            for strike in self.strikes:
-                if strike.recovered is None:
-                    self._follow(strike, driver, lines)
-            waiting = [strike for strike in self.strikes if strike.recovered is None]
+            for strike in self._open():
+                self._follow(strike, driver, lines)
+            waiting = self._open()
             if waiting and now - waiting[-1].at > PATIENCE_S:
                 raise RuntimeError(f"no update within {PATIENCE_S:.0f} s after this fault: {waiting[-1].fault}")
             more = len(self.strikes) < self.kills and now < self.until
@@ -121,6 +118,10 @@ class Soak:
                 deck.remove("text encoder")
                 self._strike("text encoder", driver, lines)
             time.sleep(0.1)
+
+    def _open(self) -> list[Strike]:
+        """Faults after which no update was done yet."""
+        return [strike for strike in self.strikes if strike.recovered is None]
 
     def _draw(self, deck: list[str]) -> str | None:
         """Take the first fault that has a victim; faults that have none stay."""
@@ -156,23 +157,20 @@ class Soak:
             except (IndexError, psutil.NoSuchProcess):  # it ended by itself since it was drawn
                 return
         print(f"chaos: {len(self.strikes) + 1}/{self.kills} {fault}, after {lines} updates", flush=True)
-        company = [other for other in self.strikes if other.recovered is None]
+        company = self._open()
         for other in company:
             other.alone = False
-        ended = frozenset(victim.pid for victim in victims)  # of a group all are replaced
-        strike = Strike(fault, time.monotonic(), lines, ended, alone=not company)
-        self.strikes.append(strike)
-        if fault == "driver":
-            strike.ended = frozenset({driver.pid})
+        ended = {driver.pid} if fault == "driver" else {victim.pid for victim in victims}  # of a group all are replaced
+        at = time.monotonic()
+        self.strikes.append(Strike(fault=fault, at=at, step=lines, ended=frozenset(ended), alone=not company))
+        if fault in ("driver", "head node"):  # a driver runs on the head node
             driver.kill()
             driver.wait()
+        if fault == "head node":
+            self.world.lose_head()
         elif fault == "node":
             self.world.kill_node()
             self.world.add_node()
-        elif fault == "head node":
-            driver.kill()  # it runs there
-            driver.wait()
-            self.world.lose_head()
         elif fault == "MLflow server" and self.choice.random() < 0.5:
             self.world.server.signal(signal.SIGSTOP)
             self.repair = time.monotonic() + AWAY_S, lambda: self.world.server.signal(signal.SIGCONT)
@@ -195,33 +193,37 @@ class Soak:
             strike.recovered = time.monotonic()
 
 
-# -- the section ------------------------------------------------------------------------------------------
-
-
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both runs and their comparison; `passed` says whether there is no difference."""
     storage = Path(arguments.storage).absolute() / "benchmark" / time.strftime("chaos-%Y%m%d-%H%M%S")
     steps = arguments.steps or 6 * arguments.kills
     started = time.monotonic()
     with World(storage) as world:
+
+        def start(name: str) -> subprocess.Popen[bytes]:
+            return world.start_job("distill", _overrides(world, storage, name, steps), storage / f"{name}.log")
+
         print(f"chaos: {storage}", flush=True)
-        quiet_s = _quiet(world, storage, steps)
-        print(f"chaos: the quiet run took {quiet_s:.0f} s", flush=True)
+        quiet_started = time.monotonic()
+        if code := start("quiet").wait():
+            raise RuntimeError(f"the quiet run ended with code {code}; see {storage / 'quiet.log'}")
         chaos_started = time.monotonic()
+        quiet_s = chaos_started - quiet_started
+        print(f"chaos: the quiet run took {quiet_s:.0f} s", flush=True)
         soak = Soak(
-            world,
-            storage / "chaos" / "distill",
-            lambda: world.start_job("distill", _overrides(world, storage, "chaos", steps), storage / "chaos.log"),
-            arguments.kills,
-            started + 60 * arguments.minutes,
-            list(arguments.only or FAULTS),
-            random.Random(arguments.seed),
+            world=world,
+            folder=storage / "chaos" / "distill",
+            start_driver=lambda: start("chaos"),
+            kills=arguments.kills,
+            until=started + 60 * arguments.minutes,
+            faults=list(arguments.only or FAULTS),
+            choice=random.Random(arguments.seed),
         )
         soak.run()
         chaos_s = time.monotonic() - chaos_started
         left = _left(lambda: [title for title, _ in world.workers() if not title.startswith((*CLUSTERS_OWN, CLEANER))])
         cleaners = len(world.titled(CLEANER))
-        compared = _compare(world, storage, steps)
+        compared = _compare(world, storage)
     left += _left(lambda: [" ".join(process.cmdline()) for process in world.marked()])
     result = {
         "steps": steps,
@@ -229,7 +231,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "driver_starts": soak.starts,
         "driver_exits": soak.exits,
         "quiet_s": round(quiet_s, 1),
-        "quiet_step_s": round(_step_time(storage / "quiet" / "distill"), 3),
+        "quiet_step_s": round(median(line["values"]["time/step"] for line in _lines(storage, "quiet")), 3),
         "chaos_s": round(chaos_s, 1),
         "recovery": _recovery(soak.strikes),
         "processes_left": [title.strip()[:80] for title in left],
@@ -256,21 +258,7 @@ def _overrides(world: World, storage: Path, name: str, steps: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _quiet(world: World, storage: Path, steps: int) -> float:
-    started = time.monotonic()
-    log = storage / "quiet.log"
-    code = world.start_job("distill", _overrides(world, storage, "quiet", steps), log).wait()
-    if code != 0:
-        raise RuntimeError(f"the quiet run ended with code {code}; see {log}")
-    return time.monotonic() - started
-
-
-def _step_time(folder: Path) -> float:
-    """Median seconds of an update."""
-    return statistics.median(line["values"]["time/step"] for line in read_lines(step_file(folder, 0)))
-
-
-def _left(living: Any) -> list[str]:
+def _left(living: Callable[[], list[str]]) -> list[str]:
     """What still lives after LEFT_S."""
     deadline = time.monotonic() + LEFT_S
     while (found := living()) and time.monotonic() < deadline:
@@ -278,33 +266,33 @@ def _left(living: Any) -> list[str]:
     return found
 
 
-def _compare(world: World, storage: Path, steps: int) -> dict[str, Any]:
-    quiet, chaos = (storage / name / "distill" for name in ("quiet", "chaos"))
-    lines = {name: read_lines(step_file(folder, 0)) for name, folder in (("quiet", quiet), ("chaos", chaos))}
-    values = {
-        name: {step: _own(line["values"]) for step, line in steps_of(some).items()} for name, some in lines.items()
-    }
-    ids = consumed(lines["chaos"]).tolist()
-    wanted = set(consumed(lines["quiet"]).tolist())
-    first, second = (steps_of(lines[name]) for name in ("quiet", "chaos"))
-    again = len(lines["chaos"]) - len(second)
+def _lines(storage: Path, name: str) -> list[dict[str, Any]]:
+    """The step log of a run."""
+    return read_lines(step_file(storage / name / "distill", 0))
+
+
+def _compare(world: World, storage: Path) -> dict[str, Any]:
+    quiet, chaos = (_lines(storage, name) for name in ("quiet", "chaos"))
+    ids, wanted = consumed(chaos).tolist(), set(consumed(quiet).tolist())
+    first, second = steps_of(quiet), steps_of(chaos)
+    one, other = (
+        {(step, key): value for step, line in steps.items() for key, value in _own(line["values"]).items()}
+        for steps in (first, second)
+    )
     return {
-        "weights_differing": _differing(_last_state(quiet), _last_state(chaos)),
-        "metrics_differing": sorted(
-            {key for step in first for key in values["quiet"][step]
-             if values["quiet"][step][key] != values["chaos"].get(step, {}).get(key)}
-        ),
+        "weights_differing": _differing(*(_last_state(storage / name / "distill") for name in ("quiet", "chaos"))),
+        "metrics_differing": sorted({key for (step, key), value in one.items() if other.get((step, key)) != value}),
         "steps_done": len(second),
-        "steps_done_again": again,
+        "steps_done_again": len(chaos) - len(second),
         "prompts_consumed": len(ids),
         "prompts_doubled": len(ids) - len(set(ids)),
         "prompts_skipped": len(wanted - set(ids)),
-        "ids_changed_on_repeat": _changed_on_repeat(lines["chaos"]),
-        "requests": len(lines["chaos"]),
-        "requests_repeated": int(_repeated(lines["chaos"])),
+        "ids_changed_on_repeat": _changed_on_repeat(chaos),
+        "requests": len(chaos),
+        "requests_repeated": int(_repeated(chaos)),
         "requests_lost": len(first.keys() - second.keys()),  # an update waits for its answer: without one it is missing
         "mlflow_values_missing": _missing_in_mlflow(world, storage, second),
-    }  # fmt: skip
+    }
 
 
 def _own(values: dict[str, float]) -> dict[str, float]:
@@ -325,8 +313,6 @@ def _repeated(lines: list[dict[str, Any]]) -> float:
 
 def _last_state(folder: Path) -> dict[str, Any]:
     """All that the last checkpoint holds: networks and optimizers."""
-    from raydistill.workers.checkpoint import load_state
-
     checkpoints = folder.glob("checkpoints/checkpoint_*/about.json")
     last = max(checkpoints, key=lambda file: json.loads(file.read_text())["step"])
     return load_state(last.parent)[0]
@@ -338,19 +324,15 @@ def _differing(one: Any, other: Any, name: str = "state") -> list[str]:
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [name]
     if isinstance(one, (dict, list, tuple)):
-        if type(one) is not type(other) or len(one) != len(other):
+        mine, others = (part if isinstance(part, dict) else dict(enumerate(part)) for part in (one, other))
+        if type(one) is not type(other) or mine.keys() != others.keys():
             return [name]
-        keys = one if isinstance(one, dict) else range(len(one))
-        if isinstance(one, dict) and one.keys() != other.keys():
-            return [name]
-        return [leaf for key in keys for leaf in _differing(one[key], other[key], f"{name}.{key}")]
+        return [leaf for key in mine for leaf in _differing(mine[key], others[key], f"{name}.{key}")]
     return [] if one == other else [name]
 
 
 def _missing_in_mlflow(world: World, storage: Path, steps: dict[int, dict[str, Any]]) -> int:
     """Values of the step log that the run in MLflow lacks, or has otherwise."""
-    from raydistill.tracking.store import client_of
-
     client = client_of(world.server.uri)
     run = json.loads((storage / "chaos" / "run.json").read_text())["mlflow"]["distill"]
     missing = 0
@@ -362,46 +344,41 @@ def _missing_in_mlflow(world: World, storage: Path, steps: dict[int, dict[str, A
 
 def _recovery(strikes: list[Strike]) -> dict[str, dict[str, Any]]:
     """Fault -> how often, and seconds until the next update after it was mended: alone, and with others meanwhile."""
+
+    def of(seconds: list[float], value: Callable[[list[float]], float]) -> float | None:
+        return round(value(seconds), 1) if seconds else None
+
     found = {}
     for fault in FAULTS:
         some = [strike for strike in strikes if strike.fault == fault]
-        seconds = [strike.recovered - strike.at for strike in some if strike.recovered]
-        alone = [strike.recovered - strike.at for strike in some if strike.recovered and strike.alone]
+        mended = [strike for strike in some if strike.recovered]
+        seconds = [strike.recovered - strike.at for strike in mended]
+        alone = [strike.recovered - strike.at for strike in mended if strike.alone]
         if some:
-            found[fault] = {
-                "kills": len(some),
-                "alone_median_s": round(statistics.median(alone), 1) if alone else None,
-                "median_s": round(statistics.median(seconds), 1) if seconds else None,
-                "longest_s": round(max(seconds), 1) if seconds else None,
-            }
+            found[fault] = {"kills": len(some), "alone_median_s": of(alone, median)}
+            found[fault] |= {"median_s": of(seconds, median), "longest_s": of(seconds, max)}
     return found
 
 
 def table(result: dict[str, Any]) -> str:
     """Recovery by kind of fault, and what the two runs differ in."""
-
-    def s(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1f}"
-
-    rows = [
-        "| killed | times | seconds to the next update: alone | with others meanwhile | longest |",
-        "|---|---|---|---|---|",
-    ]
-    rows += [
-        f"| {fault} | {row['kills']} | {s(row['alone_median_s'])} | {s(row['median_s'])} | {s(row['longest_s'])} |"
-        for fault, row in result["recovery"].items()
-    ]
-    rows += ["", f"| {result['kills']} faults, {result['steps']} updates | |", "|---|---|"]
-    facts = {
-        "an update of the quiet run (s, median)": f"{result['quiet_step_s']:.2f}",
-        "seconds, quiet and under faults": f"{result['quiet_s']:.0f} and {result['chaos_s']:.0f}",
-        "tensors of the last checkpoint that differ from the quiet run's": len(result["weights_differing"]),
-        "metrics that differ": len(result["metrics_differing"]),
-        "prompts consumed, doubled, skipped": f"{result['prompts_consumed']}, {result['prompts_doubled']}, {result['prompts_skipped']}",
-        "updates done again": result["steps_done_again"],
-        "score requests, asked again, lost": f"{result['requests']}, {result['requests_repeated']}, {result['requests_lost']}",
-        "values missing in MLflow": result["mlflow_values_missing"],
-        "processes left over": len(result["processes_left"]),
-        "Ray Train's cleaners left until the cluster ends": result["ray_train_cleaners_left"],
-    }
-    return "\n".join([*rows, *(f"| {name} | {value} |" for name, value in facts.items())])
+    facts = (
+        "an update of the quiet run (s, median) | {quiet_step_s:.2f}",
+        "seconds, quiet and under faults | {quiet_s:.0f} and {chaos_s:.0f}",
+        "tensors of the last checkpoint that differ from the quiet run's | {weights_differing}",
+        "metrics that differ | {metrics_differing}",
+        "prompts consumed, doubled, skipped | {prompts_consumed}, {prompts_doubled}, {prompts_skipped}",
+        "updates done again | {steps_done_again}",
+        "score requests, asked again, lost | {requests}, {requests_repeated}, {requests_lost}",
+        "values missing in MLflow | {mlflow_values_missing}",
+        "processes left over | {processes_left}",
+        "Ray Train's cleaners left until the cluster ends | {ray_train_cleaners_left}",
+    )
+    counts = result | {name: len(value) for name, value in result.items() if isinstance(value, list)}
+    recovery = markdown(
+        "killed | times | seconds to the next update: alone | with others meanwhile | longest",
+        "{fault} | {kills} | {alone_median_s:.1f} | {median_s:.1f} | {longest_s:.1f}",
+        [{"fault": fault} | row for fault, row in result["recovery"].items()],
+    )
+    compared = markdown(f"{result['kills']} faults, {result['steps']} updates |", " |\n| ".join(facts), [counts])
+    return f"{recovery}\n\n{compared}"

@@ -7,15 +7,31 @@ times mean nothing. Without a GPU, and without that option, it says so and measu
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
+
+import torch
+
+from raydistill.benchmark.measure import interleaved, markdown, milliseconds, option
+from raydistill.benchmark.models import random_conditioning, random_weights, score_inputs, zero3_group
+from raydistill.bridge.model import Bridge
+from raydistill.config.reading import CONFIGS, load
+from raydistill.planning.counting import empty_bridge
+from raydistill.planning.meter import Meter, counted
+from raydistill.precision import autocast
+from raydistill.spaces import Space, load_space
+from raydistill.spaces.meta import open_space
+from raydistill.spaces.one_step import one_step_x0
+from raydistill.storage.resolve import resolve
 
 TEACHERS = (
     "stabilityai/stable-diffusion-3.5-medium",
     "black-forest-labs/FLUX.2-klein-base-4B",
     "black-forest-labs/FLUX.1-dev",
 )
+BRIDGED = {"SDXL": "stabilityai/stable-diffusion-xl-base-1.0", "SD 3.5": TEACHERS[0], "FLUX.2": TEACHERS[1]}
 STUDENT = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 TARGET = 0.6  # of the matrix peak measured on the same card
 PAPER_ADDED_MS = {"SDXL": 6.01, "SD 3.5": 7.45, "FLUX.2": 18.01}  # to a student's picture (H100, batch 1)
@@ -23,182 +39,89 @@ STEP_SAMPLES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--teachers", nargs="*", default=TEACHERS, help="hub models whose configurations are in the package"
-    )
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16], help="samples per forward")
-    parser.add_argument("--repeats", type=int, default=5, help="forwards that are timed")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, to see that it runs")
+    option(parser, "--teachers", TEACHERS, "hub models whose configurations are in the package")
+    option(parser, "--batches", [1, 4, 16], "samples per forward")
+    option(parser, "--repeats", 5, "forwards that are timed")
+    option(parser, "--no-compile", False, "leave torch.compile out")
+    option(parser, "--dry-run", False, "tiny sizes on the CPU, to see that it runs")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
     if not torch.cuda.is_available() and not arguments.dry_run:
         return {"skipped": "there is no GPU here, so the section gpu was not measured"}
     device = torch.device("cpu" if arguments.dry_run else "cuda")
-    result: dict[str, Any] = {"torch": torch.__version__, "dry_run": arguments.dry_run, "repeats": arguments.repeats}
-    result["matrix_tflops"] = _matrix_peak(device)
-    result["zero3"] = _zero3(device)
-    result["student"] = _student_step(arguments, device)
-    result["bridges"] = _bridges(arguments, device)
-    result["scores"] = []
-    for teacher in arguments.teachers if not arguments.dry_run else ["shapes:flux", "shapes:sd3"]:
-        result["scores"] += _scores(teacher, arguments, device)
+    teachers = ["shapes:flux", "shapes:sd3"] if arguments.dry_run else arguments.teachers
+    result: dict[str, Any] = {
+        "torch": torch.__version__,
+        "dry_run": arguments.dry_run,
+        "repeats": arguments.repeats,
+        "matrix_tflops": _matrix_peak(device),
+        "zero3": _zero3(device),
+        "student": _student_step(arguments, device),
+        "bridges": _bridges(arguments, device),
+        "scores": [row for teacher in teachers for row in _scores(teacher, arguments, device)],
+    }
     for row in result["scores"]:
         row["of_peak"] = row["tflops"] / result["matrix_tflops"]
     return result
 
 
-def _seconds(action: Callable[[], Any], repeats: int, device: Any) -> float:
-    """Median seconds of a call, after two that warm up; waits for the device."""
-    import torch
-
-    from raydistill.benchmark.measure import median
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    taken = []
-    for i in range(repeats + 2):
-        wait()
-        started = time.perf_counter()
-        action()
-        wait()
-        if i >= 2:
-            taken.append(time.perf_counter() - started)
-    return median(taken)
+def _seconds(action: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Median seconds of a call, after two that warm up."""
+    return interleaved({"call": action}, repeats, 2, device)["call"]
 
 
-def _matrix_peak(device: Any) -> float:
+def _matrix_peak(device: torch.device) -> float:
     """TFLOP/s of a large bfloat16 matrix product."""
-    import torch
-
     size = 8192 if device.type == "cuda" else 256
     a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * size**3 / _seconds(lambda: a @ b, 20, device) / 1e12
 
 
-def _random_part(space: Any, name: str, dtype: Any, device: Any) -> Any:
-    """A network of the family at its real size with small random weights, made on the device."""
-    import torch
-
-    from raydistill.spaces.folder import diffusers_class
-
-    config = space.part_config(name)
-    with torch.device("meta"):
-        network = diffusers_class(config).from_config(config)
-    buffers = {name: buffer for name, buffer in network.named_buffers() if buffer.device.type == "meta"}
-    network = network.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.02)
-        for buffer in map(network.get_buffer, buffers):  # tables of positions: their values do not change the time
-            buffer.normal_(std=0.02) if buffer.is_floating_point() else None
-    return network.eval().requires_grad_(False)
-
-
-def _conditioning(space: Any, batch: int, dtype: Any, device: Any) -> dict[str, Any]:
-    import torch
-
-    return {
-        name: torch.randn(batch, *shape, device=device).to(dtype)
-        if kind.is_floating_point
-        else torch.ones(batch, *shape, dtype=kind, device=device)
-        for name, (shape, kind) in space.conditioning_layout.items()
-    }
-
-
-def _open(model: str) -> Any:
-    """A Space whose configuration is at hand, with its own way of loading networks."""
-    from raydistill.spaces.meta import open_space
-    from raydistill.storage.resolve import local_path
-
-    return open_space(str(local_path(model)) if model.startswith("shapes:") else model)
-
-
-def _flops(space: Any, batch: int, scale: float) -> float:
-    """Of one guided score of `batch` samples, counted."""
-    import torch
-
-    from raydistill.planning.meter import counted
-    from raydistill.spaces.meta import empty_conditioning, empty_part
-
-    layout = space.conditioning_layout
-    with counted() as meter, torch.no_grad():
-        network = empty_part(space, space.network_name)
-        inputs = torch.empty(batch, *space.latent_shape, device="meta"), torch.empty(batch, device="meta")
-        conditioning, empty = empty_conditioning(layout, batch), empty_conditioning(layout, 1)
-        return meter.count(lambda: space.predict_x0(network, *inputs, conditioning, empty, scale)).flops
-
-
-def _scores(model: str, arguments: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
+def _scores(model: str, arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Guided scores in bfloat16, compiled and not."""
-    import torch
-
-    space, rows = _open(model), []
-    scale = space.default_guidance_scale
-    one = _flops(space, 1, scale)
-    network = _random_part(space, space.network_name, torch.bfloat16, device)
-    kinds = {"eager": network} | (
-        {} if arguments.no_compile or arguments.dry_run else {"compiled": torch.compile(network)}
-    )
+    space, rows = open_space(model), []
+    scale, dtype = space.default_guidance_scale, torch.bfloat16
+    with counted() as meter, torch.no_grad():
+        network, inputs = space.load_network(), score_inputs(space, 1, device="meta")
+        flops = meter.count(lambda: space.predict_x0(network, *inputs, scale)).flops
+    network = random_weights(space.load_network(dtype), device)
+    kinds = {"eager": network}
+    if not (arguments.no_compile or arguments.dry_run):
+        kinds["compiled"] = torch.compile(network)
     for batch in arguments.batches:
-        x_t = torch.randn(batch, *space.latent_shape, device=device)
-        t_B = torch.full((batch,), 0.5, device=device)
-        conditioning = _conditioning(space, batch, torch.bfloat16, device)
-        empty = _conditioning(space, 1, torch.bfloat16, device)
+        inputs = score_inputs(space, batch, dtype, device)
         for kind, called in kinds.items():
             print(f"{model}, {batch} samples, {kind} …", flush=True)
-            row = {"model": model, "batch": batch, "kind": kind}
             try:
                 with torch.no_grad():
-                    row["seconds"] = _seconds(
-                        lambda c=called, a=(x_t, t_B, conditioning, empty): space.predict_x0(c, *a, scale),
-                        arguments.repeats,
-                        device,
-                    )
+                    score = partial(space.predict_x0, called, *inputs, scale)
+                    seconds = _seconds(score, arguments.repeats, device)
             except torch.cuda.OutOfMemoryError:
                 print("  out of memory", flush=True)
                 continue
-            rows.append(row | {"tflops": batch * one / row["seconds"] / 1e12})
+            tflops = batch * flops / seconds / 1e12
+            rows.append({"model": model, "batch": batch, "kind": kind, "seconds": seconds, "tflops": tflops})
     if device.type == "cuda":
         del network, kinds
         torch.cuda.empty_cache()
     return rows
 
 
-def _bridge(student: Any, teacher: Any, arguments: argparse.Namespace, device: Any) -> Any:
-    import torch
-
-    from raydistill.bridge.model import Bridge
-    from raydistill.config.reading import CONFIGS, load
-
+def _bridge(student: Space, teacher: Space, arguments: argparse.Namespace, device: torch.device) -> Bridge:
     config = load(None if arguments.dry_run else CONFIGS / "sd35_medium_sd15.yaml", ["bridge.checkpoint=null"])
-    with torch.device("meta"):
-        bridge = Bridge.create(student, teacher, config.bridge)
-    bridge = bridge.to_empty(device=device)
-    with torch.no_grad():
-        for parameter in bridge.parameters():
-            parameter.normal_(std=0.02)
-        for buffer in bridge.buffers():
-            buffer.zero_()
-    return bridge.eval().requires_grad_(False)
+    return random_weights(empty_bridge(config, student, teacher), device)
 
 
-def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[], None]:
+def _step_of_student(arguments: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Forward through student and Bridge, backward, AdamW; float32 weights under bfloat16 autocast, nothing recomputed."""
-    import torch
-
-    from raydistill.precision import autocast
-    from raydistill.spaces.one_step import one_step_x0
-
-    student = _open("shapes:sd15" if arguments.dry_run else STUDENT)
-    teacher = _open("shapes:flux" if arguments.dry_run else TEACHERS[0])
-    unet = _random_part(student, student.network_name, torch.float32, device).requires_grad_(True)
+    names = ("shapes:sd15", "shapes:flux") if arguments.dry_run else (STUDENT, TEACHERS[0])
+    student, teacher = map(open_space, names)
+    unet = random_weights(student.load_network(), device).requires_grad_(True)
     bridge = _bridge(student, teacher, arguments, device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, betas=(0.0, 0.999))
     noise = torch.randn(STEP_SAMPLES, *student.latent_shape, device=device)
-    conditioning = _conditioning(student, STEP_SAMPLES, torch.float32, device)
+    conditioning = random_conditioning(student, STEP_SAMPLES, device=device)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -210,15 +133,11 @@ def _step_of_student(arguments: argparse.Namespace, device: Any) -> Callable[[],
     return step
 
 
-def _student_step(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
+def _student_step(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds, and peak bytes of its tensors: `counted_bytes` as the plan counts them, `peak_bytes` as they were.
 
     On a GPU these are torch's own record; on the CPU, which has none, the tensors that were alive.
     """
-    import torch
-
-    from raydistill.planning.meter import Meter, counted
-
     print(f"student + Bridge, {STEP_SAMPLES} samples …", flush=True)
     row: dict[str, Any] = {"batch": STEP_SAMPLES}
     with counted() as meter:
@@ -236,113 +155,80 @@ def _student_step(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     return row
 
 
-def _peak_of_second(meter: Any, step: Callable[[], None]) -> int:
+def _peak_of_second(meter: Meter, step: Callable[[], None]) -> int:
     """Most live bytes in a step's second call: the first makes the optimizer's state."""
     step()
     return meter.count(step).peak
 
 
-def _bridges(arguments: argparse.Namespace, device: Any) -> list[dict[str, Any]]:
+def _bridges(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Seconds of the Bridge and of both decoders for one picture, in bfloat16.
 
     `added_s` is what the paper names: Bridge and teacher's decoder instead of the student's decoder.
     """
-    import torch
-
-    names = {"SDXL": "stabilityai/stable-diffusion-xl-base-1.0", "SD 3.5": TEACHERS[0], "FLUX.2": TEACHERS[1]}
-    if arguments.dry_run:
-        names = {"SD 3.5": "shapes:sd3"}
-    student, rows = _open("shapes:sd15" if arguments.dry_run else STUDENT), []
-    z_S = torch.randn(1, *student.latent_shape, device=device, dtype=torch.bfloat16)
-    student_vae = _random_part(student, "vae", torch.bfloat16, device)
-    for name, model in names.items():
+    student, rows, dtype = open_space("shapes:sd15" if arguments.dry_run else STUDENT), [], torch.bfloat16
+    z_student = torch.randn(1, *student.latent_shape, device=device, dtype=dtype)
+    student_vae = random_weights(student.load_part("vae", dtype), device)
+    for name, model in ({"SD 3.5": "shapes:sd3"} if arguments.dry_run else BRIDGED).items():
         print(f"Bridge to {name} …", flush=True)
-        teacher = _open(model)
-        bridge = _bridge(student, teacher, arguments, device).to(torch.bfloat16)
-        teacher_vae = _random_part(teacher, "vae", torch.bfloat16, device)
-        z_T = torch.randn(1, *teacher.latent_shape, device=device, dtype=torch.bfloat16)
-        row: dict[str, Any] = {"teacher": name, "paper_added_ms": PAPER_ADDED_MS[name]}
+        teacher = open_space(model)
+        bridge = _bridge(student, teacher, arguments, device).to(dtype)
+        vae = random_weights(teacher.load_part("vae", dtype), device)
+        z_teacher = torch.randn(1, *teacher.latent_shape, device=device, dtype=dtype)
+        parts = {
+            "bridge_s": lambda b=bridge: b(z_student),
+            "teacher_decoder_s": lambda v=vae, z=z_teacher: v.decode(z),
+            "student_decoder_s": lambda: student_vae.decode(z_student),
+        }
         with torch.no_grad():
-            for part, call in {
-                "bridge": lambda b=bridge: b(z_S),
-                "teacher_decoder": lambda vae=teacher_vae, z=z_T: vae.decode(z),
-                "student_decoder": lambda: student_vae.decode(z_S),
-            }.items():
-                row[f"{part}_s"] = _seconds(call, 4 * arguments.repeats, device)
-        rows.append(row | {"added_s": row["bridge_s"] + row["teacher_decoder_s"] - row["student_decoder_s"]})
+            row = interleaved(parts, 4 * arguments.repeats, 2, device)
+        row["added_s"] = row["bridge_s"] + row["teacher_decoder_s"] - row["student_decoder_s"]
+        rows.append({"teacher": name, "paper_added_ms": PAPER_ADDED_MS[name]} | row)
     return rows
 
 
-def _zero3(device: Any) -> dict[str, Any]:
+def _zero3(device: torch.device) -> dict[str, Any]:
     """The miniature FLUX as a ZeRO-3 engine of one rank: the largest difference from the plain network."""
-    import os
-
-    try:
-        import deepspeed  # noqa: F401
-    except ImportError:
+    if find_spec("deepspeed") is None:
         return {"skipped": "deepspeed is not installed"}
-    import torch
-
-    from raydistill.spaces import load_space
-    from raydistill.storage.resolve import resolve
-    from raydistill.teachers import zero3
-
-    os.environ |= {"DS_ACCELERATOR": device.type, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    zero3.init_process_group(0, 1, store, device)
-    try:
+    with zero3_group(0, 1, store, device) as zero3, torch.no_grad():
         space = load_space(resolve("shapes:flux"))
         engine = zero3.load_partitioned(space, torch.float32, device, 0, 1)
-        whole = space.load_network().to(device)
-        inputs = torch.randn(4, *space.latent_shape, device=device), torch.full((4,), 0.5, device=device)
-        conditioning = _conditioning(space, 4, torch.float32, device)
-        with torch.no_grad():
-            a, b = (space.predict_x0(network, *inputs, conditioning, None, 1.0) for network in (engine, whole))
-            seconds = _seconds(lambda: space.predict_x0(engine, *inputs, conditioning, None, 1.0), 5, device)
-        backend = torch.distributed.get_backend()
-        return {"backend": backend, "difference": (a - b).abs().max().item(), "seconds": seconds}
-    finally:
-        torch.distributed.destroy_process_group()
+        x_t, t_B, conditioning, _ = score_inputs(space, 4, device=device)
+
+        def score(network: Any) -> torch.Tensor:
+            return space.predict_x0(network, x_t, t_B, conditioning, None, 1.0)
+
+        difference = (score(engine) - score(space.load_network().to(device))).abs().max().item()
+        seconds = _seconds(lambda: score(engine), 5, device)
+        return {"backend": torch.distributed.get_backend(), "difference": difference, "seconds": seconds}
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown, milliseconds
-
     if "skipped" in result:
         return result["skipped"]
     scores = markdown(
-        ("teacher", "samples", "", "guided score", "TFLOP/s", "of the measured matrix peak"),
-        [
-            (
-                row["model"], row["batch"], row["kind"], milliseconds(row["seconds"]), f"{row['tflops']:.3g}",
-                f"{row['of_peak']:.0%}",
-            )
-            for row in result["scores"]
-        ],
-    )  # fmt: skip
-    bridges = markdown(
-        ("Bridge to", "Bridge", "teacher's decoder", "student's decoder", "added to a picture", "paper (H100)"),
-        [
-            (
-                row["teacher"],
-                *(milliseconds(row[f"{part}_s"]) for part in ("bridge", "teacher_decoder", "student_decoder")),
-                f"{1e3 * row['added_s']:+.3g} ms",
-                f"+{row['paper_added_ms']} ms",
-            )
-            for row in result["bridges"]
-        ],
+        "teacher | samples |  | guided score | TFLOP/s | of the measured matrix peak",
+        "{model} | {batch} | {kind} | {seconds:ms} | {tflops:.3g} | {of_peak:.0%}",
+        result["scores"],
     )
-    student, zero3 = result["student"], result["zero3"]
+    bridges = markdown(
+        "Bridge to | Bridge | teacher's decoder | student's decoder | added to a picture | paper (H100)",
+        "{teacher} | {bridge_s:ms} | {teacher_decoder_s:ms} | {student_decoder_s:ms} | {added_s:+ms} | +{paper_added_ms} ms",
+        result["bridges"],
+    )
+    student = result["student"]
+    counted_bytes, peak = student["counted_bytes"], student["peak_bytes"]
     lines = [
         f"matrix peak {result['matrix_tflops']:.3g} TFLOP/s in bfloat16; student + Bridge step of {student['batch']} samples "
         f"{milliseconds(student['seconds'])}; target of the scores {TARGET:.0%}",
-        f"peak memory of that step: counted {student['counted_bytes'] / 1e9:.3g} GB, measured "
-        f"{student['peak_bytes'] / 1e9:.3g} GB, measured / counted {student['peak_bytes'] / student['counted_bytes']:.3f}",
+        f"peak memory of that step: counted {counted_bytes / 1e9:.3g} GB, measured {peak / 1e9:.3g} GB, "
+        f"measured / counted {peak / counted_bytes:.3f}",
         "added to a picture: Bridge + teacher's decoder - student's decoder, in bfloat16, batch 1",
-        "ZeRO-3: " + ", ".join(f"{key} {value}" for key, value in zero3.items()),
+        "ZeRO-3: " + ", ".join(f"{key} {value}" for key, value in result["zero3"].items()),
         f"torch {result['torch']}; medians of {result['repeats']}; random weights",
     ]
     if result["dry_run"]:
         lines.append("DRY RUN on the CPU with tiny sizes: the times mean nothing.")
-    return f"{scores}\n\n{bridges}\n\n" + "\n".join(lines)
+    return "\n\n".join([scores, bridges, "\n".join(lines)])

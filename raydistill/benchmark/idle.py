@@ -14,16 +14,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.storage.atomic import replace_text
 from raydistill.teachers import service
-from raydistill.teachers.request import Memory, Payload
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import Memory, Payload, ScoreRequest
 from raydistill.teachers.shard import TeacherRank, actor
 
+# torch is imported inside functions: without it dozens of ranks fit one machine.
 if TYPE_CHECKING:
     import torch
 
@@ -55,7 +57,7 @@ class IdleRank(TeacherRank):
 
     def _without_network(self, payload: Payload) -> np.ndarray:
         """What a rank does around its network: cut into slices, to tensors of the teacher's dtype, answer as float32."""
-        import torch
+        import torch  # see above
 
         self.device, self.dtype = torch.device("cpu"), getattr(torch, self.dtype_name)
         self.space = SimpleNamespace(latent_shape=payload["latents"].shape[1:], folder="none")
@@ -66,7 +68,7 @@ class IdleRank(TeacherRank):
         return self._load("latents", payload["latents"], rows)
 
     def _without_copies(self, payload: Payload) -> np.ndarray:
-        """This rank's equal part, without torch: dozens of ranks must fit one machine."""
+        """This rank's equal part, without torch."""
         return np.array_split(payload["latents"], self.world)[self.rank]
 
 
@@ -91,9 +93,7 @@ class IdleService:
         self.config = self.config.model_copy(update={"replicas": replicas})
         service.start(str(self.folder), self.config, self.name, IdleReplica)
 
-    def client(self, place: float | None = None) -> Any:
-        from raydistill.teachers.client import TeacherClient
-
+    def client(self, place: float | None = None) -> TeacherClient:
         return TeacherClient(self.name, self.config, place)
 
 
@@ -110,14 +110,12 @@ def idle_service(config: TeacherServiceConfig, name: str = "idle", replicas: int
             service.stop(name)
 
 
-def request_of(nbytes: int, batch: int = 16) -> Any:
-    """A ScoreRequest of about `nbytes`: float32 latents of (batch, 4, 16, 16), and conditioning for the rest.
+def request_of(nbytes: int, batch: int = 16) -> ScoreRequest:
+    """Of about `nbytes`: float32 latents of (batch, 4, 16, 16), and conditioning for the rest.
 
     The conditioning is a row for each sample and an unconditional one, at least one number wide.
     """
-    import torch
-
-    from raydistill.teachers.request import ScoreRequest
+    import torch  # see above
 
     latents = torch.zeros(batch, 4, 16, 16)
     width = max(1, (nbytes - latents.nbytes) // (4 * (batch + 1)))

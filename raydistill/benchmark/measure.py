@@ -1,35 +1,47 @@
-"""What the sections share: the machine, medians, tables, a Ray cluster of their own."""
+"""What the sections share: options, the machine, medians, processes of their own, tables."""
 
 from __future__ import annotations
 
-import contextlib
+import argparse
+import json
 import os
 import re
 import shlex
 import statistics
+import string
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+
+
+def option(parser: argparse.ArgumentParser, name: str, default: Any, help: str, **more: Any) -> None:
+    """An option of its default's type: False makes a flag, a sequence any number of values."""
+    if default is False:
+        more["action"] = "store_true"
+    elif isinstance(default, (list, tuple)):
+        more = {"nargs": "*", "type": type(default[0])} | more
+    elif default is not None:
+        more = {"type": type(default)} | more
+    parser.add_argument(name, default=default, help=help, **more)
 
 
 def machine() -> str:
     """CPU, usable cores and GPU in one line."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"{cores()} cores of {found.group(1).strip() if found else 'an unknown CPU'}, {gpu_name() or 'no GPU'}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{cores()} cores of {found.group(1).strip() if found else 'an unknown CPU'}, {gpu}"
 
 
 def cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def gpu_name() -> str | None:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def command() -> str:
@@ -38,90 +50,88 @@ def command() -> str:
     return shlex.join(["python", f"jobs/{script.name}" if script.parent.name == "jobs" else script.name, *sys.argv[1:]])
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> int:
+    """Resident bytes of a process, of these kinds of /proc/PID/status."""
+    found = re.findall(r"^(Rss\w+):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return sum(1024 * int(size) for kind, size in found if kind in kinds)
+
+
+def timed(action: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Seconds of one call, until the device has done its work."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     action()
+    wait()
     return time.perf_counter() - started
 
 
-def median(values: Sequence[float]) -> float:
+def median(values: Iterable[float]) -> float:
     return float(statistics.median(values))
 
 
-def interleaved(actions: dict[str, Callable[[], Any]], repeats: int, warm_up: int = 1) -> dict[str, float]:
+def interleaved(
+    actions: Mapping[str, Callable[[], Any]], repeats: int, warm_up: int = 1, device: torch.device | str = "cpu"
+) -> dict[str, float]:
     """Median seconds of each action; they take turns, so that what disturbs the machine disturbs all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for i in range(warm_up + repeats):
-        for name, action in actions.items():
-            taken = timed(action)
-            if i >= warm_up:
-                seconds[name].append(taken)
-    return {name: median(values) for name, values in seconds.items()}
+    rounds = [{name: timed(action, device) for name, action in actions.items()} for _ in range(warm_up + repeats)]
+    return {name: median(taken[name] for taken in rounds[warm_up:]) for name in actions}
 
 
 def copy_seconds(nbytes: int, repeats: int = 5) -> float:
     """Median seconds of one memory copy of this size, both buffers touched before."""
-    import numpy as np
-
     source, target = np.ones(nbytes, np.uint8), np.zeros(nbytes, np.uint8)
-    return median([timed(lambda: np.copyto(target, source)) for _ in range(repeats)])
+    return median(timed(lambda: np.copyto(target, source)) for _ in range(repeats))
 
 
-def stored_bytes() -> int:
-    """Bytes that all processes of the cluster have written to its object stores so far, as Ray counts them."""
-    from ray._private.internal_api import get_memory_info_reply
-    from ray._private.state import state
+def in_processes(module: str, tasks: Sequence[Mapping[str, Any]], **variables: str) -> list[dict[str, Any]]:
+    """What `python -m MODULE` answers to each task (see `answer`); all run at once, with these environment variables.
 
-    return get_memory_info_reply(state).store_stats.cumulative_created_bytes
+    Peak memory is the highest since a process began, so what measures it has a process of its own.
 
-
-def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> int:
-    """Resident bytes of a process, of these kinds of /proc/PID/status."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return sum(
-        1024 * int(size) for kind, size in re.findall(r"^(Rss\w+):\s+(\d+) kB", text, re.MULTILINE) if kind in kinds
-    )
-
-
-def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    Raises:
+        RuntimeError: one failed.
+    """
+    commands = [[sys.executable, "-m", module, json.dumps(task)] for task in tasks]
+    started = [
+        subprocess.Popen(line, env=os.environ | variables, stdout=subprocess.PIPE, text=True) for line in commands
+    ]
+    answers = [process.communicate()[0] for process in started]
+    for task, process in zip(tasks, started, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"{module}: the process that measures {task} failed (see above)")
+    return [json.loads(text.splitlines()[-1]) for text in answers]
 
 
-def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.3g} MB"
+def answer(measure: Callable[..., dict[str, Any]]) -> None:
+    """Call a function with the task of the command line, and print what it returns."""
+    print("\n" + json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
 
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-@contextlib.contextmanager
-def ray_cluster(cpus: float, object_store_bytes: int | None = None) -> Iterator[None]:
-    """A local Ray cluster for the length of the block, with as many logical CPUs as the section needs."""
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    import logging
+class _Cells(string.Formatter):
+    """`str.format` with `ms` and `+ms` for seconds and `MB` for bytes. None shows as –, text as it is."""
 
-    import ray
+    UNITS = {"ms": (1e3, ".3g", "ms"), "+ms": (1e3, "+.3g", "ms"), "MB": (1e-6, ".3g", "MB")}
 
-    from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment, quiet
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None or isinstance(value, str):
+            return "–" if value is None else value
+        factor, number, unit = self.UNITS.get(format_spec, (None, format_spec, ""))
+        return f"{factor * value:{number}} {unit}" if unit else super().format_field(value, number)
 
-    quiet()
-    with environment(WITHOUT_DASHBOARD):
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"},
-        )
-    try:
-        yield
-    finally:
-        from ray import serve
 
-        serve.shutdown()
-        ray.shutdown()
+def markdown(columns: str, cells: str, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> str:
+    """A table.
+
+    Args:
+        columns: the headings, as in "one | two".
+        cells: a format (see `_Cells`) of a row's keys, as in "{one:ms} | {two:.2f}", or of its entries.
+    """
+    fill = _Cells().format
+    filled = [fill(cells, **row) if isinstance(row, Mapping) else fill(cells, *row) for row in rows]
+    head, *lines = [f"| {line} |" for line in (columns, *filled)]
+    return "\n".join([head, "|---" * (columns.count("|") + 1) + "|", *lines])

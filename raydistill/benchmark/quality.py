@@ -20,6 +20,27 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
+from raydistill.benchmark.measure import markdown, option
+from raydistill.benchmark.models import score_inputs
+from raydistill.config import reading
+from raydistill.config.schema import Config
+from raydistill.data.prompts import training_prompts
+from raydistill.distill.local import LocalScores, local_distillation
+from raydistill.distill.networks import guidance_scale
+from raydistill.distill.schedule import distillation_step
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.evaluation.summary import write_summary
+from raydistill.evaluation.teacher import draw_teacher
+from raydistill.planning.counting import count_teacher, count_trainer, distiller
+from raydistill.planning.counts import changed
+from raydistill.planning.meter import counted
+from raydistill.spaces.meta import open_space
+from raydistill.storage.fingerprint import content_hash
+from raydistill.storage.resolve import resolve
+
 REAL_PAIR = "sd35_medium_sd15"  # what an update costs at real size is counted for this one
 OF_TEACHER = ("teacher", "prompts", "evaluation")  # sections of the configuration that decide the teacher's accuracy
 FILES_OF_TEACHER = ("teacher.model", "prompts.path", "evaluation.judge")  # and the files that they name
@@ -56,26 +77,17 @@ VARIANTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of each cell")
-    parser.add_argument(
-        "--shares",
-        type=float,
-        nargs="+",
-        default=[0.9],
-        metavar="SHARE",
-        help="of the teacher's accuracy, to be reached",
-    )
-    parser.add_argument("--most", type=int, default=160, help="student updates after which a cell gives up")
-    parser.add_argument("--every", type=int, default=5, help="student updates between evaluations")
-    parser.add_argument("--pictures", type=int, default=512, help="pictures of an evaluation")
-    parser.add_argument("--parallel", type=int, default=2, help="cells at once, one thread each")
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="variants whose name contains one of these")
-    parser.add_argument("--no-real-size", action="store_true", help="leave out what an update costs at real size")
+    option(parser, "--seeds", 2, "seeds of each cell")
+    option(parser, "--shares", [0.9], "of the teacher's accuracy, to be reached", nargs="+", metavar="SHARE")
+    option(parser, "--most", 160, "student updates after which a cell gives up")
+    option(parser, "--every", 5, "student updates between evaluations")
+    option(parser, "--pictures", 512, "pictures of an evaluation")
+    option(parser, "--parallel", 2, "cells at once, one thread each")
+    option(parser, "--only", None, "variants whose name contains one of these", nargs="*", metavar="TEXT")
+    option(parser, "--no-real-size", False, "leave out what an update costs at real size")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from tqdm import tqdm
-
     variants = [v for v in VARIANTS if not arguments.only or any(text in v.name for text in arguments.only)]
     folder = arguments.storage / "benchmark" / "quality"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,35 +101,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             updates = crossing(found["curve"], cell.share * found["teacher"])
             reached = f"{updates:.0f} updates" if updates else f"not within {cell.most} updates"
             tqdm.write(f"{cell.variant.name}, seed {cell.seed}: {reached}")
-        costs = {v.name: pool.submit(update_cost, v, "shapes") for v in variants}
-        real = {} if arguments.no_real_size else {v.name: pool.submit(update_cost, v, REAL_PAIR) for v in variants}
-        rows = [
-            _row(v, [f.result() for f, c in waiting.items() if c.variant == v], shares, costs[v.name].result())
-            | ({"real": real[v.name].result()} if real else {})
-            for v in variants
-        ]
+        sizes = {"miniature": "shapes"} | ({} if arguments.no_real_size else {"real": REAL_PAIR})
+        costs = {v: {size: pool.submit(update_cost, v, name) for size, name in sizes.items()} for v in variants}
+        rows = []
+        for v in variants:
+            done = [future.result() for future, cell in waiting.items() if cell.variant == v]
+            updates = [[crossing(cell["curve"], share * cell["teacher"]) for cell in done] for share in shares]
+            best = max(accuracy for cell in done for _, accuracy in cell["curve"])
+            cost = {size: future.result() for size, future in costs[v].items()}
+            rows.append(asdict(v) | {"updates": updates, "best": best} | cost)
     first = next(iter(waiting)).result()
-    return {
-        "rows": rows,
-        "teacher": first["teacher"],
-        "start": first["curve"][0][1],
-        "seeds": arguments.seeds,
-        "shares": shares,
-        **settings,
-    }
-
-
-def _row(
-    variant: Variant, cells: list[dict[str, Any]], shares: Sequence[float], cost: dict[str, float]
-) -> dict[str, Any]:
-    return asdict(variant) | {
-        "updates": [[crossing(cell["curve"], share * cell["teacher"]) for cell in cells] for share in shares],
-        "best": max(accuracy for cell in cells for _, accuracy in cell["curve"]),
-        "miniature": cost,
-    }
-
-
-# -- one cell ---------------------------------------------------------------------------------------------
+    common = {"teacher": first["teacher"], "start": first["curve"][0][1], "seeds": arguments.seeds, "shares": shares}
+    return {"rows": rows} | common | settings
 
 
 @dataclass(frozen=True)
@@ -143,16 +138,8 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     Returns:
         `curve`: (updates, accuracy) of every evaluation; `teacher`: its accuracy.
     """
-    import torch
-
-    from raydistill.config.reading import CONFIGS, config_hash, load
-    from raydistill.data.prompts import training_prompts
-    from raydistill.distill.local import local_distillation
-    from raydistill.distill.schedule import distillation_step
-    from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
-
-    config = load(CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
-    file, key = folder / cell.file, {"config": config_hash(config), "files": _hashes(config, FILES_OF_CELL)}
+    config = reading.load(reading.CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
+    file, key = folder / cell.file, {"config": reading.config_hash(config), "files": _hashes(config, FILES_OF_CELL)}
     key |= json.loads(json.dumps(asdict(cell)))
     if file.is_file() and (known := json.loads(file.read_text()))["cell"] == key:
         return known
@@ -171,17 +158,13 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
         curve.append([curve[-1][0] + cell.every, accuracy()])
     found = {"cell": key, "teacher": teacher, "curve": curve}
-    _write(file, found)
+    write_summary(file, found)
     return found
 
 
-def _hashes(config: Any, keys: Sequence[str]) -> dict[str, str]:
+def _hashes(config: Config, keys: Sequence[str]) -> dict[str, str]:
     """Of the contents of the files and folders that these keys of the configuration name."""
-    from raydistill.config.reading import get
-    from raydistill.storage.fingerprint import content_hash
-    from raydistill.storage.resolve import resolve
-
-    return {key: content_hash(resolve(path)) for key in keys if (path := get(config, key)) is not None}
+    return {key: content_hash(resolve(path)) for key in keys if (path := reading.get(config, key)) is not None}
 
 
 def crossing(curve: Sequence[Sequence[float]], wanted: float) -> float | None:
@@ -192,39 +175,15 @@ def crossing(curve: Sequence[Sequence[float]], wanted: float) -> float | None:
     return None
 
 
-def _teacher_accuracy(config: Any, scores: Any, evaluator: Any, file: Path) -> float:
+def _teacher_accuracy(config: Config, scores: LocalScores, evaluator: StudentEvaluator, file: Path) -> float:
     """Of the teacher's own multi-step pictures of the same prompts; kept in a file, for as long as nothing of it changes."""
-    import torch
-
-    from raydistill.config.reading import mathematical
-    from raydistill.data.encode import PromptTable
-
-    key = {name: value for name, value in mathematical(config).items() if name.partition(".")[0] in OF_TEACHER}
+    key = {name: value for name, value in reading.mathematical(config).items() if name.partition(".")[0] in OF_TEACHER}
     key["files"] = _hashes(config, FILES_OF_TEACHER)
     if file.is_file() and (known := json.loads(file.read_text())).get("key") == key:
         return known["mean"]
-    space, fixed = scores.space, evaluator.fixed
-    table = PromptTable(space, fixed.captions)
-    vae, pictures = space.load_vae(), []
-    with torch.no_grad():
-        for start, stop, captions in fixed.batches(config.evaluation.batch_size):
-            latents = space.sample(
-                scores.network, fixed.noise(space, start, stop), table(captions), scores.unconditional,
-                config.teacher.sampling_steps, scores.guidance_scale,
-            )  # fmt: skip
-            pictures.append(space.decode(vae, latents))
-    judged = evaluator.judge.accuracy(torch.cat(pictures), fixed.captions)
-    _write(file, judged | {"key": key})
+    _, judged = draw_teacher(scores.generate, scores.space, evaluator.fixed, config, scores.guidance_scale)
+    write_summary(file, judged | {"key": key})
     return judged["mean"]
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    from raydistill.evaluation.summary import write_summary
-
-    write_summary(file, content)
-
-
-# -- what an update costs ---------------------------------------------------------------------------------
 
 
 def update_cost(variant: Variant, name: str) -> dict[str, float]:
@@ -233,16 +192,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     Args:
         name: of a configuration.
     """
-    import torch
-
-    from raydistill.config.reading import CONFIGS, load
-    from raydistill.distill.networks import guidance_scale
-    from raydistill.planning.counting import count_teacher, count_trainer, distiller
-    from raydistill.planning.counts import changed
-    from raydistill.planning.meter import counted
-    from raydistill.spaces.meta import empty_conditioning, open_space
-
-    config = load(CONFIGS / f"{name}.yaml", variant.overrides())
+    config = reading.load(reading.CONFIGS / f"{name}.yaml", variant.overrides())
     config = changed(config, gradient_checkpointing=False)  # what it computes twice is no work of the method
     student, teacher = open_space(config.student.model), open_space(config.teacher.model)
     batch, k = config.distill.batch_size, config.fake_score.updates
@@ -257,14 +207,11 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     }
     if variant.separate and config.discriminator.weight > 0:
         with counted() as meter, torch.no_grad():
-            fake = distiller(config, student, teacher, batch).fake
-            inputs = torch.empty(batch, *teacher.latent_shape, device="meta"), torch.empty(batch, device="meta")
-            conditioning = empty_conditioning(teacher.conditioning_layout, batch)
-            parts["separate"] = k * meter.count(lambda: fake.features(*inputs, conditioning)).flops
-    return {f"{part}_forwards": flops / forward for part, flops in parts.items()} | {
-        "forwards": sum(parts.values()) / forward,
-        "batch": batch,
-    }
+            fake = distiller(config, student, teacher, batch).networks.fake
+            x_t, t_B, conditioning, _ = score_inputs(teacher, batch, device="meta")
+            parts["separate"] = k * meter.count(lambda: fake.features(x_t, t_B, conditioning)).flops
+    each = {f"{part}_forwards": flops / forward for part, flops in parts.items()}
+    return each | {"forwards": sum(parts.values()) / forward, "batch": batch}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -276,8 +223,7 @@ def table(result: dict[str, Any]) -> str:
         f"Until the mean attribute accuracy on {result['pictures']} pictures of training captions is that, from "
         f"{result['start']:.3f}; an evaluation every {result['every']} updates, {result['seeds']} seeds. Forwards: FLOPs of "
         "all networks, counted, in units of one unguided forward of the teacher on one sample, for each sample of the "
-        "batch; evaluations and text encoders are left out. At real "
-        f"size: the same recipe's update for {REAL_PAIR}, "
+        f"batch; evaluations and text encoders are left out. At real size: the same recipe's update for {REAL_PAIR}, "
         "counted, times the miniature's number of updates; gradient checkpointing off."
     )
     return "\n\n".join([*texts, notes])
@@ -285,24 +231,19 @@ def table(result: dict[str, Any]) -> str:
 
 def _table(result: dict[str, Any], place: int) -> str:
     """Of one share."""
-    from raydistill.benchmark.measure import markdown
-
     known = {row["name"]: row for row in result["rows"]}
-    real = any("real" in row for row in result["rows"])
+    sizes = [size for size in ("miniature", "real") if size in result["rows"][0]]
 
     def in_all(row: dict[str, Any], size: str) -> float | None:
         if None in row["updates"][place]:
             return None
         return statistics.fmean(row["updates"][place]) * row[size]["forwards"] / row[size]["batch"]
 
-    def costs(row: dict[str, Any], size: str) -> list[str]:
-        """Per sample of a batch."""
+    def costs(row: dict[str, Any], size: str) -> tuple[float | None, ...]:
+        """Of an update, in all, and of DMD2's; per sample of a batch."""
         found, reference = in_all(row, size), in_all(known[DMD2], size) if DMD2 in known else None
-        return [
-            f"{row[size]['forwards'] / row[size]['batch']:.1f}",
-            "–" if found is None else f"{found:,.0f}",
-            "–" if found is None or reference is None else f"{found / reference:.2f}",
-        ]
+        share = None if found is None or reference is None else found / reference
+        return row[size]["forwards"] / row[size]["batch"], found, share
 
     def updates(row: dict[str, Any]) -> str:
         counts = row["updates"][place]
@@ -310,12 +251,9 @@ def _table(result: dict[str, Any], place: int) -> str:
             return f"not within {result['most']} (best {row['best']:.3f})"
         return f"{statistics.fmean(counts):.0f} ({', '.join(f'{count:.0f}' for count in counts)})"
 
-    columns = ["variant", "student updates (seeds)", "forwards an update", "in all", "of DMD2's"]
-    columns += ["at real size: an update", "in all", "of DMD2's"] if real else []
-    rows = []
-    for row in result["rows"]:
-        cells = [row["name"], updates(row)]
-        for size in ("miniature", "real") if real else ("miniature",):
-            cells += costs(row, size)
-        rows.append(cells)
-    return markdown(columns, rows)
+    columns = "variant | student updates (seeds) | forwards an update | in all | of DMD2's"
+    columns += " | at real size: an update | in all | of DMD2's" if "real" in sizes else ""
+    rows = [
+        (row["name"], updates(row), *(cell for size in sizes for cell in costs(row, size))) for row in result["rows"]
+    ]
+    return markdown(columns, "{} | {}" + " | {:.1f} | {:,.0f} | {:.2f}" * len(sizes), rows)

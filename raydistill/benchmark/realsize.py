@@ -10,29 +10,30 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-CONFIG = "sd35_medium_sd15"
+import torch
+from torch import nn
+
+from raydistill.benchmark.measure import markdown, option, resident, timed
+from raydistill.benchmark.models import random_conditioning, random_weights
+from raydistill.bridge.model import Bridge
+from raydistill.config.reading import CONFIGS, load
+from raydistill.diffusion.noise import normal
+from raydistill.distill.losses import vsd_gradient, vsd_loss
+from raydistill.spaces.meta import numel, open_space
+from raydistill.spaces.one_step import one_step_x0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default=CONFIG, help="of configs/, decides the teacher's space")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--dry-run", action="store_true", help="the miniature world's sizes")
+    option(parser, "--config", "sd35_medium_sd15", "of configs/, decides the teacher's space")
+    option(parser, "--threads", 2, "CPU threads")
+    option(parser, "--dry-run", False, "the miniature world's sizes")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from raydistill.benchmark.measure import resident, timed
-    from raydistill.bridge.model import Bridge
-    from raydistill.config.reading import CONFIGS, load
-    from raydistill.diffusion.noise import normal
-    from raydistill.distill.losses import vsd_gradient, vsd_loss
-    from raydistill.spaces.one_step import one_step_x0
-
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = load(CONFIGS / f"{'shapes' if arguments.dry_run else arguments.config}.yaml", ["bridge.checkpoint=null"])
-    student, teacher = (_space(model) for model in (config.student.model, config.teacher.model))
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
     before = resident()
     unet = _filled(student.load_network()).requires_grad_(True)
     unet.enable_gradient_checkpointing()
@@ -43,15 +44,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     bridge = bridge.eval().requires_grad_(False)
     bridge.projector.gradient_checkpointing = True
     optimizer = torch.optim.SGD(unet.parameters(), lr=1e-6)  # AdamW's two moments would add 7 GB and no shape
-    conditioning = {
-        name: torch.randn(1, *shape).to(kind) for name, (shape, kind) in student.conditioning_layout.items()
-    }
+    conditioning = random_conditioning(student, 1)
     noise = normal(0, torch.tensor([0]), student.latent_shape, "latents")
-    found: dict[str, Any] = {}
+    found: dict[str, torch.Tensor] = {}
 
     def forward() -> None:
-        found["z_S"] = one_step_x0(student, unet, noise, conditioning, config.student.start_timestep)
-        found["x"] = bridge(found["z_S"])
+        found["z_student"] = one_step_x0(student, unet, noise, conditioning, config.student.start_timestep)
+        found["x"] = bridge(found["z_student"])
 
     def backward() -> None:
         x = found["x"]
@@ -64,16 +63,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     old = weight.detach().clone()
     norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0).item()
     seconds["update"] = timed(optimizer.step)
-    missing = [name for name, parameter in unet.named_parameters() if parameter.grad is None]
     return {
         "pair": f"{config.student.model} -> {config.teacher.model}",
-        "parameters": sum(p.numel() for p in unet.parameters()),
-        "bridge_parameters": sum(p.numel() for p in bridge.projector.parameters()),
-        "z_S": list(found["z_S"].shape),
+        "parameters": numel(unet),
+        "bridge_parameters": numel(bridge.projector),
+        "z_S": list(found["z_student"].shape),
         "x": list(found["x"].shape),
         "loss": found["loss"].item(),
         "gradient_norm": norm,
-        "without_gradient": missing,
+        "without_gradient": [name for name, parameter in unet.named_parameters() if parameter.grad is None],
         "finite": bool(torch.isfinite(found["x"]).all()) and norm == norm,
         "changed": not torch.equal(old, weight.detach()),
         "seconds": seconds,
@@ -82,32 +80,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _space(model: str) -> Any:
-    from raydistill.spaces.meta import open_space
-    from raydistill.storage.resolve import local_path
-
-    return open_space(str(local_path(model)) if model.startswith("shapes:") else model)
-
-
-def _filled(module: Any) -> Any:
-    """A module of the meta device with random weights: matrices scaled by their inputs, norms 1, biases 0."""
-    import torch
-
-    module = module.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.5 * parameter[0].numel() ** -0.5)
-            else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+def _filled(module: nn.Module) -> nn.Module:
     if named := [name for name, _ in module.named_buffers()]:  # constructors compute them, but not on the meta device
         raise ValueError(f"{type(module).__name__}: nothing here computes its buffers {', '.join(named)}")
-    return module.eval()
+    return random_weights(module)
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown
-
     rows = [(phase, f"{seconds:.1f} s") for phase, seconds in result["seconds"].items()]
     rows += [("memory held after it", f"{result['held_bytes'] / 1e9:.1f} GB")]
     notes = (
@@ -117,4 +96,4 @@ def table(result: dict[str, Any]) -> str:
         f"gradient, weights {'changed' if result['changed'] else 'DID NOT CHANGE'}. Random weights, float32, "
         f"{result['threads']} threads, one step, SGD."
     )
-    return f"{markdown(('phase', 'one sample'), rows)}\n\n{notes}"
+    return f"{markdown('phase | one sample', '{} | {}', rows)}\n\n{notes}"

@@ -12,28 +12,33 @@ import threading
 import time
 from typing import Any
 
+import ray
+
+from raydistill.benchmark.idle import IdleService, idle_service, request_of
+from raydistill.benchmark.measure import markdown, milliseconds, option, timed
+from raydistill.config.schema import TeacherServiceConfig
+from raydistill.driver.cluster import connected
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import ScoreRequest
+
 TARGET = 0.95
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32], help="numbers of replicas")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a replica's work on one request")
-    parser.add_argument("--requests", type=int, default=4, help="requests for each replica")
-    parser.add_argument("--megabytes", type=float, default=8.0, help="size of a request")
-    parser.add_argument("--trainers", type=int, nargs="*", default=[1, 2, 4, 8], help="numbers of trainers")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each simulated trainer")
+    option(parser, "--replicas", [1, 2, 4, 8, 16, 32], "numbers of replicas")
+    option(parser, "--seconds", 1.0, "a replica's work on one request")
+    option(parser, "--requests", 4, "requests for each replica")
+    option(parser, "--megabytes", 8.0, "size of a request")
+    option(parser, "--trainers", [1, 2, 4, 8], "numbers of trainers")
+    option(parser, "--steps", 6, "steps of each simulated trainer")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from raydistill.benchmark.idle import idle_service, request_of
-    from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config.schema import TeacherServiceConfig
-
     replicas, trainers = [], []
     settings = TeacherServiceConfig(shards=1, cpus_per_rank=0.01)
     nbytes = int(arguments.megabytes * 1e6)
     shared = max((count for count in arguments.replicas if count <= max(arguments.trainers, default=0)), default=0)
-    with ray_cluster(16, 4 << 30):
+    with connected(num_cpus=16, object_store_memory=4 << 30, log_to_driver=False):
         for count in arguments.replicas:
             print(f"{count} replicas …", flush=True)
             with idle_service(settings, f"idle-{count}", count) as idle:
@@ -43,13 +48,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 row = {"replicas": count} | _stream(client, request, arguments.requests * count, 2 * count)
                 replicas.append(row | {"of_linear": row["per_s"] * arguments.seconds / count})
                 if count == shared:
-                    trainers = [_trainers(n, idle, count, nbytes, arguments) for n in arguments.trainers]
-    return {"replicas": replicas, "trainers": trainers} | {
+                    trainers = [_trainers(n, idle, nbytes, arguments) for n in arguments.trainers]
+    return {"replicas": replicas, "trainers": [row | {"replicas": shared} for row in trainers]} | {
         name: getattr(arguments, name) for name in ("seconds", "requests", "megabytes", "steps")
     }
 
 
-def _stream(client: Any, request: Any, total: int, in_flight: int) -> dict[str, float]:
+def _stream(client: TeacherClient, request: ScoreRequest, total: int, in_flight: int) -> dict[str, float]:
     """Requests per second of one driver that keeps `in_flight` under way.
 
     Also the CPU seconds that each took of the driver, all threads, and of Serve's router alone.
@@ -62,9 +67,8 @@ def _stream(client: Any, request: Any, total: int, in_flight: int) -> dict[str, 
         pending.pop(0)
         if i + in_flight < total:
             pending.append(client.submit(request))
-    taken = time.perf_counter() - started
     return {
-        "per_s": total / taken,
+        "per_s": total / (time.perf_counter() - started),
         "driver_cpu_s": (time.process_time() - cpu) / total,
         "router_cpu_s": (_router_cpu() - router) / total,
     }
@@ -77,11 +81,9 @@ def _router_cpu() -> float:
 
 
 class _Trainer:
-    """A worker whose own work is sleep; needs no torch of its own but the request's."""
+    """A worker whose own work is sleep."""
 
-    def __init__(self, client: Any, nbytes: int) -> None:
-        from raydistill.benchmark.idle import request_of
-
+    def __init__(self, client: TeacherClient, nbytes: int) -> None:
         self.client, self.request = client, request_of(nbytes)
 
     def steps(self, count: int, fake_s: float, student_s: float) -> tuple[float, float]:
@@ -90,17 +92,13 @@ class _Trainer:
         for _ in range(count):
             pending = self.client.submit(self.request)
             time.sleep(fake_s)
-            waiting = time.perf_counter()
-            pending.result()
-            waited += time.perf_counter() - waiting
+            waited += timed(pending.result)
             time.sleep(student_s)
         return time.perf_counter() - started, waited
 
 
-def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argparse.Namespace) -> dict[str, float]:
+def _trainers(count: int, idle: IdleService, nbytes: int, arguments: argparse.Namespace) -> dict[str, float]:
     """`count` trainers that share the replicas; their fake updates take a fifth longer than a request."""
-    import ray
-
     print(f"{count} trainers …", flush=True)
     fake, student = 1.2 * arguments.seconds, 0.3 * arguments.seconds
     actors = [ray.remote(num_cpus=0.01)(_Trainer).remote(idle.client(i / count), nbytes) for i in range(count)]
@@ -111,7 +109,6 @@ def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argp
     per_s = count * arguments.steps / max(seconds for seconds, _ in taken)
     return {
         "trainers": count,
-        "replicas": replicas,
         "per_s": per_s,
         "waited_s": sum(waited for _, waited in taken) / (count * arguments.steps),
         "of_linear": per_s * (fake + student) / count,
@@ -119,33 +116,15 @@ def _trainers(count: int, idle: Any, replicas: int, nbytes: int, arguments: argp
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown, milliseconds
-
-    first = markdown(
-        ("replicas", "requests/s", "of linear", "driver's CPU a request", "of it Serve's router"),
-        [
-            (
-                row["replicas"],
-                f"{row['per_s']:.2f}",
-                f"{row['of_linear']:.1%}",
-                milliseconds(row["driver_cpu_s"]),
-                milliseconds(row["router_cpu_s"]),
-            )
-            for row in result["replicas"]
-        ],
+    replicas = markdown(
+        "replicas | requests/s | of linear | driver's CPU a request | of it Serve's router",
+        "{replicas} | {per_s:.2f} | {of_linear:.1%} | {driver_cpu_s:ms} | {router_cpu_s:ms}",
+        result["replicas"],
     )
-    second = markdown(
-        ("trainers", "replicas", "steps/s", "of linear", "wait for teachers a step"),
-        [
-            (
-                row["trainers"],
-                row["replicas"],
-                f"{row['per_s']:.2f}",
-                f"{row['of_linear']:.1%}",
-                milliseconds(row["waited_s"]),
-            )
-            for row in result["trainers"]
-        ],
+    trainers = markdown(
+        "trainers | replicas | steps/s | of linear | wait for teachers a step",
+        "{trainers} | {replicas} | {per_s:.2f} | {of_linear:.1%} | {waited_s:ms}",
+        result["trainers"],
     )
     notes = (
         f"Simulated: a replica sleeps {result['seconds']:g} s a request of {result['megabytes']:g} MB, and stands for a GPU; "
@@ -153,13 +132,11 @@ def table(result: dict[str, Any]) -> str:
         f"{result['seconds']:g} s, and trainers / ({1.5 * result['seconds']:g} s of their own sleep). All processes share "
         f"this machine's cores. Target: {TARGET:.0%}."
     )
-    return "\n\n".join([first, second, notes, *map(_saturation, result["replicas"][-1:])])
+    return "\n\n".join([replicas, trainers, notes, *map(_saturation, result["replicas"][-1:])])
 
 
 def _saturation(row: dict[str, float]) -> str:
     """Where the process that asks would be full, from the CPU seconds that its requests took."""
-    from raydistill.benchmark.measure import milliseconds
-
     driver, router = row["driver_cpu_s"], row["router_cpu_s"]
     return (
         f"With {row['replicas']} replicas such a request took {milliseconds(driver)} of the driver's CPU, {milliseconds(router)} of "

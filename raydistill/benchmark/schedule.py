@@ -8,134 +8,77 @@ process, as in a trainer without any service. The kinds of steps take turns.
 from __future__ import annotations
 
 import argparse
-import itertools
 from typing import Any
+
+import torch
+
+from raydistill.benchmark.idle import idle_service
+from raydistill.benchmark.measure import cores, markdown, median, milliseconds, option
+from raydistill.benchmark.models import default_trainer
+from raydistill.config.schema import TeacherServiceConfig
+from raydistill.distill.local import LocalScores
+from raydistill.distill.schedule import Submit, distillation_step
+from raydistill.distill.updates import Distiller
+from raydistill.driver.cluster import connected
+from raydistill.teachers import service
+from raydistill.teachers.client import TeacherClient
+from raydistill.workers.score_requests import Teachers
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 TARGET = 1.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=5, help="steps of each kind and latency")
-    parser.add_argument("--batch-size", type=int, default=8, help="samples per student update")
-    parser.add_argument("--fake-updates", type=int, default=2, help="fake-score updates per student update (k)")
-    parser.add_argument("--factors", type=float, nargs="*", default=FACTORS, help="latencies in k fake updates")
-    parser.add_argument("--no-real-teacher", action="store_true", help="simulated teachers only")
+    option(parser, "--steps", 5, "steps of each kind and latency")
+    option(parser, "--batch-size", 8, "samples per student update")
+    option(parser, "--fake-updates", 2, "fake-score updates per student update (k)")
+    option(parser, "--factors", FACTORS, "latencies in k fake updates")
+    option(parser, "--no-real-teacher", False, "simulated teachers only")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from raydistill.benchmark.idle import idle_service
-    from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config.schema import TeacherServiceConfig
-    from raydistill.data.encode import TextEncoder
-    from raydistill.distill.local import LocalScores
-    from raydistill.distill.networks import guidance_scale
-    from raydistill.teachers import service
-    from raydistill.teachers.client import TeacherClient
-    from raydistill.workers.score_requests import Teachers as Submit
-
     torch.set_num_threads(1)
-    config, worker = trainer(arguments.batch_size, arguments.fake_updates)
-    space = worker.teacher_space
-    empty, scale, rows = TextEncoder(space).encode_unconditional(), guidance_scale(config, space), []
-    with ray_cluster(4):
+    worker, local = default_trainer(arguments.batch_size, arguments.fake_updates)
+    common, steps, rows = (local.unconditional, local.guidance_scale), arguments.steps, []
+    with connected(num_cpus=4, log_to_driver=False):
         with idle_service(TeacherServiceConfig(shards=1, slice=4, cpus_per_rank=0.1)) as idle:
-            submit = Submit(idle.client(), empty, scale)
+            submit = Teachers(idle.client(), *common)
             idle.set(0.0)
-            fake = _measure(worker, submit, arguments)["fake_s"]  # k updates; also warms up
+            fake = _measure(worker, submit, steps)["fake_s"]  # k updates; also warms up
             for factor in arguments.factors:
                 idle.set(factor * fake)
                 print(f"sleeping teacher, {factor:g} times the fake updates …", flush=True)
                 row = {"teacher": f"sleeps {factor:g} x", "sleeps_s": factor * fake}
-                rows.append(row | _measure(worker, submit, arguments))
+                rows.append(row | _measure(worker, submit, steps))
         if not arguments.no_real_teacher:
             print("real miniature teacher …", flush=True)
             settings = TeacherServiceConfig(shards=1, slice=arguments.batch_size, cpus_per_rank=0.1)
-            local = LocalScores(space, space.load_network(), empty, scale)
-            service.start(space.folder, settings, "real")
+            service.start(local.space.folder, settings, "real")
             try:
-                submit = Submit(TeacherClient("real", settings), empty, scale)
-                _measure(worker, submit, argparse.Namespace(**vars(arguments) | {"steps": 1}), local)
-                row = {"teacher": "real miniature", "sleeps_s": None} | _measure(worker, submit, arguments, local)
+                submit = Teachers(TeacherClient("real", settings), *common)
+                _measure(worker, submit, 1, local)
+                row = {"teacher": "real miniature", "sleeps_s": None} | _measure(worker, submit, steps, local)
             finally:
                 service.stop("real")
-            rows.append(row | _on_all_cores(worker, local, arguments))
-    return {
-        "rows": rows,
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "fake_updates": arguments.fake_updates,
-    }
+            rows.append(row | _on_all_cores(worker, local, steps))
+    return {"rows": rows} | {name: getattr(arguments, name) for name in ("steps", "batch_size", "fake_updates")}
 
 
-def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
-    """The default run's configuration and Distiller, fed from memory: the loop alone is measured, not its data."""
-    import numpy as np
-    import torch
-
-    from raydistill.bridge.model import Bridge
-    from raydistill.config.reading import load
-    from raydistill.data.encode import TextEncoder
-    from raydistill.data.prompts import training_prompts
-    from raydistill.distill.build import build_distiller
-    from raydistill.distill.networks import load_real, load_unet
-    from raydistill.spaces import load_space
-    from raydistill.storage.resolve import resolve
-
-    config = load(
-        overrides=[
-            f"distill.batch_size={batch_size}",
-            f"fake_score.updates={fake_updates}",
-            "discriminator.real_count=64",
-        ]
-    )
-    student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    captions = training_prompts(config).prompts[:batch_size]
-    columns = {
-        f"{role}.{name}": value.numpy()
-        for role, space in (("student", student), ("teacher", teacher))
-        for name, value in TextEncoder(space).encode(captions).items()
-    }
-    batches = ({"sample_id": np.arange(batch_size) + i * batch_size, **columns} for i in itertools.count())
-    real = load_real(resolve(config.discriminator.real_data), teacher, config.discriminator.real_count)
-    bridge = Bridge.load(resolve(config.bridge.checkpoint), student, teacher)
-    unet, network = load_unet(student, config.student.unet), teacher.load_network()
-    worker = build_distiller(
-        config,
-        student_space=student,
-        teacher_space=teacher,
-        student=unet,
-        bridge=bridge,
-        fake_network=network,
-        source=batches,
-        real=real,
-    )
-    worker.gradients.optimizers["student"].param_groups[0]["lr"] = 0.0  # scores of a sleeping teacher teach nothing
-    torch.manual_seed(0)
-    return config, worker
-
-
-def _measure(worker: Any, submit: Any, arguments: argparse.Namespace, local: Any = None) -> dict[str, float]:
+def _measure(worker: Distiller, submit: Submit, steps: int, local: LocalScores | None = None) -> dict[str, float]:
     """Medians of steps that take turns. T_make, T_fake and T_student are those of the sequential steps.
 
     Args:
         local: a teacher in this process, whose sequential steps are measured too.
     """
-    from raydistill.benchmark.measure import median
-    from raydistill.distill.schedule import distillation_step
-
     kinds = {"sequential": (submit, False), "overlapped": (submit, True)}
     kinds |= {"in_process": (local, False)} if local is not None else {}
     found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-    for _ in range(arguments.steps):
+    for _ in range(steps):
         for kind, (scores, overlap) in kinds.items():
-            distillation_step(worker, scores, arguments.fake_updates, overlap)
-            found[kind].append(worker.pop_metrics())
+            found[kind].append(_step(worker, scores, overlap))
 
     def of(kind: str, name: str) -> float:
-        return median([metrics[f"time/{name}"] for metrics in found[kind]])
+        return median(metrics[f"time/{name}"] for metrics in found[kind])
 
     make, fake, student, teacher = (of("sequential", name) for name in ("make", "fake", "student", "wait_teacher"))
     bound, overlapped = make + max(fake, teacher) + student, of("overlapped", "step")
@@ -152,66 +95,46 @@ def _measure(worker: Any, submit: Any, arguments: argparse.Namespace, local: Any
     }
 
 
-def _on_all_cores(worker: Any, local: Any, arguments: argparse.Namespace) -> dict[str, float]:
+def _step(worker: Distiller, submit: Submit, overlap: bool) -> dict[str, float]:
+    """The metrics of one step."""
+    distillation_step(worker, submit, worker.config.fake_score.updates, overlap)
+    return worker.pop_metrics()
+
+
+def _on_all_cores(worker: Distiller, local: LocalScores, steps: int) -> dict[str, float]:
     """Seconds of a step with the teacher in this process, on as many threads as there are cores."""
-    import torch
-
-    from raydistill.benchmark.measure import cores, median
-    from raydistill.distill.schedule import distillation_step
-
-    threads, taken = torch.get_num_threads(), []
+    threads = torch.get_num_threads()
     torch.set_num_threads(cores())
-    for _ in range(1 + arguments.steps):  # the first starts the threads
-        distillation_step(worker, local, arguments.fake_updates, overlap=False)
-        taken.append(worker.pop_metrics()["time/step"])
+    taken = [_step(worker, local, overlap=False)["time/step"] for _ in range(1 + steps)]
     torch.set_num_threads(threads)
-    return {"in_process_all_s": median(taken[1:]), "cores": cores()}
+    return {"in_process_all_s": median(taken[1:]), "cores": cores()}  # the first starts the threads
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown, milliseconds
-
     columns = (
-        "teacher", "T_teacher", "k T_fake", "T_make + T_student", "bound", "overlapped", "over the bound", "sequential",
-        "sequential / overlapped", "in process", "in process / overlapped",
-    )  # fmt: skip
-    rows = [
-        (
-            row["teacher"],
-            *(milliseconds(row[name]) for name in ("teacher_s", "fake_s")),
-            milliseconds(row["make_s"] + row["student_s"]),
-            *(milliseconds(row[name]) for name in ("bound_s", "overlapped_s")),
-            f"{row['over_bound']:.3f}",
-            milliseconds(row["sequential_s"]),
-            f"{row['speedup']:.2f}",
-            *_in_process(row),
-        )
-        for row in result["rows"]
-    ]
+        "teacher | T_teacher | k T_fake | T_make + T_student | bound | overlapped | over the bound | sequential | "
+        "sequential / overlapped | in process | in process / overlapped"
+    )
+    cells = (
+        "{teacher} | {teacher_s:ms} | {fake_s:ms} | {own_s:ms} | {bound_s:ms} | {overlapped_s:ms} | {over_bound:.3f} | "
+        "{sequential_s:ms} | {speedup:.2f} | {in_process_s:ms} | {in_process:.2f}"
+    )
+    rows, all_cores = [], ""
+    for row in result["rows"]:
+        row = {"own_s": row["make_s"] + row["student_s"], "in_process_s": None, "in_process": None} | row
+        if row["in_process_s"] is not None:
+            row["in_process"] = row["in_process_s"] / row["overlapped_s"]
+        if (taken := row.get("in_process_all_s")) is not None:
+            all_cores += (
+                f" On {row['cores']} threads, when the service was gone, such a step takes {milliseconds(taken)}, "
+                f"{taken / row['overlapped_s']:.2f} of the overlapped one."
+            )
+        rows.append(row)
     notes = (
         f"Medians of {result['steps']} steps of {result['batch_size']} samples, k = {result['fake_updates']}. Bound: T_make + "
         "max(k T_fake, T_teacher) + T_student, each measured in the sequential steps, T_teacher from sending a request to "
         "having its answer. A teacher that sleeps is a replica of the real service whose rank sleeps instead of computing: "
         "it stands for a GPU. The real teacher shares the machine with the trainer. Sequential steps ask the service too; in "
-        f"process: the teacher's network in the trainer, and no service, both on one thread.{_all_cores(result)} Target: {TARGET}."
+        f"process: the teacher's network in the trainer, and no service, both on one thread.{all_cores} Target: {TARGET}."
     )
-    return f"{markdown(columns, rows)}\n\n{notes}"
-
-
-def _in_process(row: dict[str, Any]) -> tuple[str, str]:
-    from raydistill.benchmark.measure import milliseconds
-
-    if "in_process_s" not in row:
-        return "–", "–"
-    return milliseconds(row["in_process_s"]), f"{row['in_process_s'] / row['overlapped_s']:.2f}"
-
-
-def _all_cores(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import milliseconds
-
-    return "".join(
-        f" On {row['cores']} threads, when the service was gone, such a step takes {milliseconds(row['in_process_all_s'])}, "
-        f"{row['in_process_all_s'] / row['overlapped_s']:.2f} of the overlapped one."
-        for row in result["rows"]
-        if "in_process_all_s" in row
-    )
+    return f"{markdown(columns, cells, rows)}\n\n{notes}"

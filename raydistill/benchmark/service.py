@@ -11,35 +11,47 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray._private.internal_api import get_memory_info_reply
+from ray._private.state import state
+from ray.actor import ActorHandle
+from torch.utils._pytree import tree_leaves
+
+from raydistill.benchmark.idle import IdleRank, idle_service, request_of
+from raydistill.benchmark.measure import copy_seconds, interleaved, markdown, option
+from raydistill.benchmark.models import score_inputs
+from raydistill.config.reading import CONFIGS, load
+from raydistill.config.schema import TeacherServiceConfig
+from raydistill.distill.networks import guidance_scale
+from raydistill.driver.cluster import connected
+from raydistill.spaces.meta import open_space
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import ScoreRequest
+from raydistill.teachers.shard import actor
 
 SIZES_MB = (0.1, 1, 8, 32, 128, 256)
 TARGET_S, TARGET_COPIES = 0.010, 1.2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=9, help="calls of each kind and size")
-    parser.add_argument(
-        "--sizes", type=float, nargs="*", default=SIZES_MB, metavar="MB", help="sizes of plain requests"
-    )
-    parser.add_argument("--no-families", action="store_true", help="leave out the real families' requests")
+    option(parser, "--repeats", 9, "calls of each kind and size")
+    option(parser, "--sizes", SIZES_MB, "sizes of plain requests", metavar="MB")
+    option(parser, "--no-families", False, "leave out the real families' requests")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    import ray
-
-    from raydistill.benchmark.idle import IdleRank, idle_service, request_of
-    from raydistill.benchmark.measure import ray_cluster
-    from raydistill.config.schema import TeacherServiceConfig
-    from raydistill.teachers.shard import actor
-
-    requests: dict[str, Any] = {
-        f"{size:g} MB": lambda size=size: request_of(int(size * 1e6)) for size in arguments.sizes
-    }
+    requests = {f"{size:g} MB": partial(request_of, int(size * 1e6)) for size in arguments.sizes}
     if not arguments.no_families:
-        requests |= _families()
+        for file in sorted((CONFIGS / "teachers").glob("*.yaml")):
+            batch, request = _of_family(f"{file.stem}_sd15")
+            requests[f"{file.stem}, {batch} samples"] = request
     rows = []
-    with ray_cluster(4, 4 << 30):
+    with connected(num_cpus=4, object_store_memory=4 << 30, log_to_driver=False):
         _use_the_store()
         bare = ray.remote(num_cpus=0.1)(_Bare).remote()
         config = TeacherServiceConfig(shards=1, slice=4, dtype="bfloat16", cpus_per_rank=0.1)
@@ -55,9 +67,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _use_the_store() -> None:
     """Fill a part of the object store that the calls then stay within."""
-    import numpy as np
-    import ray
-
     part = np.ones(256 << 20, np.uint8)
     kept = [ray.put(part) for _ in range(8)]
     del kept
@@ -70,45 +79,21 @@ class _Bare:
         return payload["latents"]
 
 
-def _families() -> dict[str, Any]:
-    """A maker of each real family's request at the paper's batch."""
-    from raydistill.config.reading import CONFIGS, load
-    from raydistill.distill.networks import guidance_scale
-    from raydistill.spaces.meta import open_space
-
-    requests = {}
-    for file in sorted((CONFIGS / "teachers").glob("*.yaml")):
-        config = load(CONFIGS / f"{file.stem}_sd15.yaml")
-        space, batch = open_space(config.teacher.model), config.distill.batch_size
-        scale = guidance_scale(config, space)
-        layout, shape = space.conditioning_layout, space.latent_shape
-        dtype = config.prompts.encoder_dtype
-        requests[f"{file.stem}, {batch} samples"] = lambda a=(shape, layout, batch, scale, dtype): _request(*a)
-    return requests
+def _of_family(name: str) -> tuple[int, Callable[[], ScoreRequest]]:
+    """Batch and maker of the score request of a configuration: of a real family at the paper's batch."""
+    config = load(CONFIGS / f"{name}.yaml")
+    space, batch = open_space(config.teacher.model), config.distill.batch_size
+    scale, dtype = guidance_scale(config, space), getattr(torch, config.prompts.encoder_dtype)
+    return batch, lambda: ScoreRequest(*score_inputs(space, batch, dtype), scale)
 
 
-def _request(shape: tuple[int, ...], layout: dict[str, Any], batch: int, scale: float, dtype: str) -> Any:
-    import torch
-
-    from raydistill.teachers.request import ScoreRequest
-
-    def rows(count: int) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.zeros(count, *part, dtype=getattr(torch, dtype) if kind.is_floating_point else kind)
-            for name, (part, kind) in layout.items()
-        }
-
-    return ScoreRequest(torch.zeros(batch, *shape), torch.full((batch,), 0.5), rows(batch), rows(1), scale)
-
-
-def _measure(request: Any, client: Any, bare: Any, rank: Any, repeats: int) -> dict[str, float]:
+def _measure(
+    request: ScoreRequest, client: TeacherClient, bare: ActorHandle, rank: ActorHandle, repeats: int
+) -> dict[str, float]:
     """Median seconds of each kind of call, and the bytes that one writes to the object store."""
-    import ray
-
-    from raydistill.benchmark.measure import copy_seconds, interleaved
-
     payload = request.payload()
-    nbytes = sum(_nbytes(payload[name]) for name in ("latents", "t", "conditioning", "unconditional"))
+    sent = tree_leaves([payload[name] for name in ("latents", "t", "conditioning", "unconditional")])
+    nbytes = sum(array.nbytes for array in sent if isinstance(array, np.ndarray))
     calls = {
         "service": lambda: client.submit(request).result(),
         "bare": lambda: ray.get(bare.answer.remote(payload)),
@@ -116,64 +101,43 @@ def _measure(request: Any, client: Any, bare: Any, rank: Any, repeats: int) -> d
     }
     taken = interleaved(calls | {"check": request.payload}, repeats, warm_up=2)
     stored = {f"{name}_stored": _stored(call) for name, call in calls.items()}
-    copy = copy_seconds(nbytes)
+    copy, added, to_rank = copy_seconds(nbytes), taken["service"] - taken["bare"], taken["service"] - taken["rank"]
     return {
         "nbytes": nbytes,
         "answer_nbytes": payload["latents"].nbytes,
         **stored,
-        "service_s": taken["service"],
-        "bare_s": taken["bare"],
-        "rank_s": taken["rank"],
-        "check_s": taken["check"],
+        **{f"{name}_s": seconds for name, seconds in taken.items()},
         "copy_s": copy,
-        "added_s": taken["service"] - taken["bare"],
-        "added_copies": (taken["service"] - taken["bare"]) / copy,
-        "added_to_rank_s": taken["service"] - taken["rank"],
-        "added_to_rank_copies": (taken["service"] - taken["rank"]) / copy,
+        "added_s": added,
+        "added_copies": added / copy,
+        "added_to_rank_s": to_rank,
+        "added_to_rank_copies": to_rank / copy,
         "gbytes_per_s": nbytes / taken["service"] / 1e9,
     }
 
 
 def _stored(call: Callable[[], Any]) -> int:
-    """Bytes that a call writes to the object store."""
-    from raydistill.benchmark.measure import stored_bytes
+    """Bytes that a call writes to the cluster's object stores, as Ray counts them."""
 
-    before = stored_bytes()
+    def so_far() -> int:
+        return get_memory_info_reply(state).store_stats.cumulative_created_bytes
+
+    before = so_far()
     call()
-    return stored_bytes() - before
-
-
-def _nbytes(wire: Any) -> int:
-    if wire is None:
-        return 0
-    if isinstance(wire, dict):
-        return sum(map(_nbytes, wire.values()))
-    return wire[1].nbytes if isinstance(wire, tuple) else wire.nbytes
+    return so_far() - before
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown, megabytes, milliseconds
-
     columns = (
-        "request", "bytes", "answer", "bare actor", "rank directly", "service", "added to the bare actor", "to the rank",
-        "of it checking", "one memory copy", "added to the bare actor, in copies", "to the rank", "throughput",
-        "into the store: bare actor", "rank", "service",
-    )  # fmt: skip
-    rows = [
-        (
-            row["request"],
-            *(megabytes(row[name]) for name in ("nbytes", "answer_nbytes")),
-            *(
-                milliseconds(row[name])
-                for name in ("bare_s", "rank_s", "service_s", "added_s", "added_to_rank_s", "check_s", "copy_s")
-            ),
-            f"{row['added_copies']:.2f}",
-            f"{row['added_to_rank_copies']:.2f}",
-            f"{row['gbytes_per_s']:.2f} GB/s",
-            *(megabytes(row[f"{name}_stored"]) for name in ("bare", "rank", "service")),
-        )
-        for row in result["rows"]
-    ]
+        "request | bytes | answer | bare actor | rank directly | service | added to the bare actor | to the rank | "
+        "of it checking | one memory copy | added to the bare actor, in copies | to the rank | throughput | "
+        "into the store: bare actor | rank | service"
+    )
+    cells = (
+        "{request} | {nbytes:MB} | {answer_nbytes:MB} | {bare_s:ms} | {rank_s:ms} | {service_s:ms} | {added_s:ms} | "
+        "{added_to_rank_s:ms} | {check_s:ms} | {copy_s:ms} | {added_copies:.2f} | {added_to_rank_copies:.2f} | "
+        "{gbytes_per_s:.2f} GB/s | {bare_stored:MB} | {rank_stored:MB} | {service_stored:MB}"
+    )
     notes = (
         f"Medians of {result['repeats']} calls. Into the store: bytes that one call writes to the object store, counted by Ray; "
         "what is below 100 kB travels in messages, but for the client's requests. Every call has the request there once, put "
@@ -183,4 +147,4 @@ def table(result: dict[str, Any]) -> str:
         "joins the parts of several ranks (here is one); in the client none. Targets: "
         f"{1e3 * TARGET_S:g} ms added at 8 MB, {TARGET_COPIES} copies added at 128 MB."
     )
-    return f"{markdown(columns, rows)}\n\n{notes}"
+    return f"{markdown(columns, cells, result['rows'])}\n\n{notes}"

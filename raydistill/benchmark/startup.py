@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from raydistill.background import in_background
+from raydistill.benchmark.measure import interleaved, markdown, option
+
+JOB = Path(__file__).parents[2] / "jobs" / "distill.py"
 
 EVENTS = {  # a file that appears in the run's folder, or a line that the job prints
     "checked": ("file", "config.yaml"),
@@ -34,8 +38,8 @@ PHASES = {  # begins and ends with; some go on beside each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeats", type=int, default=2, help="starts; the second finds files in the page cache")
-    parser.add_argument("--evaluated", type=int, default=16, help="pictures of the evaluations, which are no start-up")
+    option(parser, "--repeats", 2, "starts; the second finds files in the page cache")
+    option(parser, "--evaluated", 16, "pictures of the evaluations, which are no start-up")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -48,50 +52,36 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _start(evaluated: int) -> dict[str, tuple[float, float]]:
     """Seconds from the command to the beginning and the end of each phase of one run of one step."""
-    script = Path(__file__).parents[2] / "jobs" / "distill.py"
     with tempfile.TemporaryDirectory(prefix="raydistill-startup-") as storage:
         folder = Path(storage, "start")
         command = [
-            sys.executable, str(script), f"storage={storage}", "run.name=start", "distill.steps=1", "controls=[]",
+            sys.executable, str(JOB), f"storage={storage}", "run.name=start", "distill.steps=1", "controls=[]",
             f"evaluation.count={evaluated}", f"evaluation.periodic_count={evaluated}", "evaluation.grid=4",
         ]  # fmt: skip
-        environment = {
-            key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")
-        }
-        started, lines = time.perf_counter(), []
-        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        reader = threading.Thread(target=lambda: lines.extend((time.perf_counter(), line) for line in job.stdout))
-        reader.start()
-        waiting, ends = dict(EVENTS), {}
-        while waiting and job.poll() is None:
-            for event, (kind, name) in list(waiting.items()):
+        variables = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+        started, lines, at = time.perf_counter(), [], {None: 0.0}
+        job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=variables)
+        reader = in_background(lambda: lines.extend((time.perf_counter() - started, line) for line in job.stdout))
+        while len(at) <= len(EVENTS) and job.poll() is None:
+            for event in EVENTS.keys() - at.keys():
+                kind, name = EVENTS[event]
                 if kind == "file" and (folder / name).is_file():
-                    ends[event] = time.perf_counter()
-                elif kind == "line":
-                    found = next((at for at, line in list(lines) if line.startswith(name)), None)
-                    if found is not None:
-                        ends[event] = found
-                if event in ends:
-                    del waiting[event]
+                    at[event] = time.perf_counter() - started
+                elif kind == "line" and (found := [seconds for seconds, line in lines if line.startswith(name)]):
+                    at[event] = found[0]
             time.sleep(0.02)
         code = job.wait()
-        reader.join()
-        ended = time.perf_counter()
-    if code or waiting:
+        reader.result()
+        ended = time.perf_counter() - started
+    if code or len(at) <= len(EVENTS):
         raise RuntimeError(f"the run ended with {code}:\n" + "".join(line for _, line in lines[-20:]))
-    at = {None: 0.0} | {event: end - started for event, end in ends.items()}
     at["all ready"] = max(at["teachers ready"], at["start evaluated"])
     phases = {phase: (at[first], at[last]) for phase, (first, last) in PHASES.items()}
-    return phases | {
-        "to the first step": (0.0, at["first update"]),
-        "the whole run of one step": (0.0, ended - started),
-    }
+    return phases | {"to the first step": (0.0, at["first update"]), "the whole run of one step": (0.0, ended)}
 
 
 def _imports() -> dict[str, float]:
     """Seconds to import what each kind of process imports, in a fresh interpreter; medians of three."""
-    from raydistill.benchmark.measure import median, timed
-
     kinds = {
         "nothing": "pass",
         "the job": "import raydistill.driver.preflight, raydistill.driver.pipeline",
@@ -99,33 +89,18 @@ def _imports() -> dict[str, float]:
         "a teacher rank": "import raydistill.spaces, raydistill.teachers.zero3",
         "a text encoder": "import raydistill.data.encode",
     }
-    return {
-        name: median([timed(lambda c=code: subprocess.run([sys.executable, "-c", c], check=True)) for _ in range(3)])
-        for name, code in kinds.items()
-    }
+    starts = {name: partial(subprocess.run, [sys.executable, "-c", code], check=True) for name, code in kinds.items()}
+    return interleaved(starts, 3, warm_up=0)
 
 
 def table(result: dict[str, Any]) -> str:
-    from raydistill.benchmark.measure import markdown
-
-    names = list(result["starts"][0])
-    first = markdown(
-        ("phase", *(f"start {i + 1}" for i in range(len(result["starts"])))),
-        [(name, *("{:.1f} – {:.1f} s".format(*start[name]) for start in result["starts"])) for name in names],
-    )
-    second = markdown(
-        ("imports of", "seconds"), [(name, f"{seconds:.1f}") for name, seconds in result["imports"].items()]
-    )
+    starts = result["starts"]
+    columns, cells = "phase", "{}"
+    for i in range(len(starts)):
+        columns, cells = f"{columns} | start {i + 1}", cells + " | {:.1f} – {:.1f} s"
+    phases = markdown(columns, cells, [(name, *(at for start in starts for at in start[name])) for name in starts[0]])
+    imports = markdown("imports of | seconds", "{} | {:.1f}", result["imports"].items())
     notes = (
         "A run of one step with few pictures; seconds since the command. Phases go on beside each other where they can."
     )
-    return f"{first}\n\n{second}\n\n{notes}"
-
-
-def main() -> None:
-    """For `python -m`: one start, as JSON."""
-    print(json.dumps(_start(16), indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return f"{phases}\n\n{imports}\n\n{notes}"

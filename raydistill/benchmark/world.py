@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray.cluster_utils import Cluster
 
 from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
 
@@ -52,21 +54,14 @@ class MlflowServer:
         store = f"sqlite:///{self.folder}/mlflow.db"
         command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts"), "--port", str(self._port)]
+        quiet = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "mlflow.log").open("a") as log:
-            self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-            )
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, start_new_session=True)
 
     def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+            return answer.status == 200
+        return False
 
     def signal(self, number: int) -> None:
         """To the server and its workers."""
@@ -86,44 +81,27 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
         folder.mkdir(parents=True, exist_ok=True)
-        self.server = MlflowServer(folder)
+        self.server, self.cluster = MlflowServer(folder), None
 
     def __enter__(self) -> World:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-        self._before = os.environ.get(MARK)
-        os.environ[MARK] = self.mark
-        self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
-        from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-
-        try:
+        with contextlib.ExitStack() as stack:
+            os.environ[MARK] = self.mark
+            stack.callback(os.environ.pop, MARK, None)
+            self._temporary = tempfile.mkdtemp(prefix="rd")  # short: sockets' paths may have 107 characters
+            stack.callback(shutil.rmtree, self._temporary, ignore_errors=True)
             ensure_token_if_auth_enabled()  # as ray.init does for a cluster of its own
+            stack.callback(self._stop_cluster)
             self._start_cluster()
+            stack.callback(self.server.kill)
             self.server.start()
-        except BaseException:
-            self.__exit__()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.kill()
-        if (cluster := getattr(self, "cluster", None)) is not None:
-            address = cluster.address
-            cluster.shutdown()
-            note = Path(
-                tempfile.gettempdir(), "ray", "ray_current_cluster"
-            )  # else `ray.init()` would look for this one
-            if note.is_file() and note.read_text().strip() == address:
-                note.unlink()
-        if self._before is None:
-            os.environ.pop(MARK, None)
-        else:
-            os.environ[MARK] = self._before
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        self._stack.close()
 
-    # -- nodes -------------------------------------------------------------------------------------
     def _start_cluster(self) -> None:
-        from ray.cluster_utils import Cluster
-
         Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # Ray notes the address there, but makes no folder
         with environment(WITHOUT_DASHBOARD):
             self.cluster = Cluster(
@@ -131,6 +109,14 @@ class World:
                 head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self._temporary},
             )
         self.add_node()
+
+    def _stop_cluster(self) -> None:
+        if self.cluster is not None:
+            address = self.cluster.address
+            self.cluster.shutdown()
+            note = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # `ray.init()` would look for this one
+            if note.is_file() and note.read_text().strip() == address:
+                note.unlink()
 
     def lose_head(self) -> None:
         """SIGKILL to everything of the cluster's nodes, the head's too; then another cluster, at another address."""
@@ -146,7 +132,6 @@ class World:
         """SIGKILL to the raylet; its workers go with it."""
         self.cluster.remove_node(self.node, allow_graceful=False)
 
-    # -- processes ---------------------------------------------------------------------------------
     def workers(self) -> Iterator[tuple[str, psutil.Process]]:
         """(title, process) of every worker process of Ray."""
         for node in (self.cluster.head_node, *self.cluster.worker_nodes):
@@ -171,7 +156,6 @@ class World:
                     found.append(process)
         return found
 
-    # -- jobs --------------------------------------------------------------------------------------
     def start_job(self, name: str, overrides: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         """`jobs/NAME.py`, joined to the cluster; appends what it says to `log`."""
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import serve
@@ -54,23 +55,25 @@ OWN = WITHOUT_DASHBOARD | {
 
 
 @contextmanager
-def connected() -> Iterator[None]:
+def connected(**own: Any) -> Iterator[None]:
     """Ray for the length of the block.
 
     Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
     machine and takes it down again.
+
+    Args:
+        own: settings of `ray.init`, as num_cpus; with any the cluster is one of its own.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-
     quiet()
-    joins = bool(os.environ.get("RAY_ADDRESS"))
+    joins = not own and bool(os.environ.get("RAY_ADDRESS"))
     with environment({} if joins else OWN):
         ray.init(
             address="auto" if joins else "local",
             include_dashboard=None if joins else False,
             logging_level=logging.WARNING,
-            log_to_driver=True,
             runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"} if joins else None,
+            **({"log_to_driver": True} | own),
         )
         try:
             yield

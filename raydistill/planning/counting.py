@@ -82,13 +82,13 @@ def bridge_settings(config: Config) -> schema.BridgeConfig:
     return config.bridge.model_copy(update=read_description(local_path(checkpoint))["architecture"])
 
 
-def empty_bridge(config: Config, student: Space, teacher: Space) -> Bridge:
-    with torch.device("meta"):
+def empty_bridge(config: Config, student: Space, teacher: Space, device: str = "meta") -> Bridge:
+    with torch.device(device):
         return Bridge.create(student, teacher, bridge_settings(config))
 
 
 def distiller(config: Config, student: Space, teacher: Space, batch: int, device: str = "meta") -> Distiller:
-    """The worker's Distiller, fed with endless batches of zeros."""
+    """The worker's Distiller, fed with endless batches of zeros; on another device than meta with a fresh Bridge."""
     layouts = {"student": student.conditioning_layout, "teacher": teacher.conditioning_layout}
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -103,7 +103,7 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
         for name, (shape, kind) in teacher.conditioning_layout.items()
     }
     real = Real(torch.zeros(1, *teacher.latent_shape, device=device), table, torch.zeros(1, dtype=torch.long))
-    bridge = empty_bridge(config, student, teacher)
+    bridge = empty_bridge(config, student, teacher, device)
     several = config.distill.workers > 1
     share = config.bridge.batch_size // config.distill.workers
     anchor = _Losses(config, student, teacher, share) if config.bridge.trainable else None

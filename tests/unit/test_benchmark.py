@@ -10,12 +10,10 @@ import time
 import pytest
 import torch
 
-from raydistill.benchmark import SECTIONS, measure
+from raydistill.benchmark import SECTIONS, measure, models
 from raydistill.benchmark import gpu as gpu_section
 from raydistill.benchmark import scale as scale_section
 from raydistill.benchmark import schedule as schedule_section
-from raydistill.data.encode import TextEncoder
-from raydistill.distill.local import LocalScores
 
 pytestmark = pytest.mark.full
 
@@ -106,10 +104,9 @@ class _Sleeping:
 
 
 def test_a_slow_teacher_is_hidden_behind_the_fake_updates_and_bounds_the_step():
-    arguments = argparse.Namespace(steps=2, fake_updates=2)
-    _, worker = schedule_section.trainer(4, 2)
-    schedule_section._measure(worker, _Sleeping(0.0), arguments)
-    found = schedule_section._measure(worker, _Sleeping(1.0), arguments)
+    worker, _ = models.default_trainer(4, 2)
+    schedule_section._measure(worker, _Sleeping(0.0), steps=2)
+    found = schedule_section._measure(worker, _Sleeping(1.0), steps=2)
     assert found["teacher_s"] == pytest.approx(1.0, abs=0.1)
     assert found["bound_s"] == found["make_s"] + max(found["fake_s"], found["teacher_s"]) + found["student_s"]
     assert found["wait_s"] < found["teacher_s"] - 0.5 * min(found["fake_s"], 1.0)
@@ -117,18 +114,13 @@ def test_a_slow_teacher_is_hidden_behind_the_fake_updates_and_bounds_the_step():
 
 
 def test_a_step_with_the_teacher_in_its_process_stands_beside_those_with_a_service(monkeypatch):
-    monkeypatch.setattr(measure, "cores", lambda: 1)  # threads of a busy machine wait for each other
-    arguments = argparse.Namespace(steps=1, fake_updates=2)
-    config, worker = schedule_section.trainer(4, 2)
-    space = worker.teacher_space
-    local = LocalScores(
-        space, space.load_network(), TextEncoder(space).encode_unconditional(), config.teacher.guidance_scale
-    )
-    simulated = schedule_section._measure(worker, _Sleeping(0.0), arguments)
+    monkeypatch.setattr(schedule_section, "cores", lambda: 1)  # threads of a busy machine wait for each other
+    worker, local = models.default_trainer(4, 2)
+    simulated = schedule_section._measure(worker, _Sleeping(0.0), steps=1)
     assert "in_process_s" not in simulated
-    real = schedule_section._measure(worker, _Sleeping(0.0), arguments, local)
+    real = schedule_section._measure(worker, _Sleeping(0.0), 1, local)
     assert real["in_process_s"] > 0
-    real |= schedule_section._on_all_cores(worker, local, arguments)
+    real |= schedule_section._on_all_cores(worker, local, steps=1)
     assert real["in_process_all_s"] > 0
     real |= {"overlapped_s": 0.2, "in_process_s": 0.3, "in_process_all_s": 0.25, "cores": 2}
     rows = [{"teacher": "sleeps"} | simulated, {"teacher": "real"} | real]
@@ -160,9 +152,24 @@ def test_actions_take_turns_and_give_medians():
     assert all(seconds >= 0 for seconds in found.values())
 
 
-def test_a_tables_rows_have_all_columns():
-    text = measure.markdown(("x", "y"), [(1, 2), (3, 4)])
-    assert text.splitlines() == ["| x | y |", "|---|---|", "| 1 | 2 |", "| 3 | 4 |"]
+def test_a_tables_rows_have_all_columns_and_their_units():
+    text = measure.markdown("x | y | ", "{a:ms} | {b:MB} | {b:.1f}", [{"a": 0.5, "b": 2e6}, {"a": None, "b": ""}])
+    assert text.splitlines() == ["| x | y |  |", "|---|---|---|", "| 500 ms | 2 MB | 2000000.0 |", "| – |  |  |"]
+    assert measure.markdown("x | y", "{} | {:+ms}", [(1, -0.002)]).splitlines()[2] == "| 1 | -2 ms |"
+
+
+def test_an_options_type_is_its_defaults():
+    parser = argparse.ArgumentParser()
+    for name, default in (("--flag", False), ("--sizes", (0.5, 1)), ("--steps", 3), ("--only", None)):
+        measure.option(parser, name, default, "")
+    assert vars(parser.parse_args([])) == {"flag": False, "sizes": (0.5, 1), "steps": 3, "only": None}
+    given = parser.parse_args(["--flag", "--sizes", "2", "3", "--steps", "4", "--only", "5"])
+    assert vars(given) == {"flag": True, "sizes": [2.0, 3.0], "steps": 4, "only": "5"}
+
+
+def test_a_process_that_fails_is_named():
+    with pytest.raises(RuntimeError, match="raydistill.benchmark: the process that measures {'pair': None} failed"):
+        measure.in_processes("raydistill.benchmark", [{"pair": None}])  # a package, which cannot be run
 
 
 def test_resident_memory_grows_by_what_is_touched():

@@ -56,7 +56,7 @@ def test_a_cell_ends_when_it_is_good_enough_and_is_not_done_again(tmp_path, monk
     assert [updates for updates, _ in found["curve"]] == [0, 1, 2]
     assert found["teacher"] > 0.85
     with monkeypatch.context() as patch:
-        patch.setattr("raydistill.distill.local.local_distillation", None)
+        patch.setattr("raydistill.benchmark.quality.local_distillation", None)
         assert run_cell(cell, tmp_path) == found, "read, not done again"
     easy = Cell(Variant("k = 1", k=1), seed=0, share=0.1, most=3, every=1, pictures=8)
     found_easy = run_cell(easy, tmp_path)

@@ -45,7 +45,7 @@ def test_repeated_requests_are_summed_over_workers_whose_counters_start_anew():
 
 
 def test_recovery_tells_faults_that_came_alone_from_others():
-    alone, together = chaos.Strike("node", 10.0, 3), chaos.Strike("node", 50.0, 9, alone=False)
-    alone.recovered, together.recovered = 18.0, 90.0
+    alone = chaos.Strike(fault="node", at=10.0, step=3, recovered=18.0)
+    together = chaos.Strike(fault="node", at=50.0, step=9, recovered=90.0, alone=False)
     row = chaos._recovery([alone, together])["node"]
     assert row == {"kills": 2, "alone_median_s": 8.0, "median_s": 24.0, "longest_s": 40.0}
