@@ -1,7 +1,7 @@
 """Measure the system on this machine. Prints a table, writes <storage>/benchmark/SECTION.json.
 
-usage: python jobs/benchmark.py SECTION [options]       `SECTION --help` lists its options
-       python jobs/benchmark.py all [--storage FOLDER]  every section in a process of its own, with its defaults
+usage: python3 jobs/benchmark.py SECTION [options]       `SECTION --help` lists its options
+       python3 jobs/benchmark.py all [--storage FOLDER]  every section in a process of its own, with its defaults
 
 Sections compare within one run, and report medians. Nothing else heavy should run beside them.
 """

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from raydistill.evaluation.evaluation import Evaluation
 
 EXAMPLES = """examples:
-  python jobs/evaluate.py mine --count 512
-  python jobs/evaluate.py shapes:sd15 --unet shapes:sd15-onestep --start-timestep 999
-  python jobs/evaluate.py shapes:flux --steps 12 --prompts shapes-pairs
-  python jobs/evaluate.py mine --metrics judge frechet --reference outputs/evaluations/flux-heldout-0123abcd
-  python jobs/evaluate.py mine --prompts PartiPrompts.tsv --metrics clipscore hpsv2 "command:mps=python score_mps.py"
+  python3 jobs/evaluate.py mine --count 512
+  python3 jobs/evaluate.py shapes:sd15 --unet shapes:sd15-onestep --start-timestep 999
+  python3 jobs/evaluate.py shapes:flux --steps 12 --prompts shapes-pairs
+  python3 jobs/evaluate.py mine --metrics judge frechet --reference outputs/evaluations/flux-heldout-0123abcd
+  python3 jobs/evaluate.py mine --prompts PartiPrompts.tsv --metrics clipscore hpsv2 "command:mps=python score_mps.py"
 """
 
 

@@ -18,9 +18,9 @@ from raydistill.storage.atomic import writing
 from raydistill.storage.resolve import place_argument
 
 EXAMPLES = """examples:
-  python jobs/merge.py from-sdxl from-flux from-sd35 --out outputs/merged
-  python jobs/merge.py from-sdxl from-flux --weights 1 3 --out outputs/merged
-  python jobs/sample.py outputs/merged --prompt "a red circle"
+  python3 jobs/merge.py from-sdxl from-flux from-sd35 --out outputs/merged
+  python3 jobs/merge.py from-sdxl from-flux --weights 1 3 --out outputs/merged
+  python3 jobs/sample.py outputs/merged --prompt "a red circle"
 """
 
 

@@ -21,8 +21,8 @@ from raydistill.export.command_line import DTYPES, STUDENT_HELP, add_tracking_ur
 from raydistill.storage.resolve import path_argument
 
 EXAMPLES = """examples:
-  python jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
-  python jobs/sample.py outputs/mine/export --prompts prompts.txt --upgrade --out pictures
+  python3 jobs/sample.py mine --prompt "a small red circle at the left on a white background" --seeds 0 1 2 3
+  python3 jobs/sample.py outputs/mine/export --prompts prompts.txt --upgrade --out pictures
 """
 
 

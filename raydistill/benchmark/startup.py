@@ -1,4 +1,4 @@
-"""Seconds from `python jobs/distill.py` to the first student update of the miniature world, by phase."""
+"""Seconds from `python3 jobs/distill.py` to the first student update of the miniature world, by phase."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def help_text(purpose: str, config: Config) -> str:
     lines = [
         purpose.strip(),
         "",
-        f"usage: python jobs/{script} [--config FILE] [--help] [--print-config] [key=value …]",
+        f"usage: python3 jobs/{script} [--config FILE] [--help] [--print-config] [key=value …]",
         "",
         "  --config FILE    YAML file; default configs/shapes.yaml",
         "  --print-config   print the resulting configuration and stop",

@@ -327,7 +327,7 @@ class PromptsConfig(Section):
     encoders: Count = free(1, description="actors per worker that hold the text encoders")
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the text encoders")
     cpus_per_encoder: Positive = free(0.1, description="Ray CPUs each of these actors reserves")
-    gpus_per_encoder: NonNegative = free(0, description="Ray GPUs each of these actors reserves; 0: CPU")
+    gpus_per_encoder: NonNegative = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
     threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold them; none: any node")
 

@@ -66,6 +66,7 @@ def run_job(
         inputs = check_inputs(config)
         if check is not None:
             _loaded(check)(config, folder, inputs)
+        stages = _loaded(run)
         for line in _check_gpus(config, roles):
             print(line, flush=True)
     except ValueError as error:  # every error of wrong input is one, and says what to do
@@ -77,7 +78,7 @@ def run_job(
         with lock_run(folder.path):
             create_run_folder(folder, config)
             with connected(), stop_on_signals():
-                _loaded(run)(config, folder, inputs)
+                stages(config, folder, inputs)
     except RunLocked as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""One living job for each run: whoever starts a run holds its folder, and a second driver is told who does.
+"""One living job for each run. A driver holds the run's folder; a second driver is told who holds it.
 
-On one machine a lock says it, which goes with its holder however that ends. Across machines, where a lock may not be seen,
-the holder touches the file every few seconds, and whoever finds another machine's name in it watches it for a while.
+On one machine a file lock says so. It ends with its holder, however that ends. Other machines may not see the lock, so
+the holder also touches the file every few seconds. Who finds another machine's name in it watches the file for a while.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def lock_run(folder: Place) -> Iterator[None]:
     """Hold a run's folder, which exists, for the length of the block.
 
     Raises:
-        RunTaken: a living job has it; the message says which. Nothing was changed then.
+        RunLocked: a living job has it; the message says which. Nothing was changed then.
     """
     if isinstance(folder, Remote):
         with _held_remotely(folder):
@@ -138,7 +138,7 @@ def _owner(file: TextIO) -> dict[str, Any] | None:
 
 
 def _watch(folder: Place, owner: dict[str, Any], look: Callable[[], object]) -> None:
-    """Raises RunTaken as soon as what `look` sees of the owner changes."""
+    """Raises RunLocked as soon as what `look` sees of the owner changes."""
     print(f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
     deadline, seen = time.monotonic() + WATCHED_FOR_S, look()
     while time.monotonic() < deadline:

@@ -111,7 +111,7 @@ def _locked(model: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a cache that may only be read needs no lock
             file.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(file))
+            stack.enter_context(FileLock(file, fallback_to_soft=False))
         yield
 
 

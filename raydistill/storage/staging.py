@@ -84,7 +84,7 @@ def _staged(source: Remote, digest: str, entries: list[tuple[str, int, int]]) ->
     if (whole / target).exists():
         return whole / target
     cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{digest}.lock"):
+    with FileLock(cache / f".{digest}.lock", fallback_to_soft=False):
         if not (whole / target).exists():
             with replacing(whole, alone=True) as fresh:
                 _fetch(source, fresh / target, entries)

@@ -53,9 +53,16 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: 
     identity = identify(model_folder, config)
     given_up = given_up or threading.Event()
     with _using(name, take_down=True):
+        deadline = time.monotonic() + config.start_timeout_s
         while (role := _call("start", name, _job(), identity, config.linger_s)) == WAIT:
             if given_up.wait(0.2):
                 raise TeacherStartError(f"teacher {name} is not needed any more")
+            if time.monotonic() > deadline:
+                holders = ", ".join(sorted(living(name)))
+                raise TeacherStartError(
+                    f"teacher {name}: the Ray job {holders} uses this name and has no service; it did not start one "
+                    f"within {config.start_timeout_s:g} s (teachers.start_timeout_s). Stop it, or choose another run.name"
+                )
         if role == LAUNCH:
             service.launch(model_folder, config, name)
         else:
@@ -243,7 +250,9 @@ class Registry:
     def set_ready(self, name: str, job: str) -> None:
         """The start or attach of `job` has ended well."""
         with self._lock:
-            record = self._records[name]
+            record = self._records.get(name)
+            if record is None:
+                raise TeacherStartError(f"teacher {name} was stopped while this run started to use it")
             self._save(name, replace(record, ready=tuple({*record.ready, job})))
 
     def leave(self, name: str, job: str, take_down: bool) -> None:

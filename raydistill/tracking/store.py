@@ -76,7 +76,7 @@ def sqlite_uri(storage: Place, option: str) -> str:
 def ui_command(uri: str) -> str:
     """The shell command that opens the MLflow UI (a server's own address if the URI is one)."""
     if uri.startswith(("http://", "https://")):
-        return f"python -m webbrowser {shlex.quote(mask('uri', uri))}"
+        return f"python3 -m webbrowser {shlex.quote(mask('uri', uri))}"
     return f"mlflow ui --backend-store-uri {shlex.quote(mask('uri', uri))}"
 
 
@@ -102,7 +102,7 @@ def _alone(uri: str) -> Iterator[None]:
         yield
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with FileLock(f"{path}.lock", fallback_to_soft=False):
         yield
 
 

@@ -31,7 +31,7 @@ class CheckpointError(RuntimeError):
 def save_state(folder: Path, state: dict[str, Any], about: dict[str, Any]) -> None:
     """Write `state.pt` and `about.json` into an existing folder; an older state stays until the new one is whole."""
     try:
-        with replacing(folder / "state.pt", alone=True) as fresh:
+        with replacing(folder / "state.pt", alone=True, durable=False) as fresh:
             torch.save({"state": state, "about": about}, fresh)
     except (OSError, RuntimeError) as error:  # of a full disk torch says "unexpected pos", if it says anything
         free = shutil.disk_usage(folder).free / 2**30

@@ -50,6 +50,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     config = validate(stage.config)
     if stage.path("result.json").is_file():
         return stage.result()
+    stage.path().mkdir(parents=True, exist_ok=True)  # before a signal may leave its file there
     own_service = stage.service if stage.service != config.teachers.service else None
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
         train(
@@ -110,6 +111,7 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
         run.note_non_finite(error)
         raise
     finally:
+        run.log.close()
         batches.close()
         deadline = time.monotonic() + TRACKING_WITHIN_S
         if system:
@@ -140,10 +142,10 @@ class DistillationRun:
         if found is not None:
             distiller.load_state_dict(found.state)
             self.standing = Standing.of(found.about)
-        self._left = False
+        self._leaves = False
         self.tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if worker.rank == 0 else None
         self.observer = Observer(stage, config, distiller, self.tracker, self.standing) if self.tracker else None
-        self._log = open_log(stage.path(), worker.rank)
+        self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:
         """None are left where a collapse has ended the stage before."""
@@ -165,7 +167,7 @@ class DistillationRun:
         metrics = self.distiller.pop_metrics() | (self.teachers.metrics() if self.teachers else {})
         if self.observer:
             self.observer.after_step(step, self.worker.world, metrics)
-        self._log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
+        self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
 
     def agree(self, step: int) -> bool:
         """What rank 0 sees counts for all, so that all end after the same step.
@@ -177,8 +179,8 @@ class DistillationRun:
         if self.observer:
             collapse = self.standing.collapse if self.config.distill.stop_on_collapse else None
             mine = (collapse, step < self.config.distill.steps and stop_requested(self.stage.path()))
-        self.standing.stopped, leave = self.worker.from_rank_0(mine)
-        return leave
+        self.standing.stopped, self._leaves = self.worker.from_rank_0(mine)
+        return self._leaves
 
     def checkpoint_is_due(self, leave: bool) -> bool:
         """Every `checkpoint_every`, at the last step, after a collapse, before leaving."""
@@ -187,7 +189,7 @@ class DistillationRun:
 
     def checkpoint(self) -> None:
         """Report the state; a barrier for all workers."""
-        self._log.keep()  # before the checkpoint counts these steps as done
+        self.log.keep()  # before the checkpoint counts these steps as done
         if self.worker.rank:
             ray.train.report({})
             return
@@ -200,7 +202,6 @@ class DistillationRun:
 
     def leave(self) -> None:
         """The checkpoint is written: the driver tells the user."""
-        self._left = True
         if self.worker.rank == 0:
             acknowledge_stop(self.stage.path(), self.standing.step)
 
@@ -219,6 +220,5 @@ class DistillationRun:
 
     def close(self, within_s: float) -> None:
         """Send what waits for MLflow; a run that was asked to leave waits for it `within_s` seconds at most."""
-        self._log.close()
         if self.tracker:
-            self.tracker.close(within_s if self._left else 60.0)
+            self.tracker.close(within_s if self._leaves else 60.0)

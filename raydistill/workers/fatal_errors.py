@@ -24,7 +24,7 @@ def is_fatal(error: BaseException) -> bool:
 
     if isinstance(error, TeacherUnavailable):
         return False
-    lasting = (
+    fatal = (
         ValueError,
         TypeError,
         ArithmeticError,
@@ -33,12 +33,12 @@ def is_fatal(error: BaseException) -> bool:
         CheckpointError,
         TeacherError,
     )
-    return isinstance(error, lasting)
+    return isinstance(error, fatal)
 
 
 @contextmanager
 def recording_fatal_errors(folder: Place) -> Iterator[None]:
-    """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
+    """Around a worker's body: a fatal error is raised, and kept in the folder for the driver and for restarts."""
     try:
         yield
     except Exception as error:
@@ -48,7 +48,7 @@ def recording_fatal_errors(folder: Place) -> Iterator[None]:
 
 
 def fatal_error(folder: Place) -> str | None:
-    """The lasting error of an earlier attempt, if there was one."""
+    """The fatal error of an earlier attempt, if there was one."""
     file = folder / FATAL_FILE
     return file.read_text() if file.is_file() else None
 

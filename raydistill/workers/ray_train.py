@@ -158,7 +158,7 @@ def fit(
         trainer = make()
         mend_list(stage, trainer.run_config)
         try:
-            # in a thread, where Ray Train leaves SIGINT alone: `stopping` has a better handler than its own
+            # in a thread, where Ray Train leaves SIGINT alone: `stop_signal` has a better handler than its own
             return result_of(in_background(trainer.fit), needs)
         except ray.train.TrainingFailedError as error:
             reasons = getattr(error, "worker_failures", None) or {"": error}

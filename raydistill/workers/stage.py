@@ -46,7 +46,8 @@ class Standing:
     @classmethod
     def of(cls, about: dict[str, Any]) -> Standing:
         """Of a checkpoint, which an earlier version may have written."""
-        return cls(**{name: about[name] for name in ("step", "best", "score", "stopped", "collapse") if name in about})
+        lasting = {name: about.get(name) for name in ("stopped", "collapse")}
+        return cls(step=about["step"], best=about["best"], score=about["score"], **lasting)
 
     def about(self, mlflow_run: str) -> dict[str, Any]:
         return asdict(self) | {"mlflow_run": mlflow_run}

@@ -1,9 +1,9 @@
-"""SIGTERM, as a spot drain or `kubectl delete` sends it to a driver, and Ctrl-C: checkpoint, then leave.
+"""SIGTERM, as a spot drain or `kubectl delete` sends it to a driver, and Ctrl-C: write a checkpoint, then leave.
 
-A distillation under way is asked by a file in its folder, which its workers see after the update they are at; they write
-a checkpoint and end, within LEAVE_WITHIN_S, or the driver leaves without them: workers may be waiting for nodes or teachers.
-Every other stage keeps what it has anyway, and is left at once, as by a second signal. `ray job stop` sends SIGTERM too, but
-kills after 3 s unless RAY_JOB_STOP_WAIT_TIME_S on the head says otherwise.
+The driver asks a running distillation by a file in its folder. The workers see it after the update that they are at.
+They write a checkpoint and end. The driver leaves without them after LEAVE_WITHIN_S: workers may wait for nodes or teachers.
+Every other stage keeps what it has anyway. It is left at once, and so is everything at a second signal. `ray job stop`
+sends SIGTERM too, but kills after 3 s unless RAY_JOB_STOP_WAIT_TIME_S on the head says otherwise.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ def room_of(file: Path) -> str:
 
 def imported(node: ast.AST) -> list[str]:
     """Full names of the modules that a statement imports."""
+    assert not getattr(node, "level", 0), f"line {node.lineno}: a relative import"
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -53,8 +54,7 @@ def imports(file: Path) -> list[tuple[ast.AST, str]]:
 
 def test_the_root_holds_at_most_six_modules():
     found = {file.stem for file in PACKAGE.glob("*.py")}
-    assert found == ROOT
-    assert len(found) <= 6
+    assert found == ROOT, "six are the most"
     assert {folder.parent.name for folder in PACKAGE.glob("*/__init__.py")} == set(LEVEL)
 
 
@@ -82,7 +82,7 @@ def test_ray_is_imported_where_processes_are_started_alone(file):
 
 def commented(lines: list[str], node: ast.stmt) -> bool:
     """Whether a comment stands in the import's lines, or above it and the imports around it."""
-    if any("#" in line for line in lines[node.lineno - 1 : node.end_lineno]):
+    if any("#" in line and "noqa" not in line for line in lines[node.lineno - 1 : node.end_lineno]):
         return True
     above = node.lineno - 2
     while lines[above].strip().startswith(("import ", "from ")):

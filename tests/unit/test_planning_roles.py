@@ -15,7 +15,6 @@ from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.pairs import write_pairs
 from raydistill.errors import InputError
-from raydistill.planning import counting as counting_module
 from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_trainer, count_vae
 from raydistill.planning.counts import count_run
@@ -120,7 +119,7 @@ def test_a_bridge_that_is_trained_along_is_counted_with_its_pairs():
 @pytest.fixture
 def shortened(monkeypatch):
     """Public models at their real widths with two blocks."""
-    monkeypatch.setattr(counting_module, "write_folder", write_shortened)
+    monkeypatch.setattr(meta, "write_folder", write_shortened)
 
 
 @pytest.mark.parametrize("teacher", full_but(TEACHERS, "sd35_medium", "flux1_dev"))
