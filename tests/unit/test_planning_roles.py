@@ -23,7 +23,7 @@ from raydistill.planning.launch import check_launch
 from raydistill.planning.memory import ROLES
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
-from raydistill.spaces import load_space
+from raydistill.spaces import load_space, meta
 from raydistill.spaces.meta import nbytes, open_space
 from raydistill.storage.resolve import resolve
 
