@@ -6,15 +6,12 @@ Shapes: B samples, C×H×W teacher latents, h heads, R sampled query rows, K key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from raydistill.bridge.attention import AttentionProbe, RowSampler
 from raydistill.diffusion.path import add_noise
 from raydistill.spaces.base import Conditioning
-
-if TYPE_CHECKING:
-    from raydistill.bridge.attention import AttentionProbe, RowSampler
 
 
 def latent_l1(z_hat: torch.Tensor, z_true: torch.Tensor) -> torch.Tensor:

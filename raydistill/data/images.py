@@ -170,14 +170,15 @@ class ParquetImages(ImageSet):
         self.column = image_column
         lengths, captions = [], []
         for file in files:
-            count, texts = _read_captions(file, image_column, caption_column)
-            lengths.append(count)
+            texts = _read_captions(file, image_column, caption_column)
+            lengths.append(len(texts))
             captions += texts
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         if not captions:
             raise InputError(f"{source}: no rows")
         listing = list(zip((file.name for file in files), lengths, strict=True))
-        super().__init__(source, listing, [text for text, _ in captions], dict(_bad(captions)))
+        bad = {row: why for row, (_, why) in enumerate(captions) if why}
+        super().__init__(source, listing, [text for text, _ in captions], bad)
 
     def _place(self, row: int) -> tuple[str, int]:
         """(file, row in it)."""
@@ -201,20 +202,17 @@ class ParquetImages(ImageSet):
         return data
 
 
-def _read_captions(
-    file: Path, image_column: str, caption_column: str | None
-) -> tuple[int, list[tuple[str | None, str | None]]]:
-    """(rows, [(caption, why it cannot be read)]) of one file, whose columns are checked."""
+def _read_captions(file: Path, image_column: str, caption_column: str | None) -> list[tuple[str | None, str | None]]:
+    """(caption, why it cannot be read) of each row of one file, whose columns are checked."""
     try:
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
             _check_column(file, schema, image_column, "synthesis.image_column", _holds_bytes, "bytes")
             if caption_column is None and "caption" not in schema.names:
-                return parquet.metadata.num_rows, [(None, None)] * parquet.metadata.num_rows
+                return [(None, None)] * parquet.metadata.num_rows
             name = caption_column or "caption"
             _check_column(file, schema, name, "synthesis.caption_column", holds_text, "strings")
-            column = parquet.read(columns=[name])[name]
-            return len(column), [_text(raw) for raw in undecoded(column)]
+            return [_text(raw) for raw in undecoded(parquet.read(columns=[name])[name])]
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -240,10 +238,6 @@ def _text(raw: bytes | None) -> tuple[str | None, str | None]:
         return (None if raw is None else raw.decode()), None
     except UnicodeDecodeError:
         return None, "the caption is not valid UTF-8"
-
-
-def _bad(captions: Sequence[tuple[str | None, str | None]]) -> Any:
-    return ((row, why) for row, (_, why) in enumerate(captions) if why)
 
 
 @functools.lru_cache(maxsize=64)

@@ -180,7 +180,7 @@ def merge_students(
 
     with replacing(folder) as fresh:
         fresh.mkdir()
-        for part in ("model_index.json", *(name for name, kind in first.space.index.items() if _is_part(kind))):
+        for part in ("model_index.json", *first.space.parts()):
             origin = Path(first.space.folder, part)
             if part == "unet":
                 (fresh / part).mkdir()
@@ -193,11 +193,6 @@ def merge_students(
         (fresh / "README.md").write_text(model_card(sources, shares), encoding="utf-8")
         tidy_configs(fresh)
     return folder
-
-
-def _is_part(kind: object) -> bool:
-    """Whether an entry of model_index.json names a part that has files: [library, class]."""
-    return isinstance(kind, list) and kind[0] is not None
 
 
 # -- provenance -------------------------------------------------------------------------------------------
