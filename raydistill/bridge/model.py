@@ -49,11 +49,8 @@ def vae_fingerprint(space: Space) -> str:
 
     File metadata and the order of tensors do not matter. Raises InputError where the weights are missing.
     """
-    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(_scaling(space)))
-
-
-def _scaling(space: Space) -> list[float | None]:
-    return [space.vae_config.get("scaling_factor"), space.vae_config.get("shift_factor")]
+    scaling = [space.vae_config.get(key) for key in ("scaling_factor", "shift_factor")]
+    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(scaling))
 
 
 @cache

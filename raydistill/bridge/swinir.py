@@ -130,11 +130,7 @@ class ResidualGroup(nn.Module):
         y = x
         for layer in self.layers:
             y = layer(y, shifts, masks)
-        return x + _on_grid(self.conv, y)
-
-
-def _on_grid(conv: nn.Module, x_BHWC: torch.Tensor) -> torch.Tensor:
-    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def upsampler(dim: int, factor: int) -> nn.Sequential:

@@ -111,9 +111,8 @@ class BridgeTrainer:
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
         ids = self.objective.held_out_ids
-        ids = ids[
-            np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)
-        ]  # of all kinds: rows may be sorted
+        # of all kinds: rows may be sorted
+        ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)]
         size = teacher.vae_batch(DECODE_BATCH)
         scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None

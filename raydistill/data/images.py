@@ -192,8 +192,9 @@ class ParquetImages(ImageSet):
     def read(self, row: int) -> bytes:
         file, inside = self._place(row)
         try:
-            group, start = _group_of(file, inside)
-            value = _group(file, group, self.column)[inside - start].as_py()
+            starts = _group_starts(file)
+            group = int(np.searchsorted(starts, inside, side="right")) - 1
+            value = _group(file, group, self.column)[inside - int(starts[group])].as_py()
         except (pa.ArrowInvalid, OSError) as error:
             raise BadImage(f"{self.name(row)}: {' '.join(str(error).split())[:200]}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -245,13 +246,6 @@ def _group_starts(file: str) -> np.ndarray:
     """First row of each row group, and the number of rows."""
     metadata = pq.read_metadata(file)
     return np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
-
-
-def _group_of(file: str, row: int) -> tuple[int, int]:
-    """(row group that holds a row, its first row)."""
-    starts = _group_starts(file)
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    return group, int(starts[group])
 
 
 @functools.lru_cache(maxsize=2)  # neighbouring rows are read one after the other

@@ -206,7 +206,7 @@ class PairSet:
 
     Args:
         folder: holds pairs-*.parquet.
-        z_T_shape, z_S_shape: C, H, W each latent must have, or None for any (but the same in all shards).
+        z_teacher_shape, z_student_shape: C, H, W each latent must have, or None for any (but the same in all shards).
         cached_shards: shards kept in memory; also the window within which `order` mixes rows.
 
     Raises:
@@ -309,15 +309,6 @@ class PairSet:
         return ids[np.lexsort((draws, windows))]
 
 
-def read_pairs(
-    folder: str | Path,
-    z_teacher_shape: tuple[int, int, int] | None = None,
-    z_student_shape: tuple[int, int, int] | None = None,
-) -> PairSet:
-    """Open a folder of pairs and check every shard's columns and shapes. See `PairSet`."""
-    return PairSet(folder, z_teacher_shape, z_student_shape)
-
-
 def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) positions, ascending. No prompt is in both, also where a text stands on several lines.
 
@@ -338,9 +329,3 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
     rank = uniform(seed, [0], "pair_split", shape=(count,))[0].numpy().argsort(kind="stable").argsort()
     is_held_out = rank[group] < held_out
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
-
-def load_pairs(folder: str | Path, z_teacher_shape: tuple[int, int, int] | None = None) -> Pairs:
-    """All rows of a folder in memory. See `PairSet` for the errors."""
-    pairs = read_pairs(folder, z_teacher_shape)
-    return pairs.rows(range(len(pairs)))

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.data
@@ -40,9 +40,7 @@ from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import TeacherError, one_line
 from raydistill.tracking.progress import write_progress
-
-if TYPE_CHECKING:
-    from raydistill.tracking.tracker import Tracker
+from raydistill.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -76,12 +76,6 @@ class PairEncoder:
             self.teacher, lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device)
         )
 
-    def __call__(
-        self, latents: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Latents [B, C, H, W] of the teacher -> as `encode` of the decoded pictures."""
-        return self.encode(self.decode(latents), rows)
-
     @torch.no_grad()
     def encode(
         self, pictures: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None

@@ -1,6 +1,6 @@
-"""What a worker's updates are fed with: its share of the prompts in micro-batches, and teacher samples.
+"""What a worker's updates are fed with: its share of the prompts in micro-batches, teacher samples, random numbers.
 
-Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. Everything lies in main memory.
+Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. All but `Draws` is in main memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import torch
 
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
+from raydistill.diffusion.noise import normal, uniform
+from raydistill.diffusion.timesteps import sample_t
 from raydistill.spaces import Conditioning
+
+T_MIN, T_MAX = 1e-3, 1 - 1e-3  # the whole range of t but its ill-conditioned ends
 
 
 @dataclass
@@ -47,6 +51,33 @@ class Made(MicroBatch):
     noise: torch.Tensor  # [B, c, h, w]
     x_t: torch.Tensor  # [B, C, H, W]
     t_B: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for sample ids [B], on a device.
+
+    Each is a function of (seed, purpose, sample id), so no generator has a state.
+
+    Attributes:
+        shift: of the sampled times (`vsd.shift`, else the teacher family's).
+    """
+
+    seed: int
+    shift: float
+    device: torch.device
+
+    def normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
+        """N(0, I), [B, *shape] float32."""
+        return normal(self.seed, ids, shape, purpose).to(self.device)
+
+    def uniform(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
+        """U[0, 1), [B] float32."""
+        return uniform(self.seed, ids, purpose).to(self.device)
+
+    def t(self, ids: torch.Tensor, purpose: str, t_min: float = T_MIN, t_max: float = T_MAX) -> torch.Tensor:
+        """Shifted diffusion times in [t_min, t_max], [B]."""
+        return sample_t(self.uniform(ids, purpose), t_min, t_max, self.shift)
 
 
 class Batches:

@@ -52,9 +52,8 @@ def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for part in parts:
         trained = {p for p in part.parameters() if p.requires_grad}
-        fully_shard(
-            part, mesh=mesh, reshard_after_forward=True, ignored_params=trained
-        )  # a root's default is to keep it
+        # a root's default is not to reshard
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 class FakeScore(nn.Module):

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
 from raydistill.distill.fake_score import Discriminator, FakeScore
 from raydistill.distill.losses import require_finite
@@ -64,7 +64,7 @@ def load_real(
         dtype: of the text encoders and of the conditioning.
         device: where they run, before anything else is there.
     """
-    pairs = read_pairs(folder, z_teacher_shape=teacher_space.latent_shape)
+    pairs = PairSet(folder, z_teacher_shape=teacher_space.latent_shape)
     pairs = pairs.rows(range(min(count, len(pairs))))
     table = PromptTable(teacher_space, pairs.prompts, dtype, device)
     return Real(pairs.z_teacher, table.columns, table.rows(pairs.prompts))

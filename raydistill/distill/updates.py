@@ -26,9 +26,8 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target, to_x0
-from raydistill.distill.batches import Batches, Made, MicroBatch, Real
+from raydistill.distill.batches import Batches, Draws, Made, MicroBatch, Real
 from raydistill.distill.collapse import CollapseAlarm
-from raydistill.distill.draws import Draws
 from raydistill.distill.gradients import Average, Gradients, alone, optimizers_of
 from raydistill.distill.losses import (
     fake_logits_loss,

@@ -72,9 +72,9 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
     """Check that the exports are one-step students of one family. Of the UNets, no weights are read.
 
     Raises:
-        InputError: fewer than two, one of them twice, another scheduler, start, VAE or text encoder.
-        InputError: one is no one-step student.
-        InputError: another network; the first tensor (name and shapes) or setting that differs is named.
+        InputError: fewer than two, one of them twice, or no one-step student.
+        InputError: another scheduler, start, VAE, text encoder or network; the first tensor or setting that differs
+            is named.
     """
     if len(exports) < 2:
         raise InputError("a mean needs at least two students")
@@ -161,12 +161,10 @@ def merge_students(
         folder: appears only when complete; must not exist.
         done: called after each tensor with 1, for a progress bar.
 
-    Returns:
-        `folder`.
+    Returns `folder`.
 
     Raises:
-        InputError: `folder` exists.
-        InputError: a value is NaN or infinite, in a source or, rounded to the first one's dtype, in the mean.
+        InputError: `folder` exists; or a value is NaN or infinite, in a source or, rounded, in the mean.
     """
     check_target(folder)
     first = sources[0]

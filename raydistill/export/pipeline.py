@@ -187,8 +187,7 @@ def export_student(
         card: provenance for README.md.
         dtype: float16 or float32, of all weights.
 
-    Returns:
-        `folder`.
+    Returns `folder`.
 
     Raises:
         InputError: weights that are not finite in `dtype`, another dtype, or a start that no scheduler can express.

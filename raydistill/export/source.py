@@ -33,7 +33,6 @@ class Export:
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises InputError where this version cannot read it."""
-
         file = self.run / "config.yaml" if self.run else None
         return from_yaml(file.read_text()) if file and file.is_file() else None
 
