@@ -134,8 +134,8 @@ def _trainer(settings: dict[str, Any]) -> dict[str, Any]:
 
     from raydistill.bridge.model import Bridge
     from raydistill.distill.batches import Real
-    from raydistill.distill.build import build_distiller
     from raydistill.distill.schedule import distillation_step
+    from raydistill.distill.updates import build_distiller
     from raydistill.planning import counting
     from raydistill.spaces import meta
 

@@ -79,8 +79,8 @@ def trainer(batch_size: int, fake_updates: int) -> tuple[Any, Any]:
     from raydistill.config.reading import load
     from raydistill.data.encode import TextEncoder
     from raydistill.data.prompts import training_prompts
-    from raydistill.distill.build import build_distiller
     from raydistill.distill.networks import load_real, load_unet
+    from raydistill.distill.updates import build_distiller
     from raydistill.spaces import load_space
     from raydistill.storage.resolve import resolve
 

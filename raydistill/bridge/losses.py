@@ -25,8 +25,7 @@ def attention_fidelity(
     """Σ_l τ² KL(P_l(ẑ_T) ‖ P_l(z_T)): reverse KL, summed over keys, mean over batch, heads and rows; a scalar.
 
     Args:
-        log_p_hat: log-probabilities of the predicted latents, one [B, h, R, K] a layer.
-        log_p_true: the same of the true latents.
+        log_p_hat, log_p_true: log-probabilities of predicted and true latents, one [B, h, R, K] a layer.
         temperature: τ of the softmax that made them.
 
     Raises:

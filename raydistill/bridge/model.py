@@ -265,20 +265,16 @@ def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -
     """bridge.json of a Bridge that belongs to these two VAEs. Raises InputError otherwise; loads no weights."""
     saved = read_description(folder)
     for role, space in (("student", student_space), ("teacher", teacher_space)):
-        _check_side(folder, role, saved[role], space)
+        side, found = saved[role], vae_fingerprint(space)
+        if found != side["vae_sha256"]:
+            raise InputError(
+                f"{folder}: this Bridge was trained for another {role} VAE ({side['family']} {side['model']}, sha256 "
+                f"{side['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
+                "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
+            )
+        if list(space.latent_shape) != side["latent_shape"]:
+            raise InputError(
+                f"{folder}: this Bridge was trained for {role} latents {side['latent_shape']}, "
+                f"but {space.folder} has {list(space.latent_shape)}"
+            )
     return saved
-
-
-def _check_side(folder: str | Path, role: str, saved: dict[str, Any], space: Space) -> None:
-    found = vae_fingerprint(space)
-    if found != saved["vae_sha256"]:
-        raise InputError(
-            f"{folder}: this Bridge was trained for another {role} VAE ({saved['family']} {saved['model']}, sha256 "
-            f"{saved['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
-            "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
-        )
-    if list(space.latent_shape) != saved["latent_shape"]:
-        raise InputError(
-            f"{folder}: this Bridge was trained for {role} latents {saved['latent_shape']}, "
-            f"but {space.folder} has {list(space.latent_shape)}"
-        )

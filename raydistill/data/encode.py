@@ -103,9 +103,7 @@ class TextEncoder:
     depend on how many others came with it.
 
     Args:
-        space: whose text encoders to load.
-        dtype: of the text encoders and of what they return.
-        device: where they run; the conditioning is always returned on the CPU.
+        space, dtype, device: as of `PromptTable`.
         chunk: prompts per forward.
     """
 

@@ -242,8 +242,7 @@ def synthesise(
         device: of text encoders and VAEs, which are loaded here.
         progress: show a progress bar where there is a terminal.
 
-    Returns:
-        How many rows were made by this call, failed ones among them.
+    Returns how many rows were made by this call, failed ones among them.
 
     Raises:
         InputError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.

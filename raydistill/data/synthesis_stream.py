@@ -56,17 +56,11 @@ def synthesise_on_ray(
     client: TeacherClient | None = None,
     watch: Watcher = lambda writer, written: None,
 ) -> int:
-    """Write the rows that a folder lacks to pairs-*.parquet; complete shards that are already there are kept.
+    """As `synthesise`, in actors. The recipe's model folders, and images, must exist on every node.
 
     Args:
-        recipe: what decides the rows. Its model folders, and images, must exist on every node.
-        folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
         settings: how many actors, what each reserves, and how many rows may fail.
-        client: of the teacher service; None for real images.
         watch: called with the writer, and the shards just written, whenever rows arrive.
-
-    Returns:
-        How many rows were made by this call, failed ones among them.
 
     Raises:
         InputError: the folder's set was made with other settings.

@@ -6,6 +6,7 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student lat
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -91,15 +92,15 @@ class Batches:
     def __init__(self, source: Iterator[dict[str, Any]], parts: int) -> None:
         self.source, self.parts = source, parts
         self._consumed: list[list[int]] = []
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = defaultdict(float)
 
     def next(self) -> list[MicroBatch]:
         """The next batch in equal parts. Raises ValueError where it cannot be divided."""
         started = time.perf_counter()
         batch = next(self.source)
-        self._add("time/data", time.perf_counter() - started)
+        self._metrics["time/data"] += time.perf_counter() - started
         if CUT in batch:
-            self._add("data/cut_prompts", float(np.sum(batch[CUT])))
+            self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         self._consumed.append(ids.tolist())
         if len(ids) % self.parts:
@@ -115,12 +116,9 @@ class Batches:
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]
 
-    def _add(self, name: str, value: float) -> None:
-        self._metrics[name] = self._metrics.get(name, 0.0) + value
-
     def pop_metrics(self) -> dict[str, float]:
         """time/data (seconds) and data/cut_prompts since the last call."""
-        metrics, self._metrics = self._metrics, {}
+        metrics, self._metrics = dict(self._metrics), defaultdict(float)
         return metrics
 
     def pop_sample_ids(self) -> list[list[int]]:

@@ -180,11 +180,8 @@ def export_student(
     """Write a one-step pipeline: VAE, text encoder and tokenizer of the student's folder, and the trained UNet.
 
     Args:
-        space: the student's Space (its folder provides all other parts).
         unet: the trained student (or its EMA); not changed.
-        start_timestep: timestep of its single evaluation.
         folder: where to write; an earlier export there is replaced once the new one is complete.
-        card: provenance for README.md.
         dtype: float16 or float32, of all weights.
 
     Returns `folder`.

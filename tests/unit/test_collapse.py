@@ -14,11 +14,11 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.collapse import CollapseAlarm, drift, mean_and_std, moments
 from raydistill.distill.losses import require_finite
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space

@@ -11,7 +11,6 @@ from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet, write_pairs
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.fake_score import FakeScore
 from raydistill.distill.losses import (
     fake_logits_loss,
@@ -23,6 +22,7 @@ from raydistill.distill.losses import (
 )
 from raydistill.distill.networks import load_real, load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space

@@ -14,9 +14,9 @@ from raydistill.config.reading import load
 from raydistill.data.encode import PromptEncoder
 from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
