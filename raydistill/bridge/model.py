@@ -161,7 +161,7 @@ class Bridge(nn.Module):
             InputError: the grids or the identity projector do not fit the pair.
         """
         n = doublings(student_space, teacher_space)
-        (c_student, *_), (c_teacher, *_) = student_space.latent_shape, teacher_space.latent_shape
+        c_student, c_teacher = student_space.latent_shape[0], teacher_space.latent_shape[0]
         if architecture.projector == "identity":
             if student_space.latent_shape != teacher_space.latent_shape:
                 raise InputError(

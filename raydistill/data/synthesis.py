@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
-from raydistill.data.in_order import in_order
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
 from raydistill.data.vae import PairEncoder
@@ -216,6 +216,17 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     return {name: value.numpy() for name, value in columns.items()} | {
         "row": batch["row"], "preview": preview, "failure": failure,
     }  # fmt: skip
+
+
+def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:
+    """`ask(request).result()` of each request, in order; `ahead` more are sent before an answer is handed out."""
+    pending: deque[Any] = deque()
+    for request in requests:
+        pending.append(ask(request))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 # -- a set in one process ---------------------------------------------------------------------------------

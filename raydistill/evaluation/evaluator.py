@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from raydistill.config.schema import Config, EvaluationConfig
 from raydistill.data.encode import PromptTable
-from raydistill.data.in_order import in_order
 from raydistill.data.prompts import PromptSet
+from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
 from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space

@@ -51,8 +51,8 @@ class JudgeScorer:
         images = torch.stack([load_image(file) for file in files])
         scores = self.judge.score(images, prompts)
         table = torch.stack([scores[name] for name in ATTRIBUTES])
-        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float()}
-        columns |= {name: scores[name] for name in ATTRIBUTES} | {"relation": self.judge.relation(images, prompts)}
+        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float(), **scores}
+        columns["relation"] = self.judge.relation(images, prompts)
         return {name: values.tolist() for name, values in columns.items()}
 
 

@@ -112,6 +112,9 @@ class Space(LatentSpace):
         """Names, shapes of one sample and dtypes of what `encode_prompts` returns; read from configuration files."""
 
     tokens_asked: ClassVar[Mapping[str, int]] = {}  # tokenizer -> tokens that `encode_prompts` asks for, at most
+    tokens_padded: ClassVar[int | None] = (
+        None  # where the pipeline pads to what it is asked for, whatever a tokenizer says
+    )
 
     @property
     def text_lengths(self) -> dict[str, int]:
@@ -119,7 +122,8 @@ class Space(LatentSpace):
         lengths = {}
         for part in self.parts("tokenizer"):
             longest = read_settings(Path(self.folder, part, "tokenizer_config.json"))["model_max_length"]
-            lengths[part.replace("tokenizer", "text_encoder")] = min(longest, self.tokens_asked.get(part, longest))
+            most = self.tokens_padded or min(longest, self.tokens_asked.get(part, longest))
+            lengths[part.replace("tokenizer", "text_encoder")] = most
         return lengths
 
     def unconditional(self, empty: Conditioning) -> Conditioning:

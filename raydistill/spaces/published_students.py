@@ -102,10 +102,10 @@ def open_student(space: Space, path: Path) -> StudentCheckpoint:
         InputError: no such format, a pickle that asks for code, another architecture or prediction type, a LoRA,
             missing, unexpected or misshapen tensors (the first is named), or several networks to choose from.
     """
-    folder = _unet_folder(path)
-    if folder is not None:
-        _check_settings(space, folder / "config.json")
-    files = _weight_files(folder or path)
+    # the EMA goes before the raw UNet
+    place = next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), path)
+    _check_settings(space, place / "config.json")
+    files = _weight_files(place)
     header = _merged(files)
     expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(space.part_config("unet")).state_dict().items()}
     prefix, others = _choose(header.tensors, next(iter(expected)), files[0])
@@ -139,13 +139,6 @@ def _on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
 
 
 # -- folders ----------------------------------------------------------------------------------------------
-
-
-def _unet_folder(path: Path) -> Path | None:
-    """The folder of the UNet's files; None where `path` is no folder. The EMA goes before the raw UNet."""
-    if not path.is_dir():
-        return None
-    return next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), path)
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
