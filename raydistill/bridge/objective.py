@@ -34,7 +34,6 @@ class Objective:
         pairs: latents of the same pictures in both spaces.
         settings: the `bridge` section of the configuration.
         seed: of noise, rows, order and the split into training and held-out pairs.
-        device: where everything runs.
         rank, world_size: this worker among all; a step's batch is divided evenly between them.
         probe: the teacher's attention; None trains on L1 alone.
         captions: the teacher's conditioning of every prompt, for the probe.

@@ -146,7 +146,6 @@ class SwinIR(nn.Module):
         in_channels, out_channels: channels of both ends; only the last convolution depends on the output.
         embed_dim: width C, a multiple of `heads`.
         depths: Swin layers of each residual group.
-        heads: attention heads.
         window: side of the attention windows; maps of other sizes are padded, and padding is never attended to.
         mlp_ratio: hidden width of the MLPs over C.
         upscale: a power of two.

@@ -53,9 +53,8 @@ class BridgeTrainer:
         if objective.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(self.bridge, device_ids=devices)
-        self.optimizer = torch.optim.Adam(
-            bridge.trainable_parameters(), lr=self.settings.lr, betas=(0.0, 0.999), eps=1e-8
-        )
+        trained = bridge.trainable_parameters()
+        self.optimizer = torch.optim.Adam(trained, lr=self.settings.lr, betas=(0.0, 0.999), eps=1e-8)
         self._vae: nn.Module | None = None
         self.step_count = 0
 

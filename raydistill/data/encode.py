@@ -170,8 +170,7 @@ class PromptEncoder:
     Args:
         folders: pipeline folder of each role, for example {"student": …, "teacher": …}.
         dtype: name of a torch dtype, for all roles or per role.
-        device: where the text encoders run.
-        chunk: prompts per forward.
+        device, chunk: as of `TextEncoder`.
         threads: CPU threads of this process; None leaves them as they are.
     """
 

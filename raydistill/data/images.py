@@ -261,9 +261,7 @@ def open_images(path: str | Path, image_column: str = "image", caption_column: s
     """List a folder of image files, a parquet file, or a folder of parquet files.
 
     Args:
-        path: what to open.
-        image_column: of parquet files.
-        caption_column: of parquet files; None: "caption" where there is one, else no captions.
+        image_column, caption_column: of parquet files; no caption column: "caption" where there is one, else no captions.
 
     Raises:
         InputError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.

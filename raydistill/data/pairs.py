@@ -194,13 +194,6 @@ def _open(file: Place) -> pq.ParquetFile:
         raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
-def _tensor_shape(file: Path, schema: pa.Schema, column: str) -> tuple[int, ...]:
-    kind = schema.field(column).type
-    if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
-        raise InputError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
-    return tuple(kind.shape)
-
-
 class PairSet:
     """All shards of a folder as one sequence of rows, read shard by shard when needed.
 
@@ -239,7 +232,10 @@ class PairSet:
         if missing:
             raise InputError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
         for column in LATENT_COLUMNS:
-            shape = _tensor_shape(file, schema, column)
+            kind = schema.field(column).type
+            if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
+                raise InputError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
+            shape = tuple(kind.shape)
             if expected[column] is None:
                 expected[column] = shape
             elif shape != tuple(expected[column]):

@@ -60,7 +60,6 @@ class Recipe:
     """Everything that decides the rows of a set.
 
     Args:
-        teacher, student: the two spaces.
         source: prompts for the teacher, or real images.
         count: rows in all; of real images, their number.
         batch_size, shard_size: rows per request, and per file.
@@ -154,13 +153,7 @@ class AskedRows:
 
 
 class TeacherAsker:
-    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders.
-
-    Args:
-        client: what generates.
-        recipe: whose source are prompts.
-        device: of the text encoders.
-    """
+    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders, on `device`."""
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe

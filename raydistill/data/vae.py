@@ -55,8 +55,6 @@ class PairEncoder:
     """Teacher samples or pictures -> (z_T, z_S, previews), with both VAEs loaded once.
 
     Args:
-        teacher, student: the two spaces.
-        device: where the VAEs run.
         posterior: take the mean of each VAE's posterior, or a sample of it.
         seed: of those samples; row i's is drawn for (seed, i).
     """

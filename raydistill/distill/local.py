@@ -31,12 +31,7 @@ class LocalScores(LocalTeacher):
 
 
 def local_batches(prompts: PromptSet, tables: Mapping[str, PromptTable], size: int, seed: int) -> Iterator[Batch]:
-    """What `conditioned_batches` gives a single worker, from tables that hold every prompt.
-
-    Args:
-        tables: of each role.
-        size: samples of a batch.
-    """
+    """What `conditioned_batches` gives a single worker: `size` samples, from each role's table of every prompt."""
     for slot in itertools.count():
         positions = range(slot * size, (slot + 1) * size)
         captions = prompts.at(seed, positions)[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +22,6 @@ from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.storage.resolve import resolve
-
-Generate = Callable[..., "object"]  # TeacherClient.generate
 
 
 class FixedPrompts:
@@ -77,9 +76,9 @@ class StudentEvaluator:
 
 @torch.no_grad()
 def draw_teacher(
-    generate: Generate, space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
+    generate: Callable[..., Any], space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """(pictures [N, 3, S, S], the judge's table). Two requests are under way at any time.
+    """(pictures [N, 3, S, S], the judge's table), by `TeacherClient.generate`. Two requests are under way at any time.
 
     Without a judge only those are drawn that the grid shows.
     """
@@ -89,7 +88,7 @@ def draw_teacher(
     empty = space.unconditional(table([""]))
     vae = space.load_vae()
 
-    def ask(batch: tuple[int, int, list[str]]) -> object:
+    def ask(batch: tuple[int, int, list[str]]) -> Any:
         start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
         return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)

@@ -156,8 +156,7 @@ def merge_students(
     """Write the mean student: a complete pipeline folder like its sources', in the first one's dtype.
 
     Args:
-        sources: what `open_sources` returned.
-        shares: what `shares_of` returned.
+        sources, shares: what `open_sources` and `shares_of` returned.
         folder: appears only when complete; must not exist.
         done: called after each tensor with 1, for a progress bar.
 

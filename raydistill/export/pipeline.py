@@ -122,13 +122,8 @@ def table_rows(values: Mapping[str, object]) -> str:
 
 
 def _scores(metrics: Mapping[str, float]) -> str:
-    if not metrics:
-        return ""
-    return (
-        "\n## Scores\n\n| metric | value |\n|---|---|\n"
-        + table_rows({k: f"{v:.4g}" for k, v in metrics.items()})
-        + "\n"
-    )
+    rows = table_rows({name: f"{value:.4g}" for name, value in metrics.items()})
+    return f"\n## Scores\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
 
 
 def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:

@@ -67,9 +67,7 @@ def grid(
     Args:
         images: [N, 3, H, W] in [-1, 1].
         captions: N texts, or None; what does not fit on CAPTION_LINES lines is cut with an ellipsis.
-        columns: pictures a row at most.
         scale: whole-number enlargement; None: as much as makes a picture 128 pixels wide.
-        title: a line above the grid.
 
     Raises:
         ValueError: shapes or counts that do not fit together.
@@ -117,7 +115,6 @@ def before_after(
     Args:
         before, after: [N, 3, H, W] in [-1, 1], the student at the start and at the end, from the same noise.
         teacher: [N, 3, H', W'] or None; scaled to the student's size.
-        captions: N texts.
         scale: whole-number enlargement of the student's pictures; None: to 128 pixels.
         columns: prompts side by side; more prompts make more bands.
 

@@ -27,12 +27,10 @@ def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
     for part, most in space.text_lengths.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
         ending = read_settings(Path(space.folder, tokenizer, "tokenizer_config.json")).get("trained_without_ending")
-        needed = [_without(prompt, ending) for prompt in prompts] if ending else list(prompts)
+        needed = list(prompts)
+        if ending:
+            at_its_end = rf"\s+{re.escape(ending)}\s*$"
+            needed = [re.sub(at_its_end, "", prompt, flags=re.IGNORECASE) for prompt in prompts]
         tokens = getattr(text, tokenizer)(needed, verbose=False)
         cut &= [len(ids) > most for ids in tokens["input_ids"]]
     return cut
-
-
-def _without(prompt: str, ending: str) -> str:
-    """The prompt without the word `ending` at its end."""
-    return re.sub(rf"\s+{re.escape(ending)}\s*$", "", prompt, flags=re.IGNORECASE)
