@@ -6,15 +6,12 @@ Shapes: B samples, C×H×W teacher latents, h heads, R sampled query rows, K key
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from raydistill.bridge.attention import AttentionProbe, RowSampler
 from raydistill.diffusion.path import add_noise
 from raydistill.spaces.base import Conditioning
-
-if TYPE_CHECKING:
-    from raydistill.bridge.attention import AttentionProbe, RowSampler
 
 
 def latent_l1(z_hat: torch.Tensor, z_true: torch.Tensor) -> torch.Tensor:
@@ -28,8 +25,7 @@ def attention_fidelity(
     """Σ_l τ² KL(P_l(ẑ_T) ‖ P_l(z_T)): reverse KL, summed over keys, mean over batch, heads and rows; a scalar.
 
     Args:
-        log_p_hat: log-probabilities of the predicted latents, one [B, h, R, K] a layer.
-        log_p_true: the same of the true latents.
+        log_p_hat, log_p_true: log-probabilities of predicted and true latents, one [B, h, R, K] a layer.
         temperature: τ of the softmax that made them.
 
     Raises:

@@ -49,11 +49,8 @@ def vae_fingerprint(space: Space) -> str:
 
     File metadata and the order of tensors do not matter. Raises InputError where the weights are missing.
     """
-    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(_scaling(space)))
-
-
-def _scaling(space: Space) -> list[float | None]:
-    return [space.vae_config.get("scaling_factor"), space.vae_config.get("shift_factor")]
+    scaling = [space.vae_config.get(key) for key in ("scaling_factor", "shift_factor")]
+    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(scaling))
 
 
 @cache
@@ -164,7 +161,7 @@ class Bridge(nn.Module):
             InputError: the grids or the identity projector do not fit the pair.
         """
         n = doublings(student_space, teacher_space)
-        (c_student, *_), (c_teacher, *_) = student_space.latent_shape, teacher_space.latent_shape
+        c_student, c_teacher = student_space.latent_shape[0], teacher_space.latent_shape[0]
         if architecture.projector == "identity":
             if student_space.latent_shape != teacher_space.latent_shape:
                 raise InputError(
@@ -268,20 +265,16 @@ def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -
     """bridge.json of a Bridge that belongs to these two VAEs. Raises InputError otherwise; loads no weights."""
     saved = read_description(folder)
     for role, space in (("student", student_space), ("teacher", teacher_space)):
-        _check_side(folder, role, saved[role], space)
+        side, found = saved[role], vae_fingerprint(space)
+        if found != side["vae_sha256"]:
+            raise InputError(
+                f"{folder}: this Bridge was trained for another {role} VAE ({side['family']} {side['model']}, sha256 "
+                f"{side['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
+                "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
+            )
+        if list(space.latent_shape) != side["latent_shape"]:
+            raise InputError(
+                f"{folder}: this Bridge was trained for {role} latents {side['latent_shape']}, "
+                f"but {space.folder} has {list(space.latent_shape)}"
+            )
     return saved
-
-
-def _check_side(folder: str | Path, role: str, saved: dict[str, Any], space: Space) -> None:
-    found = vae_fingerprint(space)
-    if found != saved["vae_sha256"]:
-        raise InputError(
-            f"{folder}: this Bridge was trained for another {role} VAE ({saved['family']} {saved['model']}, sha256 "
-            f"{saved['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
-            "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
-        )
-    if list(space.latent_shape) != saved["latent_shape"]:
-        raise InputError(
-            f"{folder}: this Bridge was trained for {role} latents {saved['latent_shape']}, "
-            f"but {space.folder} has {list(space.latent_shape)}"
-        )

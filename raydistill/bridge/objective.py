@@ -18,7 +18,7 @@ from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.config.schema import BridgeConfig, Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import Pairs, PairSet, read_pairs, split
+from raydistill.data.pairs import Pairs, PairSet, split
 from raydistill.diffusion.noise import normal
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
@@ -34,7 +34,6 @@ class Objective:
         pairs: latents of the same pictures in both spaces.
         settings: the `bridge` section of the configuration.
         seed: of noise, rows, order and the split into training and held-out pairs.
-        device: where everything runs.
         rank, world_size: this worker among all; a step's batch is divided evenly between them.
         probe: the teacher's attention; None trains on L1 alone.
         captions: the teacher's conditioning of every prompt, for the probe.
@@ -97,21 +96,18 @@ class Objective:
 
 
 def build_objective(
-    config: Config,
-    pairs_folder: str | Path,
-    device: torch.device | str = "cpu",
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    split_seed: int | None = None,
+    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", **share: int | None
 ) -> Objective:
-    """The losses that a configuration describes, on one worker's share of the pairs. Arguments as of `Objective`.
+    """The losses that a configuration describes, on one worker's share of the pairs.
+
+    Args:
+        share: rank, world_size and split_seed, as of `Objective`.
 
     Raises:
         InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = read_pairs(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    pairs = PairSet(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))
@@ -120,14 +116,5 @@ def build_objective(
         captions = PromptTable(teacher, sorted(set(pairs.prompts())), dtype, device, max_bytes=TABLE_BYTES)
         if config.bridge.gradient_checkpointing:
             probe.network.enable_gradient_checkpointing()
-    return Objective(
-        pairs,
-        config.bridge,
-        seed=config.run.seed,
-        device=device,
-        rank=rank,
-        world_size=world_size,
-        probe=probe,
-        captions=captions,
-        split_seed=split_seed,
-    )
+    settings, seed = config.bridge, config.run.seed
+    return Objective(pairs, settings, seed=seed, device=device, probe=probe, captions=captions, **share)

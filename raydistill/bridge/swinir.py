@@ -130,11 +130,7 @@ class ResidualGroup(nn.Module):
         y = x
         for layer in self.layers:
             y = layer(y, shifts, masks)
-        return x + _on_grid(self.conv, y)
-
-
-def _on_grid(conv: nn.Module, x_BHWC: torch.Tensor) -> torch.Tensor:
-    return conv(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def upsampler(dim: int, factor: int) -> nn.Sequential:
@@ -150,7 +146,6 @@ class SwinIR(nn.Module):
         in_channels, out_channels: channels of both ends; only the last convolution depends on the output.
         embed_dim: width C, a multiple of `heads`.
         depths: Swin layers of each residual group.
-        heads: attention heads.
         window: side of the attention windows; maps of other sizes are padded, and padding is never attended to.
         mlp_ratio: hidden width of the MLPs over C.
         upscale: a power of two.

@@ -53,9 +53,8 @@ class BridgeTrainer:
         if objective.world_size > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self.module = nn.parallel.DistributedDataParallel(self.bridge, device_ids=devices)
-        self.optimizer = torch.optim.Adam(
-            bridge.trainable_parameters(), lr=self.settings.lr, betas=(0.0, 0.999), eps=1e-8
-        )
+        trained = bridge.trainable_parameters()
+        self.optimizer = torch.optim.Adam(trained, lr=self.settings.lr, betas=(0.0, 0.999), eps=1e-8)
         self._vae: nn.Module | None = None
         self.step_count = 0
 
@@ -111,9 +110,8 @@ class BridgeTrainer:
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
         ids = self.objective.held_out_ids
-        ids = ids[
-            np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)
-        ]  # of all kinds: rows may be sorted
+        # of all kinds: rows may be sorted
+        ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)]
         size = teacher.vae_batch(DECODE_BATCH)
         scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None

@@ -13,7 +13,7 @@ from raydistill.build_shapes.frame import Build
 from raydistill.build_shapes.starts import training_prompts
 from raydistill.config.reading import CONFIGS, load, validate
 from raydistill.data.local_teacher import LocalTeacher
-from raydistill.data.pairs import existing_shards, read_pairs, write_pairs
+from raydistill.data.pairs import PairSet, existing_shards, write_pairs
 from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.shapes.captions import single_scenes
@@ -45,7 +45,7 @@ def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed:
 
 def build_samples(build: Build, name: str) -> None:
     """A small teacher-sampled set that is shipped, without previews: the discriminator's real data."""
-    pairs = read_pairs(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
+    pairs = PairSet(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
     rows = pairs.rows(range(SHIPPED_SAMPLES))
     write_pairs(
         build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student
@@ -80,7 +80,7 @@ def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> Non
     latents that no encoder gave, as a student under training makes them."""
     teacher, student = load_space(build.weights / name), load_space(build.weights / "sd15")
     sampled = max(64, round(1024 * min(1.0, build.scale)))
-    samples = read_pairs(_synthesise(build, name, build.work / f"pairs_{name}", sampled, build.seed + 1))
+    samples = PairSet(_synthesise(build, name, build.work / f"pairs_{name}", sampled, build.seed + 1))
     encoder, teacher_vae, student_vae = PairEncoder(teacher, student), teacher.load_vae(), student.load_vae()
     shard = 512
     for index in tqdm(range(-(-count // shard)), desc="varied pairs", disable=None):

@@ -103,9 +103,7 @@ class TextEncoder:
     depend on how many others came with it.
 
     Args:
-        space: whose text encoders to load.
-        dtype: of the text encoders and of what they return.
-        device: where they run; the conditioning is always returned on the CPU.
+        space, dtype, device: as of `PromptTable`.
         chunk: prompts per forward.
     """
 
@@ -172,8 +170,7 @@ class PromptEncoder:
     Args:
         folders: pipeline folder of each role, for example {"student": …, "teacher": …}.
         dtype: name of a torch dtype, for all roles or per role.
-        device: where the text encoders run.
-        chunk: prompts per forward.
+        device, chunk: as of `TextEncoder`.
         threads: CPU threads of this process; None leaves them as they are.
     """
 

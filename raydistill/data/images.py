@@ -170,14 +170,15 @@ class ParquetImages(ImageSet):
         self.column = image_column
         lengths, captions = [], []
         for file in files:
-            count, texts = _read_captions(file, image_column, caption_column)
-            lengths.append(count)
+            texts = _read_captions(file, image_column, caption_column)
+            lengths.append(len(texts))
             captions += texts
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         if not captions:
             raise InputError(f"{source}: no rows")
         listing = list(zip((file.name for file in files), lengths, strict=True))
-        super().__init__(source, listing, [text for text, _ in captions], dict(_bad(captions)))
+        bad = {row: why for row, (_, why) in enumerate(captions) if why}
+        super().__init__(source, listing, [text for text, _ in captions], bad)
 
     def _place(self, row: int) -> tuple[str, int]:
         """(file, row in it)."""
@@ -191,8 +192,9 @@ class ParquetImages(ImageSet):
     def read(self, row: int) -> bytes:
         file, inside = self._place(row)
         try:
-            group, start = _group_of(file, inside)
-            value = _group(file, group, self.column)[inside - start].as_py()
+            starts = _group_starts(file)
+            group = int(np.searchsorted(starts, inside, side="right")) - 1
+            value = _group(file, group, self.column)[inside - int(starts[group])].as_py()
         except (pa.ArrowInvalid, OSError) as error:
             raise BadImage(f"{self.name(row)}: {' '.join(str(error).split())[:200]}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -201,20 +203,17 @@ class ParquetImages(ImageSet):
         return data
 
 
-def _read_captions(
-    file: Path, image_column: str, caption_column: str | None
-) -> tuple[int, list[tuple[str | None, str | None]]]:
-    """(rows, [(caption, why it cannot be read)]) of one file, whose columns are checked."""
+def _read_captions(file: Path, image_column: str, caption_column: str | None) -> list[tuple[str | None, str | None]]:
+    """(caption, why it cannot be read) of each row of one file, whose columns are checked."""
     try:
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
             _check_column(file, schema, image_column, "synthesis.image_column", _holds_bytes, "bytes")
             if caption_column is None and "caption" not in schema.names:
-                return parquet.metadata.num_rows, [(None, None)] * parquet.metadata.num_rows
+                return [(None, None)] * parquet.metadata.num_rows
             name = caption_column or "caption"
             _check_column(file, schema, name, "synthesis.caption_column", holds_text, "strings")
-            column = parquet.read(columns=[name])[name]
-            return len(column), [_text(raw) for raw in undecoded(column)]
+            return [_text(raw) for raw in undecoded(parquet.read(columns=[name])[name])]
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -242,22 +241,11 @@ def _text(raw: bytes | None) -> tuple[str | None, str | None]:
         return None, "the caption is not valid UTF-8"
 
 
-def _bad(captions: Sequence[tuple[str | None, str | None]]) -> Any:
-    return ((row, why) for row, (_, why) in enumerate(captions) if why)
-
-
 @functools.lru_cache(maxsize=64)
 def _group_starts(file: str) -> np.ndarray:
     """First row of each row group, and the number of rows."""
     metadata = pq.read_metadata(file)
     return np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
-
-
-def _group_of(file: str, row: int) -> tuple[int, int]:
-    """(row group that holds a row, its first row)."""
-    starts = _group_starts(file)
-    group = int(np.searchsorted(starts, row, side="right")) - 1
-    return group, int(starts[group])
 
 
 @functools.lru_cache(maxsize=2)  # neighbouring rows are read one after the other
@@ -273,9 +261,7 @@ def open_images(path: str | Path, image_column: str = "image", caption_column: s
     """List a folder of image files, a parquet file, or a folder of parquet files.
 
     Args:
-        path: what to open.
-        image_column: of parquet files.
-        caption_column: of parquet files; None: "caption" where there is one, else no captions.
+        image_column, caption_column: of parquet files; no caption column: "caption" where there is one, else no captions.
 
     Raises:
         InputError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.

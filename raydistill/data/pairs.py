@@ -194,19 +194,12 @@ def _open(file: Place) -> pq.ParquetFile:
         raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
-def _tensor_shape(file: Path, schema: pa.Schema, column: str) -> tuple[int, ...]:
-    kind = schema.field(column).type
-    if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
-        raise InputError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
-    return tuple(kind.shape)
-
-
 class PairSet:
     """All shards of a folder as one sequence of rows, read shard by shard when needed.
 
     Args:
         folder: holds pairs-*.parquet.
-        z_T_shape, z_S_shape: C, H, W each latent must have, or None for any (but the same in all shards).
+        z_teacher_shape, z_student_shape: C, H, W each latent must have, or None for any (but the same in all shards).
         cached_shards: shards kept in memory; also the window within which `order` mixes rows.
 
     Raises:
@@ -239,7 +232,10 @@ class PairSet:
         if missing:
             raise InputError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
         for column in LATENT_COLUMNS:
-            shape = _tensor_shape(file, schema, column)
+            kind = schema.field(column).type
+            if not isinstance(kind, pa.FixedShapeTensorType) or kind.value_type != pa.float16():
+                raise InputError(f"{file}: column {column} must be a fixed-shape tensor of float16, not {kind}")
+            shape = tuple(kind.shape)
             if expected[column] is None:
                 expected[column] = shape
             elif shape != tuple(expected[column]):
@@ -309,15 +305,6 @@ class PairSet:
         return ids[np.lexsort((draws, windows))]
 
 
-def read_pairs(
-    folder: str | Path,
-    z_teacher_shape: tuple[int, int, int] | None = None,
-    z_student_shape: tuple[int, int, int] | None = None,
-) -> PairSet:
-    """Open a folder of pairs and check every shard's columns and shapes. See `PairSet`."""
-    return PairSet(folder, z_teacher_shape, z_student_shape)
-
-
 def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(training, held-out) positions, ascending. No prompt is in both, also where a text stands on several lines.
 
@@ -338,9 +325,3 @@ def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarr
     rank = uniform(seed, [0], "pair_split", shape=(count,))[0].numpy().argsort(kind="stable").argsort()
     is_held_out = rank[group] < held_out
     return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
-
-def load_pairs(folder: str | Path, z_teacher_shape: tuple[int, int, int] | None = None) -> Pairs:
-    """All rows of a folder in memory. See `PairSet` for the errors."""
-    pairs = read_pairs(folder, z_teacher_shape)
-    return pairs.rows(range(len(pairs)))

@@ -285,7 +285,9 @@ def _json_rows(path: Path, column: str) -> Iterator[Row]:
 def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
     """Strict about quotes: a field with text behind its closing quote, or with none, is malformed, not altered."""
 
-    def prompt_of(record: list[str]) -> str:
+    def prompt_of(record: list[str] | None) -> str:
+        if record is None:
+            raise BadRow("malformed")
         if not record:
             raise BadRow("blank")
         if len(record) <= index:
@@ -309,13 +311,8 @@ def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error:
-                yield number, _malformed
-                continue
+                record = None
             yield number, functools.partial(prompt_of, record)
-
-
-def _malformed() -> str:
-    raise BadRow("malformed")
 
 
 def _parquet_rows(path: Path, column: str) -> Iterator[Row]:

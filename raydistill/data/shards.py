@@ -29,9 +29,9 @@ Batch = dict[str, np.ndarray]
 # no such row, or "") as objects [B].
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Failure:
-    """A row that the set lacks."""
+    """A row that the set lacks; failures are ordered by row."""
 
     row: int
     prompt_id: int
@@ -198,7 +198,7 @@ class PairWriter:
             teacher=self.teacher,
             about={
                 "rows": shard.stop - shard.start,
-                "failed": [asdict(failure) for failure in sorted(shard.failures, key=_row)],
+                "failed": [asdict(failure) for failure in sorted(shard.failures)],
             },
         )
         del self._open[index]
@@ -208,15 +208,11 @@ class PairWriter:
 
     def _record_failures(self) -> None:
         """failures.jsonl: one object a line, by row; no failures, no file."""
-        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in sorted(self.failures, key=_row)]
+        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in sorted(self.failures)]
         if lines:
             replace_text(self.folder / FAILURES_FILE, "\n".join(lines) + "\n")
         else:
             (self.folder / FAILURES_FILE).unlink(missing_ok=True)
-
-
-def _row(failure: Failure) -> int:
-    return failure.row
 
 
 def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:

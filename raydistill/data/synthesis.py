@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,6 @@ from tqdm import tqdm
 from raydistill.config.schema import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
-from raydistill.data.in_order import in_order
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
 from raydistill.data.vae import PairEncoder
@@ -60,7 +60,6 @@ class Recipe:
     """Everything that decides the rows of a set.
 
     Args:
-        teacher, student: the two spaces.
         source: prompts for the teacher, or real images.
         count: rows in all; of real images, their number.
         batch_size, shard_size: rows per request, and per file.
@@ -154,13 +153,7 @@ class AskedRows:
 
 
 class TeacherAsker:
-    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders.
-
-    Args:
-        client: what generates.
-        recipe: whose source are prompts.
-        device: of the text encoders.
-    """
+    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders, on `device`."""
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe
@@ -218,6 +211,17 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     }  # fmt: skip
 
 
+def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:
+    """`ask(request).result()` of each request, in order; `ahead` more are sent before an answer is handed out."""
+    pending: deque[Any] = deque()
+    for request in requests:
+        pending.append(ask(request))
+        if len(pending) > ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
 # -- a set in one process ---------------------------------------------------------------------------------
 
 
@@ -242,8 +246,7 @@ def synthesise(
         device: of text encoders and VAEs, which are loaded here.
         progress: show a progress bar where there is a terminal.
 
-    Returns:
-        How many rows were made by this call, failed ones among them.
+    Returns how many rows were made by this call, failed ones among them.
 
     Raises:
         InputError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 import ray.data
@@ -40,9 +40,7 @@ from raydistill.teachers import placement
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import TeacherError, one_line
 from raydistill.tracking.progress import write_progress
-
-if TYPE_CHECKING:
-    from raydistill.tracking.tracker import Tracker
+from raydistill.tracking.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +56,11 @@ def synthesise_on_ray(
     client: TeacherClient | None = None,
     watch: Watcher = lambda writer, written: None,
 ) -> int:
-    """Write the rows that a folder lacks to pairs-*.parquet; complete shards that are already there are kept.
+    """As `synthesise`, in actors. The recipe's model folders, and images, must exist on every node.
 
     Args:
-        recipe: what decides the rows. Its model folders, and images, must exist on every node.
-        folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
         settings: how many actors, what each reserves, and how many rows may fail.
-        client: of the teacher service; None for real images.
         watch: called with the writer, and the shards just written, whenever rows arrive.
-
-    Returns:
-        How many rows were made by this call, failed ones among them.
 
     Raises:
         InputError: the folder's set was made with other settings.

@@ -55,8 +55,6 @@ class PairEncoder:
     """Teacher samples or pictures -> (z_T, z_S, previews), with both VAEs loaded once.
 
     Args:
-        teacher, student: the two spaces.
-        device: where the VAEs run.
         posterior: take the mean of each VAE's posterior, or a sample of it.
         seed: of those samples; row i's is drawn for (seed, i).
     """
@@ -75,12 +73,6 @@ class PairEncoder:
         return in_chunks(
             self.teacher, lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device)
         )
-
-    def __call__(
-        self, latents: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Latents [B, C, H, W] of the teacher -> as `encode` of the decoded pictures."""
-        return self.encode(self.decode(latents), rows)
 
     @torch.no_grad()
     def encode(

@@ -1,11 +1,12 @@
-"""What a worker's updates are fed with: its share of the prompts in micro-batches, and teacher samples.
+"""What a worker's updates are fed with: its share of the prompts in micro-batches, teacher samples, random numbers.
 
-Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. Everything lies in main memory.
+Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. All but `Draws` is in main memory.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,11 @@ import torch
 
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
+from raydistill.diffusion.noise import normal, uniform
+from raydistill.diffusion.timesteps import sample_t
 from raydistill.spaces import Conditioning
+
+T_MIN, T_MAX = 1e-3, 1 - 1e-3  # the whole range of t but its ill-conditioned ends
 
 
 @dataclass
@@ -49,6 +54,33 @@ class Made(MicroBatch):
     t_B: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers for sample ids [B], on a device.
+
+    Each is a function of (seed, purpose, sample id), so no generator has a state.
+
+    Attributes:
+        shift: of the sampled times (`vsd.shift`, else the teacher family's).
+    """
+
+    seed: int
+    shift: float
+    device: torch.device
+
+    def normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
+        """N(0, I), [B, *shape] float32."""
+        return normal(self.seed, ids, shape, purpose).to(self.device)
+
+    def uniform(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
+        """U[0, 1), [B] float32."""
+        return uniform(self.seed, ids, purpose).to(self.device)
+
+    def t(self, ids: torch.Tensor, purpose: str, t_min: float = T_MIN, t_max: float = T_MAX) -> torch.Tensor:
+        """Shifted diffusion times in [t_min, t_max], [B]."""
+        return sample_t(self.uniform(ids, purpose), t_min, t_max, self.shift)
+
+
 class Batches:
     """The batches of one worker, k + 1 for each update, the student's first.
 
@@ -60,15 +92,15 @@ class Batches:
     def __init__(self, source: Iterator[dict[str, Any]], parts: int) -> None:
         self.source, self.parts = source, parts
         self._consumed: list[list[int]] = []
-        self._metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = defaultdict(float)
 
     def next(self) -> list[MicroBatch]:
         """The next batch in equal parts. Raises ValueError where it cannot be divided."""
         started = time.perf_counter()
         batch = next(self.source)
-        self._add("time/data", time.perf_counter() - started)
+        self._metrics["time/data"] += time.perf_counter() - started
         if CUT in batch:
-            self._add("data/cut_prompts", float(np.sum(batch[CUT])))
+            self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         self._consumed.append(ids.tolist())
         if len(ids) % self.parts:
@@ -84,12 +116,9 @@ class Batches:
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]
 
-    def _add(self, name: str, value: float) -> None:
-        self._metrics[name] = self._metrics.get(name, 0.0) + value
-
     def pop_metrics(self) -> dict[str, float]:
         """time/data (seconds) and data/cut_prompts since the last call."""
-        metrics, self._metrics = self._metrics, {}
+        metrics, self._metrics = dict(self._metrics), defaultdict(float)
         return metrics
 
     def pop_sample_ids(self) -> list[list[int]]:

@@ -4,7 +4,7 @@
     full       a copy, all of it trained; starts as the teacher
     truncated  the copy's first and last transformer blocks, all of them trained; must learn to do without the others
 
-Its features at one block also feed the discriminator.
+Its features at one block also feed the discriminator, a small convolutional head.
 
 A frozen copy can be shared by all workers (`mesh`): each holds an equal part of every block, and gathers a block for as
 long as it computes with it, forwards and backwards. Blocks are FSDP2 units of their own, without a common root: a pass
@@ -52,9 +52,8 @@ def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     for part in parts:
         trained = {p for p in part.parameters() if p.requires_grad}
-        fully_shard(
-            part, mesh=mesh, reshard_after_forward=True, ignored_params=trained
-        )  # a root's default is to keep it
+        # a root's default is not to reshard
+        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 class FakeScore(nn.Module):
@@ -123,3 +122,25 @@ class FakeScore(nn.Module):
     def _take(self, x_t: torch.Tensor) -> torch.Tensor:
         output, self._features = self._features, None
         return self.space.feature_map(output, x_t)
+
+
+class Discriminator(nn.Module):
+    """Features [B, D, h, w] -> logits [B, h', w'] (patches), positive for real."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        groups = next(g for g in (8, 4, 2, 1) if width % g == 0)
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, channels),
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.GroupNorm(groups, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 4, stride=2, padding=1),
+            nn.GroupNorm(groups, width),
+            nn.SiLU(),
+            nn.Conv2d(width, 1, 1),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        # contiguous: torch 2.13 crashes in GroupNorm's backward on the strides of transposed tokens
+        return self.layers(features.float().contiguous())[:, 0]

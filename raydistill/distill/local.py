@@ -12,9 +12,8 @@ from raydistill.data.encode import Batch, PromptTable, TextEncoder
 from raydistill.data.local_teacher import LocalAnswer, LocalTeacher
 from raydistill.data.prompts import PromptSet, training_prompts
 from raydistill.distill.batches import Made
-from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import guidance_scale, load_real, load_unet
-from raydistill.distill.updates import Distiller
+from raydistill.distill.updates import Distiller, build_distiller
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning
 from raydistill.storage.resolve import resolve
@@ -32,12 +31,7 @@ class LocalScores(LocalTeacher):
 
 
 def local_batches(prompts: PromptSet, tables: Mapping[str, PromptTable], size: int, seed: int) -> Iterator[Batch]:
-    """What `conditioned_batches` gives a single worker, from tables that hold every prompt.
-
-    Args:
-        tables: of each role.
-        size: samples of a batch.
-    """
+    """What `conditioned_batches` gives a single worker: `size` samples, from each role's table of every prompt."""
     for slot in itertools.count():
         positions = range(slot * size, (slot + 1) * size)
         captions = prompts.at(seed, positions)[1]

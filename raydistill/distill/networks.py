@@ -23,10 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
-from raydistill.distill.discriminator import Discriminator
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.fake_score import Discriminator, FakeScore
 from raydistill.distill.losses import require_finite
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
@@ -65,7 +64,7 @@ def load_real(
         dtype: of the text encoders and of the conditioning.
         device: where they run, before anything else is there.
     """
-    pairs = read_pairs(folder, z_teacher_shape=teacher_space.latent_shape)
+    pairs = PairSet(folder, z_teacher_shape=teacher_space.latent_shape)
     pairs = pairs.rows(range(min(count, len(pairs))))
     table = PromptTable(teacher_space, pairs.prompts, dtype, device)
     return Real(pairs.z_teacher, table.columns, table.rows(pairs.prompts))
@@ -204,26 +203,18 @@ class Networks:
 
     def state_dict(self) -> dict[str, Any]:
         """All trained weights; frozen ones are not in it."""
-        state: dict[str, Any] = {
-            "student": self.student.state_dict(),
-            "fake": {name: p.detach() for name, p in self.fake.trainable().items()},
-        }
-        if self.ema is not None:
-            state["ema"] = self.ema.state_dict()
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-        if self.config.bridge.trainable:
-            state["bridge"] = self.bridge.projector.state_dict()
-        return state
+        fake = {name: p.detach() for name, p in self.fake.trainable().items()}
+        return {"fake": fake} | {name: module.state_dict() for name, module in self._trained().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.student.load_state_dict(state["student"])
         with torch.no_grad():
             for name, parameter in self.fake.trainable().items():
                 parameter.copy_(state["fake"][name])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-        if self.config.bridge.trainable:
-            self.bridge.projector.load_state_dict(state["bridge"])
+        for name, module in self._trained().items():
+            module.load_state_dict(state[name])
+
+    def _trained(self) -> dict[str, nn.Module]:
+        """By its name in a checkpoint, whatever is kept whole; of the fake score only a part may be trained."""
+        bridge = self.bridge.projector if self.config.bridge.trainable else None
+        kept = {"student": self.student, "ema": self.ema, "discriminator": self.discriminator, "bridge": bridge}
+        return {name: module for name, module in kept.items() if module is not None}

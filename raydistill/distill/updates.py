@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,9 +27,8 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target, to_x0
-from raydistill.distill.batches import Batches, Made, MicroBatch, Real
+from raydistill.distill.batches import Batches, Draws, Made, MicroBatch, Real
 from raydistill.distill.collapse import CollapseAlarm
-from raydistill.distill.draws import Draws
 from raydistill.distill.gradients import Average, Gradients, alone, optimizers_of
 from raydistill.distill.losses import (
     fake_logits_loss,
@@ -78,7 +78,7 @@ class Distiller:
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.latents)
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
         self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
@@ -95,7 +95,7 @@ class Distiller:
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
             self.alarm.add(x)
-            self._add("time/make", time.perf_counter() - started)
+            self.metrics["time/make"] += time.perf_counter() - started
             yield Made(**vars(batch), noise=noise, x_t=x_t.cpu(), t_B=t_B.cpu())
             started = time.perf_counter()
 
@@ -121,7 +121,7 @@ class Distiller:
             self.gradients.step(discriminator=config.student.max_grad_norm)
             mean = mean_of(rows)
             self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
-        self._add("time/fake", time.perf_counter() - started)
+        self.metrics["time/fake"] += time.perf_counter() - started
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
         """Of the fake score's loss, and of the discriminator's on its features of student samples."""
@@ -186,14 +186,14 @@ class Distiller:
         self.metrics |= mean_of(rows)
         if answers is not None:
             self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
-            self._add("time/wait_teacher", waited)
+            self.metrics["time/wait_teacher"] += waited
         names = ["student"] if self.anchor is None else ["student", "bridge"]
         norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
         self.metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         self.networks.update_ema(self.updates)
         self.metrics |= self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
         self.updates += 1
-        self._add("time/student", time.perf_counter() - started - waited)
+        self.metrics["time/student"] += time.perf_counter() - started - waited
 
     def _student_gradients(self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None) -> Row:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
@@ -228,13 +228,10 @@ class Distiller:
         return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
 
     # -- metrics and state ---------------------------------------------------------------------------
-    def _add(self, name: str, value: float) -> None:
-        self.metrics[name] = self.metrics.get(name, 0.0) + value
-
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
-        metrics, self.metrics = self.metrics | self.batches.pop_metrics(), {}
-        return metrics
+        metrics, self.metrics = self.metrics | self.batches.pop_metrics(), defaultdict(float)
+        return dict(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides the step."""
@@ -247,3 +244,24 @@ class Distiller:
             self.alarm.load_state_dict(state["guard"])
         self.networks.load_state_dict(state)
         self.gradients.load_state_dict(state)
+
+
+def build_distiller(
+    config: Config,
+    *,
+    source: Iterator[dict[str, Any]],
+    real: Real | None = None,
+    anchor: Objective | None = None,
+    average: Average = alone,
+    parts: int | None = None,
+    mean_parts: float | None = None,
+    **networks: Any,
+) -> Distiller:
+    """One worker's Distiller from its parts. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
+
+    Args:
+        parts: micro-batches of this worker; None: `distill.micro_batches`.
+    """
+    batches = Batches(source, parts or config.distill.micro_batches)
+    own = Networks(config, real=real, **networks)
+    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)

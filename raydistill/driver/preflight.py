@@ -12,7 +12,7 @@ from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distill.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -70,10 +70,10 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = read_pairs(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
+        pairs = PairSet(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
-        pairs = read_pairs(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
     if config.synthesis.images is not None:

@@ -16,8 +16,7 @@ from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distill.networks import guidance_scale
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_record import RunRecord
-from raydistill.evaluation.evaluator import FixedPrompts
-from raydistill.evaluation.teacher import draw_teacher
+from raydistill.evaluation.evaluator import FixedPrompts, draw_teacher
 from raydistill.pictures.files import save_pictures
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.resolve import resolve

@@ -106,7 +106,6 @@ def read_answer(file: Path, name: str, count: int, whole: bool = False) -> dict[
 
     Args:
         file: may be missing.
-        name: of the metric, for messages.
         count: ids are 0 … count - 1.
         whole: leave out a last line without its end, which a killed program left.
 

@@ -6,14 +6,17 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1].
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from raydistill.config.schema import EvaluationConfig
+from raydistill.config.schema import Config, EvaluationConfig
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
+from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
 from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
@@ -69,3 +72,29 @@ class StudentEvaluator:
     def accuracy(self, pictures: torch.Tensor) -> dict[str, float]:
         """The judge's table; empty without a judge."""
         return self.judge.accuracy(pictures, self.fixed.captions) if self.judge else {}
+
+
+@torch.no_grad()
+def draw_teacher(
+    generate: Callable[..., Any], space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """(pictures [N, 3, S, S], the judge's table), by `TeacherClient.generate`. Two requests are under way at any time.
+
+    Without a judge only those are drawn that the grid shows.
+    """
+    if config.evaluation.judge is None:
+        fixed = fixed.first(config.evaluation.grid)
+    table = PromptTable(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
+    empty = space.unconditional(table([""]))
+    vae = space.load_vae()
+
+    def ask(batch: tuple[int, int, list[str]]) -> Any:
+        start, stop, captions = batch
+        noise = fixed.noise(space, start, stop)
+        return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
+
+    batches = list(fixed.batches(config.evaluation.batch_size))
+    answers = tqdm(in_order(batches, ask, ahead=1), desc="teacher draws", total=len(batches), disable=None)
+    images = torch.cat([space.decode(vae, latents) for latents in answers])
+    judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
+    return images, judge.accuracy(images, fixed.captions) if judge else {}

@@ -26,20 +26,13 @@ PAIRS = "shapes-pairs"  # two objects, held out
 PAIRS_COUNT = 128
 
 
-@dataclass(frozen=True)
-class Published:
-    """A set that its authors publish as files."""
-
-    place: str  # below the folder of prompt sets
-    source: str  # where to get it
-
-
+# Sets that their authors publish as files: (place below the folder of prompt sets, where to get it).
 PUBLISHED = {
-    "parti": Published("PartiPrompts.tsv", "https://github.com/google-research/parti: PartiPrompts.tsv"),
-    "hpsv2": Published("hpsv2", "https://huggingface.co/datasets/zhwang/HPDv2: benchmark/*.json (four lists)"),
-    "hpsv3": Published("hpsv3", "https://huggingface.co/datasets/MizzenAI/HPDv3: benchmark/benchmark_*.json (twelve lists)"),
-    "imagereward": Published("imagereward.json", "https://github.com/THUDM/ImageReward: benchmark/benchmark-prompts.json"),
-    "dpg": Published("dpg", "https://github.com/TencentQQGYLab/ELLA: dpg_bench/prompts/*.txt (one prompt a file)"),
+    "parti": ("PartiPrompts.tsv", "https://github.com/google-research/parti: PartiPrompts.tsv"),
+    "hpsv2": ("hpsv2", "https://huggingface.co/datasets/zhwang/HPDv2: benchmark/*.json (four lists)"),
+    "hpsv3": ("hpsv3", "https://huggingface.co/datasets/MizzenAI/HPDv3: benchmark/benchmark_*.json (twelve lists)"),
+    "imagereward": ("imagereward.json", "https://github.com/THUDM/ImageReward: benchmark/benchmark-prompts.json"),
+    "dpg": ("dpg", "https://github.com/TencentQQGYLab/ELLA: dpg_bench/prompts/*.txt (one prompt a file)"),
 }  # fmt: skip
 EMBEDDED = {"heldout": f"{SHAPES_PREFIX}heldout.txt"}
 
@@ -81,9 +74,10 @@ def open_prompts(
         return CategorisedPrompts(name, PromptSet(_held_out_pairs(PAIRS_COUNT)), {})
     path = local_path(EMBEDDED.get(name, name))
     if name in PUBLISHED and not path.exists():
-        path = sets / PUBLISHED[name].place
+        place, source = PUBLISHED[name]
+        path = sets / place
         if not path.exists():
-            raise InputError(f"{name}: get it from {PUBLISHED[name].source}, and put it at {path}")
+            raise InputError(f"{name}: get it from {source}, and put it at {path}")
         path = local_copy(path)
     if not path.exists():
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])

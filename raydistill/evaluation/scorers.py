@@ -1,4 +1,4 @@
-"""Metrics that need nothing beyond this project's own packages: the judge of the shapes world, and CLIPScore.
+"""Metrics that need nothing beyond this project's own packages: the shapes world's judge, its Fréchet distance, CLIPScore.
 
 A scorer takes picture files and prompts and returns columns of one number a picture.
 """
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.subject import Subject, load_painter
 from raydistill.pictures.files import load_image, save_png
 from raydistill.pictures.grids import to_pil
@@ -52,8 +51,8 @@ class JudgeScorer:
         images = torch.stack([load_image(file) for file in files])
         scores = self.judge.score(images, prompts)
         table = torch.stack([scores[name] for name in ATTRIBUTES])
-        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float()}
-        columns |= {name: scores[name] for name in ATTRIBUTES} | {"relation": self.judge.relation(images, prompts)}
+        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float(), **scores}
+        columns["relation"] = self.judge.relation(images, prompts)
         return {name: values.tolist() for name, values in columns.items()}
 
 
@@ -92,6 +91,27 @@ class ClipScorer:
         )
         cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
         return {"clipscore": (100 * cosine.clamp_min(0)).tolist()}
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½) (Heusel et al. 2017) of Gaussians fitted to [N, D] and [M, D].
+
+    In float64, with unbiased covariances.     (Σ₁ Σ₂)^½ has the trace of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric: no complex square root is needed.
+
+    Raises:
+        ValueError: fewer than two rows, or different D.
+    """
+    if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
+        raise ValueError(f"features must be [N, D] and [M, D], not {list(features.shape)} and {list(reference.shape)}")
+    if min(len(features), len(reference)) < 2:
+        raise ValueError(f"two pictures at least on either side, not {len(features)} and {len(reference)}")
+    x, y = features.double(), reference.double()
+    cov_x, cov_y = torch.atleast_2d(torch.cov(x.T)), torch.atleast_2d(torch.cov(y.T))
+    values, vectors = torch.linalg.eigh(cov_x)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    middle = torch.linalg.eigvalsh(root @ cov_y @ root).clamp_min(0).sqrt().sum()
+    distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + cov_x.trace() + cov_y.trace() - 2 * middle
+    return max(float(distance), 0.0)
 
 
 @torch.no_grad()

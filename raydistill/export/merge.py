@@ -72,9 +72,9 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
     """Check that the exports are one-step students of one family. Of the UNets, no weights are read.
 
     Raises:
-        InputError: fewer than two, one of them twice, another scheduler, start, VAE or text encoder.
-        InputError: one is no one-step student.
-        InputError: another network; the first tensor (name and shapes) or setting that differs is named.
+        InputError: fewer than two, one of them twice, or no one-step student.
+        InputError: another scheduler, start, VAE, text encoder or network; the first tensor or setting that differs
+            is named.
     """
     if len(exports) < 2:
         raise InputError("a mean needs at least two students")
@@ -156,17 +156,14 @@ def merge_students(
     """Write the mean student: a complete pipeline folder like its sources', in the first one's dtype.
 
     Args:
-        sources: what `open_sources` returned.
-        shares: what `shares_of` returned.
+        sources, shares: what `open_sources` and `shares_of` returned.
         folder: appears only when complete; must not exist.
         done: called after each tensor with 1, for a progress bar.
 
-    Returns:
-        `folder`.
+    Returns `folder`.
 
     Raises:
-        InputError: `folder` exists.
-        InputError: a value is NaN or infinite, in a source or, rounded to the first one's dtype, in the mean.
+        InputError: `folder` exists; or a value is NaN or infinite, in a source or, rounded, in the mean.
     """
     check_target(folder)
     first = sources[0]
@@ -180,7 +177,7 @@ def merge_students(
 
     with replacing(folder) as fresh:
         fresh.mkdir()
-        for part in ("model_index.json", *(name for name, kind in first.space.index.items() if _is_part(kind))):
+        for part in ("model_index.json", *first.space.parts()):
             origin = Path(first.space.folder, part)
             if part == "unet":
                 (fresh / part).mkdir()
@@ -193,11 +190,6 @@ def merge_students(
         (fresh / "README.md").write_text(model_card(sources, shares), encoding="utf-8")
         tidy_configs(fresh)
     return folder
-
-
-def _is_part(kind: object) -> bool:
-    """Whether an entry of model_index.json names a part that has files: [library, class]."""
-    return isinstance(kind, list) and kind[0] is not None
 
 
 # -- provenance -------------------------------------------------------------------------------------------

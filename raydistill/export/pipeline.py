@@ -122,13 +122,8 @@ def table_rows(values: Mapping[str, object]) -> str:
 
 
 def _scores(metrics: Mapping[str, float]) -> str:
-    if not metrics:
-        return ""
-    return (
-        "\n## Scores\n\n| metric | value |\n|---|---|\n"
-        + table_rows({k: f"{v:.4g}" for k, v in metrics.items()})
-        + "\n"
-    )
+    rows = table_rows({name: f"{value:.4g}" for name, value in metrics.items()})
+    return f"\n## Scores\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
 
 
 def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
@@ -180,15 +175,11 @@ def export_student(
     """Write a one-step pipeline: VAE, text encoder and tokenizer of the student's folder, and the trained UNet.
 
     Args:
-        space: the student's Space (its folder provides all other parts).
         unet: the trained student (or its EMA); not changed.
-        start_timestep: timestep of its single evaluation.
         folder: where to write; an earlier export there is replaced once the new one is complete.
-        card: provenance for README.md.
         dtype: float16 or float32, of all weights.
 
-    Returns:
-        `folder`.
+    Returns `folder`.
 
     Raises:
         InputError: weights that are not finite in `dtype`, another dtype, or a start that no scheduler can express.

@@ -33,7 +33,6 @@ class Export:
 
     def run_config(self) -> Config | None:
         """Configuration of the run that made it. Raises InputError where this version cannot read it."""
-
         file = self.run / "config.yaml" if self.run else None
         return from_yaml(file.read_text()) if file and file.is_file() else None
 
@@ -126,8 +125,7 @@ def open_one_step(export: Export) -> tuple[Space, int]:
     """(Space, start timestep) of an export whose scheduler draws in one exact step, as `one_step_scheduler`'s do.
 
     Raises:
-        InputError: another scheduler, whose single step is not the network's x_0.
-        InputError: no pipeline of a student's family.
+        InputError: another scheduler, whose single step is not the network's x_0, or no pipeline of a student's family.
     """
     space = load_space(export.folder, "StableDiffusionPipeline")
     name, config = type(space.scheduler).__name__, space.scheduler.config

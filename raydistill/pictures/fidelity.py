@@ -53,7 +53,6 @@ def ssim(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         reduction="none",
         return_full_image=True,
     )
-    edge = (
-        SSIM_WINDOW // 2
-    )  # torchmetrics mirrors the image there, and takes the mean of all; here no window reaches out
+    # torchmetrics mirrors the image at its edges, and takes the mean of all; here no window reaches out
+    edge = SSIM_WINDOW // 2
     return similarity[..., edge:-edge, edge:-edge].mean(dim=(1, 2, 3)).float()

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 8, 6
 INK, PALE, PAPER = (30, 30, 30), (90, 90, 90), (238, 238, 238)
+CAPTION_LINES = 5
 SMALLEST_CELL = 128  # pixels a picture is enlarged to at least, so that its caption can be read
 
 
@@ -60,17 +61,13 @@ def grid(
     columns: int = 8,
     scale: int | None = None,
     title: str | None = None,
-    caption_lines: int = 5,
 ) -> Image.Image:
     """Pictures in rows, each with its caption below.
 
     Args:
         images: [N, 3, H, W] in [-1, 1].
-        captions: N texts, or None.
-        columns: pictures a row at most.
+        captions: N texts, or None; what does not fit on CAPTION_LINES lines is cut with an ellipsis.
         scale: whole-number enlargement; None: as much as makes a picture 128 pixels wide.
-        title: a line above the grid.
-        caption_lines: longer captions are cut with an ellipsis.
 
     Raises:
         ValueError: shapes or counts that do not fit together.
@@ -82,7 +79,7 @@ def grid(
     cell_width, cell_height = pictures[0].size
     font = ImageFont.load_default(size=min(13, max(10, cell_width // 10)))
     line_height = sum(font.getmetrics())
-    texts = [wrap(text, font, cell_width, caption_lines) for text in captions or [""] * len(pictures)]
+    texts = [wrap(text, font, cell_width, CAPTION_LINES) for text in captions or [""] * len(pictures)]
     columns = min(columns, len(pictures))
     starts = range(0, len(pictures), columns)
     # each row is as high as its longest caption needs
@@ -116,10 +113,8 @@ def before_after(
     """One column a prompt: before, after and, if given, teacher below each other, and the caption.
 
     Args:
-        before: [N, 3, H, W] in [-1, 1], the student at the start.
-        after: the student at the end, same prompts and noise.
+        before, after: [N, 3, H, W] in [-1, 1], the student at the start and at the end, from the same noise.
         teacher: [N, 3, H', W'] or None; scaled to the student's size.
-        captions: N texts.
         scale: whole-number enlargement of the student's pictures; None: to 128 pixels.
         columns: prompts side by side; more prompts make more bands.
 
@@ -148,7 +143,7 @@ def _band(rows: dict[str, torch.Tensor], captions: Sequence[str], scale: int) ->
     font, label_font = ImageFont.load_default(size=min(13, max(10, size[0] // 10))), ImageFont.load_default(size=14)
     indent = MARGIN + round(max(label_font.getlength(label) for label in rows)) + GAP
     count = len(rows["before"])
-    texts = [wrap(text, font, size[0], 5) for text in captions[:count]]
+    texts = [wrap(text, font, size[0], CAPTION_LINES) for text in captions[:count]]
     line_height = sum(font.getmetrics())
     height = MARGIN + len(rows) * (size[1] + GAP) + line_height * max(map(len, texts)) + MARGIN
     band = Image.new("RGB", (indent + count * (size[0] + GAP) - GAP + MARGIN, height), PAPER)

@@ -25,9 +25,8 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.gradients import alone
-from raydistill.distill.updates import Distiller
+from raydistill.distill.updates import Distiller, build_distiller
 from raydistill.planning.meter import Cost, Meter, counted
 from raydistill.spaces.base import Layout, Space
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel

@@ -111,9 +111,3 @@ def evaluation_captions(count: int, seed: int = 0) -> list[str]:
         rng.shuffle(round_)
         captions += round_
     return captions[:count]
-
-
-def training_captions(count: int, seed: int = 0, two_objects: float = 0.25) -> list[str]:
-    """`count` captions for training; none of them is held out."""
-    rng = random.Random(seed)
-    return [sample_scene(rng, held_out=False, two_objects=two_objects).caption for _ in range(count)]

@@ -68,6 +68,14 @@ class Judge(nn.Module):
         terms = [F.cross_entropy(logits[name].flatten(0, 1), target[name].flatten()) for name in _HEADS]
         return sum(terms) + F.cross_entropy(logits["background"], background)
 
+    def _read(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Logit of an object being there [B, P]; most likely shape, color and size [B, P]; background [B]."""
+        logits = self(images)
+        shapes = logits["shape"][:, :, 1:]
+        found = {"shape": shapes.argmax(2), "color": logits["color"].argmax(2), "size": logits["size"].argmax(2)}
+        occupied_logit = torch.logsumexp(shapes, dim=2) - logits["shape"][:, :, 0]
+        return occupied_logit, found, logits["background"].argmax(1)
+
     @torch.no_grad()
     def score(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Per image and attribute: the share of the caption's objects that were drawn as asked, [B] in [0, 1].
@@ -76,15 +84,8 @@ class Judge(nn.Module):
         Shape, colour and size are read where an object was found: at the asked position when it is among
         those, else at the most likely free one, so that one misplaced object is one error, not four.
         """
-        logits = self(images)
-        occupied_logit = torch.logsumexp(logits["shape"][:, :, 1:], dim=2) - logits["shape"][:, :, 0]
-        found = {
-            "shape": logits["shape"][:, :, 1:].argmax(2),
-            "color": logits["color"].argmax(2),
-            "size": logits["size"].argmax(2),
-        }
+        occupied_logit, found, background = self._read(images)
         names = {"shape": SHAPES, "color": COLORS, "size": SIZES}
-        background = logits["background"].argmax(1)
         result = {name: torch.zeros(len(captions)) for name in ATTRIBUTES}
         for row, caption in enumerate(captions):
             scene = parse(caption)
@@ -108,9 +109,8 @@ class Judge(nn.Module):
         Right: the two most likely occupied positions are the asked ones, and what is read there (size, colour, shape)
         fits the caption's objects better this way round than exchanged. Two equal objects need the positions alone.
         """
-        logits = self(images)
-        occupied_logit = torch.logsumexp(logits["shape"][:, :, 1:], dim=2) - logits["shape"][:, :, 0]
-        read = (logits["size"].argmax(2), logits["color"].argmax(2), logits["shape"][:, :, 1:].argmax(2))
+        occupied_logit, found, _ = self._read(images)
+        read = (found["size"], found["color"], found["shape"])
         result = torch.full((len(captions),), float("nan"))
         for row, caption in enumerate(captions):
             objects = parse(caption).objects

@@ -5,6 +5,8 @@ Weights are random here; `build_shapes/` trains them and writes them into ordina
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -112,32 +114,28 @@ def t5_text_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5Encode
     )
 
 
-def teacher_vae() -> AutoencoderKL:
-    """64 px -> 8 x 16 x 16, without the 1x1 quantisation convolutions, as in FLUX.1."""
+def _vae(widths: tuple[int, int, int], channels: int, pixels: int, **settings: bool) -> AutoencoderKL:
+    """Latents of a quarter of the picture's side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 48),
+        block_out_channels=widths,
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=channels,
         norm_num_groups=8,
-        sample_size=TEACHER_PIXELS,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+        sample_size=pixels,
+        **settings,
     )
+
+
+def teacher_vae() -> AutoencoderKL:
+    """64 px -> 8 x 16 x 16, without the 1x1 quantisation convolutions, as in FLUX.1."""
+    return _vae((16, 32, 48), 8, TEACHER_PIXELS, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def student_vae() -> AutoencoderKL:
     """32 px -> 4 x 8 x 8, in the layout of SD 1.5."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(24, 32, 48),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=STUDENT_PIXELS,
-    )
+    return _vae((24, 32, 48), 4, STUDENT_PIXELS)
 
 
 def flux_transformer() -> FluxTransformer2DModel:
@@ -158,15 +156,7 @@ def flux_transformer() -> FluxTransformer2DModel:
 
 def sdxl_vae() -> AutoencoderKL:
     """64 px -> 4 x 16 x 16, as SDXL's on the teachers' common grid."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 24, 40),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=TEACHER_PIXELS,
-    )
+    return _vae((16, 24, 40), 4, TEACHER_PIXELS)
 
 
 def sd3_transformer() -> SD3Transformer2DModel:
@@ -209,62 +199,43 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
-def sd21_unet() -> UNet2DConditionModel:
-    """As `student_unet`, with SD 2.1's heads by level and linear projections."""
+def _student_unet(**settings: Any) -> UNet2DConditionModel:
+    """Two cross-attention levels: 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
         sample_size=STUDENT_PIXELS // 4,
         in_channels=4,
         out_channels=4,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 56),
         layers_per_block=1,
-        attention_head_dim=(4, 7),
         cross_attention_dim=TEXT_WIDTH,
-        use_linear_projection=True,
         norm_num_groups=8,
+        **settings,
     )
 
 
 def student_unet() -> UNet2DConditionModel:
-    """Two cross-attention levels (8 x 8 and 4 x 4) in the layout of SD 1.5."""
-    return UNet2DConditionModel(
-        sample_size=STUDENT_PIXELS // 4,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(40, 72),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=TEXT_WIDTH,
-        norm_num_groups=8,
-    )
+    """In the layout of SD 1.5."""
+    return _student_unet(block_out_channels=(40, 72), attention_head_dim=4)
+
+
+def sd21_unet() -> UNet2DConditionModel:
+    """As `student_unet`, with SD 2.1's heads by level and linear projections."""
+    return _student_unet(block_out_channels=(32, 56), attention_head_dim=(4, 7), use_linear_projection=True)
 
 
 def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
 
 
+SD_NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
 def student_scheduler() -> DDIMScheduler:
     """The noise schedule of SD 1.5."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    return DDIMScheduler(**SD_NOISE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 def sdxl_scheduler() -> EulerDiscreteScheduler:
     """The noise schedule of SDXL, which is SD 1.5's; trailing, so that few steps start from pure noise."""
-    return EulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="trailing",
-    )
+    return EulerDiscreteScheduler(**SD_NOISE, timestep_spacing="trailing")

@@ -115,7 +115,6 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
     """The Space of a diffusers pipeline folder.
 
     Args:
-        folder: a folder with model_index.json.
         family: the pipeline class it must be, or None for any known one.
 
     Raises:

@@ -12,7 +12,7 @@ Shapes: B samples, C×H×W latents on the VAE grid (normalised: what the diffusi
 from __future__ import annotations
 
 import copy
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,64 @@ from raydistill.diffusion.guidance import classifier_free
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
 from raydistill.spaces.attention_readers import AttentionReader
-from raydistill.spaces.folder import diffusers_class, read_settings
+from raydistill.spaces.folder import ModelFolder, Settings, diffusers_class, read_settings
 from raydistill.spaces.hub_model import HubModel
-from raydistill.spaces.latents import LatentSpace
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
+
+
+class LatentSpace(ModelFolder, ABC):
+    """A folder's VAE, and the affine map from its latents to normalised ones, which its configuration gives."""
+
+    @cached_property
+    def vae_config(self) -> Settings:
+        return self.part_config("vae")
+
+    @cached_property
+    def downscale(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of one sample on the VAE grid."""
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side."""
+        return self.latent_shape[1] * self.downscale
+
+    def vae_batch(self, most: int) -> int:
+        """Pictures for one pass of the VAE, at most: about a megapixel (16 of them would take 52 GB in float32)."""
+        return max(1, min(most, 2**20 // self.resolution**2))
+
+    @property
+    def scaling(self) -> tuple[float, float]:
+        """(shift, scale): normalised = (raw - shift) · scale."""
+        return self.vae_config.get("shift_factor") or 0.0, self.vae_config["scaling_factor"]
+
+    def normalise(self, raw: torch.Tensor) -> torch.Tensor:
+        offset, scale = self.scaling
+        return (raw - offset) * scale
+
+    def denormalise(self, latents: torch.Tensor) -> torch.Tensor:
+        offset, scale = self.scaling
+        return latents / scale + offset
+
+    def encode(self, vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, S, S] in [-1, 1] -> normalised latents (the posterior's mean)."""
+        return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
+
+    def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time."""
+        raw = self.denormalise(latents).to(vae.dtype)
+        parts = [vae.decode(part).sample.float().clamp(-1, 1) for part in raw.split(self.vae_batch(len(raw)))]
+        return torch.cat(parts)
+
+    def assume_values(self) -> None:  # noqa: B027 - most families read none
+        """Stand-ins for numbers that the family reads from weight files, for counting where there are none."""
 
 
 class Space(LatentSpace):
@@ -60,6 +112,9 @@ class Space(LatentSpace):
         """Names, shapes of one sample and dtypes of what `encode_prompts` returns; read from configuration files."""
 
     tokens_asked: ClassVar[Mapping[str, int]] = {}  # tokenizer -> tokens that `encode_prompts` asks for, at most
+    tokens_padded: ClassVar[int | None] = (
+        None  # where the pipeline pads to what it is asked for, whatever a tokenizer says
+    )
 
     @property
     def text_lengths(self) -> dict[str, int]:
@@ -67,7 +122,8 @@ class Space(LatentSpace):
         lengths = {}
         for part in self.parts("tokenizer"):
             longest = read_settings(Path(self.folder, part, "tokenizer_config.json"))["model_max_length"]
-            lengths[part.replace("tokenizer", "text_encoder")] = min(longest, self.tokens_asked.get(part, longest))
+            most = self.tokens_padded or min(longest, self.tokens_asked.get(part, longest))
+            lengths[part.replace("tokenizer", "text_encoder")] = most
         return lengths
 
     def unconditional(self, empty: Conditioning) -> Conditioning:

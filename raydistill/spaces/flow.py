@@ -16,6 +16,13 @@ import torch
 from raydistill.diffusion.path import FlowPath
 from raydistill.spaces.base import Space
 
+# A LoRA's linear layers in blocks of text and image tokens (MMDiT): the joint attention, and the two feed-forwards.
+JOINT_ATTENTION = (
+    *(f"attn.to_{name}" for name in ("q", "k", "v", "out.0", "add_out")),
+    *(f"attn.add_{name}_proj" for name in ("q", "k", "v")),
+)
+JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
 
 def as_map(tokens: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
     """Image tokens [B, N, D], row by row -> [B, D, H/2, W/2] for latents `x_t` [B, C, H, W]."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from raydistill.spaces.attention_readers import AttentionReader, first_blocks, patches, watch_rotary_norms
 from raydistill.spaces.base import Conditioning, Layout
-from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.flow import JOINT_ATTENTION, JOINT_FEED_FORWARD, FlowSpace, as_map
 from raydistill.spaces.hub_model import APACHE, HubModel, Licence
 
 NON_COMMERCIAL = (
@@ -45,22 +45,7 @@ class FluxSpace(FlowSpace):
         ),
         "black-forest-labs/FLUX.1-schnell": HubModel(APACHE),
     }
-    lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-        "proj_mlp",
-        "proj_out",
-    )
+    lora_targets = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD, "proj_mlp", "proj_out")
     default_guidance_scale = 3.5
     block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
     attention_reader = AttentionReader(

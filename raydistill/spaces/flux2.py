@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from raydistill.errors import InputError
-from raydistill.spaces.attention_readers import AttentionReader, first_blocks, patches, watch_rotary_norms
 from raydistill.spaces.base import Conditioning, Layout
-from raydistill.spaces.flow import FlowSpace, as_map
-from raydistill.spaces.flux import NON_COMMERCIAL, pack, unpack
+from raydistill.spaces.flow import JOINT_ATTENTION, FlowSpace, as_map
+from raydistill.spaces.flux import NON_COMMERCIAL, FluxSpace, pack, unpack
 from raydistill.spaces.hub_model import APACHE, HubModel, Licence
 
 
@@ -43,10 +42,7 @@ class Flux2KleinSpace(FlowSpace):
         ),
     }
     default_guidance_scale = 4.0
-    block_lists = ("transformer_blocks", "single_transformer_blocks")  # double blocks, then single ones
-    attention_reader = AttentionReader(
-        cut=first_blocks(block_lists, "attn"), watch=watch_rotary_norms, image_tokens=patches
-    )
+    block_lists, attention_reader = FluxSpace.block_lists, FluxSpace.attention_reader
     tokens_asked = {"tokenizer": 512}
 
     def __init__(self, folder: str | Path) -> None:
@@ -62,18 +58,8 @@ class Flux2KleinSpace(FlowSpace):
         """`to_out` is a list in double blocks and a linear layer in single ones, so those are named one by one."""
         single = range(self.part_config("transformer")["num_single_layers"])
         return (
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_q_proj",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-            "ff.linear_in",
-            "ff.linear_out",
-            "ff_context.linear_in",
-            "ff_context.linear_out",
+            *JOINT_ATTENTION,
+            *(f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")),
             "attn.to_qkv_mlp_proj",
             *(f"single_transformer_blocks.{i}.attn.to_out" for i in single),
         )

@@ -48,7 +48,7 @@ def read_settings(file: Path) -> Settings:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read: {error}") from None
+        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{file}: holds no JSON object")
     return Settings(values, str(file))
@@ -74,10 +74,11 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         if not single.is_file():
             raise InputError(f"{folder}: no {single.name} (or {index.name})")
         return [single]
-    names = sorted({str(name) for name in read_settings(index)["weight_map"].values()})
+    weight_map = read_settings(index)["weight_map"]
+    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
     foreign = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if foreign:
-        raise InputError(f"{folder}: {index.name} names {', '.join(foreign)}, which is not a file beside it")
+    if foreign or not names:
+        raise InputError(f"{index}: names {', '.join(foreign) or 'nothing'}, which is not a file beside it")
     return [folder / name for name in names]
 
 

@@ -32,11 +32,7 @@ class KolorsSpace(SDXLSpace):
     default_guidance_scale = 5.0
     network_settings = {"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}
     zeros_for_empty_prompt = False
-
-    @property
-    def text_lengths(self) -> dict[str, int]:
-        """The pipeline pads to what it is asked for, whatever the tokenizer says."""
-        return dict.fromkeys(super().text_lengths, MAX_TOKENS)
+    tokens_padded = MAX_TOKENS
 
     def _encode_text(self, text, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, L, D] of the last layer but one, and [B, P]: the last layer's last token."""

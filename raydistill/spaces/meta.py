@@ -51,8 +51,7 @@ def open_space(model: str) -> Space:
     Its networks come without weights, on the meta device.
 
     Raises:
-        InputError: a hub model that is neither known nor cached.
-        InputError: not a pipeline folder of a known family.
+        InputError: a hub model that is neither known nor cached, or not a pipeline folder of a known family.
     """
     folder = local_path(model)
     known = hub_models().get(model.partition("@")[0])

@@ -32,14 +32,10 @@ def one_step_x0(
     earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (arXiv 2606.32020).
 
     Args:
-        space: the student's Space, on a discrete path.
-        unet: the student's network.
         noise: [B, C, H, W], standard normal.
-        conditioning: what `space.encode_prompts` returned, [B, …] each.
         start_timestep: 1 … N - 1 of the path's N steps.
 
-    Returns:
-        x_0 in the student's normalised latent space, [B, C, H, W] float32.
+    Returns x_0 in the student's normalised latent space, [B, C, H, W] float32.
 
     Raises:
         ValueError: the start timestep is not on the path.

@@ -29,6 +29,7 @@ class PixArtSigmaSpace(DiscreteSpace):
     # attn1 sees image tokens only; the cross-attention, attn2, is not read.
     attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn1"), watch=watch_projections)
     network_settings = {"norm_type": "ada_norm_single"}
+    tokens_padded = MAX_TOKENS
 
     @cached_property
     def network_config(self) -> dict[str, Any]:
@@ -46,11 +47,6 @@ class PixArtSigmaSpace(DiscreteSpace):
         """Whether the transformer is conditioned on resolution and aspect ratio; left open, it is at 1024 px."""
         asked = self.network_config.get("use_additional_conditions")
         return self.network_config["sample_size"] == 128 if asked is None else asked
-
-    @property
-    def text_lengths(self) -> dict[str, int]:
-        """The pipeline pads to what it is asked for, whatever the tokenizer says."""
-        return dict.fromkeys(super().text_lengths, MAX_TOKENS)
 
     @property
     def conditioning_layout(self) -> Layout:

@@ -16,7 +16,6 @@ SiD-LSG (github.com/mingyuanzhou/SiD-LSG) starts at t = 625 from noise · sigma_
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from diffusers import UNet2DConditionModel
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
+from raydistill.spaces.folder import read_settings, weight_files
 from raydistill.spaces.weights import DTYPES, SUFFIXES, Entry, Header, read_header, read_tensors
 
 EMA_NAMES = frozenset({
@@ -102,10 +102,10 @@ def open_student(space: Space, path: Path) -> StudentCheckpoint:
         InputError: no such format, a pickle that asks for code, another architecture or prediction type, a LoRA,
             missing, unexpected or misshapen tensors (the first is named), or several networks to choose from.
     """
-    folder = _unet_folder(path)
-    if folder is not None:
-        _check_settings(space, folder / "config.json")
-    files = _weight_files(folder or path)
+    # the EMA goes before the raw UNet
+    place = next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), path)
+    _check_settings(space, place / "config.json")
+    files = _weight_files(place)
     header = _merged(files)
     expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(space.part_config("unet")).state_dict().items()}
     prefix, others = _choose(header.tensors, next(iter(expected)), files[0])
@@ -141,23 +141,6 @@ def _on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
 # -- folders ----------------------------------------------------------------------------------------------
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file}: not valid JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{file}: must be a JSON object")
-    return tree
-
-
-def _unet_folder(path: Path) -> Path | None:
-    """The folder of the UNet's files; None where `path` is no folder. The EMA goes before the raw UNet."""
-    if not path.is_dir():
-        return None
-    return next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), path)
-
-
 def _weight_files(path: Path) -> tuple[Path, ...]:
     """The file or files that hold the weights."""
     if not path.is_dir():
@@ -168,12 +151,7 @@ def _weight_files(path: Path) -> tuple[Path, ...]:
         raise InputError(f"{path}: no weights of a UNet ({', '.join(WEIGHT_FILES)}); it holds {held}")
     if found.suffix != ".json":
         return (found,)
-    weight_map = _json(found).get("weight_map")
-    shards = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    foreign = [name for name in shards if Path(name).name != name or not (path / name).is_file()]
-    if foreign or not shards:
-        raise InputError(f"{found}: names {foreign[0] if foreign else 'nothing'}, which is not a file beside it")
-    return tuple(path / name for name in shards)
+    return tuple(weight_files(path, "diffusion_pytorch_model"))
 
 
 def _weight_file(path: Path) -> Path:
@@ -208,7 +186,7 @@ def _check_settings(space: Space, file: Path) -> None:
     """A UNet's config.json must mean the same function: some settings, as the number of heads, change no shape."""
     if not file.is_file():
         return
-    config = _json(file)
+    config = read_settings(file)
     if config.get("_class_name") != "UNet2DConditionModel":
         raise InputError(f"{file}: is a {config.get('_class_name')}, but a UNet2DConditionModel is needed")
     try:
@@ -310,7 +288,7 @@ def _start(space: Space, path: Path, numbers: dict[str, int]) -> tuple[int | Non
         InputError: the pipeline's scheduler names another prediction type.
     """
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = _json(scheduler) if scheduler.is_file() else {}
+    config = read_settings(scheduler) if scheduler.is_file() else {}
     prediction = config.get("prediction_type", "epsilon") if config else space.prediction
     if prediction != space.prediction:
         raise InputError(

@@ -12,7 +12,7 @@ from torch import nn
 
 from raydistill.spaces.attention_readers import AttentionReader, Recording, Sink, first_blocks, record
 from raydistill.spaces.base import Conditioning, Layout
-from raydistill.spaces.flow import FlowSpace, as_map
+from raydistill.spaces.flow import JOINT_ATTENTION, JOINT_FEED_FORWARD, FlowSpace, as_map
 from raydistill.spaces.hub_model import HubModel, Licence
 
 STABILITY = Licence(
@@ -45,22 +45,9 @@ class StableDiffusion3Space(FlowSpace):
         "stabilityai/stable-diffusion-3.5-large": HubModel(STABILITY, "sd3.5-large"),
     }
     lora_targets = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn2.to_q",
-        "attn2.to_k",
-        "attn2.to_v",
-        "attn2.to_out.0",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
+        *JOINT_ATTENTION,
+        *(f"attn2.to_{name}" for name in ("q", "k", "v", "out.0")),
+        *JOINT_FEED_FORWARD,
     )
     default_guidance_scale = 4.5
     block_lists = ("transformer_blocks",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from raydistill.spaces.base import Space
+from raydistill.spaces.folder import read_settings
 
 
 def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -26,17 +26,11 @@ def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
     cut = np.ones(len(prompts), dtype=bool)
     for part, most in space.text_lengths.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
-        ending = _settings(space, tokenizer).get("trained_without_ending")
-        needed = [_without(prompt, ending) for prompt in prompts] if ending else list(prompts)
+        ending = read_settings(Path(space.folder, tokenizer, "tokenizer_config.json")).get("trained_without_ending")
+        needed = list(prompts)
+        if ending:
+            at_its_end = rf"\s+{re.escape(ending)}\s*$"
+            needed = [re.sub(at_its_end, "", prompt, flags=re.IGNORECASE) for prompt in prompts]
         tokens = getattr(text, tokenizer)(needed, verbose=False)
         cut &= [len(ids) > most for ids in tokens["input_ids"]]
     return cut
-
-
-def _settings(space: Space, tokenizer: str) -> dict[str, Any]:
-    return json.loads(Path(space.folder, tokenizer, "tokenizer_config.json").read_text())
-
-
-def _without(prompt: str, ending: str) -> str:
-    """The prompt without the word `ending` at its end."""
-    return re.sub(rf"\s+{re.escape(ending)}\s*$", "", prompt, flags=re.IGNORECASE)

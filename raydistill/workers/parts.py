@@ -13,10 +13,9 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
 from raydistill.data.stream import conditioned_batches, own_rows
-from raydistill.distill.build import build_distiller
 from raydistill.distill.gradients import alone
 from raydistill.distill.networks import guidance_scale, load_real, load_unet
-from raydistill.distill.updates import Distiller
+from raydistill.distill.updates import Distiller, build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
 from raydistill.storage.resolve import resolve

@@ -69,14 +69,14 @@ def test_two_workers_train_the_student_and_both_controls(both):
 
 def test_a_run_without_a_bridge_makes_pairs_trains_its_own_and_trains_it_along(both):
     from raydistill.bridge.model import Bridge
-    from raydistill.data.pairs import read_pairs
+    from raydistill.data.pairs import PairSet
     from raydistill.shapes import WEIGHTS
     from raydistill.spaces import load_space
 
     folder = both[0] / "both"
     summary = json.loads((folder / "summary.json").read_text())
     assert {"synthesis", "bridge", "distill"} <= summary["stages"].keys()
-    pairs = read_pairs(folder / "pairs")
+    pairs = PairSet(folder / "pairs")
     assert len(pairs) == 64
     assert not set(pairs.prompts()) & set((WEIGHTS / "heldout.txt").read_text().splitlines())
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 from jobs_started import SMALL, TEST_S, command, whole
+from pair_sets import load_pairs
 from tiny_aura_flow import install, save_aura_flow
-
-from raydistill.data.pairs import load_pairs
 
 pytestmark = [pytest.mark.timeout(TEST_S), pytest.mark.full]
 TESTS = Path(__file__).parents[1]

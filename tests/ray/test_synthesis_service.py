@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from pair_sets import load_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ from raydistill.config.schema import SynthesisConfig, TeacherServiceConfig
 from raydistill.data import ray_data, synthesis_stream
 from raydistill.data.images import open_images
 from raydistill.data.local_teacher import LocalTeacher
-from raydistill.data.pairs import existing_shards, load_pairs, shard_file
+from raydistill.data.pairs import existing_shards, shard_file
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.synthesis_stream import synthesise_on_ray

@@ -14,7 +14,7 @@ from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import read_pairs, write_pairs
+from raydistill.data.pairs import PairSet, write_pairs
 from raydistill.errors import NonFiniteError
 from raydistill.pictures import fidelity
 from raydistill.shapes.captions import single_scenes
@@ -171,7 +171,7 @@ def test_every_epoch_visits_each_training_pair_once_and_no_held_out_one(make):
 def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_folder):
     """A Bridge that answers with the true latents is perfect; one that adds an offset has that latent L1."""
     trainer = make()
-    rows, teacher = read_pairs(pairs_folder).rows(range(48)), load_space(flux_folder)
+    rows, teacher = PairSet(pairs_folder).rows(range(48)), load_space(flux_folder)
     truth = {
         z_student.numpy().tobytes(): z_teacher.float()
         for z_student, z_teacher in zip(rows.z_student, rows.z_teacher, strict=True)
@@ -190,7 +190,7 @@ def test_validation_is_of_the_decoded_held_out_latents(make, pairs_folder, flux_
     assert perfect == {"eval/psnr": 100.0, "eval/ssim": pytest.approx(1.0), "eval/l1": 0.0, "eval/latent_l1": 0.0}
     oracle.offset = 0.25
     shifted, _ = trainer.validation()
-    held_out = read_pairs(pairs_folder).rows(trainer.objective.held_out_ids).z_teacher.float()
+    held_out = PairSet(pairs_folder).rows(trainer.objective.held_out_ids).z_teacher.float()
     vae = teacher.load_vae()
     with torch.no_grad():
         true, made = teacher.decode(vae, held_out), teacher.decode(vae, held_out + 0.25)

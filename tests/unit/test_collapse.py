@@ -12,13 +12,13 @@ import torch
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.collapse import CollapseAlarm, drift, mean_and_std, moments
 from raydistill.distill.losses import require_finite
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -98,7 +98,7 @@ def test_without_teacher_samples_the_start_is_the_reference_also_after_a_resume(
 @pytest.fixture(scope="module")
 def shipped():
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
-    samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(16))
+    samples = PairSet(WEIGHTS / "samples" / "flux").rows(range(16))
     tables = [space.encode_prompts(space.load_text(), samples.prompts) for space in (student, teacher)]
     return student, teacher, samples, tables
 

@@ -9,9 +9,8 @@ import torch
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
-from raydistill.data.pairs import read_pairs, write_pairs
+from raydistill.data.pairs import PairSet, write_pairs
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.fake_score import FakeScore
 from raydistill.distill.losses import (
     fake_logits_loss,
@@ -23,6 +22,7 @@ from raydistill.distill.losses import (
 )
 from raydistill.distill.networks import load_real, load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -281,7 +281,7 @@ def test_the_discriminator_learns_to_tell_real_from_fake():
     """Shipped teacher samples against the shipped one-step start, over the full range of noise."""
     config = load(overrides=["discriminator.lr=2e-3", "fake_score.updates=1"])
     student, teacher = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
-    samples = read_pairs(WEIGHTS / "samples" / "flux").rows(range(96))
+    samples = PairSet(WEIGHTS / "samples" / "flux").rows(range(96))
     table = [space.encode_prompts(space.load_text(), samples.prompts) for space in (student, teacher)]
     real = Real(samples.z_teacher, table[1], torch.arange(96))
     bridge = Bridge.load(WEIGHTS / "bridge" / "sd15-flux", student, teacher)

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptEncoder
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_unet
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -32,7 +32,7 @@ class Shipped:
         self.name, self.start = student, start
         self.teacher_name = teacher
         self.student, self.teacher = load_space(WEIGHTS / student), load_space(WEIGHTS / teacher)
-        self.samples = read_pairs(WEIGHTS / "samples" / teacher).rows(range(SAMPLES))
+        self.samples = PairSet(WEIGHTS / "samples" / teacher).rows(range(SAMPLES))
         prompts = [*self.samples.prompts, ""]
         self.tables = [space.encode_prompts(space.load_text(), prompts) for space in (self.student, self.teacher)]
         self.network = self.teacher.load_network()

@@ -20,10 +20,9 @@ from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, StageFailed
 from raydistill.evaluation.command import parse_command, run_command
 from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
-from raydistill.evaluation.frechet import frechet_distance
 from raydistill.evaluation.promptsets import open_prompts
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
-from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, judge_frechet
+from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, frechet_distance, judge_frechet
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.pictures.files import load_image, save_png
 from raydistill.pictures.grids import to_pil

@@ -10,8 +10,7 @@ import torch
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.evaluation.evaluator import FixedPrompts
-from raydistill.evaluation.teacher import draw_teacher
+from raydistill.evaluation.evaluator import FixedPrompts, draw_teacher
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, parse
 from raydistill.spaces import load_space

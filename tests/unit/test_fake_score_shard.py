@@ -16,8 +16,8 @@ import torch.multiprocessing
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.schedule import distillation_step
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.workers.ray_train import Worker

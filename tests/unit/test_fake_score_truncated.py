@@ -19,9 +19,8 @@ from raydistill.config.reading import load
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
-from raydistill.distill.discriminator import Discriminator
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.fake_score import Discriminator, FakeScore
+from raydistill.distill.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.planning.counting import count_trainer

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from aura_flow_family import AuraFlowSpace
+from pair_sets import load_pairs
 from test_bridge_attention import inputs_of
 from tiny_aura_flow import CHANNELS, PIXELS, SIDE, install, save_aura_flow
 
@@ -19,7 +20,6 @@ from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
 from raydistill.config.schema import AttentionConfig
 from raydistill.data.local_teacher import LocalTeacher
-from raydistill.data.pairs import load_pairs
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.distill.local import local_distillation

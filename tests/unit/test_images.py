@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pair_sets import load_pairs
 from PIL import Image
 
 from raydistill.data.images import BadImage, open_images
-from raydistill.data.pairs import existing_shards, load_pairs
+from raydistill.data.pairs import existing_shards
 from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pair_sets import load_pairs
 from PIL import Image
 
 from raydistill.data.pairs import (
@@ -20,8 +21,6 @@ from raydistill.data.pairs import (
     about_shard,
     captioned_previews,
     existing_shards,
-    load_pairs,
-    read_pairs,
     shard_file,
     split,
     write_pairs,
@@ -51,7 +50,7 @@ def test_rows_come_back_as_written_across_shards(tmp_path):
     picture = Image.new("RGB", (3, 2), (250, 0, 10))
     write(tmp_path, 0, 0, 3, previews=[png_bytes(picture), None, b"x"])
     write(tmp_path, 2, 3, 4)
-    pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
+    pairs = PairSet(tmp_path, (2, 4, 4), (1, 2, 2))
     assert len(pairs) == 7
     rows = pairs.rows([6, 0, 4, 0])
     assert rows.prompts == ["prompt 6", "prompt 0", "prompt 4", "prompt 0"]
@@ -87,7 +86,7 @@ def test_existing_shards_are_the_complete_ones(tmp_path):
     write(tmp_path, 0, 1, 1)
     (tmp_path / ".pairs-00001.parquet.3f2a").write_bytes(b"half a shard")
     assert existing_shards(tmp_path) == [0, 3]
-    assert len(read_pairs(tmp_path)) == 2
+    assert len(PairSet(tmp_path)) == 2
 
 
 def test_failed_write_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch):
@@ -124,18 +123,18 @@ def test_wrong_shards_are_named_with_their_column(tmp_path, change, said):
         table = table if column is None else table.append_column(name, column)
     pq.write_table(table, shard_file(tmp_path, 1))
     with pytest.raises(InputError, match=rf"pairs-00001\.parquet: .*{said}"):
-        read_pairs(tmp_path)
+        PairSet(tmp_path)
 
 
 def test_unusable_folders_say_why(tmp_path):
     with pytest.raises(InputError, match="no pairs-"):
-        read_pairs(tmp_path)
+        PairSet(tmp_path)
     shard_file(tmp_path, 0).write_bytes(b"not parquet")
     with pytest.raises(InputError, match="pairs-00000.parquet: not a readable parquet"):
-        read_pairs(tmp_path)
+        PairSet(tmp_path)
     write(tmp_path, 0, 0, 2)
     with pytest.raises(InputError, match=r"z_T has shape \(2, 4, 4\), but \(2, 8, 8\) is needed"):
-        read_pairs(tmp_path, (2, 8, 8))
+        PairSet(tmp_path, (2, 8, 8))
 
 
 def test_values_that_float16_cannot_hold_are_refused(tmp_path):
@@ -149,11 +148,11 @@ def test_values_that_float16_cannot_hold_are_refused(tmp_path):
 def test_order_is_a_permutation_that_follows_seed_and_epoch(tmp_path):
     for shard in range(4):
         write(tmp_path, shard, 5 * shard, 5)
-    pairs, ids = read_pairs(tmp_path), np.arange(1, 20)
+    pairs, ids = PairSet(tmp_path), np.arange(1, 20)
     orders = [pairs.order(ids, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
     assert all(sorted(order) == ids.tolist() for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert np.array_equal(orders[1], read_pairs(tmp_path).order(ids, 0, 1))
+    assert np.array_equal(orders[1], PairSet(tmp_path).order(ids, 0, 1))
 
 
 def test_order_of_a_large_set_stays_within_the_cached_shards(tmp_path):
@@ -177,7 +176,7 @@ def test_split_shares_no_prompt_and_holds_out_the_share(tmp_path):
         z_teacher=z,
         z_student=z,
     )
-    pairs = read_pairs(tmp_path)
+    pairs = PairSet(tmp_path)
     training, held_out = split(pairs, 0.1, seed=0)
     assert sorted([*training, *held_out]) == list(range(100))
     assert len(held_out) == 10
@@ -189,7 +188,7 @@ def test_a_text_on_several_lines_is_one_prompt(tmp_path):
     z = torch.zeros(40, 1, 2, 2)
     texts = [f"p{i % 20}" for i in range(40)]
     write_pairs(tmp_path, 0, prompts=texts, prompt_ids=range(1, 41), seeds=range(40), z_teacher=z, z_student=z)
-    training, held_out = split(read_pairs(tmp_path), 0.1, seed=0)
+    training, held_out = split(PairSet(tmp_path), 0.1, seed=0)
     assert len(held_out) == 4
     assert not {texts[i] for i in training} & {texts[i] for i in held_out}
 
@@ -197,7 +196,7 @@ def test_a_text_on_several_lines_is_one_prompt(tmp_path):
 def test_split_of_one_prompt_is_by_row(tmp_path):
     z = torch.zeros(10, 1, 2, 2)
     write_pairs(tmp_path, 0, prompts=[""] * 10, prompt_ids=[0] * 10, seeds=range(10), z_teacher=z, z_student=z)
-    training, held_out = split(read_pairs(tmp_path), 0.2, seed=0)
+    training, held_out = split(PairSet(tmp_path), 0.2, seed=0)
     assert len(training) == 8
     assert len(held_out) == 2
 
@@ -234,7 +233,7 @@ def test_a_shard_tells_what_it_covers_even_when_it_is_empty(tmp_path):
     assert about_shard(tmp_path, 1)["rows"] == 4
     assert about_shard(tmp_path, 2) == {"rows": 3, "failed": []}
     assert pq.read_table(shard_file(tmp_path, 0))["teacher"].to_pylist() == ["org/name"]
-    pairs = read_pairs(tmp_path, (2, 4, 4), (1, 2, 2))
+    pairs = PairSet(tmp_path, (2, 4, 4), (1, 2, 2))
     assert len(pairs) == 4
     assert pairs.rows([3, 0]).prompts == ["prompt 2", "a"]
     with pytest.raises(ValueError, match="at least 1"):

@@ -22,8 +22,8 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.batches import Real
-from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_unet
+from raydistill.distill.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.planning import memory as memory_module
 from raydistill.planning.counting import Text, count_bridge, count_text, count_trainer

@@ -12,10 +12,10 @@ import yaml
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.data.shards import check_settings
-from raydistill.distill.build import build_distiller
 from raydistill.distill.networks import load_real, load_unet
+from raydistill.distill.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import open_run_folder
 from raydistill.driver.stages import recipe_of
@@ -50,7 +50,7 @@ def test_its_pairs_and_bridge_are_those_of_its_models(begun):
     config, folder = begun
     inputs = check_inputs(config)
     check_settings(folder / "pairs", recipe_of(config, inputs).settings())
-    assert len(read_pairs(folder / "pairs", inputs.teacher.latent_shape, inputs.student.latent_shape)) == 16
+    assert len(PairSet(folder / "pairs", inputs.teacher.latent_shape, inputs.student.latent_shape)) == 16
     Bridge.load(folder / "bridge", inputs.student, inputs.teacher)
 
 

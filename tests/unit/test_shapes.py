@@ -13,7 +13,7 @@ from raydistill.bridge.model import check_pair, vae_fingerprint
 from raydistill.build_shapes.models import MODELS, STUDENTS, TEACHERS
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import CUT, PromptEncoder, TextEncoder
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import held_out_prompts, training_prompts
 from raydistill.distill.networks import load_unet
 from raydistill.shapes import WEIGHTS
@@ -59,7 +59,7 @@ def test_held_out_captions_occur_in_no_training_set(held_out):
     assert set((WEIGHTS / "heldout.txt").read_text().splitlines()) == forbidden == set(evaluation_captions(67))
     assert not forbidden & set((WEIGHTS / "prompts.txt").read_text().splitlines())
     for name in TEACHERS:
-        assert not forbidden & set(read_pairs(WEIGHTS / "samples" / name).prompts())
+        assert not forbidden & set(PairSet(WEIGHTS / "samples" / name).prompts())
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def shipped_prompts():
     """Every text that is shipped, the empty prompt, and two-object captions that are not."""
     files = [WEIGHTS / "prompts.txt", WEIGHTS / "heldout.txt"]
     texts = [line for file in files for line in file.read_text().splitlines()]
-    texts += [prompt for name in TEACHERS for prompt in read_pairs(WEIGHTS / "samples" / name).prompts()]
+    texts += [prompt for name in TEACHERS for prompt in PairSet(WEIGHTS / "samples" / name).prompts()]
     rng = random.Random(5)
     return [*dict.fromkeys(texts), *(sample_scene(rng, two_objects=1.0).caption for _ in range(200)), ""]
 

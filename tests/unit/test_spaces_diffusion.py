@@ -15,8 +15,7 @@ import torch
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
 from raydistill.diffusion.path import add_noise
-from raydistill.distill.discriminator import Discriminator
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distill.fake_score import Discriminator, FakeScore
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 

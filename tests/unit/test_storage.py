@@ -17,7 +17,7 @@ from PIL import Image
 from raydistill.config.reading import load, to_yaml
 from raydistill.config.schema import Config
 from raydistill.data.images import open_images
-from raydistill.data.pairs import read_pairs
+from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import read_prompts
 from raydistill.driver import run_lock
 from raydistill.driver.preflight import check_inputs
@@ -53,7 +53,7 @@ def test_prompts_pairs_weights_and_models_are_read_by_uri(folder):
     here, there = (read_prompts(resolve(f"{root}/prompts.txt"), *rules) for root in (WEIGHTS, folder))
     assert there.prompts == here.prompts
     assert (there.ids == here.ids).all()
-    assert read_pairs(resolve(f"{folder}/samples/flux")).prompts() == read_pairs(WEIGHTS / "samples/flux").prompts()
+    assert PairSet(resolve(f"{folder}/samples/flux")).prompts() == PairSet(WEIGHTS / "samples/flux").prompts()
     for name in ("bridge/sd15-flux", "sd15"):
         staged = resolve(f"{folder}/{name}")
         assert staged.name == Path(name).name  # which is part of what Bridges and pairs say of their models
