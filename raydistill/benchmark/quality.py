@@ -237,8 +237,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
 
     from raydistill.config.reading import CONFIGS, load
     from raydistill.distill.networks import guidance_scale
-    from raydistill.planning.counting import count_teacher, count_trainer, distiller
-    from raydistill.planning.counts import changed
+    from raydistill.planning.counting import changed, count_teacher, count_trainer, distiller
     from raydistill.planning.meter import counted
     from raydistill.spaces.meta import empty_conditioning, open_space
 

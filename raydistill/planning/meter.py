@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -140,6 +141,13 @@ class Meter(TorchDispatchMode):
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, address, storage.nbytes())
+
+    def hold(self, *modules: nn.Module | None) -> int:
+        """Watch the tensors of modules, without None; returns the bytes that are alive then."""
+        for module in modules:
+            for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
+                self.watch(tensor)
+        return self.live
 
     def _freed(self, address: int, nbytes: int) -> None:
         self._known.discard(address)

@@ -6,7 +6,7 @@ import torch
 
 from raydistill.config.schema import Config
 from raydistill.export.licences import student_licences
-from raydistill.planning.counts import Counts, count_run
+from raydistill.planning.counting import Counts, count_run
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.memory import encoder_gpu, host_bytes, memory, trainer_remedies
 from raydistill.planning.schedule import (
