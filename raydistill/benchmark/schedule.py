@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from raydistill.distill.networks import guidance_scale
     from raydistill.teachers import service
     from raydistill.teachers.client import TeacherClient
-    from raydistill.workers.score_requests import Teachers as Submit
+    from raydistill.workers.parts import Teachers as Submit
 
     torch.set_num_threads(1)
     config, worker = trainer(arguments.batch_size, arguments.fake_updates)

@@ -25,13 +25,11 @@ from raydistill.distill.updates import Distiller
 from raydistill.errors import NonFiniteError
 from raydistill.storage.atomic import scratch
 from raydistill.tracking.progress import ProgressWatcher
-from raydistill.tracking.system_metrics import SystemMetrics
-from raydistill.tracking.tracker import Tracker
+from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.observer import Observer
-from raydistill.workers.parts import batches_after, load_distiller
+from raydistill.workers.parts import Teachers, batches_after, load_distiller
 from raydistill.workers.ray_train import Found, Worker, newest_state, run_body, train
-from raydistill.workers.score_requests import Teachers
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, draining, stop_requested
@@ -162,7 +160,7 @@ class DistillationRun:
     def record(self, step: int) -> None:
         """Evaluate when it is time, log, and write down what the update has consumed."""
         self.standing.step = step
-        metrics = self.distiller.pop_metrics() | (self.teachers.metrics() if self.teachers else {})
+        metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         if self.observer:
             self.observer.after_step(step, self.worker.world, metrics)
         self._log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
