@@ -21,7 +21,6 @@ def is_fatal(error: BaseException) -> bool:
     Wrong input, numbers that are not finite and a GPU that is too small would; lost processes, nodes, files and services
     may come back.
     """
-
     if isinstance(error, TeacherUnavailable):
         return False
     lasting = (

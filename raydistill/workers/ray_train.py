@@ -136,22 +136,13 @@ def wait_for_room(config: Config, service: str | None = None, encoders: bool = T
     placement.wait_for_room(needs)
 
 
-def fit(
-    make: Callable[[], Any],
-    stage: str,
-    max_failures: int,
-    needs: Sequence[Future[Any]] = (),
-) -> ray.train.Result:
-    """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
+def fit(make: Callable[[], Any], stage: str, max_failures: int, needs: Sequence[Future[Any]] = ()) -> ray.train.Result:
+    """Have Ray Train run the workers. A lost controller is started again, as often as lost workers are.
 
     Args:
         make: gives the trainer; called again after a loss.
-        stage: its name, for people.
         max_failures: of the controller; negative: any number.
-        needs: what runs beside it; the first failure there ends the wait, and is raised.
-
-    Raises:
-        StageFailed: the workers failed more often than that, or for a reason that a restart cannot mend.
+        stage, needs: as in `train`, and so are the errors.
     """
     losses = 0
     while True:
