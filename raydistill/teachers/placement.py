@@ -45,12 +45,6 @@ def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()]
 
 
-def free_resources(labels: Mapping[str, str]) -> list[dict[str, float]]:
-    """Free resources of each node that has all of these labels."""
-    free = available_resources_per_node()
-    return [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(labels)]
-
-
 def take_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
     """Place each of the wanted amounts on the first node that has them all. False: one of them fits no node.
 

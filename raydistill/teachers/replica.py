@@ -125,9 +125,7 @@ class TeacherReplica:
     async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
         """Work on a request. Failures are answers too: exceptions would fill Serve's log with tracebacks."""
         arrived = time.monotonic()
-        await self._queue.acquire(
-            payload.job_id().hex()
-        )  # the job that owns the payload; a cancelled request ends here
+        await self._queue.acquire(payload.job_id().hex())  # of its owner; a cancelled request ends here
         work = asyncio.ensure_future(self._work(method, payload, arrived))
         try:
             return "done", *await asyncio.shield(work)  # a caller that goes away now does not stop the ranks
