@@ -46,9 +46,9 @@ def help_text(purpose: str, config: Config) -> str:
         "",
         "keys (type) = value: meaning",
     ]
-    for key, annotation, _, description in fields():
+    for key, field, _ in fields():
         value = json.dumps(get(config, key))
-        lines.append(f"  {key} ({_type_name(annotation)}) = {value}: {description}")
+        lines.append(f"  {key} ({_type_name(field.annotation)}) = {value}: {field.description}")
     return "\n".join(lines)
 
 

@@ -23,22 +23,16 @@ from raydistill.errors import InputError
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def _leaves(
+def fields(
     section: type[Section] = Config, prefix: str = "", around: Free | None = None
 ) -> Iterator[tuple[str, FieldInfo, Free | None]]:
     """(dotted key, field, mark) of every leaf; the mark may stand at a section around it."""
     for name, field in section.model_fields.items():
         mark = field.json_schema_extra if isinstance(field.json_schema_extra, Free) else around
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _leaves(field.annotation, f"{prefix}{name}.", mark)
+            yield from fields(field.annotation, f"{prefix}{name}.", mark)
         else:
             yield prefix + name, field, mark
-
-
-def fields() -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, description) of every leaf."""
-    for key, field, _ in _leaves():
-        yield key, field.annotation, field.default, field.description or ""
 
 
 def nearest(key: str) -> str:
@@ -217,7 +211,7 @@ def mathematical(config: Config) -> dict[str, Any]:
     """
     return {
         key: get(config, key) if mark is None or mark.unless(config) else field.default
-        for key, field, mark in _leaves()
+        for key, field, mark in fields()
         if mark is None or mark.unless is not None
     }
 
