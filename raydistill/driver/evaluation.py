@@ -61,13 +61,9 @@ def run_evaluation(
 
 def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) -> float:
     if metric.name == "fid":
-        arguments = (
-            str(evaluation.folder / PICTURES),
-            str(evaluation.reference),
-            metric.weights,
-            evaluation.resources.device,
-        )
-        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=evaluation.resources.gpus)
+        told, drawn = evaluation.resources, str(evaluation.folder / PICTURES)
+        arguments = (drawn, str(evaluation.reference), metric.weights, told.device)
+        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=told.gpus)
     files = [str(folder.file_of(picture)) for picture in folder.pictures]
     reference = [str(file) for file in pictures_in(evaluation.reference)]
     return run_once(judge_frechet, metric.weights["judge"], files, reference, evaluation.resources.threads)
@@ -78,21 +74,14 @@ def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) ->
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPool:
-    """One operator of the stream, and what its actors need.
-
-    Attributes:
-        metric: its name.
-        make, arguments: `make(**arguments)` is called in the actor.
-        runtime_env: of its own; None: the job's.
-        actors, cpus, gpus: how many actors, and the share of each.
-    """
+    """One operator of the stream, and what its actors need."""
 
     metric: str
-    make: Callable[..., Any]
+    make: Callable[..., Any]  # is called in the actor, with the arguments
     arguments: dict[str, Any]
-    runtime_env: dict[str, Any] | None = None
+    runtime_env: dict[str, Any] | None = None  # of its own; None: the job's
     actors: int = 1
-    cpus: float = 0.25
+    cpus: float = 0.25  # of each
     gpus: float = 0.0
 
 

@@ -78,7 +78,6 @@ def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dic
     Raises:
         StageFailed: a cell failed; the others are kept.
     """
-
     distill, folder = record.config.distill, record.run.path / "ablation"
     folder.mkdir(exist_ok=True)
     task = ray.remote(train_cell).options(

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -63,11 +64,8 @@ def fused_attention() -> Iterator[None]:
             query, key, value, attn_mask, needs_graph, dropout_p, is_causal, scale=scale
         )[0]
 
-    F.scaled_dot_product_attention = attend
-    try:
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
 @contextlib.contextmanager
@@ -96,14 +94,10 @@ def autocast() -> Iterator[None]:
     products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
     products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
     places = [(*place, low) for place in products] + [(F, name, high) for name in ("layer_norm", "group_norm")]
-    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, dtype in places:
-        setattr(owner, name, cast(getattr(owner, name), dtype))
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name, dtype in places:
+            stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), dtype)))
         yield
-    finally:
-        for owner, name, function in plain:
-            setattr(owner, name, function)
 
 
 class Meter(TorchDispatchMode):
