@@ -38,14 +38,13 @@ def fields(
 def nearest(key: str) -> str:
     """« did you mean …?» for an unknown key, or an empty string."""
     keys = [name for name, *_ in fields()]
-    if "." not in key:  # a section
+    section, _, leaf = key.rpartition(".")
+    if not section:
         close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
-        return f"; did you mean {close[0]}?" if close else ""
-    section = key.rsplit(".", 1)[0] + "."
-    if own := difflib.get_close_matches(key, [k for k in keys if k.startswith(section)], n=1, cutoff=0.8):
-        return f"; did you mean {own[0]}?"
-    by_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    close = by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    else:
+        close = difflib.get_close_matches(key, [k for k in keys if k.startswith(f"{section}.")], n=1, cutoff=0.8)
+        close = close or [k for k in keys if k.rpartition(".")[2] == leaf]
+        close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

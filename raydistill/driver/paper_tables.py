@@ -280,7 +280,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
             best = max(single, key=lambda teacher: single[teacher]["mean"])
             weakest = min(single, key=lambda teacher: single[teacher]["mean"])
             lines += [
-                f"{student}: every student beats its start on every attribute: {_yes(not worse)}{_but(worse)}",
+                f"{student}: every student beats its start on every attribute: {_yes(not worse)}"
+                + (f" ({', '.join(worse)})" if worse else ""),
                 f"{student}: merged {merged['mean']:.3f}, best single {best} {single[best]['mean']:.3f}: merged is at "
                 f"least as good: {_yes(merged['mean'] >= single[best]['mean'])}",
                 f"{student}: weakest cross-space {weakest} {single[weakest]['mean']:.3f}, shared space "
@@ -294,7 +295,3 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
 
 def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
-
-
-def _but(exceptions: Sequence[str]) -> str:
-    return f" ({', '.join(exceptions)})" if exceptions else ""

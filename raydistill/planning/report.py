@@ -16,7 +16,6 @@ from raydistill.planning.schedule import (
     replicas,
     schedule,
     shared_gather_seconds,
-    trainer_dtype,
 )
 
 PAPER_HOURS = (
@@ -80,7 +79,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"  trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
         f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
         f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // config.distill.micro_batches} "
-        f"samples at once; weights in float32, forward passes in {trainer_dtype(config)}",
+        f"samples at once; weights in float32, forward passes in {'bfloat16' if config.distill.mixed_precision else 'float32'}",
         f"  teacher rank: {config.teachers.shards} shard(s) in {config.teachers.dtype}, activations of "
         f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}",
     ]

@@ -49,11 +49,6 @@ class Schedule:
         return max(self.work + self.teacher, self.text)
 
 
-def trainer_dtype(config: Config) -> str:
-    """What most of a trainer's arithmetic runs in."""
-    return "bfloat16" if config.distill.mixed_precision else "float32"
-
-
 def _link(gpu: Gpu, ranks: int, config: Config) -> float:
     """Bytes per second at which one of `ranks` GPUs receives from the others."""
     return 1e9 * (gpu.link_gbytes if ranks <= gpu.per_node else config.plan.network_gbits / 8)
