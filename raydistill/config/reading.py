@@ -143,8 +143,7 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
 def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
     """Check a plain tree; `origins` says which file a dotted key comes from.
 
-    Raises:
-        InputError: one line per mistake.
+    Raises InputError: one line per mistake.
     """
     origins = origins or {}
     try:

@@ -39,8 +39,7 @@ def run_evaluation(
 ) -> dict[str, dict[str, float]]:
     """Do what is missing, inside a connection to Ray, and write the results; returns the table of means.
 
-    Raises:
-        StageFailed: an actor or a command failed; what is there is kept.
+    Raises StageFailed: an actor or a command failed; what is there is kept.
     """
     if evaluation.resources.gpus is None:
         gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -112,8 +111,7 @@ def run_stream(
 ) -> None:
     """Run every pool for every batch that it lacks; `done` is called with the pictures of each finished batch.
 
-    Raises:
-        StageFailed: an actor failed.
+    Raises StageFailed: an actor failed.
     """
     missing = {pool.metric: set(folder.missing(pool.metric)) for pool in pools}
     batches = sorted(set().union(*missing.values())) if missing else []

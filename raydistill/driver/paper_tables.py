@@ -103,8 +103,7 @@ def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -
 def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     """Every cell that is not done yet, then the table; returns and writes it as `<run>/<table>.json`.
 
-    Raises:
-        StageFailed: a cell failed; those that are done are kept.
+    Raises StageFailed: a cell failed; those that are done are kept.
     """
     with open_record(config, run, inputs) as record:
         results: list[dict[str, Any]] = []

@@ -36,8 +36,7 @@ class RunLocked(ValueError):
 def lock_run(folder: Place) -> Iterator[None]:
     """Hold a run's folder, which exists, for the length of the block.
 
-    Raises:
-        RunTaken: a living job has it; the message says which. Nothing was changed then.
+    Raises RunTaken: a living job has it; the message says which. Nothing was changed then.
     """
     if isinstance(folder, Remote):
         with _held_remotely(folder):

@@ -75,8 +75,7 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
 def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dict[str, Any]]:
     """Every cell as a Ray task with a worker's resources, as many at once as fit; those that are done are read.
 
-    Raises:
-        StageFailed: a cell failed; the others are kept.
+    Raises StageFailed: a cell failed; the others are kept.
     """
     distill, folder = record.config.distill, record.run.path / "ablation"
     folder.mkdir(exist_ok=True)
@@ -119,8 +118,7 @@ def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dic
 def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """The set of pairs, nothing else; returns its folder, whose summary.json says that it is complete.
 
-    Raises:
-        StageFailed: with the reason; the run can be continued.
+    Raises StageFailed: with the reason; the run can be continued.
     """
     with open_record(config, run, inputs) as record:
         folder = make_pairs_alone(record)

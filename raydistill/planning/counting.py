@@ -415,8 +415,7 @@ def count_growth(config: Config, trainer: Trainer) -> dict[str, Any]:
 def count_run(config: Config) -> Counts:
     """Count a configuration: half a minute for the miniature world, minutes for 12 B parameters. Downloads nothing.
 
-    Raises:
-        InputError: models that are unknown, or do not fit each other.
+    Raises InputError: models that are unknown, or do not fit each other.
     """
     student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
     part, guided = config.distill.batch_size // config.distill.micro_batches, guidance_scale(config, teacher) != 1.0

@@ -72,8 +72,7 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: 
 def attach(model_folder: str, config: TeacherServiceConfig, name: str, given_up: threading.Event | None = None) -> None:
     """Use the running service `name` that another run started. `given_up`: see `start`.
 
-    Raises:
-        TeacherStartError: there is none, or it is another teacher, or its settings would change the answers.
+    Raises TeacherStartError: there is none, or it is another teacher, or its settings would change the answers.
     """
     identity = identify(model_folder, config)
     with _using(name, take_down=False):

@@ -46,8 +46,7 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, replica: t
 def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
     """Check that the service can be placed, and begin to start it. If this fails, the caller calls `stop`.
 
-    Raises:
-        TeacherStartError: see `start`.
+    Raises TeacherStartError: see `start`.
     """
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")

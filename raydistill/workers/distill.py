@@ -38,12 +38,7 @@ from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, 
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
 
-    Args:
-        needs: what runs beside it; the first failure there ends the wait for the stage, and is raised.
-
-    Raises:
-        StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
-            cannot mend.
+    `needs`, and what is raised: see `train`.
     """
     config = validate(stage.config)
     if stage.path("result.json").is_file():

@@ -209,12 +209,7 @@ class BestStudent:
         )
 
     def export(self, step: int, table: dict[str, float]) -> list[Place]:
-        """Write what is loaded as `export/`, and the Bridge as `bridge/`; returns the folders.
-
-        Args:
-            step: that it is of.
-            table: metrics of the model card.
-        """
+        """Write what is loaded, of update `step`, as `export/`, and the Bridge as `bridge/`; returns the folders."""
         networks, config, folders = self.networks, self.config, [self.stage.path("export")]
         card = self.card(step, table)
         with writing(folders[0]) as folder:

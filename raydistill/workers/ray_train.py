@@ -239,8 +239,7 @@ class Found:
 def newest_state(name: str, worker: Worker) -> Found | None:
     """The newest checkpoint that is whole, the same one on every worker; None: there is none yet.
 
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+    Raises CheckpointError: there are checkpoints, and all are damaged.
     """
     newest = ray.train.get_checkpoint()
     if newest is None:
