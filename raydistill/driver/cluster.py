@@ -61,7 +61,6 @@ def connected() -> Iterator[None]:
     machine and takes it down again.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-
     quiet()
     joins = bool(os.environ.get("RAY_ADDRESS"))
     with environment({} if joins else OWN):

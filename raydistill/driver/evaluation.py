@@ -173,8 +173,7 @@ def run_once(
 ) -> Any:
     """One Ray task, for example in an environment of its own. Raises StageFailed."""
     options: dict[str, Any] = {"num_cpus": 0.25, "num_gpus": gpus, "max_retries": 0}
-    if runtime_env:
-        options["runtime_env"] = runtime_env
+    options |= {"runtime_env": runtime_env} if runtime_env else {}
     try:
         return ray.get(ray.remote(**options)(work).remote(*arguments))
     except RayError as error:

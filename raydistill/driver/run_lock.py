@@ -36,7 +36,7 @@ class RunLocked(ValueError):
 def lock_run(folder: Place) -> Iterator[None]:
     """Hold a run's folder, which exists, for the length of the block.
 
-    Raises RunTaken: a living job has it; the message says which. Nothing was changed then.
+    Raises RunLocked: a living job has it; the message says which. Nothing was changed then.
     """
     if isinstance(folder, Remote):
         with _held_remotely(folder):
@@ -137,7 +137,7 @@ def _owner(file: TextIO) -> dict[str, Any] | None:
 
 
 def _watch(folder: Place, owner: dict[str, Any], look: Callable[[], object]) -> None:
-    """Raises RunTaken as soon as what `look` sees of the owner changes."""
+    """Raises RunLocked as soon as what `look` sees of the owner changes."""
     print(f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
     deadline, seen = time.monotonic() + WATCHED_FOR_S, look()
     while time.monotonic() < deadline:

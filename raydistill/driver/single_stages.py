@@ -124,17 +124,10 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
         folder = make_pairs_alone(record)
         rows = count_rows(folder)
         failed = recipe_of(config, inputs).count - rows
+        summary = {"folder": folder, "rows": rows, "failed_rows": failed}
+        summary["stages"] = {name: round(seconds, 1) for name, seconds in record.seconds.items()}
+        write_summary(run.path / PAIRS_SUMMARY, summary | {"mlflow_run_id": record.parent})
         seconds = record.seconds["synthesis"]
-        write_summary(
-            run.path / PAIRS_SUMMARY,
-            {
-                "folder": folder,
-                "rows": rows,
-                "failed_rows": failed,
-                "stages": {name: round(value, 1) for name, value in record.seconds.items()},
-                "mlflow_run_id": record.parent,
-            },
-        )
         print(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s", flush=True)
         if failed:
             print(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")

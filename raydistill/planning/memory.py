@@ -108,11 +108,9 @@ def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
         return _fit_trainer(counts, config, gpu, has)
     if role == "teacher rank":
         least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
-        advice = (
-            f"teachers.shards={least} is enough"
-            if least
-            else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
-        )
+        advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+        if least:
+            advice = f"teachers.shards={least} is enough"
         return Fit(role, gpu, teacher_bytes(counts, config, config.teachers.shards), has, advice)
     if role == "Bridge training":
         needs = counts.bridge.peak
@@ -137,13 +135,13 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
-
-    needs = counts.trainer.peak - (saved if sharded else 0)
+    shared = saved if sharded else 0
+    needs = counts.trainer.peak - shared
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
 
     def need(batch: int) -> float:
-        return trainer_bytes(counts, batch) - (saved if sharded else 0)
+        return trainer_bytes(counts, batch) - shared
 
     parts = config.distill.micro_batches
     # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
@@ -152,8 +150,7 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     fitting = [batch for batch in range(parts, counts.batch, parts) if need(batch) <= has]
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
-    recomputing = counts.recomputing.peak - (saved if sharded else 0)
-    would += ["distill.gradient_checkpointing=true"] if recomputing <= has else []
+    would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak - shared <= has else []
     would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
     return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
 

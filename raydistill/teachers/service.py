@@ -122,7 +122,7 @@ def wait_until_ready(config: TeacherServiceConfig, name: str, given_up: threadin
         if given_up.wait(0.2):
             raise TeacherStartError(f"teacher {name} is not needed any more")
         now = time.monotonic()
-        waiting = placement.pending_groups(name)
+        waiting = sum(group in ("PENDING", "RESCHEDULING") for group in placement.groups(name))
         pending_since = pending_since if waiting else now
         if now - pending_since > patience or now - started > config.start_timeout_s:
             why = f"{waiting} replica(s) wait for resources" if waiting else f"state {state}"

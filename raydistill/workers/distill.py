@@ -83,7 +83,8 @@ def distil(stage: Stage) -> None:
                 break
             if leave:
                 return run.leave()
-        run.finish()
+        if run.observer:
+            run.observer.finish()
 
 
 @contextmanager
@@ -196,11 +197,6 @@ class DistillationRun:
         self._left = True
         if self.worker.rank == 0:
             acknowledge_stop(self.stage.path(), self.standing.step)
-
-    def finish(self) -> None:
-        """Evaluate the best student on the held-out prompts, export it, write the result."""
-        if self.observer:
-            self.observer.finish()
 
     def note_non_finite(self, error: NonFiniteError) -> None:
         """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""
