@@ -1,4 +1,7 @@
-"""MLflow tracking that never stops training. Rank 0 logs through a `Tracker`, to a run that the driver has opened."""
+"""MLflow tracking that never stops training. Rank 0 logs through a `Tracker`, to a run that the driver has opened.
+
+MLflow takes seconds to import, so it is imported inside functions.
+"""
 
 from __future__ import annotations
 
