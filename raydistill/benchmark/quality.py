@@ -31,9 +31,8 @@ from raydistill.data.prompts import training_prompts
 from raydistill.distill.local import LocalScores, local_distillation
 from raydistill.distill.networks import guidance_scale
 from raydistill.distill.schedule import distillation_step
-from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, draw_teacher
 from raydistill.evaluation.summary import write_summary
-from raydistill.evaluation.teacher import draw_teacher
 from raydistill.planning.counting import count_teacher, count_trainer, distiller
 from raydistill.planning.counts import changed
 from raydistill.planning.meter import counted

@@ -22,7 +22,7 @@ from raydistill.distill.updates import Distiller
 from raydistill.driver.cluster import connected
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient
-from raydistill.workers.score_requests import Teachers
+from raydistill.workers.parts import Teachers
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 TARGET = 1.05

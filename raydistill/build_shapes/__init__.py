@@ -22,28 +22,9 @@ from tqdm import tqdm
 from raydistill.build_shapes.bridges import build_bridge, build_samples
 from raydistill.build_shapes.frame import Build
 from raydistill.build_shapes.models import MODELS, STUDENTS, TEACHERS, build_model
-from raydistill.build_shapes.parts import (
-    build_clip,
-    build_clip_projected,
-    build_flux_vae,
-    build_judge,
-    build_sd_vae,
-    build_sdxl_vae,
-    build_t5,
-    build_t5_wide,
-    is_built,
-)
+from raydistill.build_shapes.parts import PARTS, build_judge, build_part, is_built
 from raydistill.build_shapes.starts import build_prompts, build_start
 
-PARTS: dict[str, Callable[[Build], None]] = {
-    "clip": build_clip,
-    "clip_projected": build_clip_projected,
-    "t5": build_t5,
-    "t5_wide": build_t5_wide,
-    "flux_vae": build_flux_vae,
-    "sdxl_vae": build_sdxl_vae,
-    "sd_vae": build_sd_vae,
-}
 SHIPPED: dict[str, tuple[str, Callable[[Build], None]]] = {  # with the file that says that it is complete
     "judge": ("judge/judge.safetensors", build_judge),
     **{name: (f"{name}/.built", partial(build_model, name=name)) for name in MODELS},
@@ -86,7 +67,7 @@ def run_stages(build: Build, names: Iterable[str]) -> None:
         if is_built(build, name) if name in PARTS else (build.weights / SHIPPED[name][0]).exists():
             tqdm.write(f"{name}: already built")
         elif name in PARTS:
-            PARTS[name](build)
+            build_part(build, name)
         else:
             marker, stage = SHIPPED[name]
             stage(build)

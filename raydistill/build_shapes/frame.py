@@ -18,6 +18,8 @@ from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import Scene, sample_scene
 from raydistill.storage.atomic import replacing
 
+SAVE_EVERY = 250  # steps
+
 
 @dataclass
 class Build:
@@ -33,10 +35,10 @@ class Build:
         return max(2, round(full * self.scale))
 
 
-def scenes_for(step: int, count: int, seed: int, two_objects: float = 0.25) -> list[Scene]:
+def scenes_for(step: int, count: int, seed: int) -> list[Scene]:
     """The training scenes of one step: a pure function of seed and step."""
     rng = random.Random(f"{seed}/{step}")
-    return [sample_scene(rng, held_out=False, two_objects=two_objects) for _ in range(count)]
+    return [sample_scene(rng, held_out=False, two_objects=0.25) for _ in range(count)]
 
 
 def fit(
@@ -47,7 +49,6 @@ def fit(
     steps: int,
     lr: float,
     ema_decay: float = 0.999,
-    save_every: int = 250,
 ) -> nn.Module:
     """Train `model` with AdamW, warm-up and cosine decay, and return its exponential moving average.
 
@@ -87,7 +88,7 @@ def fit(
         running = value.item() if running is None else 0.98 * running + 0.02 * value.item()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
             state = {
                 "step": step + 1,
                 "model": model.state_dict(),

@@ -17,8 +17,7 @@ from raydistill.build_shapes.parts import text_part, vae_part
 from raydistill.data.encode import PromptTable
 from raydistill.diffusion.path import add_noise, expand, target
 from raydistill.shapes import miniatures
-from raydistill.shapes.captions import corrupt, evaluation_captions
-from raydistill.shapes.judge import Judge
+from raydistill.shapes.captions import corrupt
 from raydistill.shapes.render import render
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
@@ -181,27 +180,3 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
         return error.square().mean()
 
     return fit(build, name, network, loss, build.steps(model.steps), model.lr)
-
-
-def report(build: Build, images: torch.Tensor, captions: list[str]) -> dict[str, float]:
-    """Judge's table of some pictures."""
-    judge = Judge.load(build.weights / "judge")
-    return {k: round(v, 3) for k, v in judge.accuracy(images, captions).items()}
-
-
-@torch.no_grad()
-def evaluate_pipeline(build: Build, folder: str, count: int, steps: int, guidance_scale: float) -> dict[str, float]:
-    """Judge's accuracy of a multi-step model on held-out captions."""
-    space = load_space(build.weights / folder)
-    network, vae, text = space.load_network(), space.load_vae(), space.load_text()
-    captions = evaluation_captions(count)
-    generator = torch.Generator().manual_seed(1)
-    images = []
-    for start in range(0, count, 64):
-        part = captions[start : start + 64]
-        noise = torch.randn(len(part), *space.latent_shape, generator=generator)
-        conditioning = space.encode_prompts(text, part)
-        empty = space.unconditional(space.encode_prompts(text, [""]))
-        latents = space.sample(network, noise, conditioning, empty, steps, guidance_scale)
-        images.append(space.decode(vae, latents))
-    return report(build, torch.cat(images), captions)

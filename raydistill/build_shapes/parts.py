@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,45 +28,87 @@ from raydistill.shapes.captions import BACKGROUNDS, COLORS, POSITIONS, SHAPES, S
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
 
-# Where a part is found in the shipped models once its training folder is gone: (model, its folder, its tokenizer's).
-OWNERS = {
-    "clip": ("flux", "text_encoder", "tokenizer"),
-    "clip_projected": ("sdxl", "text_encoder_2", "tokenizer_2"),
-    "t5": ("flux", "text_encoder_2", "tokenizer_2"),
-    "t5_wide": ("sd3", "text_encoder_3", "tokenizer_3"),
-    "flux_vae": ("flux", "vae", None),
-    "sdxl_vae": ("sdxl", "vae", None),
-    "sd_vae": ("sd15", "vae", None),
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part that models share. Once its training folder is gone, it is read from the shipped model `owner`."""
+
+    seed: int
+    owner: str
+    folder: str  # in its owner
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Part):
+    """A text encoder, and its tokenizer."""
+
+    tokenizer: Callable[[], Any] = miniatures.clip_tokenizer
+    tokenizer_class: type = CLIPTokenizer
+    encoder: Callable[[Any], PreTrainedModel]
+    encoder_class: type[PreTrainedModel]
+    width: int = miniatures.TEXT_WIDTH
+    steps: int = 1500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vae(Part):
+    folder: str = "vae"
+    vae: Callable[[], nn.Module]
+    pixels: int = 64
+    shift: bool = False  # whether its latents are centred
+
+
+WIDE = 2 * miniatures.TEXT_WIDTH  # SD 3's T5 is as wide as both of its CLIPs together
+T5 = {"tokenizer": miniatures.t5_tokenizer, "tokenizer_class": T5Tokenizer, "encoder_class": T5EncoderModel}
+TEXTS = {
+    "clip": Text(
+        seed=0, owner="flux", folder="text_encoder", encoder=miniatures.clip_text_encoder, encoder_class=CLIPTextModel
+    ),
+    "clip_projected": Text(  # the second CLIP of SDXL and SD 3, and SD 2.1's
+        seed=2, owner="sdxl", folder="text_encoder_2", encoder=partial(miniatures.clip_text_encoder, projected=True),
+        encoder_class=CLIPTextModelWithProjection,
+    ),
+    "t5": Text(seed=1, owner="flux", folder="text_encoder_2", encoder=miniatures.t5_text_encoder, **T5),
+    "t5_wide": Text(
+        seed=3, owner="sd3", folder="text_encoder_3", encoder=partial(miniatures.t5_text_encoder, width=WIDE),
+        width=WIDE, **T5,
+    ),
+}  # fmt: skip
+VAES = {
+    "flux_vae": Vae(seed=0, owner="flux", vae=miniatures.teacher_vae, shift=True, steps=2000),
+    "sdxl_vae": Vae(seed=6, owner="sdxl", vae=miniatures.sdxl_vae, steps=3000),
+    "sd_vae": Vae(seed=1, owner="sd15", vae=miniatures.student_vae, pixels=32, steps=4500),
 }
+PARTS = TEXTS | VAES
 
 
-def part_folders(build: Build, name: str) -> tuple[Path, Path | None]:
-    """Folders of a part and of its tokenizer, in the training folder or else in the shipped model that has it."""
-    trained = build.work / "parts" / name
+def part_folder(build: Build, name: str, what: str = "model") -> Path:
+    """Folder of a part (`model`) or of its `tokenizer`: in the training folder, or else in the shipped model."""
+    trained, part = build.work / "parts" / name, PARTS[name]
     if trained.is_dir():
-        return trained / "model", trained / "tokenizer"
-    model, folder, tokenizer = OWNERS[name]
-    return build.weights / model / folder, build.weights / model / tokenizer if tokenizer else None
+        return trained / what
+    return build.weights / part.owner / (part.folder if what == "model" else part.folder.replace("text_encoder", what))
 
 
 def is_built(build: Build, name: str) -> bool:
-    return (part_folders(build, name)[0] / "config.json").is_file()
+    return (part_folder(build, name) / "config.json").is_file()
+
+
+def build_part(build: Build, name: str) -> None:
+    torch.manual_seed(build.seed + PARTS[name].seed)
+    (_build_text if name in TEXTS else _build_vae)(build, name)
 
 
 def text_part(build: Build, name: str) -> tuple[Any, PreTrainedModel]:
     """(tokenizer, text encoder)."""
-    model_class, tokenizer_class = {
-        "clip": (CLIPTextModel, CLIPTokenizer),
-        "clip_projected": (CLIPTextModelWithProjection, CLIPTokenizer),
-        "t5": (T5EncoderModel, T5Tokenizer),
-        "t5_wide": (T5EncoderModel, T5Tokenizer),
-    }[name]
-    folder, tokenizer = part_folders(build, name)
-    return tokenizer_class.from_pretrained(tokenizer), model_class.from_pretrained(folder)
+    text = TEXTS[name]
+    tokenizer = text.tokenizer_class.from_pretrained(part_folder(build, name, "tokenizer"))
+    return tokenizer, text.encoder_class.from_pretrained(part_folder(build, name))
 
 
 def vae_part(build: Build, name: str) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(part_folders(build, name)[0])
+    return AutoencoderKL.from_pretrained(part_folder(build, name))
 
 
 # -- judge ---------------------------------------------------------------------------------------------
@@ -119,8 +164,11 @@ def attribute_vector(scene: Scene) -> torch.Tensor:
     return torch.tensor(parts + [float(scene.background == b) for b in BACKGROUNDS] + [float(len(scene.objects) == 2)])
 
 
-def _build_text(build: Build, name: str, tokenizer: Any, encoder: PreTrainedModel, width: int, steps: int) -> None:
+def _build_text(build: Build, name: str) -> None:
     """Pretrain a text encoder to read captions (real ones arrive pretrained, too)."""
+    text = TEXTS[name]
+    tokenizer = text.tokenizer()
+    encoder = text.encoder(tokenizer)
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = random.Random(f"text/{build.seed}/{step}")
@@ -131,46 +179,22 @@ def _build_text(build: Build, name: str, tokenizer: Any, encoder: PreTrainedMode
         wanted = torch.stack([attribute_vector(s) for s in scenes])
         return F.binary_cross_entropy_with_logits(reader(tokens.input_ids), wanted)
 
-    reader = _AttributeReader(encoder, width)
-    trained = fit(build, f"text_{name}", reader, loss, build.steps(steps), 2e-3).encoder
+    reader = _AttributeReader(encoder, text.width)
+    trained = fit(build, f"text_{name}", reader, loss, build.steps(text.steps), 2e-3).encoder
     folder = build.work / "parts" / name
     tokenizer.save_pretrained(folder / "tokenizer")
     trained.half().save_pretrained(folder / "model")
 
 
-def build_clip(build: Build) -> None:
-    torch.manual_seed(build.seed)
-    tokenizer = miniatures.clip_tokenizer()
-    _build_text(build, "clip", tokenizer, miniatures.clip_text_encoder(tokenizer), miniatures.TEXT_WIDTH, 1500)
-
-
-def build_t5(build: Build) -> None:
-    torch.manual_seed(build.seed + 1)
-    tokenizer = miniatures.t5_tokenizer()
-    _build_text(build, "t5", tokenizer, miniatures.t5_text_encoder(tokenizer), miniatures.TEXT_WIDTH, 1500)
-
-
-def build_clip_projected(build: Build) -> None:
-    """The second CLIP of SDXL and SD 3, and SD 2.1's."""
-    torch.manual_seed(build.seed + 2)
-    tokenizer = miniatures.clip_tokenizer()
-    encoder = miniatures.clip_text_encoder(tokenizer, projected=True)
-    _build_text(build, "clip_projected", tokenizer, encoder, miniatures.TEXT_WIDTH, 1500)
-
-
-def build_t5_wide(build: Build) -> None:
-    """SD 3's T5, as wide as both of its CLIPs together."""
-    torch.manual_seed(build.seed + 3)
-    tokenizer, width = miniatures.t5_tokenizer(), 2 * miniatures.TEXT_WIDTH
-    _build_text(build, "t5_wide", tokenizer, miniatures.t5_text_encoder(tokenizer, width), width, 1500)
-
-
 # -- VAEs ------------------------------------------------------------------------------------------------
 
 
-def _build_vae(build: Build, name: str, vae: nn.Module, pixels: int, shift: bool, steps: int) -> None:
+def _build_vae(build: Build, name: str) -> None:
+    part = VAES[name]
+    vae = part.vae()
+
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        images = render(scenes_for(step, 8, build.seed), pixels, step)
+        images = render(scenes_for(step, 8, build.seed), part.pixels, step)
         posterior = vae.encode(images).latent_dist
         reconstruction = vae.decode(posterior.sample(generator)).sample
         edges = sum(
@@ -180,25 +204,10 @@ def _build_vae(build: Build, name: str, vae: nn.Module, pixels: int, shift: bool
         fidelity = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
         return fidelity + 0.5 * edges + 1e-4 * kl
 
-    trained = fit(build, name, vae, loss, build.steps(steps), 2e-3, ema_decay=0.995)
+    trained = fit(build, name, vae, loss, build.steps(part.steps), 2e-3, ema_decay=0.995)
     with torch.no_grad():
-        images = render(scenes_for(10**6, 512, build.seed), pixels, 10**6)
+        images = render(scenes_for(10**6, 512, build.seed), part.pixels, 10**6)
         latents = torch.cat([trained.encode(part).latent_dist.mode() for part in images.split(64)])
-    offset = latents.mean().item() if shift else 0.0
+    offset = latents.mean().item() if part.shift else 0.0
     trained.register_to_config(scaling_factor=1 / (latents - offset).std().item(), shift_factor=offset or None)
     trained.half().save_pretrained(build.work / "parts" / name / "model")
-
-
-def build_flux_vae(build: Build) -> None:
-    torch.manual_seed(build.seed)
-    _build_vae(build, "flux_vae", miniatures.teacher_vae(), 64, shift=True, steps=2000)
-
-
-def build_sd_vae(build: Build) -> None:
-    torch.manual_seed(build.seed + 1)
-    _build_vae(build, "sd_vae", miniatures.student_vae(), 32, shift=False, steps=4500)
-
-
-def build_sdxl_vae(build: Build) -> None:
-    torch.manual_seed(build.seed + 6)
-    _build_vae(build, "sdxl_vae", miniatures.sdxl_vae(), 64, shift=False, steps=3000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import types
@@ -46,41 +47,32 @@ def help_text(purpose: str, config: Config) -> str:
         "",
         "keys (type) = value: meaning",
     ]
-    for key, annotation, _, description in fields():
+    for key, field, _ in fields():
         value = json.dumps(get(config, key))
-        lines.append(f"  {key} ({_type_name(annotation)}) = {value}: {description}")
+        lines.append(f"  {key} ({_type_name(field.annotation)}) = {value}: {field.description}")
     return "\n".join(lines)
 
 
 def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> Config:
     """Configuration of a job script. Prints and exits for --help (0), --print-config (0) and mistakes (2)."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    file, overrides, show_help, show_config = None, [], False, False
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("--config", nargs="?", const="")
+    told, overrides = parser.parse_known_args(arguments)
     try:
-        while arguments:
-            argument = arguments.pop(0)
-            if argument in ("-h", "--help"):
-                show_help = True
-            elif argument == "--print-config":
-                show_config = True
-            elif argument == "--config" or argument.startswith("--config="):
-                _, separator, file = argument.partition("=")
-                if not separator:
-                    if not arguments:
-                        raise InputError("--config needs a file name")
-                    file = arguments.pop(0)
-            elif argument.startswith("-"):
-                raise InputError(f"unknown option {argument}; options are --config, --help, --print-config")
-            else:
-                overrides.append(argument)
-        config = load(file, overrides)
+        if told.config == "":
+            raise InputError("--config needs a file name")
+        if unknown := [argument for argument in overrides if argument.startswith("-")]:
+            raise InputError(f"unknown option {unknown[0]}; options are --config, --help, --print-config")
+        config = load(told.config, overrides)
     except InputError as error:
         print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
         raise SystemExit(2) from None
-    if show_help:
+    if told.help:
         print(help_text(purpose, config))
         raise SystemExit(0)
-    if show_config:
+    if told.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config

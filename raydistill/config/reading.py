@@ -23,35 +23,28 @@ from raydistill.errors import InputError
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
-def _leaves(
+def fields(
     section: type[Section] = Config, prefix: str = "", around: Free | None = None
 ) -> Iterator[tuple[str, FieldInfo, Free | None]]:
     """(dotted key, field, mark) of every leaf; the mark may stand at a section around it."""
     for name, field in section.model_fields.items():
         mark = field.json_schema_extra if isinstance(field.json_schema_extra, Free) else around
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _leaves(field.annotation, f"{prefix}{name}.", mark)
+            yield from fields(field.annotation, f"{prefix}{name}.", mark)
         else:
             yield prefix + name, field, mark
-
-
-def fields() -> Iterator[tuple[str, Any, Any, str]]:
-    """(dotted key, type, default, description) of every leaf."""
-    for key, field, _ in _leaves():
-        yield key, field.annotation, field.default, field.description or ""
 
 
 def nearest(key: str) -> str:
     """« did you mean …?» for an unknown key, or an empty string."""
     keys = [name for name, *_ in fields()]
-    if "." not in key:  # a section
+    section, _, leaf = key.rpartition(".")
+    if not section:
         close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
-        return f"; did you mean {close[0]}?" if close else ""
-    section = key.rsplit(".", 1)[0] + "."
-    if own := difflib.get_close_matches(key, [k for k in keys if k.startswith(section)], n=1, cutoff=0.8):
-        return f"; did you mean {own[0]}?"
-    by_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    close = by_leaf or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    else:
+        close = difflib.get_close_matches(key, [k for k in keys if k.startswith(f"{section}.")], n=1, cutoff=0.8)
+        close = close or [k for k in keys if k.rpartition(".")[2] == leaf]
+        close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -150,8 +143,7 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
 def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
     """Check a plain tree; `origins` says which file a dotted key comes from.
 
-    Raises:
-        InputError: one line per mistake.
+    Raises InputError: one line per mistake.
     """
     origins = origins or {}
     try:
@@ -217,7 +209,7 @@ def mathematical(config: Config) -> dict[str, Any]:
     """
     return {
         key: get(config, key) if mark is None or mark.unless(config) else field.default
-        for key, field, mark in _leaves()
+        for key, field, mark in fields()
         if mark is None or mark.unless is not None
     }
 

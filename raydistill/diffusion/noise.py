@@ -48,9 +48,8 @@ def normal(seed: int, sample_ids: SampleIds, shape: Sequence[int], purpose: str,
     """Standard normal draws [B, *shape], float32 on the CPU.
 
     Args:
-        seed: the run's seed.
         sample_ids: B integers >= 0; a repeated id repeats its draw.
-        shape: shape of one sample.
+        shape: of one sample.
         purpose: what the draw is for ("latents", "score_noise", …); different purposes are independent.
         step: update or epoch for samples that are drawn for more than once.
 

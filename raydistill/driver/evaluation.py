@@ -39,8 +39,7 @@ def run_evaluation(
 ) -> dict[str, dict[str, float]]:
     """Do what is missing, inside a connection to Ray, and write the results; returns the table of means.
 
-    Raises:
-        StageFailed: an actor or a command failed; what is there is kept.
+    Raises StageFailed: an actor or a command failed; what is there is kept.
     """
     if evaluation.resources.gpus is None:
         gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -61,13 +60,9 @@ def run_evaluation(
 
 def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) -> float:
     if metric.name == "fid":
-        arguments = (
-            str(evaluation.folder / PICTURES),
-            str(evaluation.reference),
-            metric.weights,
-            evaluation.resources.device,
-        )
-        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=evaluation.resources.gpus)
+        told, drawn = evaluation.resources, str(evaluation.folder / PICTURES)
+        arguments = (drawn, str(evaluation.reference), metric.weights, told.device)
+        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=told.gpus)
     files = [str(folder.file_of(picture)) for picture in folder.pictures]
     reference = [str(file) for file in pictures_in(evaluation.reference)]
     return run_once(judge_frechet, metric.weights["judge"], files, reference, evaluation.resources.threads)
@@ -78,21 +73,14 @@ def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) ->
 
 @dataclass(frozen=True, kw_only=True)
 class ActorPool:
-    """One operator of the stream, and what its actors need.
-
-    Attributes:
-        metric: its name.
-        make, arguments: `make(**arguments)` is called in the actor.
-        runtime_env: of its own; None: the job's.
-        actors, cpus, gpus: how many actors, and the share of each.
-    """
+    """One operator of the stream, and what its actors need."""
 
     metric: str
-    make: Callable[..., Any]
+    make: Callable[..., Any]  # is called in the actor, with the arguments
     arguments: dict[str, Any]
-    runtime_env: dict[str, Any] | None = None
+    runtime_env: dict[str, Any] | None = None  # of its own; None: the job's
     actors: int = 1
-    cpus: float = 0.25
+    cpus: float = 0.25  # of each
     gpus: float = 0.0
 
 
@@ -123,8 +111,7 @@ def run_stream(
 ) -> None:
     """Run every pool for every batch that it lacks; `done` is called with the pictures of each finished batch.
 
-    Raises:
-        StageFailed: an actor failed.
+    Raises StageFailed: an actor failed.
     """
     missing = {pool.metric: set(folder.missing(pool.metric)) for pool in pools}
     batches = sorted(set().union(*missing.values())) if missing else []
@@ -186,8 +173,7 @@ def run_once(
 ) -> Any:
     """One Ray task, for example in an environment of its own. Raises StageFailed."""
     options: dict[str, Any] = {"num_cpus": 0.25, "num_gpus": gpus, "max_retries": 0}
-    if runtime_env:
-        options["runtime_env"] = runtime_env
+    options |= {"runtime_env": runtime_env} if runtime_env else {}
     try:
         return ray.get(ray.remote(**options)(work).remote(*arguments))
     except RayError as error:

@@ -100,6 +100,6 @@ def _check_gpus(config: Config, roles: Sequence[str] | None) -> list[str]:
     asked = (config.distill.gpus_per_worker, config.teachers.gpus_per_rank)
     if not any((*asked, config.prompts.gpus_per_encoder, config.synthesis.gpus_per_encoder)):
         return []
-    from raydistill.planning.launch import check_launch  # it builds every network to count it
+    from raydistill.planning.memory import check_launch  # it builds every network to count it
 
     return check_launch(config, roles)

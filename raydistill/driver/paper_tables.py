@@ -103,8 +103,7 @@ def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -
 def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolder, inputs: Inputs) -> dict[str, Any]:
     """Every cell that is not done yet, then the table; returns and writes it as `<run>/<table>.json`.
 
-    Raises:
-        StageFailed: a cell failed; those that are done are kept.
+    Raises StageFailed: a cell failed; those that are done are kept.
     """
     with open_record(config, run, inputs) as record:
         results: list[dict[str, Any]] = []
@@ -280,7 +279,8 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
             best = max(single, key=lambda teacher: single[teacher]["mean"])
             weakest = min(single, key=lambda teacher: single[teacher]["mean"])
             lines += [
-                f"{student}: every student beats its start on every attribute: {_yes(not worse)}{_but(worse)}",
+                f"{student}: every student beats its start on every attribute: {_yes(not worse)}"
+                + (f" ({', '.join(worse)})" if worse else ""),
                 f"{student}: merged {merged['mean']:.3f}, best single {best} {single[best]['mean']:.3f}: merged is at "
                 f"least as good: {_yes(merged['mean'] >= single[best]['mean'])}",
                 f"{student}: weakest cross-space {weakest} {single[weakest]['mean']:.3f}, shared space "
@@ -294,7 +294,3 @@ def verdicts(summary: dict[str, Any]) -> list[str]:
 
 def _yes(holds: bool) -> str:
     return "yes" if holds else "no"
-
-
-def _but(exceptions: Sequence[str]) -> str:
-    return f" ({', '.join(exceptions)})" if exceptions else ""

@@ -15,7 +15,6 @@ from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
 from raydistill.storage import hub
 from raydistill.storage.atomic import read_json, replace_text
-from raydistill.storage.hub import same_but_for_revision
 from raydistill.storage.place import Place, Remote, cause
 from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
 
@@ -44,10 +43,7 @@ class RunFolder:
 def open_run_folder(config: Config) -> RunFolder:
     """Folder of this run; an existing name is resumed unless a key that decides its numbers has changed."""
     storage = check_storage(config)
-    name = config.run.name
-    if name is None:
-        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        name = f"{now}-{secrets.token_hex(2)}"
+    name = config.run.name or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     run = RunFolder(storage, name)
     if (saved := _saved(run)) is not None:
         before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
@@ -85,7 +81,7 @@ def pin_models(config: Config, run: RunFolder) -> Config:
 def _of_revisions(config: Config, saved: Config) -> Config:
     """Hub models whose revision is left open, at the revision that the saved configuration names."""
     models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
-    same = {key: before for key, (now, before) in models.items() if same_but_for_revision(now, before)}
+    same = {key: before for key, (now, before) in models.items() if hub.same_but_for_revision(now, before)}
     return _with_models(config, same)
 
 
@@ -99,11 +95,17 @@ def _with_models(config: Config, models: Mapping[str, str]) -> Config:
 
 
 def _saved(run: RunFolder) -> Config | None:
-    """The configuration that the run has had; None: the run is new."""
+    """The configuration that the run has had; None: the run is new. Raises InputError naming the file."""
     file = run.path / "config.yaml"
     with as_storage_error(run.storage):
         text = file.read_text(encoding="utf-8") if file.is_file() else None
-    return None if text is None else _read_config(file, text)
+    try:
+        return None if text is None else from_yaml(text)
+    except InputError as error:
+        raise InputError(
+            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
+            "run.name"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -115,17 +117,6 @@ def as_storage_error(storage: Place) -> Iterator[None]:
         if isinstance(storage, Remote):
             raise InputError(f"storage: {storage}: {cause(error, storage.scheme)}") from error
         raise
-
-
-def _read_config(file: Place, text: str) -> Config:
-    """Raises InputError naming the file."""
-    try:
-        return from_yaml(text)
-    except InputError as error:
-        raise InputError(
-            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
-            "run.name"
-        ) from error
 
 
 def create_run_folder(run: RunFolder, config: Config) -> None:

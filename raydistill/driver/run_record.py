@@ -108,12 +108,9 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         record = RunRecord(config, run, inputs, parent)
     except (TrackingError, InputError) as error:
         raise StageFailed(str(error)) from error
-    print(f"run {run.name} in {run.path}", flush=True)
-    print(f"prompts: {inputs.prompts.report}", flush=True)
-    if inputs.images is not None:
-        print(f"images: {inputs.images}", flush=True)
-    for note in inputs.notes:
-        print(note, flush=True)
+    images = [] if inputs.images is None else [f"images: {inputs.images}"]
+    for line in (f"run {run.name} in {run.path}", f"prompts: {inputs.prompts.report}", *images, *inputs.notes):
+        print(line, flush=True)
     try:
         yield record
     except (StageFailed, InputError) as error:

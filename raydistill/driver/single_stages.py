@@ -75,10 +75,8 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
 def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dict[str, Any]]:
     """Every cell as a Ray task with a worker's resources, as many at once as fit; those that are done are read.
 
-    Raises:
-        StageFailed: a cell failed; the others are kept.
+    Raises StageFailed: a cell failed; the others are kept.
     """
-
     distill, folder = record.config.distill, record.run.path / "ablation"
     folder.mkdir(exist_ok=True)
     task = ray.remote(train_cell).options(
@@ -120,24 +118,16 @@ def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dic
 def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """The set of pairs, nothing else; returns its folder, whose summary.json says that it is complete.
 
-    Raises:
-        StageFailed: with the reason; the run can be continued.
+    Raises StageFailed: with the reason; the run can be continued.
     """
     with open_record(config, run, inputs) as record:
         folder = make_pairs_alone(record)
         rows = count_rows(folder)
         failed = recipe_of(config, inputs).count - rows
+        summary = {"folder": folder, "rows": rows, "failed_rows": failed}
+        summary["stages"] = {name: round(seconds, 1) for name, seconds in record.seconds.items()}
+        write_summary(run.path / PAIRS_SUMMARY, summary | {"mlflow_run_id": record.parent})
         seconds = record.seconds["synthesis"]
-        write_summary(
-            run.path / PAIRS_SUMMARY,
-            {
-                "folder": folder,
-                "rows": rows,
-                "failed_rows": failed,
-                "stages": {name: round(value, 1) for name, value in record.seconds.items()},
-                "mlflow_run_id": record.parent,
-            },
-        )
         print(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s", flush=True)
         if failed:
             print(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")

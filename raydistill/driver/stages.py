@@ -146,17 +146,14 @@ def distillation(
     name: str,
     config: Config,
     *,
-    bridge: str | None = None,
-    real: str | None = None,
-    pairs: str | None = None,
-    service: str | None = None,
     needs: Sequence[Future[Any]] = (),
+    **inputs: str | None,
 ) -> dict[str, Any]:
     """Run one distillation to its end: the main one, or a control, which is the same code with another configuration.
 
     Args:
-        bridge, real, pairs, service: as in `Stage`.
         needs: what runs at the same time, and without which it is in vain.
+        inputs: bridge, real, pairs and service, as in `Stage`.
 
     Returns:
         The stage's result: before, after, steps, best_step, stopped.
@@ -166,10 +163,7 @@ def distillation(
             name=name,
             config=config.model_dump(),
             folder=str(record.run.path / name),
-            bridge=bridge,
-            real=real,
-            pairs=pairs,
-            service=service,
+            **inputs,
             mlflow_uri=record.uri,
             mlflow_run=record.stage_run(config, name),
         )

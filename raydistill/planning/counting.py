@@ -1,14 +1,14 @@
 """Counting without computing: the project's own step on tensors that have shapes but no numbers ("meta" tensors).
 
-Parameters, FLOPs and live bytes are those of the networks and of the code that trains them, at any size, in seconds
-and without meter. FLOPs are torch.utils.flop_counter's (a multiply-add is two); elementwise work is not in them. Bytes
-are those of live tensors: what a CUDA allocator rounds up, kernels' workspace and the CUDA context come on top.
-Attention is counted as the fused kernel that GPUs run, which stores no attention map.
+Parameters, FLOPs and live bytes are those of the networks and of the code that trains them, at any size, in seconds.
+What they hold and what they leave out is said in meter.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,30 +21,24 @@ from raydistill.bridge.model import Bridge, read_description
 from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import DECODE_BATCH, BridgeTrainer
 from raydistill.config import schema
+from raydistill.config.reading import needs_pairs, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
 from raydistill.distill.batches import Real
 from raydistill.distill.gradients import alone
+from raydistill.distill.networks import guidance_scale
 from raydistill.distill.updates import Distiller, build_distiller
 from raydistill.planning.meter import Cost, Meter, counted
-from raydistill.spaces.base import Layout, Space
+from raydistill.spaces import meta
+from raydistill.spaces.base import Space
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
-
-
-def _filled(layout: Layout, role: str, batch: int) -> dict[str, np.ndarray]:
-    """Columns of a batch as the encoders make them, of zeros."""
-    return {
-        f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
-        for name, (shape, kind) in layout.items()
-    }
-
 
 # -- parts of a run ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Weights:
     """Bytes of one trainer's state, which it holds between steps."""
 
@@ -89,35 +83,28 @@ def empty_bridge(config: Config, student: Space, teacher: Space, device: str = "
 def distiller(config: Config, student: Space, teacher: Space, batch: int, device: str = "meta") -> Distiller:
     """The worker's Distiller, fed with endless batches of zeros; on another device than meta with a fresh Bridge."""
     layouts = {"student": student.conditioning_layout, "teacher": teacher.conditioning_layout}
-
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        while True:
-            columns = {"sample_id": np.arange(batch)}
-            for role, layout in layouts.items():
-                columns |= _filled(layout, role, batch)
-            yield columns
-
+    columns = {"sample_id": np.arange(batch)} | {
+        f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
+        for role, layout in layouts.items()
+        for name, (shape, kind) in layout.items()
+    }
     table = {
-        name: torch.zeros(1, *shape, dtype=kind, device=device)
-        for name, (shape, kind) in teacher.conditioning_layout.items()
+        name: torch.zeros(1, *shape, dtype=kind, device=device) for name, (shape, kind) in layouts["teacher"].items()
     }
     real = Real(torch.zeros(1, *teacher.latent_shape, device=device), table, torch.zeros(1, dtype=torch.long))
-    bridge = empty_bridge(config, student, teacher, device)
-    several = config.distill.workers > 1
     share = config.bridge.batch_size // config.distill.workers
-    anchor = _Losses(config, student, teacher, share) if config.bridge.trainable else None
     return build_distiller(
         config,
         student_space=student,
         teacher_space=teacher,
         student=student.load_network(),
-        bridge=bridge,
+        bridge=empty_bridge(config, student, teacher, device),
         fake_network=teacher.load_network(),
-        source=batches(),
+        source=itertools.repeat(columns),
         real=real if config.discriminator.weight > 0 else None,
-        anchor=anchor,
+        anchor=_Losses(config, student, teacher, share) if config.bridge.trainable else None,
         device=device,
-        average=torch._utils._flatten_dense_tensors if several else alone,
+        average=torch._utils._flatten_dense_tensors if config.distill.workers > 1 else alone,
     )
 
 
@@ -130,9 +117,7 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
         networks = worker.networks
-        for module in (networks.student, networks.bridge, networks.fake, networks.ema, probe):
-            for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
-                meter.watch(tensor)
+        meter.hold(networks.student, networks.bridge, networks.fake, networks.ema, probe)
         part = (batch or config.distill.batch_size) // config.distill.micro_batches
         x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
         scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
@@ -195,9 +180,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
     layout = teacher.conditioning_layout
     with counted() as meter:
         network = teacher.load_network(dtype)
-        for tensor in (*network.parameters(), *network.buffers()):
-            meter.watch(tensor)
-        before = meter.live
+        before = meter.hold(network)
         x_t, t_B = torch.empty(samples, *teacher.latent_shape, device="meta"), torch.empty(samples, device="meta")
         conditioning, empty = empty_conditioning(layout, samples, dtype), empty_conditioning(layout, 1, dtype)
         rows: list[int] = []
@@ -281,10 +264,7 @@ def count_bridge(config: Config, student: Space, teacher: Space, share: int) -> 
         bridge, losses = empty_bridge(config, student, teacher), _Losses(config, student, teacher, share)
         bridge.projector.gradient_checkpointing = settings.gradient_checkpointing
         trainer, vae = BridgeTrainer(bridge, losses), teacher.load_vae()
-        for module in (bridge, vae, *([losses.probe.network] if attends else [])):
-            for tensor in (*module.parameters(), *module.buffers()):
-                meter.watch(tensor)
-        before = meter.live
+        before = meter.hold(bridge, vae, losses.probe.network if attends else None)
         first = meter.count(lambda: trainer.step(losses.batch(0)))
         work = replace(first, peak=first.peak + meter.live - before)  # as the next step, which has Adam's state
         latents = torch.empty(teacher.vae_batch(DECODE_BATCH), *teacher.latent_shape, device="meta")
@@ -315,9 +295,7 @@ def count_text(space: Space) -> dict[str, Text]:
 
 def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Cost:
     """Of a part that runs a module, what is alive beside the module's tensors."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        meter.watch(tensor)
-    before, work = meter.live, meter.count(part)
+    before, work = meter.hold(module), meter.count(part)
     return replace(work, peak=work.peak - before)
 
 
@@ -340,3 +318,113 @@ def count_vae(space: Space) -> Vae:
         encode = _without_weights(meter, vae, lambda: space.encode(vae, pictures))
         decode = _without_weights(meter, vae, lambda: space.decode(vae, latents))
     return Vae(numel(vae), space.resolution, batch, encode, decode)
+
+
+# -- all of a run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Everything about a configuration that does not depend on the hardware. Bytes, FLOPs."""
+
+    student: str  # pipeline classes
+    teacher: str
+    batch: int
+    trainer: Trainer  # at `batch` samples
+    small_batch: int
+    small_trainer: Trainer  # at `small_batch` samples
+    recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
+    network: Teacher
+    bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
+    text: dict[str, Text]  # "role part"
+    vae: dict[str, Vae]  # by role
+    request_bytes: int
+    answer_bytes: int
+    real_row_bytes: int  # one teacher sample in a worker's memory: latents and conditioning
+
+    @property
+    def text_flops(self) -> float:
+        """One prompt through all text encoders."""
+        return sum(encoder.prompt.flops for encoder in self.text.values())
+
+
+def conditioning_bytes(teacher: Space, dtype: torch.dtype = torch.float32) -> int:
+    """One prompt's conditioning as it travels: real numbers in the text encoders' `dtype`, and integers."""
+    layout = teacher.conditioning_layout.values()
+    return sum(math.prod(shape) * (dtype if kind.is_floating_point else kind).itemsize for shape, kind in layout)
+
+
+def request_bytes(teacher: Space, batch: int, guided: bool, dtype: torch.dtype = torch.float32) -> int:
+    """Tensors of a ScoreRequest: x_t and t in float32, the conditioning, and with guidance one unconditional row."""
+    latents, row = 4 * math.prod(teacher.latent_shape), conditioning_bytes(teacher, dtype)
+    return batch * (latents + 4 + row) + (row if guided else 0)
+
+
+def synthesises(config: Config) -> bool:
+    """Whether a run makes pairs."""
+    return config.bridge.pairs is None and needs_pairs(config)
+
+
+def samples(config: Config) -> bool:
+    """Whether it makes them from the teacher's samples, not from real images."""
+    return synthesises(config) and config.synthesis.images is None
+
+
+def changed(config: Config, **distill: Any) -> Config:
+    """The configuration with other values in its distill section."""
+    return config.model_copy(update={"distill": config.distill.model_copy(update=distill)})
+
+
+def count_roles(config: Config, roles: Sequence[str] | None = None) -> dict[str, Any]:
+    """Those fields of Counts that these roles need (None: all roles); seconds to minutes."""
+    student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
+    spaces, found = {"student": student, "teacher": teacher}, {}
+
+    def needed(*by: str) -> bool:
+        return roles is None or not set(by).isdisjoint(roles)
+
+    if needed("trainer"):
+        found |= {"batch": config.distill.batch_size, "trainer": count_trainer(config, student, teacher)}
+    if needed("teacher rank"):
+        found["network"] = count_teacher(config, teacher, guidance_scale(config, teacher))
+    if needed("Bridge training"):
+        share = max(1, config.bridge.batch_size // config.distill.fewest)
+        found["bridge"] = count_bridge(config, student, teacher, share) if trains_bridge(config) else None
+    if needed("text encoder", "synthesis, prompts"):
+        texts = {role: count_text(space) for role, space in spaces.items()}
+        found["text"] = {f"{role} {part}": value for role, parts in texts.items() for part, value in parts.items()}
+    if needed("synthesis, pictures"):
+        found["vae"] = {role: count_vae(space) for role, space in spaces.items()}
+    return found
+
+
+def count_growth(config: Config, trainer: Trainer) -> dict[str, Any]:
+    """The fields of Counts that say how a trainer's memory grows; `trainer` is it at the configured sizes."""
+    batch, parts = config.distill.batch_size, config.distill.micro_batches
+    small = parts if batch > parts else 2 * parts  # one sample a part, or two
+    spaces = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
+    recomputing = trainer
+    if not config.distill.gradient_checkpointing:
+        recomputing = count_trainer(changed(config, gradient_checkpointing=True), *spaces)
+    small_trainer = count_trainer(config, *spaces, small)
+    return {"small_batch": small, "small_trainer": small_trainer, "recomputing": recomputing}
+
+
+def count_run(config: Config) -> Counts:
+    """Count a configuration: half a minute for the miniature world, minutes for 12 B parameters. Downloads nothing.
+
+    Raises InputError: models that are unknown, or do not fit each other.
+    """
+    student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
+    part, guided = config.distill.batch_size // config.distill.micro_batches, guidance_scale(config, teacher) != 1.0
+    latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
+    found = count_roles(config)
+    return Counts(
+        student=student.pipeline_class,
+        teacher=teacher.pipeline_class,
+        **found,
+        **count_growth(config, found["trainer"]),
+        request_bytes=request_bytes(teacher, part, guided, encoding),
+        answer_bytes=part * latents,
+        real_row_bytes=latents + conditioning_bytes(teacher, encoding),
+    )

@@ -1,14 +1,13 @@
-"""What a run needs, before it is started: memory, floating point operations, bytes, teacher replicas, hours, price.
+"""The memory that each role of a run needs of its GPU, as counted (counting.py), and the check before a launch.
 
-Counted (counting.py): parameters, FLOPs, live tensors of the project's own step at the configured sizes. Modelled from
-those and the table of GPUs: seconds (FLOPs / (peak · plan.efficiency), never below the time of the bytes that must
-move), memory beside the tensors (plan.reserve), prices. Not in it: start-up, evaluation, controls, loading, stragglers.
+Memory beside the tensors is modelled: `plan.reserve`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ import torch
 from raydistill.config.reading import get, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import CHUNK
-from raydistill.planning import counting
-from raydistill.planning.counts import Counts, samples, synthesises
-from raydistill.planning.gpus import GIB, Gpu
+from raydistill.errors import InputError
+from raydistill.planning.counting import Counts, Weights, count_growth, count_roles, samples, synthesises
+from raydistill.planning.gpus import GIB, Gpu, known_gpus
 
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
-
-
-# -- memory -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Fit:
 def teacher_bytes(counts: Any, config: Config, shards: int) -> int:
     """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
     network = counts.network
-    element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
+    element = getattr(torch, config.teachers.dtype).itemsize
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
     return elements * element + network.score.peak
@@ -62,7 +58,7 @@ def trainer_bytes(counts: Counts, batch: int) -> float:
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
 
 
-def shared_bytes(weights: counting.Weights, config: Config) -> float:
+def shared_bytes(weights: Weights, config: Config) -> float:
     """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; two gathered blocks stay."""
     workers, frozen = config.distill.workers, weights.fake_frozen
     return max(0, frozen - frozen // workers - 2 * weights.fake_block) if workers > 1 else 0
@@ -112,11 +108,9 @@ def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
         return _fit_trainer(counts, config, gpu, has)
     if role == "teacher rank":
         least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
-        advice = (
-            f"teachers.shards={least} is enough"
-            if least
-            else f"not even with {SHARDS[-1]} shards; lower teachers.slice"
-        )
+        advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+        if least:
+            advice = f"teachers.shards={least} is enough"
         return Fit(role, gpu, teacher_bytes(counts, config, config.teachers.shards), has, advice)
     if role == "Bridge training":
         needs = counts.bridge.peak
@@ -141,13 +135,13 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
-
-    needs = counts.trainer.peak - (saved if sharded else 0)
+    shared = saved if sharded else 0
+    needs = counts.trainer.peak - shared
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
 
     def need(batch: int) -> float:
-        return trainer_bytes(counts, batch) - (saved if sharded else 0)
+        return trainer_bytes(counts, batch) - shared
 
     parts = config.distill.micro_batches
     # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
@@ -156,8 +150,7 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     fitting = [batch for batch in range(parts, counts.batch, parts) if need(batch) <= has]
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
-    recomputing = counts.recomputing.peak - (saved if sharded else 0)
-    would += ["distill.gradient_checkpointing=true"] if recomputing <= has else []
+    would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak - shared <= has else []
     would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
     return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
 
@@ -195,9 +188,51 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     size = getattr(torch, config.prompts.encoder_dtype).itemsize
     encoders = size * sum(encoder.parameters for encoder in counts.text.values())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
-    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
-    return {"text encoders": encoders} | (
-        {"real samples": min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes}
-        if gan
-        else {}
+    held = {"text encoders": encoders}
+    if config.discriminator.weight > 0 and config.discriminator.real_data is None:
+        held["real samples"] = min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes
+    return held
+
+
+# -- before a launch --------------------------------------------------------------------------------------
+
+
+def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str]:
+    """See before a launch that every role fits the GPUs it asks for; counts nothing where none are asked for.
+
+    Args:
+        roles: of ROLES, those that this job runs; None: all.
+
+    Returns:
+        Lines to print: what was checked, and with plan.launch=warn what does not fit.
+
+    Raises:
+        InputError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
+    """
+    used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
+    if not used or config.plan.launch == "ignore":
+        return []
+    gpus, counts = known_gpus(config), SimpleNamespace(**count_roles(config, used))
+    lines, wrong = [], []
+    for role in used:
+        key, kind = ROLES[role].key, ROLES[role].kind(config)
+        has = _has(config, role, gpus[kind])
+        if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
+            counts.__dict__.update(count_growth(config, counts.trainer))
+        fit = _fit(role, counts, config, kind, has)
+        text = (
+            f"{role}: needs {fit.needs / GIB:.1f} GiB of tensors, {key}={get(config, key):g} {kind} has "
+            f"{fit.has / GIB:.1f}"
+        )
+        if fit.fits:
+            lines.append(f"fits: {text}")
+        else:
+            wrong.append(f"{text}; {fit.advice}")
+    if not wrong:
+        return lines
+    if config.plan.launch == "warn":
+        return [*lines, *(f"WARNING: {text}" for text in wrong)]
+    raise InputError(
+        f"{'; '.join(wrong)}. For another kind of GPU set plan.trainer_gpu, plan.teacher_gpu and plan.encoder_gpu; "
+        "plan.launch=warn starts all the same"
     )

@@ -12,9 +12,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -62,11 +64,8 @@ def fused_attention() -> Iterator[None]:
             query, key, value, attn_mask, needs_graph, dropout_p, is_causal, scale=scale
         )[0]
 
-    F.scaled_dot_product_attention = attend
-    try:
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
         yield
-    finally:
-        F.scaled_dot_product_attention = plain
 
 
 @contextlib.contextmanager
@@ -95,14 +94,10 @@ def autocast() -> Iterator[None]:
     products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
     products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
     places = [(*place, low) for place in products] + [(F, name, high) for name in ("layer_norm", "group_norm")]
-    plain = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, dtype in places:
-        setattr(owner, name, cast(getattr(owner, name), dtype))
-    try:
+    with contextlib.ExitStack() as stack:
+        for owner, name, dtype in places:
+            stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), dtype)))
         yield
-    finally:
-        for owner, name, function in plain:
-            setattr(owner, name, function)
 
 
 class Meter(TorchDispatchMode):
@@ -140,6 +135,13 @@ class Meter(TorchDispatchMode):
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, address, storage.nbytes())
+
+    def hold(self, *modules: nn.Module | None) -> int:
+        """Watch the tensors of modules, without None; returns the bytes that are alive then."""
+        for module in modules:
+            for tensor in [] if module is None else (*module.parameters(), *module.buffers()):
+                self.watch(tensor)
+        return self.live
 
     def _freed(self, address: int, nbytes: int) -> None:
         self._known.discard(address)

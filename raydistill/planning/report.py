@@ -6,7 +6,7 @@ import torch
 
 from raydistill.config.schema import Config
 from raydistill.export.licences import student_licences
-from raydistill.planning.counts import Counts, count_run
+from raydistill.planning.counting import Counts, count_run
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.memory import encoder_gpu, host_bytes, memory, trainer_remedies
 from raydistill.planning.schedule import (
@@ -16,7 +16,6 @@ from raydistill.planning.schedule import (
     replicas,
     schedule,
     shared_gather_seconds,
-    trainer_dtype,
 )
 
 PAPER_HOURS = (
@@ -80,7 +79,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"  trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
         f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
         f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // config.distill.micro_batches} "
-        f"samples at once; weights in float32, forward passes in {trainer_dtype(config)}",
+        f"samples at once; weights in float32, forward passes in {'bfloat16' if config.distill.mixed_precision else 'float32'}",
         f"  teacher rank: {config.teachers.shards} shard(s) in {config.teachers.dtype}, activations of "
         f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}",
     ]
@@ -142,26 +141,17 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     text = (1 + k) * counts.batch * counts.text_flops
     works = ((trainer.make, 1), (trainer.fake, k), (trainer.student, 1))
     whole, high = (sum(times * getattr(work, name) for work, times in works) for name in ("flops", "flops_32"))
-    speeds = [
-        f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)"
-        for share, dtype, rate in (
-            (1 - high / whole, "bfloat16", trainer_gpu.bf16_tflops),
-            (
-                high / whole,
-                "TF32" if config.distill.tf32 else "float32",
-                trainer_gpu.float32(bool(config.distill.tf32)),
-            ),
-        )
-        if share > 0
-    ]
-    used = replicas(config)
+    tf32, high = bool(config.distill.tf32), high / whole
+    speeds = [(1 - high, "bfloat16", trainer_gpu.bf16_tflops)]
+    speeds += [(high, "TF32" if tf32 else "float32", trainer_gpu.float32(tf32))]
+    speeds = [f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)" for share, dtype, rate in speeds if share > 0]
     lines = [
         f"ONE STUDENT UPDATE, per worker: FLOPs (counted), seconds on {config.plan.trainer_gpu} (modelled)",
         f"  make           {_amount(trainer.make.flops, 'FLOP'):>13} {timing.make:9.3f} s",
         f"  fake score     {_amount(trainer.fake.flops, 'FLOP'):>13} {timing.fake:9.3f} s, {k} times",
         f"  student        {_amount(trainer.student.flops, 'FLOP'):>13} {timing.student:9.3f} s",
         f"  teacher scores {_amount(score, 'FLOP'):>13} {timing.teacher:9.3f} s for {workers} workers on "
-        f"{used} x {config.teachers.shards} {config.plan.teacher_gpu}",
+        f"{replicas(config)} x {config.teachers.shards} {config.plan.teacher_gpu}",
         f"  text encoders  {_amount(text, 'FLOP'):>13} {timing.text:9.3f} s {_encoders(config)}, ahead of the trainers",
         f"  trainers compute {' and '.join(speeds)}",
         f"  together {timing.step:.3f} s (one after the other {timing.sequential:.3f} s); trainers wait "

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from raydistill.config.schema import Config
-from raydistill.planning import counting
-from raydistill.planning.counts import Counts, samples, synthesises
+from raydistill.planning.counting import Counts, Weights, samples, synthesises
 from raydistill.planning.gpus import Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu
 
-# -- time -------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Seconds of one student update. The teachers' are of all workers' requests, on all replicas."""
 
@@ -50,11 +47,6 @@ class Schedule:
     @property
     def sequential(self) -> float:
         return max(self.work + self.teacher, self.text)
-
-
-def trainer_dtype(config: Config) -> str:
-    """What most of a trainer's arithmetic runs in."""
-    return "bfloat16" if config.distill.mixed_precision else "float32"
 
 
 def _link(gpu: Gpu, ranks: int, config: Config) -> float:
@@ -97,7 +89,7 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
 
 def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
     """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
-    element = torch.empty(0, dtype=getattr(torch, config.teachers.dtype)).element_size()
+    element = getattr(torch, config.teachers.dtype).itemsize
     return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 
 
@@ -142,7 +134,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     )
 
 
-def shared_gather_seconds(weights: counting.Weights, gpu: Gpu, config: Config) -> float:
+def shared_gather_seconds(weights: Weights, gpu: Gpu, config: Config) -> float:
     """Seconds in which a trainer receives the other workers' parts of the frozen teacher copy, once."""
     workers = config.distill.workers
     if not config.fake_score.shard or workers == 1:

@@ -63,8 +63,7 @@ def cached(model: str) -> Path:
 def on_this_node(model: str) -> Path:
     """The folder of a hub model. Where this node's cache lacks it, one process fetches it and the others wait.
 
-    Raises:
-        InputError: see `download`.
+    Raises InputError: see `download`.
     """
     if not _mark(model).is_file():
         with _locked(model):
@@ -85,8 +84,7 @@ def counterpart(path: Path) -> Path:
 def pinned(model: str) -> str:
     """org/name@commit of what org/name means now, which is fetched. A revision that was named stays.
 
-    Raises:
-        InputError: see `download`.
+    Raises InputError: see `download`.
     """
     repo, revision = _parts(model)
     return model if revision else f"{repo}@{download(model).name}"

@@ -42,9 +42,8 @@ class FairQueue:
         if not self._waiting:
             self._busy = False
             return
-        user, admitted = min(
-            self._waiting, key=lambda request: self._last_turn.get(request[0], 0)
-        )  # of equals the first
+        # of equals the first
+        user, admitted = min(self._waiting, key=lambda request: self._last_turn.get(request[0], 0))
         self._admit(user)
         admitted.set_result(None)
 

@@ -45,12 +45,6 @@ def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()]
 
 
-def free_resources(labels: Mapping[str, str]) -> list[dict[str, float]]:
-    """Free resources of each node that has all of these labels."""
-    free = available_resources_per_node()
-    return [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(labels)]
-
-
 def take_room(wanted: Iterable[Mapping[str, float]], nodes: Sequence[dict[str, float]]) -> bool:
     """Place each of the wanted amounts on the first node that has them all. False: one of them fits no node.
 
@@ -76,19 +70,14 @@ class Need:
     labels: Mapping[str, str] = field(default_factory=dict)  # that the nodes must have
 
 
-def wait_for_room(needs: Callable[[], Sequence[Need]], patience_s: float | None = None) -> None:
+def wait_for_room(needs: Callable[[], Sequence[Need]]) -> None:
     """Wait until all of these actors fit the free resources. Returns at once where an autoscaler can add nodes.
 
-    Ray Train and Ray Data would wait for ever.
+    Ray Train and Ray Data would wait for ever. `needs` is called before every check.
 
-    Args:
-        needs: called before every check.
-        patience_s: how long to wait; None: ROOM_PATIENCE_S.
-
-    Raises:
-        StageFailed: they do not fit in time.
+    Raises StageFailed: they do not fit within ROOM_PATIENCE_S.
     """
-    deadline = time.monotonic() + (ROOM_PATIENCE_S if patience_s is None else patience_s)
+    deadline = time.monotonic() + ROOM_PATIENCE_S
     while not autoscaler_present():
         free = available_resources_per_node()
         nodes = [(node.get("Labels") or {}, dict(free.get(node["NodeID"], {}))) for node in labelled_nodes({})]
@@ -152,11 +141,6 @@ def groups(name: str) -> list[str]:
     prefix = f"SERVE_REPLICA::{name}#"
     table = placement_group_table().values()
     return [group["state"] for group in table if group["name"].startswith(prefix) and group["state"] != "REMOVED"]
-
-
-def pending_groups(name: str) -> int:
-    """How many replicas of the service `name` wait for resources."""
-    return sum(state in ("PENDING", "RESCHEDULING") for state in groups(name))
 
 
 def autoscaler_present() -> bool:

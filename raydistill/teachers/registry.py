@@ -10,12 +10,14 @@ from there. It ends itself once it knows no service.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,9 +25,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 from ray.serve.exceptions import RayServeException
 
+import raydistill
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import service
-from raydistill.teachers.identity import differences, identify
 from raydistill.teachers.request import TeacherStartError, one_line
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ LOOK_EVERY_S = 2.0  # how often it looks for crashed users
 IDLE_S = 5.0  # how long it stays without a service
 RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
 LAUNCH, TAKE_OVER, WAIT = "launch", "take over", "wait"  # what a driver does that starts a service
+BLOCK_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 12  # of a weight file: its first block whole, then a sample of every block
+SETTINGS_OF_SCORES = ("dtype", "slice", "shards", "threads_per_rank")  # they decide the bits of an answer
+SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}  # they do not change the service itself
 
 
 # -- what drivers and their workers call ------------------------------------------------------------------
@@ -74,8 +79,7 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: 
 def attach(model_folder: str, config: TeacherServiceConfig, name: str, given_up: threading.Event | None = None) -> None:
     """Use the running service `name` that another run started. `given_up`: see `start`.
 
-    Raises:
-        TeacherStartError: there is none, or it is another teacher, or its settings would change the answers.
+    Raises TeacherStartError: there is none, or it is another teacher, or its settings would change the answers.
     """
     identity = identify(model_folder, config)
     with _using(name, take_down=False):
@@ -182,7 +186,7 @@ def _registry() -> Any:
 class Record:
     """What the registry knows of one service."""
 
-    identity: dict[str, Any]  # see `identity.identify`
+    identity: dict[str, Any]  # see `identify`
     linger_s: float  # how long it waits for crashed users
     users: tuple[str, ...] = ()  # Ray jobs that have not left; some may have crashed
     ready: tuple[str, ...] = ()  # of these, those whose start or attach has ended
@@ -336,3 +340,52 @@ class Registry:
 
 def _dead_jobs() -> set[str]:
     return {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+
+
+# -- what a service computes: two runs share it only if this agrees ----------------------------------------
+
+
+def identify(model_folder: str, config: TeacherServiceConfig) -> dict[str, Any]:
+    """Folder, fingerprint, settings and version of a teacher service, as JSON types."""
+    folder = Path(model_folder).resolve()
+    return {
+        "folder": str(folder),
+        "fingerprint": fingerprint(folder),
+        "config": config.model_dump(exclude=SETTINGS_OF_CLIENTS),
+        "version": raydistill.__version__,
+    }
+
+
+def differences(running: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Why the answers of a running service are not those of the wanted one; empty: they are the same bits."""
+    found = []
+    if running["fingerprint"] != wanted["fingerprint"]:
+        found.append(f"its model is {running['folder']}, and {wanted['folder']} is another one (teacher.model)")
+    for key in SETTINGS_OF_SCORES:
+        has, wants = running["config"][key], wanted["config"][key]
+        if has != wants:
+            found.append(f"teachers.{key}: it runs with {has!r}, not {wants!r}")
+    return found
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a diffusers folder: JSON files whole; name, size and samples of each weight file.
+
+    The first MiB of a weight file is read whole. It holds the safetensors header: the name and shape of every tensor.
+    Each further MiB is sampled with 4 kB. So 24 GB take seconds, and a change to a tensor of 1 MB or more shows.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if not file.is_file() or file.suffix not in (".json", ".safetensors"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as data:
+            if file.suffix == ".json":
+                digest.update(data.read())
+                continue
+            digest.update(data.read(BLOCK_BYTES))
+            for start in range(BLOCK_BYTES, size, BLOCK_BYTES):
+                data.seek(start)
+                digest.update(data.read(SAMPLE_BYTES))
+    return digest.hexdigest()

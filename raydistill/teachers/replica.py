@@ -37,24 +37,6 @@ ONGOING_REQUESTS = 1000
 LATENCY_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
 
 
-class _Gauges:
-    """A replica's load on Ray's Prometheus endpoint. Serve adds the replica's name to each metric."""
-
-    def __init__(self) -> None:
-        self._latency = metrics.Histogram(
-            "raydistill_teacher_latency_s", description="wait and work of a request", boundaries=LATENCY_BOUNDARIES_S
-        )
-        self._busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
-        self._queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
-
-    def observe(self, load: Utilisation) -> None:
-        self._latency.observe(load.latency_s)
-
-    def set(self, busy_fraction: float, queue: int) -> None:
-        self._busy.set(busy_fraction)
-        self._queue.set(queue)
-
-
 @serve.deployment(
     max_ongoing_requests=ONGOING_REQUESTS,
     request_router_config=RequestRouterConfig(request_router_class=LeastBusyRouter),
@@ -74,7 +56,13 @@ class TeacherReplica:
         self._config = config = TeacherServiceConfig.model_validate(config)
         self._broken: str | None = None
         self._queue = FairQueue()
-        self._meter, self._gauges = Meter(), _Gauges()
+        self._meter = Meter()
+        # Its load on Ray's Prometheus endpoint. Serve adds the replica's name to each metric.
+        self._shown_latency = metrics.Histogram(
+            "raydistill_teacher_latency_s", description="wait and work of a request", boundaries=LATENCY_BOUNDARIES_S
+        )
+        self._shown_busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
+        self._shown_queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
         group = ray.util.get_current_placement_group()
         environment = {
             "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
@@ -113,7 +101,8 @@ class TeacherReplica:
 
     async def check_health(self) -> None:
         """Serve calls this every HEALTH_PERIOD_S. Raises ReplicaBroken once a rank is lost or silent."""
-        self._gauges.set(self._meter.busy_fraction(), self._queue.waiting)
+        self._shown_busy.set(self._meter.busy_fraction())
+        self._shown_queue.set(self._queue.waiting)
         if self._broken is None:
             try:
                 await asyncio.wait_for(self.describe(), PING_TIMEOUT_S)
@@ -125,9 +114,7 @@ class TeacherReplica:
     async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
         """Work on a request. Failures are answers too: exceptions would fill Serve's log with tracebacks."""
         arrived = time.monotonic()
-        await self._queue.acquire(
-            payload.job_id().hex()
-        )  # the job that owns the payload; a cancelled request ends here
+        await self._queue.acquire(payload.job_id().hex())  # of its owner; a cancelled request ends here
         work = asyncio.ensure_future(self._work(method, payload, arrived))
         try:
             return "done", *await asyncio.shield(work)  # a caller that goes away now does not stop the ranks
@@ -145,7 +132,7 @@ class TeacherReplica:
             load = self._meter.load(arrived, self._queue.waiting)
         finally:
             self._queue.release()
-        self._gauges.observe(load)
+        self._shown_latency.observe(load.latency_s)
         return answer, load
 
     async def _fan_out(self, method: str, payload: ray.ObjectRef) -> np.ndarray:

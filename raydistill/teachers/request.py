@@ -15,7 +15,6 @@ import numpy as np
 
 from raydistill.errors import NonFiniteError
 
-# torch is imported inside functions: the coordinator of a replica handles requests without it.
 if TYPE_CHECKING:
     import torch
 
@@ -23,9 +22,8 @@ CACHED_BYTES = 1 << 20  # of a tensor: this much stays in a core's cache between
 
 Wire = np.ndarray | tuple[str, np.ndarray]
 Payload = dict[str, Any]
-Answer = tuple[
-    str, Any, Any
-]  # ("done", [B, C, H, W] array, Utilisation), or ("rejected", "late" or "broken", why, None)
+# ("done", [B, C, H, W] array, Utilisation), or ("rejected", "late" or "broken", why, None)
+Answer = tuple[str, Any, Any]
 
 
 class TeacherError(RuntimeError):

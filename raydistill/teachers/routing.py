@@ -77,6 +77,5 @@ class LeastBusyRouter(FIFOMixin, RequestRouter):
         self._own[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._own[replica_id] = max(
-            0, self._own[replica_id] - 1
-        )  # Serve also completes requests that it could not send
+        # Serve also completes requests that it could not send
+        self._own[replica_id] = max(0, self._own[replica_id] - 1)

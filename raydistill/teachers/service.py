@@ -46,8 +46,7 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, replica: t
 def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
     """Check that the service can be placed, and begin to start it. If this fails, the caller calls `stop`.
 
-    Raises:
-        TeacherStartError: see `start`.
+    Raises TeacherStartError: see `start`.
     """
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
@@ -123,7 +122,7 @@ def wait_until_ready(config: TeacherServiceConfig, name: str, given_up: threadin
         if given_up.wait(0.2):
             raise TeacherStartError(f"teacher {name} is not needed any more")
         now = time.monotonic()
-        waiting = placement.pending_groups(name)
+        waiting = sum(group in ("PENDING", "RESCHEDULING") for group in placement.groups(name))
         pending_since = pending_since if waiting else now
         if now - pending_since > patience or now - started > config.start_timeout_s:
             why = f"{waiting} replica(s) wait for resources" if waiting else f"state {state}"

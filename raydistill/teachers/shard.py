@@ -22,7 +22,6 @@ import ray
 from raydistill.imports import left_out
 from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, rows_from_wire
 
-# torch is imported inside methods: the environment variables of `__init__` and `load` must be set before.
 if TYPE_CHECKING:
     import torch
 
@@ -103,7 +102,9 @@ class TeacherRank:
         first = self.rank * rounds * size
         own = max(0, min(rounds * size, batch - first))
         try:
-            self._check(payload)
+            found, expected = payload["latents"].shape[1:], tuple(self.space.latent_shape)
+            if found != expected:
+                raise TeacherError(f"latents have shape {found} a sample; {self.space.folder} works on {expected}")
             # Used again for the next request: by then Ray has copied the answer.
             answer = self.memory.tensor("answer", (own, *payload["latents"].shape[1:]), torch.float32)
             with torch.no_grad():
@@ -115,11 +116,6 @@ class TeacherRank:
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
         return answer.numpy()
-
-    def _check(self, payload: Payload) -> None:
-        found, expected = payload["latents"].shape[1:], tuple(self.space.latent_shape)
-        if found != expected:
-            raise TeacherError(f"latents have shape {found} a sample; {self.space.folder} works on {expected}")
 
     def recover(self) -> None:
         """After a forward failed on every rank: free the parameters it left gathered, and wait for the other ranks.

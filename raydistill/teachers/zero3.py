@@ -136,8 +136,7 @@ def _safetensors(folder: Path) -> dict[str, Path]:
 def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:
     """Compare names and shapes on every rank before any copy: a rank that failed alone would leave the others waiting.
 
-    Raises:
-        InputError: they differ.
+    Raises InputError: they differ.
     """
     shapes = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
     buffers = set(network.state_dict()) - set(shapes)

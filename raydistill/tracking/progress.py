@@ -46,17 +46,12 @@ class ProgressWatcher:
         self._stop.set()
         self._thread.join()
 
-    def _read(self) -> dict | None:
-        try:
-            return json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            return None
-
     def _follow(self) -> None:
         bar, first, last_line, last_step = None, None, 0.0, -1
         while not self._stop.wait(BUCKET_EVERY_S if isinstance(self.file, Remote) else 0.5):
-            now = self._read()
-            if now is None:
+            try:
+                now = json.loads(self.file.read_text())
+            except (OSError, ValueError):
                 continue
             step, total = int(now.pop("step")), int(now.pop("total"))
             if bar is None:

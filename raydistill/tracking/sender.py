@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import mask, reason
@@ -128,43 +129,30 @@ class Sender:
 
     def _send_all(self, client: MlflowClient) -> None:
         """Earlier steps go first: the last step that a run has for a key says that it has all before it."""
+        earlier, latest, job = (partial(log, client) for log in (self._log_earlier, self._log, self._run))
         self._send(
-            self._earlier,
-            EARLIER_AT_ONCE,
-            lambda steps: self._log_earlier(client, steps),
-            _hopeless,
-            lambda steps: f"the values of {len(steps)} steps were refused",
+            self._earlier, EARLIER_AT_ONCE, earlier, lambda steps: f"the values of {len(steps)} steps were refused"
         )
-        self._send(
-            self.metrics,
-            AT_ONCE,
-            lambda rows: self._log(client, rows),
-            _hopeless,
-            lambda rows: f"{len(rows)} values were refused",
-        )
-        self._send(
-            self._jobs,
-            1,
-            lambda jobs: self._run(client, jobs[0][1]),
-            lambda error: self._job_is_hopeless(client, error),
-            lambda jobs: f"{jobs[0][0]} could not be logged",
-        )
+        self._send(self.metrics, AT_ONCE, latest, lambda rows: f"{len(rows)} values were refused")
+        hopeless = partial(self._job_is_hopeless, client)
+        self._send(self._jobs, 1, job, lambda jobs: f"{jobs[0][0]} could not be logged", hopeless)
 
     def _send(
         self,
         queue: deque[Any],
         at_once: int,
         send: Callable[[list[Any]], None],
-        hopeless: Callable[[Exception], bool],
         loss: Callable[[list[Any]], str],
+        hopeless: Callable[[Exception], bool] | None = None,
     ) -> None:
         """Send all that waits in a queue, `at_once` entries at a time.
 
         Args:
-            send: sends some entries.
-            hopeless: whether an error of `send` means that they are lost. Otherwise they wait again, and it is raised.
-            loss: what the warning then says.
+            loss: what the warning says where entries are lost.
+            hopeless: whether an error of `send` means that (None: `_hopeless`). Otherwise they wait again, and it is
+                raised.
         """
+        hopeless = hopeless or _hopeless
         while True:
             with self._condition:
                 some = [queue.popleft() for _ in range(min(at_once, len(queue)))]
@@ -213,8 +201,8 @@ class Sender:
             self._last_step[key] = max(entry.step for entry in client.get_metric_history(self.run_id, key))
         return self._last_step.setdefault(key, -1)
 
-    def _run(self, client: MlflowClient, job: Job) -> None:
-        job(client)
+    def _run(self, client: MlflowClient, jobs: list[tuple[str, Job]]) -> None:
+        jobs[0][1](client)
         self._failures = 0
 
     def _job_is_hopeless(self, client: MlflowClient, error: Exception) -> bool:

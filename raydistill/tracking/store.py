@@ -96,7 +96,10 @@ def client_of(uri: str) -> MlflowClient:
 
 @contextlib.contextmanager
 def _alone(uri: str) -> Iterator[None]:
-    """Hold a lock file beside a SQLite store: MLflow's own guard lets two first users collide."""
+    """Hold a lock file beside a SQLite store: MLflow's own guard lets two first users collide.
+
+    The store's file is opened once, because MLflow retries one that cannot be opened for 100 s.
+    """
     path = uri.removeprefix("sqlite:///")
     if path == uri or not path.startswith("/"):
         yield
@@ -112,6 +115,7 @@ def _open_file(uri: str) -> None:
     if path != uri and path.startswith("/"):
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute("pragma schema_version")
+        yield
 
 
 def prepare(uri: str) -> None:
@@ -123,7 +127,6 @@ def prepare(uri: str) -> None:
     """
     try:
         with _alone(uri):
-            _open_file(uri)
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
         kind = TrackingAway if _may_pass(error) else TrackingError
@@ -185,22 +188,14 @@ def open_run(
     parent_run_id: str | None = None,
     resume_run_id: str | None = None,
 ) -> str:
-    """Create or resume a run and describe it.
+    """Create a run, below its parent, or resume one; describe it and return its id.
 
     Args:
-        uri: tracking URI.
-        experiment: MLflow experiment, created if missing (unless a server decides, artifacts go to `storage`, or
-            beside a SQLite file where that is a URI).
-        name: display name of a new run.
-        storage: folder that roots everything a run writes.
-        params: flat parameters; secrets are masked, long values cut. On resume, those logged before with another
-            value become tags `changed.<key>`: MLflow's parameters cannot be changed.
-        tags: tags of the run.
-        parent_run_id: run to nest under.
-        resume_run_id: continue this run instead of creating one.
-
-    Returns:
-        The run id.
+        experiment: created if missing. Its artifacts go where a server decides, else to `storage`, or beside a SQLite
+            file where that is a URI.
+        name: what the UI shows.
+        params: secrets are masked, long values cut. On resume, those logged before with another value become tags
+            `changed.<key>`: MLflow's parameters cannot be changed.
 
     Raises:
         TrackingAway: unreachable store.

@@ -1,21 +1,25 @@
-"""MLflow tracking that never stops training. Rank 0 logs through a `Tracker`, to a run that the driver has opened."""
+"""MLflow tracking that never stops training. Rank 0 logs through a `Tracker`, to a run that the driver has opened.
+
+MLflow takes seconds to import, so it is imported inside functions.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import mask
+from raydistill.errors import mask, reason
 from raydistill.storage.atomic import reading
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 from raydistill.tracking.sender import Sender, metric_name
-from raydistill.tracking.store import MAX_TAG, NOTE, describe
+from raydistill.tracking.store import MAX_TAG, NOTE, client_of, describe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,3 +112,36 @@ class Tracker:
             self._pictures = {(f[0], int(f[2])) for f in files if len(f) > 2 and f[1] == "step"}
         if (name.replace("/", "~"), step) not in self._pictures:
             client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
+
+
+class SystemMetrics:
+    """MLflow's own monitor of CPU, memory, disk, network and GPU for a run.
+
+    Monitoring is a convenience: where it cannot run (no psutil, store away) a warning says so and nothing else fails.
+    """
+
+    def __init__(self, uri: str, run_id: str, *, interval: float = 10.0) -> None:
+        """`interval`: seconds between samples."""
+        self._arguments = {"run_id": run_id, "sampling_interval": interval, "tracking_uri": uri}
+        self._monitor: Any = None
+
+    def start(self) -> SystemMetrics:
+        try:
+            client_of(self._arguments["tracking_uri"])  # quiet loggers, short retries
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(resume_logging=True, **self._arguments)
+            logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
+            self._monitor.start()
+        except Exception as error:  # noqa: BLE001 (psutil, drivers and the store all have their own)
+            log.warning("system metrics are not recorded: %s", reason(error))
+            self._monitor = None
+        return self
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Stop and send the last values, waiting `timeout` seconds at most."""
+        if self._monitor is not None:
+            stopping = threading.Thread(target=self._monitor.finish, daemon=True)  # blocks while the store is away
+            stopping.start()
+            stopping.join(timeout)
+            self._monitor = None

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +46,6 @@ class TrainedBridge:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """What every worker is told."""
-
-    config: dict[str, Any]
-    pairs: str
-    progress: str  # file that the driver shows
-    tracking_uri: str | None
-    tracking_run: str | None
-
-
 def train_bridge(
     config: Config,
     run_dir: str | Place,
@@ -69,7 +58,6 @@ def train_bridge(
     Workers and their resources are those of the `distill` section; `bridge.batch_size` is divided between them.
 
     Args:
-        config: whole configuration.
         run_dir: absolute folder on storage that every node sees, or a URI; the result is `run_dir/bridge`.
         pairs_folder: parquet shards of pairs, on such storage too.
         tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
@@ -81,11 +69,12 @@ def train_bridge(
     run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
     progress = run_dir / "bridge-progress.json"
-    settings = _Settings(config.model_dump(), str(pairs_folder), str(progress), tracking_uri, tracking_run)
+    settings = {"config": config.model_dump(), "pairs": str(pairs_folder), "progress": str(progress)}
+    settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run}
     with ProgressWatcher(progress, "bridge"):
         result = train(
             train_worker,
-            asdict(settings),
+            settings,
             config,
             name="bridge",
             folder=run_dir,
@@ -149,22 +138,22 @@ class MetricLog:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """Body of every Ray Train worker."""
-    told = _Settings(**settings)
-    run_body(to_place(told.progress).parent, "bridge", lambda: _train(told))
+    """Body of every Ray Train worker; the settings are those that `train_bridge` gives."""
+    run_body(to_place(settings["progress"]).parent, "bridge", lambda: _train(settings))
 
 
-def _train(told: _Settings) -> None:
-    config, progress = validate(told.config), to_place(told.progress)
+def _train(settings: dict[str, Any]) -> None:
+    config, progress = validate(settings["config"]), to_place(settings["progress"])
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
-    trainer = build_trainer(config, told.pairs, worker.device, rank=worker.rank, world_size=worker.world)
+    trainer = build_trainer(config, settings["pairs"], worker.device, rank=worker.rank, world_size=worker.world)
     curves: dict[int, dict[str, float]] = {}
     if (found := newest_state("bridge", worker)) is not None:
         trainer.load_state_dict(found.state)
         curves = found.state.get(CURVES, curves)
-    log = MetricLog(told.tracking_uri, told.tracking_run, curves) if worker.rank == 0 else MetricLog(None, None)
+    tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
+    log = MetricLog(*tracking, curves)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
     try:

@@ -64,29 +64,26 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: it is damaged or incomplete; names the folder.
         OSError, MemoryError: it could not be read this time.
     """
-    file = folder / "state.pt"
-    with _damage_named(folder):
-        _compare_checksums(file)
+    with _compared(folder) as file:
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], saved["about"]
 
 
 def check_state(folder: Path) -> None:
     """As `load_state`, of the checksums alone and in little memory; the same errors."""
-    with _damage_named(folder):
-        _compare_checksums(folder / "state.pt")
-
-
-def _compare_checksums(file: Path) -> None:
-    with zipfile.ZipFile(file) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+    with _compared(folder):
+        pass
 
 
 @contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
+def _compared(folder: Path) -> Iterator[Path]:
+    """The torch file, whose checksums are right. Damage that they or the block show names the folder."""
+    file = folder / "state.pt"
     try:
-        yield
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+        yield file
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)

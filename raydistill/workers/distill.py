@@ -25,13 +25,11 @@ from raydistill.distill.updates import Distiller
 from raydistill.errors import NonFiniteError
 from raydistill.storage.atomic import scratch
 from raydistill.tracking.progress import ProgressWatcher
-from raydistill.tracking.system_metrics import SystemMetrics
-from raydistill.tracking.tracker import Tracker
+from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.observer import Observer
-from raydistill.workers.parts import batches_after, load_distiller
+from raydistill.workers.parts import Teachers, batches_after, load_distiller
 from raydistill.workers.ray_train import Found, Worker, newest_state, run_body, train
-from raydistill.workers.score_requests import Teachers
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, draining, stop_requested
@@ -40,12 +38,7 @@ from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, 
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
 
-    Args:
-        needs: what runs beside it; the first failure there ends the wait for the stage, and is raised.
-
-    Raises:
-        StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
-            cannot mend.
+    `needs`, and what is raised: see `train`.
     """
     config = validate(stage.config)
     if stage.path("result.json").is_file():
@@ -91,7 +84,8 @@ def distil(stage: Stage) -> None:
                 break
             if leave:
                 return run.leave()
-        run.finish()
+        if run.observer:
+            run.observer.finish()
 
 
 @contextmanager
@@ -164,7 +158,7 @@ class DistillationRun:
     def record(self, step: int) -> None:
         """Evaluate when it is time, log, and write down what the update has consumed."""
         self.standing.step = step
-        metrics = self.distiller.pop_metrics() | (self.teachers.metrics() if self.teachers else {})
+        metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         if self.observer:
             self.observer.after_step(step, self.worker.world, metrics)
         self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
@@ -204,11 +198,6 @@ class DistillationRun:
         """The checkpoint is written: the driver tells the user."""
         if self.worker.rank == 0:
             acknowledge_stop(self.stage.path(), self.standing.step)
-
-    def finish(self) -> None:
-        """Evaluate the best student on the held-out prompts, export it, write the result."""
-        if self.observer:
-            self.observer.finish()
 
     def note_non_finite(self, error: NonFiniteError) -> None:
         """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""

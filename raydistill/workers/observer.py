@@ -1,4 +1,4 @@
-"""Rank 0's eyes: evaluates the student while it learns, raises the collapse alarm, and logs."""
+"""Rank 0's eyes: evaluates the student while it learns, keeps and exports the best, raises the collapse alarm, logs."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Any
 
 import torch
 
+from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.distill.networks import Networks
 from raydistill.distill.updates import Distiller
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
-from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.atomic import read_json, reading, replace_text, writing
+from raydistill.storage.place import Place
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
-from raydistill.workers.best_student import BestStudent
+from raydistill.workers.checkpoint import CheckpointError, load_state, save_state
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
@@ -166,3 +170,52 @@ class Observer:
             )
             print(f"{self.stage.name}: the student is worse than before: {worse}", flush=True)
             self.tracker.tags({"worse_than_start": worse})
+
+
+class BestStudent:
+    """`best/` of a stage's folder: the evaluated student, and a Bridge that is trained along."""
+
+    def __init__(self, stage: Stage, config: Config, networks: Networks) -> None:
+        self.stage, self.config, self.networks = stage, config, networks
+
+    def keep(self, step: int, score: float) -> None:
+        with writing(self.stage.path("best")) as folder:
+            folder.mkdir(exist_ok=True)
+            save_state(folder, self.networks.best_state(), {"step": step, "score": score})
+
+    def restore(self, step: int) -> int:
+        """Load it; returns the step that it is of. Where it is damaged, the student of `step` stays, and that is said."""
+        try:
+            with reading(self.stage.path("best")) as folder:
+                state, about = load_state(folder)
+        except CheckpointError as error:
+            print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
+            return step
+        self.networks.load_best_state(state)
+        return about["step"]
+
+    def card(self, step: int, table: dict[str, float]) -> ModelCard:
+        """The model card of the student of update `step`, with this table of metrics."""
+        config = self.config
+        return ModelCard(
+            teacher=config.teacher.model,
+            teacher_class=self.networks.teacher_space.pipeline_class,
+            student=config.student.model,
+            steps=step,
+            run_id=self.stage.mlflow_run,
+            config_hash=config_hash(config),
+            metrics=table,
+            start=config.student.unet,
+        )
+
+    def export(self, step: int, table: dict[str, float]) -> list[Place]:
+        """Write what is loaded, of update `step`, as `export/`, and the Bridge as `bridge/`; returns the folders."""
+        networks, config, folders = self.networks, self.config, [self.stage.path("export")]
+        card = self.card(step, table)
+        with writing(folders[0]) as folder:
+            export_student(networks.student_space, networks.evaluated, config.student.start_timestep, folder, card)
+        if config.bridge.trainable:
+            folders.append(self.stage.path("bridge"))
+            with writing(folders[1]) as folder:
+                networks.bridge.save(folder, {"step": step})
+        return folders

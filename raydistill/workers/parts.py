@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,16 +14,20 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
 from raydistill.data.stream import conditioned_batches, own_rows
+from raydistill.distill.batches import Made
 from raydistill.distill.gradients import alone
 from raydistill.distill.networks import guidance_scale, load_real, load_unet
 from raydistill.distill.updates import Distiller, build_distiller
 from raydistill.precision import allow_tf32
-from raydistill.spaces import load_space
+from raydistill.spaces import Conditioning, load_space
 from raydistill.storage.resolve import resolve
-from raydistill.teachers.client import TeacherClient
+from raydistill.teachers import registry
+from raydistill.teachers.client import PendingScores, TeacherClient
+from raydistill.teachers.request import ScoreRequest
 from raydistill.workers.ray_train import Worker
-from raydistill.workers.score_requests import Teachers
 from raydistill.workers.stage import Stage
+
+LOOK_EVERY_S = 0.2
 
 
 def batches_after(config: Config, worker: Worker, first: int) -> Any:
@@ -92,3 +97,21 @@ def load_distiller(
         return distiller, None
     client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
     return distiller, Teachers(client, empty, guidance_scale(config, teacher_space))
+
+
+class Teachers:
+    """A worker's way to its teachers: `schedule.Submit`, and how busy they are."""
+
+    def __init__(self, client: TeacherClient, unconditional: Conditioning, guidance_scale: float) -> None:
+        self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
+
+    def __call__(self, made: Made) -> PendingScores:
+        conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
+        return self.client.submit(
+            ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, self.guidance_scale)
+        )
+
+    def wait_for_start(self) -> None:
+        """Until the teachers are ready for the first time; the driver ends the run where they cannot be."""
+        while not registry.ready(self.client.name):
+            time.sleep(LOOK_EVERY_S)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
 from raydistill.errors import StageFailed
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
+from raydistill.teachers.request import TeacherError, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError, load_state
 from raydistill.workers.checkpoint_list import mend_list
-from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, recording_fatal_errors
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 60.0  # between a lost controller and the next
+FATAL_FILE = "fatal.txt"
 
 
 # -- the driver -------------------------------------------------------------------------------------------
@@ -136,22 +139,13 @@ def wait_for_room(config: Config, service: str | None = None, encoders: bool = T
     placement.wait_for_room(needs)
 
 
-def fit(
-    make: Callable[[], Any],
-    stage: str,
-    max_failures: int,
-    needs: Sequence[Future[Any]] = (),
-) -> ray.train.Result:
-    """Have Ray Train run the workers; a lost controller is started again, as often as lost workers are.
+def fit(make: Callable[[], Any], stage: str, max_failures: int, needs: Sequence[Future[Any]] = ()) -> ray.train.Result:
+    """Have Ray Train run the workers. A lost controller is started again, as often as lost workers are.
 
     Args:
         make: gives the trainer; called again after a loss.
-        stage: its name, for people.
         max_failures: of the controller; negative: any number.
-        needs: what runs beside it; the first failure there ends the wait, and is raised.
-
-    Raises:
-        StageFailed: the workers failed more often than that, or for a reason that a restart cannot mend.
+        stage, needs: as in `train`, and so are the errors.
     """
     losses = 0
     while True:
@@ -248,8 +242,7 @@ class Found:
 def newest_state(name: str, worker: Worker) -> Found | None:
     """The newest checkpoint that is whole, the same one on every worker; None: there is none yet.
 
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
+    Raises CheckpointError: there are checkpoints, and all are damaged.
     """
     newest = ray.train.get_checkpoint()
     if newest is None:
@@ -280,3 +273,48 @@ def _first_whole(name: str, newest: ray.train.Checkpoint) -> tuple[ray.train.Che
 def _load(checkpoint: ray.train.Checkpoint) -> Found:
     with checkpoint.as_directory() as folder:
         return Found(*load_state(Path(folder)))
+
+
+# -- errors that a restart would meet again: workers write them down, so that Ray Train does not repeat them forever -----
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether the same inputs would fail again.
+
+    Wrong input, numbers that are not finite and a GPU that is too small would; lost processes, nodes, files and services
+    may come back.
+    """
+    if isinstance(error, TeacherUnavailable):
+        return False
+    lasting = (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        LookupError,
+        torch.OutOfMemoryError,
+        CheckpointError,
+        TeacherError,
+    )
+    return isinstance(error, lasting)
+
+
+@contextmanager
+def recording_fatal_errors(folder: Place) -> Iterator[None]:
+    """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
+    try:
+        yield
+    except Exception as error:
+        if is_fatal(error):
+            replace_text(folder / FATAL_FILE, f"{type(error).__name__}: {error}")
+        raise
+
+
+def fatal_error(folder: Place) -> str | None:
+    """The lasting error of an earlier attempt, if there was one."""
+    file = folder / FATAL_FILE
+    return file.read_text() if file.is_file() else None
+
+
+def forget_fatal_error(folder: Place) -> None:
+    """Whoever starts again has mended it."""
+    (folder / FATAL_FILE).unlink(missing_ok=True)

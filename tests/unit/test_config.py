@@ -30,7 +30,7 @@ def test_defaults_and_every_shipped_config_are_valid():
 
 
 def test_every_key_is_documented():
-    assert [key for key, _, _, description in fields() if not description] == []
+    assert [key for key, field, _ in fields() if not field.description] == []
 
 
 def test_overrides_reach_their_key_and_scientific_notation_is_a_number():

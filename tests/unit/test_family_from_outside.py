@@ -27,7 +27,7 @@ from raydistill.distill.schedule import distillation_step
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.export.licences import licence_of
-from raydistill.planning.launch import check_launch
+from raydistill.planning.memory import check_launch
 from raydistill.planning.report import report
 from raydistill.spaces import FAMILIES, Space, load_space, register
 from raydistill.spaces.flow import FlowSpace

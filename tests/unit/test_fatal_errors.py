@@ -9,7 +9,7 @@ import torch
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError
-from raydistill.workers.fatal_errors import fatal_error, forget_fatal_error, is_fatal, recording_fatal_errors
+from raydistill.workers.ray_train import fatal_error, forget_fatal_error, is_fatal, recording_fatal_errors
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from raydistill.config.reading import load
 from raydistill.errors import InputError
 from raydistill.planning import counting
-from raydistill.planning.counts import changed
+from raydistill.planning.counting import changed
 from raydistill.planning.gpus import GIB
-from raydistill.planning.launch import check_launch
+from raydistill.planning.memory import check_launch
 from raydistill.spaces import meta
 
 ROOT = Path(__file__).resolve().parents[2]

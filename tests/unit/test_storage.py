@@ -426,13 +426,13 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
 
 def test_workers_and_driver_talk_through_a_bucket(folder, monkeypatch, capsys):
     from raydistill.tracking import progress
-    from raydistill.workers import fatal_errors, stop_signal
+    from raydistill.workers import ray_train, stop_signal
 
-    with pytest.raises(ValueError), fatal_errors.recording_fatal_errors(folder):
+    with pytest.raises(ValueError), ray_train.recording_fatal_errors(folder):
         raise ValueError("twice the same")
-    assert fatal_errors.fatal_error(folder) == "ValueError: twice the same"
-    fatal_errors.forget_fatal_error(folder)
-    assert fatal_errors.fatal_error(folder) is None
+    assert ray_train.fatal_error(folder) == "ValueError: twice the same"
+    ray_train.forget_fatal_error(folder)
+    assert ray_train.fatal_error(folder) is None
 
     monkeypatch.setattr(stop_signal, "LOOK_EVERY_S", 0)
     assert not stop_signal.stop_requested(folder)

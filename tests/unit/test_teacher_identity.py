@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from raydistill.config.schema import TeacherServiceConfig
-from raydistill.teachers.identity import BLOCK_BYTES, differences, fingerprint, identify
+from raydistill.teachers.registry import BLOCK_BYTES, differences, fingerprint, identify
 
 CONFIG = TeacherServiceConfig()
 

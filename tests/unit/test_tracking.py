@@ -27,8 +27,7 @@ from raydistill.tracking.store import (
     tracking_uri,
     ui_command,
 )
-from raydistill.tracking.system_metrics import SystemMetrics
-from raydistill.tracking.tracker import Tracker
+from raydistill.tracking.tracker import SystemMetrics, Tracker
 
 
 @pytest.fixture(scope="module")
@@ -331,10 +330,11 @@ def test_an_artifact_that_arrives_on_the_second_try_is_not_counted_as_lost(uri, 
 def test_system_metrics_are_sampled_and_continue_after_a_resume(uri, client, run_id):
     key = "system/cpu_utilization_percentage"
     for expected in (1, 2):
-        with SystemMetrics(uri, run_id, interval=0.1):
-            deadline = time.monotonic() + 30
-            while len(curve(client, run_id, key)) < expected and time.monotonic() < deadline:
-                time.sleep(0.1)
+        monitor = SystemMetrics(uri, run_id, interval=0.1).start()
+        deadline = time.monotonic() + 30
+        while len(curve(client, run_id, key)) < expected and time.monotonic() < deadline:
+            time.sleep(0.1)
+        monitor.stop()
     steps = [step for step, _ in curve(client, run_id, key)]
     assert len(steps) >= 2
     assert steps == list(range(len(steps)))
@@ -344,6 +344,6 @@ def test_system_metrics_that_cannot_run_only_warn(uri, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "psutil", None)
     for name in [name for name in sys.modules if name.startswith("mlflow.system_metrics")]:
         monkeypatch.delitem(sys.modules, name)
-    with caplog.at_level(logging.WARNING), SystemMetrics(uri, "run") as monitor:
-        assert monitor is not None
+    with caplog.at_level(logging.WARNING):
+        SystemMetrics(uri, "run").start().stop()
     assert "system metrics are not recorded" in caplog.text
