@@ -89,9 +89,6 @@ def change_json(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-# -- the mean ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [999, 625])
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
 def test_the_mean_is_the_float64_mean_and_draws_its_x0(kind, weights, space, students, exports, tmp_path):
@@ -162,9 +159,6 @@ def test_shares_are_scaled_to_one():
     }.items():
         with pytest.raises(InputError, match=said):
             shares_of(weights, 2)
-
-
-# -- what is refused ----------------------------------------------------------------------------------------
 
 
 def test_other_networks_are_refused_by_their_first_tensor(space, exports, tmp_path):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,26 +16,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.bridge.model import Bridge
-from raydistill.config.reading import CONFIGS, load
+from raydistill.config.reading import load
 from raydistill.data.encode import TextEncoder
 from raydistill.distill.batches import Real
 from raydistill.distill.networks import load_unet
 from raydistill.distill.updates import build_distiller
-from raydistill.errors import InputError
 from raydistill.planning import memory as memory_module
 from raydistill.planning.counting import (
-    Text,
     changed,
-    count_bridge,
     count_run,
     count_text,
     count_trainer,
     request_bytes,
 )
-from raydistill.planning.gpus import GIB, read_gpus
-from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
-from raydistill.planning.meter import Cost, Meter
-from raydistill.planning.schedule import phases, price, request_seconds, schedule
+from raydistill.planning.gpus import GIB
+from raydistill.planning.memory import trainer_bytes
+from raydistill.planning.meter import Meter
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.meta import empty_text_encoders, numel, open_space
@@ -312,232 +305,3 @@ def test_live_bytes_under_autocast_are_those_of_real_tensors(config, worker, spa
         worker.config = config
     assert counted.fake.peak - counted.held < 0.85 * (plain.fake.peak - plain.held)
     assert counted.held == plain.held
-
-
-# -- arithmetic on the counts -----------------------------------------------------------------------------
-
-
-def text_of(flops):
-    return {"teacher text_encoder": Text(1, Cost(flops, 0, flops))}
-
-
-def priced(config, **plan):
-    return config.model_copy(update={"plan": config.plan.model_copy(update=plan)})
-
-
-@pytest.fixture(scope="module")
-def large(counts):
-    """Counts in which every part weighs something: numbers of the order of FLUX.1."""
-    trainer, network = counts.trainer, counts.network
-    works = {
-        name: dataclasses.replace(getattr(trainer, name), flops=flops, flops_32=flops)
-        for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
-    }
-    return dataclasses.replace(
-        counts,
-        trainer=dataclasses.replace(trainer, **works),
-        network=dataclasses.replace(
-            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14, flops_32=3e14)
-        ),
-        text=text_of(1.0),
-    )
-
-
-def settings(config, *overrides):
-    return load(overrides=[f"distill.batch_size={BATCH}", f"teachers.slice={BATCH}", "distill.workers=8", *overrides])
-
-
-def test_a_step_costs_what_the_schedule_says(config, large):
-    gpus = read_gpus()
-    timing = schedule(large, settings(config), gpus)
-    work = timing.make + timing.updates * timing.fake + timing.student
-    assert timing.step == pytest.approx(
-        timing.make + max(timing.updates * timing.fake, timing.teacher) + timing.student
-    )
-    assert timing.sequential == work + timing.teacher
-    off = schedule(large, settings(config, "distill.overlap=false"), gpus)
-    assert off.step == off.sequential == timing.sequential
-    text = schedule(dataclasses.replace(large, text=text_of(1e15)), settings(config), gpus)
-    assert text.step == text.text > text.work + text.wait
-
-
-def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, large):
-    gpus = read_gpus()
-
-    def timing(*overrides):
-        return schedule(large, settings(config, "distill.workers=1", *overrides), gpus)
-
-    one = timing().teacher
-    assert timing("teachers.replicas=4").teacher == one  # a single request has one replica
-    parts = [timing("distill.micro_batches=4", f"teachers.replicas={n}").teacher for n in (1, 2, 4, 8)]
-    assert parts == pytest.approx([parts[0], parts[0] / 2, parts[0] / 4, parts[0] / 4])
-    held_back = timing("distill.micro_batches=4", "distill.in_flight=2", "teachers.replicas=4").teacher
-    assert held_back == pytest.approx(parts[1])
-
-
-@pytest.mark.full
-def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float32s(config, counts):
-    """A student that starts at t = 999 stays float32; one that starts at 625 does not, nor do Bridge and fake score."""
-    late, early = (
-        changed(load(overrides=[f"student.start_timestep={t}", f"distill.batch_size={BATCH}"]), mixed_precision=True)
-        for t in (999, 500)
-    )
-    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
-    mixed, all_low = (count_trainer(c, student, teacher) for c in (late, early))
-    assert counts.trainer.make.flops_32 == counts.trainer.make.flops == mixed.make.flops
-    assert mixed.fake.flops_32 < 0.02 * mixed.fake.flops + mixed.make.flops
-    assert all_low.make.flops_32 < 0.02 * all_low.make.flops < 0.3 * mixed.make.flops_32
-    gpu = read_gpus()["H100"]
-    plain, low, partly = (gpu.seconds(Cost(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
-    assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
-    assert partly == pytest.approx((plain + low) / 2)
-
-
-def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
-    gpus = read_gpus()
-    needed = schedule(large, settings(config), gpus).replicas_needed
-    assert 1 < needed <= 8
-    waits = [schedule(large, settings(config, f"teachers.replicas={n}"), gpus).wait for n in range(1, 9)]
-    assert [wait > 0 for wait in waits] == [n < needed for n in range(1, 9)]
-    assert waits == sorted(waits, reverse=True)
-
-
-def test_a_request_that_outlasts_the_fake_updates_asks_for_more_shards(config, large):
-    gpus = read_gpus()
-    slow = dataclasses.replace(
-        large, network=dataclasses.replace(large.network, score=dataclasses.replace(large.network.score, flops=1e18))
-    )
-    assert schedule(slow, settings(config), gpus).replicas_needed is None
-    one, two = (request_seconds(slow, config, gpus["H100"], shards) for shards in (1, 2))
-    assert one == pytest.approx(two, rel=0.01)  # a batch of one slice: the second rank only repeats
-    eight = dataclasses.replace(slow, batch=2 * BATCH)
-    assert request_seconds(eight, config, gpus["H100"], 2) < request_seconds(eight, config, gpus["H100"], 1)
-
-
-def test_more_shards_never_need_more_memory_than_two(config, large):
-    sizes = [teacher_bytes(large, config, shards) for shards in SHARDS]
-    assert sizes[0] == 4 * large.network.parameters + large.network.score.peak
-    assert sizes[1:] == sorted(sizes[1:], reverse=True)
-    assert sizes[3] < sizes[0] / 3
-
-
-def test_what_does_not_fit_says_what_would(config, large):
-    fits = {(fit.role, fit.gpu): fit for fit in memory_module.memory(large, settings(config), read_gpus())}
-    rank = fits["teacher rank", "4090"]
-    assert not rank.fits
-    assert rank.advice == "teachers.shards=4 is enough"
-    trainer = fits["trainer", "H100"]
-    assert trainer.fits
-    heavy = dataclasses.replace(
-        large,
-        trainer=dataclasses.replace(large.trainer, student=dataclasses.replace(large.trainer.student, peak=200 * GIB)),
-    )
-    trainer = memory_module._fit_trainer(heavy, settings(config), "H100", 140 * GIB)
-    assert not trainer.fits
-    # 200 GiB for 4 samples, next to nothing for one
-    assert trainer.advice == (
-        "distill.micro_batches=2 or distill.batch_size=3 or distill.gradient_checkpointing=true would"
-    )
-    remedies = trainer_remedies(large, settings(config))
-    assert [label for label, _ in remedies] == [
-        "distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host",
-    ]  # fmt: skip
-    taken = settings(config, "distill.gradient_checkpointing=true", "fake_score.shard=true")
-    assert trainer_remedies(large, taken) == remedies[-1:], "those that are taken already are no advice"
-    sizes = [trainer_bytes(large, large.batch), *(size for _, size in remedies)]
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
-
-
-def test_price_is_hours_times_gpus_times_rate(config, large):
-    gpus = read_gpus()
-    chosen = settings(
-        config, "distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "teachers.replicas=3", "plan.teacher_gpu=L40S"
-    )
-    parts = phases(large, chosen, gpus)
-    distillation = parts[-1]
-    assert distillation.gpus == {"H100": 8, "L40S": 3 * chosen.teachers.shards}
-    assert distillation.hours == pytest.approx(chosen.distill.steps * schedule(large, chosen, gpus).step / 3600)
-    for spot in (True, False):
-        rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
-        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4; the trainers are not there while pairs are made
-        nodes = [p.gpus.get("H100", 0) * rates["H100"] + 8 * rates["L40S"] + chosen.plan.head_price for p in parts]
-        expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
-        assert price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
-
-
-def test_further_kinds_of_gpu_come_from_a_file(tmp_path):
-    file = tmp_path / "gpus.yaml"
-    file.write_text(
-        "B200: {memory_gib: 179, bf16_tflops: 2250, fp32_tflops: 75, link_gbytes: 900, per_node: 8, price: 14, "
-        "spot_price: 6}\nH100: {memory_gib: 79.6, bf16_tflops: 989, fp32_tflops: 67, link_gbytes: 450, per_node: 8, "
-        "price: 2.5, spot_price: 1.5}\n"
-    )
-    gpus = read_gpus(str(file))
-    assert gpus["B200"].memory_gib == 179
-    assert gpus["H100"].price == 2.5
-    assert gpus["L40S"] == read_gpus()["L40S"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("X: {memory_gib: 1}", "gpus.yaml: X: bf16_tflops: .*required"),
-        ("X: {memory: 1}", "gpus.yaml: X"),
-        ("- 1", "must map kinds of GPU"),
-        ("a: [", "gpus.yaml"),
-    ],
-)
-def test_a_wrong_table_of_gpus_is_named(text, message, tmp_path):
-    (tmp_path / "gpus.yaml").write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_gpus(str(tmp_path / "gpus.yaml"))
-
-
-# -- the job ----------------------------------------------------------------------------------------------
-
-
-def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    script = Path(CONFIGS.parent, "jobs", "plan.py")
-    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=500)
-
-
-@pytest.mark.full
-def test_the_job_prints_every_section(counts):
-    done = plan(f"distill.batch_size={BATCH}", "bridge.checkpoint=null")
-    assert done.returncode == 0, done.stderr
-    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled, not measured"):
-        assert title in done.stdout
-    assert f"teacher {counts.network.parameters:,}" in done.stdout
-    for phase in ("synthesis", "Bridge training", "distillation"):
-        assert f"  {phase} " in done.stdout
-    for model in (
-        "the teacher, shapes:flux",
-        "the student base, shapes:sd15",
-        "the student start, shapes:sd15-onestep",
-    ):
-        assert f"  licence of {model}: the project's own licence. No third-party weights." in done.stdout
-    assert "64 GPU-hours for the Bridge and 160 for 3,000 student updates" in done.stdout
-
-
-@pytest.mark.full
-def test_the_job_names_what_it_does_not_know():
-    done = plan("plan.trainer_gpu=H1000")
-    assert done.returncode == 2
-    assert done.stderr.strip() == (
-        "error: plan.trainer_gpu: H1000 is not in the table (H100, H200, A100-80, L40S, 4090)"
-    )
-
-
-def test_bridge_training_counts_text_encoders_and_the_pictures_of_its_validation():
-    """Published: T5-XXL's encoder has 4.76 B parameters, CLIP L and bigG 0.82 B; a megapixel through the VAE takes gigabytes."""
-    smaller = ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"]
-    config = load(CONFIGS / "sd35_medium_sd15.yaml", smaller)
-    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
-    counted = count_bridge(config, student, teacher, 1)
-    size = getattr(torch, config.prompts.encoder_dtype).itemsize
-    assert counted.text == pytest.approx(5.58e9 * size, rel=0.02)
-    assert counted.validation.peak > 3e9
-    assert counted.peak > counted.text + 3e9
-    without = load(CONFIGS / "sd35_medium_sd15.yaml", [*smaller, "bridge.attention.weight=0"])
-    assert count_bridge(without, student, teacher, 1).text == 0

@@ -1,0 +1,52 @@
+"""Losses against independent float64 arithmetic."""
+
+import pytest
+import torch
+
+from raydistill.distill.losses import (
+    fake_logits_loss,
+    generator_loss,
+    real_logits_loss,
+    require_finite,
+    vsd_gradient,
+    vsd_loss,
+)
+from raydistill.errors import NonFiniteError
+
+
+def tensors(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, 2, 4, 4, generator=generator) for _ in range(3)]
+
+
+def test_vsd_gradient_and_loss_equal_a_float64_computation():
+    x, real, fake = tensors()
+    gradient = vsd_gradient(x, real, fake)
+    for b in range(3):
+        x_b, real_b, fake_b = (v[b].double().flatten().tolist() for v in (x, real, fake))
+        scale = sum(abs(p - q) for p, q in zip(x_b, real_b, strict=True)) / len(x_b) + 1e-6
+        expected = torch.tensor([(f - r) / scale for f, r in zip(fake_b, real_b, strict=True)])
+        torch.testing.assert_close(gradient[b].flatten(), expected.float(), rtol=1e-5, atol=1e-6)
+    leaf = x.clone().requires_grad_(True)
+    loss = vsd_loss(leaf, gradient)
+    assert loss.item() == pytest.approx(0.5 * gradient.double().square().mean().item(), rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, gradient / x.numel(), rtol=1e-4, atol=1e-7)
+
+
+def test_gan_losses_equal_their_closed_forms():
+    real, fake = torch.tensor([2.0, -1.0]), torch.tensor([0.5, 3.0])
+    log = torch.log1p
+    assert generator_loss(fake).item() == pytest.approx(log(torch.exp(-fake)).mean().item(), rel=1e-5)
+    assert real_logits_loss(real).item() == pytest.approx(log(torch.exp(-real)).mean().item(), rel=1e-5)
+    assert fake_logits_loss(fake).item() == pytest.approx(log(torch.exp(fake)).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("which", "name"), [(1, "teacher's score"), (2, "fake score")])
+def test_a_score_that_is_not_finite_names_its_source_and_sample(which, name):
+    values = tensors()
+    values[which][2, 0, 0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=rf"{name}: not finite in samples \[2\]"):
+        vsd_gradient(*values)
+    with pytest.raises(NonFiniteError, match="the loss"):
+        require_finite(torch.tensor(float("inf")), "the loss")
