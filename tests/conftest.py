@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # of every cluster and driver alike; Ray reads it once
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Each file's tests share a process, and so do all that need a Ray cluster; those that kill its processes come last."""
     items.sort(key=lambda item: "kill" in item.name or "dies" in item.name)  # stable: the order of files stays
