@@ -47,7 +47,7 @@ def _one(name: str, options: list[str]) -> int:
     parser.description = section.__doc__
     section.add_arguments(parser)
     arguments = parser.parse_args(options)
-    from raydistill.benchmark.measure import command, machine
+    from raydistill.benchmark.measure import command, machine  # with torch: not for a list of the sections
 
     result = {"section": name, "machine": machine(), "command": command()} | section.run(arguments)
     file = arguments.storage / "benchmark" / f"{name}.json"

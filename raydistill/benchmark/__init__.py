@@ -1,6 +1,6 @@
 """Sections of `jobs/benchmark.py`: ratios measured in one run on one machine, medians over repeats.
 
-A section is a module of this package with three functions, and imports nothing heavy before `run`:
+A section is a module of this package with three functions; the job imports it when it is named:
 
     add_arguments(parser)     its options
     run(arguments) -> dict    what it measured, ready for JSON

@@ -42,8 +42,7 @@ LEFT_S = 20.0  # for processes to end by themselves
 # what a cluster keeps for itself once it has run anything
 CLUSTERS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor",
                 "ray::_StatsActor", "ray::_UsageCollectionActor", "ray::ActorLocationTracker")  # fmt: skip
-# of Ray Train; outlives a controller that was killed (its exit fails in a thread)
-CLEANER = "ray::PlacementGroupCleaner"
+CLEANER = "ray::PlacementGroupCleaner"  # of Ray Train; outlives a killed controller (its exit fails in a thread)
 OWN_TIMES = ("time/", "throughput/", "teachers/")  # metrics that two runs need not share
 
 

@@ -115,8 +115,7 @@ def _bridge(student: Space, teacher: Space, arguments: argparse.Namespace, devic
 
 def _step_of_student(arguments: argparse.Namespace, device: torch.device) -> Callable[[], None]:
     """Forward through student and Bridge, backward, AdamW; float32 weights under bfloat16 autocast, nothing recomputed."""
-    names = ("shapes:sd15", "shapes:flux") if arguments.dry_run else (STUDENT, TEACHERS[0])
-    student, teacher = map(open_space, names)
+    student, teacher = map(open_space, ("shapes:sd15", "shapes:flux") if arguments.dry_run else (STUDENT, TEACHERS[0]))
     unet = random_weights(student.load_network(), device).requires_grad_(True)
     bridge = _bridge(student, teacher, arguments, device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, betas=(0.0, 0.999))

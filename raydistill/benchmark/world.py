@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._raylet import Config
 from ray.cluster_utils import Cluster
 
 from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
@@ -85,6 +86,7 @@ class World:
 
     def __enter__(self) -> World:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        Config.initialize("")  # Ray has read its environment already, when it was imported
         with contextlib.ExitStack() as stack:
             os.environ[MARK] = self.mark
             stack.callback(os.environ.pop, MARK, None)
