@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 # One thread here and in every process that the tests start: equal thread counts give equal bits.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,13 +19,20 @@ torch.set_num_threads(1)
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # of every cluster and driver alike; Ray reads it once
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class RayTogether(LoadFileScheduling):
+    """A file's tests share a process, as its fixtures do, and all of tests/ray share one and its cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> RayTogether:
+    return RayTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each file's tests share a process, and so do all that need a Ray cluster; those that kill its processes come last."""
-    items.sort(key=lambda item: "kill" in item.name or "dies" in item.name)  # stable: the order of files stays
-    for item in items:
-        group = "ray" if item.path.parent.name == "ray" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Tests that kill processes of the shared cluster come last."""
+    items.sort(key=lambda item: item.path.parent.name == "ray" and ("kill" in item.name or "dies" in item.name))
 
 
 @pytest.fixture(scope="session")
