@@ -113,7 +113,7 @@ DECISIVE = {
     "discriminator": "depth_fraction fake_weight lr real_count real_data weight width",
     "vsd": "shift t_max t_min weight",
     "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads workers",
-    "prompts": "column encoder_dtype max_characters on_bad_row path threads_per_encoder",
+    "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count judge metric periodic_count prompts seed",
 }
 

@@ -76,16 +76,16 @@ class Shipped:
     def step(self, *overrides):
         """One step's worker, and each optimizer's gradient before clipping."""
         worker, taken = self.worker(*overrides), {}
-        plain = worker._step
+        plain = worker.gradients.step
 
         def spy(**norms):
             for name in norms:
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in worker._parameters(name)]
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in worker.gradients.parameters(name)]
                 assert all(gradient.dtype == torch.float32 for gradient in grads)
                 taken.setdefault(name, torch.cat([gradient.flatten() for gradient in grads]))
             return plain(**norms)
 
-        worker._step = spy
+        worker.gradients.step = spy
         distillation_step(worker, self.submit, 1, overlap=True)
         return worker, taken
 
@@ -203,7 +203,7 @@ def test_text_encoders_may_have_another_dtype_than_the_networks(request, which, 
     folders = {"student": shipped.student.folder, "teacher": shipped.teacher.folder}
     columns = PromptEncoder(folders, dtype="bfloat16")({"prompt": shipped.samples.prompts})
     worker = shipped.worker(*overrides)
-    worker.batches = ({"sample_id": list(range(8 * slot, 8 * slot + 8))} | columns for slot in itertools.count())
+    worker.batches.source = ({"sample_id": list(range(8 * slot, 8 * slot + 8))} | columns for slot in itertools.count())
     made = list(worker.make())
     assert {value.dtype for value in made[0].student_conditioning.values()} == {torch.bfloat16}, "as it travels"
     assert made[0].x_t.dtype == torch.float32

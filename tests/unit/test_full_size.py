@@ -66,7 +66,7 @@ class Seen:
 
     def watch(self, worker: Any) -> None:
         for name in ("student", "bridge", "discriminator"):
-            getattr(worker, name).register_forward_hook(partial(self._note, getattr(self, name)))
+            getattr(worker.networks, name).register_forward_hook(partial(self._note, getattr(self, name)))
 
     @staticmethod
     def _note(shapes: list[tuple[int, ...]], module: Any, args: Any, output: Any) -> None:
