@@ -139,7 +139,7 @@ def test_synthesis_a_bridge_with_attention_and_an_update(configure, folder, sd_f
     )  # fmt: skip
     made = synthesise(recipe, pairs, LocalTeacher(teacher, teacher.load_network()), progress=False)
     assert made == 12
-    assert load_pairs(pairs).z_T.std() > 0.01
+    assert load_pairs(pairs).z_teacher.std() > 0.01
 
     trainer = build_trainer(
         configure("bridge.attention.weight=1", "bridge.lr=1e-3", "bridge.validation_share=0.3"), pairs

@@ -157,7 +157,7 @@ def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
     run(config, spaces, tables, steps=1, distiller=resumed)
     assert torch.equal(flat(whole.networks.student), flat(resumed.networks.student))
     assert torch.equal(flat(whole.networks.ema), flat(resumed.networks.ema))
-    assert torch.equal(flat(whole.discriminator), flat(resumed.discriminator))
+    assert torch.equal(flat(whole.networks.discriminator), flat(resumed.networks.discriminator))
 
 
 @pytest.mark.parametrize("ema_decay", [0.6, 0.999])
