@@ -106,13 +106,6 @@ def _alone(uri: str) -> Iterator[None]:
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock", fallback_to_soft=False):
-        yield
-
-
-def _open_file(uri: str) -> None:
-    """Open a SQLite store's file once: MLflow retries one that cannot be opened for 100 s."""
-    path = uri.removeprefix("sqlite:///")
-    if path != uri and path.startswith("/"):
         with contextlib.closing(sqlite3.connect(path)) as database:
             database.execute("pragma schema_version")
         yield

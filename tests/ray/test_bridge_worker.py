@@ -126,6 +126,7 @@ def test_two_workers_divide_the_batch_and_give_the_bridge_of_one(ray_cluster, co
     assert float(torch.cat(changed).median()) < 1e-6
 
 
+@pytest.mark.full
 def test_mistakes_are_told_before_any_worker_starts(
     ray_cluster, configure, pairs_folder, tmp_path, sd_folder, flux_folder
 ):

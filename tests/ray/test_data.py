@@ -95,6 +95,7 @@ def test_batches_come_in_order_with_the_numbers_of_the_text_encoders(stream, exp
         check(batch, slot, 1, expected)
 
 
+@pytest.mark.full
 def test_resume_from_any_slot_gives_the_same_batches(stream, expected):
     interrupted = stream(0, 6)
     for slot in range(3):
@@ -144,6 +145,7 @@ def test_killed_encoder_loses_and_repeats_no_position(stream, expected):
     assert victim.pid not in [process.pid for process in encoders()]
 
 
+@pytest.mark.full
 def test_workers_stream_side_by_side_when_most_cpus_are_taken(ray_cluster, folders):
     """The stages must fit beside trainers that reserve nearly all of the cluster."""
 

@@ -195,6 +195,7 @@ def test_runs_share_a_service_that_outlives_crashed_ones_and_ends_with_the_last(
     until(lambda: not registries())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_run_that_comes_during_a_take_down_gets_a_service_and_its_crash_ends_that(connected, sd_folder, crash):
     """The last user has left, and its service ends its last request. Then another run comes; the registry may crash."""
@@ -223,6 +224,7 @@ def test_a_run_that_comes_during_a_take_down_gets_a_service_and_its_crash_ends_t
     until(lambda: registry.services() == [] and not registries())
 
 
+@pytest.mark.full
 def test_runs_that_start_and_end_at_the_same_moment_have_one_service(connected, sd_folder):
     runs = [connected("start", sd_folder), connected("start", sd_folder)]
     for run in runs:

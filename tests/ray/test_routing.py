@@ -76,6 +76,7 @@ def test_requests_of_other_processes_count(idle):
     assert requests(client) == [1] * REPLICAS
 
 
+@pytest.mark.full
 def test_callers_in_lockstep_with_places_of_their_own_do_not_meet(idle):
     idle.set(1.0)
     callers = [Caller.remote(idle.client(i / REPLICAS)) for i in range(REPLICAS)]

@@ -102,6 +102,7 @@ def test_rows_are_those_of_the_local_teacher(whole, spaces, prompts, tmp_path):
     torch.testing.assert_close(there.z_student[:6].float(), here.z_student.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.full
 def test_rows_arrive_with_their_request_where_a_block_has_many(whole, client, spaces, prompts, tmp_path, monkeypatch):
     """As in sets of millions: what is made is written and shown, rather than held back until a block is full."""
     monkeypatch.setattr(ray_data, "MAX_BLOCKS", 2)
@@ -118,6 +119,7 @@ def test_rows_arrive_with_their_request_where_a_block_has_many(whole, client, sp
     assert shards(tmp_path) == shards(whole)
 
 
+@pytest.mark.full
 def test_order_of_completion_and_a_killed_actor_change_no_byte(whole, client, spaces, prompts, tmp_path, monkeypatch):
     """Shuffled requests, two actors a stage, four requests at once, and one VAE actor killed in mid-set."""
     in_order = synthesis_stream._dataset
@@ -192,6 +194,7 @@ def test_samples_that_are_not_finite_can_be_told_from_the_others(client, spaces)
         pending.result()
 
 
+@pytest.mark.full
 def test_a_failing_row_is_recorded(whole, client, spaces, prompts, flux_folder, tmp_path):
     """The text encoder of this copy does not survive the word "green"; the service's network is the same."""
     from transformers import CLIPTokenizer

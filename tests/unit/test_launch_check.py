@@ -39,6 +39,7 @@ def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
     assert warning.endswith("distill.gpus_per_worker=1 tiny has 0.0; not even one sample would")
 
 
+@pytest.mark.full
 def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     """The GPU is given the memory that a recomputing trainer needs, and a little more."""
     config = load(overrides=[*GPUS, "distill.batch_size=32"])
