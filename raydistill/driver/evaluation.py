@@ -86,22 +86,22 @@ class ActorPool:
 
 def pools_of(evaluation: Evaluation) -> list[ActorPool]:
     """The stream's actors, those that draw first."""
-    told = evaluation.resources
-    common = {"device": told.device, "threads": told.threads}
-    drawing = {"subject": evaluation.subject, "dtype": told.dtype} | common
-    pools = [ActorPool(metric=DRAW, make=Drawing, arguments=drawing, actors=told.actors, gpus=told.gpus)]
+    resources = evaluation.resources
+    common = {"device": resources.device, "threads": resources.threads}
+    drawing = {"subject": evaluation.subject, "dtype": resources.dtype} | common
+    pools = [ActorPool(metric=DRAW, make=Drawing, arguments=drawing, actors=resources.actors, gpus=resources.gpus)]
     for metric in evaluation.metrics:
         name = metric.name
         if name == "judge":
-            arguments = {"folder": metric.weights["judge"], "threads": told.threads}
+            arguments = {"folder": metric.weights["judge"], "threads": resources.threads}
             pools.append(ActorPool(metric=name, make=JudgeScorer, arguments=arguments))
         elif name == "clipscore":
             arguments = {"folder": metric.weights["clipscore"]} | common
-            pools.append(ActorPool(metric=name, make=ClipScorer, arguments=arguments, gpus=told.gpus))
+            pools.append(ActorPool(metric=name, make=ClipScorer, arguments=arguments, gpus=resources.gpus))
         elif name in REWARDS:
-            arguments, own = {"weights": metric.weights, "device": told.device}, runtime_env(name)
+            arguments, own = {"weights": metric.weights, "device": resources.device}, runtime_env(name)
             pools.append(
-                ActorPool(metric=name, make=REWARDS[name], arguments=arguments, runtime_env=own, gpus=told.gpus)
+                ActorPool(metric=name, make=REWARDS[name], arguments=arguments, runtime_env=own, gpus=resources.gpus)
             )
     return pools
 
