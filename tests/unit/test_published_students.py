@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
+from perturbed_unet import perturbed
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
@@ -25,15 +26,6 @@ from raydistill.spaces.published_students import load_student, open_student
 @pytest.fixture(scope="module")
 def space(sd_folder):
     return load_space(sd_folder)
-
-
-def perturbed(space, seed: int) -> UNet2DConditionModel:
-    """The folder's UNet with other weights, so that none can come from the folder itself."""
-    unet = space.load_network()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in unet.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return unet
 
 
 @pytest.fixture(scope="module")
