@@ -14,12 +14,12 @@ import psutil
 import pytest
 import ray
 import torch
+from pair_sets import write_upscaled
 from safetensors.torch import load_file
 
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
-from raydistill.data.pairs import write_pairs
 from raydistill.errors import InputError, StageFailed
 from raydistill.spaces import load_space
 from raydistill.workers.bridge import train_bridge
@@ -30,19 +30,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture(scope="module")
 def pairs_folder(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
-    z_student = torch.randn(24, 4, 8, 8, generator=generator)
-    z_teacher = torch.nn.functional.interpolate(z_student.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
-    write_pairs(
-        folder,
-        0,
-        prompts=[f"a red circle {i}" for i in range(24)],
-        prompt_ids=range(24),
-        seeds=range(24),
-        z_teacher=z_teacher,
-        z_student=z_student,
-    )
-    return folder
+    return write_upscaled(tmp_path_factory.mktemp("pairs"))
 
 
 @pytest.fixture

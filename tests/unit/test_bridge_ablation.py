@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from pair_sets import write_upscaled
 
 from raydistill.bridge import trainer
 from raydistill.bridge.model import Bridge, projector_parameters
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load, validate
-from raydistill.data.pairs import write_pairs
 from raydistill.driver import bridge_ablation
 from raydistill.driver.bridge_ablation import TABLES, VARIANTS, cells, markdown, result_file, summarise, train_cell
 from raydistill.spaces import load_space
@@ -36,19 +36,7 @@ def planned(config, sd_folder, flux_folder):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    folder, generator = tmp_path_factory.mktemp("pairs"), torch.Generator().manual_seed(0)
-    z_student = torch.randn(24, 4, 8, 8, generator=generator)
-    z_teacher = torch.nn.functional.interpolate(z_student.repeat(1, 2, 1, 1), scale_factor=2, mode="nearest")
-    write_pairs(
-        folder,
-        0,
-        prompts=[f"a red circle {i}" for i in range(24)],
-        prompt_ids=list(range(24)),
-        seeds=[0] * 24,
-        z_teacher=z_teacher,
-        z_student=z_student,
-    )
-    return str(folder)
+    return str(write_upscaled(tmp_path_factory.mktemp("pairs")))
 
 
 def test_cells_differ_in_the_named_factors_alone_and_have_equal_budgets(config, planned, sd_folder, flux_folder):

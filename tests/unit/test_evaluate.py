@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_folders import folder_of, items_of
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from raydistill.diffusion.noise import normal
@@ -39,18 +40,6 @@ PARTI = (
     'A robot on a wall. The words "Fly an airplane" are written on it.\tOutdoor Scenes\tComplex\t\n'
     "a fox\tAnimals\tBasic\t\n"
 )
-
-
-def items_of(prompts, categories=("",)) -> list[Picture]:
-    return [Picture(i, i + 1, p, 0, categories[i % len(categories)]) for i, p in enumerate(prompts)]
-
-
-def folder_of(tmp_path, items, images=None) -> Path:
-    """An evaluation's folder with these pictures."""
-    EvaluationFolder.create(tmp_path, items, {"batch_size": 2})
-    for item, image in zip(items, images if images is not None else [], strict=images is not None):
-        save_png(tmp_path / "pictures" / item.file_name, to_pil(image), item.facts)
-    return tmp_path
 
 
 # -- metrics ----------------------------------------------------------------------------------------------

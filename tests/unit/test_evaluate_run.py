@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from evaluation_folders import folder_of, items_of
 
 from raydistill.data.stage_error import StageError
 from raydistill.errors import InputError, StageFailed
@@ -20,7 +21,6 @@ from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.pictures.files import save_png
 from raydistill.pictures.grids import to_pil
-from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import parse
 from raydistill.shapes.render import render
 
@@ -31,18 +31,6 @@ SINGLE = "a large red circle at the left on a white background"
 def job(run_script):
     """`job(*arguments)` -> (exit code, stdout, stderr) of jobs/evaluate.py."""
     return partial(run_script, "evaluate")
-
-
-def items_of(prompts, categories=("",)) -> list[Picture]:
-    return [Picture(i, i + 1, p, 0, categories[i % len(categories)]) for i, p in enumerate(prompts)]
-
-
-def folder_of(tmp_path, items, images=None) -> Path:
-    """An evaluation's folder with these pictures."""
-    EvaluationFolder.create(tmp_path, items, {"batch_size": 2})
-    for item, image in zip(items, images if images is not None else [], strict=images is not None):
-        save_png(tmp_path / "pictures" / item.file_name, to_pil(image), item.facts)
-    return tmp_path
 
 
 def created(evaluation) -> EvaluationFolder:

@@ -18,6 +18,7 @@ from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
 from raydistill.spaces.folder import weight_files
 from raydistill.storage.resolve import resolve
+from raydistill.tracking import store as store_module
 
 CAPTION = single_scenes(held_out=False)[0].caption
 PASSWORD = "hunter2"
@@ -92,8 +93,10 @@ def test_mistakes_leave_no_store_behind(configure, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "not a database", "no such place", "unknown scheme"])
-def test_a_tracking_store_that_cannot_be_opened_is_a_configuration_error(configure, tmp_path, kind):
+def test_a_tracking_store_that_cannot_be_opened_is_a_configuration_error(configure, tmp_path, kind, monkeypatch):
     place = tmp_path / "store"
+    if kind != "unknown scheme":
+        monkeypatch.setattr(store_module, "client_of", lambda uri: pytest.fail("MLflow would retry it for 100 s"))
     if kind == "folder":
         place.mkdir()
     elif kind == "not a database":
