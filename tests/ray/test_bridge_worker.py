@@ -66,6 +66,7 @@ def mlflow_run(tmp_path_factory):
     return f"sqlite:///{folder}/mlflow.db", client.create_run(experiment).info.run_id
 
 
+@pytest.mark.full
 def test_ray_gives_the_bridge_of_plain_torch_and_going_on_equals_never_stopping(
     ray_cluster, configure, pairs_folder, tmp_path, sd_folder, flux_folder, mlflow_run
 ):

@@ -178,6 +178,7 @@ def test_wrong_numbers_are_refused(stream, changes, said):
         next(stream(settings.pop("first"), settings.pop("stop"), **settings))
 
 
+@pytest.mark.full
 def test_waiting_batches_leave_the_trainers_processor_alone(stream):
     """Ray Data's executor lives in the trainer's process; while its buffer is full it must not spin there."""
     batches = stream(0, 2000, in_flight_bytes=1 << 20)

@@ -64,6 +64,7 @@ def test_no_replica_gets_a_second_request_before_each_has_one(idle):
     assert requests(client) == [6] * REPLICAS
 
 
+@pytest.mark.full
 def test_requests_of_other_processes_count(idle):
     client, other = idle.client(), Caller.remote(idle.client())
     other.ask.remote(2, at=0.0)

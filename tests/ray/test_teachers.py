@@ -215,6 +215,7 @@ def test_killed_rank_loses_no_request_and_changes_no_bit(flux):
     assert len(placement_groups("teacher-flux")) == 1
 
 
+@pytest.mark.full
 def test_second_service_coexists_and_stops_cleanly(flux, sd_folder):
     """A UNet teacher next to the first; stopping it leaves no rank, and the first still answers."""
     client, space, _ = flux
@@ -289,6 +290,7 @@ def test_impossible_placement_is_named_and_leaves_nothing(ray_cluster, flux_fold
     assert not placement_groups("teacher-giant")
 
 
+@pytest.mark.full
 def test_occupied_cluster_is_named_and_leaves_nothing(ray_cluster, flux_folder, monkeypatch):
     """The replica would fit an empty cluster, but something else holds the CPUs."""
     monkeypatch.setattr(service, "PLACEMENT_PATIENCE_S", 3.0)
