@@ -26,6 +26,7 @@ def main() -> int:
         changes=UNUSED,
         check=f"{STAGES}:check_pairs_folder",
         roles=roles,
+        stages=("synthesis",),
     )
 
 

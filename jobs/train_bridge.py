@@ -29,6 +29,7 @@ def main() -> int:
         changes=UNTRAINED,
         check=f"{STAGES}:{check}",
         roles=roles,
+        stages=("synthesis", "bridge"),
         arguments=arguments,
     )
 

@@ -20,6 +20,8 @@ from pydantic.fields import FieldInfo
 from raydistill.config.schema import Config, Free, Section, trains_bridge
 from raydistill.errors import InputError
 
+CONTROLS = ("no_vsd", "shared_space")  # distillations that a run is compared with
+STAGES = ("synthesis", "bridge", "distill", *CONTROLS)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -187,6 +189,17 @@ def needs_pairs(config: Config) -> bool:
     """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
     return trains_bridge(config) or config.bridge.trainable or gan
+
+
+def stages_of(config: Config) -> list[str]:
+    """The stages of a whole run, in their order."""
+    pairs = ["synthesis"] if needs_pairs(config) and config.bridge.pairs is None else []
+    return [
+        *pairs,
+        *(["bridge"] if trains_bridge(config) else []),
+        "distill",
+        *(name for name in CONTROLS if name in config.controls),
+    ]
 
 
 def flatten(config: Config) -> dict[str, Any]:

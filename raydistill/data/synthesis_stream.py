@@ -251,7 +251,7 @@ class SynthesisLog:
         self._arrivals.append((time.monotonic(), writer.done))
         values = {"failed": len(writer.failures)} | self._rate()
         write_progress(self.progress, step=writer.done, total=writer.count, **values)
-        names = {"failed": "synthesis/failed_rows", "pictures_per_s": "throughput/pictures_per_s"}
+        names = {"failed": "synthesis/failed_rows", "pictures/s": "throughput/pictures_per_s"}
         self.tracker.metrics({names[key]: value for key, value in values.items()}, writer.done)
         if written and not self._shown:  # early enough to stop a set that goes wrong
             self._show(written[:1], writer.done)
@@ -259,7 +259,7 @@ class SynthesisLog:
     def _rate(self) -> dict[str, float]:
         """Over the last requests; nothing at the first one, before which the actors started."""
         (first, before), (last, now) = self._arrivals[0], self._arrivals[-1]
-        return {"pictures_per_s": (now - before) / (last - first)} if last > first else {}
+        return {"pictures/s": (now - before) / (last - first)} if last > first else {}
 
     def finish(self, folder: Place, rows: int) -> None:
         """The whole set of `rows` rows: pictures spread over it, and the list of failures."""

@@ -12,6 +12,8 @@ from typing import Any
 import ray
 from ray import serve
 
+from raydistill.driver.worker_lines import worker_lines
+
 # Loggers whose level is set again by those who own them.
 TALKATIVE = ("ray.serve", "mlflow.system_metrics.system_metrics_monitor")
 REPORTS = "train/v2/_internal/execution/context.py"  # of Ray: this one's name is its file
@@ -66,8 +68,10 @@ def connected(**own: Any) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     quiet()
+    # It says that the cluster asks for a token, as every cluster of our own does.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     joins = not own and bool(os.environ.get("RAY_ADDRESS"))
-    with environment({} if joins else OWN):
+    with environment({} if joins else OWN), worker_lines():
         ray.init(
             address="auto" if joins else "local",
             include_dashboard=None if joins else False,

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.command_line import from_command_line
-from raydistill.config.reading import changed
+from raydistill.config.reading import STAGES, changed, stages_of
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
 from raydistill.errors import StageFailed
+from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
 if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, diffusers and Ray take seconds
@@ -37,6 +38,7 @@ def run_job(
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     check: str | RunFunction | None = None,
     roles: Sequence[str] | None = None,
+    stages: Sequence[str] = STAGES,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Body of a job's `main`; returns the exit code.
@@ -48,6 +50,7 @@ def run_job(
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises InputError.
         roles: those of `planning.memory.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
+        stages: those of a whole run that this job has.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
@@ -60,15 +63,16 @@ def run_job(
         config = changed(config, changes or {})
         folder = open_run_folder(config)
         if (folder.path / result).is_file():
-            print(f"run {folder.name} is finished: {folder.path / result}")
+            screen.say(f"run {folder.name} is finished: {folder.path / result}")
             return 0
+        _introduce(config, folder, stages)
         config = pin_models(config, folder)
         inputs = check_inputs(config)
         if check is not None:
             _loaded(check)(config, folder, inputs)
-        stages = _loaded(run)
+        body = _loaded(run)
         for line in _check_gpus(config, roles):
-            print(line, flush=True)
+            screen.say(line)
     except ValueError as error:  # every error of wrong input is one, and says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,7 +82,7 @@ def run_job(
         with lock_run(folder.path):
             create_run_folder(folder, config)
             with connected(), stop_on_signals():
-                stages(config, folder, inputs)
+                body(config, folder, inputs)
     except RunLocked as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,6 +93,16 @@ def run_job(
         print(f"error: {error}\n{again}", file=sys.stderr)
         return 1
     return 0
+
+
+def _introduce(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
+    """What the job is about, before anything is loaded that takes long."""
+    planned = [name for name in stages_of(config) if name in stages]
+    screen.plan(planned)
+    screen.say(f"run {folder.name}: {config.teacher.model} → {config.student.model}")
+    screen.say(f"folder    {folder.path}")
+    if len(planned) > 1:
+        screen.say("stages    " + ", ".join(f"{number} {name}" for number, name in enumerate(planned, 1)))
 
 
 def _loaded(function: str | RunFunction) -> RunFunction:

@@ -32,7 +32,8 @@ from raydistill.export.source import find_export
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
 from raydistill.storage.resolve import require_folder
-from raydistill.tracking.store import tracking_uri, ui_command
+from raydistill.tracking.screen import screen
+from raydistill.tracking.store import tracking_uri
 from raydistill.tracking.tracker import Tracker
 
 STUDENTS, TEACHERS = ("sd15", "sd21"), ("flux", "sd3", "sdxl")
@@ -109,7 +110,7 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
         results: list[dict[str, Any]] = []
         planned = cells(table, config, run.storage, seeds, quick)
         for number, cell in enumerate(planned, 1):
-            print(f"== {number}/{len(planned)} {cell.name}", flush=True)
+            screen.say(f"== {number}/{len(planned)} {cell.name}")
             results.append(_run_cell(cell, record, planned))
         if table == "table1":
             for seed in dict.fromkeys(cell.seed for cell in planned):
@@ -132,11 +133,11 @@ def reproduce(table: str, seeds: int, quick: bool, config: Config, run: RunFolde
         tracker.note(text)
         tracker.close()
         write_summary(run.path / result_name(table, seeds), summary)
-        print(text)
+        screen.say(text)
         for line in verdicts(summary):
-            print(line)
-        print(f"results   {run.path / result_name(table, seeds)}")
-        print(f"MLflow    {ui_command(record.uri)}")
+            screen.say(line)
+        screen.say(f"results   {run.path / result_name(table, seeds)}")
+        screen.say("\n".join(record.ui))
     return summary
 
 

@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from ray.exceptions import RayError
 
-from raydistill.config.reading import flatten
+from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
+from raydistill.data.pairs import count_rows
+from raydistill.data.synthesis import prompt_fingerprint
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
-from raydistill.errors import InputError, StageFailed
+from raydistill.errors import InputError, StageFailed, mask
+from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherError
-from raydistill.tracking.store import TrackingAway, TrackingError, open_run, run_tags, tracking_uri
+from raydistill.tracking.screen import screen
+from raydistill.tracking.store import FAILURE, TrackingAway, TrackingError, open_run, run_tags, tracking_uri, ui_lines
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
+
+T = TypeVar("T")
+PARAMS = (  # by which people compare runs; what was typed comes on top, and config.yaml has them all
+    "teacher.model", "teacher.guidance_scale", "student.model", "student.unet", "student.lr", "bridge.checkpoint",
+    "distill.steps", "distill.batch_size", "fake_score.kind", "fake_score.updates", "vsd.weight", "discriminator.weight",
+    "run.seed",
+)  # fmt: skip
+DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
+
+
+def command_line() -> str:
+    """What was typed, without secrets."""
+    script, *arguments = sys.argv
+    shown = [f"{key}={mask(key, value)}" if same else key for key, same, value in (a.partition("=") for a in arguments)]
+    return shlex.join(["python3", script, *shown])
+
+
+def _typed_keys() -> set[str]:
+    return {argument.partition("=")[0] for argument in sys.argv[1:] if "=" in argument}
+
+
+def _recipe() -> str:
+    """Name of the configuration file."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", default="shapes")
+    return Path(parser.parse_known_args(sys.argv[1:])[0].config).stem
 
 
 class RunRecord:
@@ -27,6 +62,7 @@ class RunRecord:
     Attributes:
         seconds: by stage; a resumed stage adds to what it took before.
         open: MLflow runs that have not ended, the parent first.
+        ui: lines that say how to look at the run in MLflow.
     """
 
     def __init__(self, config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> None:
@@ -36,6 +72,8 @@ class RunRecord:
         self._lock = threading.Lock()  # of stages that go on at the same time
         self.open: list[str] = []
         self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
+        page = self._wait_for_store(functools.partial(ui_lines, self.uri, self.parent))
+        self.ui = [f"{name:<9} {line}" for name, line in zip(["MLflow", ""], page, strict=False)]
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
         """Open a run, or the same one again on a resume."""
@@ -47,8 +85,8 @@ class RunRecord:
                 config.tracking.experiment,
                 name,
                 storage=self.run.storage,
-                params=flatten(config),
-                tags=run_tags(config, stage),
+                params={key: value for key, value in flatten(config).items() if key in {*PARAMS, *_typed_keys()}},
+                tags=run_tags(config, stage) | {"recipe": _recipe(), "steps": config.distill.steps},
                 parent_run_id=parent,
                 resume_run_id=known,
             )
@@ -58,12 +96,36 @@ class RunRecord:
         self.open.append(run_id)
         return run_id
 
+    def describe(self) -> None:
+        """What the run is made of: its whole configuration, and its sets of prompts and pairs."""
+        tracker, inputs, config = Tracker(self.uri, self.parent), self.inputs, self.config
+        tracker.artifact(self.run.path / "config.yaml")
+        for context, prompts in (("training", inputs.prompts), ("evaluation", inputs.held_out)):
+            tracker.dataset(context, prompts.report.source, prompt_fingerprint(prompts), len(prompts))
+        for key in ("bridge.pairs", "discriminator.real_data"):
+            if (folder := get(config, key)) is not None:
+                rows = count_rows(resolve(folder))
+                tracker.dataset(key, str(folder), f"{rows} rows", rows)
+        tracker.close(DESCRIBED_WITHIN_S)
+
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""
         return self._mlflow_run(config, f"{self.run.name}/{name or stage}", stage, self.parent)
 
-    def _wait_for_store(self, open_it: Callable[[], str]) -> str:
-        """Open a run; a store that is away is waited for, since training before and after does not need it."""
+    @contextmanager
+    def distillation_run(self, config: Config, stage: str) -> Iterator[str]:
+        """The MLflow run of a distillation: the parent itself for the main one, where people look first.
+
+        A run that an earlier version began goes on in the nested run that it has.
+        """
+        nested = stage != "distill" or stage in self.run.recall().get("mlflow", {})
+        run_id = self.stage_run(config, stage) if nested else self.parent
+        yield run_id
+        if nested:
+            self.finish(run_id)
+
+    def _wait_for_store(self, open_it: Callable[[], T]) -> T:
+        """Ask the store, to open a run for example; a store that is away is waited for, since training before and after does not need it."""
         deadline, told = time.monotonic() + self.config.tracking.retry_for_s, float("-inf")
         while True:
             try:
@@ -74,31 +136,35 @@ class RunRecord:
                     raise
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
-                    print(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}", flush=True)
+                    screen.say(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}")
                 time.sleep(min(5.0, left))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Name a stage on the screen, and measure it."""
-        print(f"— {stage}", flush=True)
         started = time.monotonic()
         try:
-            yield
+            with screen.stage(stage):
+                yield
         finally:
             with self._lock:
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - started
                 self.run.remember(seconds=self.seconds)
 
-    def finish(self, run_id: str, status: str = "FINISHED", within_s: float = 60.0) -> None:
-        """End one MLflow run with its status."""
-        Tracker(self.uri, run_id).finish(status, within_s)
+    def finish(self, run_id: str, status: str = "FINISHED", within_s: float = 60.0, why: str | None = None) -> None:
+        """End one MLflow run with its status, and say why in its description and a tag."""
+        tracker = Tracker(self.uri, run_id)
+        if why is not None:
+            tracker.tags({FAILURE: why})
+            tracker.note(f"**{status.lower()}**: {why}\n\n`{command_line()}`")
+        tracker.finish(status, within_s)
         self.open.remove(run_id)
 
-    def give_up(self, status: str, within_s: float = 60.0) -> None:
+    def give_up(self, status: str, why: str, within_s: float = 60.0) -> None:
         """End every run that is still open, stages before their parent; a store that is away is waited for once."""
         deadline = time.monotonic() + within_s
         for run_id in reversed(list(self.open)):
-            self.finish(run_id, status, max(0.0, deadline - time.monotonic()))
+            self.finish(run_id, status, max(0.0, deadline - time.monotonic()), why)
 
 
 @contextmanager
@@ -108,24 +174,26 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         record = RunRecord(config, run, inputs, parent)
     except (TrackingError, InputError) as error:
         raise StageFailed(str(error)) from error
-    images = [] if inputs.images is None else [f"images: {inputs.images}"]
-    for line in (f"run {run.name} in {run.path}", f"prompts: {inputs.prompts.report}", *images, *inputs.notes):
-        print(line, flush=True)
+    images = [] if inputs.images is None else [f"images    {inputs.images}"]
+    for line in (f"prompts   {inputs.prompts.report}", *images, *inputs.notes, *record.ui):
+        screen.say(line)
     try:
+        record.describe()
         yield record
     except (StageFailed, InputError) as error:
-        record.give_up("FAILED")
+        record.give_up("FAILED", str(error))
         raise StageFailed(str(error)) from error
     except (TeacherError, TrackingError, ValueError, OSError, RayError) as error:
-        record.give_up("FAILED")
-        raise StageFailed(f"{type(error).__name__}: {error}") from error
+        text = f"{type(error).__name__}: {error}"
+        record.give_up("FAILED", text)
+        raise StageFailed(text) from error
     except KeyboardInterrupt:
-        record.give_up("KILLED")
+        record.give_up("KILLED", "interrupted")
         raise StageFailed("interrupted") from None
-    except Stopped:
-        record.give_up("KILLED", TRACKING_WITHIN_S)
+    except Stopped as stopped:
+        record.give_up("KILLED", str(stopped), TRACKING_WITHIN_S)
         raise
-    except BaseException:
-        record.give_up("FAILED")
+    except BaseException as error:
+        record.give_up("FAILED", f"{type(error).__name__}: {error}")
         raise
     record.finish(record.parent)

@@ -21,7 +21,7 @@ from raydistill.driver.stages import PAIRS_FOLDER, make_pairs_alone, recipe_of, 
 from raydistill.errors import InputError, StageFailed
 from raydistill.evaluation.summary import write_summary
 from raydistill.storage.resolve import require_folder, resolve
-from raydistill.tracking.store import ui_command
+from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import Tracker
 
 PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"  # of a run; it is written when the set is complete
@@ -35,8 +35,8 @@ def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
         metrics = dict(read_description(resolve(folder))["metrics"])
         tracker.metrics(metrics, int(metrics.pop("step", config.bridge.steps)))
         tracker.close()
-        print(f"folder    {folder}  (bridge.checkpoint={folder})")
-        print(f"MLflow    {ui_command(record.uri)}")
+        screen.say(f"folder    {folder}  (bridge.checkpoint={folder})")
+        screen.say("\n".join(record.ui))
     return folder
 
 
@@ -65,10 +65,10 @@ def ablate_bridge(config: Config, run: RunFolder, inputs: Inputs) -> dict[str, A
         tracker.note(markdown(summary))
         tracker.close()
         write_summary(run.path / "ablation.json", summary)
-        print(markdown(summary))
+        screen.say(markdown(summary))
         for table, same in summary["paper_order"].items():
-            print(f"{table:<13}the order of PSNR is {'the' if same else 'not the'} paper's")
-        print(f"MLflow       {ui_command(record.uri)}")
+            screen.say(f"{table:<13}the order of PSNR is {'the' if same else 'not the'} paper's")
+        screen.say("\n".join(record.ui))
     return summary
 
 
@@ -128,10 +128,10 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
         summary["stages"] = {name: round(seconds, 1) for name, seconds in record.seconds.items()}
         write_summary(run.path / PAIRS_SUMMARY, summary | {"mlflow_run_id": record.parent})
         seconds = record.seconds["synthesis"]
-        print(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s", flush=True)
+        screen.say(f"pairs     {folder}: {rows} rows, {failed} failed, {seconds:.0f} s")
         if failed:
-            print(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")
-        print(f"MLflow    {ui_command(record.uri)}")
+            screen.say(f"failures  {run.path / PAIRS_FOLDER / FAILURES_FILE}")
+        screen.say("\n".join(record.ui))
     return folder
 
 

@@ -23,6 +23,7 @@ from raydistill.storage.resolve import resolve
 from raydistill.teachers import registry
 from raydistill.teachers.client import TeacherClient
 from raydistill.tracking.progress import ProgressWatcher
+from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.bridge import train_bridge
 from raydistill.workers.distill import launch
@@ -134,7 +135,7 @@ def train_bridge_on(record: RunRecord, pairs: str) -> str:
         run_id = record.stage_run(config, "bridge")
         trained = train_bridge(config, record.run.path, pairs, record.uri, run_id)
         record.finish(run_id)
-    print("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()), flush=True)
+    screen.say("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()))
     return str(trained.folder)
 
 
@@ -158,15 +159,13 @@ def distillation(
     Returns:
         The stage's result: before, after, steps, best_step, stopped.
     """
-    with record.timed(name):
+    with record.timed(name), record.distillation_run(config, name) as run_id:
         stage = Stage(
             name=name,
             config=config.model_dump(),
             folder=str(record.run.path / name),
             **inputs,
             mlflow_uri=record.uri,
-            mlflow_run=record.stage_run(config, name),
+            mlflow_run=run_id,
         )
-        result = launch(stage, needs)
-        record.finish(stage.mlflow_run)
-    return result
+        return launch(stage, needs)

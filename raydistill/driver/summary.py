@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 
-from raydistill.driver.run_record import RunRecord
+from raydistill.driver.run_record import RunRecord, command_line
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
+from raydistill.shapes.judge import Judge
 from raydistill.storage.atomic import move_folder, replacing
 from raydistill.storage.place import Place
-from raydistill.tracking.store import ui_command
+from raydistill.storage.resolve import resolve
+from raydistill.tracking.screen import duration, screen
 from raydistill.tracking.tracker import Tracker
 
-CONTROLS = {"no_vsd": "control: VSD off", "shared_space": "control: shared space"}
+NAMES = {"no_vsd": "control: VSD off", "shared_space": "control: shared space"}  # of the controls
 Results = dict[str, Any]  # stage -> its result, and "teacher" -> its table
 
 
 def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     """Write pictures, export and summary.json, log them, and show the table; returns the summary."""
-    sheet, summary = _pictures(record), _summary(record, results)
-    rows = {"student before": summary["student_before"], "student after": summary["student_after"]}
-    rows |= {CONTROLS[name]: table for name, table in summary["controls"].items()}
-    rows["teacher"] = summary["teacher"]
-    _log(record, summary, sheet, markdown(rows))
+    summary = _summary(record, results)
+    rows = {"student before": summary.get("student_before"), "student after": summary.get("student_after")}
+    rows |= {NAMES[name]: table for name, table in summary["controls"].items()}
+    rows["teacher"] = summary.get("teacher")
+    rows = {name: table for name, table in rows.items() if table}
+    sheet = _pictures(record, summary)
+    _log(record, summary, sheet, rows)
     stage = record.run.path / "distill"
     if (stage / "export").is_dir():
         move_folder(stage / "export", record.run.path / "export")
@@ -37,34 +41,45 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     return summary
 
 
-def _pictures(record: RunRecord) -> Image.Image:
-    """Before, after and teacher on the same held-out prompts and noise, also as `grids/before_after.png`."""
+def _pictures(record: RunRecord, summary: dict[str, Any]) -> Place:
+    """`grids/before_after.png`: all rows on the same held-out prompts and noise, marked where a judge knows."""
     run, evaluation = record.run, record.config.evaluation
-    rows = kept_pictures(run.path)
-    sheet = before_after(*rows, FixedPrompts(record.inputs.held_out, len(rows[0]), evaluation.seed).captions)
-    with replacing(run.path / "grids" / "before_after.png") as file:
-        sheet.save(file)
-    return sheet
+    rows = kept_pictures(run.path, [name for name in NAMES if name in record.config.controls])
+    captions = FixedPrompts(record.inputs.held_out, len(rows["before"]), evaluation.seed).captions
+    title, right = f"{run.name}: {record.config.teacher.model} to {record.config.student.model}", None
+    if evaluation.judge is not None:
+        judge = Judge.load(resolve(evaluation.judge))
+        right = {label: judge.right(images, captions) for label, images in rows.items()}
+        before, after = (summary[f"student_{when}"][evaluation.metric] for when in ("before", "after"))
+        title += f", {evaluation.metric} {before:.3f} before, {after:.3f} after, of {evaluation.count} pictures"
+    sheet = before_after(rows, captions, title=title, right=right)
+    with replacing(file := run.path / "grids" / "before_after.png") as fresh:
+        sheet.save(fresh)
+    return file
 
 
-def kept_pictures(folder: Place) -> list[torch.Tensor]:
-    """What a run's folder keeps of before, after and the teacher, each [N, 3, S, S].
+def kept_pictures(folder: Place, controls: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """What a run's folder keeps of before, after, the controls and the teacher, each [N, 3, S, S], by label.
 
-    N is what all three have: `evaluation.grid` may have changed between a run's parts.
+    N is what all have: `evaluation.grid` may have changed between a run's parts.
     """
-    files = (folder / "distill" / "before.safetensors", folder / "distill" / "after.safetensors")
-    rows = [load_pictures(file) for file in (*files, folder / "teacher.safetensors")]
-    return [row[: min(map(len, rows))] for row in rows]
+    files = {"before": folder / "distill" / "before.safetensors", "after": folder / "distill" / "after.safetensors"}
+    files |= {NAMES[name].removeprefix("control: "): folder / name / "after.safetensors" for name in controls}
+    files["teacher"] = folder / "teacher.safetensors"
+    rows = {label: load_pictures(file) for label, file in files.items()}
+    count = min(map(len, rows.values()))
+    return {label: row[:count] for label, row in rows.items()}
 
 
 def _summary(record: RunRecord, results: Results) -> dict[str, Any]:
+    """Without a judge there are no tables in it."""
     main = results["distill"]
-    stopped = {name: results[name]["stopped"] for name in ("distill", *CONTROLS) if name in results}
+    stopped = {name: results[name]["stopped"] for name in ("distill", *NAMES) if name in results}
+    tables = {"student_before": main["before"], "student_after": main["after"], "teacher": results["teacher"]}
+    controls = {name: results[name]["after"] for name in NAMES if name in results}
     return {
-        "student_before": main["before"],
-        "student_after": main["after"],
-        "teacher": results["teacher"],
-        "controls": {name: results[name]["after"] for name in CONTROLS if name in results},
+        **{who: table for who, table in tables.items() if table},
+        "controls": {name: table for name, table in controls.items() if table},
         "stages": {name: round(seconds, 1) for name, seconds in record.seconds.items()},
         "steps": main["steps"],
         "best_step": main["best_step"],
@@ -73,27 +88,30 @@ def _summary(record: RunRecord, results: Results) -> dict[str, Any]:
     }
 
 
-def _log(record: RunRecord, summary: dict[str, Any], sheet: Image.Image, note: str) -> None:
+def _log(record: RunRecord, summary: dict[str, Any], pictures: Place, rows: Mapping[str, Mapping[str, float]]) -> None:
     tracker = Tracker(record.uri, record.parent)
-    tables = {who: summary[who] for who in ("student_before", "student_after", "teacher")}
+    tables = {who: summary.get(who, {}) for who in ("student_before", "student_after", "teacher")}
     values = {f"{who}/{key}": value for who, table in tables.items() for key, value in table.items()}
     tracker.metrics(values, step=summary["steps"])
-    tracker.image(sheet, "before_after", summary["steps"])
-    tracker.note(note)
+    tracker.artifact(pictures)
     tracker.artifact(record.run.path / "config.yaml")
+    shown = f"![before and after](get-artifact?path={pictures.name}&run_uuid={record.parent})"
+    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{command_line()}`"]))
     tracker.close()
 
 
 def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: dict[str, dict[str, float]]) -> None:
-    run, console = record.run, Console()
-    console.print(table(rows, title=f"{run.name}: attribute accuracy on held-out prompts"))
-    console.print("stages: " + ", ".join(f"{name} {seconds:.0f} s" for name, seconds in record.seconds.items()))
+    run = record.run
+    if rows:
+        # of a log too, where no terminal says how wide it is
+        Console(width=None if screen.terminal else 80).print(table(rows, title=f"{run.name}: held-out prompts"))
+    screen.say("stages    " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.seconds.items()))
     for name, reason in summary["stopped"].items():
         steps, best = (results[name][key] for key in ("steps", "best_step"))
-        print(
+        screen.say(
             f"stopped   {name} after {steps} of {record.config.distill.steps} updates ({reason}); "
             f"its best is of update {best}"
         )
-    print(f"pictures  {run.path / 'grids' / 'before_after.png'}")
-    print(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
-    print(f"MLflow    {ui_command(record.uri)}")
+    screen.say(f"pictures  {run.path / 'grids' / 'before_after.png'}")
+    screen.say(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
+    screen.say("\n".join(record.ui))

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from raydistill.config.schema import Config, EvaluationConfig
 from raydistill.data.encode import PromptTable
@@ -22,6 +21,7 @@ from raydistill.shapes.judge import Judge
 from raydistill.spaces.base import Space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.storage.resolve import resolve
+from raydistill.tracking.screen import screen
 
 
 class FixedPrompts:
@@ -93,8 +93,11 @@ def draw_teacher(
         noise = fixed.noise(space, start, stop)
         return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
 
-    batches = list(fixed.batches(config.evaluation.batch_size))
-    answers = tqdm(in_order(batches, ask, ahead=1), desc="teacher draws", total=len(batches), disable=None)
-    images = torch.cat([space.decode(vae, latents) for latents in answers])
+    batches, images = list(fixed.batches(config.evaluation.batch_size)), []
+    with screen.bar("teacher draws", "batch") as bar:
+        for latents in in_order(batches, ask, ahead=1):
+            images.append(space.decode(vae, latents))
+            bar.update(len(images), len(batches))
+    images = torch.cat(images)
     judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
     return images, judge.accuracy(images, fixed.captions) if judge else {}

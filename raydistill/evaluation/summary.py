@@ -21,8 +21,8 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     A value that a row lacks shows as –.
     """
     columns = _columns(rows, first)
-    result = Table(title=title)
-    result.add_column("")
+    result = Table(title=title, box=None, title_justify="left", padding=(0, 2, 0, 0), pad_edge=False)
+    result.add_column("", no_wrap=True)
     for name in columns:
         result.add_column(name, justify="right", style="bold" if name == first else None)
     for who, scores in rows.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 MARGIN, GAP = 8, 6
 INK, PALE, PAPER = (30, 30, 30), (90, 90, 90), (238, 238, 238)
+RIGHT, WRONG, MARK = (30, 130, 60), (190, 40, 40), 15  # a picture's mark: its colours, and its width in pixels
 CAPTION_LINES = 5
 SMALLEST_CELL = 128  # pixels a picture is enlarged to at least, so that its caption can be read
 
@@ -103,47 +104,55 @@ def grid(
 
 
 def before_after(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    teacher: torch.Tensor | None,
+    rows: Mapping[str, torch.Tensor],
     captions: Sequence[str],
     scale: int | None = None,
     columns: int = 8,
+    title: str | None = None,
+    right: Mapping[str, Sequence[bool]] | None = None,
 ) -> Image.Image:
-    """One column a prompt: before, after and, if given, teacher below each other, and the caption.
+    """One column a prompt: the pictures of all rows below each other, and the caption.
 
     Args:
-        before, after: [N, 3, H, W] in [-1, 1], the student at the start and at the end, from the same noise.
-        teacher: [N, 3, H', W'] or None; scaled to the student's size.
-        scale: whole-number enlargement of the student's pictures; None: to 128 pixels.
+        rows: label -> [N, 3, H, W] in [-1, 1], drawn for the same prompts; all are shown in the first one's size.
+        captions: N texts.
+        scale: whole-number enlargement of the first row's pictures; None: to 128 pixels.
         columns: prompts side by side; more prompts make more bands.
+        right: label -> whether each picture shows what its caption asks for; a row without is not marked.
 
     Raises:
         ValueError: shapes or counts that do not fit together.
     """
-    rows = {"before": before, "after": after} | ({"teacher": teacher} if teacher is not None else {})
     for label, images in rows.items():
         _check(images, captions, label)
-    scale = _scale(before, scale)
-    bands = [
-        _band({label: images[start : start + columns] for label, images in rows.items()}, captions[start:], scale)
-        for start in range(0, len(before), columns)
-    ]
-    sheet = Image.new("RGB", (max(b.width for b in bands), sum(b.height for b in bands)), PAPER)
-    top = 0
+    first = next(iter(rows.values()))
+    scale = _scale(first, scale)
+    bands = []
+    for start in range(0, len(first), columns):
+        part = slice(start, start + columns)
+        marks = {label: row[part] for label, row in (right or {}).items()}
+        bands.append(_band({label: images[part] for label, images in rows.items()}, captions[part], scale, marks))
+    width = max(band.width for band in bands)
+    font = ImageFont.load_default(size=16)
+    heading = wrap(title, font, width - 2 * MARGIN, 2) if title else []
+    top = MARGIN + len(heading) * sum(font.getmetrics()) if heading else 0
+    sheet = Image.new("RGB", (width, top + sum(band.height for band in bands)), PAPER)
+    ImageDraw.Draw(sheet).multiline_text((MARGIN, MARGIN), "\n".join(heading), INK, font=font)
     for band in bands:
         sheet.paste(band, (0, top))
         top += band.height
     return sheet
 
 
-def _band(rows: dict[str, torch.Tensor], captions: Sequence[str], scale: int) -> Image.Image:
+def _band(
+    rows: Mapping[str, torch.Tensor], captions: Sequence[str], scale: int, right: Mapping[str, Sequence[bool]]
+) -> Image.Image:
     """Labelled rows of pictures over one line of captions."""
-    size = to_pil(rows["before"][0], scale).size
+    images = next(iter(rows.values()))
+    size, count = to_pil(images[0], scale).size, len(images)
     font, label_font = ImageFont.load_default(size=min(13, max(10, size[0] // 10))), ImageFont.load_default(size=14)
     indent = MARGIN + round(max(label_font.getlength(label) for label in rows)) + GAP
-    count = len(rows["before"])
-    texts = [wrap(text, font, size[0], CAPTION_LINES) for text in captions[:count]]
+    texts = [wrap(text, font, size[0], CAPTION_LINES) for text in captions]
     line_height = sum(font.getmetrics())
     height = MARGIN + len(rows) * (size[1] + GAP) + line_height * max(map(len, texts)) + MARGIN
     band = Image.new("RGB", (indent + count * (size[0] + GAP) - GAP + MARGIN, height), PAPER)
@@ -154,9 +163,20 @@ def _band(rows: dict[str, torch.Tensor], captions: Sequence[str], scale: int) ->
             picture = to_pil(image, 1)
             exact = size[0] % picture.width == 0  # whole-number enlargement keeps pixels crisp
             picture = picture.resize(size, Image.Resampling.NEAREST if exact else Image.Resampling.LANCZOS)
-            band.paste(picture, (indent + column * (size[0] + GAP), top))
+            left = indent + column * (size[0] + GAP)
+            band.paste(picture, (left, top))
+            if label in right:
+                _mark(draw, left + size[0] - MARK - 3, top + size[1] - MARK - 3, right[label][column])
         top += size[1] + GAP
     for column, lines in enumerate(texts):
         for number, line in enumerate(lines):
             draw.text((indent + column * (size[0] + GAP), top + number * line_height), line, INK, font=font)
     return band
+
+
+def _mark(draw: ImageDraw.ImageDraw, left: int, top: int, right: bool) -> None:
+    """A tick or a cross on a small square, MARK pixels wide."""
+    draw.rectangle((left, top, left + MARK, top + MARK), fill=RIGHT if right else WRONG, outline=PAPER)
+    tick, cross = [[(3, 8), (6, 11), (12, 4)]], [[(4, 4), (11, 11)], [(11, 4), (4, 11)]]
+    for line in tick if right else cross:
+        draw.line([(left + x, top + y) for x, y in line], fill=PAPER, width=2)

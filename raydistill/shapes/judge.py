@@ -131,8 +131,11 @@ class Judge(nn.Module):
         """Mean accuracy per attribute, their mean under `mean`, and `all` (every attribute right)."""
         scores = self.score(images, captions)
         table = {name: float(scores[name].mean()) for name in ATTRIBUTES}
-        every = torch.stack([scores[name] for name in ATTRIBUTES]).amin(0)
-        return table | {"mean": sum(table.values()) / len(table), "all": float((every > 0.999).float().mean())}
+        return table | {"mean": sum(table.values()) / len(table), "all": float(_all_right(scores).float().mean())}
+
+    def right(self, images: torch.Tensor, captions: Sequence[str]) -> list[bool]:
+        """Whether every attribute of a picture is right."""
+        return _all_right(self.score(images, captions)).tolist()
 
     def save(self, folder: Path) -> None:
         """Write `judge.safetensors` (fp16) and `config.json`."""
@@ -146,3 +149,8 @@ class Judge(nn.Module):
         judge = cls(**json.loads((folder / "config.json").read_text()))
         judge.load_state_dict({k: v.float() for k, v in load_file(folder / "judge.safetensors").items()})
         return judge.eval().requires_grad_(False)
+
+
+def _all_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B] booleans, of the scores of every attribute."""
+    return torch.stack([scores[name] for name in ATTRIBUTES]).amin(0) > 0.999

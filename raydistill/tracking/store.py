@@ -6,6 +6,7 @@ MLflow takes seconds to import, so it is imported inside functions only.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
 import shlex
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # of the UI's side « Model training»
+FAILURE = "failure"  # tag of a run that failed: why
 NOTE = "mlflow.note.content"  # what the UI shows as a run's description, in Markdown
 
 
@@ -78,6 +80,26 @@ def ui_command(uri: str) -> str:
     if uri.startswith(("http://", "https://")):
         return f"python3 -m webbrowser {shlex.quote(mask('uri', uri))}"
     return f"mlflow ui --backend-store-uri {shlex.quote(mask('uri', uri))}"
+
+
+def ui_lines(uri: str, run_id: str) -> list[str]:
+    """What opens the UI at the runs of this run's experiment: a server's address, or a command and then an address.
+
+    MLflow's own start page shows the empty GenAI side.
+
+    Raises:
+        TrackingAway: the store does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment = client_of(uri).get_run(run_id).info.experiment_id
+    except MlflowException as error:
+        raise TrackingAway(f"{mask('uri', uri)}: {reason(error)}") from error
+    page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
+    if uri.startswith(("http://", "https://")):
+        return [f"{mask('uri', uri).rstrip('/')}/{page}"]
+    return [ui_command(uri), f"http://127.0.0.1:5000/{page}"]
 
 
 def client_of(uri: str) -> MlflowClient:
@@ -203,6 +225,7 @@ def open_run(
         tags["mlflow.parentRunId"] = parent_run_id
     if commit := tags.get("git_commit"):
         tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": Path(sys.argv[0]).name or "raydistill"}
+    tags["mlflow.user"] = getpass.getuser()
     params = {key: mask(key, value)[:MAX_PARAM] for key, value in params.items()}
     try:
         if resume_run_id is None:
@@ -212,6 +235,8 @@ def open_run(
             if run.info.lifecycle_stage != "active":
                 raise TrackingError(f"run {resume_run_id} was deleted; `mlflow runs restore` brings it back")
             client.update_run(resume_run_id, status="RUNNING")
+            if FAILURE in run.data.tags:
+                client.delete_tag(resume_run_id, FAILURE)
         known = run.data.params
         changed = {f"changed.{k}": v[:MAX_TAG] for k, v in params.items() if k in known and known[k] != v}
         fresh = {key: value for key, value in params.items() if key not in known}

@@ -5,13 +5,14 @@ MLflow takes seconds to import, so it is imported inside functions.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
 import threading
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import mask, reason
@@ -61,7 +62,10 @@ class Tracker:
         self._sender.add_earlier(steps)
 
     def image(self, image: Image, name: str, step: int) -> None:
-        """Log a picture that the UI shows step by step under `name`."""
+        """Log a picture that the UI shows step by step under `name`; the last one also as `pictures/<name>.png`.
+
+        MLflow's names of steps hold random letters; the comparison of runs needs equal ones.
+        """
         name, copy = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", name), image.copy()
         self._sender.add_job(
             f"picture {name} of step {step}", lambda client: self._send_image(client, copy, name, int(step))
@@ -79,6 +83,24 @@ class Tracker:
                     client.log_artifact(self.run_id, str(path), folder)
 
         self._sender.add_job(f"artifact {source}", send)
+
+    def dataset(self, context: str, source: str, digest: str, rows: int) -> None:
+        """Say what the run was made from.
+
+        Args:
+            context: what for, as `training`.
+            digest: what tells its content from another's; MLflow keeps 36 characters.
+            rows: how many it has.
+        """
+
+        def send(client: MlflowClient) -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            name, profile = PurePosixPath(source).name or source, json.dumps({"num_rows": rows})
+            told = Dataset(name, digest[:36], "local", json.dumps({"uri": mask("uri", source)}), profile=profile)
+            client.log_inputs(self.run_id, [DatasetInput(told, [InputTag("mlflow.data.context", context)])])
+
+        self._sender.add_job(f"data set {source}", send)
 
     def text(self, text: str, file: str) -> None:
         """Log `text` as the artifact `file`."""
@@ -112,6 +134,7 @@ class Tracker:
             self._pictures = {(f[0], int(f[2])) for f in files if len(f) > 2 and f[1] == "step"}
         if (name.replace("/", "~"), step) not in self._pictures:
             client.log_image(self.run_id, image, key=name, step=step, synchronous=True)
+            client.log_image(self.run_id, image, artifact_file=f"pictures/{name}.png")
 
 
 class SystemMetrics:

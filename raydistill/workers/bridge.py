@@ -164,7 +164,8 @@ def _train(settings: dict[str, Any]) -> None:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
                 log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
                 if worker.rank == 0:
-                    write_progress(progress, step=step, total=last, pairs_per_s=rate, loss=losses["loss/bridge"])
+                    shown = {"loss": losses["loss/bridge"], "pairs/s": rate}
+                    write_progress(progress, step=step, total=last, **shown)
             if step % config.bridge.checkpoint_every == 0 or step == last:
                 _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER)
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 import ray.train
 import torch
 
-from raydistill.config.reading import validate
+from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
 from raydistill.distill.schedule import distillation_step
@@ -45,7 +45,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
         return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)  # before a signal may leave its file there
     own_service = stage.service if stage.service != config.teachers.service else None
-    with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name):
+    with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name, alike=CONTROLS):
         train(
             train_worker,
             asdict(stage),

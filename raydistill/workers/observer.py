@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from raydistill.workers.checkpoint import CheckpointError, load_state, save_stat
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
+SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
 FALL = 0.1  # of the periodic evaluation below its best: a collapse
 
 
@@ -37,6 +39,8 @@ class Observer:
         self.tracker, self.standing = tracker, standing
         self.best = BestStudent(stage, config, distiller.networks)
         self._told_of_cuts = False
+        self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
+        self._final_s = 0.0  # that the evaluation of the start took; the one at the end takes as long
         evaluation, networks = config.evaluation, distiller.networks
 
         def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
@@ -58,7 +62,9 @@ class Observer:
         Later students are compared with each other, not with the start, which its owner has: a run exports what it
         trained, and says where that is worse.
         """
+        started = time.monotonic()
         self._final_evaluation("before", 0)
+        self._final_s = time.monotonic() - started
         score, table = self._periodic_evaluation(0)
         self.standing.score = score or 0.0
         self.tracker.metrics(table, 0)
@@ -83,15 +89,24 @@ class Observer:
             score, table = self._periodic_evaluation(step)
             metrics |= table
             self._compare(step, score, drifted)
+        metrics |= self._headline(metrics)
         self.tracker.metrics(metrics, step)
+        shown = {name.removeprefix("loss/"): float(metrics[name]) for name in SHOWN_LOSSES if name in metrics}
+        shown |= {"samples/s": float(metrics["throughput/samples_per_s"])}
+        shown |= {"wait_s": float(metrics["time/wait_teacher"])} if "time/wait_teacher" in metrics else {}
         write_progress(
             self.stage.path("progress.json"),
             step=step,
             total=distill.steps,
-            samples_per_s=float(metrics["throughput/samples_per_s"]),
-            wait_teacher_s=float(metrics.get("time/wait_teacher", 0.0)),
-            score=float(self.standing.score),
+            tail_s=self._final_s,
+            **self._measured | shown,
         )
+
+    def _headline(self, metrics: dict[str, float]) -> dict[str, float]:
+        """`loss` and `score`, which MLflow shows above all names that have a section."""
+        loss = next((metrics[name] for name in SHOWN_LOSSES if name in metrics), None)
+        score = metrics.get(f"eval/periodic_{self.config.evaluation.metric}")
+        return {name: value for name, value in (("loss", loss), ("score", score)) if value is not None}
 
     def _tell_of_cuts(self, step: int, metrics: dict[str, float]) -> None:
         if metrics.get("data/cut_prompts") and not self._told_of_cuts:
@@ -129,7 +144,9 @@ class Observer:
         pictures, table = self._evaluate(self.periodic)
         count = self.config.evaluation.grid
         self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
-        score = table[self.config.evaluation.metric] if table else None
+        metric = self.config.evaluation.metric
+        score = table[metric] if table else None
+        self._measured = {} if score is None else {f"{metric}@{step}": score}
         return score, {f"eval/periodic_{key}": value for key, value in table.items()}
 
     def _final_evaluation(self, name: str, step: int) -> dict[str, float]:

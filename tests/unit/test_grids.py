@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import ImageFont
+from rich.console import Console
 
 from raydistill.driver.summary import kept_pictures
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.pictures.files import save_pictures
-from raydistill.pictures.grids import GAP, MARGIN, PAPER, before_after, grid, to_pil, wrap
+from raydistill.pictures.grids import GAP, MARGIN, PAPER, RIGHT, WRONG, before_after, grid, to_pil, wrap
 
 
 def flat(*colours: tuple[float, float, float], size: int = 32) -> torch.Tensor:
@@ -65,19 +66,43 @@ def test_caption_that_does_not_fit_ends_in_an_ellipsis():
 
 
 def test_before_after_rows_have_one_size_whatever_the_teachers():
-    sheet = before_after(flat(RED, RED), flat(GREEN, GREEN), flat(BLUE, BLUE, size=64), ["a", "b"], scale=3)
+    sheet = before_after(
+        {"before": flat(RED, RED), "after": flat(GREEN, GREEN), "teacher": flat(BLUE, BLUE, size=64)},
+        ["a", "b"],
+        scale=3,
+    )
     colours = np.asarray(sheet).reshape(-1, 3)
     for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)):
         assert (colours == colour).all(-1).sum() == 2 * 96 * 96
     rows = [np.flatnonzero((np.asarray(sheet) == c).all(-1).any(1))[0] for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
     assert rows == sorted(rows)
-    assert before_after(flat(RED), flat(GREEN), None, ["a"], scale=3).height < sheet.height
+    assert before_after({"before": flat(RED), "after": flat(GREEN)}, ["a"], scale=3).height < sheet.height
+
+
+def test_a_title_and_marks_say_what_is_right():
+    rows = {"before": flat(BLUE, BLUE), "teacher": flat(BLUE, BLUE)}
+    plain = before_after(rows, ["a", "b"], scale=3)
+    sheet = before_after(rows, ["a", "b"], scale=3, title="a run", right={"before": [True, False]})
+    assert sheet.height > plain.height
+    right, wrong = (np.flatnonzero((np.asarray(sheet) == colour).all(-1).any(0)) for colour in (RIGHT, WRONG))
+    assert 0 < right.max() < wrong.min()
+    assert not (np.asarray(plain) == WRONG).all(-1).any()
+
+
+def test_a_table_of_six_attributes_fits_eighty_columns(capsys):
+    scores = dict.fromkeys(("mean", "size", "color", "shape", "position", "background", "all"), 0.5)
+    Console(width=80).print(table({"student before": scores, "control: shared space": scores}, title="a run"))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert "background" in out
+    assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
+    assert len([line for line in out.splitlines() if "0.500" in line]) == 2
 
 
 def test_many_prompts_make_several_bands():
     images = flat(*[RED] * 5)
-    assert before_after(images, images, None, list("abcde"), columns=2).height == pytest.approx(
-        3 * before_after(images[:2], images[:2], None, list("ab"), columns=2).height
+    assert before_after({"before": images, "after": images}, list("abcde"), columns=2).height == pytest.approx(
+        3 * before_after({"before": images[:2], "after": images[:2]}, list("ab"), columns=2).height
     )
 
 
@@ -87,12 +112,10 @@ def test_mismatched_input_is_refused():
     with pytest.raises(ValueError, match=r"images must be \[N, 3, H, W\]"):
         grid(torch.zeros(3, 8, 8), ["a"])
     with pytest.raises(ValueError, match="2 captions for 1 after"):
-        before_after(flat(RED, RED), flat(RED), None, ["a", "b"])
+        before_after({"before": flat(RED, RED), "after": flat(RED)}, ["a", "b"])
 
 
 def test_table_shows_all_rows_with_the_mean_first():
-    from rich.console import Console
-
     result = table({"student before": {"colour": 0.5, "mean": 0.43}, "teacher": {"mean": 0.9, "size": 1.0}})
     assert [column.header for column in result.columns] == ["", "mean", "colour", "size"]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 (closed with the process)
@@ -129,5 +152,5 @@ def test_a_run_whose_grid_changed_shows_what_all_its_parts_kept(tmp_path):
     save_pictures(tmp_path / "distill" / "after.safetensors", flat(GREEN, GREEN))
     save_pictures(tmp_path / "teacher.safetensors", flat(BLUE, BLUE, BLUE, size=64))
     rows = kept_pictures(tmp_path)
-    assert [len(row) for row in rows] == [2, 2, 2]
-    assert before_after(*rows, ["a", "b"]).width > 0
+    assert {label: len(row) for label, row in rows.items()} == {"before": 2, "after": 2, "teacher": 2}
+    assert before_after(rows, ["a", "b"]).width > 0

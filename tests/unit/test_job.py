@@ -77,7 +77,8 @@ def test_a_finished_run_says_so(job, tmp_path, name, result):
     file = tmp_path / "storage" / "mine" / result
     file.parent.mkdir(parents=True)
     file.write_text("{}")
-    assert job(name, "run.name=mine") == (0, f"run mine is finished: {file}\n", "")
+    code, out, error = job(name, "run.name=mine")
+    assert (code, out.partition(" ")[2], error) == (0, f"run mine is finished: {file}\n", "")
 
 
 def test_models_of_other_stages_need_not_fit(job, tmp_path):

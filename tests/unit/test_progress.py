@@ -1,9 +1,18 @@
-"""The driver's progress lines: rate and time left follow the work that is really done."""
+"""The driver's screen: stages, rates and the time left follow the work that is really done."""
 
+from __future__ import annotations
+
+import os
+import pty
 import re
+import subprocess
+import sys
 import time
 
+import pytest
+
 from raydistill.tracking.progress import ProgressWatcher, write_progress
+from raydistill.tracking.screen import WINDOW, Pace, Screen, duration
 
 
 def shown(capsys, file, steps, total=10):
@@ -14,8 +23,8 @@ def shown(capsys, file, steps, total=10):
     return capsys.readouterr().out
 
 
-def test_a_line_names_stage_step_and_values(tmp_path, capsys):
-    assert "stage: step 3/10, loss=0.5" in shown(capsys, tmp_path / "progress.json", [3])
+def test_a_line_of_a_log_names_time_stage_step_and_values(tmp_path, capsys):
+    assert re.match(r"^\d\d:\d\d:\d\d stage: step 3/10, loss 0.5\n", shown(capsys, tmp_path / "progress.json", [3]))
 
 
 def test_an_earlier_attempts_file_is_not_taken_for_this_one(tmp_path, capsys):
@@ -26,8 +35,78 @@ def test_an_earlier_attempts_file_is_not_taken_for_this_one(tmp_path, capsys):
     assert "step 4/10" in out
 
 
-def test_the_time_left_is_never_negative_after_a_restart(tmp_path, capsys):
-    out = shown(capsys, tmp_path / "progress.json", [8, 2, 10])
-    assert "step 10/10" in out
-    assert all(int(left) >= 0 for left in re.findall(r"(-?\d+) s left", out))
-    assert re.search(r"step 10/10, 0 s left", out)
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3600, "1 h"), (7500, "2 h 5 min"), (3599.6, "1 h")],
+)
+def test_durations_are_read_at_a_glance(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_the_pace_is_that_of_the_last_steps_and_starts_anew_after_a_restart():
+    pace = Pace()
+    assert pace.left(100) is None
+    for step in range(11):
+        pace.see(step, 50.0 * step)  # slow at first
+    for step in range(11, 11 + 2 * WINDOW):
+        pace.see(step, 500.0 + 2 * (step - 10))
+    assert pace.left(100) == pytest.approx(2 * (100 - 70))
+    pace.see(40, 1000.0)  # a worker was lost: back to its checkpoint
+    assert pace.left(100) is None
+    pace.see(42, 1010.0)
+    assert pace.left(100) == pytest.approx(5 * 58)
+
+
+def test_the_time_left_counts_the_stages_that_follow_where_they_are_alike():
+    screen = Screen()
+    screen.plan(["bridge", "distill", "no_vsd", "shared_space"])
+    alike = ("no_vsd", "shared_space")
+    screen._started["distill"] = time.monotonic() - 100
+    assert screen.time_left("distill", 20.0, alike) == "4 min 20 s left"  # 20 s, and twice 120 s
+    assert screen.time_left("shared_space", 20.0, alike) == "20 s left"
+    assert screen.time_left("bridge", 20.0) == "20 s left of this stage"
+    assert screen.time_left("distill", None, alike) == ""
+
+
+def test_stages_have_numbers_and_end_with_their_time(capsys):
+    screen = Screen()
+    screen.plan(["distill", "no_vsd"])
+    with screen.stage("distill"):
+        pass
+    with pytest.raises(RuntimeError), screen.stage("no_vsd"):
+        raise RuntimeError
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["1/2 distill", "1/2 distill: done in 0 s", "2/2 no_vsd", "2/2 no_vsd: failed after 0 s"]
+
+
+PROGRAM = """
+from raydistill.tracking.screen import screen
+with screen.bar("distill") as bar:
+    bar.update(1, 4, "vsd 0.5 " + "and much more " * 20)
+    screen.say("a line of a worker")
+    bar.update(2, 4, "vsd 0.4")
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminal_gets_lines_above_one_bar_that_is_never_wider(columns):
+    leader, follower = pty.openpty()
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=follower, stderr=follower, env=environment)
+    os.close(follower)
+    out = b""
+    try:
+        while part := os.read(leader, 65536):
+            out += part
+    except OSError:  # the other side is closed
+        pass
+    os.close(leader)
+    assert process.wait(30) == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.decode())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert "a line of a worker" in lines
+    assert lines[-1] == "the end"
+    bars = [line for line in lines if line.startswith("distill")]
+    assert any("1/4" in bar and "vsd 0.5" in bar for bar in bars)
+    assert all(len(line) <= columns for line in lines)
