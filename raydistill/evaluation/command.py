@@ -113,7 +113,7 @@ def read_answer(file: Path, name: str, count: int, whole: bool = False) -> dict[
     Raises:
         InputError: naming file and line.
     """
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     lines = lines_of(text[: text.rfind("\n") + 1] if whole else text)
     found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
