@@ -138,6 +138,15 @@ def holds_text(kind: pa.DataType) -> bool:
     return _is_any(kind, _STRINGS + _BYTES)
 
 
+def without_views(table: pa.Table) -> pa.Table:
+    """The same table without views, of which Arrow takes no rows."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    for index, column in enumerate(table.schema):
+        if column.type in plain:
+            table = table.set_column(index, column.name, table[index].cast(plain[column.type]))
+    return table
+
+
 def undecoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     """Strings as bytes: one that is no UTF-8 would otherwise spoil the whole column."""
     return [text for chunk in getattr(column, "chunks", [column]) for text in _as_bytes(chunk).to_pylist()]
