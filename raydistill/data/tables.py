@@ -2,7 +2,8 @@
 
 In CSV (RFC 4180) quotes are strict: a field with text behind its closing quote, or with none, is malformed, not altered.
 TSV has no quotes of its own: a line is a record, and a quotation mark is text. But programs write quoted fields to it,
-so a field in well-formed quotes loses them, and may span lines where no line could be a record by itself.
+so a field in well-formed quotes loses them. It may span lines where these could be no records by themselves, or where the
+header is quoted too, as by a program that quotes everything.
 """
 
 from __future__ import annotations
@@ -79,13 +80,20 @@ class TsvRecords(CsvRecords):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._columns: int | None = None
+        self._columns = 0  # 0: there was no header yet
+        self._all_quoted = False
 
     def _settled(self, record: list[str] | None) -> list[str]:
-        whole = [line.count("\t") + 1 == self._columns for line in self._lines.taken]
-        if record is None or any(whole[1:-1]) or (whole[0] and (whole[-1] or len(record) != self._columns)):
+        taken = self._lines.taken
+        if record is None or not self._all_quoted and self._are_rows(taken, record):
             line = self._lines.keep_first().rstrip("\r\n")
             quoted = ((_QUOTED.fullmatch(field), field) for field in line.split("\t"))
             record = [found[1].replace('""', '"') if found else field for found, field in quoted] if line else []
-        self._columns = self._columns or len(record)
+        if not self._columns:
+            self._columns, self._all_quoted = len(record), taken[0].count('"') == 2 * len(record)
         return record
+
+    def _are_rows(self, lines: list[str], record: list[str]) -> bool:
+        """Whether what reads as one record with quotes is a row, or several, by its tabs alone."""
+        whole = [line.count("\t") + 1 == self._columns for line in lines]
+        return any(whole[1:-1]) or (whole[0] and (whole[-1] or len(record) != self._columns))

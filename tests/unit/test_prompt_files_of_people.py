@@ -53,6 +53,8 @@ def test_quoted_fields_that_programs_write_to_tsv_lose_their_quotes(tmp_path):
     prompts = read_prompts(write(tmp_path, "p.tsv", content))
     assert prompts.prompts == ['a "big" cup', "two\nlines", "with\ttab", 'a "small" cup', "last"]
     assert prompts.ids.tolist() == [2, 3, 5, 6, 7]
+    quoted = write(tmp_path, "q.tsv", '"prompt"\n"two\nlines"\n"a ""big"" cup"\n')  # as is everything in this file
+    assert read_prompts(quoted).prompts == ["two\nlines", 'a "big" cup']
 
 
 @pytest.mark.parametrize("places", [[4], [59], [3, 41], [3, 4]])
