@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
+from unicodedata import category
 
 HEAD = 1 << 12  # bytes that decide about the encoding
 MARKS = {
@@ -19,6 +20,9 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_CONTROL = re.compile("[\x01-\x08\x0e-\x1f]")
+_NO_TEXT = ("Cc", "Cn", "Co", "Cs")  # categories of characters
+)  # categories of characters
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 LONE = "raydistill.lone_surrogates"  # for `errors`
@@ -29,6 +33,7 @@ def encoding_of(head: bytes) -> str:
     """The encoding of a text that begins with these bytes.
 
     UTF-16 without a mark is recognised by its zeros: three quarters of the bytes at odd (or even) places, none elsewhere.
+    Scripts without these are recognised where UTF-8 makes no sense, and UTF-16 makes characters and most of the line ends.
     """
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
@@ -36,7 +41,22 @@ def encoding_of(head: bytes) -> str:
     for encoding, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
         if high and 4 * high.count(0) >= 3 * len(high) and not low.count(0):
             return encoding
+    text = _decoded(head, "utf-8")
+    if b"\0" in head and (text is None or _CONTROL.search(text)):
+        for encoding in ("utf-16-le", "utf-16-be"):
+            text = _decoded(head, encoding) or ""
+            ends = text.count("\n")
+            if ends > 1 and 2 * ends > head.count(b"\n") and all(category(c) not in _NO_TEXT or c.isspace() for c in text):
+                return encoding
     return "utf-8"
+
+
+def _decoded(head: bytes, encoding: str) -> str | None:
+    """None where it cannot be; a last character may be cut."""
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(head)
+    except UnicodeDecodeError:
+        return None
 
 
 def open_text(path: Path) -> TextIO:

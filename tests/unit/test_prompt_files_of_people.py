@@ -44,6 +44,8 @@ def test_a_quotation_mark_in_tsv_is_text(tmp_path, places, text):
 def test_an_opening_and_a_closing_mark_of_different_tsv_rows_hide_none_between(tmp_path):
     rows = ['"an unfinished quotation', "a cup", "another", 'a pipe of 6"', "the last"]
     assert read_prompts(table(tmp_path, "tsv", rows)).prompts == rows
+    ragged = write(tmp_path, "ragged.tsv", 'prompt\tnote\n"an unfinished\na cup\tx\n6"\tx\n')
+    assert read_prompts(ragged).prompts == ['"an unfinished', "a cup", '6"']
     one_column = write(tmp_path, "one.tsv", "prompt\n" + "\n".join(rows))
     assert read_prompts(one_column).prompts == rows
 
@@ -95,8 +97,16 @@ def test_utf_16_with_a_mark_holds_any_script_and_counts_what_is_broken(tmp_path)
     assert prompts.report.bad == {"not valid UTF-8": 2}
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("text", ["一只红色的杯子\n上开一只\n", "красная чашка\nчай\n", "كوب أحمر\nكوب\n", "ถ้วยแดง\nถ้วย\n", "빨간 컵\n컵\n",
+                                  "źdźbło\nżółw\n"])  # fmt: skip
+def test_utf_16_without_a_mark_is_recognised_in_any_script(tmp_path, text, encoding):
+    assert read_prompts(write(tmp_path, "p.txt", text.encode(encoding))).prompts == text.split("\n")[:-1]
+
+
 def test_a_few_zeros_make_no_utf_16():
     assert encoding_of(b"a red\0 cup\na blue cup\n") == "utf-8"
+    assert encoding_of(b"a red cup\0\nblue cup\0\na chef\x92s cup\0\n") == "utf-8"  # strings of C
     assert encoding_of(b"") == encoding_of(b"a") == "utf-8"
 
 
