@@ -22,7 +22,6 @@ MARKS = {
 }
 _CONTROL = re.compile("[\x01-\x08\x0e-\x1f]")
 _NO_TEXT = ("Cc", "Cn", "Co", "Cs")  # categories of characters
-)  # categories of characters
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")
 
 LONE = "raydistill.lone_surrogates"  # for `errors`
@@ -46,7 +45,11 @@ def encoding_of(head: bytes) -> str:
         for encoding in ("utf-16-le", "utf-16-be"):
             text = _decoded(head, encoding) or ""
             ends = text.count("\n")
-            if ends > 1 and 2 * ends > head.count(b"\n") and all(category(c) not in _NO_TEXT or c.isspace() for c in text):
+            if (
+                ends > 1
+                and 2 * ends > head.count(b"\n")
+                and all(category(c) not in _NO_TEXT or c.isspace() for c in text)
+            ):
                 return encoding
     return "utf-8"
 
