@@ -33,7 +33,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("student", metavar="STUDENT", help=STUDENT_HELP)
     texts = parser.add_mutually_exclusive_group(required=True)
     texts.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or several prompts")
-    texts.add_argument("--prompts", metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, parquet)")
+    texts.add_argument("--prompts", metavar="FILE", help="prompt file (txt, csv, tsv, jsonl, json, parquet, or a folder of json or txt)")
     add("--column", default="prompt", help="column of a tabular prompt file (default: prompt)")
     add("--number", type=count(1), default=1, metavar="N", help="number of the first --prompt (default: 1); with a "
         "line's number, draws one line of a prompt file again")

@@ -320,7 +320,10 @@ class DistillConfig(Section):
 
 
 class PromptsConfig(Section):
-    path: str = Field("shapes:prompts.txt", description="prompt file (txt, csv, tsv, jsonl, parquet)")
+    path: str = Field(
+        "shapes:prompts.txt",
+        description="prompt file (txt, csv, tsv, jsonl, json, parquet), or a folder of json or txt",
+    )
     column: str = Field("prompt", description="column of tabular files")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")
     max_characters: Count = Field(2000, description="longer prompts are bad rows")

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from raydistill.data.texts import holds_text, undecoded
+from raydistill.data.text_files import LONE, read_text, undecodable
+from raydistill.data.texts import holds_bytes, holds_text, undecoded
 from raydistill.errors import InputError
 from raydistill.storage.staging import on_this_machine
 
@@ -129,12 +130,13 @@ class FolderImages(ImageSet):
         captions, bad = [], {}
         for row, name in enumerate(self.files):
             try:
-                captions.append((folder / name).with_suffix(".txt").read_text(encoding="utf-8-sig"))
+                caption, why = _text(read_text((folder / name).with_suffix(".txt")))
             except FileNotFoundError:
-                captions.append(None)
-            except (OSError, UnicodeDecodeError) as error:
-                captions.append(None)
-                bad[row] = f"the caption cannot be read ({type(error).__name__})"
+                caption, why = None, None
+            except OSError as error:
+                caption, why = None, f"the caption cannot be read ({type(error).__name__})"
+            captions.append(caption)
+            bad |= {row: why} if why else {}
         super().__init__(folder, listing, captions, bad)
 
     def name(self, row: int) -> str:
@@ -213,7 +215,8 @@ def _read_captions(file: Path, image_column: str, caption_column: str | None) ->
                 return [(None, None)] * parquet.metadata.num_rows
             name = caption_column or "caption"
             _check_column(file, schema, name, "synthesis.caption_column", holds_text, "strings")
-            return [_text(raw) for raw in undecoded(parquet.read(columns=[name])[name])]
+            raws = undecoded(parquet.read(columns=[name])[name])
+            return [_text(None if raw is None else raw.decode(errors=LONE)) for raw in raws]
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
@@ -231,14 +234,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
         return index >= 0 and _holds_bytes(kind.field(index).type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return holds_bytes(kind)
 
 
-def _text(raw: bytes | None) -> tuple[str | None, str | None]:
-    try:
-        return (None if raw is None else raw.decode()), None
-    except UnicodeDecodeError:
-        return None, "the caption is not valid UTF-8"
+def _text(caption: str | None) -> tuple[str | None, str | None]:
+    """(caption, why it cannot be used)."""
+    return (None, "the caption is not valid UTF-8") if caption and undecodable(caption) else (caption, None)
 
 
 @functools.lru_cache(maxsize=64)

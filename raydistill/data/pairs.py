@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from raydistill.data.texts import without_views
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.pictures.files import load_image
@@ -246,7 +247,7 @@ class PairSet:
         return int(self._starts[-1])
 
     def _read(self, shard: int) -> pa.Table:
-        return pq.read_table(self.files[shard]).combine_chunks()
+        return without_views(pq.read_table(self.files[shard])).combine_chunks()
 
     def _column(self, name: str) -> list:
         """One small column of all rows."""

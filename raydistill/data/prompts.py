@@ -1,41 +1,29 @@
 """Prompt files: read, check row by row, and put in a reproducible order.
 
-A row's number is its 1-based line in a text file (txt, csv, tsv, jsonl) and its 1-based index in a parquet file;
-it is both what reports name and the prompt's stable id. Prompts, ids and their order lie on disk (`texts`), so that
-memory does not grow with the file.
+A row's number is its 1-based line in a text file (txt, csv, tsv, jsonl), and its 1-based place in a parquet file, a JSON
+list or a folder. It is both what reports name and the prompt's stable id. Prompts, ids and their order lie on disk
+(`texts`), so that memory does not grow with the file.
 """
 
 from __future__ import annotations
 
-import csv
 import functools
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from raydistill.config.schema import Config
-from raydistill.data.texts import Numbers, Texts, holds_text, permutation, repeated, undecoded
+from raydistill.data.prompt_rows import BadRow, checked, rows_of
+from raydistill.data.texts import Numbers, Texts, permutation, repeated
 from raydistill.errors import InputError
 from raydistill.storage.resolve import resolve
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
-COLUMNS_NAMED = 20  # where the column is missing
-PARQUET_ROWS = 4096  # read at a time
-CSV_FIELD_LIMIT = 1 << 20  # characters; the csv module's own limit is 128 KiB and would hide what is wrong
-
-
-class BadRow(Exception):
-    """Why one row is no prompt; the text is the kind under which it is counted."""
-
-
-Row = tuple[int, Callable[[], str]]  # row number; the prompt, or BadRow when called
+MAX_CHARACTERS = 2000  # of a prompt, where nothing else is said
 
 
 # -- what was read --------------------------------------------------------------------------------------
@@ -51,12 +39,14 @@ class PromptReport:
     duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
     bad: dict[str, int] = field(default_factory=dict)  # kind -> rows
     first_bad: dict[str, list[int]] = field(default_factory=dict)  # kind -> its first row numbers
+    names: dict[int, str] = field(default_factory=dict)  # of these rows, where a number says too little
 
-    def add_bad(self, kind: str, row: int) -> None:
+    def add_bad(self, kind: str, row: int, name: str | None = None) -> None:
         self.bad[kind] = self.bad.get(kind, 0) + 1
         named = self.first_bad.setdefault(kind, [])
         if len(named) < ROWS_NAMED:
             named.append(row)
+            self.names |= {row: name} if name else {}
 
     def __str__(self) -> str:
         text = f"{self.source}: {self.good} prompts of {self.rows} rows"
@@ -65,12 +55,13 @@ class PromptReport:
         return text + ("; bad rows: " + self.bad_rows() if self.bad else "")
 
     def bad_rows(self) -> str:
-        """« 2 blank (rows 3, 8), 1 not JSON (row 9) »."""
+        """« 2 blank (rows 3, 8), 1 not JSON (row 9) », or « 1 blank (2.txt) »."""
         parts = []
         for kind, count in self.bad.items():
-            numbers = ", ".join(str(row) for row in self.first_bad[kind])
-            more = ", …" if count > len(self.first_bad[kind]) else ""
-            parts.append(f"{count} {kind} (row{'s' if count > 1 else ''} {numbers}{more})")
+            rows = self.first_bad[kind]
+            what = "" if self.names else "rows " if count > 1 else "row "
+            more = ", …" if count > len(rows) else ""
+            parts.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
         return ", ".join(parts)
 
 
@@ -142,15 +133,16 @@ def _configured(config: Config, path: str) -> PromptSet:
 
 def read_prompts(
     path: str | Path,
-    column: str = "prompt",
+    column: str | Sequence[str] = "prompt",
     on_bad_row: Literal["skip", "fail"] = "skip",
-    max_characters: int = 2000,
+    max_characters: int = MAX_CHARACTERS,
 ) -> PromptSet:
-    """Read a prompt file; surrounding white space is dropped, repeated prompts are kept.
+    """Read a prompt file or folder; surrounding white space is dropped, repeated prompts are kept.
 
     Args:
-        path: .txt (one prompt a line), .csv or .tsv (with a header line), .jsonl, or .parquet.
-        column: column or key of the prompt; not used for .txt.
+        path: .txt (one prompt a line), .csv or .tsv (with a header line), .jsonl, .json (a list of texts or objects),
+            .parquet, or a folder of .json lists and of .txt files with one prompt each.
+        column: column or key of the prompt, or several, of which the first that is there counts; not used for .txt.
         on_bad_row: leave bad rows out and count them, or refuse the file at the first one.
         max_characters: longer prompts are bad rows.
 
@@ -163,16 +155,16 @@ def read_prompts(
     ids, hashes = Numbers(), Numbers()
 
     def usable() -> Iterator[str]:
-        for row, get in _rows(path, column):
+        for row in rows_of(path, [column] if isinstance(column, str) else column):
             report.rows += 1
             try:
-                prompt = _checked(get(), max_characters)
+                prompt = checked(row.prompt(), max_characters)
             except BadRow as bad:
                 if on_bad_row == "fail":
-                    raise InputError(f"{path}, row {row}: {bad}") from None
-                report.add_bad(str(bad), row)
+                    raise InputError(f"{path}, {row.name or f'row {row.number}'}: {bad}") from None
+                report.add_bad(str(bad), row.number, row.name)
                 continue
-            ids.append(row)
+            ids.append(row.number)
             hashes.append(hash(prompt))
             yield prompt
 
@@ -190,157 +182,3 @@ def read_prompts(
     if not len(prompts):
         raise InputError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
     return PromptSet(prompts, rows, report)
-
-
-def _rows(path: Path, column: str) -> Iterator[Row]:
-    try:
-        yield from _open(path, column)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-
-
-def _open(path: Path, column: str) -> Iterator[Row]:
-    """Rows of a file that exists and whose suffix is known."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, not a prompt file")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    readers = {
-        ".txt": _text_rows,
-        ".csv": lambda path: _table_rows(path, column, ","),
-        ".tsv": lambda path: _table_rows(path, column, "\t"),
-        ".jsonl": lambda path: _json_rows(path, column),
-        ".parquet": lambda path: _parquet_rows(path, column),
-    }
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(readers)}")
-    if not path.stat().st_size:
-        raise InputError(f"{path}: the file is empty")
-    return readers[path.suffix.lower()](path)
-
-
-def _checked(prompt: Any, max_characters: int) -> str:
-    """The prompt without surrounding white space, or BadRow."""
-    if prompt is None:
-        raise BadRow("null")
-    if not isinstance(prompt, str):
-        raise BadRow("not a string")
-    prompt = prompt.strip()
-    if not prompt:
-        raise BadRow("blank")
-    if len(prompt) > max_characters:
-        raise BadRow(f"longer than {max_characters} characters")
-    if any("\ud800" <= character <= "\udfff" for character in prompt):  # no tokenizer takes lone surrogates
-        raise BadRow("not valid UTF-8")
-    return prompt
-
-
-def _decode(raw: bytes | None) -> str | None:
-    try:
-        return None if raw is None else raw.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadRow("not valid UTF-8") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(1-based number, bytes) of each line, without a byte order mark."""
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-
-
-def _text_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
-        yield number, functools.partial(_decode, line)
-
-
-def _json_rows(path: Path, column: str) -> Iterator[Row]:
-    keys: dict[str, None] = {}  # of the rows without the column, in order of appearance
-    found = False
-
-    def prompt_of(line: bytes) -> Any:
-        nonlocal found
-        text = _decode(line)
-        if not text.strip():
-            raise BadRow("blank")
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError):
-            raise BadRow("not JSON") from None
-        if not isinstance(record, dict):
-            raise BadRow("not a JSON object")
-        if column not in record:
-            if not found and len(keys) <= COLUMNS_NAMED:
-                keys.update(dict.fromkeys(record))
-            raise BadRow(f"without {column!r}")
-        found = True
-        return record[column]
-
-    for number, line in _lines(path):
-        yield number, functools.partial(prompt_of, line)
-    if keys and not found:
-        raise _missing_column(path, column, list(keys))
-
-
-def _table_rows(path: Path, column: str, delimiter: str) -> Iterator[Row]:
-    """Strict about quotes: a field with text behind its closing quote, or with none, is malformed, not altered."""
-
-    def prompt_of(record: list[str] | None) -> str:
-        if record is None:
-            raise BadRow("malformed")
-        if not record:
-            raise BadRow("blank")
-        if len(record) <= index:
-            raise BadRow(f"without {column!r}")
-        return record[index]  # undecodable bytes became surrogates, which `_checked` refuses
-
-    csv.field_size_limit(max(csv.field_size_limit(), CSV_FIELD_LIMIT))
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-        except csv.Error as error:
-            raise InputError(f"{path}: the header line is malformed: {error}") from None
-        if column not in header:
-            raise _missing_column(path, column, header)
-        index = header.index(column)
-        while True:
-            number = reader.line_num + 1
-            try:
-                record = next(reader)
-            except StopIteration:
-                return
-            except csv.Error:
-                record = None
-            yield number, functools.partial(prompt_of, record)
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[Row]:
-    damages = (pa.ArrowException, OSError, UnicodeDecodeError)  # the last of a column's name
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-    except damages as error:
-        raise InputError(f"{path}: not a parquet file: {' '.join(str(error).split())}") from None
-    with file:
-        if column not in names:
-            raise _missing_column(path, column, names)
-        if names.count(column) > 1:
-            raise InputError(f"{path}: {names.count(column)} columns are named {column!r}")
-        kind = file.schema_arrow.field(column).type
-        if not holds_text(kind):
-            raise InputError(f"{path}: column {column!r} holds {kind}, not strings")
-        number = 0
-        try:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
-                for raw in undecoded(batch.column(0)):
-                    number += 1
-                    yield number, functools.partial(_decode, raw)
-        except damages as error:
-            raise InputError(f"{path}, after row {number}: {' '.join(str(error).split())}") from None
-
-
-def _missing_column(path: Path, column: str, available: Sequence[str]) -> InputError:
-    names = ", ".join(repr(name) for name in available[:COLUMNS_NAMED]) or "none"
-    names += ", …" if len(available) > COLUMNS_NAMED else ""
-    return InputError(f"{path}: no column {column!r} (prompts.column); the file has: {names}")

@@ -11,7 +11,7 @@ import itertools
 import mmap
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, overload
 
 import numpy as np
@@ -118,13 +118,41 @@ def permutation(count: int, generator: np.random.Generator) -> np.ndarray:
     return order
 
 
-def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds strings, also behind a dictionary."""
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def _is_any(kind: pa.DataType, kinds: Iterable[Callable[[pa.DataType], bool]]) -> bool:
+    """Also behind a dictionary."""
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(value) or pa.types.is_large_string(value)
+    return any(is_one(value) for is_one in kinds)
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes."""
+    return _is_any(kind, _BYTES)
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings, or bytes, as which many programs write strings."""
+    return _is_any(kind, _STRINGS + _BYTES)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """The same table without views, of which Arrow takes no rows."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    for index, column in enumerate(table.schema):
+        if column.type in plain:
+            table = table.set_column(index, column.name, table[index].cast(plain[column.type]))
+    return table
 
 
 def undecoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
     """Strings as bytes: one that is no UTF-8 would otherwise spoil the whole column."""
-    value = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    return column.cast(value).cast(pa.large_binary()).to_pylist()
+    return [text for chunk in getattr(column, "chunks", [column]) for text in _as_bytes(chunk).to_pylist()]
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    if isinstance(column, pa.DictionaryArray):  # whose cast does not know views
+        return column.dictionary.cast(pa.large_binary()).take(column.indices)
+    return column.cast(pa.large_binary())

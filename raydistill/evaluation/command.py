@@ -33,6 +33,7 @@ from raydistill.errors import InputError
 from raydistill.evaluation.folder import SCORES, EvaluationFolder
 from raydistill.pictures.picture import Picture
 from raydistill.storage.atomic import replace_text
+from raydistill.storage.json_lines import lines_of
 
 PREFIX = "command:"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -112,9 +113,8 @@ def read_answer(file: Path, name: str, count: int, whole: bool = False) -> dict[
     Raises:
         InputError: naming file and line.
     """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
-    if whole and lines and not lines[-1].endswith("\n"):
-        lines.pop()
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    lines = lines_of(text[: text.rfind("\n") + 1] if whole else text)
     found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():

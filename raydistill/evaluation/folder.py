@@ -16,6 +16,7 @@ from typing import Any
 from raydistill.data.stage_error import StageError
 from raydistill.pictures.picture import Picture
 from raydistill.storage.atomic import replace_text
+from raydistill.storage.json_lines import lines_of
 
 SETTINGS_FILE, LIST_FILE, PICTURES, SCORES = "evaluation.json", "items.jsonl", "pictures", "parts"
 DRAW = "draw"  # what is done before all metrics
@@ -32,7 +33,7 @@ class EvaluationFolder:
 
     def __init__(self, path: str | Path, batch_size: int) -> None:
         self.path, self.batch_size = Path(path), batch_size
-        lines = (self.path / LIST_FILE).read_text(encoding="utf-8").splitlines()
+        lines = lines_of((self.path / LIST_FILE).read_text(encoding="utf-8"))
         self.pictures = [Picture(**json.loads(line)) for line in lines]
 
     @classmethod

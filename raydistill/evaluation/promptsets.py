@@ -6,13 +6,13 @@ round it again with the next seed; a smaller one takes a seeded sample, since a 
 
 from __future__ import annotations
 
-import json
+import contextlib
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.data.prompts import PromptReport, PromptSet, read_prompts
+from raydistill.data.prompt_rows import BadRow, checked, rows_of
+from raydistill.data.prompts import MAX_CHARACTERS, PromptSet, read_prompts
 from raydistill.errors import InputError
 from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import sample_scene
@@ -61,8 +61,8 @@ def open_prompts(
     """The prompts that `name` names: a file, a folder of them, an embedded set, or a published one.
 
     Args:
-        name: a file that `read_prompts` reads; a .json list of texts or objects; a folder of .json lists (each file a
-            category) or of .txt files (one prompt each); heldout and shapes-pairs; or a key of PUBLISHED.
+        name: a file or folder that `read_prompts` reads (each .json list of a folder is a category); heldout and
+            shapes-pairs; or a key of PUBLISHED.
         sets: folder where the published sets were put.
         column: of the prompt; None: prompt, Prompt or caption.
         category_column: of the category; None: category or Category, where the file has it.
@@ -83,9 +83,7 @@ def open_prompts(
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
         raise InputError(f"{path}: no such file, and no set of that name; sets: {known}")
     title = name if name in PUBLISHED or name in EMBEDDED else path.resolve().stem
-    if path.is_dir() or path.suffix.lower() == ".json":
-        return _collected(title, path, column, category_column)
-    return _tabular(title, path, column, category_column)
+    return CategorisedPrompts(title, _read(path, column), _categories(path, category_column))
 
 
 def _held_out_pairs(count: int) -> list[str]:
@@ -96,64 +94,28 @@ def _held_out_pairs(count: int) -> list[str]:
     return list(captions)
 
 
-def _tabular(title: str, path: Path, column: str | None, category_column: str | None) -> CategorisedPrompts:
-    prompts = _first(path, (column,) if column else PROMPT_COLUMNS, "--column")
-    if path.suffix.lower() == ".txt":
-        if category_column:
-            raise InputError(f"{path}: a text file has no columns (--category-column {category_column})")
-        return CategorisedPrompts(title, prompts, {})
+def _read(path: Path, column: str | None) -> PromptSet:
     try:
-        found = _first(path, (category_column,) if category_column else CATEGORY_COLUMNS, "--category-column")
-    except InputError:
-        if category_column:
-            raise
-        return CategorisedPrompts(title, prompts, {})
-    return CategorisedPrompts(title, prompts, dict(zip(found.ids.tolist(), found.prompts, strict=True)))
+        return read_prompts(path, column or PROMPT_COLUMNS)
+    except InputError as error:
+        raise InputError(str(error).replace("(prompts.column)", "(--column)")) from None
 
 
-def _first(path: Path, columns: Iterable[str], option: str) -> PromptSet:
-    """The texts of the first of these columns that the file has."""
-    error = None
-    for column in columns:
-        try:
-            return read_prompts(path, column)
-        except InputError as failed:
-            error = error or InputError(str(failed).replace("(prompts.column)", f"({option})"))
-            if "no column" not in str(failed):
-                break
-    raise error
-
-
-def _collected(title: str, path: Path, column: str | None, category_column: str | None) -> CategorisedPrompts:
-    """A .json list, or a folder of such lists or of single prompts; numbered from 1 in the order of file names."""
-    texts: list[str] = []
-    categories: dict[int, str] = {}
-    files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"{path}: a folder without .json or .txt files")
-    for file in files:
-        entries = [file.read_text(encoding="utf-8", errors="strict")] if file.suffix == ".txt" else _json_list(file)
-        for row, entry in enumerate(entries, start=1):
-            record = entry if isinstance(entry, dict) else {"prompt": entry}
-            text = next((record[c] for c in ((column,) if column else PROMPT_COLUMNS) if c in record), None)
-            if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{file}, entry {row}: no prompt ({column or 'prompt'})")
-            texts.append(text.strip())
-            names = (category_column,) if category_column else CATEGORY_COLUMNS
-            category = next((record[c] for c in names if c in record), None)
-            if category is None and path.is_dir() and file.suffix == ".json":
-                category = file.stem.removeprefix("benchmark_")
-            if category is not None:
-                categories[len(texts)] = str(category)
-    report = PromptReport(str(path), len(texts), len(texts), len(texts) - len(set(texts)))
-    return CategorisedPrompts(title, PromptSet(texts, report=report), categories)
-
-
-def _json_list(file: Path) -> list:
+def _categories(path: Path, column: str | None) -> dict[int, str]:
+    """Categories by prompt id: a column, or the names of a folder's lists."""
+    found: dict[int, str] = {}
+    if path.suffix.lower() == ".txt" and path.is_file():
+        if column:
+            raise InputError(f"{path}: a text file has no columns (--category-column {column})")
+        return found
     try:
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{file}: must be a JSON list of prompts")
-    return entries
+        for row in rows_of(path, [column] if column else CATEGORY_COLUMNS):
+            if row.part:
+                found[row.number] = row.part.removeprefix("benchmark_")
+            with contextlib.suppress(BadRow):
+                value = row.prompt()
+                found[row.number] = checked(value if value is None else str(value), MAX_CHARACTERS)
+    except InputError as error:
+        if column:
+            raise InputError(str(error).replace("(prompts.column)", "(--category-column)")) from None
+    return found

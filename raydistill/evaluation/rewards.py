@@ -111,12 +111,12 @@ class HPSv3:
 
 def with_base_model(config: str, base: str) -> str:
     """HPSv3's configuration with another place of Qwen2-VL. Raises ValueError where it names none."""
-    lines = config.splitlines()
+    lines = config.split("\n")
     places = [i for i, line in enumerate(lines) if line.startswith("model_name_or_path:")]
     if len(places) != 1:
         raise ValueError("hpsv3's configuration has no single line model_name_or_path")
     lines[places[0]] = f'model_name_or_path: "{base}"'
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 class HPSv2:

@@ -24,23 +24,34 @@ def to_pil(image: torch.Tensor, scale: int = 1) -> Image.Image:
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
     """Break text into at most `lines` lines no wider than `width` pixels; what does not fit ends in …"""
     result: list[str] = []
-    words = text.split()
-    while words:
-        count = max((n for n in range(1, len(words) + 1) if font.getlength(" ".join(words[:n])) <= width), default=0)
-        if count == 0:  # a single word wider than the line
-            letters = max((n for n in range(1, len(words[0])) if font.getlength(words[0][:n]) <= width), default=1)
-            result.append(words[0][:letters])
-            words[0] = words[0][letters:]
-            words = words if words[0] else words[1:]
-        else:
-            result.append(" ".join(words[:count]))
-            words = words[count:]
-    if len(result) > lines:
-        result = result[:lines]
-        while result[-1] and font.getlength(result[-1] + "…") > width:
-            result[-1] = result[-1][:-1]
-        result[-1] = result[-1].rstrip() + "…"
+    rest = " ".join(text.split())
+    while rest and len(result) < lines:
+        count = _fitting(rest, font, width)
+        if count < len(rest) and rest[count] != " " and " " in rest[:count]:  # between two letters of a later word
+            count = rest.rindex(" ", 0, count)
+        count = max(1, count)
+        result.append(rest[:count].rstrip())
+        rest = rest[count:].lstrip()
+    if rest:
+        kept = _fitting(result[-1], font, width, "…")
+        result[-1] = result[-1][:kept].rstrip() + "…"
     return result
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int, end: str = "") -> int:
+    """How many characters fit before `end`; 0: none. Measures few texts, none more than twice as long as what fits."""
+
+    def fits(count: int) -> bool:
+        return font.getlength(text[:count] + end) <= width
+
+    high = 1
+    while high <= len(text) and fits(high):
+        high *= 2
+    low, high = high // 2, min(high, len(text) + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _check(images: torch.Tensor, captions: Sequence[str] | None, what: str = "images") -> None:

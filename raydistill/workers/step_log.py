@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from raydistill.storage.json_lines import lines_of
 from raydistill.storage.place import Place, Remote
 
 
@@ -94,7 +95,7 @@ def read_lines(file: Place) -> list[dict[str, Any]]:
     """Every whole line in the order of writing; a line that was cut is left out, as its step is not done."""
     lines = []
     for part in file.iterdir() if isinstance(file, Remote) else [file] if file.is_file() else []:
-        for text in part.read_text(encoding="utf-8").splitlines():
+        for text in lines_of(part.read_text(encoding="utf-8")):
             try:
                 lines.append(json.loads(text))
             except ValueError:

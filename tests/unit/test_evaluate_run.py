@@ -16,13 +16,14 @@ from evaluation_folders import folder_of, items_of
 
 from raydistill.data.stage_error import StageError
 from raydistill.errors import InputError, StageFailed
-from raydistill.evaluation.command import parse_command, run_command
+from raydistill.evaluation.command import parse_command, read_answer, run_command
 from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
 from raydistill.pictures.files import save_png
 from raydistill.pictures.grids import to_pil
 from raydistill.shapes.captions import parse
 from raydistill.shapes.render import render
+from raydistill.storage.json_lines import lines_of
 
 SINGLE = "a large red circle at the left on a white background"
 
@@ -178,6 +179,36 @@ def test_wrong_answers_of_a_scorer_are_refused_by_line(tmp_path, line, message):
     with pytest.raises(InputError) as error:
         run_command(str(folder), 2, "mps", [sys.executable, str(script)], str(tmp_path))
     assert message in str(error.value)
+
+
+SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"  # where `str.splitlines` splits
+
+
+def test_prompts_may_hold_line_separators(tmp_path, program):
+    items = items_of([f"a cup{c}of tea" for c in SEPARATORS], [f"tea{c}cups" for c in SEPARATORS])
+    folder = folder_of(tmp_path, items, torch.zeros(len(items), 3, 4, 4))
+    assert EvaluationFolder(folder, 4).pictures == items
+    assert EvaluationFolder.create(folder, items, {"batch_size": 4}).pictures == items  # the same command again
+    run_command(str(folder), 4, "mps", [*program, "-1"], str(tmp_path))
+    assert EvaluationFolder(folder, 4).read("mps")["mps.length"] == [len(item.prompt) for item in items]
+
+
+def test_answers_of_a_scorer_may_repeat_prompts_with_line_separators(tmp_path):
+    file = tmp_path / "answer.jsonl"
+    lines = [json.dumps({"id": i, "score": i, "prompt": f"tea{SEPARATORS[:2]}"}, ensure_ascii=False) for i in range(3)]
+    file.write_bytes("\n".join(lines).encode() + b' "caf\xe9"')
+    assert sorted(read_answer(file, "mps", 3, whole=True)) == [0, 1]
+    with pytest.raises(InputError, match=r"answer\.jsonl, line 3: not JSON"):
+        read_answer(file, "mps", 3)
+
+
+def test_lines_of_json_lines_end_at_newlines_alone():
+    assert [lines_of(text) for text in ("", "a\n", "a", "\na\u2028b\n\nc")] == [
+        [],
+        ["a"],
+        ["a"],
+        ["", "a\u2028b", "", "c"],
+    ]
 
 
 @pytest.mark.parametrize("text", ["command:mps", "command:=x", "command:a b=x", "command:mps=", "command:mps='",

@@ -57,6 +57,32 @@ def test_wrapped_lines_fit_and_lose_nothing(text):
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
+class CountingFont:
+    """Measures as a font does, and counts the characters."""
+
+    def __init__(self) -> None:
+        self.font, self.characters = ImageFont.load_default(size=12), 0
+
+    def getlength(self, text: str) -> float:
+        self.characters += len(text)
+        return self.font.getlength(text)
+
+
+@pytest.mark.parametrize("pattern", ["x", "一只红色的杯子", "a red cup on a table ", "e\u0301\u0301", "\u200b", "iW "])
+@pytest.mark.parametrize("lines", [5, 10**6])
+def test_wrapping_measures_no_more_than_a_text_is_long(pattern, lines):
+    """A number of measured characters for each character, whatever the length; none beyond the last line shown."""
+    counts = []
+    for length in (500, 2000, 8000):
+        font = CountingFont()
+        shown = wrap((pattern * length)[:length], font, 128, lines)
+        assert len(shown) <= lines
+        counts.append(font.characters)
+    assert counts[-1] <= 10 * 8000
+    assert counts[2] <= (1 if lines == 5 else 4.1) * counts[1]
+    assert counts[1] <= (1 if lines == 5 else 4.1) * counts[0]
+
+
 def test_caption_that_does_not_fit_ends_in_an_ellipsis():
     font = ImageFont.load_default(size=11)
     lines = wrap("a large red circle " * 20, font, 96, 3)

@@ -76,7 +76,7 @@ def test_broken_rows_say_what_is_wrong(folder):
         images.picture(0, 64)
     (folder / "more" / "c.txt").write_bytes(b"caf\xe9")
     images = open_images(folder)
-    with pytest.raises(BadImage, match=r"more/c\.webp: the caption cannot be read \(UnicodeDecodeError\)"):
+    with pytest.raises(BadImage, match=r"more/c\.webp: the caption is not valid UTF-8"):
         images.picture(2, 64)
 
 
@@ -127,6 +127,27 @@ def test_parquet_rows_are_found_in_any_row_group_and_file(tmp_path, struct):
         assert np.array_equal(images.picture(row, 64), np.asarray(noise_picture(row)).transpose(2, 0, 1))
     with pytest.raises(BadImage, match=r"0\.parquet, row 5: no bytes in column 'image'"):
         images.picture(4, 64)
+
+
+def test_parquet_of_views_is_read_as_any_other(tmp_path):
+    data = [encoded(noise_picture(seed)) for seed in range(2)]
+    images = pa.array(data, pa.binary()).cast(pa.binary_view())
+    captions = pa.array(["a cup", None]).cast(pa.string_view())
+    pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "v.parquet")
+    read = open_images(tmp_path / "v.parquet")
+    assert read.prompts == ["a cup", ""]
+    assert np.array_equal(read.picture(1, 64), np.asarray(noise_picture(1)).transpose(2, 0, 1))
+    assert read.fingerprint == open_images(write_parquet(tmp_path / "v.parquet", data, ["a cup", None])).fingerprint
+
+
+def test_captions_may_be_utf_16_and_what_is_no_text_is_a_failed_row(tmp_path):
+    for name, caption in (("a", "a cup\r\nof tea".encode("utf-16")), ("b", b"a chef\x92s table")):
+        (tmp_path / f"{name}.png").write_bytes(encoded(noise_picture(0)))
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    images = open_images(tmp_path)
+    assert images.prompts == ["a cup of tea", ""]
+    with pytest.raises(BadImage, match=r"b\.png: the caption is not valid UTF-8"):
+        images.picture(1, 8)
 
 
 def test_the_caption_column_can_be_named_and_may_be_absent(tmp_path):

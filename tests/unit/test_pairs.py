@@ -68,6 +68,20 @@ def test_rows_come_back_as_written_across_shards(tmp_path):
         pairs.rows([7])
 
 
+def test_shards_of_other_programs_may_hold_views(tmp_path):
+    for shard, first in ((0, 0), (1, 3)):
+        write(tmp_path, shard, first, 3, previews=[b"x", None, b"y"])
+    wanted, file = PairSet(tmp_path).rows([4, 0, 2]), shard_file(tmp_path, 1)
+    table = pq.read_table(file)
+    for name, kind in (("prompt", pa.string_view()), ("preview", pa.binary_view())):
+        table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+    pq.write_table(table, file)
+    assert pq.read_schema(file).field("prompt").type == pa.string_view()
+    rows = PairSet(tmp_path).rows([4, 0, 2])
+    assert (rows.prompts, rows.previews) == (wanted.prompts, wanted.previews)
+    assert torch.equal(rows.z_teacher, wanted.z_teacher)
+
+
 def test_latents_keep_their_layout(tmp_path):
     z_teacher = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     write(tmp_path, 0, 0, 3, z_teacher.permute(0, 1, 3, 2))  # not contiguous

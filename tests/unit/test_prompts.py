@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from raydistill.data.prompts import PromptSet, read_prompts
-from raydistill.data.texts import CHUNK, Numbers, Texts, permutation, repeated
+from raydistill.data.texts import CHUNK, Numbers, Texts, holds_text, permutation, repeated, undecoded
 from raydistill.errors import InputError
 
 
@@ -107,6 +107,34 @@ def test_parquet_dictionary_column(tmp_path):
     file = tmp_path / "p.parquet"
     pq.write_table(pa.table({"prompt": pa.array(["b", "a", "b"]).dictionary_encode()}), file)
     assert read_prompts(file).prompts == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string_view(), pa.binary_view(), pa.large_string(), pa.binary(), pa.binary(9)], ids=str
+)
+def test_parquet_columns_of_every_type_that_holds_text(tmp_path, kind):
+    file = tmp_path / "p.parquet"
+    pq.write_table(
+        pa.table(
+            {
+                "prompt": pa.array([b"a red cup", None, b"a red \xff-\xff"], pa.binary()).cast(pa.binary(9))
+                if kind == pa.binary(9)
+                else pa.array(["a red cup", None, "na\u00efve"]).cast(kind)
+            }
+        ),
+        file,
+    )
+    assert pq.read_schema(file).field("prompt").type == kind
+    prompts = read_prompts(file)
+    assert prompts.prompts[0] == "a red cup"
+    assert prompts.report.first_bad["null"] == [2]
+
+
+def test_a_dictionary_of_views_is_unpacked():
+    plain = pa.array(["b", "a", None, "b"]).dictionary_encode()
+    views = pa.DictionaryArray.from_arrays(plain.indices, plain.dictionary.cast(pa.string_view()))
+    assert holds_text(views.type)
+    assert undecoded(pa.chunked_array([views, views[:1]])) == [b"b", b"a", None, b"b", b"b"]
 
 
 def test_only_the_first_bad_rows_are_named(tmp_path):
@@ -220,7 +248,7 @@ print(len(prompts), prompts.report.duplicates)
 """
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv", ".jsonl", ".parquet"])
 def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
     rows, room = 300_000, 8  # MiB; a list of them takes 57
     for name, count in (("small", 10), ("large", rows)):
@@ -231,8 +259,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix):
         elif suffix == ".jsonl":
             file.write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
         else:
-            quoted = texts if suffix == ".txt" else ["prompt", *(f'"{text}"' for text in texts)]
-            file.write_text("\n".join(quoted))
+            rows_of = {".txt": texts, ".csv": ["prompt", *(f'"{text}"' for text in texts)], ".tsv": ["prompt", *texts]}
+            rows_of[".tsv"][1:3] = [f'"{text}' for text in texts[:2]]  # never closed
+            ends = "\r" if suffix == ".txt" else "\n"  # without one \n in the file
+            file.write_bytes(ends.join(rows_of[suffix]).encode())
     command = [sys.executable, "-c", FRUGAL, str(tmp_path), suffix, str(room)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
