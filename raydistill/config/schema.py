@@ -352,6 +352,9 @@ class TrackingConfig(Section):
         600, description="how long a run that has begun waits for a store that is away before it opens its next stage"
     )
     experiment: str = Field("raydistill", description="MLflow experiment")
+    register_as: str | None = Field(
+        None, description="name in MLflow's registry for the student; the best by evaluation.metric is its champion"
+    )
 
 
 class PlanConfig(Section):

@@ -16,9 +16,11 @@ from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
 from raydistill.storage.staging import local_copy
-from raydistill.tracking.store import client_of
+from raydistill.tracking.store import client_of, newest_model
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
+IN_MODEL = f"artifacts/{EXPORT_FOLDER}"  # of an MLflow model
+MODELS = "models:/"
 DOWNLOADS = "downloads"  # of storage
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -41,8 +43,8 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
     """The exported student that `text` names.
 
     Args:
-        text: an export's folder, a run's folder or name, a URI of one, or an MLflow run id (of the run or of its
-            distillation).
+        text: an export's folder, a run's folder or name, a URI of one, an MLflow run id (of the run or of its
+            distillation), or an MLflow model, `models:/name@alias`.
         storage: where the runs are.
         tracking_uri: MLflow's, asked where the run of an id is not in `storage`; None: the SQLite file in `storage`.
 
@@ -52,6 +54,8 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
         InputError: there is none, or a URI cannot be read.
         OSError: the store of a URI does not answer.
     """
+    if text.startswith(MODELS):
+        return _of_model(text, storage, tracking_uri)
     path = to_place(text)
     places = [path] if text.startswith(SHAPES_PREFIX) or is_uri(text) else [path, storage / text]
     for found in places:
@@ -83,42 +87,67 @@ def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
             folder = run / stage if own else run
             if known == run_id and (folder / EXPORT_FOLDER / "model_index.json").is_file():
                 return Export(local_copy(folder / EXPORT_FOLDER), "/".join((run.name, *own)), run)
+    return _of_artifacts(run_id, _store_of(run_id, storage, uri), storage)
+
+
+def _of_model(model: str, storage: Place, uri: str | None) -> Export:
+    """The student of an MLflow model, `models:/name@alias` or `models:/name/version`."""
+    uri = _store_of(model, storage, uri)
+    client = client_of(uri)
+    try:
+        name, sign, what = re.fullmatch(r"models:/+([^@/]+)([@/])(.+)", model).groups()
+        version = client.get_model_version_by_alias(name, what) if sign == "@" else client.get_model_version(name, what)
+        made = version.source.removeprefix(MODELS)  # id of the logged model that was registered
+        folder = _fetched(client.get_logged_model(made).artifact_location, IN_MODEL, made, storage, uri)
+        return Export(folder, f"{name} {version.version}")
+    except Exception as error:  # sqlalchemy, requests and mlflow all have their own
+        raise InputError(f"{model}: {mask('uri', uri)}: {reason(error)}") from error
+
+
+def _fetched(root: str, path: str, name: str, storage: Place, uri: str) -> Path:
+    """The folder `path` below an artifact root of MLflow's: as it lies there, or downloaded once as `downloads/<name>`.
+
+    What belongs to it then has one place, which every node sees.
+    """
+    if root.startswith(("file:", "/")):
+        return local_path(root) / path  # MLflow would leave a copy among the temporary files
+    from mlflow.artifacts import download_artifacts  # slow to import
+
+    place = storage / DOWNLOADS / name
+    if not place.is_dir():
+        with replacing(place) as fresh:
+            fresh.mkdir()
+            download_artifacts(f"{root}/{path}", dst_path=str(fresh), tracking_uri=uri)
+    return place / EXPORT_FOLDER
+
+
+def _store_of(text: str, storage: Place, uri: str | None) -> str:
+    """MLflow's URI: the one that is named, else the SQLite file in `storage`. Raises InputError."""
     if uri is None and not isinstance(storage, Remote) and (storage / "mlflow.db").is_file():
         uri = f"sqlite:///{(storage / 'mlflow.db').absolute()}"
     if uri is None:
-        raise InputError(f"{run_id}: no run in {storage} has this MLflow run id and an export; name --tracking-uri")
-    return _of_artifacts(run_id, uri, storage)
+        raise InputError(f"{text}: there is no MLflow store in {storage}; name --tracking-uri")
+    return uri
 
 
 def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
-    """The `export` artifact of a run, or of the distillation that is nested in it.
-
-    One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
-    then has one place, which every node sees.
-    """
+    """The student that a run, or the distillation nested in it, has logged: as a model, or as the artifact `export`."""
     client = client_of(uri)
-    from mlflow.artifacts import download_artifacts  # slow to import
-
     try:
         run = client.get_run(run_id)
         nested = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.stage = 'distill'"
-        runs = [run, *client.search_runs([run.info.experiment_id], nested)]
-        for candidate in runs:
-            if any(file.path == EXPORT_FOLDER for file in client.list_artifacts(candidate.info.run_id)):
-                made_by, name = candidate.info.run_id, run.info.run_name or run_id
-                if candidate.info.artifact_uri.startswith(("file:", "/")):
-                    # as it lies there: MLflow would leave a copy among the temporary files
-                    return Export(local_path(candidate.info.artifact_uri) / EXPORT_FOLDER, name)
-                artifact = {"artifact_path": EXPORT_FOLDER, "run_id": made_by, "tracking_uri": uri}
-                place = storage / DOWNLOADS / made_by
-                if not place.is_dir():
-                    with replacing(place) as fresh:
-                        fresh.mkdir()
-                        download_artifacts(**artifact, dst_path=str(fresh))
-                return Export(place / EXPORT_FOLDER, name)
+        for candidate in [run, *client.search_runs([run.info.experiment_id], nested)]:
+            made_by, name = candidate.info.run_id, run.info.run_name or run_id
+            if model := newest_model(client, candidate.info.experiment_id, made_by):
+                root, path = model.artifact_location, IN_MODEL
+            elif any(file.path == EXPORT_FOLDER for file in client.list_artifacts(made_by)):
+                root, path = candidate.info.artifact_uri, EXPORT_FOLDER
+            else:
+                continue
+            return Export(_fetched(root, path, made_by, storage, uri), name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
         raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
-    raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")
+    raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has logged a student")
 
 
 def open_one_step(export: Export) -> tuple[Space, int]:

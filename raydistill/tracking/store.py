@@ -27,6 +27,7 @@ from raydistill.storage.place import Place, Remote
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "PERMISSION_DENIED"}
 MAX_PARAM, MAX_TAG = 6000, 8000  # characters MLflow stores
@@ -107,12 +108,14 @@ def client_of(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's 7 block a caller for minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     import mlflow
 
     # Table creation and migration narrate at INFO, failing database calls print a traceback before they raise.
-    for name in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(name).setLevel(logging.WARNING if name == "alembic" else logging.CRITICAL)
+    for name in ("alembic", "mlflow.models.signature"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
@@ -288,3 +291,11 @@ def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags:
     for start in range(0, len(entries), 100):  # MLflow's limit per request
         part = entries[start : start + 100]
         client.log_batch(run_id, **{kind: [e for k, e in part if k == kind] for kind in ("params", "tags")})
+
+
+def newest_model(client: MlflowClient, experiment: str, run_id: str) -> LoggedModel | None:
+    """The model that a run has logged last; None: it has logged none."""
+    found = client.search_logged_models(
+        [experiment], f"source_run_id = '{run_id}'", order_by=[{"field_name": "creation_time", "ascending": False}]
+    )
+    return found[0] if found else None
