@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -168,13 +170,15 @@ for folder in sys.argv[2:]:
 """
 
 
-def older_environment(folder: Path, packages: list[str]) -> Path:
+@contextmanager
+def older_environment(folder: Path, packages: list[str]) -> Iterator[Path]:
     """The Python of a new environment: these packages with all that they need, and the torch that runs here."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python, site = folder / "bin" / "python", next(folder.glob("lib/python*/site-packages"))
     subprocess.run([sys.executable, "-m", "pip", "--python", python, "install", "-q", *packages], check=True)
     (site / "torch_of_this_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")  # looked at last
-    return python
+    yield python
+    shutil.rmtree(folder)  # 200 MB, which pytest would keep
 
 
 @pytest.mark.full
@@ -187,13 +191,13 @@ def older_environment(folder: Path, packages: list[str]) -> Path:
     ids=lambda packages: packages[1],
 )
 def test_older_libraries_open_the_student_as_they_open_its_base(packages, space, exports, tmp_path):
-    python = older_environment(tmp_path / "environment", packages)
     noise = torch.randn(2, *space.latent_shape, generator=torch.Generator().manual_seed(0))
     torch.save({"noise": noise, "prompts": PROMPTS}, tmp_path / "given.pt")
-    folders = [shutil.copytree(folder, tmp_path / dtype.__repr__()) for dtype, folder in exports.items()]
+    folders = [shutil.copytree(folder, tmp_path / str(dtype)) for dtype, folder in exports.items()]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, "-c", USER, tmp_path / "given.pt", *folders]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    with older_environment(tmp_path / "environment", packages) as python:
+        command = [python, "-c", USER, tmp_path / "given.pt", *folders]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [package.partition("==")[2] for package in packages]
     for folder in folders:
