@@ -54,7 +54,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--count", type=count(1), metavar="N", help="pictures (default: one a prompt)")
     add("--seed", type=count(0), default=0, metavar="S", help="seed of the noise (default: 0)")
     add("--steps", type=count(1), metavar="N", help="of a multi-step model (default: 28; a one-step export takes one)")
-    add("--guidance", type=float, metavar="G", help="guidance scale of a multi-step model (default: its family's)")
+    add("--guidance", type=float, metavar="G", help="guidance scale of a multi-step model; 0 to 1: none (default: its family's)")
     add("--unet", metavar="PLACE", help="one-step weights to put into MODEL, as student.unet names them")
     add("--start-timestep", type=count(1), metavar="T", help="of --unet (default: what the checkpoint says)")
     add("--reference", type=Path, metavar="FOLDER", help="pictures, or an earlier evaluation, for frechet and fid")

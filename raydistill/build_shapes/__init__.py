@@ -24,6 +24,7 @@ from raydistill.build_shapes.frame import Build
 from raydistill.build_shapes.models import MODELS, STUDENTS, TEACHERS, build_model
 from raydistill.build_shapes.parts import PARTS, build_judge, build_part, is_built
 from raydistill.build_shapes.starts import build_prompts, build_start
+from raydistill.storage.atomic import follow_umask
 
 SHIPPED: dict[str, tuple[str, Callable[[Build], None]]] = {  # with the file that says that it is complete
     "judge": ("judge/judge.safetensors", build_judge),
@@ -72,6 +73,7 @@ def run_stages(build: Build, names: Iterable[str]) -> None:
             marker, stage = SHIPPED[name]
             stage(build)
             forget_paths((build.weights / marker).parent)
+            follow_umask((build.weights / marker).parent)
             (build.weights / marker).touch()
     if all((build.weights / marker).exists() for marker, _ in SHIPPED.values()):  # no other process builds any more
         link_duplicates(build.weights)

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from raydistill.diffusion import guidance
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
@@ -79,8 +81,8 @@ class TeacherConfig(Section):
     model: str = Field(
         "shapes:flux", description="the frozen teacher: a diffusers folder, or org/name[@revision] of the hub"
     )
-    guidance_scale: Annotated[float, Field(ge=1)] | None = Field(
-        None, description="classifier-free guidance of scores and samples; null: the family's default"
+    guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
+        None, description="classifier-free guidance of scores and samples; 0 to 1: none; null: the family's default"
     )
     sampling_steps: Count = Field(16, description="steps when the teacher generates pictures")
 

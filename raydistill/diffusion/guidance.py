@@ -1,8 +1,25 @@
-"""Classifier-free guidance."""
+"""Classifier-free guidance, with diffusers' convention for the scale: 0 to 1 are no guidance.
+
+Does without torch: configuration and requests ask here too.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+from raydistill.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+MOST = 100.0  # far above any model's
+
+
+def is_guided(scale: float) -> bool:
+    """Whether a guidance scale asks for guidance. Raises InputError where it is not between 0 and 100."""
+    if not 0 <= scale <= MOST:
+        raise InputError(f"guidance scale {scale:g}: must lie between 0 and {MOST:g}; 0 to 1 are no guidance")
+    return scale > 1
 
 
 def classifier_free(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float) -> torch.Tensor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
 from raydistill.export.sampling import Painter
 from raydistill.export.source import Export, find_export, open_one_step
@@ -34,7 +35,7 @@ class Subject:
         folder: the diffusers pipeline.
         unet: a one-step student's weights that replace the pipeline's UNet; None: its own.
         start_timestep: of the single step; None: `steps` steps of the folder's own scheduler.
-        guidance_scale: of classifier-free guidance, or embedded; 1 is none.
+        guidance_scale: of classifier-free guidance, or embedded; 0 to 1 are none.
         run_id: MLflow run that made the model, where known.
         tracking_uri: store that the configuration of that run names; None: none.
     """
@@ -82,6 +83,7 @@ def find_subject(
     Raises:
         InputError: there is no such model, or it cannot be sampled so.
     """
+    guided = _is_guided(guidance_scale)
     export = _find(model, storage, tracking_uri)
     space = load_space(export.folder)
     made_by = {"run_id": _run_of(export, model), "tracking_uri": _store_of(export)}
@@ -95,13 +97,13 @@ def find_subject(
             raise InputError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
         if not 0 < start < space.path.num_train_timesteps:
             raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
-        _one_step_only(steps, guidance_scale)
+        _one_step_only(steps, guided)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
         # no run of MODEL made these weights
         return Subject(name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start)
     start = _start_of(export) if steps in (None, 1) else None
     if start is not None:
-        _one_step_only(steps, guidance_scale)
+        _one_step_only(steps, guided)
         return Subject(name=export.name, folder=folder, start_timestep=start, **made_by)
     scale = space.default_guidance_scale if guidance_scale is None else guidance_scale
     return Subject(name=export.name, folder=folder, steps=steps or DEFAULT_STEPS, guidance_scale=scale, **made_by)
@@ -122,9 +124,17 @@ def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
         raise error
 
 
-def _one_step_only(steps: int | None, guidance_scale: float | None) -> None:
-    if steps not in (None, 1) or guidance_scale not in (None, 1.0):
-        raise InputError("--steps, --guidance: a one-step student takes one step, without guidance")
+def _is_guided(guidance_scale: float | None) -> bool:
+    """Whether guidance is asked for. Raises InputError: a scale out of range."""
+    try:
+        return guidance_scale is not None and is_guided(guidance_scale)
+    except InputError as error:
+        raise InputError(f"--guidance: {error}") from None
+
+
+def _one_step_only(steps: int | None, guided: bool) -> None:
+    if steps not in (None, 1) or guided:
+        raise InputError("--steps, --guidance: a one-step student takes one step, without guidance (0 to 1)")
 
 
 def _start_of(export: Export) -> int | None:

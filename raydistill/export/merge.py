@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from raydistill.errors import InputError
-from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, table_rows, tidy_configs
+from raydistill.export.parts import copy_part, forget_origin
+from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, table_rows
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
@@ -177,18 +178,15 @@ def merge_students(
 
     with replacing(folder) as fresh:
         fresh.mkdir()
-        for part in ("model_index.json", *first.space.parts()):
-            origin = Path(first.space.folder, part)
-            if part == "unet":
-                (fresh / part).mkdir()
-                shutil.copyfile(origin / "config.json", fresh / part / "config.json")
-            elif origin.is_dir():
-                shutil.copytree(origin, fresh / part)
-            else:
-                shutil.copyfile(origin, fresh / part)
+        for part in first.space.parts():
+            if part != "unet":
+                copy_part(Path(first.space.folder, part), fresh / part)
+        (fresh / "unet").mkdir()
+        for name in ("model_index.json", "unet/config.json"):
+            shutil.copyfile(Path(first.space.folder, name), fresh / name)
+            forget_origin(fresh / name)
         write_safetensors(fresh / "unet" / WEIGHTS_FILE, entries, mean)
         (fresh / "README.md").write_text(model_card(sources, shares), encoding="utf-8")
-        tidy_configs(fresh)
     return folder
 
 

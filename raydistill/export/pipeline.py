@@ -7,21 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
 import yaml
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 
 from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
+from raydistill.export.parts import copy_part, forget_origin, rounded
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import without_bars
 from raydistill.storage.atomic import replacing
+
+COPIED_PARTS = ("vae", "text_encoder", "tokenizer")  # that a student has of its base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +152,7 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
 
 def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """A copy on the CPU in `dtype`; the one that trains stays as it is."""
-    state = {name: value.detach().to("cpu", dtype) for name, value in unet.state_dict().items()}
-    broken = [name for name, value in state.items() if not value.isfinite().all()]
-    if broken:
-        raise InputError(f"{len(broken)} weights of the student are not finite in {dtype}, the first is {broken[0]}")
+    state = rounded(unet.state_dict(), dtype, "the student")
     copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
     copy.load_state_dict(state)
     return copy.eval()
@@ -172,9 +166,10 @@ def export_student(
     card: ModelCard,
     dtype: torch.dtype = torch.float16,
 ) -> Path:
-    """Write a one-step pipeline: VAE, text encoder and tokenizer of the student's folder, and the trained UNet.
+    """Write a one-step pipeline: the base's VAE, text encoder and tokenizer, copied, and the trained UNet.
 
     Args:
+        space: of the base.
         unet: the trained student (or its EMA); not changed.
         folder: where to write; an earlier export there is replaced once the new one is complete.
         dtype: float16 or float32, of all weights.
@@ -187,36 +182,27 @@ def export_student(
     if dtype not in (torch.float16, torch.float32):
         raise InputError(f"export dtype {dtype}: float16 or float32")
     scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
-    with without_bars():
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            space.folder,
-            unet=network,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            image_encoder=None,
-            requires_safety_checker=False,
-            dtype=dtype,
-            use_safetensors=True,
-        )
     with replacing(folder) as fresh:
-        pipeline.save_pretrained(fresh, safe_serialization=True)
+        fresh.mkdir()
+        for part in COPIED_PARTS:
+            copy_part(Path(space.folder, part), fresh / part, dtype)
+        network.save_pretrained(fresh / "unet", safe_serialization=True)
+        forget_origin(fresh / "unet" / "config.json")
+        scheduler.save_pretrained(fresh / "scheduler")
+        (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
-        tidy_configs(fresh)
     return folder
 
 
-def tidy_configs(folder: Path) -> None:
-    """Make the configurations of a written pipeline independent of where and how it was written.
-
-    `_name_or_path` names a folder of the machine that trained: removed. transformers loads a model in its config's
-    `dtype` where none is asked for, but diffusers in float32, and a pipeline of both does not run: float32 everywhere.
-    """
-    for file in folder.rglob("*.json"):
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(tree, dict):
-            continue
-        tidy = {key: value for key, value in tree.items() if key != "_name_or_path"}
-        tidy |= {key: "float32" for key in ("dtype", "torch_dtype") if file.name == "config.json" and key in tree}
-        if tidy != tree:
-            file.write_text(json.dumps(tidy, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _index(space: Space, scheduler: SchedulerMixin) -> str:
+    """model_index.json: the base's own entries for the parts that are copied, and no safety checker."""
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "requires_safety_checker": False,
+        "scheduler": ["diffusers", type(scheduler).__name__],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
+    index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
+    index |= {part: space.index[part] for part in COPIED_PARTS}
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from raydistill.data.prompts import PromptSet
+from raydistill.diffusion.guidance import is_guided
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.export.upgrade import Decoder, Upgrade
@@ -53,7 +54,7 @@ class Painter:
         space: of the model's folder, whose text encoders and VAE are loaded here.
         network: the student's or teacher's.
         start_timestep: of a student's single step; None: `steps` steps of the folder's own scheduler.
-        steps, guidance_scale: of the scheduler's sampling.
+        steps, guidance_scale: of the scheduler's sampling; a scale of 0 to 1 is no guidance.
         upgrade: None draws at the model's own size.
         device: where to compute. Noise always comes from the CPU, so that devices agree.
         dtype: of network, text encoders and VAE. Latents stay float32.
@@ -76,7 +77,7 @@ class Painter:
         self.network = network.to(self.device, dtype)
         self.text = space.load_text(dtype).to(self.device)
         self.decoder = Decoder(space, upgrade, self.device, dtype)
-        guided = start_timestep is None and guidance_scale != 1.0
+        guided = is_guided(guidance_scale) and start_timestep is None
         self._empty = space.unconditional(space.encode_prompts(self.text, [""])) if guided else None
 
     @torch.no_grad()

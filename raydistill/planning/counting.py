@@ -25,6 +25,7 @@ from raydistill.config.reading import needs_pairs, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
+from raydistill.diffusion.guidance import is_guided
 from raydistill.distill.batches import Real
 from raydistill.distill.gradients import alone
 from raydistill.distill.networks import guidance_scale
@@ -416,7 +417,7 @@ def count_run(config: Config) -> Counts:
     Raises InputError: models that are unknown, or do not fit each other.
     """
     student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
-    part, guided = config.distill.batch_size // config.distill.micro_batches, guidance_scale(config, teacher) != 1.0
+    part, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
     latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
     found = count_roles(config)
     return Counts(

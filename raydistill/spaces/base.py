@@ -22,7 +22,7 @@ import diffusers
 import torch
 from torch import nn
 
-from raydistill.diffusion.guidance import classifier_free
+from raydistill.diffusion.guidance import classifier_free, is_guided
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
 from raydistill.spaces.attention_readers import AttentionReader
@@ -149,7 +149,7 @@ class Space(LatentSpace):
         unconditional: Conditioning | None = None,
         guidance_scale: float = 1.0,
     ) -> torch.Tensor:
-        """x_0 estimate, float32; with classifier-free guidance when `guidance_scale` is not 1."""
+        """x_0 estimate, float32; with classifier-free guidance when `guidance_scale` is above 1."""
         prediction = self.predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
         return to_x0(self.path, self.prediction, x_t, prediction, t_B)
 
@@ -162,7 +162,7 @@ class Space(LatentSpace):
         unconditional: Conditioning | None,
         guidance_scale: float,
     ) -> torch.Tensor:
-        if guidance_scale == 1.0:
+        if not is_guided(guidance_scale):
             return self.predict(network, x_t, t_B, conditioning)
         if unconditional is None:
             raise ValueError("classifier-free guidance needs the unconditional conditioning")

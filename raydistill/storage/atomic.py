@@ -52,7 +52,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         shutil.rmtree(fresh)
     try:
         yield fresh
-        _let_others_read(fresh)
+        follow_umask(fresh)
         if durable:
             _flush(fresh)
         if fresh.is_dir() and target.exists():
@@ -74,19 +74,21 @@ def _files(written: Path) -> list[Path]:
     return [file for file in (written.rglob("*") if written.is_dir() else [written]) if file.is_file()]
 
 
-def _let_others_read(written: Path) -> None:
-    """Give files that their owner alone may read, as safetensors writes them, the mode that the umask says."""
-    private = [file for file in _files(written) if not file.is_symlink() and not file.stat().st_mode & 0o077]
+def follow_umask(written: Path) -> None:
+    """Give what its owner alone may read, in a folder or alone, the mode of new files and folders.
+
+    safetensors writes such files, and `tempfile` such folders. What is copied without its mode needs nothing.
+    """
+    paths = [path for path in (written, *written.rglob("*")) if not path.is_symlink()]
+    private = [path for path in paths if not path.stat().st_mode & 0o077]
     if private:
-        probe = _beside(written, "mode")
-        descriptor = os.open(probe, os.O_CREAT, 0o666)
-        try:
-            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-        finally:
-            os.close(descriptor)
-            probe.unlink()
-        for file in private:
-            file.chmod(mode)
+        probe = _beside(written, uuid.uuid4().hex[:8])
+        probe.mkdir()
+        (probe / "file").touch()
+        for path in private:
+            like = probe if path.is_dir() else probe / "file"
+            path.chmod(stat.S_IMODE(like.stat().st_mode))
+        shutil.rmtree(probe)
 
 
 def _flush(written: Path) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raydistill.errors import NonFiniteError
+from raydistill.diffusion.guidance import is_guided
+from raydistill.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -121,8 +122,8 @@ class ScoreRequest:
         x_t: [B, C, H, W] float32.
         t: [B] float32, diffusion time from 0 (data) to 1 (noise).
         conditioning: as `Space.encode_prompts` returns it, [B, …] each.
-        unconditional: the same names, one row [1, …] each; None is allowed when guidance_scale is 1.
-        guidance_scale: classifier-free guidance; 1 is none.
+        unconditional: the same names, one row [1, …] each; None is allowed without guidance.
+        guidance_scale: classifier-free guidance; 0 to 1 are none.
     """
 
     x_t: torch.Tensor
@@ -168,13 +169,14 @@ def _conditioning_payload(
     unconditional: dict[str, torch.Tensor] | None,
     guidance_scale: float,
 ) -> Payload:
-    if not np.isfinite(guidance_scale):
-        raise TeacherError(f"guidance_scale must be a finite number, not {guidance_scale}")
+    try:
+        guided = is_guided(guidance_scale)
+    except InputError as error:
+        raise TeacherError(str(error)) from None
     for name, value in conditioning.items():
         if value.ndim == 0 or len(value) != batch:
             raise TeacherError(f"conditioning[{name!r}] has shape {tuple(value.shape)}, but there are {batch} samples")
         _check_finite(f"conditioning[{name!r}]", value)
-    guided = guidance_scale != 1.0
     if guided:
         _check_unconditional(conditioning, unconditional, guidance_scale)
     return {

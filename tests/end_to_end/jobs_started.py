@@ -145,6 +145,12 @@ def history(storage, run, key):
     return {entry.step: entry.value for entry in client.get_metric_history(run.info.run_id, key)}
 
 
+def modes(folder):
+    """Modes of all files, and of all folders, below a folder."""
+    paths = [path for path in folder.rglob("*") if not path.is_symlink()]
+    return [{path.stat().st_mode & 0o777 for path in paths if path.is_dir() == kind} for kind in (False, True)]
+
+
 def exported(folder):
     return load_file(next((folder / "export" / "unet").glob("*.safetensors")))
 

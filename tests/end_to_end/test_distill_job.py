@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from jobs_started import SMALL, TEST_S, exported, history, job_of, mlflow_runs, same_weights, started
+from jobs_started import SMALL, TEST_S, exported, history, job_of, mlflow_runs, modes, same_weights, started
 from safetensors.torch import load_file, save_file
 
 from raydistill.driver.run_lock import RunLocked, lock_run
@@ -52,6 +52,13 @@ def test_a_run_leaves_summary_pictures_export_and_an_mlflow_run(finished):
     assert 0 < logged["teachers/latency_p50"] <= logged["teachers/latency_p95"]
     assert 0 < logged["teachers/busy_fraction"] <= 1
     assert [m.step for m in client.get_metric_history(child.info.run_id, "loss/vsd")] == [1, 2]
+
+
+def test_others_may_read_all_that_a_run_leaves(finished):
+    storage, _ = finished
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes(storage) == [{0o666 & ~umask}, {0o777 & ~umask}]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(finished, run_script):

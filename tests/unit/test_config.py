@@ -72,6 +72,13 @@ def test_reversed_time_range_and_nothing_to_learn_from_are_refused():
         load(overrides=["vsd.weight=0", "discriminator.weight=0"])
 
 
+def test_guidance_is_bounded_and_may_be_none():
+    assert load(overrides=["teacher.guidance_scale=0"]).teacher.guidance_scale == 0
+    for wrong in ("-1", "100.5", ".inf", ".nan"):
+        with pytest.raises(InputError, match=r"teacher.guidance_scale: "):
+            load(overrides=[f"teacher.guidance_scale={wrong}"])
+
+
 def test_command_line_mistakes_end_with_code_two(capsys):
     with pytest.raises(SystemExit) as stopped:
         from_command_line("x", ["--config", "no/such.yaml"])

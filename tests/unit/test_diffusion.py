@@ -1,14 +1,17 @@
 """The Gaussian path against closed forms in float64 and against diffusers' schedulers."""
 
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raydistill.diffusion.guidance import classifier_free
+from raydistill.diffusion.guidance import classifier_free, is_guided
 from raydistill.diffusion.path import DiscretePath, FlowPath, add_noise, target, to_x0
 from raydistill.diffusion.timesteps import sample_t, shift
+from raydistill.errors import InputError
 
 SD15 = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -97,6 +100,13 @@ def test_guidance_of_one_is_conditional_and_zero_unconditional():
     torch.testing.assert_close(classifier_free(c, u, 1.0), c)
     torch.testing.assert_close(classifier_free(c, u, 0.0), u)
     torch.testing.assert_close(classifier_free(c, u, 3.0), 3 * c - 2 * u)
+
+
+def test_a_scale_of_zero_to_one_is_no_guidance_as_in_diffusers():
+    assert [is_guided(scale) for scale in (0, 0.5, 1, 1.001, 7.5, 100)] == [False, False, False, True, True, True]
+    for scale in (-1, -1e-9, 100.5, math.inf, -math.inf, math.nan):
+        with pytest.raises(InputError, match=f"guidance scale {scale:g}: must lie between 0 and 100"):
+            is_guided(scale)
 
 
 def test_unknown_prediction_type_is_named():

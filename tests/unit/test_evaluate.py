@@ -271,6 +271,27 @@ def test_a_teacher_is_sampled_with_its_familys_guidance(tmp_path):
     assert torch.equal(load_painter(subject, "cpu", torch.float32).draw([item]), wanted)
 
 
+def test_a_guidance_of_zero_draws_the_prompt(tmp_path):
+    """And neither the empty prompt nor a mixture."""
+    item, empty = Picture(0, 3, SINGLE, 5, ""), Picture(0, 3, "", 5, "")
+
+    def drawn(scale, picture=item):
+        subject = find_subject("shapes:flux", tmp_path, steps=2, guidance_scale=scale)
+        return load_painter(subject, "cpu", torch.float32).draw([picture])
+
+    assert torch.equal(drawn(0), drawn(1))
+    assert torch.equal(drawn(0.5), drawn(1))
+    assert not torch.equal(drawn(0), drawn(0, empty))
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1])
+def test_a_one_step_student_takes_the_guidance_that_its_card_recommends(scale, tmp_path):
+    unet = {"unet": "shapes:sd15-onestep", "start_timestep": 999}
+    assert find_subject("shapes:sd15", tmp_path, guidance_scale=scale, **unet).start_timestep == 999
+    with pytest.raises(InputError, match=r"takes one step, without guidance \(0 to 1\)"):
+        find_subject("shapes:sd15", tmp_path, guidance_scale=1 + 1.5 * (1 + scale), **unet)
+
+
 def test_other_weights_in_the_same_place_have_another_fingerprint(tmp_path):
     one, two = (
         find_subject("shapes:sd15", tmp_path, unet=f"shapes:{name}", start_timestep=999)

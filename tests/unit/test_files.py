@@ -79,12 +79,16 @@ def test_others_may_read_what_is_written_as_the_umask_says(tmp_path):
         with replacing(tmp_path / "tensors") as fresh:
             save_file({"x": torch.zeros(1)}, fresh)
         with replacing(tmp_path / "folder") as fresh:
-            fresh.mkdir()
-            save_file({"x": torch.zeros(1)}, fresh / "tensors")
+            fresh.mkdir(mode=0o700)  # as tempfile makes them
+            (fresh / "inside").mkdir(mode=0o700)
+            save_file({"x": torch.zeros(1)}, fresh / "inside" / "tensors")
+            (fresh / "link").symlink_to("inside")
     finally:
         os.umask(before)
     modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
-    assert modes == {"file": 0o640, "tensors": 0o640, "folder": 0o750, "folder/tensors": 0o640}
+    assert modes == dict.fromkeys(("file", "tensors", "folder/inside/tensors"), 0o640) | dict.fromkeys(
+        ("folder", "folder/inside", "folder/link"), 0o750
+    )
 
 
 def test_writing_files_needs_nothing_but_the_standard_library():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from raydistill.benchmark.idle import IdleRank
-from raydistill.teachers.request import ScoreRequest, all_finite, rows_from_wire, to_wire
+from raydistill.teachers.request import ScoreRequest, TeacherError, all_finite, rows_from_wire, to_wire
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,6 +30,19 @@ def test_one_bad_element_anywhere_is_found(dtype, bad):
     limits = torch.finfo(dtype)
     assert all_finite(torch.tensor([limits.min, -0.0, limits.max, limits.tiny], dtype=dtype))
     assert not all_finite(torch.full((4, 3), bad, dtype=dtype).t()), "not contiguous"
+
+
+def test_a_request_without_guidance_needs_no_empty_prompt_and_a_wrong_scale_is_refused():
+    def payload(scale):
+        x_t, conditioning = torch.zeros(2, 1, 4, 4), {"prompt_embeds": torch.zeros(2, 3)}
+        return ScoreRequest(x_t, torch.zeros(2), conditioning, None, scale).payload()
+
+    assert [payload(scale)["unconditional"] for scale in (0, 0.5, 1)] == [None] * 3
+    with pytest.raises(TeacherError, match="guidance_scale 1.5 needs unconditional rows"):
+        payload(1.5)
+    for scale in (-1, 101, float("nan")):
+        with pytest.raises(TeacherError, match="must lie between 0 and 100"):
+            payload(scale)
 
 
 def test_looking_for_infinity_starts_no_threads():

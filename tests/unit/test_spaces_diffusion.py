@@ -60,7 +60,7 @@ def changed_copy(folder, target: Path, file: str, **values) -> Path:
 # -- against the pipelines ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+@pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 5.0])  # 0 is no guidance, not the empty prompt
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_equals_the_pipeline(family, guidance_scale, diffusion_folders):
     folder = diffusion_folders[family]

@@ -88,6 +88,16 @@ class StopsAfter:
         return self.teacher.generate(*arguments)
 
 
+def test_rows_of_a_guidance_of_zero_show_the_prompt(spaces, local, tmp_path):
+    sets = []
+    for scale, prompts in ((0.0, PROMPTS), (1.0, PROMPTS), (0.0, PromptSet([" "] * 3, ids=[3, 4, 9]))):
+        folder = tmp_path / str(len(sets))
+        synthesise(local, *spaces, prompts, folder, count=2, **SETTINGS | {"guidance_scale": scale})
+        sets.append(load_pairs(folder))
+    assert same(*sets[:2])
+    assert not torch.equal(sets[0].z_teacher, sets[2].z_teacher)
+
+
 def test_rows_hold_the_sampled_picture_in_both_spaces(whole, spaces, local):
     teacher, student = spaces
     assert len(whole) == 7
