@@ -107,7 +107,9 @@ def hashed_before(folder: Path) -> str:
     weights = {k: v for file in (folder / "vae").glob("*.safetensors") for k, v in load_file(file).items()}
     for name in sorted(weights):
         value = weights[name]
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode() + bytes(value.flatten().view(torch.uint8)))
+        digest.update(
+            f"{name}|{value.dtype}|{tuple(value.shape)}|".encode() + value.flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()
 
 
