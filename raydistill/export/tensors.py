@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import held_weights
+from raydistill.spaces.held import exact_dtypes, held_weights
 from raydistill.spaces.weights import DTYPES, Entry
 
 _CODES = {name: code for code, name in DTYPES.items()}  # torch's names -> safetensors'
@@ -27,12 +27,13 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
 def first_difference(one: Space, other: Space, part: str) -> str | None:
     """The first tensor in which the VAE or text encoder of two folders differs, and how; None where they agree.
 
-    What the loaded modules hold is compared. One of them may be the other, rounded to half precision.
+    What the loaded modules hold is compared. Where one is a half-precision copy, the other is rounded to that first.
 
     Raises:
         InputError: as `held_weights`.
     """
     ours, theirs = held_weights(one, part), held_weights(other, part)
+    coarser = min((exact_dtypes(held)[0] for held in (ours, theirs)), key=lambda dtype: dtype.itemsize)
     here, there = Path(one.folder, part), Path(other.folder, part)
     for name in sorted({*ours, *theirs}):
         if name not in ours or name not in theirs:
@@ -40,16 +41,11 @@ def first_difference(one: Space, other: Space, part: str) -> str | None:
         a, b = ours[name], theirs[name]
         if a.shape != b.shape:
             return f"{name} has the shape {list(a.shape)} in {here}, and {list(b.shape)} in {there}"
-        if not (torch.equal(a, b) or _rounded(a, b) or _rounded(b, a)):
+        if a.is_floating_point():
+            a, b = a.to(coarser), b.to(coarser)
+        if not torch.equal(a, b):
             return f"{name} has other values in {here} than in {there}"
     return None
-
-
-def _rounded(exact: torch.Tensor, coarse: torch.Tensor) -> bool:
-    """Whether the second is the first in half precision."""
-    return exact.is_floating_point() and any(
-        torch.equal(exact.to(dtype).to(exact.dtype), coarse) for dtype in (torch.float16, torch.bfloat16)
-    )
 
 
 def write_safetensors(file: Path, entries: Mapping[str, Entry], tensor_of: Callable[[str], torch.Tensor]) -> None:

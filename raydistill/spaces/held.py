@@ -33,6 +33,13 @@ def held_weights(space: Space, part: str) -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
+def exact_dtypes(held: Mapping[str, torch.Tensor]) -> list[torch.dtype]:
+    """Those of DTYPES in which all real numbers of a module are what they are; float32 always is."""
+    real = [tensor for tensor in held.values() if tensor.is_floating_point()]
+    narrow = [dtype for dtype in DTYPES[:-1] if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in real)]
+    return [*narrow, DTYPES[-1]]
+
+
 def vae_fingerprint(space: Space) -> str:
     """sha256 of the tensors that the VAE holds (name, dtype, shape, bytes) and of its latent scaling.
 
@@ -55,13 +62,11 @@ def _of_held(family: type[Space], folder: str, scaling: str) -> tuple[str, ...]:
     """Hashes of what the VAE holds: the present one, then those of its files in other dtypes and with older names."""
     vae = family(folder).load_vae()
     held = vae.state_dict()
-    real = [tensor for tensor in held.values() if tensor.is_floating_point()]
-    exact = [dtype for dtype in DTYPES[:-1] if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in real)]
     older = {_old_name(name): tensor for name, tensor in held.items()}
     return tuple(
         _digest(_scaling(vae.config), {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
         for tensors in (held, older)
-        for dtype in (*exact, DTYPES[-1])
+        for dtype in exact_dtypes(held)
     )
 
 
