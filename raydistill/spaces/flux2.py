@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import JOINT_ATTENTION, FlowSpace, as_map
 from raydistill.spaces.flux import NON_COMMERCIAL, FluxSpace, pack, unpack
-from raydistill.spaces.folder import weight_files
 from raydistill.spaces.hub_model import APACHE, HubModel, Licence
-from raydistill.spaces.weights import read_tensors
 
 
 def position_ids(frames: int, height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
@@ -74,12 +73,11 @@ class Flux2KleinSpace(FlowSpace):
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation [4C, 1, 1] of 2×2-packed raw latents, from the VAE's BatchNorm layer."""
-        names = ("bn.running_mean", "bn.running_var")
-        files = weight_files(Path(self.folder, "vae"), "diffusion_pytorch_model")
-        found = {name: value for file in files for name, value in read_tensors(file, names.__contains__)}
-        if len(found) < len(names):
-            raise InputError(f"{self.folder}/vae: lacks {' or '.join(names)}, the latents' statistics")
-        mean, variance = (found[name] for name in names)
+        file = Path(self.folder, "vae", "diffusion_pytorch_model.safetensors")
+        if not file.is_file():
+            raise InputError(f"{self.folder}: no vae/{file.name}, which holds the latents' statistics")
+        with safe_open(file, framework="pt") as weights:
+            mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
         deviation = (variance + self.vae_config["batch_norm_eps"]).sqrt()
         return mean[:, None, None], deviation[:, None, None]
 
