@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -20,11 +21,12 @@ class NonFiniteError(FloatingPointError):
 
     Attributes:
         count: samples in which it is not finite.
+        rows: their places in the batch, where known.
     """
 
-    def __init__(self, message: str, count: int = 1) -> None:
-        super().__init__(message, count)
-        self.message, self.count = message, count
+    def __init__(self, message: str, count: int = 1, rows: Sequence[int] = ()) -> None:
+        super().__init__(message, count, rows)
+        self.message, self.count, self.rows = message, count, rows
 
     def __str__(self) -> str:
         return self.message

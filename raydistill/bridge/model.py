@@ -5,16 +5,14 @@ Shapes: z_S [B, Cs, h, w] and ẑ_T [B, Ct, H, W], both normalised latents on th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,7 +21,7 @@ from raydistill.bridge.swinir import SwinIR
 from raydistill.config import schema
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import weight_files
+from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
@@ -42,30 +40,6 @@ def doublings(student: Space, teacher: Space) -> int:
             f"({h}x{w}, {student.folder}) on both sides"
         )
     return factor.bit_length() - 1
-
-
-def vae_fingerprint(space: Space) -> str:
-    """sha256 of the VAE's tensors (name, dtype, shape, bytes) and of its latent scaling.
-
-    File metadata and the order of tensors do not matter. Raises InputError where the weights are missing.
-    """
-    scaling = [space.vae_config.get(key) for key in ("scaling_factor", "shift_factor")]
-    return _fingerprint(str(Path(space.folder, "vae").resolve()), json.dumps(scaling))
-
-
-@cache
-def _fingerprint(folder: str, scaling: str) -> str:
-    digest = hashlib.sha256(scaling.encode())
-    where = {}
-    for file in weight_files(Path(folder), "diffusion_pytorch_model"):
-        with safe_open(file, framework="pt") as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
-    for key in sorted(where):
-        with safe_open(where[key], framework="pt") as tensors:
-            tensor = tensors.get_tensor(key).contiguous()
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def prior_channels(vae_config: Mapping[str, Any], n: int) -> int:
@@ -265,11 +239,11 @@ def check_pair(folder: str | Path, student_space: Space, teacher_space: Space) -
     """bridge.json of a Bridge that belongs to these two VAEs. Raises InputError otherwise; loads no weights."""
     saved = read_description(folder)
     for role, space in (("student", student_space), ("teacher", teacher_space)):
-        side, found = saved[role], vae_fingerprint(space)
-        if found != side["vae_sha256"]:
+        side = saved[role]
+        if not has_vae(space, side["vae_sha256"]):
             raise InputError(
                 f"{folder}: this Bridge was trained for another {role} VAE ({side['family']} {side['model']}, sha256 "
-                f"{side['vae_sha256'][:12]}…); the VAE of {space.folder} is {found[:12]}…. Train a Bridge for this pair "
+                f"{side['vae_sha256'][:12]}…); the VAE of {space.folder} is {vae_fingerprint(space)[:12]}…. Train a Bridge for this pair "
                 "with jobs/train_bridge.py, or name the matching one in bridge.checkpoint"
             )
         if list(space.latent_shape) != side["latent_shape"]:

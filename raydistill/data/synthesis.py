@@ -191,13 +191,16 @@ def load_rows(images: ImageSet, request: Request, pixels: int) -> Batch:
 
 def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     """What `AskedRows.result` or `load_rows` gives -> the columns that a `PairWriter` takes."""
+    failure = batch["failure"].astype(object)
     # copies, since what Ray hands out is read-only and torch has no read-only tensors
     if "pixels" in batch:
         pictures = torch.from_numpy(batch["pixels"].copy()).to(encoder.device).float() / 127.5 - 1
     else:
         pictures = encoder.decode(torch.from_numpy(batch["latents"].copy()))
+        finite = pictures.isfinite().flatten(1).all(1)
+        failure = np.where((failure == "") & ~finite.cpu().numpy(), "the decoded picture is not finite", failure)
+        pictures[~finite] = 0
     z_teacher, z_student, pngs = encoder.encode(pictures, batch["row"])
-    failure = batch["failure"].astype(object)
     columns = {}
     for name, latents in (("z_T", z_teacher), ("z_S", z_student)):
         columns[name] = latents.half()

@@ -69,9 +69,9 @@ class PairEncoder:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents [B, C, H, W] of the teacher -> pictures on `device`."""
+        """Latents [B, C, H, W] of the teacher -> pictures on `device`; one that is not finite is NaN."""
         return in_chunks(
-            self.teacher, lambda part: self.teacher.decode(self._teacher_vae, part), latents.to(self.device)
+            self.teacher, lambda part: self.teacher.decode_each(self._teacher_vae, part), latents.to(self.device)
         )
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import STAGES, changed, stages_of
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
-from raydistill.errors import StageFailed
+from raydistill.errors import NonFiniteError, StageFailed
 from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
@@ -89,7 +89,7 @@ def run_job(
     except Stopped as stopped:
         print(f"{stopped}\n{again}", file=sys.stderr)
         return RESUMABLE
-    except (StageFailed, OSError) as error:  # the disk's, or that of a cluster that is not there
+    except (StageFailed, NonFiniteError, OSError) as error:  # the disk's, or that of a cluster that is not there
         print(f"error: {error}\n{again}", file=sys.stderr)
         return 1
     return 0

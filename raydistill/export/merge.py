@@ -93,7 +93,7 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
         sources.append(Source(export, space, start, _unet_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
         for part in SHARED_PARTS:
-            difference = first_difference(Path(family.folder, part), Path(source.space.folder, part))
+            difference = first_difference(family, source.space, part)
             if difference is not None:
                 raise InputError(
                     f"{source.space.folder} is of another family than {family.folder}: {part}: {difference}"

@@ -57,7 +57,7 @@ class Painter:
         steps, guidance_scale: of the scheduler's sampling; a scale of 0 to 1 is no guidance.
         upgrade: None draws at the model's own size.
         device: where to compute. Noise always comes from the CPU, so that devices agree.
-        dtype: of network, text encoders and VAE. Latents stay float32.
+        dtype: of network, text encoders and VAE (see `load_vae`). Latents stay float32.
     """
 
     def __init__(
@@ -101,8 +101,13 @@ class Painter:
 
     @torch.no_grad()
     def draw(self, batch: Sequence[Picture]) -> torch.Tensor:
-        """Images [B, 3, S, S] in [-1, 1] on the CPU. Errors as of `latents`."""
-        return self.decoder(self.latents(batch)).cpu()
+        """Images [B, 3, S, S] in [-1, 1] on the CPU. Errors as of `latents`, also of pictures."""
+        latents = self.latents(batch)
+        try:
+            return self.decoder(latents).cpu()
+        except NonFiniteError as error:
+            first = batch[error.rows[0]]
+            raise NonFiniteError(f"{first.file_name} ({first.prompt!r}): {error}", error.count, error.rows) from error
 
 
 # -- files --------------------------------------------------------------------------------------------------

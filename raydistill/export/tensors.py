@@ -1,13 +1,9 @@
-"""Weights of pipeline folders tensor by tensor: where each lies, whether two folders agree, writing without a copy.
-
-At no time is more than one tensor of each folder in memory, whatever the size of the networks.
-"""
+"""Weights of pipeline folders: whether two folders agree, and reading and writing one tensor at a time."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,24 +11,11 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from raydistill.errors import InputError
-from raydistill.spaces.weights import DTYPES, Entry, read_header
+from raydistill.spaces.base import Space
+from raydistill.spaces.held import exact_dtypes, held_weights
+from raydistill.spaces.weights import DTYPES, Entry
 
-# A file of weights, or a shard of several; not a variant such as model.fp16.safetensors.
-_WEIGHT_FILE = re.compile(r"[a-z_]+(-\d{5}-of-\d{5})?\.safetensors")
 _CODES = {name: code for code, name in DTYPES.items()}  # torch's names -> safetensors'
-
-
-def locate(folder: Path) -> dict[str, tuple[Path, Entry]]:
-    """Name -> (file, shape and dtype) of the tensors of one part of a pipeline, in safetensors files.
-
-    Raises:
-        InputError: no such files, or a damaged one.
-    """
-    files = [file for file in sorted(folder.glob("*.safetensors")) if _WEIGHT_FILE.fullmatch(file.name)]
-    if not files:
-        raise InputError(f"{folder}: no weights in safetensors")
-    return {name: (file, entry) for file in files for name, entry in read_header(file).tensors.items()}
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
@@ -41,25 +24,27 @@ def read_tensor(file: Path, name: str) -> torch.Tensor:
         return opened.get_tensor(name)
 
 
-def first_difference(one: Path, other: Path) -> str | None:
-    """The first tensor in which the same part of two folders differs, and how; None where they agree.
+def first_difference(one: Space, other: Space, part: str) -> str | None:
+    """The first tensor in which the VAE or text encoder of two folders differs, and how; None where they agree.
 
-    Where one is a half-precision copy, the other is rounded to that precision first.
+    What the loaded modules hold is compared. Where one is a half-precision copy, the other is rounded to that first.
 
     Raises:
-        InputError: as `locate`.
+        InputError: as `held_weights`.
     """
-    ours, theirs = locate(one), locate(other)
+    ours, theirs = held_weights(one, part), held_weights(other, part)
+    coarser = min((exact_dtypes(held)[0] for held in (ours, theirs)), key=lambda dtype: dtype.itemsize)
+    here, there = Path(one.folder, part), Path(other.folder, part)
     for name in sorted({*ours, *theirs}):
         if name not in ours or name not in theirs:
-            return f"{name} is in {one if name in ours else other} alone"
-        (our_file, our), (their_file, their) = ours[name], theirs[name]
-        if our.shape != their.shape:
-            return f"{name} has the shape {list(our.shape)} in {one}, and {list(their.shape)} in {other}"
-        a, b = read_tensor(our_file, name), read_tensor(their_file, name)
-        coarser = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-        if not torch.equal(a.to(coarser), b.to(coarser)):
-            return f"{name} has other values in {one} than in {other}"
+            return f"{name} is in {here if name in ours else there} alone"
+        a, b = ours[name], theirs[name]
+        if a.shape != b.shape:
+            return f"{name} has the shape {list(a.shape)} in {here}, and {list(b.shape)} in {there}"
+        if a.is_floating_point():
+            a, b = a.to(coarser), b.to(coarser)
+        if not torch.equal(a, b):
+            return f"{name} has other values in {here} than in {there}"
     return None
 
 

@@ -59,7 +59,7 @@ def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: 
         hint = "" if base else ". An export's VAE may be a half-precision copy: name the original model with --base"
         raise InputError(f"{error}{hint}") from None
     if base is not None:
-        difference = first_difference(Path(base_space.folder, "vae"), Path(export.folder, "vae"))
+        difference = first_difference(base_space, load_space(export.folder), "vae")
         if difference is not None:
             raise InputError(f"{export.folder}: its VAE is not that of {base_space.folder}: {difference}")
     return Upgrade(folder, base_space, teacher_space)

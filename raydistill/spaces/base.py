@@ -25,12 +25,18 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free, is_guided
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
+from raydistill.errors import NonFiniteError
 from raydistill.spaces.attention_readers import AttentionReader
 from raydistill.spaces.folder import ModelFolder, Settings, diffusers_class, read_settings
 from raydistill.spaces.hub_model import HubModel
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
+
+
+def _not_finite(samples: torch.Tensor) -> list[int]:
+    """Rows of a batch that hold NaN or infinity."""
+    return (~samples.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
 
 
 class LatentSpace(ModelFolder, ABC):
@@ -77,10 +83,30 @@ class LatentSpace(ModelFolder, ABC):
         return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
 
     def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time."""
+        """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time.
+
+        Raises:
+            NonFiniteError: of the latents, or of what the VAE makes of them; says which part, and what to do.
+        """
+        images = self.decode_each(vae, latents)
+        rows = [] if images.is_meta else _not_finite(images)
+        if not rows:
+            return images
+        of = f"{len(rows)} of {len(images)} in {str(vae.dtype).removeprefix('torch.')}"
+        if _not_finite(latents):
+            problem = f"the latents that go into {self.folder}/vae are not finite ({of})"
+        elif vae.dtype == torch.float32:
+            problem = f"{self.folder}/vae: the decoded pictures are not finite ({of}); its weights are damaged"
+        else:
+            problem = f"{self.folder}/vae: the decoded pictures are not finite ({of}); use --dtype float32"
+        raise NonFiniteError(problem, len(rows), rows)
+
+    def decode_each(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """As `decode`, but a picture that is not finite is NaN in every pixel, and the others are as they are."""
         raw = self.denormalise(latents).to(vae.dtype)
-        parts = [vae.decode(part).sample.float().clamp(-1, 1) for part in raw.split(self.vae_batch(len(raw)))]
-        return torch.cat(parts)
+        decoded = torch.cat([vae.decode(part).sample.float() for part in raw.split(self.vae_batch(len(raw)))])
+        finite = decoded.isfinite().flatten(1).all(1)  # before infinity is clamped to white
+        return decoded.clamp(-1, 1).masked_fill(~finite[:, None, None, None], torch.nan)
 
     def assume_values(self) -> None:  # noqa: B027 - most families read none
         """Stand-ins for numbers that the family reads from weight files, for counting where there are none."""

@@ -129,7 +129,10 @@ class ModelFolder:
         return self.load_part(self.network_name, dtype)
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return self.load_part("vae", dtype)
+        """The VAE in `dtype`; in float32 instead of float16 where its `force_upcast` says that it overflows there."""
+        vae = self.load_part("vae")
+        overflows = dtype == torch.float16 and vae.config.get("force_upcast")
+        return vae if overflows else vae.to(dtype)
 
     def load_text(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
         """The pipeline without its network and VAE: tokenizers and text encoders only."""

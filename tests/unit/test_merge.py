@@ -21,10 +21,10 @@ from raydistill.errors import InputError
 from raydistill.export.merge import Source, merge_students, open_sources, read_provenance, shares_of, weighted_mean
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.export.source import Export
-from raydistill.export.tensors import first_difference, locate, write_safetensors
+from raydistill.export.tensors import write_safetensors
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
-from raydistill.spaces.weights import Entry
+from raydistill.spaces.weights import Entry, read_header
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = Path("unet", "diffusion_pytorch_model.safetensors")
@@ -283,23 +283,6 @@ def test_the_written_file_is_a_safetensors_file(tmp_path):
         write_safetensors(tmp_path / "y.safetensors", entries, lambda name: tensors[name].double())
 
 
-def test_the_first_difference_of_two_parts_is_named(tmp_path):
-    def part(name: str, **tensors) -> Path:
-        (tmp_path / name).mkdir()
-        save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / name / "model.safetensors")
-        return tmp_path / name
-
-    value = torch.tensor([0.1, 0.2])
-    one = part("one", a=value, b=value)
-    assert first_difference(one, part("same", a=value, b=value)) is None
-    assert first_difference(one, part("half", a=value.half(), b=value)) is None
-    assert "b has other values" in first_difference(one, part("other", a=value, b=value + 1e-7))
-    assert "a has the shape [2] in" in first_difference(one, part("shape", a=value[:1], b=value))
-    assert f"b is in {one} alone" in first_difference(one, part("less", a=value))
-    with pytest.raises(InputError, match="no weights in safetensors"):
-        first_difference(one, tmp_path)
-
-
 def memory_kib(key: str) -> int:
     """VmRSS (now) or VmHWM (the most so far) of this process."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
@@ -339,7 +322,10 @@ def test_memory_does_not_grow_with_the_model(exports, space, tmp_path):
         value = torch.full((512, 1024), float(number))
         write_safetensors(folder / WEIGHTS.name, entries, lambda name, value=value: value)
     family = exports[999][0].folder
-    sources = [Source(Export(family, folder.name), load_space(family), 999, locate(folder)) for folder in folders]
+    sources = []
+    for folder in folders:
+        tensors = {name: (folder / WEIGHTS.name, entry) for name, entry in entries.items()}
+        sources.append(Source(Export(family, folder.name), load_space(family), 999, tensors))
     gc.collect()
     reset.write_text("5")  # the most so far becomes what is used now
     before = memory_kib("VmRSS")
@@ -447,4 +433,4 @@ def test_a_source_is_checked_without_its_unets_weights(exports, tmp_path):
     save_file({k: torch.full_like(v, math.nan) for k, v in weights.items()}, other.folder / WEIGHTS, {"format": "pt"})
     sources = open_sources([exports[999][0], other])
     assert isinstance(sources[1], Source)
-    assert sources[1].tensors.keys() == locate(exports[999][0].folder / "unet").keys()
+    assert sources[1].tensors.keys() == read_header(exports[999][0].folder / WEIGHTS).tensors.keys()

@@ -1,0 +1,99 @@
+"""What the modules of a pipeline folder hold once they are loaded. Weights are compared and hashed by it.
+
+Files say the same in many ways: an attention's `query` or `to_q`, a `text_model.` in front, a `position_ids` that no
+module keeps, one file or shards, `.fp16.` in a name, half-precision numbers stored in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import read_settings, weight_files
+
+OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the narrowest that loses nothing is what a hash is made of
+
+
+def held_weights(space: Space, part: str) -> dict[str, torch.Tensor]:
+    """Name -> tensor of the VAE or a text encoder as it is loaded, real numbers in float32; by the module's own names.
+
+    Raises:
+        InputError: weights are missing or damaged.
+    """
+    module = space.load_vae() if part == "vae" else space.load_text().components[part]
+    return module.state_dict()
+
+
+def exact_dtypes(held: Mapping[str, torch.Tensor]) -> list[torch.dtype]:
+    """Those of DTYPES in which all real numbers of a module are what they are; float32 always is."""
+    real = [tensor for tensor in held.values() if tensor.is_floating_point()]
+    narrow = [dtype for dtype in DTYPES[:-1] if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in real)]
+    return [*narrow, DTYPES[-1]]
+
+
+def vae_fingerprint(space: Space) -> str:
+    """sha256 of the tensors that the VAE holds (name, dtype, shape, bytes) and of its latent scaling.
+
+    How the files name, split, order or widen the tensors does not matter. Raises InputError as `held_weights`.
+    """
+    return _of_space(space)[0]
+
+
+def has_vae(space: Space, sha256: str) -> bool:
+    """Whether this is the VAE that was hashed, by `vae_fingerprint` or by a version that hashed what files say."""
+    return sha256 in _of_space(space) or sha256 == _of_files(Path(space.folder, "vae"))
+
+
+def _of_space(space: Space) -> tuple[str, ...]:
+    return _of_held(type(space), space.folder, _scaling(space.vae_config))
+
+
+@cache
+def _of_held(family: type[Space], folder: str, scaling: str) -> tuple[str, ...]:
+    """Hashes of what the VAE holds: the present one, then those of its files in other dtypes and with older names."""
+    vae = family(folder).load_vae()
+    held = vae.state_dict()
+    older = {_old_name(name): tensor for name, tensor in held.items()}
+    return tuple(
+        _digest(_scaling(vae.config), {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
+        for tensors in (held, older)
+        for dtype in exact_dtypes(held)
+    )
+
+
+def _old_name(name: str) -> str:
+    """The name that diffusers gave a tensor of a VAE's attention at first."""
+    for new, old in OLD_NAMES.items():
+        name = name.replace(new, old)
+    return name
+
+
+def _of_files(folder: Path) -> str:
+    """As earlier versions hashed a VAE: by the names and dtypes of its files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder, "diffusion_pytorch_model"):
+        with safe_open(file, framework="pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    return _digest(_scaling(read_settings(folder / "config.json")), tensors)
+
+
+def _scaling(config: Mapping[str, Any]) -> str:
+    return json.dumps([config.get(key) for key in ("scaling_factor", "shift_factor")])
+
+
+def _digest(scaling: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(scaling.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
