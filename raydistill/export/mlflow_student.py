@@ -14,8 +14,8 @@ class Student(PythonModel):
     """Draws one picture a prompt, in one step."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        import torch
-        from diffusers import StableDiffusionPipeline
+        import torch  # not where MLflow only looks at the file
+        from diffusers import StableDiffusionPipeline  # likewise
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pipeline = StableDiffusionPipeline.from_pretrained(context.artifacts["pipeline"], local_files_only=True)
@@ -24,7 +24,7 @@ class Student(PythonModel):
 
     def predict(self, model_input: list[str]) -> list:
         """PIL images, the same for the same prompts: picture i is drawn from the noise of seed i."""
-        import torch
+        import torch  # likewise
 
         noise = [torch.Generator().manual_seed(number) for number in range(len(model_input))]
         return self.pipeline(list(model_input), num_inference_steps=1, guidance_scale=0, generator=noise).images
