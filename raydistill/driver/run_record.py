@@ -12,9 +12,10 @@ from ray.exceptions import RayError
 
 from raydistill.config.reading import flatten
 from raydistill.config.schema import Config
+from raydistill.driver.binding import kept_binding
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
-from raydistill.errors import InputError, StageFailed
+from raydistill.errors import InputError, RunLost, StageFailed
 from raydistill.teachers.request import TeacherError
 from raydistill.tracking.store import TrackingAway, TrackingError, open_run, run_tags, tracking_uri
 from raydistill.tracking.tracker import Tracker
@@ -27,6 +28,7 @@ class RunRecord:
     Attributes:
         seconds: by stage; a resumed stage adds to what it took before.
         open: MLflow runs that have not ended, the parent first.
+        runs: ids that the run's checkpoints bear.
     """
 
     def __init__(self, config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> None:
@@ -35,6 +37,8 @@ class RunRecord:
         self.seconds: dict[str, float] = run.recall().get("seconds", {})
         self._lock = threading.Lock()  # of stages that go on at the same time
         self.open: list[str] = []
+        binding = kept_binding(run)
+        self.runs = binding.runs if binding else ()
         self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
@@ -124,6 +128,8 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         raise StageFailed("interrupted") from None
     except Stopped:
         record.give_up("KILLED", TRACKING_WITHIN_S)
+        raise
+    except RunLost:  # whose MLflow runs are the other job's now
         raise
     except BaseException:
         record.give_up("FAILED")

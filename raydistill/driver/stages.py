@@ -132,7 +132,7 @@ def train_bridge_on(record: RunRecord, pairs: str) -> str:
     config = record.config
     with record.timed("bridge"):
         run_id = record.stage_run(config, "bridge")
-        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id)
+        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id, record.runs)
         record.finish(run_id)
     print("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()), flush=True)
     return str(trained.folder)
@@ -166,6 +166,7 @@ def distillation(
             **inputs,
             mlflow_uri=record.uri,
             mlflow_run=record.stage_run(config, name),
+            runs=record.runs,
         )
         result = launch(stage, needs)
         record.finish(stage.mlflow_run)

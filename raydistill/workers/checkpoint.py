@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from raydistill.storage.atomic import replace_text, replacing
+from raydistill.storage.atomic import reading, replace_text, replacing
+from raydistill.storage.place import Place
 
 MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
@@ -66,7 +67,23 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     with _compared(folder) as file:
         saved = torch.load(file, weights_only=True, map_location="cpu")
-        return saved["state"], saved["about"]
+        return saved["state"], _with_step(saved["about"])
+
+
+def about_of(folder: Place) -> dict[str, Any]:
+    """`about` of a checkpoint, from its about.json, or from its state where that cannot be read. Errors: `load_state`."""
+    try:
+        return _with_step(json.loads((folder / "about.json").read_bytes()))
+    except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        with reading(folder) as local:
+            return load_state(local)[1]
+
+
+def _with_step(about: Any) -> dict[str, Any]:
+    """Raises ValueError: it does not say of which update it is."""
+    if not isinstance(about, dict) or type(about.get("step")) is not int:
+        raise ValueError("it does not say of which update it is")
+    return about
 
 
 def check_state(folder: Path) -> None:
