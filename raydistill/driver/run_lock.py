@@ -145,7 +145,7 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
 
 def _watch(folder: Place, owner: dict[str, Any]) -> None:
     """Raises RunLocked as soon as the owner writes its file anew."""
-    print(f"{folder} was held by {_named(owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
+    print(f"{folder} was held by {_named(folder, owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
     deadline, seen = time.monotonic() + WATCHED_FOR_S, _seen(folder)
     while time.monotonic() < deadline:
         time.sleep(0.5)
@@ -164,15 +164,15 @@ def _seen(folder: Place) -> object:
         return None
 
 
-def _named(owner: dict[str, Any] | None) -> str:
+def _named(folder: Place, owner: dict[str, Any] | None) -> str:
     if owner is None:
         return "another process"
     if not owner:
-        return f"a process that {LEASE_FILE}, which is damaged, does not name"
+        return f"a process that {folder / LEASE_FILE}, which is damaged, does not name"
     return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
 
 
 def _taken(folder: Place, owner: dict[str, Any] | None) -> RunLocked:
     return RunLocked(
-        f"run.name={folder.name} is under way: {_named(owner)}, has {folder}. Wait for it, stop it, or use another run.name"
+        f"run.name={folder.name} is under way: {_named(folder, owner)}, has {folder}. Wait for it, stop it, or use another run.name"
     )

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 SNAPSHOT = re.compile(r"models--(?P<name>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")  # Hugging Face's cache
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -56,12 +56,18 @@ def _digest(folder: Path, patterns: Sequence[str]) -> str:
 
 
 def _contents(file: Path) -> bytes:
-    if file.name.endswith(("config.json", "index.json")):
-        config = json.loads(file.read_text())
+    if file.name.endswith(("config.json", "index.json")) and isinstance(config := _parsed(file), dict):
         return json.dumps({k: v for k, v in config.items() if k not in NOT_THE_MODEL}, sort_keys=True).encode()
     size = file.stat().st_size
     with file.open("rb") as stream:
         return size.to_bytes(8) + (stream.read() if size <= PIECES * PIECE_BYTES else _pieces(stream, size))
+
+
+def _parsed(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError):  # whoever opens the model says so
+        return None
 
 
 def _pieces(stream: BinaryIO, size: int) -> bytes:
