@@ -145,7 +145,10 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
 
 def _watch(folder: Place, owner: dict[str, Any]) -> None:
     """Raises RunLocked as soon as the owner writes its file anew."""
-    print(f"{folder} was held by {_named(folder, owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives", flush=True)
+    print(
+        f"{folder} was held by {_named(folder, owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives",
+        flush=True,
+    )
     deadline, seen = time.monotonic() + WATCHED_FOR_S, _seen(folder)
     while time.monotonic() < deadline:
         time.sleep(0.5)

@@ -20,7 +20,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 )
 
 from raydistill.errors import StageFailed
-from raydistill.storage.atomic import reading, remove_folder, replace_text
+from raydistill.storage.atomic import remove_folder, replace_text
 from raydistill.storage.place import Place, Remote
 from raydistill.workers.checkpoint import CheckpointError, about_of, check_state, load_state
 
@@ -60,8 +60,7 @@ def adopt(stage: str, folder: Place, runs: Runs = ()) -> None:
         try:
             require_ours(place, about, runs)
             if len(whole) < KEPT:
-                with reading(place) as local:
-                    check_state(local)
+                check_state(place)
                 whole.append((place, about["step"]))
         except ForeignCheckpoint as error:
             raise StageFailed(f"{stage}: {error}") from error
@@ -197,8 +196,7 @@ def newest(stage: str, folder: Place, runs: Runs = ()) -> Found | None:
 
 def load(place: Place, runs: Runs = ()) -> Found:
     """Raises CheckpointError: it is damaged, or of another run."""
-    with reading(place) as local:
-        state, about = load_state(local)
+    state, about = load_state(place)
     require_ours(place, about, runs)
     return Found(place, state, about)
 

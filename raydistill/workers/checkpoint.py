@@ -58,7 +58,7 @@ def require_room(folder: Path, size: int) -> None:
         )
 
 
-def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_state(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, about) of a checkpoint folder.
 
     Raises:
@@ -75,8 +75,7 @@ def about_of(folder: Place) -> dict[str, Any]:
     try:
         return _with_step(json.loads((folder / "about.json").read_bytes()))
     except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        with reading(folder) as local:
-            return load_state(local)[1]
+        return load_state(folder)[1]
 
 
 def _with_step(about: Any) -> dict[str, Any]:
@@ -86,21 +85,22 @@ def _with_step(about: Any) -> dict[str, Any]:
     return about
 
 
-def check_state(folder: Path) -> None:
+def check_state(folder: Place) -> None:
     """As `load_state`, of the checksums alone and in little memory; the same errors."""
     with _compared(folder):
         pass
 
 
 @contextmanager
-def _compared(folder: Path) -> Iterator[Path]:
+def _compared(folder: Place) -> Iterator[Path]:
     """The torch file, whose checksums are right. Damage that they or the block show names the folder."""
-    file = folder / "state.pt"
     try:
-        with zipfile.ZipFile(file) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
-        yield file
+        with reading(folder) as local:
+            file = local / "state.pt"
+            with zipfile.ZipFile(file) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+            yield file
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)

@@ -16,7 +16,7 @@ from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
-from raydistill.storage.atomic import read_json, reading, replace_text, writing
+from raydistill.storage.atomic import read_json, replace_text, writing
 from raydistill.storage.place import Place
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
@@ -186,8 +186,7 @@ class BestStudent:
     def restore(self, step: int) -> int:
         """Load it; returns the step that it is of. Where it is damaged, the student of `step` stays, and that is said."""
         try:
-            with reading(self.stage.path("best")) as folder:
-                state, about = load_state(folder)
+            state, about = load_state(self.stage.path("best"))
         except CheckpointError as error:
             print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
             return step
