@@ -45,6 +45,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         with writing(target) as local:
             yield local
         return
+    lease.check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     fresh = _beside(target, "new" if alone else mark)  # the name ends as the target's: writers go by its suffix
@@ -53,7 +54,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         shutil.rmtree(fresh)
     try:
         yield fresh
-        lease.check(target)
+        lease.check(target)  # again: the block may have taken long
         _let_others_read(fresh)
         if durable:
             _flush(fresh)
