@@ -25,6 +25,7 @@ from raydistill.workers.adoption import ForeignCheckpoint, Runs, checkpoint_fold
 from raydistill.workers.bridge import CHECKPOINTS as OF_BRIDGE
 from raydistill.workers.checkpoint import CheckpointError, about_of
 from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
+from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
 MODELS = ("student.model", "student.unet", "teacher.model", "bridge.checkpoint", "evaluation.judge")
@@ -64,7 +65,9 @@ def bind(config: Config, run: RunFolder, inputs: Inputs) -> Binding:
 
 
 def keep(binding: Binding, run: RunFolder) -> None:
-    """From now on the run is bound so."""
+    """From now on the run is bound so, or as another job has bound it while this one waited for the run."""
+    if (kept := kept_binding(run)) is not None:
+        binding = Binding(kept.runs, binding.inputs | kept.inputs)
     replace_text(run.path / FILE, json.dumps(asdict(binding), indent=1))
 
 
@@ -93,13 +96,13 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
 
 
 def _checkpoints(run: RunFolder) -> Iterator[tuple[Place, dict]]:
-    """(folder, about.json) of every checkpoint of every stage; damaged ones are found when the stage begins."""
-    if not run.path.exists():
-        return
-    stages = [run.path / OF_BRIDGE, *(stage / OF_STAGE for stage in run.path.iterdir() if stage.is_dir())]
-    for stage in stages:
-        for place in checkpoint_folders(stage):
-            try:
-                yield place, about_of(place)
-            except CheckpointError:
-                continue
+    """(folder, about.json) of every stage's checkpoints and best student; damaged ones are found when it begins."""
+    places = checkpoint_folders(run.path / OF_BRIDGE)
+    for stage in run.path.iterdir() if run.path.exists() else ():
+        if stage.is_dir():
+            places += [*checkpoint_folders(stage / OF_STAGE), stage / BEST]
+    for place in places:
+        try:
+            yield place, about_of(place)
+        except CheckpointError:
+            continue

@@ -137,6 +137,24 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(begun):
         bound(config, run)
 
 
+def test_a_best_student_of_another_run_is_refused_by_name(begun):
+    config, run, _ = begun
+    keep(bound(config, run), run)
+    best = run.path / "distill" / "best"
+    best.mkdir(parents=True)
+    save_state(best, {"student": {}}, {"step": 1, "run": "another"})
+    with pytest.raises(InputError, match=f"{best} is a checkpoint of another run"):
+        bound(config, run)
+
+
+def test_of_two_jobs_that_bind_a_new_run_the_first_counts(begun):
+    config, run, _ = begun
+    first, second = bound(config, run), bound(config, run)
+    keep(first, run)
+    keep(second, run)
+    assert kept_binding(run) == first
+
+
 def test_a_run_of_a_version_that_bound_nothing_is_bound_as_it_is_now(begun):
     config, run, files = begun
     checkpoint(run, "01")
