@@ -16,6 +16,10 @@ class StageFailed(RuntimeError):
     """A stage of a run ended without its result. The message says why. A resume goes on from what was reached."""
 
 
+class RunLost(Exception):
+    """Another job has taken this one's run over. Nothing more may be written to the run."""
+
+
 class NonFiniteError(FloatingPointError):
     """A value that must be finite is not. The message names where it arose.
 

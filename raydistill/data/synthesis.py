@@ -105,7 +105,7 @@ class Recipe:
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
         drawn = {
-            "prompts": prompt_fingerprint(self.source),
+            "prompts": fingerprint_of(self.source),
             "batch_size": self.batch_size,
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -123,7 +123,7 @@ class Recipe:
         }
 
 
-def prompt_fingerprint(prompts: PromptSet) -> str:
+def fingerprint_of(prompts: PromptSet) -> str:
     """Short hash of texts and ids."""
     digest = hashlib.blake2b(prompts.ids, digest_size=8)
     for prompt in prompts.prompts:

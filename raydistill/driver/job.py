@@ -3,7 +3,8 @@
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
 2  wrong input, or another living job has the run; nothing was started
-75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
+75 asked to leave by SIGTERM or Ctrl-C, or another job has taken the run over (EX_TEMPFAIL: try again); the same
+   run.name continues it
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import STAGES, changed, stages_of
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
-from raydistill.errors import NonFiniteError, StageFailed
+from raydistill.errors import NonFiniteError, RunLost, StageFailed
 from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
@@ -55,6 +56,7 @@ def run_job(
     """
     config = from_command_line(purpose, arguments)
     # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
+    from raydistill.driver.binding import bind, keep
     from raydistill.driver.cluster import connected
     from raydistill.driver.preflight import check_inputs
     from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
@@ -68,6 +70,7 @@ def run_job(
         _introduce(config, folder, stages)
         config = pin_models(config, folder)
         inputs = check_inputs(config)
+        binding = bind(config, folder, inputs)
         if check is not None:
             _loaded(check)(config, folder, inputs)
         body = _loaded(run)
@@ -81,12 +84,13 @@ def run_job(
         folder.path.mkdir(parents=True, exist_ok=True)
         with lock_run(folder.path):
             create_run_folder(folder, config)
+            keep(binding, folder)
             with connected(), stop_on_signals():
                 body(config, folder, inputs)
     except RunLocked as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stopped:
+    except (Stopped, RunLost) as stopped:
         print(f"{stopped}\n{again}", file=sys.stderr)
         return RESUMABLE
     except (StageFailed, NonFiniteError, OSError) as error:  # the disk's, or that of a cluster that is not there

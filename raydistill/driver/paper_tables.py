@@ -19,6 +19,7 @@ from typing import Any
 from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
 from raydistill.config.schema import Config
 from raydistill.distill.networks import load_unet
+from raydistill.driver.binding import bind, keep
 from raydistill.driver.pipeline import distil, shared_space
 from raydistill.driver.preflight import Inputs, check_inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
@@ -146,10 +147,13 @@ def _run_cell(cell: Cell, record: RunRecord, planned: Sequence[Cell]) -> dict[st
     folder = open_run_folder(cell.config)
     file = folder.path / "summary.json"
     if not file.is_file():
+        inputs = check_inputs(cell.config)
+        binding = bind(cell.config, folder, inputs)
         create_run_folder(folder, cell.config)
+        keep(binding, folder)
         _take_teacher(cell, folder, planned)
         with record.timed(cell.name):
-            distil(cell.config, folder, check_inputs(cell.config), parent=record.parent)
+            distil(cell.config, folder, inputs, parent=record.parent)
     about = json.loads(file.read_text())
     _same_length(cell.name, about["steps"], cell.config)
     return {

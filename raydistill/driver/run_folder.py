@@ -31,10 +31,17 @@ class RunFolder:
         return self.storage / self.name
 
     def recall(self) -> dict[str, Any]:
-        """MLflow run ids and stage times of this run so far."""
+        """MLflow run ids and stage times of this run so far. Raises InputError: the file is damaged."""
         file = self.path / "run.json"
         cure = "restore it, or remove it: the run then goes on under new MLflow runs"
-        return read_json(file, cure) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        found = read_json(file, cure)
+        for key, kinds in (("mlflow", (str,)), ("seconds", (int, float))):
+            part = found.get(key, {})
+            if not isinstance(part, dict) or any(type(value) not in kinds for value in part.values()):
+                raise InputError(f"{file} is damaged ({key}: {str(part)[:40]}): {cure}")
+        return found
 
     def remember(self, **values: Any) -> None:
         replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
@@ -45,6 +52,8 @@ def open_run_folder(config: Config) -> RunFolder:
     storage = check_storage(config)
     name = config.run.name or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     run = RunFolder(storage, name)
+    with as_storage_error(storage):
+        run.recall()
     if (saved := _saved(run)) is not None:
         before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
         others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
@@ -98,10 +107,10 @@ def _saved(run: RunFolder) -> Config | None:
     """The configuration that the run has had; None: the run is new. Raises InputError naming the file."""
     file = run.path / "config.yaml"
     with as_storage_error(run.storage):
-        text = file.read_text(encoding="utf-8") if file.is_file() else None
+        content = file.read_bytes() if file.is_file() else None
     try:
-        return None if text is None else from_yaml(text)
-    except InputError as error:
+        return None if content is None else from_yaml(content.decode("utf-8"))
+    except ValueError as error:
         raise InputError(
             f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
             "run.name"
@@ -125,5 +134,5 @@ def create_run_folder(run: RunFolder, config: Config) -> None:
     tracking = config.tracking.model_copy(update={"uri": uri})
     shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
     file, text = run.path / "config.yaml", to_yaml(shown)
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+    if not file.is_file() or file.read_bytes() != text.encode():
         replace_text(file, text)

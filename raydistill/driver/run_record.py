@@ -18,10 +18,10 @@ from ray.exceptions import RayError
 from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
 from raydistill.data.pairs import count_rows
-from raydistill.data.synthesis import prompt_fingerprint
+from raydistill.driver.binding import kept_binding
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
-from raydistill.errors import InputError, StageFailed, mask
+from raydistill.errors import InputError, RunLost, StageFailed, mask
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
@@ -63,6 +63,7 @@ class RunRecord:
         seconds: by stage; a resumed stage adds to what it took before.
         open: MLflow runs that have not ended, the parent first.
         ui: lines that say how to look at the run in MLflow.
+        runs: ids that the run's checkpoints bear.
     """
 
     def __init__(self, config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> None:
@@ -71,6 +72,9 @@ class RunRecord:
         self.seconds: dict[str, float] = run.recall().get("seconds", {})
         self._lock = threading.Lock()  # of stages that go on at the same time
         self.open: list[str] = []
+        binding = kept_binding(run)
+        self.runs = binding.runs if binding else ()
+        self._fingerprints = binding.inputs if binding else {}
         self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
         page = self._wait_for_store(functools.partial(ui_lines, self.uri, self.parent))
         self.ui = [f"{name:<9} {line}" for name, line in zip(["MLflow", ""], page, strict=False)]
@@ -100,12 +104,13 @@ class RunRecord:
         """What the run is made of: its whole configuration, and its sets of prompts and pairs."""
         tracker, inputs, config = Tracker(self.uri, self.parent), self.inputs, self.config
         tracker.artifact(self.run.path / "config.yaml")
-        for context, prompts in (("training", inputs.prompts), ("evaluation", inputs.held_out)):
-            tracker.dataset(context, prompts.report.source, prompt_fingerprint(prompts), len(prompts))
+        sets = {"prompts.path": ("training", inputs.prompts.report.source, len(inputs.prompts))}
+        sets["evaluation.prompts"] = ("evaluation", inputs.held_out.report.source, len(inputs.held_out))
         for key in ("bridge.pairs", "discriminator.real_data"):
             if (folder := get(config, key)) is not None:
-                rows = count_rows(resolve(folder))
-                tracker.dataset(key, str(folder), f"{rows} rows", rows)
+                sets[key] = (key, str(folder), count_rows(resolve(folder)))
+        for key, (context, source, rows) in sets.items():
+            tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
         tracker.close(DESCRIBED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
@@ -192,6 +197,8 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         raise StageFailed("interrupted") from None
     except Stopped as stopped:
         record.give_up("KILLED", str(stopped), TRACKING_WITHIN_S)
+        raise
+    except RunLost:  # whose MLflow runs are the other job's now
         raise
     except BaseException as error:
         record.give_up("FAILED", f"{type(error).__name__}: {error}")

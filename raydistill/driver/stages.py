@@ -133,7 +133,7 @@ def train_bridge_on(record: RunRecord, pairs: str) -> str:
     config = record.config
     with record.timed("bridge"):
         run_id = record.stage_run(config, "bridge")
-        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id)
+        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id, record.runs)
         record.finish(run_id)
     screen.say("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()))
     return str(trained.folder)
@@ -167,5 +167,6 @@ def distillation(
             **inputs,
             mlflow_uri=record.uri,
             mlflow_run=run_id,
+            runs=record.runs,
         )
         return launch(stage, needs)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raydistill.errors import InputError
+from raydistill.storage import lease
 from raydistill.storage.place import Place, Remote
 
 ABANDONED_S = 3600.0  # no write of one file takes that long
@@ -44,6 +45,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         with writing(target) as local:
             yield local
         return
+    lease.check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     mark = uuid.uuid4().hex[:8]
     fresh = _beside(target, "new" if alone else mark)  # the name ends as the target's: writers go by its suffix
@@ -52,6 +54,7 @@ def replacing(target: Place, *, alone: bool = False, durable: bool = True) -> It
         shutil.rmtree(fresh)
     try:
         yield fresh
+        lease.check(target)  # again: the block may have taken long
         follow_umask(fresh)
         if durable:
             _flush(fresh)
@@ -130,6 +133,7 @@ def remove_abandoned(folder: Place, names: str) -> None:
 @contextmanager
 def writing(target: Place) -> Iterator[Path]:
     """A local path for a writer that replaces `target` itself: `target`, or one that is uploaded when the block ends."""
+    lease.check(target)
     if isinstance(target, Path):
         yield target
         return
@@ -151,23 +155,33 @@ def reading(source: Place) -> Iterator[Path]:
 
 def move_folder(source: Place, target: Place) -> None:
     """Move a folder's files into another folder. They replace those of the same names."""
+    lease.check(target)
     with reading(source) as local:
         if isinstance(target, Remote):
             target.upload(local)
         else:
             shutil.copytree(local, target, dirs_exist_ok=True)
-    if isinstance(source, Remote):
-        source.filesystem.delete_dir(source.key)
+    remove_folder(source)
+
+
+def remove_folder(folder: Place) -> None:
+    """Delete a folder, or all objects below a prefix."""
+    lease.check(folder)
+    if isinstance(folder, Remote):
+        folder.filesystem.delete_dir(folder.key)
     else:
-        shutil.rmtree(source)
+        shutil.rmtree(folder)
 
 
-def read_json(file: Place, cure: str) -> Any:
-    """What a JSON file holds. Raises InputError, which ends with `cure`."""
+def read_json(file: Place, cure: str, kind: type = dict) -> Any:
+    """What a JSON file holds, a value of this kind. Raises InputError, which ends with `cure`."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): {cure}") from error
+    if not isinstance(value, kind):
+        raise InputError(f"{file} is damaged (it holds no {kind.__name__}, but {str(value)[:40]!r}): {cure}")
+    return value
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import InputError, mask, reason
+from raydistill.storage import lease
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -102,6 +103,7 @@ class Remote:
         self.write_bytes(b"")
 
     def unlink(self, missing_ok: bool = False) -> None:
+        lease.check(self)
         try:
             self.filesystem.delete_file(self.key)
         except FileNotFoundError:
@@ -137,6 +139,7 @@ class Remote:
         """
         from pyarrow.fs import LocalFileSystem, copy_files
 
+        lease.check(self)
         here = LocalFileSystem()
         below = ((Path(parent, name) for name in names) for parent, _, names in os.walk(source, followlinks=True))
         files = [source] if source.is_file() else itertools.chain.from_iterable(below)

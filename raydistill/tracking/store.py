@@ -147,8 +147,24 @@ def prepare(uri: str) -> None:
         with _alone(uri):
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
+        if _of_another_schema(error):
+            raise TrackingError(
+                f"tracking store {mask('uri', uri)} was written by a newer MLflow than this one ({metadata.version('mlflow')}), or "
+                f"by an older one: install the newer, run `mlflow db upgrade` on the older, or use another ({reason(error)})"
+            ) from error
         kind = TrackingAway if _may_pass(error) else TrackingError
         raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+
+
+def _of_another_schema(error: BaseException | None) -> bool:
+    """Whether this MLflow does not know the version of the database's schema, which waiting does not change."""
+    from alembic.util import CommandError
+
+    while error is not None:
+        if isinstance(error, CommandError) or "database schema" in str(error):  # MLflow's own has no class
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _may_pass(error: Exception) -> bool:

@@ -21,11 +21,13 @@ from raydistill.data.pairs import Pairs, PairSet
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
+from raydistill.storage import lease
 from raydistill.storage.atomic import replacing, scratch
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.tracker import Tracker
+from raydistill.workers.adoption import Runs, mark
 from raydistill.workers.checkpoint import save_state
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-BRIDGE_FOLDER = "bridge"
+BRIDGE_FOLDER, CHECKPOINTS = "bridge", "bridge-checkpoints"  # of a run
 LOG_EVERY = 10
 CURVES = "curves"
 
@@ -52,6 +54,7 @@ def train_bridge(
     pairs_folder: str | Path,
     tracking_uri: str | None = None,
     tracking_run: str | None = None,
+    runs: Runs = (),
 ) -> TrainedBridge:
     """Train the Bridge of the configured student and teacher, or go on from this folder's last checkpoint.
 
@@ -61,6 +64,7 @@ def train_bridge(
         run_dir: absolute folder on storage that every node sees, or a URI; the result is `run_dir/bridge`.
         pairs_folder: parquet shards of pairs, on such storage too.
         tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
+        runs: ids of the run, its own first; its checkpoints bear one of them.
 
     Raises:
         InputError: the pair of spaces or the pairs cannot be used (before anything starts).
@@ -70,7 +74,7 @@ def train_bridge(
     _check(config, pairs_folder)
     progress = run_dir / "bridge-progress.json"
     settings = {"config": config.model_dump(), "pairs": str(pairs_folder), "progress": str(progress)}
-    settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run}
+    settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run, "runs": runs}
     with ProgressWatcher(progress, "bridge"):
         result = train(
             train_worker,
@@ -78,7 +82,7 @@ def train_bridge(
             config,
             name="bridge",
             folder=run_dir,
-            checkpoints="bridge-checkpoints",
+            checkpoints=CHECKPOINTS,
             encoders=False,  # captions are encoded in the workers
         )
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
@@ -139,17 +143,17 @@ class MetricLog:
 
 def train_worker(settings: dict[str, Any]) -> None:
     """Body of every Ray Train worker; the settings are those that `train_bridge` gives."""
-    run_body(to_place(settings["progress"]).parent, "bridge", lambda: _train(settings))
+    run_body(to_place(settings["progress"]).parent, "bridge", lambda: _train(settings), settings["lease"])
 
 
 def _train(settings: dict[str, Any]) -> None:
-    config, progress = validate(settings["config"]), to_place(settings["progress"])
+    config, progress, runs = validate(settings["config"]), to_place(settings["progress"]), settings["runs"]
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
     trainer = build_trainer(config, settings["pairs"], worker.device, rank=worker.rank, world_size=worker.world)
     curves: dict[int, dict[str, float]] = {}
-    if (found := newest_state("bridge", worker)) is not None:
+    if (found := newest_state("bridge", worker, progress.parent / CHECKPOINTS, runs)) is not None:
         trainer.load_state_dict(found.state)
         curves = found.state.get(CURVES, curves)
     tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
@@ -167,7 +171,7 @@ def _train(settings: dict[str, Any]) -> None:
                     shown = {"loss": losses["loss/bridge"], "pairs/s": rate}
                     write_progress(progress, step=step, total=last, **shown)
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER)
+                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER, runs)
     finally:
         log.close()
 
@@ -182,7 +186,7 @@ def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
             yield batch
 
 
-def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place) -> None:
+def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
     if trainer.objective.rank:
         ray.train.report({})
@@ -193,5 +197,6 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place) -> None:
     log.image(picture, "reconstruction", step)
     with scratch(stage) as folder:
         trainer.bridge.save(folder / BRIDGE_FOLDER, metrics | {"step": step})
-        save_state(folder, trainer.state_dict() | {CURVES: log.curves}, {"step": step})
+        save_state(folder, trainer.state_dict() | {CURVES: log.curves}, {"step": step} | mark(runs))
+        lease.check(stage)
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

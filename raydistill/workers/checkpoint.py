@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from raydistill.storage.atomic import replace_text, replacing
+from raydistill.storage.atomic import reading, replace_text, replacing
+from raydistill.storage.place import Place
 
 MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
@@ -57,7 +58,7 @@ def require_room(folder: Path, size: int) -> None:
         )
 
 
-def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_state(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state, about) of a checkpoint folder.
 
     Raises:
@@ -66,24 +67,40 @@ def load_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     with _compared(folder) as file:
         saved = torch.load(file, weights_only=True, map_location="cpu")
-        return saved["state"], saved["about"]
+        return saved["state"], _with_step(saved["about"])
 
 
-def check_state(folder: Path) -> None:
+def about_of(folder: Place) -> dict[str, Any]:
+    """`about` of a checkpoint, from its about.json, or from its state where that cannot be read. Errors: `load_state`."""
+    try:
+        return _with_step(json.loads((folder / "about.json").read_bytes()))
+    except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return load_state(folder)[1]
+
+
+def _with_step(about: Any) -> dict[str, Any]:
+    """Raises ValueError: it does not say of which update it is."""
+    if not isinstance(about, dict) or type(about.get("step")) is not int:
+        raise ValueError("it does not say of which update it is")
+    return about
+
+
+def check_state(folder: Place) -> None:
     """As `load_state`, of the checksums alone and in little memory; the same errors."""
     with _compared(folder):
         pass
 
 
 @contextmanager
-def _compared(folder: Path) -> Iterator[Path]:
+def _compared(folder: Place) -> Iterator[Path]:
     """The torch file, whose checksums are right. Damage that they or the block show names the folder."""
-    file = folder / "state.pt"
     try:
-        with zipfile.ZipFile(file) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
-        yield file
+        with reading(folder) as local:
+            file = local / "state.pt"
+            with zipfile.ZipFile(file) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
+            yield file
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +22,20 @@ from raydistill.data.stream import Early
 from raydistill.distill.schedule import distillation_step
 from raydistill.distill.updates import Distiller
 from raydistill.errors import NonFiniteError
+from raydistill.storage import lease
 from raydistill.storage.atomic import scratch
 from raydistill.tracking.progress import ProgressWatcher
 from raydistill.tracking.tracker import SystemMetrics, Tracker
+from raydistill.workers.adoption import Found
 from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.observer import Observer
 from raydistill.workers.parts import Teachers, batches_after, load_distiller
-from raydistill.workers.ray_train import Found, Worker, newest_state, run_body, train
+from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, draining, stop_requested
+
+CHECKPOINTS = "checkpoints"  # folder of a stage
 
 
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
@@ -48,11 +51,11 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name, alike=CONTROLS):
         train(
             train_worker,
-            asdict(stage),
+            vars(stage),
             config,
             name=stage.name,
             folder=stage.path(),
-            checkpoints="checkpoints",
+            checkpoints=CHECKPOINTS,
             elastic=True,
             service=own_service,
             needs=needs,
@@ -66,7 +69,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
 def train_worker(settings: dict[str, Any]) -> None:
     """Body of every Ray Train worker."""
     stage = Stage(**settings)
-    run_body(stage.path(), stage.name, lambda: distil(stage))
+    run_body(stage.path(), stage.name, lambda: distil(stage), stage.lease)
 
 
 def distil(stage: Stage) -> None:
@@ -93,7 +96,7 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     """Load networks and state, open the logs; close them however the block ends."""
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
-    found = newest_state(stage.name, worker)
+    found = newest_state(stage.name, worker, stage.path(CHECKPOINTS), stage.runs)
     first = found.about["step"] if found else 0
     batches = Early(batches_after(config, worker, first))  # encoders start while networks load
     distiller, teachers = load_distiller(stage, config, worker, batches)
@@ -188,10 +191,12 @@ class DistillationRun:
             ray.train.report({})
             return
         with scratch(self.stage.path()) as folder:
-            save_state(folder, self.distiller.state_dict(), self.standing.about(self.stage.mlflow_run))
+            about = self.standing.about(self.stage.mlflow_run, self.stage.runs)
+            save_state(folder, self.distiller.state_dict(), about)
             if isinstance(storage := self.stage.path(), Path):
                 require_room(storage, sum(file.stat().st_size for file in folder.iterdir()))
             metrics = {"step": self.standing.step, "score": self.standing.score}
+            lease.check(self.stage.path())
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def leave(self) -> None:

@@ -17,16 +17,18 @@ from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
-from raydistill.storage.atomic import read_json, reading, replace_text, writing
+from raydistill.storage.atomic import read_json, replace_text, writing
 from raydistill.storage.place import Place
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
-from raydistill.workers.checkpoint import CheckpointError, load_state, save_state
+from raydistill.workers.adoption import load, mark
+from raydistill.workers.checkpoint import CheckpointError, save_state
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
 SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
 FALL = 0.1  # of the periodic evaluation below its best: a collapse
+BEST = "best"  # folder of a stage
 
 
 class Observer:
@@ -197,20 +199,19 @@ class BestStudent:
         self.stage, self.config, self.networks = stage, config, networks
 
     def keep(self, step: int, score: float) -> None:
-        with writing(self.stage.path("best")) as folder:
+        with writing(self.stage.path(BEST)) as folder:
             folder.mkdir(exist_ok=True)
-            save_state(folder, self.networks.best_state(), {"step": step, "score": score})
+            save_state(folder, self.networks.best_state(), {"step": step, "score": score} | mark(self.stage.runs))
 
     def restore(self, step: int) -> int:
         """Load it; returns the step that it is of. Where it is damaged, the student of `step` stays, and that is said."""
         try:
-            with reading(self.stage.path("best")) as folder:
-                state, about = load_state(folder)
+            best = load(self.stage.path(BEST), self.stage.runs)
         except CheckpointError as error:
             print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
             return step
-        self.networks.load_best_state(state)
-        return about["step"]
+        self.networks.load_best_state(best.state)
+        return best.about["step"]
 
     def card(self, step: int, table: dict[str, float]) -> ModelCard:
         """The model card of the student of update `step`, with this table of metrics."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -21,11 +21,12 @@ from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
 from raydistill.errors import StageFailed
 from raydistill.storage.atomic import replace_text
+from raydistill.storage.lease import Lease, check, holding, lease_of
 from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
 from raydistill.teachers.request import TeacherError, TeacherUnavailable
-from raydistill.workers.checkpoint import CheckpointError, load_state
-from raydistill.workers.checkpoint_list import mend_list
+from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
+from raydistill.workers.checkpoint import CheckpointError
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def train(
     """Have the workers of the `distill` section run `body(settings)`, from the last checkpoint to the end.
 
     Args:
+        settings: of the stage. Its `runs` say whose checkpoints count; this adds `lease`, under which workers write.
         name: of the stage, for people.
         folder: of the stage, on storage that every node sees.
         checkpoints: name of its folder of checkpoints.
@@ -68,6 +70,7 @@ def train(
     wait_for_room(config, service, encoders)
     distill = config.distill
     workers: Any = distill.fewest
+    settings = settings | {"lease": lease_of(folder)}
     if elastic:
         workers = distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers)
 
@@ -89,13 +92,15 @@ def train(
                 **for_ray_train(folder),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 failure_config=FailureConfig(max_failures=distill.max_failures),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),  # by time: one may be damaged
+                checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
             ),
         )
 
-    result = fit(trainer, name, distill.max_failures, needs)
+    runs = settings.get("runs", ())
+    result = fit(trainer, name, distill.max_failures, needs, lambda: adopt(name, folder / checkpoints, runs))
     if (reason := fatal_error(folder)) is not None:
         raise StageFailed(f"{name}: {reason}")
+    delete_unlisted(folder / checkpoints)
     return result
 
 
@@ -139,18 +144,25 @@ def wait_for_room(config: Config, service: str | None = None, encoders: bool = T
     placement.wait_for_room(needs)
 
 
-def fit(make: Callable[[], Any], stage: str, max_failures: int, needs: Sequence[Future[Any]] = ()) -> ray.train.Result:
+def fit(
+    make: Callable[[], Any],
+    stage: str,
+    max_failures: int,
+    needs: Sequence[Future[Any]] = (),
+    before: Callable[[], None] = lambda: None,
+) -> ray.train.Result:
     """Have Ray Train run the workers. A lost controller is started again, as often as lost workers are.
 
     Args:
         make: gives the trainer; called again after a loss.
         max_failures: of the controller; negative: any number.
         stage, needs: as in `train`, and so are the errors.
+        before: called before each start of the controller, when none lives.
     """
     losses = 0
     while True:
+        before()
         trainer = make()
-        mend_list(stage, trainer.run_config)
         try:
             # in a thread, where Ray Train leaves SIGINT alone: `stop_signal` has a better handler than its own
             return result_of(in_background(trainer.fit), needs)
@@ -180,14 +192,19 @@ def _last_line(error: object) -> str:
 # -- the worker -------------------------------------------------------------------------------------------
 
 
-def run_body(folder: Place, name: str, body: Callable[[], None]) -> None:
+def run_body(folder: Place, name: str, body: Callable[[], None], lease: Lease | None = None) -> None:
     """A worker's body. An error that would happen again after a restart is written down for the driver.
 
     The restarted workers then end at once. Why a worker fails is shown on the driver's screen: Ray Train starts it
-    again without a word.
+    again without a word. Nothing is written without the lease: its driver may be frozen, and the run another's.
     """
-    if fatal_error(folder) is not None:
-        return
+    with holding(lease):
+        check(folder)
+        if fatal_error(folder) is None:
+            _run(folder, name, body)
+
+
+def _run(folder: Place, name: str, body: Callable[[], None]) -> None:
     with recording_fatal_errors(folder):
         try:
             body()
@@ -231,48 +248,30 @@ class Worker:
         return init_device_mesh(self.device.type, (self.world,))
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint to go on from."""
+def newest_state(name: str, worker: Worker, folder: Place, runs: Runs = ()) -> Found | None:
+    """The newest checkpoint that is whole on storage, the same one on every worker; None: there is none yet.
 
-    state: dict[str, Any]
-    about: dict[str, Any]
+    Ray Train may not know it: a worker can be lost between writing a checkpoint and reporting it. Then it is reported now.
 
-
-def newest_state(name: str, worker: Worker) -> Found | None:
-    """The newest checkpoint that is whole, the same one on every worker; None: there is none yet.
-
-    Raises CheckpointError: there are checkpoints, and all are damaged.
+    Raises CheckpointError: checkpoints were reported, and all are damaged, or one is of another run.
     """
-    newest = ray.train.get_checkpoint()
-    if newest is None:
+    found = newest(name, folder, runs) if worker.rank == 0 else None
+    place, unknown = worker.from_rank_0((found.place, _is_unknown(found.place)) if found else (None, False))
+    if place is None:
         return None
-    checkpoint, found = _first_whole(name, newest) if worker.rank == 0 else (None, None)
-    checkpoint = worker.from_rank_0(checkpoint)
-    return found or _load(checkpoint)
+    if unknown:
+        own = as_ray_train_names_it(place) if worker.rank == 0 else None
+        ray.train.report({}, checkpoint=own, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+    return found or load(place, runs)
 
 
-def _first_whole(name: str, newest: ray.train.Checkpoint) -> tuple[ray.train.Checkpoint, Found]:
-    """The checkpoint to go on from, and what it holds; damage is said on the driver's screen."""
-    try:
-        return newest, _load(newest)
-    except CheckpointError as error:
-        damage = [str(error)]
-    reported = {entry.checkpoint.path: entry.checkpoint for entry in ray.train.get_all_reported_checkpoints()}
-    for path in sorted(reported.keys() - {newest.path}, reverse=True):  # their names are dates
-        try:
-            found = _load(reported[path])
-        except CheckpointError as error:
-            damage.append(str(error))
-            continue
-        print(f"{name}: {'; '.join(damage)}; going on from {path}, step {found.about['step']}", flush=True)
-        return reported[path], found
-    raise CheckpointError(f"{'; '.join(damage)}; none is left. Remove {Path(newest.path).parent} to begin again")
-
-
-def _load(checkpoint: ray.train.Checkpoint) -> Found:
-    with checkpoint.as_directory() as folder:
-        return Found(*load_state(Path(folder)))
+def _is_unknown(place: Place) -> bool:
+    """Whether Ray Train's controller does not know this checkpoint."""
+    last = ray.train.get_checkpoint()
+    if last is not None and Path(last.path).name == place.name:
+        return False
+    known = (entry.checkpoint.path for entry in ray.train.get_all_reported_checkpoints())
+    return place.name not in {Path(path).name for path in known}
 
 
 # -- errors that a restart would meet again: workers write them down, so that Ray Train does not repeat them forever -----
@@ -312,7 +311,7 @@ def recording_fatal_errors(folder: Place) -> Iterator[None]:
 def fatal_error(folder: Place) -> str | None:
     """The lasting error of an earlier attempt, if there was one."""
     file = folder / FATAL_FILE
-    return file.read_text() if file.is_file() else None
+    return file.read_bytes().decode(errors="replace") if file.is_file() else None
 
 
 def forget_fatal_error(folder: Place) -> None:

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raydistill.storage.atomic import read_json
+from raydistill.storage.lease import Lease
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
+from raydistill.workers.adoption import Runs, mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Stage:
     service: str | None = None  # name of the teacher service; None when VSD is off
     mlflow_uri: str
     mlflow_run: str
+    runs: Runs = ()  # ids of the run, its own first; its checkpoints bear one of them
+    lease: Lease | None = None  # under which workers write
 
     def path(self, *parts: str) -> Place:
         return functools.reduce(operator.truediv, parts, to_place(self.folder))
@@ -49,5 +53,5 @@ class Standing:
         lasting = {name: about.get(name) for name in ("stopped", "collapse")}
         return cls(step=about["step"], best=about["best"], score=about["score"], **lasting)
 
-    def about(self, mlflow_run: str) -> dict[str, Any]:
-        return asdict(self) | {"mlflow_run": mlflow_run}
+    def about(self, mlflow_run: str, runs: Runs = ()) -> dict[str, Any]:
+        return asdict(self) | {"mlflow_run": mlflow_run} | mark(runs)

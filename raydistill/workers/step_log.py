@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from raydistill.storage.json_lines import lines_of
+from raydistill.storage import lease
 from raydistill.storage.place import Place, Remote
+
+LINES_NAMED = 5  # of those that are damaged
 
 
 def step_file(folder: Place, rank: int) -> Place:
@@ -41,6 +43,7 @@ class StepLog:
     """Appends lines; each is with the system before `add` returns, so that a SIGKILL loses none."""
 
     def __init__(self, file: Path) -> None:
+        self._place = file
         cut = file.is_file() and file.read_bytes()[-1:] not in (b"", b"\n")
         self._file = file.open("ab", buffering=0)  # what a full disk refused is not tried again by `close`
         if cut:  # a full disk ended an earlier line
@@ -53,6 +56,7 @@ class StepLog:
         self._write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
+        lease.check(self._place)
         if self._file.write(data) != len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
@@ -71,7 +75,8 @@ class BucketLog(StepLog):
 
     def __init__(self, folder: Remote) -> None:
         self._folder, self._lines = folder, []
-        self._next = max((int(file.name.partition(".")[0]) for file in folder.iterdir()), default=-1) + 1
+        numbers = (file.name.partition(".")[0] for file in folder.iterdir())
+        self._next = max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1
 
     def _write(self, data: bytes) -> None:
         self._lines.append(data)
@@ -92,15 +97,33 @@ def open_log(folder: Place, rank: int) -> StepLog:
 
 
 def read_lines(file: Place) -> list[dict[str, Any]]:
-    """Every whole line in the order of writing; a line that was cut is left out, as its step is not done."""
+    """Every whole line in the order of writing. A line that was cut or damaged is left out, and named on the screen."""
     lines = []
     for part in file.iterdir() if isinstance(file, Remote) else [file] if file.is_file() else []:
-        for text in lines_of(part.read_text(encoding="utf-8")):
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                continue
+        damaged = []
+        for number, text in enumerate(part.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+            if (line := _line_of(text)) is not None:
+                lines.append(line)
+            elif text.strip():
+                damaged.append(str(number))
+        if damaged:
+            more = ", …" if len(damaged) > LINES_NAMED else ""
+            print(f"{part}: damaged lines are left out ({', '.join(damaged[:LINES_NAMED])}{more})", flush=True)
     return lines
+
+
+def _line_of(text: bytes) -> dict[str, Any] | None:
+    """What `StepLog.add` has written; None: it is not whole."""
+    try:
+        line = json.loads(text)
+        whole = (
+            all(type(line[key]) is int and line[key] > 0 for key in ("step", "world"))
+            and all(type(value) in (int, float) for value in line["values"].values())
+            and all(type(end) is int for batch in line["samples"] for first, last in batch for end in (first, last))
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return line if whole else None
 
 
 def steps_of(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 The driver asks a running distillation by a file in its folder. The workers see it after the update that they are at.
 They write a checkpoint and end. The driver leaves without them after LEAVE_WITHIN_S: workers may wait for nodes or teachers.
-Every other stage keeps what it has anyway. It is left at once, and so is everything at a second signal. `ray job stop`
+Every other stage keeps what it has anyway. It is left at once, and so is everything at a second signal, and a run that
+another job has taken over: nothing is written there any more. `ray job stop`
 sends SIGTERM too, but kills after 3 s unless RAY_JOB_STOP_WAIT_TIME_S on the head says otherwise.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from raydistill.storage import lease
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote
 
@@ -33,6 +35,7 @@ class Stopped(BaseException):
 class _Stop:
     folder: Place | None = None  # of the distillation under way
     asked: str | None = None  # by which signal
+    lost: BaseException | None = None  # why the run must be left at once
     looked = float("-inf")  # when a worker last asked a bucket
 
 
@@ -46,7 +49,7 @@ def stop_on_signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
-    _Stop.asked = None
+    _Stop.asked = _Stop.lost = None
     try:
         yield
     finally:
@@ -55,10 +58,19 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def leave_at_once(error: BaseException) -> None:
+    """From any thread: have the main thread raise this error now, whatever it does. Without `stop_on_signals` it ends."""
+    _Stop.lost = error
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
+    if _Stop.lost is not None:
+        raise _Stop.lost
     name = signal.Signals(number).name
     if _Stop.folder is None or _Stop.asked:
         raise Stopped(f"asked to leave by {name}")
+    lease.check(_Stop.folder)  # a frozen driver may wake up with this signal
     _Stop.asked = name
     (_Stop.folder / STOP_FILE).touch()
     signal.signal(signal.SIGALRM, _too_late)
@@ -76,7 +88,7 @@ def _too_late(number: int, frame: FrameType | None) -> None:
 
 def _written(folder: Place) -> str | None:
     """What `acknowledge_stop` has said; None: nothing yet."""
-    step = (folder / STOP_FILE).read_text()
+    step = (folder / STOP_FILE).read_bytes().decode(errors="replace")
     return f"a checkpoint was written after update {step}" if step else None
 
 
@@ -92,6 +104,7 @@ def draining(folder: Place) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         _Stop.folder = None
+        lease.check(folder)  # or another job's request would go
         (folder / STOP_FILE).unlink(missing_ok=True)
     if _Stop.asked:  # also where that came too late for this distillation, but in time for what comes after it
         raise Stopped(f"asked to leave by {_Stop.asked}; {written or 'the distillation had ended'}")

@@ -25,7 +25,7 @@ from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
-from raydistill.workers import distill, parts, ray_train
+from raydistill.workers import adoption, distill, parts, ray_train
 from raydistill.workers.checkpoint import CheckpointError, load_state
 from raydistill.workers.distill import launch
 from raydistill.workers.stage import Stage
@@ -41,10 +41,10 @@ class Train:
     """`ray.train` as a worker sees it."""
 
     def __init__(self, folder, rank, world):
-        self.folder, self.context = Path(folder), SimpleNamespace(
-            get_world_rank=lambda: rank, get_world_size=lambda: world
-        )  # fmt: skip
+        self.folder = Path(folder)
+        self.context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: world)
         self.Checkpoint = Checkpoint
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
 
     def get_context(self):
         return self.context
@@ -60,7 +60,7 @@ class Train:
         if checkpoint is not None:
             found = kept(self.folder)
             number = int(found[-1].name.removeprefix("checkpoint_")) + 1 if found else 0
-            shutil.copytree(checkpoint.path, self.folder / f"checkpoint_{number:03}")
+            shutil.copytree(checkpoint.path, self.folder / "checkpoints" / f"checkpoint_{number:03}")
             for old in found[:-1]:
                 shutil.rmtree(old)
 
@@ -79,7 +79,7 @@ class Checkpoint:
 
 def kept(folder):
     """Checkpoints of a stage, the oldest first."""
-    return sorted(Path(folder).glob("checkpoint_*"))
+    return sorted(Path(folder, "checkpoints").glob("checkpoint_*"))
 
 
 def damage(folder):
@@ -116,7 +116,7 @@ def batches(config, worker, first):
 def work(rank, settings, world, port):
     """The body of one worker."""
     torch.set_num_threads(1)
-    distill.ray = ray_train.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
+    distill.ray = ray_train.ray = adoption.ray = SimpleNamespace(train=Train(settings["folder"], rank, world))
     distill.batches_after = batches
     if world > 1:
         address = f"tcp://127.0.0.1:{port}"
@@ -167,6 +167,7 @@ def work_here(monkeypatch):
     """`work` of one worker in this process."""
     monkeypatch.setattr(distill, "ray", distill.ray)
     monkeypatch.setattr(ray_train, "ray", ray_train.ray)
+    monkeypatch.setattr(adoption, "ray", adoption.ray)
     monkeypatch.setattr(distill, "batches_after", batches)
     return lambda settings: work(0, settings, 1, None)
 
@@ -276,7 +277,7 @@ def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, w
     assert result(settings)["best_step"] == 3
 
     damage(kept(tmp_path)[-1])  # the other one is damaged still
-    with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path} to begin again"):
+    with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path / 'checkpoints'} to begin again"):
         work_here(settings)
 
 

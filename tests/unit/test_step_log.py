@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from raydistill.workers.step_log import StepLog, consumed, consumed_by_all, ranges, read_lines, step_file, steps_of
 
 
@@ -33,6 +35,38 @@ def test_a_cut_line_spoils_no_other(tmp_path):
         cut.write('{"step":2,"sam')
     StepLog(file).add(2, 1, [[1]], {})
     assert consumed(read_lines(file)).tolist() == [0, 1]
+
+
+FOREIGN = [
+    b"\xff", b"[1]", b"7", b"null", b"{}", b'{"step":"3","world":1,"samples":[],"values":{}}',
+    b'{"step":3,"world":1,"samples":[[[0]]],"values":{}}', b'{"step":3,"world":1,"samples":[[]],"values":{"a":"b"}}',
+    b'{"step":3,"world":1,"samples":[],"values":[]}', b"[" * 100_000, "\u2028{".encode(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", FOREIGN, ids=lambda content: repr(content[:24]))
+def test_a_damaged_line_is_named_and_spoils_no_other(tmp_path, content, capfd):
+    file = step_file(tmp_path, 0)
+    log = StepLog(file)
+    log.add(1, 1, [[0]], {"loss": 0.5})
+    with file.open("ab") as foreign:
+        foreign.write(content + b"\n")
+    log.add(2, 1, [[1]], {})
+    lines = read_lines(file)
+    assert [line["step"] for line in lines] == [1, 2]
+    assert consumed(lines).tolist() == [0, 1]
+    (said,) = set(capfd.readouterr().out.splitlines())
+    assert said == f"{file}: damaged lines are left out (2)"
+
+
+def test_a_log_that_is_something_else_altogether_is_named_in_one_line(tmp_path, capfd):
+    file = step_file(tmp_path, 0)
+    file.write_bytes(b"\xff\x00\n" * 9)
+    assert read_lines(file) == []
+    assert capfd.readouterr().out == f"{file}: damaged lines are left out (1, 2, 3, 4, 5, …)\n"
+    log = StepLog(file)
+    log.add(1, 1, [[0]], {})
+    assert consumed_by_all(tmp_path).tolist() == [0]
 
 
 def test_what_was_never_written_is_empty(tmp_path):

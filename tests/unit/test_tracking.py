@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from PIL import Image
 from raydistill.config.reading import config_hash, flatten, validate
 from raydistill.errors import mask
 from raydistill.tracking.store import (
+    TrackingAway,
     TrackingError,
     open_run,
     prepare,
@@ -101,6 +103,20 @@ def test_unusable_store_is_an_error_before_training_without_the_password(monkeyp
     with pytest.raises(TrackingError, match="cannot be used") as caught:
         prepare(f"http://me:hunter2@127.0.0.1:{port}")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", ["ffffffffffff", "cfd24bdc0731"], ids=["newer", "older"])
+def test_a_store_of_another_schema_is_refused_and_not_waited_for(uri, tmp_path, version):
+    """As `TrackingAway` it would be waited for, `tracking.retry_for_s` long, where the run has begun."""
+    shutil.copy(uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    with sqlite3.connect(tmp_path / "mlflow.db") as database:
+        database.execute("update alembic_version set version_num = ?", [version])
+    with pytest.raises(
+        TrackingError, match=f"{tmp_path}/mlflow.db was written by a newer MLflow than this one"
+    ) as caught:
+        prepare(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not isinstance(caught.value, TrackingAway)
+    assert "\n" not in str(caught.value)
 
 
 # -- describing a run -------------------------------------------------------------------------------------

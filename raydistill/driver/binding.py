@@ -1,0 +1,108 @@
+"""What a run is bound to: an id, which its checkpoints bear, and the contents of everything that decides its numbers.
+
+`inputs.json` of the run's folder keeps both from the first life on. A run that was begun without the file is bound when it
+goes on: to the inputs of now, and to the checkpoints that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from raydistill.config.reading import get
+from raydistill.config.schema import Config
+from raydistill.data.synthesis import fingerprint_of
+from raydistill.driver.preflight import Inputs
+from raydistill.driver.run_folder import RunFolder
+from raydistill.errors import InputError
+from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.fingerprint import fingerprint
+from raydistill.storage.place import Place
+from raydistill.storage.resolve import resolve
+from raydistill.workers.adoption import ForeignCheckpoint, Runs, checkpoint_folders, require_ours
+from raydistill.workers.bridge import CHECKPOINTS as OF_BRIDGE
+from raydistill.workers.checkpoint import CheckpointError, about_of
+from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
+from raydistill.workers.observer import BEST
+
+FILE = "inputs.json"
+MODELS = ("student.model", "student.unet", "teacher.model", "bridge.checkpoint", "evaluation.judge")
+PAIRS = ("bridge.pairs", "discriminator.real_data")
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Ids of the run, its own first (None: of checkpoints without any), and fingerprints by configuration key."""
+
+    runs: Runs
+    inputs: dict[str, str]
+
+
+def bind(config: Config, run: RunFolder, inputs: Inputs) -> Binding:
+    """Compare a run's inputs and checkpoints with what it was bound to. Nothing is written.
+
+    Raises:
+        InputError: the content of an input has changed since the run began, or a checkpoint is of another run.
+    """
+    now, kept = _fingerprints(config, inputs), kept_binding(run)
+    if kept is None:
+        found = {about.get("run") for _, about in _checkpoints(run)}
+        return Binding((uuid.uuid4().hex, *sorted(found, key=str)), now)
+    changed = [f"{key} ({get(config, key)})" for key, value in now.items() if kept.inputs.get(key, value) != value]
+    if changed:
+        raise InputError(
+            f"run.name={run.name}: {', '.join(changed)}: not the same content as when the run began, which would change its "
+            "numbers. Restore it, or use another run.name"
+        )
+    for place, about in _checkpoints(run):
+        try:
+            require_ours(place, about, kept.runs)
+        except ForeignCheckpoint as error:
+            raise InputError(f"run.name={run.name}: {error}") from None
+    return Binding(kept.runs, kept.inputs | now)
+
+
+def keep(binding: Binding, run: RunFolder) -> None:
+    """From now on the run is bound so, or as another job has bound it while this one waited for the run."""
+    if (kept := kept_binding(run)) is not None:
+        binding = Binding(kept.runs, binding.inputs | kept.inputs)
+    replace_text(run.path / FILE, json.dumps(asdict(binding), indent=1))
+
+
+def kept_binding(run: RunFolder) -> Binding | None:
+    """None: the run is new, or of a version that kept none. Raises InputError: the file is damaged."""
+    file = run.path / FILE
+    if not file.is_file():
+        return None
+    cure = "restore it, or remove it: the run is then bound to the inputs and the checkpoints that are there now"
+    found = read_json(file, cure)
+    runs, inputs = found.get("runs"), found.get("inputs")
+    sound = isinstance(runs, list) and runs and isinstance(runs[0], str) and isinstance(inputs, dict)
+    if not sound or any(type(one) not in (str, type(None)) for one in (*runs, *inputs.values())):
+        raise InputError(f"{file} is damaged (it names no run and no inputs): {cure}")
+    return Binding(tuple(runs), inputs)
+
+
+def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
+    found = {"prompts.path": fingerprint_of(inputs.prompts), "evaluation.prompts": fingerprint_of(inputs.held_out)}
+    if inputs.images is not None:
+        found["synthesis.images"] = inputs.images.fingerprint
+    for keys, pattern in ((MODELS, None), (PAIRS, "*.parquet")):
+        named = {key: get(config, key) for key in keys}
+        found |= {key: fingerprint(resolve(value), pattern) for key, value in named.items() if value is not None}
+    return found
+
+
+def _checkpoints(run: RunFolder) -> Iterator[tuple[Place, dict]]:
+    """(folder, about.json) of every stage's checkpoints and best student; damaged ones are found when it begins."""
+    places = checkpoint_folders(run.path / OF_BRIDGE)
+    for stage in run.path.iterdir() if run.path.exists() else ():
+        if stage.is_dir():
+            places += [*checkpoint_folders(stage / OF_STAGE), stage / BEST]
+    for place in places:
+        try:
+            yield place, about_of(place)
+        except CheckpointError:
+            continue
