@@ -158,7 +158,7 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
 def _shown(value: Any, key: str = "") -> str:
     """A wrong value for a message: cut, and without secrets."""
     try:
-        text = mask(key, repr(value))
+        text = repr(mask(key, value)) if isinstance(value, str) else mask(key, repr(value))
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"

@@ -96,10 +96,10 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     One that is not a file of this machine is downloaded once, to `<storage>/downloads/<run id>/`: what belongs to it
     then has one place, which every node sees.
     """
-    client = client_of(uri)
     from mlflow.artifacts import download_artifacts  # slow to import
 
     try:
+        client = client_of(uri)
         run = client.get_run(run_id)
         nested = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.stage = 'distill'"
         runs = [run, *client.search_runs([run.info.experiment_id], nested)]
@@ -117,7 +117,7 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                         download_artifacts(**artifact, dst_path=str(fresh))
                 return Export(place / EXPORT_FOLDER, name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
+        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error, uri)}") from error
     raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has an artifact `export`")
 
 

@@ -91,6 +91,7 @@ def client_of(uri: str) -> MlflowClient:
     # Table creation and migration narrate at INFO, failing database calls print a traceback before they raise.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING if name == "alembic" else logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings repeat a URI's query
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
@@ -123,7 +124,7 @@ def prepare(uri: str) -> None:
             client_of(uri).search_experiments(max_results=1)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
         kind = TrackingAway if _may_pass(error) else TrackingError
-        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error, uri)}") from error
 
 
 def _may_pass(error: Exception) -> bool:
@@ -218,7 +219,7 @@ def open_run(
         describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
     except MlflowException as error:
         kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
-        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
+        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error, uri)}") from error
     return run.info.run_id
 
 
