@@ -23,7 +23,7 @@ from raydistill.errors import StageFailed
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
-from raydistill.teachers.request import TeacherError, TeacherUnavailable
+from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError, load_state
 from raydistill.workers.checkpoint_list import mend_list
 
@@ -285,7 +285,7 @@ def is_fatal(error: BaseException) -> bool:
     may come back.
     """
     if isinstance(error, TeacherUnavailable):
-        return False
+        return isinstance(error, TeacherGone)
     lasting = (
         ValueError,
         TypeError,
