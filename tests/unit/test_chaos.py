@@ -122,6 +122,7 @@ def test_what_was_frozen_may_be_killed_before_it_is_thawed(process):
 def test_a_run_that_ends_leaves_nothing_frozen(process, monkeypatch):
     run = soak_of(process)
     run._strike("freeze train worker", None, lines=1)
+    assert status(process, psutil.STATUS_STOPPED) == psutil.STATUS_STOPPED
     monkeypatch.setattr(run, "_run", lambda: None)
     run.run()
     assert status(process, psutil.STATUS_RUNNING) == psutil.STATUS_RUNNING
