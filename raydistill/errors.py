@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 
 class InputError(ValueError):
@@ -39,19 +40,91 @@ class NonFiniteError(FloatingPointError):
 # -- texts without secrets --------------------------------------------------------------------------------
 
 MASK = "***"
+SHORTEST = 4  # characters; a shorter secret is masked where it stands in a URI, and not wherever its letters occur
 _SECRET_KEY = re.compile(r"token|secret|password|passwd|credential|key", re.IGNORECASE)
-_USERINFO = re.compile(r"([A-Za-z][\w+.-]*://)[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|secret|password|key|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_URI = re.compile(r"[A-Za-z][\w+.-]*://")
+# In a text: userinfo, which may hold blanks, slashes and question marks; a port is none.
+_USERINFO = re.compile(rf"({_URI.pattern})[^\s/?#@:]*(?::(?!\d+(?:[^\d@]|$))(?:(?!://)[^@])*)?@")
+_IN_TEXT = re.compile(rf"{_URI.pattern}\S+")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:\d*)?")  # with its port
+_QUERY_VALUE = re.compile(r"([?&;][^\s=&;?]+=)[^\s&]+")
 
 
 def mask(key: str, value: Any) -> str:
-    """`value` as text without secrets. Masked are values of keys like `token`, and credentials in URIs."""
+    """`value` as text without secrets: values of keys like `token`; userinfo and every value of a query in URIs."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     if _SECRET_KEY.search(key) and value not in (None, ""):
         return MASK
-    return _SECRET_QUERY.sub(rf"\1{MASK}", _USERINFO.sub(rf"\1{MASK}@", text))
+    return _mask_uri(text) if _URI.match(text) else _mask_text(text)
 
 
-def reason(error: BaseException) -> str:
-    """One line of an error, without secrets."""
-    return mask("reason", " ".join(str(error).split()) or type(error).__name__)[:300]
+def reason(error: BaseException, *uris: str) -> str:
+    """One line of an error, without secrets.
+
+    Args:
+        uris: that the failed call was given. Libraries repeat them whole or in parts, decoded or not.
+    """
+    text = str(error)
+    for uri in uris:
+        for known in {uri, unquote(uri)}:
+            text = text.replace(known, _mask_uri(known))
+        user, secrets = _secrets(uri)
+        for secret in secrets:
+            text = text.replace(secret, MASK)
+        if len(user) >= SHORTEST:  # may be a token; as a word of its own: `postgres` is a common name
+            text = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", MASK, text)
+    return _mask_text(" ".join(text.split()) or type(error).__name__)[:300]
+
+
+def _parts(uri: str) -> tuple[str, str, str]:
+    """(userinfo, host and path, query with what it begins with) of what comes after `://`.
+
+    A secret that is not encoded may hold any character. Where there is no telling what is userinfo, all of it is.
+    """
+    rest = uri.partition("://")[2]
+    head, query = _without_query(rest)
+    authority = head.partition("/")[0]
+    if "@" in query and not (_HOST.fullmatch(authority) and "=" in query.partition("@")[0]):
+        if rest.count("@") > 1 or ":" not in authority:
+            return rest, "", ""
+        userinfo, _, after = rest.partition("@")  # a password with ? or #
+        return userinfo, *_without_query(after)
+    if "@" in authority or (":" in authority and "@" in head):
+        userinfo, _, head = head.rpartition("@")
+        return (rest, "", "") if "@" in query else (userinfo, head, query)
+    return "", head, query
+
+
+def _without_query(rest: str) -> tuple[str, str]:
+    """(host and path, query with what it begins with)."""
+    start = re.search(r"[?#]|;[^/;@]*=|$", rest).start()
+    return rest[:start], rest[start:]
+
+
+def _mask_uri(uri: str) -> str:
+    """A text that is one URI, whatever characters it holds."""
+    userinfo, head, query = _parts(uri)
+    shown = uri.partition("://")[0] + "://" + (f"{MASK}@" if userinfo else "") + head
+    return shown + re.sub(r"([?&;#])(?:([^=?&;#]*=)[^?&;#]*|[^?&;#]+)", rf"\1\2{MASK}", query)
+
+
+def _mask_text(text: str) -> str:
+    """A text in which URIs, or the queries of some, may occur."""
+    text = _IN_TEXT.sub(lambda found: _mask_uri(found.group()), _USERINFO.sub(rf"\1{MASK}@", text))
+    return _QUERY_VALUE.sub(rf"\1{MASK}", text)
+
+
+def _secrets(uri: str) -> tuple[str, list[str]]:
+    """What of a URI no message may show: the user's name, and the rest in every form in which a library may write it.
+
+    The longest come first.
+    """
+    userinfo, _, query = _parts(uri)
+    parts = {*re.split(r"[?&;#]", query), *re.split(r"[&;]", query)}  # a value may hold ? and #
+    found = {userinfo} | {part.partition("=")[2] if "=" in part else part for part in parts}
+    for end in re.finditer("@", f"{userinfo}@"):  # a password may hold @
+        user, _, password = userinfo[: end.start()].partition(":")
+        found.add(password)
+    forms = {form(secret) for secret in found for form in (str, unquote, unquote_plus, quote, quote_plus)}
+    forms |= {repr(form)[1:-1] for form in forms}
+    return user, sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)

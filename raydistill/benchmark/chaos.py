@@ -1,6 +1,7 @@
-"""One small distillation twice, quietly and while its processes are killed, and every difference between the two.
+"""One small distillation twice, quietly and while its processes are killed and frozen, and every difference between them.
 
-The run lives on a cluster of its own (a head, and a node that is lost from time to time) and logs to an MLflow server.
+The run has two workers and two teacher replicas. It lives on a cluster of its own (a head, and a node that is lost from
+time to time) and logs to an MLflow server.
 """
 
 from __future__ import annotations
@@ -9,36 +10,23 @@ import argparse
 import itertools
 import json
 import random
-import signal
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from raydistill.benchmark.measure import markdown, median, option
+from raydistill.benchmark.soak import FAULTS, Soak, Strike
 from raydistill.benchmark.world import SPOT, World
 from raydistill.tracking.store import client_of
 from raydistill.workers.checkpoint import load_state
-from raydistill.workers.step_log import consumed, read_lines, step_file, steps_of
+from raydistill.workers.step_log import consumed_by_all, read_lines, step_file, steps_of
 
-# fault -> how Ray titles the processes that it ends; None: handled by the world itself
-FAULTS: dict[str, str | None] = {
-    "teacher rank": "ray::TeacherRank",
-    "Serve replica": "ray::ServeReplica",
-    "Serve controller": "ray::ServeController",
-    "train worker": "ray::RayTrainWorker",
-    "train controller": "ray::TrainController",
-    "text encoder": "ray::MapWorker",
-} | dict.fromkeys(("driver", "MLflow server", "node", "head node"))
-RARE = ("driver", "node", "head node", "train controller", "Serve controller")  # slow to mend: once in two rounds
-AWAY_S = 5.0  # how long the MLflow server stays away
-PATIENCE_S = 240.0  # for a run to go on after a fault
 LEFT_S = 20.0  # for processes to end by themselves
+WORKERS = 2  # of the run; its teachers have as many replicas
 # what a cluster keeps for itself once it has run anything
 CLUSTERS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::_AutoscalingCoordinatorActor",
                 "ray::_StatsActor", "ray::_UsageCollectionActor", "ray::ActorLocationTracker")  # fmt: skip
@@ -48,154 +36,16 @@ OWN_TIMES = ("time/", "throughput/", "teachers/")  # metrics that two runs need 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--kills", 30, "how many faults, at least")
-    option(parser, "--steps", None, "student updates of the run; default: six a fault", type=int)
+    option(parser, "--steps", None, "student updates of the run; default: eight a fault", type=int)
     option(parser, "--seed", 0, "of the choice of faults")
-    option(parser, "--minutes", 8.0, "no further fault after that")
+    option(parser, "--minutes", None, "no further fault after that; default: no limit", type=float)
     option(parser, "--only", None, "only these kinds of fault", nargs="+", choices=FAULTS)
-
-
-@dataclass(kw_only=True)
-class Strike:
-    """One fault and what became of it."""
-
-    fault: str
-    at: float
-    step: int  # lines of the step log when it came
-    ended: frozenset[int] = frozenset()  # pids of all processes of that kind
-    back: float | None = None  # when what was ended was there again
-    recovered: float | None = None  # when the next update after that was done
-    alone: bool = True  # no other fault came before it was over
-
-
-@dataclass(kw_only=True)
-class Soak:
-    """The run under faults."""
-
-    world: World
-    folder: Path  # of its stage
-    start_driver: Callable[[], subprocess.Popen[bytes]]
-    kills: int
-    until: float
-    faults: list[str]
-    choice: random.Random
-    strikes: list[Strike] = field(default_factory=list)
-    starts: int = 0
-    exits: list[int] = field(default_factory=list)  # codes of drivers that ended by themselves, unfinished
-    repair: tuple[float, Callable[[], None]] | None = None  # when and how the MLflow server comes back
-
-    def run(self) -> None:
-        """Until the job has ended with 0.
-
-        Faults come in waves of one to three, seconds apart; the next wave waits until an update is done again.
-
-        Raises:
-            RuntimeError: the run does not go on after a fault.
-        """
-        driver, deck, wave, next_at, next_line = self._start(), [], 0, 0.0, 1
-        while (code := driver.poll()) != 0:
-            if code is not None:
-                if code > 0:
-                    self.exits.append(code)
-                driver = self._start()
-            now, lines = time.monotonic(), self._lines()
-            if self.repair is not None and now >= self.repair[0]:
-                self.repair[1]()
-                self.repair = None
-            for strike in self._open():
-                self._follow(strike, driver, lines)
-            waiting = self._open()
-            if waiting and now - waiting[-1].at > PATIENCE_S:
-                raise RuntimeError(f"no update within {PATIENCE_S:.0f} s after this fault: {waiting[-1].fault}")
-            more = len(self.strikes) < self.kills and now < self.until
-            if more and not waiting and wave == 0 and lines >= next_line:
-                wave, next_line = self.choice.choice((1, 2, 3)), lines + 1
-            if more and wave > 0 and now >= next_at and (fault := self._draw(deck)) is not None:
-                self._strike(fault, driver, lines)
-                wave, next_at, next_line = wave - 1, now + self.choice.uniform(0.5, 3), lines + 2
-            elif more and "text encoder" in deck and self.world.titled(FAULTS["text encoder"]):
-                # it lives only until it has encoded everything, so it is struck whenever it is there
-                deck.remove("text encoder")
-                self._strike("text encoder", driver, lines)
-            time.sleep(0.1)
-
-    def _open(self) -> list[Strike]:
-        """Faults after which no update was done yet."""
-        return [strike for strike in self.strikes if strike.recovered is None]
-
-    def _draw(self, deck: list[str]) -> str | None:
-        """Take the first fault that has a victim; faults that have none stay."""
-        for _ in range(2):
-            for fault in deck:
-                if fault == "MLflow server" and self.repair is not None:
-                    continue  # away already
-                if FAULTS[fault] is None or self.world.titled(FAULTS[fault]):
-                    deck.remove(fault)
-                    return fault
-            deck += [fault for fault in self._round() if fault not in deck]
-        return None
-
-    def _round(self) -> list[str]:
-        even = len(self.strikes) // max(1, len(self.faults)) % 2 == 0
-        faults = [fault for fault in self.faults if even or fault not in RARE]
-        self.choice.shuffle(faults)
-        return faults or list(self.faults)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self.starts += 1
-        return self.start_driver()
-
-    def _lines(self) -> int:
-        file = step_file(self.folder, 0)
-        return file.read_bytes().count(b"\n") if file.is_file() else 0
-
-    def _strike(self, fault: str, driver: subprocess.Popen[bytes], lines: int) -> None:
-        victims = self.world.titled(FAULTS[fault]) if FAULTS[fault] else []
-        if FAULTS[fault]:
-            try:
-                self.choice.choice(victims).kill()
-            except (IndexError, psutil.NoSuchProcess):  # it ended by itself since it was drawn
-                return
-        print(f"chaos: {len(self.strikes) + 1}/{self.kills} {fault}, after {lines} updates", flush=True)
-        company = self._open()
-        for other in company:
-            other.alone = False
-        ended = {driver.pid} if fault == "driver" else {victim.pid for victim in victims}  # of a group all are replaced
-        at = time.monotonic()
-        self.strikes.append(Strike(fault=fault, at=at, step=lines, ended=frozenset(ended), alone=not company))
-        if fault in ("driver", "head node"):  # a driver runs on the head node
-            driver.kill()
-            driver.wait()
-        if fault == "head node":
-            self.world.lose_head()
-        elif fault == "node":
-            self.world.kill_node()
-            self.world.add_node()
-        elif fault == "MLflow server" and self.choice.random() < 0.5:
-            self.world.server.signal(signal.SIGSTOP)
-            self.repair = time.monotonic() + AWAY_S, lambda: self.world.server.signal(signal.SIGCONT)
-        elif fault == "MLflow server":
-            self.world.server.kill()
-            self.repair = time.monotonic() + AWAY_S, self.world.server.launch
-
-    def _follow(self, strike: Strike, driver: subprocess.Popen[bytes], lines: int) -> None:
-        """See whether what was ended is back, and whether an update was done since."""
-        if strike.back is None:
-            if strike.fault == "driver":
-                back = driver.pid not in strike.ended and driver.poll() is None
-            elif strike.fault in ("node", "head node", "text encoder", "MLflow server"):
-                back = True  # what was on it comes with the next update; the other two may not be needed for it
-            else:
-                back = any(process.pid not in strike.ended for process in self.world.titled(FAULTS[strike.fault]))
-            if back:
-                strike.back, strike.step = time.monotonic(), lines
-        elif lines > strike.step:
-            strike.recovered = time.monotonic()
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both runs and their comparison; `passed` says whether there is no difference."""
     storage = Path(arguments.storage).absolute() / "benchmark" / time.strftime("chaos-%Y%m%d-%H%M%S")
-    steps = arguments.steps or 6 * arguments.kills
+    steps = arguments.steps or 8 * arguments.kills
     started = time.monotonic()
     with World(storage) as world:
 
@@ -214,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             folder=storage / "chaos" / "distill",
             start_driver=lambda: start("chaos"),
             kills=arguments.kills,
-            until=started + 60 * arguments.minutes,
+            until=started + 60 * arguments.minutes if arguments.minutes else float("inf"),
             faults=list(arguments.only or FAULTS),
             choice=random.Random(arguments.seed),
         )
@@ -230,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "driver_starts": soak.starts,
         "driver_exits": soak.exits,
         "quiet_s": round(quiet_s, 1),
-        "quiet_step_s": round(median(line["values"]["time/step"] for line in _lines(storage, "quiet")), 3),
+        "quiet_step_s": round(median(line["values"]["time/step"] for line in _lines(storage, "quiet", 0)), 3),
         "chaos_s": round(chaos_s, 1),
         "recovery": _recovery(soak.strikes),
         "processes_left": [title.strip()[:80] for title in left],
@@ -250,7 +100,7 @@ def _overrides(world: World, storage: Path, name: str, steps: int) -> list[str]:
     return [
         f"storage={storage}", f"run.name={name}", f"tracking.uri={world.server.uri}", f"distill.steps={steps}",
         "distill.batch_size=2", "distill.checkpoint_every=2", f"distill.evaluate_every={max(2, steps // 4)}",
-        "distill.max_failures=-1", "distill.cpus_per_worker=0.3", f"distill.node_labels={labels}",
+        f"distill.workers={WORKERS}", f"teachers.replicas={WORKERS}", "distill.max_failures=-1", "distill.cpus_per_worker=0.3", f"distill.node_labels={labels}",
         "fake_score.updates=1", "discriminator.real_count=32", "evaluation.count=8", "evaluation.periodic_count=8",
         "evaluation.grid=4", "teacher.sampling_steps=2", "teachers.shards=2", "teachers.slice=1",
         f"teachers.node_labels={labels}", "controls=[]",
@@ -265,32 +115,38 @@ def _left(living: Callable[[], list[str]]) -> list[str]:
     return found
 
 
-def _lines(storage: Path, name: str) -> list[dict[str, Any]]:
-    """The step log of a run."""
-    return read_lines(step_file(storage / name / "distill", 0))
+def _lines(storage: Path, name: str, rank: int) -> list[dict[str, Any]]:
+    """The step log of one worker of a run."""
+    return read_lines(step_file(storage / name / "distill", rank))
 
 
 def _compare(world: World, storage: Path) -> dict[str, Any]:
-    quiet, chaos = (_lines(storage, name) for name in ("quiet", "chaos"))
-    ids, wanted = consumed(chaos).tolist(), set(consumed(quiet).tolist())
-    first, second = steps_of(quiet), steps_of(chaos)
+    quiet, chaos = ([_lines(storage, name, rank) for rank in range(WORKERS)] for name in ("quiet", "chaos"))
+    ids, wanted = (consumed_by_all(storage / name / "distill").tolist() for name in ("chaos", "quiet"))
+    first, second = ([steps_of(lines) for lines in logs] for logs in (quiet, chaos))
     one, other = (
-        {(step, key): value for step, line in steps.items() for key, value in _own(line["values"]).items()}
-        for steps in (first, second)
+        {
+            (rank, step, key): value
+            for rank, steps in enumerate(ranks)
+            for step, line in steps.items()
+            for key, value in _own(line["values"]).items()
+        }
+        for ranks in (first, second)
     )
     return {
         "weights_differing": _differing(*(_last_state(storage / name / "distill") for name in ("quiet", "chaos"))),
-        "metrics_differing": sorted({key for (step, key), value in one.items() if other.get((step, key)) != value}),
-        "steps_done": len(second),
-        "steps_done_again": len(chaos) - len(second),
+        "metrics_differing": sorted({key[-1] for key, value in one.items() if other.get(key) != value}),
+        "steps_done": len(second[0]),
+        "steps_done_again": len(chaos[0]) - len(second[0]),
         "prompts_consumed": len(ids),
         "prompts_doubled": len(ids) - len(set(ids)),
-        "prompts_skipped": len(wanted - set(ids)),
-        "ids_changed_on_repeat": _changed_on_repeat(chaos),
-        "requests": len(chaos),
-        "requests_repeated": int(_repeated(chaos)),
-        "requests_lost": len(first.keys() - second.keys()),  # an update waits for its answer: without one it is missing
-        "mlflow_values_missing": _missing_in_mlflow(world, storage, second),
+        "prompts_skipped": len(set(wanted) - set(ids)),
+        "ids_changed_on_repeat": sum(map(_changed_on_repeat, chaos)),
+        "requests": sum(map(len, chaos)),
+        "requests_repeated": int(sum(map(_repeated, chaos))),
+        # an update waits for its answer: without one it is missing
+        "requests_lost": sum(len(ours.keys() - theirs.keys()) for ours, theirs in zip(first, second, strict=True)),
+        "mlflow_values_missing": _missing_in_mlflow(world, storage, second[0]),
     }
 
 
@@ -375,7 +231,7 @@ def table(result: dict[str, Any]) -> str:
     )
     counts = result | {name: len(value) for name, value in result.items() if isinstance(value, list)}
     recovery = markdown(
-        "killed | times | seconds to the next update: alone | with others meanwhile | longest",
+        "fault | times | seconds to the next update: alone | with others meanwhile | longest",
         "{fault} | {kills} | {alone_median_s:.1f} | {median_s:.1f} | {longest_s:.1f}",
         [{"fault": fault} | row for fault, row in result["recovery"].items()],
     )

@@ -22,7 +22,7 @@ from raydistill.config.schema import TeacherServiceConfig
 from raydistill.storage.atomic import replace_text
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient
-from raydistill.teachers.request import Memory, Payload, ScoreRequest
+from raydistill.teachers.request import Memory, Payload, ScoreRequest, check_payload
 from raydistill.teachers.shard import TeacherRank, actor
 
 # torch is imported inside functions: without it dozens of ranks fit one machine.
@@ -49,6 +49,7 @@ class IdleRank(TeacherRank):
         """Nothing is gathered, and ranks never meet."""
 
     def predict_x0(self, payload: Payload) -> np.ndarray:
+        check_payload(payload)
         self.facts["requests"] += 1
         settings, started = json.loads(self.file.read_text()), time.perf_counter()
         answer = self._without_network(payload) if settings["slices"] else self._without_copies(payload)

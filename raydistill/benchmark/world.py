@@ -134,6 +134,10 @@ class World:
         """SIGKILL to the raylet; its workers go with it."""
         self.cluster.remove_node(self.node, allow_graceful=False)
 
+    def raylet(self) -> psutil.Process:
+        """Of the node that may be lost. Raises psutil.NoSuchProcess: there is none at the moment."""
+        return psutil.Process(self.node.all_processes["raylet"][0].process.pid)
+
     def workers(self) -> Iterator[tuple[str, psutil.Process]]:
         """(title, process) of every worker process of Ray."""
         for node in (self.cluster.head_node, *self.cluster.worker_nodes):

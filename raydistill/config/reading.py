@@ -6,23 +6,26 @@ A wrong key, type or value is one line of an InputError. It names the key, its f
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import json
-import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from raydistill.config.schema import Config, Free, Section, trains_bridge
-from raydistill.errors import InputError
+from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
+from raydistill.errors import InputError, mask
 
 CONTROLS = ("no_vsd", "shared_space")  # distillations that a run is compared with
 STAGES = ("synthesis", "bridge", "distill", *CONTROLS)
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MOST_FILES = 100  # that a configuration extends in all, each as often as it is named
+MOST_SHOWN, MOST_MISTAKES = 100, 20  # characters of a wrong value; mistakes that are told
 
 
 def fields(
@@ -50,12 +53,21 @@ def nearest(key: str) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _merge(base: dict, extra: dict) -> dict:
+def _merge(base: dict, extra: dict, around: str = "") -> dict:
+    """`extra` over `base`, section by section. An empty mapping clears a key that is a mapping, as node labels are."""
     result = dict(base)
     for key, value in extra.items():
+        path = f"{around}{key}"
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = _merge(result[key], value) if both else value
+        cleared = value == {} and path in _mappings()
+        result[key] = _merge(result[key], value, f"{path}.") if both and not cleared else value
     return result
+
+
+@functools.cache
+def _mappings() -> frozenset[str]:
+    """Keys whose value is itself a mapping."""
+    return frozenset(key for key, field, _ in fields() if typing.get_origin(field.annotation) is dict)
 
 
 def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
@@ -66,71 +78,74 @@ def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number, as everybody expects. YAML 1.1 wants 1.0e-5."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that puts texts in quotes where `_Loader` would read a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def _parse(text: str) -> Any:
-    """YAML as plain values. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-
-
-def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
+def read_yaml(
+    file: Path, extended_by: tuple[Path, ...] = (), opened: list[Path] | None = None
+) -> tuple[dict, dict[str, str]]:
     """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
+
+    Args:
+        extended_by: the files that lead to this one.
+        opened: every file that was read so far, which this one joins.
 
     Returns:
         the tree, and for every dotted key the file that it comes from.
 
     Raises:
-        InputError: a file is missing, is not a mapping, or extends itself; the message names it.
+        InputError: a file is missing, is no mapping, extends itself, or extends too many; the message names it.
     """
-    if not file.is_file():
-        if extended_by:
-            raise InputError(f"{extended_by[-1]}: extends {file}, which does not exist")
-        known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
-        raise InputError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
+    opened = [] if opened is None else opened
+    text = _text(file, extended_by)
     if file.resolve() in (other.resolve() for other in extended_by):
         raise InputError(f"{extended_by[-1]}: extends {file}, which extends it")
-    try:
-        tree = _parse(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    opened.append(file)
+    if len(opened) > MOST_FILES:
+        raise InputError(f"{opened[0]}: extends more than {MOST_FILES} files, one after another or together")
+    tree = parse(text, str(file)) or {}
     if not isinstance(tree, dict):
         raise InputError(f"{file}: must be a mapping of sections, not a {type(tree).__name__}")
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
-        raise InputError(f"{file}: extends must be a file name or a list of file names, not {parents!r}")
+        raise InputError(f"{file}: extends must be a file name or a list of file names, not {_shown(parents)}")
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
-        part, part_origins = read_yaml(file.parent / name, (*extended_by, file))
+        part, part_origins = read_yaml(file.parent / name, (*extended_by, file), opened)
         below, origins = _merge(below, part), origins | part_origins
     return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
+
+
+def _text(file: Path, extended_by: Sequence[Path]) -> str:
+    """What a configuration file holds. Raises InputError naming it."""
+    name = f"{extended_by[-1]}: extends {file}, which" if extended_by else f"--config {file}:"
+    try:
+        if file.is_dir():
+            raise InputError(f"{name} is a folder; name a file in it")
+        if not file.is_file():
+            if extended_by:
+                raise InputError(f"{name} does not exist")
+            known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
+            raise InputError(f"{name} no such file" + (f" (configs/ has: {known})" if known else ""))
+        with file.open(encoding="utf-8") as stream:
+            return stream.read(MOST_CHARACTERS + 1)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not valid YAML: not UTF-8 at byte {error.start}") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _override(text: str) -> dict:
     """`section.key=value` as a tree. Raises InputError."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise InputError(f"{text!r}: overrides look like section.key=value (see --help)")
-    try:
-        parsed: Any = _parse(value)
-    except yaml.YAMLError:
-        raise InputError(f"{text!r}: the value is not valid YAML") from None
-    for part in reversed(key.split(".")):
+        raise InputError(f"{mask('override', text)!r}: overrides look like section.key=value (see --help)")
+    if not value.strip():
+        raise InputError(f"{key}: there is nothing after the =")
+    parts = key.split(".")
+    if len(parts) > MOST_LEVELS:
+        raise InputError(f"unknown key {key[:MOST_SHOWN]}…: {TOO_DEEP}")
+    parsed = parse(value, key)
+    for part in reversed(parts):
         parsed = {part: parsed}
     return parsed
 
@@ -140,6 +155,15 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
     while key and key not in origins:
         key = key.rpartition(".")[0]
     return f" (in {origins[key]})" if origins.get(key) else ""
+
+
+def _shown(value: Any, key: str = "") -> str:
+    """A wrong value for a message: cut, and without secrets."""
+    try:
+        text = repr(mask(key, value)) if isinstance(value, str) else mask(key, repr(value))
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}…"
 
 
 def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
@@ -152,18 +176,22 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = []
-        for problem in error.errors():
+        problems = error.errors()
+        for problem in problems[:MOST_MISTAKES]:
             key = ".".join(
                 str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
             )
             if problem["type"] == "extra_forbidden":
                 lines.append(f"unknown key {key}{nearest(key)}{_where(key, origins)}")
             else:
-                got = "" if isinstance(problem["input"], dict) else f" (got {problem['input']!r})"
+                value = problem["input"]
+                got = "" if isinstance(value, dict) else f" (got {_shown(value, key)})"
                 text = problem["msg"].removeprefix("Value error, ")
-                if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
-                    text += "; a text that looks like a number needs quotes, as in 'run.name=\"1e5\"'"
+                if problem["type"] == "string_type" and isinstance(value, int | float):
+                    text += f"; a text that looks like a number, yes or no needs quotes of its own: '{key}=\"…\"'"
                 lines.append(f"{key + ': ' if key else ''}{text}{got}{_where(key, origins)}")
+        if len(problems) > MOST_MISTAKES:
+            lines.append(f"and {len(problems) - MOST_MISTAKES} more mistakes")
         raise InputError("\n".join(lines)) from None
 
 
@@ -234,13 +262,9 @@ def config_hash(config: Config) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML, which `from_yaml` reads back the same."""
-    return yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False)
+    return dump(config.model_dump())
 
 
 def from_yaml(text: str) -> Config:
     """A whole configuration, as `to_yaml` writes it. Raises InputError: no YAML, or wrong keys or values."""
-    try:
-        tree = _parse(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"not valid YAML: {' '.join(str(error).split())}") from None
-    return validate(tree)
+    return validate(parse(text, "configuration"))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from raydistill.diffusion import guidance
 
@@ -43,15 +43,39 @@ def free(default: Any, unless: Callable[[Config], bool] | None = None, **argumen
     return Field(default, json_schema_extra=Free(unless), **arguments)
 
 
+RESERVED = re.compile(r"mlflow\.db.*|mlartifacts", re.IGNORECASE)  # in the storage, beside the runs
+
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # steps, pictures, rows
+Batch = Annotated[int, Field(ge=1, le=65_536)]  # samples, or pictures, at once
+Few = Annotated[int, Field(ge=1, le=10_000)]  # processes, threads, channels, layers, requests
+Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0, le=1e9)]  # 30 years
+Patience = Annotated[Seconds, Field(gt=0)]
+Gpus = Annotated[float, Field(ge=0, le=10_000)]  # of one process, in Ray's count
+Cpus = Annotated[Gpus, Field(gt=0)]
 
 
 class RunConfig(Section):
     name: str | None = free(None, description="name of the run; unique by default, naming an existing run resumes it")
-    seed: int = Field(0, ge=0, description="seed of every random number (noise, times, order of prompts)")
+    seed: Seed = Field(0, description="seed of every random number (noise, times, order of prompts)")
+
+    @field_validator("name")
+    @classmethod
+    def _usable(cls, name: str | None) -> str | None:
+        """It names a folder of the storage, a service of the cluster and a run in MLflow."""
+        if name is None:
+            return None
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith(".") or ".." in name:
+            raise ValueError(
+                "use 1 to 100 letters, digits, '.', '_' and '-', starting with a letter or digit, without '..' and "
+                "without '.' at the end"
+            )
+        if RESERVED.fullmatch(name):
+            raise ValueError("the storage keeps MLflow's files under this name; use another one")
+        return name
 
 
 class StudentConfig(Section):
@@ -67,6 +91,7 @@ class StudentConfig(Section):
     start_timestep: int = Field(
         999,
         ge=1,
+        le=1_000_000,
         description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's; decides "
         "also where student.unet names another",
     )
@@ -84,36 +109,36 @@ class TeacherConfig(Section):
     guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
         None, description="classifier-free guidance of scores and samples; 0 to 1: none; null: the family's default"
     )
-    sampling_steps: Count = Field(16, description="steps when the teacher generates pictures")
+    sampling_steps: Few = Field(16, description="steps when the teacher generates pictures")
 
 
 class TeacherServiceConfig(Section):
-    replicas: Count = free(1, description="replicas of the teacher service that it starts with")
-    min_replicas: Count | None = free(None, description="fewest replicas when it autoscales; null: teachers.replicas")
-    max_replicas: Count | None = free(
+    replicas: Few = free(1, description="replicas of the teacher service that it starts with")
+    min_replicas: Few | None = free(None, description="fewest replicas when it autoscales; null: teachers.replicas")
+    max_replicas: Few | None = free(
         None, description="most replicas: follow the ongoing requests up to it; null: always teachers.replicas"
     )
     target_ongoing_requests: Positive = free(2, description="requests per replica that autoscaling aims at")
-    upscale_delay_s: NonNegative = free(30, description="how long more requests must last before replicas are added")
-    downscale_delay_s: NonNegative = free(600, description="how long fewer must last before replicas are removed")
-    shards: Count = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
-    slice: Count = Field(8, description="samples per forward and rank; requests are cut into equal slices")
+    upscale_delay_s: Seconds = free(30, description="how long more requests must last before replicas are added")
+    downscale_delay_s: Seconds = free(600, description="how long fewer must last before replicas are removed")
+    shards: Few = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
+    slice: Batch = Field(8, description="samples per forward and rank; requests are cut into equal slices")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
-    cpus_per_rank: Positive = free(0.2, description="Ray CPUs each rank reserves")
-    gpus_per_rank: NonNegative = free(0, description="Ray GPUs each rank reserves")
-    threads_per_rank: Count = Field(1, description="CPU threads of each rank")
-    request_timeout_s: Positive = free(
+    cpus_per_rank: Cpus = free(0.2, description="Ray CPUs each rank reserves")
+    gpus_per_rank: Gpus = free(0, description="Ray GPUs each rank reserves")
+    threads_per_rank: Few = Field(1, description="CPU threads of each rank")
+    request_timeout_s: Patience = free(
         600, description="longest time the ranks may work on one request, its wait for their time apart; retried once"
     )
-    retry_for_s: Positive = free(
+    retry_for_s: Patience = free(
         600, description="how long the service may be away, in all, while an answer is awaited"
     )
-    start_timeout_s: Positive = free(600, description="longest time until the service is ready")
+    start_timeout_s: Patience = free(600, description="longest time until the service is ready")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold ranks; none: any node")
     service: str | None = free(
         None, description="attach to this running service (teacher-<run.name> of another run); null: start one"
     )
-    linger_s: NonNegative = free(
+    linger_s: Seconds = free(
         600, description="how long a service whose runs have crashed waits for one of them to resume"
     )
 
@@ -131,7 +156,7 @@ class TeacherServiceConfig(Section):
 
 class AttentionConfig(Section):
     weight: NonNegative = Field(1.0, description="beta of the attention fidelity; 0 leaves the teacher's blocks out")
-    layers: Count = Field(4, description="layers compared, evenly spaced over the first depth_fraction of the blocks")
+    layers: Few = Field(4, description="layers compared, evenly spaced over the first depth_fraction of the blocks")
     depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the blocks that are run")
     rows: Count = Field(64, description="query rows sampled per layer")
     temperature: Positive = Field(3.0, description="tau of the row softmax")
@@ -147,24 +172,26 @@ class BridgeConfig(Section):
     anchor_weight: Positive = Field(1.0, description="of the Bridge's own losses while it is trained along")
     prior: bool = Field(True, description="start from the frozen student decoder's first blocks")
     projector: Literal["swinir", "unet", "mlp", "identity"] = Field("swinir", description="network after the prior")
-    embed_dim: Count = Field(120, description="SwinIR width")
-    depths: list[Count] = Field([6, 6, 6, 6, 6], description="SwinIR layers per residual group")
-    heads: Count = Field(6, description="SwinIR attention heads")
-    window: Count = Field(8, description="SwinIR window")
+    embed_dim: Few = Field(120, description="SwinIR width")
+    depths: list[Annotated[int, Field(ge=1, le=100)]] = Field(
+        [6, 6, 6, 6, 6], max_length=100, description="SwinIR layers per residual group"
+    )
+    heads: Few = Field(6, description="SwinIR attention heads")
+    window: Few = Field(8, description="SwinIR window")
     attention: AttentionConfig = AttentionConfig()
     pairs: str | None = Field(
         None, description="parquet of (prompt, z_T, z_S) pairs to train on; null: synthesise `synthesis.count` of them"
     )
     steps: Count = Field(10000, description="training steps")
-    batch_size: Count = Field(32, description="pairs per step")
-    micro_batches: Count = Field(
+    batch_size: Batch = Field(32, description="pairs per step")
+    micro_batches: Few = Field(
         1, description="equal parts of a worker's pairs that are computed one after another: slower, less memory"
     )
     lr: Positive = Field(1e-4, description="Adam learning rate")
     lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
     checkpoint_every: Count = free(500, description="steps between checkpoints")
-    ablation_seeds: Count = free(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
+    ablation_seeds: Few = free(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
     mixed_precision: bool = Field(False, description="train with bfloat16 autocast; weights stay float32")
     gradient_checkpointing: bool = free(False, description="recompute activations in training: slower, less memory")
 
@@ -174,7 +201,7 @@ Posterior = Literal["mean", "sample"]
 
 class SynthesisConfig(Section):
     count: Count = Field(2048, description="teacher-sampled pictures to make")
-    batch_size: Count = Field(64, description="pictures per request")
+    batch_size: Batch = Field(64, description="pictures per request")
     shard_size: Count = Field(256, description="rows per parquet file")
     posterior: Posterior = Field(
         "mean", description="what a VAE's latents are: its posterior's mean, or a sample of it"
@@ -190,19 +217,20 @@ class SynthesisConfig(Section):
         None, description="caption column of a parquet of images; null: `caption` where there is one, else no captions"
     )
     max_failed_rows: int = free(
-        20, ge=0, description="undecodable images and non-finite samples that are recorded before the run fails"
+        20,
+        ge=0,
+        le=1_000_000_000,
+        description="undecodable images and non-finite samples that are recorded before the run fails",
     )
-    encoders: Count = free(
+    encoders: Few = free(
         1,
         description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
     )
-    cpus_per_encoder: Positive = free(0.2, description="Ray CPUs each of these actors reserves")
-    gpus_per_encoder: NonNegative = free(
-        0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU"
-    )
-    threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
+    cpus_per_encoder: Cpus = free(0.2, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: Gpus = free(0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU")
+    threads_per_encoder: Few = Field(1, description="CPU threads of each of these actors")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
-    in_flight: Count = free(2, description="requests each asking actor has under way; a few per teacher replica")
+    in_flight: Few = free(2, description="requests each asking actor has under way; a few per teacher replica")
 
 
 class FakeScoreConfig(Section):
@@ -211,27 +239,27 @@ class FakeScoreConfig(Section):
         description="lora: LoRA on a frozen teacher copy; full: the whole copy is trained; truncated: its first and last "
         "transformer blocks are kept and trained (no UNets)",
     )
-    rank: Count = Field(64, description="LoRA rank")
+    rank: Few = Field(64, description="LoRA rank")
     shard: bool = Field(
         False,
         description="lora: every worker holds 1/distill.workers of the frozen copy's blocks and gathers them one by one "
         "(FSDP2): less memory, the same numbers up to rounding, more communication",
     )
-    first_blocks: Count | None = Field(
+    first_blocks: Few | None = Field(
         None, description="blocks that a truncated network keeps at its input; null: a quarter of them, rounded up"
     )
-    last_blocks: Count | None = Field(
+    last_blocks: Few | None = Field(
         None, description="blocks that a truncated network keeps at its output; null: a quarter of them, rounded up"
     )
     lr: Positive = Field(5e-4, description="AdamW learning rate")
-    updates: Count = Field(2, description="fake-score updates per student update (k)")
+    updates: Few = Field(2, description="fake-score updates per student update (k)")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
 
 
 class DiscriminatorConfig(Section):
     weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
     lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
-    width: Count = Field(64, description="channels of the convolutional head")
+    width: Few = Field(64, description="channels of the convolutional head")
     fake_weight: NonNegative = Field(
         0.0, description="weight of the head's loss in the fake score's own gradient (DMD2 has one); 0: none reaches it"
     )
@@ -259,37 +287,39 @@ class VsdConfig(Section):
 
 class DistillConfig(Section):
     steps: Count = free(3000, description="student updates")
-    batch_size: Count = Field(32, description="samples per update and worker")
+    batch_size: Batch = Field(32, description="samples per update and worker")
     tf32: bool | None = Field(
         None,
         description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast; null: "
         "torch's default, which is convolutions alone",
     )
-    micro_batches: Count = Field(
+    micro_batches: Few = Field(
         1,
         description="equal parts of a batch that are computed one after another, with one score request each, and whose "
         "gradients are averaged: less memory, the same update up to rounding",
     )
-    in_flight: Count = free(
+    in_flight: Few = free(
         8, description="score requests (one a micro-batch) that each worker has under way at most; the others follow"
     )
     overlap: bool = free(True, description="score the next batch while the fake score updates; same numbers either way")
     checkpoint_every: Count = free(500, description="student updates between checkpoints")
     evaluate_every: Count = Field(500, description="student updates between evaluations")
-    workers: Count = Field(1, description="Ray Train workers")
-    min_workers: Count | None = free(
+    workers: Few = Field(1, description="Ray Train workers")
+    min_workers: Few | None = free(
         None,
         unless=trains_bridge,
         description="go on with as few workers when nodes are lost, and with more as they come back; the update's samples "
         "stay the same, so fewer workers are slower. Exactly so many train the Bridge. null: always distill.workers",
     )
-    resize_after_s: NonNegative = free(
+    resize_after_s: Seconds = free(
         60, description="how often it is looked whether more workers fit; a restart goes back to the last checkpoint"
     )
-    cpus_per_worker: Positive = free(0.5, description="Ray CPUs each worker reserves")
-    gpus_per_worker: NonNegative = free(0, description="Ray GPUs each worker reserves")
-    threads: Count = Field(1, description="CPU threads of each worker")
-    max_failures: int = free(3, ge=-1, description="worker failures survived before giving up; -1: any number")
+    cpus_per_worker: Cpus = free(0.5, description="Ray CPUs each worker reserves")
+    gpus_per_worker: Gpus = free(0, description="Ray GPUs each worker reserves")
+    threads: Few = Field(1, description="CPU threads of each worker")
+    max_failures: int = free(
+        3, ge=-1, le=1_000_000_000, description="worker failures survived before giving up; -1: any number"
+    )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
     )
@@ -329,11 +359,11 @@ class PromptsConfig(Section):
     column: str = Field("prompt", description="column of tabular files")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")
     max_characters: Count = Field(2000, description="longer prompts are bad rows")
-    encoders: Count = free(1, description="actors per worker that hold the text encoders")
+    encoders: Few = free(1, description="actors per worker that hold the text encoders")
     encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the text encoders")
-    cpus_per_encoder: Positive = free(0.1, description="Ray CPUs each of these actors reserves")
-    gpus_per_encoder: NonNegative = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
-    threads_per_encoder: Count = Field(1, description="CPU threads of each of these actors")
+    cpus_per_encoder: Cpus = free(0.1, description="Ray CPUs each of these actors reserves")
+    gpus_per_encoder: Gpus = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
+    threads_per_encoder: Few = Field(1, description="CPU threads of each of these actors")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold them; none: any node")
 
 
@@ -341,16 +371,16 @@ class EvaluationConfig(Section):
     prompts: str = Field("shapes:heldout.txt", description="held-out prompts (same formats as prompts.path)")
     count: Count = Field(512, description="pictures of the final evaluations")
     periodic_count: Count = Field(256, description="pictures of the evaluations during training")
-    batch_size: Count = Field(64, description="pictures at once")
-    seed: int = Field(1234, ge=0, description="seed of the fixed noise")
+    batch_size: Batch = Field(64, description="pictures at once")
+    seed: Seed = Field(1234, description="seed of the fixed noise")
     metric: str = Field("mean", description="metric by which the best checkpoint is kept")
     judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
-    grid: Count = free(32, description="pictures in a sample grid")
+    grid: Few = free(32, description="pictures in a sample grid")
 
 
 class TrackingConfig(Section):
     uri: str | None = Field(None, description="MLflow tracking URI; null: MLFLOW_TRACKING_URI, else sqlite in storage")
-    retry_for_s: NonNegative = Field(
+    retry_for_s: Seconds = Field(
         600, description="how long a run that has begun waits for a store that is away before it opens its next stage"
     )
     experiment: str = Field("raydistill", description="MLflow experiment")
@@ -387,7 +417,9 @@ class Config(Section):
     """Root of the tree."""
 
     storage: str = free(
-        "outputs", description="folder that roots everything a run writes, or s3://bucket/prefix, gs://bucket/prefix"
+        "outputs",
+        min_length=1,
+        description="folder that roots everything a run writes, or s3://bucket/prefix, gs://bucket/prefix",
     )
     run: RunConfig = RunConfig()
     student: StudentConfig = StudentConfig()
@@ -409,11 +441,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names(self) -> Config:
-        name = self.run.name
-        if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-            raise ValueError(
-                f"run.name {name!r}: use letters, digits, '.', '_' and '-', starting with a letter or digit"
-            )
         if self.vsd.weight == 0 and self.discriminator.weight == 0:
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
         if self.fake_score.shard and self.fake_score.kind != "lora":

@@ -8,6 +8,7 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydistill.config.reading import changed, from_yaml, get, mathematical, to_yaml
@@ -107,14 +108,25 @@ def _saved(run: RunFolder) -> Config | None:
     """The configuration that the run has had; None: the run is new. Raises InputError naming the file."""
     file = run.path / "config.yaml"
     with as_storage_error(run.storage):
-        content = file.read_bytes() if file.is_file() else None
+        _check_kinds(run.path, file)
+        data = file.read_bytes() if file.is_file() else None
     try:
-        return None if content is None else from_yaml(content.decode("utf-8"))
-    except ValueError as error:
+        return None if data is None else from_yaml(data.decode())
+    except ValueError as error:  # of the text, or an InputError
         raise InputError(
             f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
             "run.name"
         ) from error
+
+
+def _check_kinds(folder: Place, file: Place) -> None:
+    """Raises InputError where a file stands in the place of a run's folder, or a folder in that of its configuration."""
+    if isinstance(folder, Path) and folder.exists() and not folder.is_dir():
+        raise InputError(f"run.name={folder.name}: {folder} is a file, not a run's folder; use another run.name")
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise InputError(
+            f"{file} is a folder, and a run keeps its configuration there: remove it, or use another run.name"
+        )
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from raydistill.evaluation.subject import Subject
 from raydistill.evaluation.summary import markdown
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
-from raydistill.tracking.store import TrackingError, absolute, client_of, open_run, source_version, sqlite_uri
+from raydistill.tracking.store import TrackingError, absolute, client_of, open_run, prepare, source_version, sqlite_uri
 from raydistill.tracking.tracker import Tracker
 
 MLFLOW_FILE = "mlflow.json"
@@ -53,6 +53,7 @@ def log_results(
     Raises:
         TrackingError: the store cannot be used, or went away before everything was sent.
     """
+    prepare(uri)
     client = client_of(uri)
     parent = _run_or_none(client, evaluation.subject.run_id)
     if parent is not None:

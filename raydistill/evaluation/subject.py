@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
+from raydistill.config.yaml_text import parse
 from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
 from raydistill.export.sampling import Painter
@@ -155,7 +155,7 @@ def _run_of(export: Export, model: str) -> str | None:
 def _store_of(export: Export) -> str | None:
     """`tracking.uri` of the run that made the export; its configuration may be another version's."""
     file = export.run / "config.yaml" if export.run is not None else None
-    tree = yaml.safe_load(file.read_text()) if file is not None and file.is_file() else None
+    tree = parse(file.read_text(encoding="utf-8"), str(file)) if file is not None and file.is_file() else None
     return ((tree or {}).get("tracking") or {}).get("uri")
 
 

@@ -93,15 +93,15 @@ def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
 def _of_model(model: str, storage: Place, uri: str | None) -> Export:
     """The student of an MLflow model, `models:/name@alias` or `models:/name/version`."""
     uri = _store_of(model, storage, uri)
-    client = client_of(uri)
     try:
+        client = client_of(uri)
         name, sign, what = re.fullmatch(r"models:/+([^@/]+)([@/])(.+)", model).groups()
         version = client.get_model_version_by_alias(name, what) if sign == "@" else client.get_model_version(name, what)
         made = version.source.removeprefix(MODELS)  # id of the logged model that was registered
         folder = _fetched(client.get_logged_model(made).artifact_location, IN_MODEL, made, storage, uri)
         return Export(folder, f"{name} {version.version}")
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise InputError(f"{model}: {mask('uri', uri)}: {reason(error)}") from error
+        raise InputError(f"{model}: {mask('uri', uri)}: {reason(error, uri)}") from error
 
 
 def _fetched(root: str, path: str, name: str, storage: Place, uri: str) -> Path:
@@ -132,8 +132,8 @@ def _store_of(text: str, storage: Place, uri: str | None) -> str:
 
 def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     """The student that a run, or the distillation nested in it, has logged: as a model, or as the artifact `export`."""
-    client = client_of(uri)
     try:
+        client = client_of(uri)
         run = client.get_run(run_id)
         nested = f"tags.`mlflow.parentRunId` = '{run_id}' and tags.stage = 'distill'"
         for candidate in [run, *client.search_runs([run.info.experiment_id], nested)]:
@@ -146,7 +146,7 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                 continue
             return Export(_fetched(root, path, made_by, storage, uri), name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error)}") from error
+        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error, uri)}") from error
     raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has logged a student")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from raydistill.config.schema import Config, Count, Positive, Section
+from raydistill.config.yaml_text import parse
 from raydistill.errors import InputError
 from raydistill.planning import meter
 
@@ -45,8 +45,8 @@ def read_gpus(further: str | None = None) -> dict[str, Gpu]:
     kinds: dict[str, Gpu] = {}
     for file in (GPU_TABLE, *([Path(further).expanduser()] if further else [])):
         try:
-            table = yaml.safe_load(file.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            table = parse(file.read_text(encoding="utf-8"), f"plan.gpus: {file}")
+        except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"plan.gpus: {file}: {error}") from None
         if not isinstance(table, dict):
             raise InputError(f"plan.gpus: {file}: must map kinds of GPU to their numbers, as {GPU_TABLE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +30,12 @@ def to_place(text: str) -> Place:
 
 
 def place_argument(text: str) -> Place:
-    """`to_place` for argparse."""
+    """`to_place` of a folder, for argparse."""
     try:
-        return to_place(text)
+        place = to_place(text)
+        if isinstance(place, Path):
+            _possible_folder(place)
+        return place
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -59,7 +63,7 @@ def local_path(path: str) -> Path:
     `shapes:NAME` is a part of the embedded world. What `s3://` and `gs://` name is fetched once a node (`staging.fetch`).
 
     Raises:
-        InputError: a URI of another scheme, of nothing, or that may not be read.
+        InputError: a URI of another scheme, of nothing, or that may not be read; or `~` of nobody.
         OSError: the store of a URI does not answer.
     """
     if path.startswith(SHAPES_PREFIX):
@@ -68,7 +72,10 @@ def local_path(path: str) -> Path:
         return Path(unquote(path.removeprefix("file://")))
     if is_uri(path):
         return fetch(path)
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~somebody who has no home here
+        raise InputError(f"{path}: {error}") from None
 
 
 def resolve(path: str) -> Path:
@@ -101,15 +108,34 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 
 def check_storage(config: Config) -> Place:
-    """Absolute storage root, or a URI's. Raises InputError: a wrong URI, or a relative folder under `ray job submit`."""
-    if is_uri(config.storage):
-        try:
-            return to_place(config.storage)
-        except InputError as error:
-            raise InputError(f"storage: {error}") from None
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not Path(config.storage).expanduser().is_absolute():
+    """Absolute storage root, or a URI's.
+
+    Raises:
+        InputError: a wrong URI, what can be no folder, or a relative one under `ray job submit`.
+    """
+    relative = not is_uri(config.storage) and not Path(config.storage).is_absolute() and config.storage[0] != "~"
+    if relative and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise InputError(
             f"storage: {config.storage!r} is relative, and under `ray job submit` the working directory is a copy that is "
             "thrown away; name an absolute folder, for example storage=$HOME/raydistill"
         )
-    return Path(config.storage).expanduser().resolve()
+    try:
+        place = to_place(config.storage)
+        return place if isinstance(place, Remote) else _possible_folder(place)
+    except InputError as error:
+        raise InputError(f"storage: {error}") from None
+
+
+def _possible_folder(folder: Path) -> Path:
+    """An absolute path at which there is a folder, or one can be made. Raises InputError."""
+    try:
+        found = folder.resolve()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+        around = next(path for path in (found, *found.parents) if os.path.lexists(path))
+        reason = None if around.is_dir() else "a loop of links" if around.is_symlink() else "a file"
+    except (OSError, RuntimeError, ValueError) as error:  # Python before 3.13 has RuntimeError for a loop of links
+        raise InputError(f"{str(folder)!r} cannot be a folder ({error}); name another one") from None
+    if reason is not None:
+        raise InputError(f"{around} is {reason}, not a folder; name another one")
+    return found

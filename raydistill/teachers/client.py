@@ -11,7 +11,7 @@ from ray import serve
 from raydistill.config.schema import TeacherServiceConfig
 from raydistill.teachers import service
 from raydistill.teachers.pending import PendingScores
-from raydistill.teachers.request import GenerateRequest, ScoreRequest, TeacherError
+from raydistill.teachers.request import GenerateRequest, Payload, ScoreRequest, TeacherError
 from raydistill.teachers.utilisation import LoadLog
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ class TeacherClient:
 
     def submit(self, request: ScoreRequest) -> PendingScores:
         """Send a request and return at once. Raises TeacherError if the request itself is wrong."""
-        times = request.t.tolist()
-        return self._send("predict_x0", request, lambda i: f"sample {i} (t={times[i]:.4f})")
+        if not isinstance(request, ScoreRequest):
+            raise TeacherError(f"a request for scores must be a ScoreRequest, not {type(request).__name__}")
+        payload, times = request.payload(), request.t.tolist()
+        return self._send("predict_x0", payload, lambda i: f"sample {i} (t={times[i]:.4f})")
 
     def generate(
         self,
@@ -52,9 +54,12 @@ class TeacherClient:
         steps: int,
         guidance_scale: float,
     ) -> PendingScores:
-        """Ask for multi-step samples, latents [B, C, H, W], and return at once. Arguments as in GenerateRequest."""
-        request = GenerateRequest(noise, conditioning, unconditional, steps, guidance_scale)
-        return self._send("sample", request, lambda i: f"sample {i}")
+        """Ask for multi-step samples, latents [B, C, H, W], and return at once. Arguments as in GenerateRequest.
+
+        Raises TeacherError if one of them is wrong.
+        """
+        payload = GenerateRequest(noise, conditioning, unconditional, steps, guidance_scale).payload()
+        return self._send("sample", payload, lambda i: f"sample {i}")
 
     def metrics(self) -> dict[str, float]:
         """Of this process's requests: latency, busy fraction, queue, requests without an answer, repeated attempts."""
@@ -78,7 +83,6 @@ class TeacherClient:
         """Look the service up again at the next request."""
         self._handle = None
 
-    def _send(self, method: str, request: ScoreRequest | GenerateRequest, label: Callable[[int], str]) -> PendingScores:
-        payload = request.payload()
+    def _send(self, method: str, payload: Payload, label: Callable[[int], str]) -> PendingScores:
         self.asked += 1
         return PendingScores(self, method, ray.put(payload), payload["latents"].shape, label)

@@ -20,6 +20,7 @@ from raydistill.teachers.request import (
     ReplicaBroken,
     RequestTooLong,
     TeacherError,
+    TeacherGone,
     TeacherUnavailable,
     all_finite,
     one_line,
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 10.0  # how often a waiting client checks that the service is still there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 5.0  # before another attempt
+FIRST_LOOK_S = 2.0  # before the first of these
 MOST_TOO_LONG = 2  # attempts that the ranks may take too long for
+MOST_ABSENT = 2  # attempts in a row that find no service at all
 NAMED_SAMPLES = 8  # in an error message
 
 
@@ -75,6 +78,7 @@ class PendingScores:
             check_finite: refuse NaN and infinity. A caller that switches this off must check for them itself.
 
         Raises:
+            TeacherGone: there is no such service any more.
             TeacherUnavailable: the service was away for `retry_for_s`.
             NonFiniteScores: the teacher answered with NaN or infinity; names the samples and their t.
             TeacherError: the request cannot be answered, or took longer than `request_timeout_s` twice.
@@ -108,7 +112,7 @@ class PendingScores:
 
     def _wait(self) -> np.ndarray:
         """Wait for an answer, in as many attempts as it takes. Raises as `result` does."""
-        client, pause, too_long = self._client, FIRST_PAUSE_S, 0
+        client, pause, too_long, absent = self._client, FIRST_PAUSE_S, 0, 0
         while True:
             try:
                 if self._response is None:
@@ -125,6 +129,12 @@ class PendingScores:
                     raise TeacherError(
                         f"teacher {client.name} was too slow for this request twice: {error}. Raise "
                         "teachers.request_timeout_s, or make the request smaller (distill.batch_size, synthesis.batch_size)"
+                    ) from error
+                absent = absent + 1 if self._availability.is_absent() else 0
+                if absent == MOST_ABSENT:
+                    raise TeacherGone(
+                        f"there is no teacher service {client.name} on this cluster any more: Serve was shut down, or the "
+                        "service was deleted. The same command starts it again, and the run goes on"
                     ) from error
                 left = self._availability.seconds_left()
                 if left <= 0:
@@ -145,14 +155,15 @@ class PendingScores:
 
         The replica alone limits how long the ranks may work: only it knows when the work began.
         """
-        sent = time.monotonic()
+        sent, wait = time.monotonic(), FIRST_LOOK_S
         while True:
             try:
-                kind, answer, load = self._response.result(timeout_s=LOOK_EVERY_S)
+                kind, answer, load = self._response.result(timeout_s=wait)
                 break
             except TimeoutError as error:
                 if isinstance(error, RayTaskError):  # raised in the replica
                     raise
+            wait = LOOK_EVERY_S
             if self._availability.check(time.monotonic() - sent):
                 self._availability.is_back()
             elif self._availability.seconds_left() <= 0:
@@ -197,6 +208,13 @@ class Availability:
         self._away_before += away
         self._away_since = None
         log.warning("teacher %s is back after %.1f s", self._client.name, away)
+
+    def is_absent(self) -> bool:
+        """Whether Serve answers and knows no such service, or nothing of Serve is left. One that restarts is known."""
+        try:  # without Ray, asking would start a cluster
+            return ray.is_initialized() and self._client.name not in service.applications()
+        except (RayError, RayServeException):  # its controller restarts
+            return False
 
     def check(self, waited_s: float) -> bool:
         """Whether a replica is there to answer; logs that the client waits. Raises ReplicaBroken if there is no service."""

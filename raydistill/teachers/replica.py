@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray import serve
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve import metrics
 from ray.serve.config import RequestRouterConfig
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -89,11 +89,11 @@ class TeacherReplica:
             payload: the reference to it. The list around it keeps Ray from fetching it here.
             place: for the caller's router alone.
         """
-        return await self._answer("predict_x0", payload[0])
+        return await self._answer("predict_x0", payload)
 
     async def sample(self, payload: list[ray.ObjectRef], place: float | None = None) -> Answer:
         """Multi-step samples [B, C, H, W] float32. Arguments as in `predict_x0`."""
-        return await self._answer("sample", payload[0])
+        return await self._answer("sample", payload)
 
     async def describe(self) -> list[dict[str, Any]]:
         """Facts about each rank, see `TeacherRank.describe`."""
@@ -111,9 +111,11 @@ class TeacherReplica:
         if self._broken is not None:
             raise ReplicaBroken(self._broken)
 
-    async def _answer(self, method: str, payload: ray.ObjectRef) -> Answer:
+    async def _answer(self, method: str, given: Any) -> Answer:
         """Work on a request. Failures are answers too: exceptions would fill Serve's log with tracebacks."""
-        arrived = time.monotonic()
+        if not (isinstance(given, list) and len(given) == 1 and isinstance(given[0], ray.ObjectRef)):
+            return "rejected", f"a request is a list of one reference, not {type(given).__name__}", None
+        payload, arrived = given[0], time.monotonic()
         await self._queue.acquire(payload.job_id().hex())  # of its owner; a cancelled request ends here
         work = asyncio.ensure_future(self._work(method, payload, arrived))
         try:
@@ -208,8 +210,15 @@ class TeacherReplica:
 
 
 def _is_the_requests_fault(errors: list[BaseException | None]) -> bool:
-    """Whether every rank refused the request, or could not fetch it."""
-    return all(isinstance(error, TeacherError) or _is_lost(error) for error in errors)
+    """Whether every rank refused the request, or could not fetch or read it.
+
+    What fails in a rank is a TeacherError; any other error of a task is one of what it was given.
+    """
+    return all(isinstance(error, TeacherError) or _is_lost(error) or _is_unreadable(error) for error in errors)
+
+
+def _is_unreadable(error: BaseException | None) -> bool:
+    return isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
 
 
 def _is_lost(error: BaseException | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from raydistill.errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     import torch
 
+MOST_STEPS = 10_000  # of a sample
 CACHED_BYTES = 1 << 20  # of a tensor: this much stays in a core's cache between two reads
 
 Wire = np.ndarray | tuple[str, np.ndarray]
@@ -37,6 +39,10 @@ class NonFiniteScores(NonFiniteError, TeacherError):
 
 class TeacherUnavailable(TeacherError):
     """The service was away for longer than `teachers.retry_for_s`."""
+
+
+class TeacherGone(TeacherUnavailable):
+    """The service was taken down. It does not come back by itself; the driver starts it when the run goes on."""
 
 
 class TeacherStartError(TeacherError):
@@ -134,14 +140,10 @@ class ScoreRequest:
 
     def payload(self) -> Payload:
         """The request, checked and ready to send. Raises TeacherError with the name of the wrong field."""
-        batch = _check_latents("x_t", self.x_t)
-        if tuple(self.t.shape) != (batch,):
-            raise TeacherError(f"t has shape {tuple(self.t.shape)}, not ({batch},) as x_t has {batch} samples")
-        _check_finite("t", self.t)
-        if bool((self.t < 0).any() | (self.t > 1).any()):
-            raise TeacherError(f"t must lie between 0 and 1, found {self.t.min().item():g} … {self.t.max().item():g}")
-        checked = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
-        return {"latents": to_wire(self.x_t.float()), "t": to_wire(self.t.float()), **checked}
+        payload = {"latents": _wire("x_t", self.x_t, True), "t": _wire("t", self.t, True)} | _conditioned(self)
+        check_payload(payload, latents="x_t")
+        _check_request_finite(self, "x_t")
+        return payload
 
 
 @dataclass(frozen=True)
@@ -156,56 +158,129 @@ class GenerateRequest:
 
     def payload(self) -> Payload:
         """The request, checked and ready to send. Raises TeacherError with the name of the wrong field."""
-        batch = _check_latents("noise", self.noise)
-        if self.steps < 1:
-            raise TeacherError(f"steps must be at least 1, not {self.steps}")
-        checked = _conditioning_payload(batch, self.conditioning, self.unconditional, self.guidance_scale)
-        return {"latents": to_wire(self.noise.float()), "steps": int(self.steps), **checked}
+        payload = {"latents": _wire("noise", self.noise, True), "steps": self.steps} | _conditioned(self)
+        check_payload(payload, latents="noise")
+        _check_request_finite(self, "noise")
+        return payload
 
 
-def _conditioning_payload(
-    batch: int,
-    conditioning: dict[str, torch.Tensor],
-    unconditional: dict[str, torch.Tensor] | None,
-    guidance_scale: float,
-) -> Payload:
-    try:
-        guided = is_guided(guidance_scale)
-    except InputError as error:
-        raise TeacherError(str(error)) from None
-    for name, value in conditioning.items():
-        if value.ndim == 0 or len(value) != batch:
-            raise TeacherError(f"conditioning[{name!r}] has shape {tuple(value.shape)}, but there are {batch} samples")
-        _check_finite(f"conditioning[{name!r}]", value)
-    if guided:
-        _check_unconditional(conditioning, unconditional, guidance_scale)
+def _conditioned(request: ScoreRequest | GenerateRequest) -> Payload:
+    """The fields that both kinds have, on their way. Without guidance nothing unconditional travels."""
+    guided = _guided(request.guidance_scale)
     return {
-        "conditioning": {name: to_wire(value) for name, value in conditioning.items()},
-        "unconditional": {name: to_wire(unconditional[name]) for name in conditioning} if guided else None,
-        "guidance_scale": float(guidance_scale),
+        "conditioning": _wires("conditioning", request.conditioning),
+        "unconditional": _wires("unconditional", request.unconditional) if guided else None,
+        "guidance_scale": float(request.guidance_scale),
     }
 
 
-def _check_latents(name: str, latents: torch.Tensor) -> int:
-    if latents.ndim != 4 or len(latents) == 0:
-        raise TeacherError(f"{name} has shape {tuple(latents.shape)}, not [B, C, H, W] with at least one sample")
-    _check_finite(name, latents)
-    return len(latents)
+def _wires(field: str, values: Any) -> Any:
+    """Tensors by name on their way; what is no dict is left to `check_payload`."""
+    if not isinstance(values, dict):
+        return values
+    return {name: _wire(f"{field}[{name!r}]", value) for name, value in values.items()}
 
 
-def _check_unconditional(
-    conditioning: dict[str, torch.Tensor], unconditional: dict[str, torch.Tensor] | None, guidance_scale: float
-) -> None:
-    if unconditional is None or set(unconditional) != set(conditioning):
-        found = "nothing" if unconditional is None else sorted(unconditional)
+def _wire(name: str, value: Any, float32: bool = False) -> Wire:
+    import torch
+
+    if not isinstance(value, torch.Tensor) or value.is_complex():
+        raise TeacherError(f"{name} must be a tensor of real numbers, not {type(value).__name__}")
+    return to_wire(value.float() if float32 else value)
+
+
+def check_payload(payload: Any, latents: str = "latents") -> None:
+    """Refuse what no teacher can work on. The client checks, and so does every rank, whoever the sender is.
+
+    All ranks find the same before any of them begins: ranks that failed at different places would wait for each other.
+
+    Args:
+        payload: of a ScoreRequest, which has `t`, or of a GenerateRequest, which has `steps`.
+        latents: what the sender calls them.
+
+    Raises:
+        TeacherError: names the wrong field.
+    """
+    if not isinstance(payload, dict):
+        raise TeacherError(f"a request is a dict of arrays, not {type(payload).__name__}")
+    fields = {"latents", "conditioning", "unconditional", "guidance_scale", "steps" if "steps" in payload else "t"}
+    if fields != payload.keys():
         raise TeacherError(
-            f"guidance_scale {guidance_scale:g} needs unconditional rows for {sorted(conditioning)}, found {found}"
+            f"a request has {', '.join(sorted(fields))}, and not {', '.join(map(str, payload)) or 'nothing'}"
         )
+    shape = _shape(latents, payload["latents"], "f")
+    if len(shape) != 4 or shape[0] == 0:
+        raise TeacherError(f"{latents} has shape {shape}, not [B, C, H, W] with at least one sample")
+    if "steps" in payload:
+        _check_number("steps", payload["steps"])
+        if payload["steps"] != int(payload["steps"]) or not 1 <= payload["steps"] <= MOST_STEPS:
+            raise TeacherError(f"steps must be at least 1 and at most {MOST_STEPS}, not {payload['steps']}")
+    else:
+        _check_times(payload["t"], shape[0], latents)
+    _check_conditioning(payload, shape[0])
+
+
+def _check_times(t: Any, batch: int, latents: str) -> None:
+    shape = _shape("t", t, "f")
+    if shape != (batch,):
+        raise TeacherError(f"t has shape {shape}, not ({batch},) as {latents} has {batch} samples")
+    if not np.isfinite(t).all():
+        bad = np.flatnonzero(~np.isfinite(t)).tolist()
+        raise TeacherError(f"the request itself is not finite: t has NaN or infinity in samples {bad[:20]}")
+    if t.min() < 0 or t.max() > 1:
+        raise TeacherError(f"t must lie between 0 and 1, found {t.min():g} … {t.max():g}")
+
+
+def _check_conditioning(payload: Payload, batch: int) -> None:
+    conditioning, unconditional, scale = (payload[key] for key in ("conditioning", "unconditional", "guidance_scale"))
+    guided = _guided(scale)
+    if not isinstance(conditioning, dict) or not all(isinstance(name, str) for name in conditioning):
+        raise TeacherError(f"conditioning must be a dict of tensors by name, not {type(conditioning).__name__}")
+    shapes = {name: _shape(f"conditioning[{name!r}]", value) for name, value in conditioning.items()}
+    for name, shape in shapes.items():
+        if not shape or shape[0] != batch:
+            raise TeacherError(f"conditioning[{name!r}] has shape {shape}, but there are {batch} samples")
+    if unconditional is None and not guided:
+        return
+    if not isinstance(unconditional, dict) or unconditional.keys() != shapes.keys():
+        found = sorted(map(str, unconditional)) if isinstance(unconditional, dict) else "nothing"
+        raise TeacherError(f"guidance_scale {scale:g} needs unconditional rows for {sorted(shapes)}, found {found}")
     for name, value in unconditional.items():
-        expected = (1, *conditioning[name].shape[1:])
-        if tuple(value.shape) != expected:
-            raise TeacherError(f"unconditional[{name!r}] has shape {tuple(value.shape)}, not {expected}")
-        _check_finite(f"unconditional[{name!r}]", value)
+        expected, shape = (1, *shapes[name][1:]), _shape(f"unconditional[{name!r}]", value)
+        if shape != expected:
+            raise TeacherError(f"unconditional[{name!r}] has shape {shape}, not {expected}")
+
+
+def _shape(name: str, wire: Any, kinds: str = "fiub") -> tuple[int, ...]:
+    """Shape of an array from `to_wire`. Raises TeacherError: it is none, or not of these of numpy's kinds of numbers."""
+    half = kinds != "f" and isinstance(wire, tuple) and len(wire) == 2 and wire[0] == "bfloat16"
+    array = wire[1] if half else wire
+    if not isinstance(array, np.ndarray) or (array.dtype != np.uint16 if half else array.dtype.kind not in kinds):
+        found = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else type(wire).__name__
+        raise TeacherError(f"{name} must be an array of numbers, not {found}")
+    return array.shape
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
+        raise TeacherError(f"{name} must be a finite number, not {value!r}"[:200])
+
+
+def _guided(scale: Any) -> bool:
+    """`is_guided`, whose error is a TeacherError here."""
+    _check_number("guidance_scale", scale)
+    try:
+        return is_guided(scale)
+    except InputError as error:
+        raise TeacherError(str(error)) from None
+
+
+def _check_request_finite(request: ScoreRequest | GenerateRequest, latents: str) -> None:
+    _check_finite(latents, getattr(request, latents))
+    guided = {"unconditional": request.unconditional} if _guided(request.guidance_scale) else {}
+    for field, values in ({"conditioning": request.conditioning} | guided).items():
+        for name, value in values.items():
+            _check_finite(f"{field}[{name!r}]", value)
 
 
 def all_finite(value: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 import ray
 
 from raydistill.imports import left_out
-from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, rows_from_wire
+from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, check_payload, rows_from_wire
 
 if TYPE_CHECKING:
     import torch
@@ -87,10 +87,12 @@ class TeacherRank:
 
     def predict_x0(self, payload: Payload) -> np.ndarray:
         """x0 estimates of this rank's samples, [b, C, H, W] float32 (b may be 0). Raises TeacherError."""
+        check_payload(payload)
         return self._slices(payload, self._predict_rows)
 
     def sample(self, payload: Payload) -> np.ndarray:
         """Multi-step samples of this rank's noise, [b, C, H, W] float32 (b may be 0). Raises TeacherError."""
+        check_payload(payload)
         return self._slices(payload, self._sample_rows)
 
     def _slices(self, payload: Payload, forward: Forward) -> np.ndarray:

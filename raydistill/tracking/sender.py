@@ -124,7 +124,9 @@ class Sender:
             except Exception as error:  # noqa: BLE001 (tracking must not stop training, whatever its store raises)
                 delay = min(60.0, max(1.0, 2 * delay))
                 if not self._away:
-                    log.warning("tracking: %s does not answer, will retry: %s", mask("uri", self.uri), reason(error))
+                    log.warning(
+                        "tracking: %s does not answer, will retry: %s", mask("uri", self.uri), reason(error, self.uri)
+                    )
                 self._away = True
 
     def _send_all(self, client: MlflowClient) -> None:
@@ -166,7 +168,7 @@ class Sender:
                         if not self._closed:
                             queue.extendleft(reversed(some))
                     raise
-                log.warning("tracking: %s: %s", loss(some), reason(error))
+                log.warning("tracking: %s: %s", loss(some), reason(error, self.uri))
                 self._done(len(some), lost=True)
             else:
                 self._done(len(some))

@@ -116,6 +116,7 @@ def client_of(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.models.signature"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its warnings repeat a URI's query
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
@@ -153,7 +154,7 @@ def prepare(uri: str) -> None:
                 f"by an older one: install the newer, run `mlflow db upgrade` on the older, or use another ({reason(error)})"
             ) from error
         kind = TrackingAway if _may_pass(error) else TrackingError
-        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error)}") from error
+        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error, uri)}") from error
 
 
 def _of_another_schema(error: BaseException | None) -> bool:
@@ -262,7 +263,7 @@ def open_run(
         describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
     except MlflowException as error:
         kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
-        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error)}") from error
+        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error, uri)}") from error
     return run.info.run_id
 
 

@@ -157,7 +157,7 @@ class SystemMetrics:
             logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
             self._monitor.start()
         except Exception as error:  # noqa: BLE001 (psutil, drivers and the store all have their own)
-            log.warning("system metrics are not recorded: %s", reason(error))
+            log.warning("system metrics are not recorded: %s", reason(error, self._arguments["tracking_uri"]))
             self._monitor = None
         return self
 

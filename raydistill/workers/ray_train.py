@@ -24,7 +24,7 @@ from raydistill.storage.atomic import replace_text
 from raydistill.storage.lease import Lease, check, holding, lease_of
 from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
-from raydistill.teachers.request import TeacherError, TeacherUnavailable
+from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavailable
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
 
@@ -284,7 +284,7 @@ def is_fatal(error: BaseException) -> bool:
     may come back.
     """
     if isinstance(error, TeacherUnavailable):
-        return False
+        return isinstance(error, TeacherGone)
     lasting = (
         ValueError,
         TypeError,

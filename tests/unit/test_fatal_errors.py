@@ -7,14 +7,14 @@ import ray.exceptions
 import torch
 
 from raydistill.errors import InputError, NonFiniteError
-from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherUnavailable
+from raydistill.teachers.request import NonFiniteScores, TeacherError, TeacherGone, TeacherUnavailable
 from raydistill.workers.checkpoint import CheckpointError
 from raydistill.workers.ray_train import fatal_error, forget_fatal_error, is_fatal, recording_fatal_errors
 
 
 @pytest.mark.parametrize(
     "error",
-    [InputError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, torch.OutOfMemoryError],
+    [InputError, NonFiniteError, CheckpointError, NonFiniteScores, TeacherError, TeacherGone, torch.OutOfMemoryError],
 )  # fmt: skip
 def test_wrong_input_and_bad_numbers_last(error, tmp_path):
     assert is_fatal(error("why"))

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 from raydistill.benchmark.idle import IdleRank
-from raydistill.teachers.request import ScoreRequest, TeacherError, all_finite, rows_from_wire, to_wire
+from raydistill.config.schema import TeacherServiceConfig
+from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import (
+    GenerateRequest,
+    ScoreRequest,
+    TeacherError,
+    all_finite,
+    check_payload,
+    rows_from_wire,
+    to_wire,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -107,3 +117,62 @@ def test_a_rank_copies_slice_by_slice_into_the_same_memory_and_answers_with_ever
         answers += [rank._slices(payload, forward).copy() for _ in range(2)][1:]
     assert len(places) == 3 * world
     assert np.array_equal(np.concatenate(answers), payload["latents"])
+
+
+# -- wrong requests ---------------------------------------------------------------------------------------
+
+
+def scores_of(**wrong) -> ScoreRequest:
+    right = {
+        "x_t": torch.zeros(3, 4, 2, 2), "t": torch.full((3,), 0.5), "conditioning": {"a": torch.zeros(3, 5)},
+        "unconditional": {"a": torch.zeros(1, 5)}, "guidance_scale": 2.0,
+    }  # fmt: skip
+    return ScoreRequest(**right | wrong)
+
+
+NOT_NUMBERS = [None, "text", object(), [1.0, 2.0]]
+
+
+@pytest.mark.parametrize("wrong", NOT_NUMBERS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("field", ["x_t", "t", "conditioning", "unconditional", "guidance_scale"])
+def test_a_field_that_is_no_tensor_or_number_is_named_at_the_client(field, wrong):
+    with pytest.raises(TeacherError, match=rf"^{field} |needs {field} rows"):
+        scores_of(**{field: wrong}).payload()
+    if field.endswith("conditional") or field == "conditioning":
+        with pytest.raises(TeacherError, match=rf"^{field}\['a'\]"):
+            scores_of(**{field: {"a": wrong}}).payload()
+
+
+@pytest.mark.parametrize("wrong", [*NOT_NUMBERS, 0, -1, 2.5, float("nan"), True, 10**9], ids=str)
+def test_steps_that_are_no_number_of_steps_are_refused(wrong):
+    request = scores_of()
+    with pytest.raises(TeacherError, match="^steps must be"):
+        GenerateRequest(request.x_t, request.conditioning, request.unconditional, wrong, 2.0).payload()
+
+
+@pytest.mark.parametrize("wrong", [None, {}, GenerateRequest(None, {}, None, 1, 1.0)], ids=lambda v: type(v).__name__)
+def test_a_client_refuses_what_is_no_request(wrong):
+    client = TeacherClient("teacher", TeacherServiceConfig())
+    with pytest.raises(TeacherError, match="must be a ScoreRequest"):
+        client.submit(wrong)
+    with pytest.raises(TeacherError, match="^x_t must be a tensor"):
+        client.submit(scores_of(x_t=None))
+    with pytest.raises(TeacherError, match="^noise must be a tensor"):
+        client.generate(None, {}, None, 4, 1.0)
+    assert client.asked == 0
+
+
+@pytest.mark.parametrize("field", ["latents", "t", "conditioning", "unconditional", "guidance_scale"])
+def test_ranks_check_every_field_of_what_arrives(field):
+    right = scores_of().payload()
+    check_payload(right)
+    check_payload(scores_of(guidance_scale=1.0).payload())
+    check_payload(scores_of(conditioning={"a": torch.zeros(3, 5, dtype=torch.bfloat16)}).payload())
+    for wrong in (None, "text", 3 + 0j, {}, [], np.array(["a"] * 3), np.zeros(7), ("bfloat16", np.zeros(3))):
+        with pytest.raises(TeacherError):
+            check_payload(right | {field: wrong})
+    with pytest.raises(TeacherError, match="a request has "):
+        check_payload({name: value for name, value in right.items() if name != field})
+    for wrong in (None, [], "text", {}, right | {"more": 1}, {1: 2}):
+        with pytest.raises(TeacherError):
+            check_payload(wrong)

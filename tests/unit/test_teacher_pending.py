@@ -85,7 +85,10 @@ class Serve:
         return next((state, pings) for until, state, pings in self.states if self.now < until)
 
     def applications(self):
-        return {"teacher": SimpleNamespace(status=SimpleNamespace(value=self.state()[0]))}
+        state = self.state()[0]
+        if state == "controller restarts":
+            raise RayActorError
+        return {} if state == "absent" else {"teacher": SimpleNamespace(status=SimpleNamespace(value=state))}
 
     def ask(self, payload, place):
         at, answer = self.answers[self.asked]
@@ -125,6 +128,7 @@ def result_on(monkeypatch):
         serve = Serve(states, answers)
         monkeypatch.setattr(pending_module, "time", serve)
         monkeypatch.setattr(pending_module.service, "applications", serve.applications)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
         try:
             PendingScores(serve.client, "predict_x0", None, SHAPE, str).result()
         except TeacherError as error:
@@ -149,6 +153,28 @@ def test_a_service_that_is_away_for_retry_for_s_is_given_up_and_the_request_leav
     away = [(400, "DEPLOYING", False), (5000, "RUNNING", True), (5150, "UNHEALTHY", False), (1e9, "RUNNING", True)]
     serve, error = result_on(away, [(9000, DONE)])
     assert (error, serve.asked) == (None, 1)
+
+
+GONE = "there is no teacher service teacher on this cluster any more"
+
+
+def test_a_service_that_is_gone_is_given_up_at_once_and_not_after_retry_for_s(result_on):
+    serve, error = result_on([(1000, "RUNNING", True), (1e9, "absent", False)], [(1e9, DONE), (1e9, DONE)])
+    assert error.startswith(GONE)
+    assert serve.now < 1000 + 3 * pending_module.LOOK_EVERY_S
+
+
+@pytest.mark.parametrize("state", ["controller restarts", "DEPLOYING", "UNHEALTHY"])
+def test_a_service_that_restarts_is_waited_for(result_on, state):
+    serve, error = result_on([(500, state, False), (1e9, "RUNNING", True)], [(600, DONE)])
+    assert (error, serve.asked) == (None, 1)
+    serve, error = result_on([(1e9, state, False)], [(1e9, DONE)])
+    assert "did not answer for teachers.retry_for_s=600 s" in error
+
+
+def test_a_service_that_is_absent_for_one_look_alone_is_not_given_up(result_on):
+    serve, error = result_on([(2.1, "absent", False), (1e9, "RUNNING", True)], [(1e9, DONE), (5, DONE)])
+    assert (error, serve.asked) == (None, 2)
 
 
 def test_a_request_that_is_too_slow_for_the_ranks_is_tried_twice_and_the_key_is_named(result_on):
