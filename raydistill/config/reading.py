@@ -20,7 +20,10 @@ from pydantic.fields import FieldInfo
 from raydistill.config.schema import Config, Free, Section, trains_bridge
 from raydistill.errors import InputError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel they lie in the package (setup.py), in a checkout beside it.
+CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+NO_RUNS = {"kuberay"}  # files there that describe clusters
 
 
 def fields(
@@ -36,16 +39,21 @@ def fields(
 
 
 def nearest(key: str) -> str:
-    """« did you mean …?» for an unknown key, or an empty string."""
+    """« did you mean …?» for an unknown key, or an empty string. All keys whose last part it is are named."""
     keys = [name for name, *_ in fields()]
     section, _, leaf = key.rpartition(".")
+    leaves = {k.rpartition(".")[2] for k in keys}
     if not section:
-        close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
+        close = [k for k in keys if k.rpartition(".")[2] == leaf]
+        close = close or difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
+        close = close or [k for k in keys if k.rpartition(".")[2] in near]
     else:
         close = difflib.get_close_matches(key, [k for k in keys if k.startswith(f"{section}.")], n=1, cutoff=0.8)
         close = close or [k for k in keys if k.rpartition(".")[2] == leaf]
         close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    *first, last = close or [""]
+    return f"; did you mean {', '.join(first) + ' or ' if first else ''}{last}?" if close else ""
 
 
 def _merge(base: dict, extra: dict) -> dict:
@@ -85,8 +93,26 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
 
 
+def shipped() -> list[str]:
+    """Names of the configurations of the package, as `--config` takes them."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in NO_RUNS)
+
+
+def find_config(name: str | Path, beside: Path | None = None) -> Path:
+    """The file that `--config`, or `extends:` in a file of the folder `beside`, names.
+
+    A file of that path comes first. Otherwise it is the name of a shipped one: `sdxl_sd15`, `teachers/sdxl`. Where there is
+    neither, the path is returned as it was named.
+    """
+    path = Path(name).expanduser() if beside is None else beside / name
+    if path.is_file():
+        return path
+    ours = CONFIGS / f"{str(name).removesuffix('.yaml')}.yaml"
+    return ours if not Path(name).is_absolute() and ours.is_file() else path
+
+
 def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dict[str, str]]:
-    """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
+    """One YAML file on top of those that its `extends:` names: a file relative to it, a shipped name, or a list; later ones win.
 
     Returns:
         the tree, and for every dotted key the file that it comes from.
@@ -97,8 +123,9 @@ def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dic
     if not file.is_file():
         if extended_by:
             raise InputError(f"{extended_by[-1]}: extends {file}, which does not exist")
-        known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
-        raise InputError(f"--config {file}: no such file" + (f" (configs/ has: {known})" if known else ""))
+        close = difflib.get_close_matches(file.stem, shipped(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(shipped())}"
+        raise InputError(f"--config {file}: no such file, and no shipped configuration; {hint}")
     if file.resolve() in (other.resolve() for other in extended_by):
         raise InputError(f"{extended_by[-1]}: extends {file}, which extends it")
     try:
@@ -114,7 +141,7 @@ def read_yaml(file: Path, extended_by: tuple[Path, ...] = ()) -> tuple[dict, dic
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
-        part, part_origins = read_yaml(file.parent / name, (*extended_by, file))
+        part, part_origins = read_yaml(find_config(name, file.parent), (*extended_by, file))
         below, origins = _merge(below, part), origins | part_origins
     return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
 
@@ -166,8 +193,8 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises InputError."""
-    tree, origins = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
+    """Read a YAML file, or a shipped configuration by name (default: shapes), override, validate. Raises InputError."""
+    tree, origins = read_yaml(find_config(file or "shapes"))
     for text in overrides:
         extra = _override(text)
         tree = _merge(tree, extra)

@@ -2,7 +2,7 @@
 
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
-2  wrong input, or another living job has the run; nothing was started
+2  wrong input, an impossible request, or another living job has the run; nothing was started
 75 asked to leave by SIGTERM or Ctrl-C (EX_TEMPFAIL: try again); the same run.name continues it
 """
 
@@ -11,13 +11,14 @@ from __future__ import annotations
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import changed
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
-from raydistill.errors import StageFailed
+from raydistill.errors import InputError, StageFailed
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
 if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, diffusers and Ray take seconds
@@ -29,59 +30,119 @@ RESUMABLE = 75
 RunFunction = Callable[[Config, "RunFolder", "Inputs"], Any]
 
 
-def run_job(
-    purpose: str,
-    run: str | RunFunction,
-    result: str,
-    *,
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
-    check: str | RunFunction | None = None,
-    roles: Sequence[str] | None = None,
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """Body of a job's `main`; returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A kind of run.
 
-    Args:
-        purpose: first lines of --help.
+    Attributes:
         run: the run, which raises StageFailed; "module:function", loaded once the command line is known to be right.
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises InputError.
         roles: those of `planning.memory.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
+        extends: a finished run goes on where it is asked for more (`driver.finished`).
+    """
+
+    run: str | RunFunction
+    result: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check: str | RunFunction | None = None
+    roles: Sequence[str] | None = None
+    extends: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed its checks; nothing is started.
+
+    Attributes:
+        inputs: None where the run is finished, and nothing is left to do.
+        extended: what a finished run is to have besides.
+        notes: lines for people.
+    """
+
+    config: Config
+    folder: RunFolder
+    inputs: Inputs | None = None
+    extended: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def prepare(job: Job, config: Config) -> Prepared:
+    """Check everything that can be checked before anything starts. Raises ValueError, one line a mistake."""
+    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
+    from raydistill.driver import finished, room
+    from raydistill.driver.preflight import check_inputs
+    from raydistill.driver.run_folder import open_run_folder, pin_models
+
+    config = changed(config, job.changes)
+    folder = open_run_folder(config, job.result)
+    extended: list[str] = []
+    if (folder.path / job.result).is_file():
+        extended = finished.additions(folder, config) if job.extends else []
+        if not extended:
+            notes = [f"run {folder.name} is finished: {folder.path / job.result}"]
+            if ignored := finished.unused(folder, config):
+                notes.append(
+                    f"changed since, and not used by a finished run: {'; '.join(ignored)} (use another run.name)"
+                )
+            return Prepared(config, folder, notes=tuple(notes))
+    config = pin_models(config, folder)
+    inputs = check_inputs(config)
+    if job.check is not None:
+        _loaded(job.check)(config, folder, inputs)
+    _loaded(job.run)
+    room.check_machine(config, job.roles)
+    notes = [f"run {folder.name} was finished, and is extended: {', '.join(extended)}"] if extended else []
+    return Prepared(config, folder, inputs, tuple(extended), (*notes, *_check_gpus(config, job.roles)))
+
+
+def carry_out(job: Job, prepared: Prepared) -> Any:
+    """Run it on Ray; returns what the job's function returns.
+
+    Raises:
+        RunLocked: another living job has the run.
+        InputError: the cluster could never place it.
+        Stopped: it was asked to leave.
+        StageFailed, OSError: it failed; what it reached is kept.
+    """
+    # as in `prepare`
+    from raydistill.driver import finished, room
+    from raydistill.driver.cluster import connected
+    from raydistill.driver.run_folder import create_run_folder
+
+    config, folder = prepared.config, prepared.folder
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder.path), connected(), stop_on_signals():
+        room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
+        if prepared.extended:
+            finished.reopen(folder, config)
+        create_run_folder(folder, config)
+        return _loaded(job.run)(config, folder, prepared.inputs)
+
+
+def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> int:
+    """Body of a command's `main`; returns the exit code.
+
+    Args:
+        purpose: first lines of --help.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
-    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
-    from raydistill.driver.cluster import connected
-    from raydistill.driver.preflight import check_inputs
-    from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
-
     try:
-        config = changed(config, changes or {})
-        folder = open_run_folder(config)
-        if (folder.path / result).is_file():
-            print(f"run {folder.name} is finished: {folder.path / result}")
-            return 0
-        config = pin_models(config, folder)
-        inputs = check_inputs(config)
-        if check is not None:
-            _loaded(check)(config, folder, inputs)
-        stages = _loaded(run)
-        for line in _check_gpus(config, roles):
-            print(line, flush=True)
+        prepared = prepare(job, config)
     except ValueError as error:  # every error of wrong input is one, and says what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    again = f"run {folder.name} can be continued with run.name={folder.name}"
+        return _refused(error)
+    for line in prepared.notes:
+        print(line, flush=True)
+    if prepared.inputs is None:
+        return 0
+    name = prepared.folder.name
+    again = f"run {name} can be continued with run.name={name}"
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with lock_run(folder.path):
-            create_run_folder(folder, config)
-            with connected(), stop_on_signals():
-                stages(config, folder, inputs)
-    except RunLocked as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        carry_out(job, prepared)
+    except (InputError, RunLocked) as error:
+        return _refused(error)
     except Stopped as stopped:
         print(f"{stopped}\n{again}", file=sys.stderr)
         return RESUMABLE
@@ -89,6 +150,12 @@ def run_job(
         print(f"error: {error}\n{again}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refused(error: ValueError) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _loaded(function: str | RunFunction) -> RunFunction:
