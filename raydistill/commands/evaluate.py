@@ -115,16 +115,52 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
     return Evaluation(**found, resources=resources, folder=folder, settings=settings)
 
 
+def prepare_evaluation(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
+    """The checked evaluation, and MLflow's URI. Raises ValueError or TrackingError; starts nothing."""
+    # once the command line is known to be right: torch, Ray and mlflow take seconds
+    from raydistill.driver.evaluation import check_room, pools_of
+    from raydistill.driver.room import this_machine
+    from raydistill.evaluation.mlflow_log import store_of
+    from raydistill.tracking.store import prepare
+
+    evaluation = evaluation_of(arguments)
+    uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
+    prepare(uri)
+    if (have := this_machine()) is not None:
+        check_room(pools_of(evaluation), have)
+    return evaluation, uri
+
+
+def carry_out_evaluation(
+    evaluation: Evaluation, uri: str, arguments: argparse.Namespace
+) -> tuple[dict[str, dict[str, float]], str, str | None]:
+    """(table of means, MLflow run, the run above it or None). Raises InputError, StageFailed or TrackingError."""
+    # Ray, once everything is checked
+    from tqdm import tqdm
+
+    # likewise
+    from raydistill.driver.cluster import connected
+    from raydistill.driver.evaluation import run_evaluation
+    from raydistill.evaluation.mlflow_log import log_results
+
+    pictures = len(evaluation.pictures)
+    with connected(), tqdm(total=pictures, desc="evaluate", unit="picture", disable=None) as bar:
+        table = run_evaluation(evaluation, bar.update)
+    return table, *log_results(evaluation, table, uri, arguments.experiment, arguments.storage)
+
+
 def main() -> int:
     arguments = arguments_of()
     # after the command line is known to be right: torch, Ray and mlflow take seconds
-    from raydistill.evaluation.mlflow_log import log_results, store_of
-    from raydistill.tracking.store import TrackingError, prepare, ui_command
+    from rich.console import Console
+
+    # likewise
+    from raydistill.errors import InputError, StageFailed
+    from raydistill.evaluation.summary import table as table_of
+    from raydistill.tracking.store import TrackingError, ui_command
 
     try:
-        evaluation = evaluation_of(arguments)
-        uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
-        prepare(uri)
+        evaluation, uri = prepare_evaluation(arguments)
     except TrackingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -134,21 +170,10 @@ def main() -> int:
     print(
         f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}", flush=True
     )
-
-    # Ray, once everything is checked
-    from rich.console import Console
-    from tqdm import tqdm
-
-    # likewise
-    from raydistill.driver.cluster import connected
-    from raydistill.driver.evaluation import run_evaluation
-    from raydistill.errors import StageFailed
-    from raydistill.evaluation.summary import table as table_of
-
     try:
-        with connected(), tqdm(total=pictures, desc="evaluate", unit="picture", disable=None) as bar:
-            table = run_evaluation(evaluation, bar.update)
-        run_id, parent = log_results(evaluation, table, uri, arguments.experiment, arguments.storage)
+        table, run_id, parent = carry_out_evaluation(evaluation, uri, arguments)
+    except InputError as error:  # the cluster could never place it
+        return report_error(error)
     except (StageFailed, TrackingError) as error:
         print(f"error: {error}\nthe same command goes on where this stopped", file=sys.stderr)
         return 1

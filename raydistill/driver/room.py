@@ -32,10 +32,16 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         yield [worker_need(config)]
 
 
+def this_machine() -> dict[str, float] | None:
+    """What a cluster of our own on this machine would have; None: the job would join another."""
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"CPU": float(get_num_cpus(True)), "GPU": float(torch.cuda.device_count())}
+
+
 def check_machine(config: Config, roles: Sequence[str] | None = None) -> None:
     """Raises InputError where this machine is too small for a run that would start a cluster here; starts nothing."""
-    if not os.environ.get("RAY_ADDRESS"):
-        have = {"CPU": float(get_num_cpus(True)), "GPU": float(torch.cuda.device_count())}
+    if (have := this_machine()) is not None:
         _check(config, roles, [({}, have)], "this machine, which has no cluster (RAY_ADDRESS names none)")
 
 
