@@ -83,7 +83,7 @@ def _imports() -> dict[str, float]:
     kinds = {
         "nothing": "pass",
         "the job": "import raydistill.driver.preflight, raydistill.driver.pipeline",
-        "a trainer": "import raydistill.workers.distill, raydistill.distill.updates",
+        "a trainer": "import raydistill.workers.distill, raydistill.distillation.updates",
         "a teacher rank": "import raydistill.spaces, raydistill.teachers.zero3",
         "a text encoder": "import raydistill.data.encode",
     }

@@ -17,7 +17,7 @@ LAYERS = (  # rooms of one line do not know each other; a room knows those of th
     {"teachers"},
     {"data"},
     {"bridge"},
-    {"distill", "export"},
+    {"distillation", "export"},
     {"evaluation", "planning", "build_shapes"},
     {"workers"},
     {"driver"},
