@@ -125,9 +125,9 @@ def prepare_evaluation(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
 
     evaluation = evaluation_of(arguments)
     uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
-    prepare(uri)
     if (have := this_machine()) is not None:
         check_room(pools_of(evaluation), have)
+    prepare(uri)  # last: it makes the store
     return evaluation, uri
 
 

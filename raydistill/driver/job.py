@@ -87,12 +87,12 @@ def prepare(job: Job, config: Config) -> Prepared:
                     f"changed since, and not used by a finished run: {'; '.join(ignored)} (use another run.name)"
                 )
             return Prepared(config, folder, notes=tuple(notes))
+    room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
     config = pin_models(config, folder)
     inputs = check_inputs(config)
     if job.check is not None:
         _loaded(job.check)(config, folder, inputs)
     _loaded(job.run)
-    room.check_machine(config, job.roles)
     notes = [f"run {folder.name} was finished, and is extended: {', '.join(extended)}"] if extended else []
     return Prepared(config, folder, inputs, tuple(extended), (*notes, *_check_gpus(config, job.roles)))
 

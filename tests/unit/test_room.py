@@ -32,13 +32,19 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize(("overrides", "message"), IMPOSSIBLE, ids=lambda it: it[0] if isinstance(it, list) else "")
-def test_an_impossible_run_ends_with_two_and_leaves_nothing(two_cores, run_script, tmp_path, overrides, message):
-    code, output, error = run_script("distill", f"storage={tmp_path / 'storage'}", "run.name=mine", *overrides)
+def test_what_is_too_much_for_this_machine_is_named(two_cores, overrides, message):
+    with pytest.raises(InputError, match="this machine, which has no cluster") as error:
+        room.check_machine(load(overrides=overrides))
+    assert message in str(error.value)
+
+
+def test_an_impossible_run_ends_with_two_and_leaves_nothing(two_cores, run_script, tmp_path):
+    gpus = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1"]
+    code, output, error = run_script("distill", f"storage={tmp_path / 'storage'}", "run.name=mine", *gpus)
     assert code == 2
-    assert message in error
-    assert "this machine, which has no cluster" in error
+    assert "teacher ranks cannot be placed: asked for 2 of 0.2 CPU + 1 GPU each, room for 0" in error
     assert "fits" not in output
-    assert not (tmp_path / "storage" / "mine").exists()
+    assert not (tmp_path / "storage").exists()
 
 
 def test_the_default_run_has_room_on_two_cores(two_cores):
@@ -78,9 +84,10 @@ def test_a_cluster_is_believed_where_an_autoscaler_can_add_nodes(monkeypatch):
     room.check_cluster(load(overrides=["distill.workers=64"]))
 
 
-@pytest.mark.parametrize("asked", [["--gpus", "1"], ["--actors", "64"]])
-def test_an_impossible_evaluation_ends_with_two_and_leaves_nothing(two_cores, run_script, tmp_path, asked):
-    code, _, error = run_script("evaluate", "shapes:flux", "--steps", 2, "--count", 2, "--storage", tmp_path, *asked)
+def test_an_impossible_evaluation_ends_with_two_and_leaves_nothing(two_cores, run_script, tmp_path):
+    code, _, error = run_script(
+        "evaluate", "shapes:flux", "--steps", 2, "--count", 2, "--storage", tmp_path, "--gpus", 1
+    )
     assert code == 2
-    assert "the actors need" in error
-    assert not (tmp_path / "evaluations").exists()
+    assert "the actors need 1 GPU at once, and there are 0" in error
+    assert not list(tmp_path.iterdir())
