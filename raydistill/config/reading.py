@@ -194,7 +194,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a shipped configuration by name (default: shapes), override, validate. Raises InputError."""
-    tree, origins = read_yaml(find_config(file or "shapes"))
+    tree, origins = read_yaml(find_config(file) if file else CONFIGS / "shapes.yaml")
     for text in overrides:
         extra = _override(text)
         tree = _merge(tree, extra)

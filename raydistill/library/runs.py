@@ -91,6 +91,9 @@ def distill(config: Config | str | Path | None = None, *overrides: str) -> Run:
 # -- evaluation -------------------------------------------------------------------------------------------
 
 
+PLACES = {"out", "prompt_sets", "reference"}  # options of `evaluate` that are paths
+
+
 @dataclass(frozen=True)
 class Scores:
     """An evaluation's result.
@@ -122,7 +125,7 @@ def evaluate(
     prompts: str | Path = "heldout",
     metrics: Sequence[str] = ("judge",),
     count: int | None = None,
-    storage: str | Path = "outputs",
+    storage: str | Path | None = None,
     **options: Any,
 ) -> Scores:
     """Draw the pictures of a prompt set and score them, as `raydistill evaluate` does.
@@ -132,7 +135,7 @@ def evaluate(
         prompts: a file, or the name of a set.
         metrics: names, such as judge or clipscore.
         count: pictures; None: one a prompt.
-        storage: where runs and evaluations are.
+        storage: where runs and evaluations are; None: where the Run is, else outputs.
         options: the command's other options with underscores: seed, steps, guidance, unet, start_timestep, out, gpus, …
 
     Raises:
@@ -141,7 +144,10 @@ def evaluate(
         TypeError: an option that the command does not have.
     """
     name = str(model.folder if isinstance(model, Run) else model)
+    if storage is None:
+        storage = model.folder.parent if isinstance(model, Run) else "outputs"
     given = {"prompts": str(prompts), "metrics": list(metrics), "count": count, "storage": to_place(str(storage))}
+    given |= {key: to_place(str(options.pop(key))) for key in PLACES & options.keys() if options[key] is not None}
     known = vars(arguments_of([name]))
     if unknown := options.keys() - known.keys():
         raise TypeError(
