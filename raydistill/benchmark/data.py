@@ -19,7 +19,7 @@ from raydistill.config.reading import load
 from raydistill.data.encode import CACHE_BYTES
 from raydistill.data.prompts import PromptSet, read_prompts, training_prompts
 from raydistill.data.stream import conditioned_batches
-from raydistill.distill.schedule import distillation_step
+from raydistill.distillation.schedule import distillation_step
 from raydistill.driver.cluster import connected
 from raydistill.storage.resolve import resolve
 

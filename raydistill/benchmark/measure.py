@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from raydistill.config.command_line import program
+
 
 def option(parser: argparse.ArgumentParser, name: str, default: Any, help: str, **more: Any) -> None:
     """An option of its default's type: False makes a flag, a sequence any number of values."""
@@ -46,8 +48,7 @@ def cores() -> int:
 
 def command() -> str:
     """What was typed."""
-    script = Path(sys.argv[0])
-    return shlex.join(["python", f"jobs/{script.name}" if script.parent.name == "jobs" else script.name, *sys.argv[1:]])
+    return f"{program()} {shlex.join(sys.argv[1:])}"
 
 
 def resident(pid: int | str = "self", kinds: Sequence[str] = ("RssAnon",)) -> int:

@@ -25,7 +25,7 @@ from raydistill.benchmark.measure import answer, in_processes, markdown, option,
 from raydistill.benchmark.models import score_inputs, zero3_group
 from raydistill.config.reading import load
 from raydistill.config.schema import Config
-from raydistill.distill.schedule import distillation_step
+from raydistill.distillation.schedule import distillation_step
 from raydistill.planning import counting
 from raydistill.spaces import load_space
 from raydistill.spaces.meta import numel, open_space

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from raydistill.config.reading import load
-from raydistill.distill.local import LocalScores, local_distillation
-from raydistill.distill.updates import Distiller
+from raydistill.distillation.local import LocalScores, local_distillation
+from raydistill.distillation.updates import Distiller
 from raydistill.spaces import Conditioning, Space
 
 

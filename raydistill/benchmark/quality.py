@@ -28,9 +28,9 @@ from raydistill.benchmark.models import score_inputs
 from raydistill.config import reading
 from raydistill.config.schema import Config
 from raydistill.data.prompts import training_prompts
-from raydistill.distill.local import LocalScores, local_distillation
-from raydistill.distill.networks import guidance_scale
-from raydistill.distill.schedule import distillation_step
+from raydistill.distillation.local import LocalScores, local_distillation
+from raydistill.distillation.networks import guidance_scale
+from raydistill.distillation.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, draw_teacher
 from raydistill.evaluation.summary import write_summary
 from raydistill.planning.counting import changed, count_teacher, count_trainer, distiller

@@ -18,7 +18,7 @@ from raydistill.benchmark.models import random_conditioning, random_weights
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import CONFIGS, load
 from raydistill.diffusion.noise import normal
-from raydistill.distill.losses import vsd_gradient, vsd_loss
+from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.spaces.meta import numel, open_space
 from raydistill.spaces.one_step import one_step_x0
 

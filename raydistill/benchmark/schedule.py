@@ -16,9 +16,9 @@ from raydistill.benchmark.idle import idle_service
 from raydistill.benchmark.measure import cores, markdown, median, milliseconds, option
 from raydistill.benchmark.models import default_trainer
 from raydistill.config.schema import TeacherServiceConfig
-from raydistill.distill.local import LocalScores
-from raydistill.distill.schedule import Submit, distillation_step
-from raydistill.distill.updates import Distiller
+from raydistill.distillation.local import LocalScores
+from raydistill.distillation.schedule import Submit, distillation_step
+from raydistill.distillation.updates import Distiller
 from raydistill.driver.cluster import connected
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient

@@ -27,7 +27,7 @@ from raydistill.benchmark.measure import copy_seconds, interleaved, markdown, op
 from raydistill.benchmark.models import score_inputs
 from raydistill.config.reading import CONFIGS, load
 from raydistill.config.schema import TeacherServiceConfig
-from raydistill.distill.networks import guidance_scale
+from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.cluster import connected
 from raydistill.spaces.meta import open_space
 from raydistill.teachers.client import TeacherClient

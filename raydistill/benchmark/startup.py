@@ -15,10 +15,8 @@ from typing import Any
 from raydistill.background import in_background
 from raydistill.benchmark.measure import interleaved, markdown, option
 
-JOB = Path(__file__).parents[2] / "jobs" / "distill.py"
-
 EVENTS = {  # a file that appears in the run's folder, or a line that the job prints
-    "checked": ("file", "config.yaml"),
+    "checked": ("file", "owner.json"),
     "connected": ("line", "run "),
     "teachers begun": ("line", "— start teacher"),
     "teachers ready": ("line", "— teacher evaluation"),
@@ -55,8 +53,8 @@ def _start(evaluated: int) -> dict[str, tuple[float, float]]:
     with tempfile.TemporaryDirectory(prefix="raydistill-startup-") as storage:
         folder = Path(storage, "start")
         command = [
-            sys.executable, str(JOB), f"storage={storage}", "run.name=start", "distill.steps=1", "controls=[]",
-            f"evaluation.count={evaluated}", f"evaluation.periodic_count={evaluated}", "evaluation.grid=4",
+            sys.executable, "-m", "raydistill.commands", "distill", f"storage={storage}", "run.name=start", "distill.steps=1",
+            "controls=[]",            f"evaluation.count={evaluated}", f"evaluation.periodic_count={evaluated}", "evaluation.grid=4",
         ]  # fmt: skip
         variables = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
         started, lines, at = time.perf_counter(), [], {None: 0.0}
@@ -85,7 +83,7 @@ def _imports() -> dict[str, float]:
     kinds = {
         "nothing": "pass",
         "the job": "import raydistill.driver.preflight, raydistill.driver.pipeline",
-        "a trainer": "import raydistill.workers.distill, raydistill.distill.updates",
+        "a trainer": "import raydistill.workers.distill, raydistill.distillation.updates",
         "a teacher rank": "import raydistill.spaces, raydistill.teachers.zero3",
         "a text encoder": "import raydistill.data.encode",
     }

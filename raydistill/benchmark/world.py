@@ -23,7 +23,6 @@ from ray.cluster_utils import Cluster
 
 from raydistill.driver.cluster import WITHOUT_DASHBOARD, environment
 
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
 MARK = "RAYDISTILL_WORLD"  # environment variable that all processes of a world inherit
 SPOT = {"raydistill-world": "spot"}  # labels of the node that may be lost
 
@@ -163,9 +162,12 @@ class World:
         return found
 
     def start_job(self, name: str, overrides: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """`jobs/NAME.py`, joined to the cluster; appends what it says to `log`."""
+        """`raydistill NAME`, joined to the cluster; appends what it says to `log`."""
         environment = os.environ | {"RAY_ADDRESS": self.cluster.address}
         with log.open("a") as output:
             return subprocess.Popen(
-                [sys.executable, str(JOBS / f"{name}.py"), *overrides], stdout=output, stderr=output, env=environment
+                [sys.executable, "-m", "raydistill.commands", name, *overrides],
+                stdout=output,
+                stderr=output,
+                env=environment,
             )

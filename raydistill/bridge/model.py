@@ -20,9 +20,11 @@ from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
 from raydistill.config import schema
 from raydistill.errors import InputError
+from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
+from raydistill.storage.resolve import resolve
 
 WEIGHTS_FILE, DESCRIPTION_FILE = "projector.safetensors", "bridge.json"
 SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "vae_sha256")  # of bridge.json
@@ -160,6 +162,14 @@ class Bridge(nn.Module):
             raise ValueError(f"latents must be [B, {self.student.latent_shape[0]}, h, w], not {list(z_student.shape)}")
         return self.projector(z_student if self.prior is None else self.prior(z_student))
 
+    def __repr__(self) -> str:
+        trained = sum(parameter.numel() for parameter in self.trainable_parameters())
+        prior = "no prior" if self.prior is None else "the student decoder's first blocks as prior"
+        return (
+            f"Bridge({Path(self.student.folder).name} -> {Path(self.teacher.folder).name}: "
+            f"{self.architecture.projector} of {trained:,} parameters, {prior})"
+        )
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The projector's; none for the identity."""
         return list(self.projector.parameters())
@@ -198,12 +208,20 @@ class Bridge(nn.Module):
         return folder
 
     @classmethod
-    def load(cls, folder: str | Path, student_space: Space, teacher_space: Space) -> Bridge:
+    def load(cls, folder: str | Path, student: Space | str | Path, teacher: Space | str | Path) -> Bridge:
         """A saved Bridge, frozen and in evaluation mode.
+
+        Args:
+            folder: a path, `shapes:bridge/NAME`, or a URI.
+            student, teacher: the pair, as Spaces or as `load_space` takes them.
 
         Raises:
             InputError: the folder is no Bridge, or belongs to another pair of VAEs.
         """
+        folder = resolve(str(folder))
+        student_space, teacher_space = (
+            side if isinstance(side, Space) else load_space(side) for side in (student, teacher)
+        )
         saved = check_pair(folder, student_space, teacher_space)
         bridge = cls.create(student_space, teacher_space, schema.BridgeConfig(**saved["architecture"]))
         try:

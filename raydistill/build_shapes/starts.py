@@ -16,9 +16,9 @@ from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, read_prompts
 from raydistill.diffusion.noise import normal
-from raydistill.distill.local import LocalScores, local_batches
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.local import LocalScores, local_batches
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.shapes.captions import evaluation_captions, sample_scene, single_scenes
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0

@@ -23,7 +23,10 @@ from raydistill.errors import InputError, mask
 
 CONTROLS = ("no_vsd", "shared_space")  # distillations that a run is compared with
 STAGES = ("synthesis", "bridge", "distill", *CONTROLS)
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+_PACKAGE = Path(__file__).resolve().parents[1]
+# In a wheel they lie in the package (setup.py), in a checkout beside it.
+CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
+NO_RUNS = {"kuberay"}  # files there that describe clusters
 MOST_FILES = 100  # that a configuration extends in all, each as often as it is named
 MOST_SHOWN, MOST_MISTAKES = 100, 20  # characters of a wrong value; mistakes that are told
 
@@ -41,16 +44,21 @@ def fields(
 
 
 def nearest(key: str) -> str:
-    """« did you mean …?» for an unknown key, or an empty string."""
+    """« did you mean …?» for an unknown key, or an empty string. All keys whose last part it is are named."""
     keys = [name for name, *_ in fields()]
     section, _, leaf = key.rpartition(".")
+    leaves = {k.rpartition(".")[2] for k in keys}
     if not section:
-        close = difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.5)
+        close = [k for k in keys if k.rpartition(".")[2] == leaf]
+        close = close or difflib.get_close_matches(key, list(Config.model_fields), n=1, cutoff=0.6)
+        near = difflib.get_close_matches(key, leaves, n=1, cutoff=0.6)
+        close = close or [k for k in keys if k.rpartition(".")[2] in near]
     else:
         close = difflib.get_close_matches(key, [k for k in keys if k.startswith(f"{section}.")], n=1, cutoff=0.8)
         close = close or [k for k in keys if k.rpartition(".")[2] == leaf]
         close = close or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    *first, last = close or [""]
+    return f"; did you mean {', '.join(first) + ' or ' if first else ''}{last}?" if close else ""
 
 
 def _merge(base: dict, extra: dict, around: str = "") -> dict:
@@ -78,10 +86,28 @@ def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
+def shipped() -> list[str]:
+    """Names of the configurations of the package, as `--config` takes them."""
+    return sorted(file.stem for file in CONFIGS.glob("*.yaml") if file.stem not in NO_RUNS)
+
+
+def find_config(name: str | Path, beside: Path | None = None) -> Path:
+    """The file that `--config`, or `extends:` in a file of the folder `beside`, names.
+
+    A file of that path comes first. Otherwise it is the name of a shipped one: `sdxl_sd15`, `teachers/sdxl`. Where there is
+    neither, the path is returned as it was named.
+    """
+    path = Path(name).expanduser() if beside is None else beside / name
+    if path.is_file():
+        return path
+    ours = CONFIGS / f"{str(name).removesuffix('.yaml')}.yaml"
+    return ours if not Path(name).is_absolute() and ours.is_file() else path
+
+
 def read_yaml(
     file: Path, extended_by: tuple[Path, ...] = (), opened: list[Path] | None = None
 ) -> tuple[dict, dict[str, str]]:
-    """One YAML file on top of those that its `extends:` names: a file name relative to it, or a list; later ones win.
+    """One YAML file on top of those that its `extends:` names: a file relative to it, a shipped name, or a list; later ones win.
 
     Args:
         extended_by: the files that lead to this one.
@@ -110,7 +136,7 @@ def read_yaml(
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
-        part, part_origins = read_yaml(file.parent / name, (*extended_by, file), opened)
+        part, part_origins = read_yaml(find_config(name, file.parent), (*extended_by, file), opened)
         below, origins = _merge(below, part), origins | part_origins
     return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
 
@@ -196,8 +222,8 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (default configs/shapes.yaml), apply overrides, validate. Raises InputError."""
-    tree, origins = read_yaml(Path(file) if file else CONFIGS / "shapes.yaml")
+    """Read a YAML file, or a shipped configuration by name (default: shapes), override, validate. Raises InputError."""
+    tree, origins = read_yaml(find_config(file) if file else CONFIGS / "shapes.yaml")
     for text in overrides:
         extra = _override(text)
         tree = _merge(tree, extra)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from raydistill.diffusion import guidance
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _list_without_brackets(cls, value: Any, field: ValidationInfo) -> Any:
+        """`controls=no_vsd,shared_space` and `bridge.depths=2` are lists too."""
+        listed = typing.get_origin(cls.model_fields[str(field.field_name)].annotation) is list
+        if not listed or isinstance(value, bool) or not isinstance(value, str | int):
+            return value
+        return [part.strip() for part in str(value).split(",")]
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What differs from the defaults."""
+        fields = type(self).model_fields
+        return ((name, value) for name, value in super().__repr_args__() if value != fields[str(name)].default)
 
 
 def trains_bridge(config: Config) -> bool:

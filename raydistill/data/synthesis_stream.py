@@ -70,7 +70,7 @@ def synthesise_on_ray(
     writer = recipe.writer(folder, settings.max_failed_rows)
     missing = writer.missing
     if missing:
-        _wait_for_room(settings, recipe.samples)
+        placement.wait_for_room(lambda: actor_needs(settings, recipe.samples))
         batches = _encoded(recipe, list(writer.requests(recipe.batch_size)), settings, client)
         try:
             for batch in batches:
@@ -203,14 +203,11 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
     return rows
 
 
-def _wait_for_room(settings: SynthesisConfig, samples: bool) -> None:
-    """Wait until there is room for all actors, and for a task that reads images.
+def actor_needs(settings: SynthesisConfig, samples: bool) -> list[placement.Need]:
+    """All actors, and a task that reads images.
 
     Ray Data reads images inside the actors where both reserve the same, so that reading needs its own room only beside
     actors on GPUs.
-
-    Raises:
-        StageFailed: there is still none.
     """
     keys = "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder"
     amounts, labels = {"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}, settings.node_labels
@@ -219,7 +216,7 @@ def _wait_for_room(settings: SynthesisConfig, samples: bool) -> None:
     ]
     if not samples and settings.gpus_per_encoder > 0:
         needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
-    placement.wait_for_room(lambda: needs)
+    return needs
 
 
 def _plain(error: RayError) -> Exception:

@@ -10,7 +10,7 @@ a whole set (Fréchet distance, FID) and scorer commands follow when all picture
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from raydistill.data.ray_data import dataset_of
 from raydistill.data.stage_error import StageError
-from raydistill.errors import StageFailed
+from raydistill.errors import InputError, StageFailed
 from raydistill.evaluation.command import run_command
 from raydistill.evaluation.evaluation import Evaluation
 from raydistill.evaluation.folder import DRAW, PICTURES, BatchActor, EvaluationFolder
@@ -119,7 +119,7 @@ def run_stream(
     if not batches:
         return
     pools = [pool for pool in pools if missing[pool.metric]]
-    check_room(pools, ray.cluster_resources())
+    check_room(pools, ray.cluster_resources(), placement.autoscaler_present())
     rows = dataset_of([{"batch": batch} for batch in batches])
     rows.context.raise_original_map_exception = True  # a StageError
     for pool in pools:
@@ -147,16 +147,21 @@ def run_stream(
         raise _failed(cause if isinstance(cause, StageError) else error) from error
 
 
-def check_room(pools: list[ActorPool], cluster: dict[str, float]) -> None:
-    """Raises StageFailed where the actors can never be placed: Ray Data would wait for ever without a word."""
+def check_room(pools: list[ActorPool], have: Mapping[str, float], grows: bool = False) -> None:
+    """Raises InputError where the actors can never be placed: Ray Data would wait for ever without a word.
+
+    Args:
+        have: resources of the cluster, or of this machine.
+        grows: an autoscaler can add nodes.
+    """
     wanted = {
         "CPU": sum(pool.actors * pool.cpus for pool in pools),
-        "GPU": sum(pool.actors * pool.gpus for pool in pools),
+        "GPU": sum(pool.actors * (pool.gpus or 0.0) for pool in pools),
     }
     for kind, amount in wanted.items():
-        if amount > cluster.get(kind, 0.0) + 1e-6 and not placement.autoscaler_present():
-            raise StageFailed(
-                f"the actors need {amount:g} {kind} at once, and the cluster has {cluster.get(kind, 0.0):g}: lower --actors "
+        if not grows and amount > have.get(kind, 0.0) + 1e-6:
+            raise InputError(
+                f"the actors need {amount:g} {kind} at once, and there are {have.get(kind, 0.0):g}: lower --actors "
                 "or --gpus, or give the metrics one after the other"
             )
 

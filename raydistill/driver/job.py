@@ -2,7 +2,7 @@
 
 0  done, or the run was finished already
 1  the run failed; what it reached is kept, and the same run.name continues it
-2  wrong input, or another living job has the run; nothing was started
+2  wrong input, an impossible request, or another living job has the run; nothing was started
 75 asked to leave by SIGTERM or Ctrl-C, or another job has taken the run over (EX_TEMPFAIL: try again); the same
    run.name continues it
 """
@@ -12,17 +12,19 @@ from __future__ import annotations
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import STAGES, changed, stages_of
 from raydistill.config.schema import Config
 from raydistill.driver.run_lock import RunLocked, lock_run
-from raydistill.errors import NonFiniteError, RunLost, StageFailed
+from raydistill.errors import InputError, NonFiniteError, RunLost, StageFailed
 from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
 if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, diffusers and Ray take seconds
+    from raydistill.driver.binding import Binding
     from raydistill.driver.preflight import Inputs
     from raydistill.driver.run_folder import RunFolder
 
@@ -31,65 +33,129 @@ RESUMABLE = 75
 RunFunction = Callable[[Config, "RunFolder", "Inputs"], Any]
 
 
-def run_job(
-    purpose: str,
-    run: str | RunFunction,
-    result: str,
-    *,
-    changes: Mapping[str, Mapping[str, Any]] | None = None,
-    check: str | RunFunction | None = None,
-    roles: Sequence[str] | None = None,
-    stages: Sequence[str] = STAGES,
-    arguments: Sequence[str] | None = None,
-) -> int:
-    """Body of a job's `main`; returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A kind of run.
 
-    Args:
-        purpose: first lines of --help.
+    Attributes:
         run: the run, which raises StageFailed; "module:function", loaded once the command line is known to be right.
         result: file of the run's folder that exists once the run is finished.
         changes: values of configuration sections that this job sets, whatever was typed.
         check: what this job checks beside `check_inputs`; raises InputError.
         roles: those of `planning.memory.ROLES` that this job runs, if not all; they must fit the GPUs they ask for.
         stages: those of a whole run that this job has.
+        extends: a finished run goes on where it is asked for more (`driver.finished`).
+    """
+
+    run: str | RunFunction
+    result: str
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    check: str | RunFunction | None = None
+    roles: Sequence[str] | None = None
+    stages: Sequence[str] = STAGES
+    extends: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that has passed its checks; nothing is started.
+
+    Attributes:
+        inputs: None where the run is finished, and nothing is left to do.
+        binding: what the run's inputs and checkpoints are bound to.
+        extended: what a finished run is to have besides.
+        notes: lines for people.
+    """
+
+    config: Config
+    folder: RunFolder
+    inputs: Inputs | None = None
+    binding: Binding | None = None
+    extended: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def prepare(job: Job, config: Config) -> Prepared:
+    """Check everything that can be checked before anything starts. Raises ValueError, one line a mistake."""
+    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
+    from raydistill.driver import finished, room
+    from raydistill.driver.binding import bind
+    from raydistill.driver.preflight import check_inputs
+    from raydistill.driver.run_folder import open_run_folder, pin_models
+
+    config = changed(config, job.changes)
+    folder = open_run_folder(config, job.result)
+    extended: list[str] = []
+    if (folder.path / job.result).is_file():
+        extended = finished.additions(folder, config) if job.extends else []
+        if not extended:
+            notes = [f"run {folder.name} is finished: {folder.path / job.result}"]
+            if ignored := finished.unused(folder, config):
+                notes.append(
+                    f"changed since, and not used by a finished run: {'; '.join(ignored)} (use another run.name)"
+                )
+            return Prepared(config, folder, notes=tuple(notes))
+    _introduce(config, folder, job.stages)
+    room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
+    config = pin_models(config, folder)
+    inputs = check_inputs(config)
+    binding = bind(config, folder, inputs)
+    if job.check is not None:
+        _loaded(job.check)(config, folder, inputs)
+    _loaded(job.run)
+    notes = [f"run {folder.name} was finished, and is extended: {', '.join(extended)}"] if extended else []
+    return Prepared(config, folder, inputs, binding, tuple(extended), (*notes, *_check_gpus(config, job.roles)))
+
+
+def carry_out(job: Job, prepared: Prepared) -> Any:
+    """Run it on Ray; returns what the job's function returns.
+
+    Raises:
+        RunLocked: another living job has the run.
+        InputError: the cluster could never place it.
+        Stopped: it was asked to leave.
+        RunLost: another job has taken it over.
+        StageFailed, NonFiniteError, OSError: it failed; what it reached is kept.
+    """
+    # as in `prepare`
+    from raydistill.driver import finished, room
+    from raydistill.driver.binding import keep
+    from raydistill.driver.cluster import connected
+    from raydistill.driver.run_folder import create_run_folder
+
+    config, folder = prepared.config, prepared.folder
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder.path), connected(), stop_on_signals():
+        room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
+        if prepared.extended:
+            finished.reopen(folder, config)
+        create_run_folder(folder, config)
+        keep(prepared.binding, folder)
+        return _loaded(job.run)(config, folder, prepared.inputs)
+
+
+def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> int:
+    """Body of a command's `main`; returns the exit code.
+
+    Args:
+        purpose: first lines of --help.
         arguments: of the command line; None: the process's own.
     """
     config = from_command_line(purpose, arguments)
-    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
-    from raydistill.driver.binding import bind, keep
-    from raydistill.driver.cluster import connected
-    from raydistill.driver.preflight import check_inputs
-    from raydistill.driver.run_folder import create_run_folder, open_run_folder, pin_models
-
     try:
-        config = changed(config, changes or {})
-        folder = open_run_folder(config)
-        if (folder.path / result).is_file():
-            screen.say(f"run {folder.name} is finished: {folder.path / result}")
-            return 0
-        _introduce(config, folder, stages)
-        config = pin_models(config, folder)
-        inputs = check_inputs(config)
-        binding = bind(config, folder, inputs)
-        if check is not None:
-            _loaded(check)(config, folder, inputs)
-        body = _loaded(run)
-        for line in _check_gpus(config, roles):
-            screen.say(line)
+        prepared = prepare(job, config)
     except ValueError as error:  # every error of wrong input is one, and says what to do
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    again = f"run {folder.name} can be continued with run.name={folder.name}"
+        return _refused(error)
+    for line in prepared.notes:
+        screen.say(line)
+    if prepared.inputs is None:
+        return 0
+    name = prepared.folder.name
+    again = f"run {name} can be continued with run.name={name}"
     try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with lock_run(folder.path):
-            create_run_folder(folder, config)
-            keep(binding, folder)
-            with connected(), stop_on_signals():
-                body(config, folder, inputs)
-    except RunLocked as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        carry_out(job, prepared)
+    except (InputError, RunLocked) as error:
+        return _refused(error)
     except (Stopped, RunLost) as stopped:
         print(f"{stopped}\n{again}", file=sys.stderr)
         return RESUMABLE
@@ -100,13 +166,19 @@ def run_job(
 
 
 def _introduce(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
-    """What the job is about, before anything is loaded that takes long."""
+    """What the job is about, before the checks that take long."""
     planned = [name for name in stages_of(config) if name in stages]
     screen.plan(planned)
     screen.say(f"run {folder.name}: {config.teacher.model} → {config.student.model}")
     screen.say(f"folder    {folder.path}")
     if len(planned) > 1:
         screen.say("stages    " + ", ".join(f"{number} {name}" for number, name in enumerate(planned, 1)))
+
+
+def _refused(error: ValueError) -> int:
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
 
 
 def _loaded(function: str | RunFunction) -> RunFunction:

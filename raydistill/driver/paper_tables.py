@@ -18,7 +18,7 @@ from typing import Any
 
 from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
 from raydistill.config.schema import Config
-from raydistill.distill.networks import load_unet
+from raydistill.distillation.networks import load_unet
 from raydistill.driver.binding import bind, keep
 from raydistill.driver.pipeline import distil, shared_space
 from raydistill.driver.preflight import Inputs, check_inputs

@@ -14,7 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
-from raydistill.distill.fake_score import truncate
+from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
 from raydistill.shapes.captions import ATTRIBUTES, parse

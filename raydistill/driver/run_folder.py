@@ -48,20 +48,27 @@ class RunFolder:
         replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
 
 
-def open_run_folder(config: Config) -> RunFolder:
-    """Folder of this run; an existing name is resumed unless a key that decides its numbers has changed."""
+def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
+    """Folder of this run; an existing name is resumed unless a key that decides its numbers has changed.
+
+    Args:
+        result: file that a finished run has; the error then says what can be done with such a run.
+    """
     storage = check_storage(config)
     name = config.run.name or f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     run = RunFolder(storage, name)
     with as_storage_error(storage):
         run.recall()
-    if (saved := _saved(run)) is not None:
+    if (saved := saved_config(run)) is not None:
         before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
         others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if others:
+            finished = result is not None and (run.path / result).is_file()
+            state = "is finished" if finished else "exists"
+            extend = " (a larger distill.steps alone would extend it)" if result == "summary.json" else ""
             raise InputError(
-                f"run.name={name} exists with other settings, and a resume must not change them: {'; '.join(others)}. "
-                "Use another run.name, or the old settings"
+                f"run.name={name} {state} with other settings, and a resume must not change them: {'; '.join(others)}. "
+                f"Use another run.name, or the old settings{extend if finished else ''}"
             )
     return run
 
@@ -75,7 +82,7 @@ def pin_models(config: Config, run: RunFolder) -> Config:
     Raises:
         InputError: a model cannot be fetched; names the key.
     """
-    if (saved := _saved(run)) is not None:
+    if (saved := saved_config(run)) is not None:
         config = _of_revisions(config, saved)
     models = {}
     for key in HUB_KEYS:
@@ -104,7 +111,7 @@ def _with_models(config: Config, models: Mapping[str, str]) -> Config:
     return changed(config, sections)
 
 
-def _saved(run: RunFolder) -> Config | None:
+def saved_config(run: RunFolder) -> Config | None:
     """The configuration that the run has had; None: the run is new. Raises InputError naming the file."""
     file = run.path / "config.yaml"
     with as_storage_error(run.storage):

@@ -13,7 +13,7 @@ from raydistill.background import in_background
 from raydistill.config.schema import Config
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
-from raydistill.distill.networks import guidance_scale
+from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts, draw_teacher

@@ -14,11 +14,17 @@ DTYPES = ("float32", "float16", "bfloat16")
 STUDENT_HELP = "export's folder, run's name or folder, URI of one, or MLflow run id"
 
 
+class _Paragraphs(argparse.HelpFormatter):
+    """Wraps each paragraph to the terminal. One with indented lines, as examples are, stays as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(p if "\n  " in p else super(_Paragraphs, self)._fill_text(p, width, indent) for p in parts)
+
+
 def parser_of(description: str | None, examples: str) -> argparse.ArgumentParser:
     """A parser with --storage."""
-    parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=_Paragraphs)
     parser.add_argument("--storage", type=place_argument, default=Path("outputs"), metavar="FOLDER",
                         help="where runs are (default: outputs)")  # fmt: skip
     return parser

@@ -26,10 +26,10 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
 from raydistill.diffusion.guidance import is_guided
-from raydistill.distill.batches import Real
-from raydistill.distill.gradients import alone
-from raydistill.distill.networks import guidance_scale
-from raydistill.distill.updates import Distiller, build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.gradients import alone
+from raydistill.distillation.networks import guidance_scale
+from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.planning.meter import Cost, Meter, counted
 from raydistill.spaces import meta
 from raydistill.spaces.base import Space

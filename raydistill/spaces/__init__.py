@@ -33,7 +33,7 @@ from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
 from raydistill.spaces.z_image import ZImageSpace
-from raydistill.storage.staging import on_this_machine
+from raydistill.storage.resolve import resolve
 
 Family = TypeVar("Family", bound=type[Space])
 ENTRY_POINTS = "raydistill.families"
@@ -112,15 +112,16 @@ def hub_models() -> dict[str, HubModel]:
 
 
 def load_space(folder: str | Path, family: str | None = None) -> Space:
-    """The Space of a diffusers pipeline folder.
+    """The Space of a diffusers pipeline folder, of a part of the miniature world (`shapes:flux`), or of a hub model.
 
     Args:
+        folder: a path, `shapes:NAME`, a URI, or `org/name[@revision]`; what is not here is fetched.
         family: the pipeline class it must be, or None for any known one.
 
     Raises:
         InputError: not a pipeline folder, or of an unknown or another family.
     """
-    folder = on_this_machine(folder)
+    folder = resolve(str(folder))
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")

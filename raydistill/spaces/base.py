@@ -115,6 +115,14 @@ class LatentSpace(ModelFolder, ABC):
 class Space(LatentSpace):
     """One pipeline folder, read as a member of its family."""
 
+    def __repr__(self) -> str:
+        try:
+            channels, height, width = self.latent_shape
+            sizes = f": latents {channels}x{height}x{width}, {self.resolution} px"
+        except Exception:  # a damaged folder, which whoever shows it may want to know by name
+            sizes = ""
+        return f"{type(self).__name__}({str(self.folder)!r}{sizes})"
+
     hub_models: ClassVar[Mapping[str, HubModel]] = {}  # public models of the family, by hub id
     lora_targets: ClassVar[tuple[str, ...]]  # linear layers a LoRA adapts
     default_guidance_scale: ClassVar[float]

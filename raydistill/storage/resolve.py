@@ -93,18 +93,35 @@ def resolve(path: str) -> Path:
 
 
 def check_paths(config: Config, keys: Sequence[str]) -> None:
-    """Every named path must exist; models of the hub and URIs are fetched. Raises InputError naming key and path."""
-    for key in keys:
-        value = get(config, key)
-        try:
-            if value is None or (found := local_path(value)).exists():
-                continue
-            if key in HUB_KEYS and is_hub_id(value):
-                download(value)
-                continue
-        except (InputError, OSError) as error:
-            raise InputError(f"{key}: {error}") from None
-        raise InputError(f"{key}: {value} does not exist (looked at {found})")
+    """Every named path must exist; models of the hub and URIs are fetched.
+
+    Raises InputError: one line for each that cannot be used, with key and path. Hub models are fetched when all else is there.
+    """
+    wrong: list[str] = []
+    for keys_now in (
+        [key for key in keys if not _of_hub(config, key)],
+        [key for key in keys if _of_hub(config, key)],
+    ):
+        for key in keys_now:
+            try:
+                _check_path(key, get(config, key))
+            except (InputError, OSError) as error:
+                wrong.append(f"{key}: {error}")
+        if wrong:
+            raise InputError("\n".join(wrong))
+
+
+def _of_hub(config: Config, key: str) -> bool:
+    value = get(config, key)
+    return key in HUB_KEYS and is_hub_id(value) and not local_path(value).exists()
+
+
+def _check_path(key: str, value: str | None) -> None:
+    if value is None or (found := local_path(value)).exists():
+        return
+    if key not in HUB_KEYS or not is_hub_id(value):
+        raise InputError(f"{value} does not exist (looked at {found})")
+    download(value)
 
 
 def check_storage(config: Config) -> Place:

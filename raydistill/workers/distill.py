@@ -19,8 +19,8 @@ import torch
 from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import Distiller
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import Distiller
 from raydistill.errors import NonFiniteError
 from raydistill.storage import lease
 from raydistill.storage.atomic import scratch

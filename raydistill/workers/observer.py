@@ -11,8 +11,8 @@ import torch
 from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
-from raydistill.distill.networks import Networks
-from raydistill.distill.updates import Distiller
+from raydistill.distillation.networks import Networks
+from raydistill.distillation.updates import Distiller
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures

@@ -14,10 +14,10 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
 from raydistill.data.stream import conditioned_batches, own_rows
-from raydistill.distill.batches import Made
-from raydistill.distill.gradients import alone
-from raydistill.distill.networks import guidance_scale, load_real, load_unet
-from raydistill.distill.updates import Distiller, build_distiller
+from raydistill.distillation.batches import Made
+from raydistill.distillation.gradients import alone
+from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.spaces import Conditioning, load_space
 from raydistill.storage.resolve import resolve

@@ -114,34 +114,50 @@ def wait_for_room(config: Config, service: str | None = None, encoders: bool = T
     Raises:
         StageFailed: there is still none, and no node can be added; Ray Train would wait for ever.
     """
-    distill, prompts, teachers = config.distill, config.prompts, config.teachers
 
     def needs() -> list[placement.Need]:
-        placed = sum(state == "CREATED" for state in placement.groups(service)) if service else teachers.replicas
-        ranks = placement.Need(
-            "teacher ranks",
-            max(0, teachers.replicas - placed) * teachers.shards,
-            {"CPU": teachers.cpus_per_rank, "GPU": teachers.gpus_per_rank},
-            "teachers.replicas, teachers.cpus_per_rank or teachers.gpus_per_rank",
-            teachers.node_labels,
-        )
-        workers = placement.Need(
-            "train workers",
-            distill.fewest,
-            {"CPU": distill.cpus_per_worker, "GPU": distill.gpus_per_worker},
-            "distill.workers (or set distill.min_workers), distill.cpus_per_worker or distill.gpus_per_worker",
-            distill.node_labels,
-        )
-        texts = placement.Need(
-            "text encoders",
-            distill.fewest * prompts.encoders,
-            {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder},
-            "prompts.encoders, prompts.cpus_per_encoder or prompts.gpus_per_encoder",
-            prompts.node_labels,
-        )
-        return [ranks, workers, *([texts] if encoders else [])]
+        replicas = config.teachers.replicas
+        placed = sum(state == "CREATED" for state in placement.groups(service)) if service else replicas
+        texts = [encoder_need(config)] if encoders else []
+        return [rank_need(config, max(0, replicas - placed)), worker_need(config), *texts]
 
     placement.wait_for_room(needs)
+
+
+def rank_need(config: Config, replicas: int) -> placement.Need:
+    """The ranks of so many replicas."""
+    teachers = config.teachers
+    return placement.Need(
+        "teacher ranks",
+        replicas * teachers.shards,
+        {"CPU": teachers.cpus_per_rank, "GPU": teachers.gpus_per_rank},
+        "teachers.replicas, teachers.cpus_per_rank or teachers.gpus_per_rank",
+        teachers.node_labels,
+    )
+
+
+def worker_need(config: Config) -> placement.Need:
+    """The fewest workers that will do."""
+    distill = config.distill
+    return placement.Need(
+        "train workers",
+        distill.fewest,
+        {"CPU": distill.cpus_per_worker, "GPU": distill.gpus_per_worker},
+        "distill.workers (or set distill.min_workers), distill.cpus_per_worker or distill.gpus_per_worker",
+        distill.node_labels,
+    )
+
+
+def encoder_need(config: Config) -> placement.Need:
+    """The text encoders of these workers."""
+    prompts = config.prompts
+    return placement.Need(
+        "text encoders",
+        config.distill.fewest * prompts.encoders,
+        {"CPU": prompts.cpus_per_encoder, "GPU": prompts.gpus_per_encoder},
+        "prompts.encoders, prompts.cpus_per_encoder or prompts.gpus_per_encoder",
+        prompts.node_labels,
+    )
 
 
 def fit(

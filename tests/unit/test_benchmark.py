@@ -13,7 +13,7 @@ from raydistill.benchmark import SECTIONS, measure, models
 from raydistill.benchmark import gpu as gpu_section
 from raydistill.benchmark import scale as scale_section
 from raydistill.benchmark import schedule as schedule_section
-from raydistill.distill import batches, schedule, updates
+from raydistill.distillation import batches, schedule, updates
 
 pytestmark = pytest.mark.full
 

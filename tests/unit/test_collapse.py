@@ -13,12 +13,12 @@ import torch
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet
-from raydistill.distill.batches import Real
-from raydistill.distill.collapse import CollapseAlarm, drift, mean_and_std, moments
-from raydistill.distill.losses import require_finite
-from raydistill.distill.networks import load_unet
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.collapse import CollapseAlarm, drift, mean_and_std, moments
+from raydistill.distillation.losses import require_finite
+from raydistill.distillation.networks import load_unet
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space

@@ -13,10 +13,10 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptEncoder
 from raydistill.data.pairs import PairSet
-from raydistill.distill.batches import Real
-from raydistill.distill.networks import load_unet
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.networks import load_unet
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -129,7 +129,7 @@ def test_gradients_point_where_those_of_float32_do(request, which, in_bfloat16):
 def test_a_student_whose_x0_multiplies_rounding_must_stay_float32(late, monkeypatch):
     """What the exception is for: in bfloat16 its gradient is another one."""
     _, exact = late.step()
-    monkeypatch.setattr("raydistill.distill.networks.MAX_GAIN", 100.0)
+    monkeypatch.setattr("raydistill.distillation.networks.MAX_GAIN", 100.0)
     worker, rounded = late.step("distill.mixed_precision=true")
     assert worker.networks.student_in_bfloat16
     assert cosine(rounded["student"], exact["student"]) < 0.99

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,9 @@ import pytest
 import torch
 from evaluation_folders import folder_of, items_of
 
+from raydistill.commands.evaluate import arguments_of, evaluation_of
 from raydistill.data.stage_error import StageError
-from raydistill.errors import InputError, StageFailed
+from raydistill.errors import InputError
 from raydistill.evaluation.command import parse_command, read_answer, run_command
 from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
 from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
@@ -268,14 +268,13 @@ def test_prompts_the_judge_cannot_read_are_named(tmp_path, job):
 
 
 def test_an_evaluation_of_other_settings_is_not_mixed_into_a_folder(tmp_path, job):
-    namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
     arguments = [*map(str, START), "--storage", str(tmp_path), "--out", str(tmp_path / "e"), "--count", "4"]
-    created(namespace["evaluation_of"](namespace["arguments_of"](arguments)))
+    created(evaluation_of(arguments_of(arguments)))
     code, _, stderr = job(*arguments[:-1], 5)
     assert code == 2
     assert "holds an evaluation of other settings" in stderr
     assert "count was 4, now 5" in stderr
-    again = namespace["evaluation_of"](namespace["arguments_of"]([*arguments, "--batch-size", "2"]))
+    again = evaluation_of(arguments_of([*arguments, "--batch-size", "2"]))
     assert again.settings["batch_size"] == 16  # batches are what parts are kept by
 
 
@@ -290,11 +289,9 @@ def test_a_metric_is_added_without_drawing_and_earlier_columns_stay(tmp_path):
     from raydistill.driver.evaluation import pools_of
     from raydistill.evaluation.results import collect
 
-    namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
-
     def plan(*metrics):
         arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "3", "--metrics", *metrics]
-        return namespace["evaluation_of"](namespace["arguments_of"](arguments))
+        return evaluation_of(arguments_of(arguments))
 
     first = plan("judge")
     parts = created(first)
@@ -328,11 +325,10 @@ def test_the_distance_to_a_reference_stays_when_another_metric_is_added(tmp_path
     reference.mkdir()
     for item, image in zip(items_of(["a"] * 4), render([parse(SINGLE)] * 4, 64, seed=0), strict=True):
         save_png(reference / item.file_name, to_pil(image), item.facts)
-    namespace = runpy.run_path(str(Path(__file__).parents[2] / "jobs" / "evaluate.py"))
 
     def results(*more):
         arguments = [*map(str, START), "--storage", str(tmp_path), "--count", "4", "--gpus", "0", *map(str, more)]
-        plan = namespace["evaluation_of"](namespace["arguments_of"](arguments))
+        plan = evaluation_of(arguments_of(arguments))
         table = run_evaluation(plan)
         assert json.loads((plan.folder / "results.json").read_text())["results"] == table
         return table[ALL]
@@ -358,19 +354,17 @@ def test_sheets_of_sampled_pictures_are_no_reference(tmp_path, job):
     assert "grid.png and sheet.png, which jobs/sample.py wrote" in stderr
 
 
-def test_stages_that_can_never_be_placed_are_refused(monkeypatch):
+def test_stages_that_can_never_be_placed_are_refused():
     from raydistill.driver import evaluation as stream
 
-    monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: False)
     stages = [
         stream.ActorPool(metric=name, make=Counting, arguments={}, gpus=gpus)
         for name, gpus in (("draw", 0.5), ("hpsv3", 1.0))
     ]
-    with pytest.raises(StageFailed, match="need 1.5 GPU at once, and the cluster has 1: lower"):
+    with pytest.raises(InputError, match="need 1.5 GPU at once, and there are 1: lower"):
         stream.check_room(stages, {"CPU": 8.0, "GPU": 1.0})
     stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
-    monkeypatch.setattr(stream.placement, "autoscaler_present", lambda: True)
-    stream.check_room(stages, {"CPU": 8.0})
+    stream.check_room(stages, {"CPU": 8.0}, grows=True)
 
 
 def test_one_gpu_of_the_cluster_is_divided_among_the_stages():

@@ -15,9 +15,9 @@ import torch.multiprocessing
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
-from raydistill.distill.batches import Real
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.workers.ray_train import Worker

@@ -18,9 +18,9 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
-from raydistill.distill.batches import Real
-from raydistill.distill.fake_score import Discriminator, FakeScore
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.fake_score import Discriminator, FakeScore
+from raydistill.distillation.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.planning.counting import count_trainer

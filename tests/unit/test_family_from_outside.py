@@ -22,8 +22,8 @@ from raydistill.config.schema import AttentionConfig
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import Recipe, synthesise
-from raydistill.distill.local import local_distillation
-from raydistill.distill.schedule import distillation_step
+from raydistill.distillation.local import local_distillation
+from raydistill.distillation.schedule import distillation_step
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.export.licences import licence_of

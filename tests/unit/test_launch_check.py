@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from raydistill.config.reading import load
+from raydistill.driver import room
 from raydistill.errors import InputError
 from raydistill.planning import counting
 from raydistill.planning.counting import changed
@@ -92,6 +93,7 @@ def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small
     monkeypatch.setattr(
         "sys.argv", ["jobs/distill.py", f"storage={storage}", "run.name=mine", "controls=[]", *GPUS, *small_gpu]
     )
+    monkeypatch.setattr(room, "this_machine", lambda: {"CPU": 8.0, "GPU": 3.0})  # else it is refused for that already
     assert runpy.run_path(str(ROOT / "jobs" / "distill.py"))["main"]() == 2
     assert "error: trainer: " in capfd.readouterr().err
     assert not (storage / "mine").exists()

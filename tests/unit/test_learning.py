@@ -7,8 +7,8 @@ import torch
 
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.prompts import read_prompts
-from raydistill.distill.local import local_distillation
-from raydistill.distill.schedule import distillation_step
+from raydistill.distillation.local import local_distillation
+from raydistill.distillation.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.storage.resolve import resolve
 

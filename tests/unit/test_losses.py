@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raydistill.distill.losses import (
+from raydistill.distillation.losses import (
     fake_logits_loss,
     generator_loss,
     real_logits_loss,

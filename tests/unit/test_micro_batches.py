@@ -13,9 +13,9 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.data.pairs import write_pairs
-from raydistill.distill.batches import Real
-from raydistill.distill.schedule import Requests, distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.schedule import Requests, distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError

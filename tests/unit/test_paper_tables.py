@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from raydistill.config.reading import changed, load, to_yaml
-from raydistill.distill.networks import load_unet
+from raydistill.distillation.networks import load_unet
 from raydistill.driver.paper_tables import (
     MERGED,
     ONE_STEP,

@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.encode import TextEncoder
-from raydistill.distill.batches import Real
-from raydistill.distill.networks import load_unet
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.networks import load_unet
+from raydistill.distillation.updates import build_distiller
 from raydistill.planning import memory as memory_module
 from raydistill.planning.counting import (
     changed,

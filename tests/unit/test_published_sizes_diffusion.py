@@ -13,7 +13,7 @@ import torch
 from lanes import full_but
 
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.spaces import load_space
 from raydistill.spaces.published import write_folder
 

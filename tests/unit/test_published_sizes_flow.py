@@ -15,7 +15,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from lanes import full_but
 
 from raydistill.config.schema import FakeScoreConfig
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.spaces import load_space
 from raydistill.spaces.published import write_folder
 

@@ -16,7 +16,7 @@ from perturbed_unet import perturbed
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from raydistill.distill.networks import load_unet
+from raydistill.distillation.networks import load_unet
 from raydistill.errors import InputError
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space

@@ -14,8 +14,8 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet
 from raydistill.data.shards import check_settings
-from raydistill.distill.networks import load_real, load_unet
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.networks import load_real, load_unet
+from raydistill.distillation.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import open_run_folder
 from raydistill.driver.stages import recipe_of

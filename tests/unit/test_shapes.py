@@ -15,7 +15,7 @@ from raydistill.config.reading import CONFIGS, load
 from raydistill.data.encode import CUT, PromptEncoder, TextEncoder
 from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import held_out_prompts, training_prompts
-from raydistill.distill.networks import load_unet
+from raydistill.distillation.networks import load_unet
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import ATTRIBUTES, corrupt, evaluation_captions, parse, sample_scene, single_scenes
 from raydistill.shapes.judge import Judge

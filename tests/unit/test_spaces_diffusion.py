@@ -15,7 +15,7 @@ import torch
 from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
 from raydistill.diffusion.path import add_noise
-from raydistill.distill.fake_score import Discriminator, FakeScore
+from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 

@@ -14,7 +14,7 @@ from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift
-from raydistill.distill.fake_score import FakeScore
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.flow import as_map

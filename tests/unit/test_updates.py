@@ -10,11 +10,11 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet, write_pairs
-from raydistill.distill.batches import Real
-from raydistill.distill.fake_score import FakeScore
-from raydistill.distill.networks import load_real, load_unet
-from raydistill.distill.schedule import distillation_step
-from raydistill.distill.updates import build_distiller
+from raydistill.distillation.batches import Real
+from raydistill.distillation.fake_score import FakeScore
+from raydistill.distillation.networks import load_real, load_unet
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
 from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from raydistill.config.schema import Config
-from raydistill.distill.losses import require_finite
-from raydistill.distill.networks import Networks
+from raydistill.distillation.losses import require_finite
+from raydistill.distillation.networks import Networks
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 

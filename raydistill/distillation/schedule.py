@@ -17,8 +17,8 @@ from typing import Protocol
 
 import torch
 
-from raydistill.distill.batches import Made
-from raydistill.distill.updates import Distiller
+from raydistill.distillation.batches import Made
+from raydistill.distillation.updates import Distiller
 
 
 class Pending(Protocol):

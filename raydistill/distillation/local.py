@@ -11,9 +11,9 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import Batch, PromptTable, TextEncoder
 from raydistill.data.local_teacher import LocalAnswer, LocalTeacher
 from raydistill.data.prompts import PromptSet, training_prompts
-from raydistill.distill.batches import Made
-from raydistill.distill.networks import guidance_scale, load_real, load_unet
-from raydistill.distill.updates import Distiller, build_distiller
+from raydistill.distillation.batches import Made
+from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning
 from raydistill.storage.resolve import resolve

@@ -27,10 +27,10 @@ from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target, to_x0
-from raydistill.distill.batches import Batches, Draws, Made, MicroBatch, Real
-from raydistill.distill.collapse import CollapseAlarm
-from raydistill.distill.gradients import Average, Gradients, alone, optimizers_of
-from raydistill.distill.losses import (
+from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, Real
+from raydistill.distillation.collapse import CollapseAlarm
+from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
+from raydistill.distillation.losses import (
     fake_logits_loss,
     generator_loss,
     real_logits_loss,
@@ -38,7 +38,7 @@ from raydistill.distill.losses import (
     vsd_gradient,
     vsd_loss,
 )
-from raydistill.distill.networks import Networks
+from raydistill.distillation.networks import Networks
 
 Row = dict[str, torch.Tensor]  # scalars of one micro-batch
 

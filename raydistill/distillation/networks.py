@@ -24,9 +24,9 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import PairSet
-from raydistill.distill.batches import Real
-from raydistill.distill.fake_score import Discriminator, FakeScore
-from raydistill.distill.losses import require_finite
+from raydistill.distillation.batches import Real
+from raydistill.distillation.fake_score import Discriminator, FakeScore
+from raydistill.distillation.losses import require_finite
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.one_step import one_step_x0, x0_gain

@@ -1,0 +1,58 @@
+"""Whether what a run asks for could ever be placed, on this machine or on a cluster that cannot grow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
+
+from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.schema import Config
+from raydistill.data.synthesis_stream import actor_needs
+from raydistill.errors import InputError
+from raydistill.teachers.placement import Need, autoscaler_present, labelled_nodes, lacking
+from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
+
+
+def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[Need]]:
+    """For each stage, what must be placed at the same time.
+
+    Args:
+        roles: of `planning.memory.ROLES`, those that this job runs; None: all.
+    """
+    ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
+    if config.bridge.pairs is None and needs_pairs(config):
+        sampled = config.synthesis.images is None
+        yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
+    if roles is None:
+        yield [*ranks, worker_need(config), encoder_need(config)]
+    elif trains_bridge(config) and "Bridge training" in roles:
+        yield [worker_need(config)]
+
+
+def this_machine() -> dict[str, float] | None:
+    """What a cluster of our own on this machine would have; None: the job would join another."""
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    return {"CPU": float(get_num_cpus(True)), "GPU": float(torch.cuda.device_count())}
+
+
+def check_machine(config: Config, roles: Sequence[str] | None = None) -> None:
+    """Raises InputError where this machine is too small for a run that would start a cluster here; starts nothing."""
+    if (have := this_machine()) is not None:
+        _check(config, roles, [({}, have)], "this machine, which has no cluster (RAY_ADDRESS names none)")
+
+
+def check_cluster(config: Config, roles: Sequence[str] | None = None) -> None:
+    """The same of the cluster that the job is connected to, with nothing else on it; one that can grow is believed."""
+    if not autoscaler_present():
+        nodes = [(dict(node.get("Labels") or {}), dict(node["Resources"])) for node in labelled_nodes({})]
+        _check(config, roles, nodes, "this cluster, which no autoscaler can add nodes to")
+
+
+def _check(config: Config, roles: Sequence[str] | None, nodes: list[tuple[dict, dict]], where: str) -> None:
+    for together in needs(config, roles):
+        if problem := lacking(together, [(labels, dict(free)) for labels, free in nodes]):
+            raise InputError(f"on {where}, {problem}")

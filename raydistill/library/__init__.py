@@ -1,0 +1,1 @@
+"""What `from raydistill import …` gives to scripts and notebooks. It does what the commands do, with the same checks."""
