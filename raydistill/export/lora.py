@@ -1,7 +1,8 @@
 """The student as a LoRA: what distance it has from its base, in few directions.
 
-Of a layer's difference D the first r singular directions are kept, as many as hold the asked share of |D|². A LoRA has
-no place for norms and biases, so the picture is near the student's and not the same; the card says how near.
+Of a layer's difference D the first singular directions are kept, as many as hold the asked share of |D|². A LoRA has no
+place for norms and biases, so it is near the student and not the same. One picture is drawn with base and LoRA, and
+card and screen say how far it is from the student's own.
 
 Letters: M rows (output features), N columns (input features times the kernel's pixels), R rank.
 """
@@ -31,6 +32,7 @@ from raydistill.storage.resolve import resolve
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: `load_lora_weights(folder)` finds it
 ADAPTED = (nn.Linear, nn.Conv2d)
+NEAR = 8.0  # 255ths; a picture that differs more is another one to the eye
 
 
 def truncated(difference_MN: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -131,7 +133,8 @@ def write_lora(
         energy, done: as of `lora_of`.
         folder: an empty one.
 
-    Returns one line: ranks, share of the difference, size, and how far the picture is from the export's.
+    Returns one line: ranks, share of the difference, size, and how far the picture is from the export's; then, where
+    that is more than `NEAR`, a warning.
     """
     space, start = open_one_step(export)
     lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
@@ -148,6 +151,8 @@ def write_lora(
     usage = _USAGE.format(base=base_name, report=report, start=start, scheduler=type(space.scheduler).__name__)
     card = outside_card(Path(space.folder), usage, base_model=base_name)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if not apart <= NEAR:
+        report += "\nwarning   that is another picture: norms and biases changed too; --format single-file is exact"
     return report
 
 
