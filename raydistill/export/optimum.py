@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
 from raydistill.export.one_picture import PROMPT
 from raydistill.export.source import Export, open_one_step
+from raydistill.export.tensors import locate, read_tensor, write_safetensors
 
 TOLERANCE = 2.0  # 255ths: other kernels; OpenVINO stores weights in half precision
 
@@ -86,12 +88,14 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
     """
     space, start = open_one_step(export)
     runtime = RUNTIMES[kind]
-    command = ("export", kind, "--model", space.folder, "--task", "text-to-image", str(folder))
-    done = _run(python, "-c", "from optimum.commands.optimum_cli import main; main()", *command)
-    if done.returncode != 0:
-        raise RuntimeError(f"optimum-cli export {kind}: {_last_line(done)}")
-    asked = {"own": space.folder, "other": str(folder), "prompt": PROMPT, "shape": list(space.latent_shape)}
-    done = _run(python, "-c", _COMPARE, runtime.module, runtime.pipeline, json.dumps(asked))
+    with tempfile.TemporaryDirectory(prefix="raydistill-") as scratch:
+        own = _for_older_transformers(Path(space.folder), Path(scratch, "export"))
+        command = ("export", kind, "--model", str(own), "--task", "text-to-image", str(folder))
+        done = _run(python, "-c", "from optimum.commands.optimum_cli import main; main()", *command)
+        if done.returncode != 0:
+            raise RuntimeError(f"optimum-cli export {kind}: {_last_line(done)}")
+        asked = {"own": str(own), "other": str(folder), "prompt": PROMPT, "shape": list(space.latent_shape)}
+        done = _run(python, "-c", _COMPARE, runtime.module, runtime.pipeline, json.dumps(asked))
     if done.returncode != 0:
         raise RuntimeError(f"{runtime.pipeline}: {_last_line(done)}")
     found = float(done.stdout.splitlines()[-1])
@@ -101,6 +105,34 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
                           packages=runtime.packages)  # fmt: skip
     (folder / "README.md").write_text(outside_card(Path(space.folder), usage), encoding="utf-8")
     return found
+
+
+def _for_older_transformers(export: Path, target: Path) -> Path:
+    """The export as transformers before 5.6 reads it: links, and what these versions know under another name.
+
+    They read a tokenizer's vocabulary and merges from files of their own, and want `text_model.` before every tensor of
+    a text encoder. Exports of published models mostly have both.
+    """
+    target.mkdir()
+    for entry in export.iterdir():
+        if entry.name not in ("tokenizer", "text_encoder"):
+            (target / entry.name).symlink_to(entry.resolve())
+    tokenizer = Path(shutil.copytree(export / "tokenizer", target / "tokenizer"))
+    if not (tokenizer / "vocab.json").is_file():
+        model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (target / "text_encoder").mkdir()
+    shutil.copyfile(export / "text_encoder" / "config.json", target / "text_encoder" / "config.json")
+    tensors = locate(export / "text_encoder")
+    named = {f"text_model.{name.removeprefix('text_model.')}": name for name in tensors}
+    write_safetensors(
+        target / "text_encoder" / "model.safetensors",
+        {name: tensors[own][1] for name, own in named.items()},
+        lambda name: read_tensor(tensors[named[name]][0], named[name]),
+    )
+    return target
 
 
 def _run(python: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -54,6 +54,6 @@ def push(folder: Path, repository: str, public: bool) -> str:
             403: "the token may not write there",
         }.get(status, reason(error))
         raise InputError(f"{repository}: {hint} ({api.endpoint}, status {status})") from None
-    except OSError as error:
-        raise InputError(f"{repository}: {api.endpoint}: {reason(error)}") from None
+    except Exception as error:  # the client's HTTP library, another one by its version, has its own
+        raise InputError(f"{repository}: {api.endpoint}: {reason(error)}") from error
     return done.commit_url
