@@ -142,7 +142,9 @@ def _form(arguments: argparse.Namespace, export, folder) -> str:
 
 
 def _say_how() -> int:
-    print("draw with num_inference_steps=1, guidance_scale=0 (other tools: 1 step, CFG 1); the defaults draw grey")
+    from raydistill.export.pipeline import HOW_TO_DRAW
+
+    print(f"draw it   {HOW_TO_DRAW}")
     return 0
 
 

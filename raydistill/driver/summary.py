@@ -11,6 +11,7 @@ from rich.console import Console
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
+from raydistill.export.pipeline import HOW_TO_DRAW
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
 from raydistill.storage.atomic import move_folder, replacing
@@ -95,5 +96,6 @@ def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: di
             f"its best is of update {best}"
         )
     print(f"pictures  {run.path / 'grids' / 'before_after.png'}")
-    print(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
+    print(f"pipeline  {run.path / 'export'}")
+    print(f"draw it   {HOW_TO_DRAW}")
     print(f"MLflow    {ui_command(record.uri)}")

@@ -130,7 +130,7 @@ def test_a_push_makes_a_private_repository_with_every_file_and_the_card(push, hu
     assert code == 0, error
     assert f"pushed    {hub}/me/student/commit/{COMMIT}" in out
     assert "terms     Teacher, shapes:flux: the project's own licence." in out
-    assert out.splitlines()[-1].startswith("draw with num_inference_steps=1, guidance_scale=0")
+    assert out.splitlines()[-1].startswith("draw it   num_inference_steps=1, guidance_scale=0")
     assert [(asked["name"], asked["visibility"]) for asked in Hub.created] == [("student", "private")]
     assert len(Hub.commits) == 1
     files = [file for file in export.rglob("*") if file.is_file() and ".cache" not in file.parts]
