@@ -43,6 +43,7 @@ def main() -> int:
 
     # likewise
     from raydistill.export.merge import check_target, merge_students, open_sources, shares_of
+    from raydistill.export.pipeline import HOW_TO_DRAW
     from raydistill.export.source import find_export
 
     try:
@@ -57,6 +58,7 @@ def main() -> int:
             merge_students(sources, shares, folder, bar.update)
     except (ValueError, OSError) as error:
         return report_error(error)
-    print(f"pipeline  {arguments.out}  (num_inference_steps=1, guidance_scale=0)")
+    print(f"pipeline  {arguments.out}")
+    print(f"draw it   {HOW_TO_DRAW}")
     print(f"card      {arguments.out / 'README.md'}")
     return 0

@@ -12,6 +12,7 @@ from raydistill.driver.logged_model import log_student
 from raydistill.driver.run_record import RunRecord, command_line
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
+from raydistill.export.pipeline import HOW_TO_DRAW
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
 from raydistill.shapes.judge import Judge
@@ -116,5 +117,6 @@ def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: di
             f"its best is of update {best}"
         )
     screen.say(f"pictures  {run.path / 'grids' / 'before_after.png'}")
-    screen.say(f"pipeline  {run.path / 'export'}  (num_inference_steps=1, guidance_scale=0)")
+    screen.say(f"pipeline  {run.path / 'export'}")
+    screen.say(f"draw it   {HOW_TO_DRAW}")
     screen.say("\n".join(record.ui))

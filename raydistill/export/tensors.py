@@ -48,7 +48,12 @@ def first_difference(one: Space, other: Space, part: str) -> str | None:
     return None
 
 
-def write_safetensors(file: Path, entries: Mapping[str, Entry], tensor_of: Callable[[str], torch.Tensor]) -> None:
+def write_safetensors(
+    file: Path,
+    entries: Mapping[str, Entry],
+    tensor_of: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file in the order of its header, asking for one tensor at a time.
 
     The format (github.com/huggingface/safetensors): the header's length as a little-endian uint64, the header in JSON
@@ -58,9 +63,10 @@ def write_safetensors(file: Path, entries: Mapping[str, Entry], tensor_of: Calla
         file: is created.
         entries: name -> shape and dtype (float32, float16 or bfloat16) of every tensor.
         tensor_of: a tensor of that shape and dtype, by its name.
+        metadata: what the header says besides.
     """
     names = sorted(entries, key=lambda name: (-_dtype(entries[name]).itemsize, name))  # keeps every tensor aligned
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         shape, dtype = entries[name]

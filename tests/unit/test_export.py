@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -140,6 +141,15 @@ def test_model_card_says_how_to_call_and_under_which_terms(exports):
     assert "num_inference_steps=1, guidance_scale=0" in text
     for value in ("shapes:flux", "shapes:sd15", "3000", "625", "run-id", "abc123", "0.75", "torch.float32"):
         assert value in text, value
+
+
+def test_the_card_begins_with_what_a_prompt_alone_does(exports):
+    """A folder cannot change the defaults of `__call__`, so the card says it before anything else."""
+    head = (exports["t999"][0] / "README.md").read_text().split("```python")[0]
+    assert "Call it with `num_inference_steps=1, guidance_scale=0`" in head
+    assert "50 guided steps" in head
+    defaults = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    assert (defaults["num_inference_steps"].default, defaults["guidance_scale"].default) == (50, 7.5)
 
 
 def test_network_input_of_an_early_start_is_sigma_times_noise(sd_folder):

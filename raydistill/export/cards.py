@@ -1,0 +1,28 @@
+"""Model cards of a student in other forms: another start, the same provenance, scores and licence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from raydistill.export.pipeline import front_matter
+
+
+def outside_card(export: Path, usage: str, **front: str) -> str:
+    """README.md of another form of the student.
+
+    Args:
+        export: the student's folder, whose card is taken over from its provenance on.
+        usage: title and how to use it.
+        front: keys that the front matter has besides.
+    """
+    file = export / "README.md"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    lines = [
+        head[1] if head else front_matter("other", "unknown"),
+        *(f"{key}: {value}" for key, value in front.items()),
+    ]
+    _, mark, rest = text.partition("\n## Provenance\n")
+    rest = mark + rest if mark else "\n## Licence\n\nUnknown: the export has no model card. Look up the terms first.\n"
+    return "---\n" + "\n".join(lines) + f"\n---\n{usage}{rest}"

@@ -1,0 +1,189 @@
+"""The student as a LoRA: what distance it has from its base, in few directions.
+
+Of a layer's difference D the first singular directions are kept, as many as hold the asked share of |D|². A LoRA has no
+place for norms and biases, so it is near the student and not the same. One picture is drawn with base and LoRA, and
+card and screen say how far it is from the student's own.
+
+Letters: M rows (output features), N columns (input features times the kernel's pixels), R rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import SchedulerMixin, StableDiffusionPipeline
+from peft import LoraConfig
+from torch import nn
+
+from raydistill.errors import InputError
+from raydistill.export.cards import outside_card
+from raydistill.export.one_picture import difference, load_float32
+from raydistill.export.source import Export, open_one_step
+from raydistill.spaces import load_space
+from raydistill.spaces.base import Space
+from raydistill.spaces.folder import diffusers_class, read_settings
+from raydistill.spaces.published_students import load_student
+from raydistill.storage.resolve import resolve
+
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: `load_lora_weights(folder)` finds it
+ADAPTED = (nn.Linear, nn.Conv2d)
+NEAR = 8.0  # 255ths; a picture that differs more is another one to the eye
+
+
+def truncated(difference_MN: torch.Tensor, energy: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(down [R, N], up [M, R], the kept part of |D|²) of the best product of the smallest rank that keeps `energy`.
+
+    The left singular vectors are eigenvectors of D Dᵀ, which is quicker than a decomposition of a wide D; a tall one is
+    transposed. In float64.
+    """
+    D = difference_MN.double()
+    if D.shape[0] > D.shape[1]:
+        down_RM, up_NR, kept = truncated(D.T, energy)
+        return up_NR.T.contiguous(), down_RM.T.contiguous(), kept
+    squares, vectors = torch.linalg.eigh(D @ D.T)  # ascending
+    squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
+    shares = squares.cumsum(0) / squares.sum()
+    rank = min(int((shares < energy).sum()) + 1, int((squares > 1e-14 * squares[0]).sum()))
+    up, balance = vectors[:, :rank], squares[:rank] ** 0.25  # both factors get the root of the singular value
+    return (up.T @ D / balance[:, None]).contiguous(), (up * balance).contiguous(), float(squares[:rank].sum())
+
+
+@dataclass
+class Lora:
+    """A LoRA of a UNet and what it holds of the difference."""
+
+    state: dict[str, torch.Tensor] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)  # layer -> rank
+    kept: float = 0.0  # of |student - base|², the part that the LoRA has
+    whole: float = 0.0  # |student - base|² over all weights, norms and biases too
+
+    def config(self) -> LoraConfig:
+        """Every layer has alpha = rank, so that the product is added as it is."""
+        usual = Counter(self.ranks.values()).most_common(1)[0][0]
+        # "^": a name is the whole path, for peft would find conv_in in other.conv_in too
+        others = {f"^{name}": rank for name, rank in self.ranks.items() if rank != usual}
+        return LoraConfig(
+            r=usual,
+            lora_alpha=usual,
+            rank_pattern=others,
+            alpha_pattern=dict(others),
+            target_modules=sorted(self.ranks),
+        )
+
+
+def lora_of(student: nn.Module, base: nn.Module, energy: float, done: Callable[[], object] = lambda: None) -> Lora:
+    """The difference of two UNets of one architecture.
+
+    Args:
+        energy: share of every layer's |D|² to keep, above 0 and at most 1.
+        done: called after each layer.
+
+    Raises:
+        InputError: the networks are of another architecture, or equal.
+    """
+    ours, theirs = student.state_dict(), base.state_dict()
+    if {name: value.shape for name, value in ours.items()} != {name: value.shape for name, value in theirs.items()}:
+        raise InputError("the base's UNet has other tensors than the student's; a LoRA needs the same network")
+    lora = Lora()
+    lora.whole = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    for name, layer in student.named_modules():
+        if not isinstance(layer, ADAPTED):
+            continue
+        D = ours[f"{name}.weight"].float() - theirs[f"{name}.weight"].float()
+        if D.any():
+            down_RN, up_MR, kept = truncated(D.flatten(1), energy)
+            lora.ranks[name], lora.kept = up_MR.shape[1], lora.kept + kept
+            pixel = (1, 1) if D.ndim == 4 else ()
+            lora.state[f"{name}.lora_A.weight"] = down_RN.reshape(-1, *D.shape[1:]).half()
+            lora.state[f"{name}.lora_B.weight"] = up_MR.reshape(*up_MR.shape, *pixel).half()
+        done()
+    if not lora.ranks:
+        raise InputError("the student's UNet has the base's weights; there is nothing to write")
+    return lora
+
+
+def find_base(export: Export, base: str | None) -> tuple[Space, str]:
+    """(Space, name) of the student's base model: as named, or `student.model` of the run.
+
+    Raises:
+        InputError: neither is known, or it is no Stable Diffusion pipeline.
+    """
+    config = export.run_config()
+    name = base or (config and config.student.model)
+    if name is None:
+        raise InputError(f"{export.folder} does not lie in a run's folder that tells its base: name --base")
+    folder = resolve(name)
+    if not folder.exists():
+        raise InputError(f"--base: {name} does not exist")
+    return load_space(folder, "StableDiffusionPipeline"), name
+
+
+def write_lora(
+    export: Export, base: Space, base_name: str, energy: float, folder: Path, done: Callable[[], object] = lambda: None
+) -> str:
+    """Write the LoRA, the scheduler that it needs and README.md; then draw a picture with base and LoRA.
+
+    Args:
+        base, base_name: what `find_base` found, and how people name it.
+        energy, done: as of `lora_of`.
+        folder: an empty one.
+
+    Returns one line: ranks, share of the difference, size, and how far the picture is from the export's; then, where
+    that is more than `NEAR`, a warning.
+    """
+    space, start = open_one_step(export)
+    lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=lora.state, unet_lora_adapter_metadata=lora.config().to_dict(), safe_serialization=True
+    )
+    shutil.copytree(Path(space.folder, "scheduler"), folder / "scheduler")
+    apart = difference(space, lambda: load_lora(Path(base.folder), folder))
+    size = (folder / FILE).stat().st_size / 2**20
+    report = (
+        f"ranks {min(lora.ranks.values())} to {max(lora.ranks.values())}, {lora.kept / lora.whole:.2%} of the "
+        f"difference, {size:.1f} MiB; one picture differs by {apart:.2f} / 255 on average"
+    )
+    usage = _USAGE.format(base=base_name, report=report, start=start, scheduler=type(space.scheduler).__name__)
+    card = outside_card(Path(space.folder), usage, base_model=base_name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if not apart <= NEAR:
+        report += "\nwarning   that is another picture: norms and biases changed too; --format single-file is exact"
+    return report
+
+
+def load_scheduler(folder: Path) -> SchedulerMixin:
+    """The one-step scheduler of a pipeline's or a LoRA's folder."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return diffusers_class(read_settings(file)).from_pretrained(folder, subfolder="scheduler")
+
+
+def load_lora(base: Path, folder: Path) -> StableDiffusionPipeline:
+    """Base and LoRA in float32, as the README says."""
+    pipe = load_float32(base)
+    pipe.scheduler = load_scheduler(folder)
+    pipe.load_lora_weights(folder)
+    return pipe
+
+
+_USAGE = """# One-step text-to-image student, LoRA
+
+**Draw with 1 step and guidance off, and with the scheduler of this folder.** Other settings draw grey or broken pictures.
+
+The LoRA turns its base, {base}, into a one-step student: {report}.
+
+```python
+from diffusers import {scheduler}, StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
+pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
+image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
+```
+
+Start timestep: {start}. Norms and biases are not in a LoRA. For the exact student take the pipeline folder or the single file.
+"""
