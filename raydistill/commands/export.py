@@ -92,6 +92,7 @@ def main() -> int:
 
 
 def _push(arguments: argparse.Namespace, export) -> int:
+    # as in `main`
     from raydistill.export.merge import read_provenance
     from raydistill.export.push import push
     from raydistill.export.source import open_one_step
@@ -104,6 +105,7 @@ def _push(arguments: argparse.Namespace, export) -> int:
 
 
 def _write(arguments: argparse.Namespace, export) -> int:
+    # as in `main`
     from raydistill.export.merge import check_target
     from raydistill.storage.atomic import replacing
 
@@ -122,18 +124,21 @@ def _write(arguments: argparse.Namespace, export) -> int:
 def _form(arguments: argparse.Namespace, export, folder) -> str:
     """Write the form into an empty folder; one line on how its picture compares."""
     if arguments.format == "lora":
+        # as in `main`
         from tqdm import tqdm
 
-        from raydistill.export.lora import find_base, write_lora
+        from raydistill.export.lora import find_base, write_lora  # likewise
 
         base, name = find_base(export, arguments.base)
         with tqdm(desc="lora", unit="layer", disable=None) as bar:
             return write_lora(export, base, name, arguments.energy or 0.99, folder, bar.update)
     if arguments.format == "single-file":
+        # as in `main`
         from raydistill.export.single_file import write_single_file
 
         apart = write_single_file(export, folder)
     else:
+        # as in `main`
         from raydistill.export.optimum import write_optimum
 
         apart = write_optimum(export, arguments.format, arguments.optimum, folder)
@@ -141,6 +146,7 @@ def _form(arguments: argparse.Namespace, export, folder) -> str:
 
 
 def _say_how() -> int:
+    # as in `main`
     from raydistill.export.pipeline import HOW_TO_DRAW
 
     print(f"draw it   {HOW_TO_DRAW}")

@@ -9,6 +9,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -98,10 +99,9 @@ def find_config(name: str | Path, beside: Path | None = None) -> Path:
     neither, the path is returned as it was named.
     """
     path = Path(name).expanduser() if beside is None else beside / name
-    if path.is_file():
-        return path
     ours = CONFIGS / f"{str(name).removesuffix('.yaml')}.yaml"
-    return ours if not Path(name).is_absolute() and ours.is_file() else path
+    # not Path.is_file, which raises where a name is too long
+    return ours if not os.path.isfile(path) and not Path(name).is_absolute() and os.path.isfile(ours) else path
 
 
 def read_yaml(
@@ -150,8 +150,9 @@ def _text(file: Path, extended_by: Sequence[Path]) -> str:
         if not file.is_file():
             if extended_by:
                 raise InputError(f"{name} does not exist")
-            known = ", ".join(sorted(p.name for p in CONFIGS.glob("*.yaml")))
-            raise InputError(f"{name} no such file" + (f" (configs/ has: {known})" if known else ""))
+            close = difflib.get_close_matches(file.stem, shipped(), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(shipped())}"
+            raise InputError(f"{name} no such file, and no shipped configuration; {hint}")
         with file.open(encoding="utf-8") as stream:
             return stream.read(MOST_CHARACTERS + 1)
     except UnicodeDecodeError as error:

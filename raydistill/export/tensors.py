@@ -12,10 +12,23 @@ import torch
 from safetensors import safe_open
 
 from raydistill.spaces.base import Space
+from raydistill.spaces.folder import weight_files
 from raydistill.spaces.held import exact_dtypes, held_weights
-from raydistill.spaces.weights import DTYPES, Entry
+from raydistill.spaces.weights import DTYPES, Entry, read_header
 
 _CODES = {name: code for code, name in DTYPES.items()}  # torch's names -> safetensors'
+
+
+def locate(folder: Path) -> dict[str, tuple[Path, Entry]]:
+    """Name in its file -> (file, shape and dtype), of the weights of one part of a pipeline.
+
+    Raises:
+        InputError: there are none in safetensors, or a file is damaged.
+    """
+    stem = "model" if folder.name.startswith("text_encoder") else "diffusion_pytorch_model"
+    return {
+        name: (file, entry) for file in weight_files(folder, stem) for name, entry in read_header(file).tensors.items()
+    }
 
 
 def read_tensor(file: Path, name: str) -> torch.Tensor:
