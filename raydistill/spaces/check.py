@@ -14,13 +14,7 @@ from torch import nn
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import NETWORK_WEIGHTS, TEXT_WEIGHTS, check_loaded, weight_files, without_bars
-from raydistill.spaces.meta import (
-    WithoutNumbers,
-    empty_conditioning,
-    empty_part,
-    empty_text_encoders,
-    without_initial_values,
-)
+from raydistill.spaces.meta import WithoutNumbers, empty_part, empty_text_encoders, without_initial_values
 from raydistill.spaces.settings import reading
 from raydistill.spaces.weights import locate, misfits
 
@@ -89,10 +83,13 @@ def _check_passes(space: Space, network: nn.Module, vae: nn.Module, encoders: di
     for name, (expected, _) in layout.items():
         if name not in encoded or tuple(encoded[name].shape[1:]) != expected:
             given = tuple(encoded[name].shape[1:]) if name in encoded else "not made"
-            raise InputError(f"{space.folder}: {name} of a prompt is {given}, but its {space.network_name} takes {expected}")
+            raise InputError(
+                f"{space.folder}: {name} of a prompt is {given}, but its {space.network_name} takes {expected}"
+            )
+    encoded = {name: value.float() if value.is_floating_point() else value for name, value in encoded.items()}
     x_t, t_B = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
     with reading(f"{space.folder}/{space.network_name}"):
-        answer = space.predict(network, x_t, t_B, empty_conditioning(layout, 1))
+        answer = space.predict(network, x_t, t_B, encoded)
     with reading(f"{space.folder}/vae"):
         pictures = space.decode(vae, x_t)
         latents = space.encode(vae, pictures)

@@ -137,9 +137,7 @@ class ModelFolder:
                 config = read_settings(file)
                 if name.startswith("text_encoder"):
                     return config
-                return through_class(
-                    config, diffusers.SchedulerMixin if name == "scheduler" else diffusers.ModelMixin
-                )
+                return through_class(config, diffusers.SchedulerMixin if name == "scheduler" else diffusers.ModelMixin)
         raise InputError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
 
     def tokenizer_config(self, name: str) -> Settings:

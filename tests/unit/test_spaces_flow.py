@@ -249,5 +249,5 @@ def test_a_step_distilled_klein_is_no_teacher(tmp_path):
 def test_missing_statistics_of_flux2_are_named(tmp_path):
     folder = save_flux2(tmp_path / "torn")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match="no vae/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(InputError, match="vae: no diffusion_pytorch_model.safetensors"):
         load_space(folder).normalise(torch.zeros(1, CHANNELS, 8, 8))
