@@ -15,7 +15,7 @@ from raydistill.errors import InputError
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import NETWORK_WEIGHTS, TEXT_WEIGHTS, check_loaded, weight_files, without_bars
 from raydistill.spaces.meta import WithoutNumbers, empty_part, empty_text_encoders, without_initial_values
-from raydistill.spaces.settings import reading
+from raydistill.spaces.settings import blaming, reading
 from raydistill.spaces.weights import locate, misfits
 
 STEPS = 4  # of the sampling schedule that is tried
@@ -34,7 +34,7 @@ def check_folder(space: Space, *, network: bool = True) -> None:
     with reading(space.folder), torch.no_grad():
         space.path, space.prediction  # noqa: B018 - numbers are read before anything is made of them
         space.normalise(torch.zeros(1, *space.latent_shape))
-        with reading(f"{space.folder}/scheduler"):
+        with blaming(space.part_config("scheduler"), type(space.scheduler)):
             space.start_sampling(STEPS)
         space.check_text_parts()
         parts = {name: empty_part(space, name) for name in ("vae", space.network_name)}
@@ -88,9 +88,9 @@ def _check_passes(space: Space, network: nn.Module, vae: nn.Module, encoders: di
             )
     encoded = {name: value.float() if value.is_floating_point() else value for name, value in encoded.items()}
     x_t, t_B = torch.empty(1, *shape, device="meta"), torch.empty(1, device="meta")
-    with reading(f"{space.folder}/{space.network_name}"):
+    with blaming(space.part_config(space.network_name), type(network)):
         answer = space.predict(network, x_t, t_B, encoded)
-    with reading(f"{space.folder}/vae"):
+    with blaming(space.vae_config, type(vae)):
         pictures = space.decode(vae, x_t)
         latents = space.encode(vae, pictures)
     if answer.shape != x_t.shape or latents.shape != x_t.shape:

@@ -52,9 +52,7 @@ class DiscreteSpace(Space):
     def prediction(self) -> Prediction:
         prediction = self.scheduler_config.get("prediction_type")
         if prediction not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"{self.folder}/scheduler: prediction_type is {prediction!r}; known are epsilon and v_prediction"
-            )
+            raise self.scheduler_config.wrong("prediction_type", "epsilon or v_prediction")
         return prediction
 
     @cached_property
@@ -63,7 +61,7 @@ class DiscreteSpace(Space):
         config.whole("num_train_timesteps", most=MOST_TIMESTEPS)
         path = built(config, DDPMScheduler, lambda: DiscretePath.from_scheduler_config(config))
         if not ((path.alphas_cumprod >= 0) & (path.alphas_cumprod <= 1)).all():  # NaN is neither
-            raise InputError(f"{config.file}: its betas are not between 0 and 1")
+            raise InputError(f"{config.file}: trained_betas, or beta_start to beta_end, are not between 0 and 1")
         return path
 
     @property

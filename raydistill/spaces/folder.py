@@ -6,6 +6,7 @@ All of the package opens model folders here. No code of a folder ever runs, and 
 from __future__ import annotations
 
 import importlib
+import math
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,15 @@ import transformers
 from torch import nn
 
 from raydistill.errors import InputError
-from raydistill.spaces.settings import Settings, built, diffusers_class, read_settings, reading, through_class
+from raydistill.spaces.settings import (
+    Settings,
+    built,
+    check_extent,
+    diffusers_class,
+    read_settings,
+    reading,
+    through_class,
+)
 from raydistill.storage.staging import on_this_machine
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -136,6 +145,7 @@ class ModelFolder:
             if file.is_file():
                 config = read_settings(file)
                 if name.startswith("text_encoder"):
+                    check_extent(config, math.inf)  # bases of rotary embeddings may be large
                     return config
                 return through_class(config, diffusers.SchedulerMixin if name == "scheduler" else diffusers.ModelMixin)
         raise InputError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
@@ -156,7 +166,7 @@ class ModelFolder:
         for settings, key in ((told, "model_max_length"), (encoder, "max_position_embeddings")):
             if settings.get(key) is not None:
                 limits.append(settings.whole(key, most=10**40))  # transformers writes 10^30 for "no limit"
-        return min((limit for limit in limits if limit < 10**9), default=float("inf"))
+        return min((limit for limit in limits if limit < 10**9), default=math.inf)
 
     # -- networks ----------------------------------------------------------------------------------
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:

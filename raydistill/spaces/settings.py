@@ -131,7 +131,7 @@ def diffusers_class(config: Settings, kind: type = ConfigMixin) -> type:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, kind):
         raise InputError(
-            f"{config.file}: diffusers {diffusers.__version__} has no class {_shown(name)}"
+            f"{config.file}: _class_name: diffusers {diffusers.__version__} has no class {_shown(name)}"
             + ("" if kind is ConfigMixin else f" that is a {kind.__name__}")
         )
     if issubclass(found, LegacyConfigMixin):  # diffusers has no public function for this
@@ -151,14 +151,18 @@ def through_class(config: Settings, kind: type = ConfigMixin) -> Settings:
     unset = config.get("_use_default_values")
     unset = {"_use_default_values", *(unset if isinstance(unset, list) else ())}
     stated = {key: value for key, value in config.items() if key not in unset}
-    _check_extent(Settings(stated, config.file))
+    check_extent(Settings(stated, config.file), LARGEST)
     return Settings(stated, config.file, defaults)
 
 
-def _check_extent(config: Settings) -> None:
-    """No number, list or nesting that would fill the memory, or take hours, before a class finds it wrong."""
+def check_extent(config: Settings, largest: float) -> None:
+    """Refuse numbers, lists and nesting that would fill the memory, or take hours, before a class finds them wrong.
+
+    Args:
+        largest: of whole numbers that are no numbers of layers.
+    """
     for key, value in config.items():
-        most = LONGEST if "layers" in key else LARGEST
+        most = LONGEST if "layers" in key else largest
         for leaf, length, depth in _leaves(value):
             whole = isinstance(leaf, int) and abs(leaf) > most
             if whole or depth > DEEPEST or (length > LONGEST and key != "trained_betas"):
@@ -178,23 +182,32 @@ def _leaves(value: Any, length: int = 0, depth: int = 0) -> Iterator[tuple[Any, 
 # -- what is built from a file ------------------------------------------------------------------------------
 
 
-def built(config: Settings, made_by: Callable[..., Any], make: Callable[[], Made]) -> Made:
-    """make(), which builds an object of a class from its configuration.
+@contextmanager
+def blaming(config: Settings, made_by: Callable[..., Any]) -> Iterator[None]:
+    """What goes wrong while an object is made from its configuration, or used, becomes an InputError that names the file.
+
+    The keys whose values are of another kind than the class takes, or that the error speaks of, are named too.
 
     Args:
         made_by: the class; its `__init__` says which kinds of values it takes.
-
-    Raises:
-        InputError: it cannot be built. The keys whose values are of another kind are named.
     """
     try:
-        return make()
+        yield
     except InputError:
         raise
     except Exception as error:  # what a class makes of foreign values
-        odd = [key for key in sorted(config.stated) if not _is_taken(made_by, key, config[key])]
-        named = "".join(f"{key} is {_shown(config[key])}, which {made_by.__name__} does not take; " for key in odd)
-        raise InputError(f"{config.file}: {named}no {made_by.__name__} can be built ({one_line(error)})") from error
+        text, odd = one_line(error), []
+        for key in sorted(config.stated):
+            value = config[key]
+            if not _is_taken(made_by, key, value) or (isinstance(value, str) and value and value in str(error)):
+                odd.append(f"{key} is {_shown(value)}; ")
+        raise InputError(f"{config.file}: {''.join(odd)}{made_by.__name__} cannot use it ({text})") from error
+
+
+def built(config: Settings, made_by: Callable[..., Any], make: Callable[[], Made]) -> Made:
+    """make(), which builds an object of a class from its configuration. Raises as `blaming`."""
+    with blaming(config, made_by):
+        return make()
 
 
 def _is_taken(made_by: Callable[..., Any], key: str, value: Any) -> bool:
@@ -202,6 +215,8 @@ def _is_taken(made_by: Callable[..., Any], key: str, value: Any) -> bool:
     parameter = inspect.signature(made_by.__init__).parameters.get(key)
     if parameter is None or value == parameter.default:
         return True
+    if value in ([], {}) and parameter.default:
+        return False
     hint = typing.get_type_hints(made_by.__init__).get(key)
     return hint is None or _fits(value, hint)
 

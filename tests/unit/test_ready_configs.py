@@ -160,7 +160,9 @@ def test_a_ready_pair_passes_the_whole_check_of_its_folders(pair, model_folder, 
 def test_every_role_of_a_ready_pair_fits_its_gpus(pair, model_folder, tmp_path):
     """At one sample a worker: counting the whole batch takes minutes a pair."""
     small = ("distill.batch_size=1", "distill.micro_batches=1", "bridge.batch_size=8", "bridge.micro_batches=1")
-    lines = check_launch(_with_folders(pair, model_folder, tmp_path, *small, "fake_score.updates=1", "teachers.slice=1"))
+    lines = check_launch(
+        _with_folders(pair, model_folder, tmp_path, *small, "fake_score.updates=1", "teachers.slice=1")
+    )
     assert len(lines) == 6
     assert all(line.startswith("fits: ") for line in lines)
 
