@@ -6,6 +6,7 @@ All of the package opens model folders here. No code of a folder ever runs, and 
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import types
 from collections.abc import Iterator, Mapping
@@ -195,10 +196,20 @@ class ModelFolder:
 
     def text_pipeline(self, encoders: Mapping[str, nn.Module]) -> diffusers.DiffusionPipeline:
         """`load_text` with these text encoders, by part."""
-        pipeline_class = diffusers_class(self.index)
-        without = {self.network_name: None, "vae": None} | self.unused_parts
+        pipeline_class, parts = diffusers_class(self.index), self.parts()
+        without = {self.network_name, "vae", *self.unused_parts}
+        given: dict[str, Any] = {}
         with reading(self.folder), without_bars():
-            pipeline = pipeline_class.from_pretrained(self.folder, **without, **encoders)
+            for name, parameter in inspect.signature(pipeline_class).parameters.items():
+                entry = self.index.get(name)
+                if name in encoders:
+                    given[name] = encoders[name]
+                elif name in parts and name not in without:
+                    found = getattr(_library(parts[name][0]), parts[name][1])
+                    given[name] = found.from_pretrained(Path(self.folder, name))
+                elif parameter.default is parameter.empty or not isinstance(entry, list):
+                    given[name] = None if isinstance(entry, list) else entry
+            pipeline = pipeline_class(**given)
         pipeline.set_progress_bar_config(disable=True)
         for part in self.parts("tokenizer"):
             if encoder_of(part) in encoders:
@@ -248,10 +259,10 @@ class ModelFolder:
             InputError: a part without files, or of a library that is neither transformers nor diffusers.
         """
         without = {self.network_name: None, "vae": None} | self.unused_parts
-        for name, (library, _) in self.parts().items():
+        for name, (library, kind) in self.parts().items():
             if name in without:
                 continue
-            if _library(library) is None:
+            if _library(library) is None or kind.startswith("Auto"):  # those ask a file which class it means
                 raise self.index.wrong(name, "a class of transformers or diffusers; no other code is run")
             if not Path(self.folder, name).is_dir():
                 raise InputError(f"{self.folder}: model_index.json names {name}, but there is no such folder")

@@ -217,7 +217,10 @@ def _is_taken(made_by: Callable[..., Any], key: str, value: Any) -> bool:
         return True
     if value in ([], {}) and parameter.default:
         return False
-    hint = typing.get_type_hints(made_by.__init__).get(key)
+    try:
+        hint = typing.get_type_hints(made_by.__init__).get(key)
+    except NameError:  # annotations that mean something to type checkers alone
+        return True
     return hint is None or _fits(value, hint)
 
 
