@@ -242,7 +242,9 @@ def test_a_damaged_file_of_a_model_folder_is_named(configure, tmp_path, part, te
 def test_a_class_that_diffusers_does_not_have_is_named(configure, tmp_path):
     file = copied(tmp_path, "flux") / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "OtherTransformer"}))
-    with pytest.raises(InputError, match=r"transformer/config\.json: _class_name: diffusers .* has no class 'OtherTransformer'"):
+    with pytest.raises(
+        InputError, match=r"transformer/config\.json: _class_name: diffusers .* has no class 'OtherTransformer'"
+    ):
         check_inputs(configure(f"teacher.model={tmp_path / 'flux'}"))
 
 
