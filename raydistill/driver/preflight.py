@@ -20,6 +20,7 @@ from raydistill.errors import InputError
 from raydistill.shapes.captions import ATTRIBUTES, parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
+from raydistill.spaces.check import check_folder
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.storage.place import Place, Remote
@@ -57,11 +58,11 @@ def check_inputs(config: Config) -> Inputs:
         ],
     )
     student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
-    student.check_files(network=config.student.unet is None)
+    check_folder(student, network=config.student.unet is None)
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))
     check_everywhere(teacher)
-    teacher.check_files()
+    check_folder(teacher)
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)

@@ -21,23 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from raydistill.spaces.meta import without_initial_values
+from raydistill.spaces.meta import WithoutNumbers, without_initial_values
 
 # -- modes ----------------------------------------------------------------------------------------------
-
-
-class WithoutNumbers(TorchDispatchMode):
-    """What asks a meta tensor for its numbers gets an answer: `.item()` and `bool()` 1, so that checks pass, `.cpu()` 0."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            return 1.0
-        if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
-            device = kwargs.get("device")
-            if device is not None and device.type != "meta":
-                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
-        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

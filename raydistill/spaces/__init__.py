@@ -25,13 +25,13 @@ from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.spaces.flux import FluxSpace
 from raydistill.spaces.flux2 import Flux2KleinSpace
-from raydistill.spaces.folder import read_settings
 from raydistill.spaces.hub_model import HubModel
 from raydistill.spaces.kolors import KolorsSpace
 from raydistill.spaces.pixart import PixArtSigmaSpace
 from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
+from raydistill.spaces.settings import read_settings
 from raydistill.spaces.z_image import ZImageSpace
 from raydistill.storage.resolve import resolve
 
@@ -125,10 +125,13 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
     index = folder / "model_index.json"
     if not index.is_file():
         raise InputError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
-    found = read_settings(index).get("_class_name")
+    settings = read_settings(index)
+    found = settings["_class_name"]
+    if not isinstance(found, str):
+        raise settings.wrong("_class_name", "the name of a pipeline's class")
     if family is not None and found != family:
         raise InputError(f"{folder}: is a {found}, but a {family} is needed here")
-    known = find_family(str(found))
+    known = find_family(found)
     if known is None:
         raise InputError(
             f"{folder}: {found} is not a known family; known: {', '.join(sorted(FAMILIES))}. Install a package whose "

@@ -12,10 +12,10 @@ Shapes: B samples, C×H×W latents on the VAE grid (normalised: what the diffusi
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -25,12 +25,14 @@ from torch import nn
 from raydistill.diffusion.guidance import classifier_free, is_guided
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
-from raydistill.errors import NonFiniteError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.spaces.attention_readers import AttentionReader
-from raydistill.spaces.folder import ModelFolder, Settings, diffusers_class, read_settings
+from raydistill.spaces.folder import ModelFolder, encoder_of
 from raydistill.spaces.hub_model import HubModel
+from raydistill.spaces.settings import Settings, built, diffusers_class
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
+MOST_TIMESTEPS = 100_000  # of a training schedule; schedulers hold numbers for each
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
 
@@ -49,7 +51,17 @@ class LatentSpace(ModelFolder, ABC):
     @cached_property
     def downscale(self) -> int:
         """Image pixels per latent pixel."""
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return 2 ** (len(self.vae_config.several("block_out_channels")) - 1)
+
+    @cached_property
+    def pixels_of_vae(self) -> int:
+        """The side that the VAE's configuration names, for families whose network names none.
+
+        The class's own value is not taken: it says nothing of the model.
+        """
+        if "sample_size" not in self.vae_config.stated:
+            raise InputError(f"{self.vae_config.file}: lacks 'sample_size', the pixels of a picture's side")
+        return self.vae_config.side()
 
     @property
     @abstractmethod
@@ -68,7 +80,12 @@ class LatentSpace(ModelFolder, ABC):
     @property
     def scaling(self) -> tuple[float, float]:
         """(shift, scale): normalised = (raw - shift) · scale."""
-        return self.vae_config.get("shift_factor") or 0.0, self.vae_config["scaling_factor"]
+        config = self.vae_config
+        shift = 0.0 if config.get("shift_factor") is None else config.number("shift_factor")
+        scale = config.number("scaling_factor")
+        if scale <= 0:
+            raise config.wrong("scaling_factor", "above 0")
+        return shift, scale
 
     def normalise(self, raw: torch.Tensor) -> torch.Tensor:
         offset, scale = self.scaling
@@ -129,12 +146,6 @@ class Space(LatentSpace):
     default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
     attention_reader: ClassVar[AttentionReader | None] = None  # None: a Bridge trains without attention fidelity
 
-    def check_files(self, *, network: bool = True) -> None:
-        """As `ModelFolder.check_files`; also the values that the family reads from these files."""
-        super().check_files(network=network)
-        self.denormalise(self.normalise(torch.zeros(1, *self.latent_shape)))  # reads what the latents' map needs
-        self.path, self.prediction  # noqa: B018 - read from the scheduler's configuration, where not the family's own
-
     # -- text --------------------------------------------------------------------------------------
     @abstractmethod
     def encode_prompts(self, text: diffusers.DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
@@ -151,13 +162,20 @@ class Space(LatentSpace):
     )
 
     @property
-    def text_lengths(self) -> dict[str, int]:
-        """Tokens that each text encoder reads, as `encode_prompts` asks for them."""
-        lengths = {}
+    def text_lengths(self) -> Settings:
+        """Tokens that each text encoder of the folder reads, as `encode_prompts` asks for them: part -> number.
+
+        Raises:
+            InputError: neither tokenizer nor text encoder says how long its longest text is.
+        """
+        encoders, lengths = self.parts("text_encoder"), Settings({}, self.index.file)
         for part in self.parts("tokenizer"):
-            longest = read_settings(Path(self.folder, part, "tokenizer_config.json"))["model_max_length"]
-            most = self.tokens_padded or min(longest, self.tokens_asked.get(part, longest))
-            lengths[part.replace("tokenizer", "text_encoder")] = most
+            if encoder_of(part) in encoders:
+                longest = self.longest_text(part)
+                most = self.tokens_padded or min(longest, self.tokens_asked.get(part, longest))
+                if most == math.inf:
+                    raise InputError(f"{self.tokenizer_config(part).file}: lacks 'model_max_length'")
+                lengths[encoder_of(part)] = most
         return lengths
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
@@ -259,7 +277,10 @@ class Space(LatentSpace):
     def scheduler(self) -> Any:
         """The folder's own scheduler; copied for each use, since schedulers keep state."""
         config = self.part_config("scheduler")
-        return diffusers_class(config).from_config(config)
+        if "num_train_timesteps" in config:
+            config.whole("num_train_timesteps", most=MOST_TIMESTEPS)
+        scheduler_class = diffusers_class(config)
+        return built(config, scheduler_class, lambda: scheduler_class.from_config(config))
 
     def start_sampling(self, steps: int) -> Any:
         """A fresh scheduler with its timesteps set for `steps` evaluations."""

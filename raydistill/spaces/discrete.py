@@ -5,9 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, ClassVar
 
+from diffusers import DDPMScheduler
+
 from raydistill.diffusion.path import DiscretePath, Prediction
 from raydistill.errors import InputError
-from raydistill.spaces.base import Space
+from raydistill.spaces.base import MOST_TIMESTEPS, Space
+from raydistill.spaces.settings import Settings, built
 
 
 class DiscreteSpace(Space):
@@ -16,7 +19,7 @@ class DiscreteSpace(Space):
     network_settings: ClassVar[dict[str, Any]] = {}  # what the config of this family's network must say
 
     @cached_property
-    def network_config(self) -> dict[str, Any]:
+    def network_config(self) -> Settings:
         """config.json of the network. Raises InputError when it belongs to another family."""
         config = self.part_config(self.network_name)
         for key, expected in self.network_settings.items():
@@ -30,10 +33,10 @@ class DiscreteSpace(Space):
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.network_config
-        return config["in_channels"], config["sample_size"], config["sample_size"]
+        return config.whole("in_channels"), config.side(), config.side()
 
     @cached_property
-    def scheduler_config(self) -> dict[str, Any]:
+    def scheduler_config(self) -> Settings:
         """scheduler_config.json. Raises InputError where it has no betas, as flow models, or changes them."""
         config = self.part_config("scheduler")
         if config.get("beta_schedule") is None and config.get("trained_betas") is None:
@@ -47,16 +50,19 @@ class DiscreteSpace(Space):
 
     @cached_property
     def prediction(self) -> Prediction:
-        prediction = self.scheduler_config.get("prediction_type", "epsilon")
+        prediction = self.scheduler_config.get("prediction_type")
         if prediction not in ("epsilon", "v_prediction"):
-            raise InputError(
-                f"{self.folder}/scheduler: prediction_type is {prediction!r}; known are epsilon and v_prediction"
-            )
+            raise self.scheduler_config.wrong("prediction_type", "epsilon or v_prediction")
         return prediction
 
     @cached_property
     def path(self) -> DiscretePath:
-        return DiscretePath.from_scheduler_config(self.scheduler_config)
+        config = self.scheduler_config
+        config.whole("num_train_timesteps", most=MOST_TIMESTEPS)
+        path = built(config, DDPMScheduler, lambda: DiscretePath.from_scheduler_config(config))
+        if not ((path.alphas_cumprod >= 0) & (path.alphas_cumprod <= 1)).all():  # NaN is neither
+            raise InputError(f"{config.file}: trained_betas, or beta_start to beta_end, are not between 0 and 1")
+        return path
 
     @property
     def scaling(self) -> tuple[float, float]:

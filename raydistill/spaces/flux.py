@@ -56,14 +56,14 @@ class FluxSpace(FlowSpace):
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        channels = self.part_config("transformer")["in_channels"] // 4
-        side = self.vae_config["sample_size"] // self.downscale
+        channels = self.part_config("transformer").whole("in_channels") // 4
+        side = self.pixels_of_vae // self.downscale
         return channels, side, side
 
     @cached_property
     def embeds_guidance(self) -> bool:
         """Whether the network takes the guidance scale as an input, in one evaluation without CFG."""
-        return self.part_config("transformer").get("guidance_embeds", False)
+        return self.part_config("transformer")["guidance_embeds"]
 
     @property
     def conditioning_layout(self) -> Layout:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import JOINT_ATTENTION, FlowSpace, as_map
 from raydistill.spaces.flux import NON_COMMERCIAL, FluxSpace, pack, unpack
+from raydistill.spaces.folder import NETWORK_WEIGHTS, weight_files
 from raydistill.spaces.hub_model import APACHE, HubModel, Licence
+from raydistill.spaces.weights import read_tensors
 
 
 def position_ids(frames: int, height: int, width: int, length: int, device: torch.device) -> torch.Tensor:
@@ -56,7 +57,7 @@ class Flux2KleinSpace(FlowSpace):
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:
         """`to_out` is a list in double blocks and a linear layer in single ones, so those are named one by one."""
-        single = range(self.part_config("transformer")["num_single_layers"])
+        single = range(self.part_config("transformer").whole("num_single_layers"))
         return (
             *JOINT_ATTENTION,
             *(f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")),
@@ -66,19 +67,20 @@ class Flux2KleinSpace(FlowSpace):
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.vae_config["sample_size"] // self.downscale
-        return self.vae_config["latent_channels"], side, side
+        side = self.pixels_of_vae // self.downscale
+        return self.vae_config.whole("latent_channels"), side, side
 
     # -- the latent affine map ---------------------------------------------------------------------
     @cached_property
     def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation [4C, 1, 1] of 2×2-packed raw latents, from the VAE's BatchNorm layer."""
-        file = Path(self.folder, "vae", "diffusion_pytorch_model.safetensors")
-        if not file.is_file():
-            raise InputError(f"{self.folder}: no vae/{file.name}, which holds the latents' statistics")
-        with safe_open(file, framework="pt") as weights:
-            mean, variance = (weights.get_tensor(f"bn.running_{name}").float() for name in ("mean", "var"))
-        deviation = (variance + self.vae_config["batch_norm_eps"]).sqrt()
+        names = {f"bn.running_{name}" for name in ("mean", "var")}
+        files = weight_files(Path(self.folder, "vae"), NETWORK_WEIGHTS)
+        found = dict(pair for file in files for pair in read_tensors(file, names.__contains__))
+        if found.keys() != names:
+            raise InputError(f"{self.folder}/vae: its weights lack {', '.join(sorted(names - found.keys()))}")
+        mean, variance = (found[f"bn.running_{name}"] for name in ("mean", "var"))
+        deviation = (variance + self.vae_config.number("batch_norm_eps")).sqrt()
         return mean[:, None, None], deviation[:, None, None]
 
     def assume_values(self) -> None:

@@ -1,10 +1,15 @@
-"""A diffusers pipeline folder: its configuration files, its networks and its text encoders. Knows no family."""
+"""A diffusers pipeline folder: its configuration files, its networks and its text encoders. Knows no family.
+
+All of the package opens model folders here. No code of a folder ever runs, and whatever is wrong with one ends as one line.
+"""
 
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterator
+import inspect
+import math
+import types
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -12,74 +17,89 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+import transformers
 from torch import nn
 
 from raydistill.errors import InputError
+from raydistill.spaces.settings import (
+    Settings,
+    built,
+    check_extent,
+    diffusers_class,
+    read_settings,
+    reading,
+    through_class,
+)
 from raydistill.storage.staging import on_this_machine
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
+NETWORK_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"  # names of weight files, without their endings
+VARIANT = "fp16"  # of weights; taken where there is nothing else, as storage/hub.py fetches them
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bar of diffusers: every worker would show one for a part of a second."""
-    shown = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()
+    """No progress bars, which every worker would show for a part of a second, and no table of what was loaded."""
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    shown, level = [library.is_progress_bar_enabled() for library in libraries], libraries[1].get_verbosity()
+    for library in libraries:
+        library.disable_progress_bar()
+    libraries[1].set_verbosity_error()
     try:
         yield
     finally:
-        if shown:
-            diffusers.utils.logging.enable_progress_bar()
+        libraries[1].set_verbosity(level)
+        for library, was in zip(libraries, shown, strict=True):
+            if was:
+                library.enable_progress_bar()
 
 
-class Settings(dict[str, Any]):
-    """A JSON file of a model folder; asking for a key that it lacks names the file."""
-
-    def __init__(self, values: dict[str, Any], file: str = "") -> None:
-        super().__init__(values)
-        self.file = file
-
-    def __missing__(self, key: str) -> Any:
-        raise InputError(f"{self.file}: lacks {key!r}")
-
-
-def read_settings(file: Path) -> Settings:
-    """A JSON object. Raises InputError, which names the file, where it is missing or damaged."""
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: holds no JSON object")
-    return Settings(values, str(file))
-
-
-def diffusers_class(config: Settings) -> type:
-    """The class that a part's configuration names. Raises InputError where this diffusers has none such."""
-    name = config["_class_name"]
-    found = getattr(diffusers, str(name), None)
-    if found is None:
-        raise InputError(f"{config.file}: diffusers {diffusers.__version__} has no class {name!r}")
-    return found
+# -- weight files -------------------------------------------------------------------------------------------
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """The safetensors of one network: `<stem>.safetensors`, or those that `<stem>.safetensors.index.json` names.
 
+    Where there is neither, those of the fp16 variant, which have fp16 in their names.
+
     Raises:
-        InputError: there is neither, or a file that the index names is not there.
+        InputError: there is none, or a file that the index names is not there.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file():
-            raise InputError(f"{folder}: no {single.name} (or {index.name})")
-        return [single]
-    weight_map = read_settings(index)["weight_map"]
-    names = sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
-    foreign = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if foreign or not names:
-        raise InputError(f"{index}: names {', '.join(foreign) or 'nothing'}, which is not a file beside it")
-    return [folder / name for name in names]
+    return _weight_files(folder, stem)[0]
+
+
+def variant(folder: Path, stem: str) -> str | None:
+    """`fp16` where `weight_files` are of this variant; else None. Raises as `weight_files`."""
+    return _weight_files(folder, stem)[1]
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+    names = {None: (f"{stem}.safetensors", f"{stem}.safetensors.index.json")}
+    names[VARIANT] = (f"{stem}.{VARIANT}.safetensors", f"{stem}.safetensors.index.{VARIANT}.json")
+    for kind, (single, index) in names.items():
+        if (folder / index).is_file():
+            return _indexed(folder / index), kind
+        if (folder / single).is_file():
+            return [folder / single], kind
+    single, index = names[None]
+    raise InputError(f"{folder}: no {single} (or {index})")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files beside `index` that it names."""
+    settings = read_settings(index)
+    if not isinstance(settings["weight_map"], dict) or not settings["weight_map"]:
+        raise settings.wrong("weight_map", "an object of tensors and their files")
+    names = sorted({str(name) for name in settings["weight_map"].values()})
+    beside = {file.name for file in index.parent.iterdir() if file.is_file()}
+    foreign = [name for name in names if name not in beside]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise InputError(f"{index}: names {', '.join(foreign[:3])}{more}, which is not a file beside it")
+    return [index.parent / name for name in names]
+
+
+# -- the folder ---------------------------------------------------------------------------------------------
 
 
 class ModelFolder:
@@ -96,33 +116,66 @@ class ModelFolder:
         """On another node, which may not have staged the folder yet."""
         self.__dict__ |= state | {"folder": str(on_this_machine(state["folder"]))}
 
+    # -- configuration files -----------------------------------------------------------------------
     @cached_property
     def index(self) -> Settings:
-        """model_index.json."""
-        return read_settings(Path(self.folder, "model_index.json"))
+        """model_index.json, with the pipeline's own values where it has none."""
+        return through_class(read_settings(Path(self.folder, "model_index.json")), diffusers.DiffusionPipeline)
 
-    def parts(self, prefix: str = "") -> dict[str, list[str]]:
-        """Parts that model_index.json names and that are there: name -> [library, class]."""
-        return {
-            name: entry
-            for name, entry in self.index.items()
-            if name.startswith(prefix) and isinstance(entry, list) and entry[0] is not None
-        }
+    def parts(self, prefix: str = "") -> dict[str, tuple[str, str]]:
+        """Parts that model_index.json names and that are there: name -> (library, class).
+
+        Raises:
+            InputError: an entry is no such pair.
+        """
+        found = {}
+        for name, entry in self.index.items():
+            if not isinstance(entry, list) or not name.startswith(prefix) or entry == [None, None]:
+                continue
+            if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+                raise self.index.wrong(name, "a library and a class")
+            found[name] = tuple(entry)
+        return found
 
     def part_config(self, name: str) -> Settings:
-        """config.json (or scheduler_config.json) of one pipeline part."""
+        """config.json (or scheduler_config.json) of one pipeline part.
+
+        Of a network or scheduler of diffusers it has the class's own values where the file has none.
+        """
         for file in (Path(self.folder, name, "config.json"), Path(self.folder, name, "scheduler_config.json")):
             if file.is_file():
-                return read_settings(file)
+                config = read_settings(file)
+                if name.startswith("text_encoder"):
+                    check_extent(config, math.inf)  # bases of rotary embeddings may be large
+                    return config
+                return through_class(config, diffusers.SchedulerMixin if name == "scheduler" else diffusers.ModelMixin)
         raise InputError(f"{self.folder}: no {name}/config.json; is it a complete diffusers pipeline folder?")
 
+    def tokenizer_config(self, name: str) -> Settings:
+        """tokenizer_config.json of one tokenizer; empty where it has none, as transformers takes it."""
+        file = Path(self.folder, name, "tokenizer_config.json")
+        return read_settings(file) if file.is_file() else Settings({}, str(file))
+
+    def longest_text(self, tokenizer: str) -> float:
+        """Tokens that a tokenizer and its text encoder's table of positions allow; infinite where neither says.
+
+        Raises:
+            InputError: `model_max_length` or `max_position_embeddings` is no number of tokens.
+        """
+        told, encoder = self.tokenizer_config(tokenizer), self.part_config(encoder_of(tokenizer))
+        limits = []
+        for settings, key in ((told, "model_max_length"), (encoder, "max_position_embeddings")):
+            if settings.get(key) is not None:
+                limits.append(settings.whole(key, most=10**40))  # transformers writes 10^30 for "no limit"
+        return min((limit for limit in limits if limit < 10**9), default=math.inf)
+
+    # -- networks ----------------------------------------------------------------------------------
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only."""
-        module_class = diffusers_class(self.part_config(name))
-        try:
-            module = module_class.from_pretrained(self.folder, subfolder=name, dtype=dtype, use_safetensors=True)
-        except OSError as error:
-            raise InputError(f"{self.folder}/{name}: {error}") from error
+        module_class, folder = diffusers_class(self.part_config(name)), Path(self.folder, name)
+        kind = variant(folder, NETWORK_WEIGHTS)
+        with reading(folder):
+            module = module_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=kind)
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -134,24 +187,86 @@ class ModelFolder:
         overflows = dtype == torch.float16 and vae.config.get("force_upcast")
         return vae if overflows else vae.to(dtype)
 
+    # -- text --------------------------------------------------------------------------------------
     def load_text(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
-        """The pipeline without its network and VAE: tokenizers and text encoders only."""
-        pipeline_class = diffusers_class(self.index)
-        without = {self.network_name: None, "vae": None} | self.unused_parts
-        self._check_text_parts(without)
-        try:
-            with without_bars():
-                pipeline = pipeline_class.from_pretrained(self.folder, dtype=dtype, use_safetensors=True, **without)
-        except OSError as error:
-            raise InputError(f"{self.folder}: {error}") from error
+        """The pipeline without its network and VAE: tokenizers and text encoders only.
+
+        Raises:
+            InputError: a part is missing or damaged, or weights of a text encoder are not in its files.
+        """
+        self.check_text_parts()
+        return self.text_pipeline({part: self._load_text_encoder(part, dtype) for part in self.parts("text_encoder")})
+
+    def text_pipeline(self, encoders: Mapping[str, nn.Module]) -> diffusers.DiffusionPipeline:
+        """`load_text` with these text encoders, by part."""
+        pipeline_class, parts = diffusers_class(self.index), self.parts()
+        without = {self.network_name, "vae", *self.unused_parts}
+        given: dict[str, Any] = {}
+        with reading(self.folder), without_bars():
+            for name, parameter in inspect.signature(pipeline_class).parameters.items():
+                entry = self.index.get(name)
+                if name in encoders:
+                    given[name] = encoders[name]
+                elif name in parts and name not in without:
+                    found = getattr(_library(parts[name][0]), parts[name][1])
+                    given[name] = found.from_pretrained(Path(self.folder, name))
+                elif parameter.default is parameter.empty or not isinstance(entry, list):
+                    given[name] = None if isinstance(entry, list) else entry
+            pipeline = pipeline_class(**given)
         pipeline.set_progress_bar_config(disable=True)
+        for part in self.parts("tokenizer"):
+            if encoder_of(part) in encoders:
+                self._limit(pipeline, part)
         return pipeline
 
-    def _check_text_parts(self, without: dict[str, None]) -> None:
-        """Parts of model_index.json have files. transformers makes an empty tokenizer where there is no vocabulary."""
-        for name in self.parts():
+    def _limit(self, pipeline: diffusers.DiffusionPipeline, part: str) -> None:
+        """A tokenizer cuts what its text encoder has no positions for; its own file may name no length."""
+        tokenizer, longest = getattr(pipeline, part), self.longest_text(part)
+        if tokenizer.model_max_length > longest:
+            tokenizer.model_max_length = longest
+        if part == "tokenizer" and hasattr(pipeline, "tokenizer_max_length"):  # read when the pipeline was made
+            pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, tokenizer.model_max_length)
+
+    def _load_text_encoder(self, part: str, dtype: torch.dtype) -> nn.Module:
+        folder = Path(self.folder, part)
+        network_class, kind = self.text_class(part), variant(folder, TEXT_WEIGHTS)
+        with reading(folder), without_bars():
+            encoder, told = network_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True
+            )
+        check_loaded(folder, told)
+        return encoder.eval()
+
+    def text_class(self, part: str) -> type[transformers.PreTrainedModel]:
+        """The class of a text encoder. Raises InputError where transformers and diffusers have none such."""
+        library, name = self.parts(part)[part]
+        found = getattr(_library(library), name, None)
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            raise self.index.wrong(part, "a text encoder of transformers or diffusers")
+        return found
+
+    def empty_text_encoder(self, part: str) -> nn.Module:
+        """One of the text encoders, frozen, without weights on the meta device; for counting."""
+        network_class, config = self.text_class(part), self.part_config(part)
+
+        def make() -> nn.Module:
+            with torch.device("meta"):
+                return network_class(network_class.config_class(**config))
+
+        return built(config, network_class.config_class, make).eval().requires_grad_(False)
+
+    def check_text_parts(self) -> None:
+        """Parts of model_index.json have files. transformers makes an empty tokenizer where there is no vocabulary.
+
+        Raises:
+            InputError: a part without files, or of a library that is neither transformers nor diffusers.
+        """
+        without = {self.network_name: None, "vae": None} | self.unused_parts
+        for name, (library, kind) in self.parts().items():
             if name in without:
                 continue
+            if _library(library) is None or kind.startswith("Auto"):  # those ask a file which class it means
+                raise self.index.wrong(name, "a class of transformers or diffusers; no other code is run")
             if not Path(self.folder, name).is_dir():
                 raise InputError(f"{self.folder}: model_index.json names {name}, but there is no such folder")
             if name.startswith("tokenizer") and not any(
@@ -159,28 +274,31 @@ class ModelFolder:
             ):
                 raise InputError(f"{self.folder}/{name}: no vocabulary ({', '.join(VOCABULARIES)})")
 
-    def check_files(self, *, network: bool = True) -> None:
-        """Every part that is used has its configuration and, if it is a network, its weights; loads nothing.
 
-        Args:
-            network: False where the diffusion network's weights come from elsewhere.
+def encoder_of(tokenizer: str) -> str:
+    """The name of the text encoder that reads a tokenizer's tokens."""
+    return tokenizer.replace("tokenizer", "text_encoder")
 
-        Raises:
-            InputError: a file is missing or damaged; it is named.
-        """
-        for part in (self.network_name, "vae", "scheduler"):
-            diffusers_class(self.part_config(part))
-        for part in ("vae", *([self.network_name] if network else [])):
-            weight_files(Path(self.folder, part), "diffusion_pytorch_model")
-        self._check_text_parts({self.network_name: None, "vae": None} | self.unused_parts)
-        for name in self.parts("text_encoder"):
-            self.part_config(name)
-            weight_files(Path(self.folder, name), "model")
 
-    def empty_text_encoder(self, part: str) -> nn.Module:
-        """One of the text encoders, frozen, without weights on the meta device; for counting."""
-        library, name = self.parts(part)[part]
-        network_class = getattr(importlib.import_module(library), name)
-        config = network_class.config_class(**self.part_config(part))
-        with torch.device("meta"):
-            return network_class(config).eval().requires_grad_(False)
+def _library(name: str) -> types.ModuleType | None:
+    """transformers, diffusers, or a module of diffusers' pipelines, such as `kolors`; None: another."""
+    if name in ("transformers", "diffusers"):
+        return importlib.import_module(name)
+    found = getattr(diffusers.pipelines, name, None)
+    return found if isinstance(found, types.ModuleType) and not name.startswith("_") else None
+
+
+def check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
+    """See that a network's files held all its weights: transformers fills up what is missing with random numbers.
+
+    Args:
+        told: what `from_pretrained(output_loading_info=True)` says.
+
+    Raises:
+        InputError: weights are missing, or have other shapes.
+    """
+    wrong = [f"{name} is missing" for name in sorted(told["missing_keys"])]
+    wrong += [f"{name} has shape {tuple(found)}, not {tuple(shape)}" for name, found, shape in told["mismatched_keys"]]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise InputError(f"{folder}: weights do not fit config.json: {wrong[0]}{more}")

@@ -12,6 +12,7 @@ from torch import nn
 
 from raydistill.spaces.hub_model import HubModel, Licence
 from raydistill.spaces.sdxl import SDXLSpace
+from raydistill.spaces.settings import built
 
 MAX_TOKENS = 256  # what Kolors was trained with
 # What the hub page's tag says, apache-2.0, is the licence of Kolors' code.
@@ -31,7 +32,6 @@ class KolorsSpace(SDXLSpace):
     hub_models = {"Kwai-Kolors/Kolors-diffusers": HubModel(LICENCE, "kolors")}
     default_guidance_scale = 5.0
     network_settings = {"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}
-    zeros_for_empty_prompt = False
     tokens_padded = MAX_TOKENS
 
     def _encode_text(self, text, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +48,13 @@ class KolorsSpace(SDXLSpace):
         """ChatGLM3 is diffusers' own class; its own way of leaving weights empty (`empty_init`) would allocate them."""
         from diffusers.pipelines.kolors import text_encoder as chatglm  # slow: loads transformers' models
 
-        name = self.parts(part)[part][1]
-        with torch.device("meta"):
-            config = chatglm.ChatGLMConfig(**self.part_config(part))
-            encoder = getattr(chatglm, name)(config, empty_init=False).eval().requires_grad_(False)
+        network_class, config = self.text_class(part), self.part_config(part)
+
+        def make() -> nn.Module:
+            with torch.device("meta"):
+                return network_class(chatglm.ChatGLMConfig(**config), empty_init=False)
+
+        encoder = built(config, chatglm.ChatGLMConfig, make).eval().requires_grad_(False)
         encoder.forward = partial(_without_script, chatglm, encoder.forward)
         return encoder
 

@@ -11,13 +11,40 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.base import Conditioning, Layout, Space
-from raydistill.spaces.folder import diffusers_class
 from raydistill.spaces.published import write_folder
+from raydistill.spaces.settings import built, diffusers_class
 from raydistill.storage.hub import cached
 from raydistill.storage.resolve import local_path
+
+
+class WithoutNumbers(TorchDispatchMode):
+    """What asks a meta tensor for its numbers gets an answer.
+
+    `.item()` and `bool()` are 1, so that checks pass; `.cpu()` is 0; a mask [N] chooses everything.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 1.0
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "meta":
+            device = kwargs.get("device")
+            if device is not None and device.type != "meta":
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], [_everything(index) for index in args[1]])
+        return func(*args, **kwargs)
+
+
+def _everything(index: torch.Tensor | None) -> torch.Tensor | None:
+    """Places instead of a mask [N] on the meta device; other indices stay."""
+    if index is not None and index.device.type == "meta" and index.dtype == torch.bool and index.ndim == 1:
+        return torch.empty(len(index), dtype=torch.long, device="meta")
+    return index
 
 
 @contextlib.contextmanager
@@ -69,8 +96,9 @@ def open_space(model: str) -> Space:
 def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A diffusers network of the folder on the meta device, frozen."""
     config = space.part_config(name)
+    network_class = diffusers_class(config)
     with without_initial_values(), torch.device("meta"):
-        network = diffusers_class(config).from_config(config)
+        network = built(config, network_class, lambda: network_class.from_config(config))
     return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -13,6 +12,7 @@ from raydistill.spaces.attention_readers import AttentionReader, first_blocks, w
 from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.discrete import DiscreteSpace
 from raydistill.spaces.hub_model import OPEN_RAIL_PLUS, HubModel
+from raydistill.spaces.settings import Settings
 
 MAX_TOKENS = 300  # what PixArt-Sigma was trained with
 
@@ -32,9 +32,9 @@ class PixArtSigmaSpace(DiscreteSpace):
     tokens_padded = MAX_TOKENS
 
     @cached_property
-    def network_config(self) -> dict[str, Any]:
+    def network_config(self) -> Settings:
         config = super().network_config
-        channels, outputs = config["in_channels"], config["out_channels"]
+        channels, outputs = config.whole("in_channels"), config["out_channels"]
         if outputs not in (None, channels, 2 * channels):
             raise InputError(
                 f"{self.folder}/transformer/config.json: out_channels is {outputs}, but must be {channels} "
@@ -46,7 +46,7 @@ class PixArtSigmaSpace(DiscreteSpace):
     def takes_sizes(self) -> bool:
         """Whether the transformer is conditioned on resolution and aspect ratio; left open, it is at 1024 px."""
         asked = self.network_config.get("use_additional_conditions")
-        return self.network_config["sample_size"] == 128 if asked is None else asked
+        return self.network_config.side() == 128 if asked is None else asked
 
     @property
     def conditioning_layout(self) -> Layout:

@@ -27,7 +27,8 @@ from diffusers import UNet2DConditionModel
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import read_settings, weight_files
+from raydistill.spaces.folder import weight_files
+from raydistill.spaces.settings import Settings, built, read_settings, through_class
 from raydistill.spaces.weights import DTYPES, SUFFIXES, Entry, Header, read_header, read_tensors
 
 EMA_NAMES = frozenset({
@@ -132,10 +133,14 @@ def load_student(space: Space, path: Path) -> UNet2DConditionModel:
     return unet.eval().requires_grad_(False)
 
 
-def _on_meta(config: dict[str, Any]) -> UNet2DConditionModel:
-    """The network without memory for its weights."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+def _on_meta(config: Settings) -> UNet2DConditionModel:
+    """The network without memory for its weights. Raises InputError where the configuration describes none."""
+
+    def make() -> UNet2DConditionModel:
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(config)
+
+    return built(config, UNet2DConditionModel, make)
 
 
 # -- folders ----------------------------------------------------------------------------------------------
@@ -189,10 +194,7 @@ def _check_settings(space: Space, file: Path) -> None:
     config = read_settings(file)
     if config.get("_class_name") != "UNet2DConditionModel":
         raise InputError(f"{file}: is a {config.get('_class_name')}, but a UNet2DConditionModel is needed")
-    try:
-        found = _on_meta(config).config
-    except Exception as error:  # a file from anywhere may fail in any way
-        raise InputError(f"{file}: not the configuration of a UNet ({error})") from error
+    found = _on_meta(through_class(config)).config
     for key, value in _on_meta(space.part_config("unet")).config.items():
         if key in FREE_SETTINGS or key.startswith("_") or _plain(value) == _plain(found[key]):
             continue
@@ -288,8 +290,8 @@ def _start(space: Space, path: Path, numbers: dict[str, int]) -> tuple[int | Non
         InputError: the pipeline's scheduler names another prediction type.
     """
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = read_settings(scheduler) if scheduler.is_file() else {}
-    prediction = config.get("prediction_type", "epsilon") if config else space.prediction
+    config = through_class(read_settings(scheduler)) if scheduler.is_file() else {}
+    prediction = config.get("prediction_type", space.prediction)
     if prediction != space.prediction:
         raise InputError(
             f"{scheduler}: its UNet predicts {prediction!r}, but {space.folder} is read as {space.prediction!r}"

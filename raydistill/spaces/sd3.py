@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import JOINT_ATTENTION, JOINT_FEED_FORWARD, FlowSpace, as_map
 from raydistill.spaces.hub_model import HubModel, Licence
 
+T5_TOKENS = 256  # of the pipeline; also of the zeros where a folder has no T5
 STABILITY = Licence(
     "Stability AI Community License",
     "other",
@@ -53,18 +55,31 @@ class StableDiffusion3Space(FlowSpace):
     block_lists = ("transformer_blocks",)
     # Joint attention of image and text is in every block; the second attention of some (attn2) is not read.
     attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn"), watch=watch_image_tokens)
-    tokens_asked = {"tokenizer_3": 256}
+    tokens_asked = {"tokenizer_3": T5_TOKENS}
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
         config = self.part_config("transformer")
-        return config["in_channels"], config["sample_size"], config["sample_size"]
+        return config.whole("in_channels"), config.side(), config.side()
+
+    @property
+    def has_t5(self) -> bool:
+        """Whether the folder keeps T5, most of its memory. Without it the network gets zeros in its place."""
+        return "text_encoder_3" in self.parts("text_encoder")
+
+    def text_pipeline(self, encoders):
+        """As of every folder; diffusers asks its transformer, which is not loaded, how wide T5's zeros are."""
+        text = super().text_pipeline(encoders)
+        if not self.has_t5:
+            width = self.part_config("transformer")["joint_attention_dim"]
+            text.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
+        return text
 
     @property
     def conditioning_layout(self) -> Layout:
         config, lengths = self.part_config("transformer"), self.text_lengths
-        length = lengths["text_encoder"] + lengths["text_encoder_3"]
+        length = lengths["text_encoder"] + (lengths["text_encoder_3"] if self.has_t5 else T5_TOKENS)
         return {
             "prompt_embeds": ((length, config["joint_attention_dim"]), torch.float32),
             "pooled_prompt_embeds": ((config["pooled_projection_dim"],), torch.float32),
@@ -72,13 +87,13 @@ class StableDiffusion3Space(FlowSpace):
 
     @torch.no_grad()
     def encode_prompts(self, text, prompts: Sequence[str]) -> Conditioning:
-        """prompt_embeds [B, L, D]: tokens of both CLIPs side by side, then those of T5; pooled_prompt_embeds [B, P]."""
+        """prompt_embeds [B, L, D]: tokens of both CLIPs side by side, then those of T5 or zeros; pooled_prompt_embeds [B, P]."""
         embeds, _, pooled, _ = text.encode_prompt(
             list(prompts),
             None,
             None,
             do_classifier_free_guidance=False,
-            max_sequence_length=min(self.tokens_asked["tokenizer_3"], text.tokenizer_3.model_max_length),
+            max_sequence_length=self.text_lengths["text_encoder_3"] if self.has_t5 else T5_TOKENS,
         )
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
@@ -21,13 +20,12 @@ class SDXLSpace(StableDiffusionSpace):
     default_guidance_scale = 8.0
     unused_parts = {"image_encoder": None, "feature_extractor": None}
     network_settings = {"addition_embed_type": "text_time"}
-    zeros_for_empty_prompt: ClassVar[bool] = True  # where model_index.json does not say: the pipeline's own default
 
     @property
     def pooled_width(self) -> int:
         """Channels of the pooled text embedding that the UNet was made for."""
         config = self.network_config
-        return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+        return config.whole("projection_class_embeddings_input_dim") - 6 * config.whole("addition_time_embed_dim")
 
     @property
     def conditioning_layout(self) -> Layout:
@@ -73,7 +71,7 @@ class SDXLSpace(StableDiffusionSpace):
 
     def unconditional(self, empty: Conditioning) -> Conditioning:
         """Zeros instead of the empty prompt's embeddings where `force_zeros_for_empty_prompt` says so."""
-        if not self.index.get("force_zeros_for_empty_prompt", self.zeros_for_empty_prompt):
+        if not self.index["force_zeros_for_empty_prompt"]:
             return empty
         return {name: value if name == "time_ids" else torch.zeros_like(value) for name, value in empty.items()}
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import read_settings
 
 
 def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -26,7 +24,7 @@ def are_cut(space: Space, text: Any, prompts: Sequence[str]) -> np.ndarray:
     cut = np.ones(len(prompts), dtype=bool)
     for part, most in space.text_lengths.items():
         tokenizer = part.replace("text_encoder", "tokenizer")
-        ending = read_settings(Path(space.folder, tokenizer, "tokenizer_config.json")).get("trained_without_ending")
+        ending = space.tokenizer_config(tokenizer).get("trained_without_ending")
         needed = list(prompts)
         if ending:
             at_its_end = rf"\s+{re.escape(ending)}\s*$"

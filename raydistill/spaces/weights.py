@@ -10,7 +10,7 @@ Nothing here trusts a file: whatever is wrong with one ends as a InputError that
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,13 @@ class Entry(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str  # as torch writes it; of a sparse tensor the layout
+
+
+class Located(NamedTuple):
+    """One tensor of a network whose weights may lie in several files."""
+
+    file: Path
+    entry: Entry
 
 
 class Header(NamedTuple):
@@ -51,12 +58,51 @@ def read_header(file: Path) -> Header:
                 name: Entry(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))
                 for name, s in slices.items()
             }
-        return Header(tensors, {name: int(value) for name, value in metadata.items() if value.isdecimal()})
+        numbers = {name: int(text) for name, text in metadata.items() if re.fullmatch(r"[0-9]{1,9}", text)}
+        return Header(tensors, numbers)
     leaves = _torch_leaves(file, map_location="meta")
     return Header(
         {name: Entry(tuple(v.shape), _dtype(v)) for name, v in leaves.items() if isinstance(v, torch.Tensor)},
         {name: v for name, v in leaves.items() if isinstance(v, int) and not isinstance(v, bool)},
     )
+
+
+def locate(files: Sequence[Path]) -> dict[str, Located]:
+    """Every tensor of a network's files by its name; no weights are read.
+
+    Raises:
+        InputError: as `read_header`, or a tensor is in two files.
+    """
+    found: dict[str, Located] = {}
+    for file in files:
+        for name, entry in read_header(file).tensors.items():
+            if name in found:
+                raise InputError(f"{file}: {name} is also in {found[name].file.name}")
+            found[name] = Located(file, entry)
+    return found
+
+
+def misfits(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Located], *, strangers: bool = True
+) -> str | None:
+    """What keeps files from being the weights of a network: the first five tensors, in one line. None: nothing.
+
+    Args:
+        expected: name -> shape.
+        strangers: tensors that the network lacks count too.
+    """
+    wrong = [f"{name} is missing" for name in sorted(set(expected) - set(found))]
+    wrong += [f"{name} is unknown" for name in sorted(set(found) - set(expected)) if strangers]
+    for name in sorted(set(expected) & set(found)):
+        shape, dtype = found[name].entry
+        if shape != expected[name]:
+            wrong.append(f"{name} has shape {shape}, not {expected[name]}")
+        elif re.match("[IUB]", dtype) and name.endswith(("weight", "bias")):  # whole numbers, by safetensors' names
+            wrong.append(f"{name} is {dtype}: quantised weights are not read")
+    if not wrong:
+        return None
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    return f"weights do not fit config.json: {'; '.join(wrong[:5])}{more}"
 
 
 def read_tensors(file: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -59,8 +59,8 @@ class ZImageSpace(FlowSpace):
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.vae_config["sample_size"] // self.downscale
-        return self.part_config("transformer")["in_channels"], side, side
+        side = self.pixels_of_vae // self.downscale
+        return self.part_config("transformer").whole("in_channels"), side, side
 
     @property
     def conditioning_layout(self) -> Layout:

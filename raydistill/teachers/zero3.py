@@ -19,7 +19,9 @@ from torch import nn
 from raydistill.errors import InputError
 from raydistill.imports import left_out
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import diffusers_class, weight_files
+from raydistill.spaces.folder import NETWORK_WEIGHTS, weight_files
+from raydistill.spaces.settings import diffusers_class
+from raydistill.spaces.weights import Located, locate, misfits
 
 with left_out("mlflow"):  # DeepSpeed imports it for the logs of its autotuner, which is not used
     import deepspeed
@@ -73,8 +75,9 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
         network = network_class.from_config(config)
     network.eval().requires_grad_(False)
 
-    files = _safetensors(Path(space.folder, space.network_name))
-    _check_names(network, files, space)
+    found = locate(weight_files(Path(space.folder, space.network_name), NETWORK_WEIGHTS))
+    _check_fit(network, found, space)
+    files = {name: located.file for name, located in found.items()}
     _fill_parameters(network, files, rank)
     _fill_buffers(network, network_class, config, files, dtype, device)
     numel = sum(parameter.ds_numel for parameter in network.parameters())
@@ -124,33 +127,15 @@ def _deepspeed_config(dtype: torch.dtype, numel: int) -> dict[str, Any]:
     }
 
 
-def _safetensors(folder: Path) -> dict[str, Path]:
-    """Tensor name -> its file. The folder may hold one file or several."""
-    where = {}
-    for file in weight_files(folder, "diffusion_pytorch_model"):
-        with safe_open(file, framework="pt") as opened:
-            where |= dict.fromkeys(opened.keys(), file)
-    return where
-
-
-def _check_names(network: nn.Module, files: dict[str, Path], space: Space) -> None:
+def _check_fit(network: nn.Module, found: dict[str, Located], space: Space) -> None:
     """Compare names and shapes on every rank before any copy: a rank that failed alone would leave the others waiting.
 
     Raises InputError: they differ.
     """
-    shapes = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
-    buffers = set(network.state_dict()) - set(shapes)
-    wrong = [f"{name} is missing" for name in sorted((set(shapes) | buffers) - set(files))]
-    wrong += [f"{name} is unknown" for name in sorted(set(files) - set(shapes) - buffers)]
-    for file in sorted(set(files.values())):
-        with safe_open(file, framework="pt") as opened:
-            for name in sorted(set(opened.keys()) & set(shapes)):
-                found = tuple(opened.get_slice(name).get_shape())
-                if found != shapes[name]:
-                    wrong.append(f"{name} has shape {found}, not {shapes[name]}")
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{space.folder}: weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+    parameters = {name: tuple(parameter.ds_shape) for name, parameter in network.named_parameters()}
+    buffers = {name: tuple(value.shape) for name, value in network.state_dict().items() if name not in parameters}
+    if problem := misfits(buffers | parameters, found):
+        raise InputError(f"{space.folder}: {problem}")
 
 
 def _fill_parameters(network: nn.Module, files: dict[str, Path], rank: int) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from hollow_folders import write_model
 
 from raydistill.bridge.model import doublings
 from raydistill.config.reading import CONFIGS, flatten, load
 from raydistill.driver.preflight import check_inputs
+from raydistill.planning.memory import check_launch
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
@@ -113,6 +116,55 @@ def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tm
     assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / teacher), str(WEIGHTS / student))
     assert config.student.start_timestep == start
     assert not [note for note in inputs.notes if "start_timestep" in note]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The folder of a hub model with the published configurations and weights without numbers; made once."""
+    made: dict[str, Path] = {}
+
+    def folder(hub_id: str) -> Path:
+        if hub_id not in made:
+            sizes = hub_models()[hub_id].sizes
+            made[hub_id] = write_model(sizes, tmp_path_factory.mktemp("model") / sizes)
+        return made[hub_id]
+
+    return folder
+
+
+def _with_folders(name, model_folder, tmp_path, *more):
+    """A ready configuration whose models, prompts and start lie here."""
+    config = load(CONFIGS / f"{name}.yaml")
+    student, teacher = (model_folder(model) for model in (config.student.model, config.teacher.model))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "heldout.txt").write_text("a blue square\n")
+    here = [f"student.model={student}", f"teacher.model={teacher}", f"storage={tmp_path}"]
+    here += [f"prompts.path={tmp_path / 'prompts.txt'}", f"evaluation.prompts={tmp_path / 'heldout.txt'}"]
+    here += [f"student.unet={student / 'unet'}"] if config.student.unet else []
+    return load(CONFIGS / f"{name}.yaml", [*here, *more])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", [f"{teacher}_{student}" for teacher, student in PAIRS])
+def test_a_ready_pair_passes_the_whole_check_of_its_folders(pair, model_folder, tmp_path):
+    """PixArt's public folder, for one, names its transformer by a class that diffusers maps to another."""
+    config = _with_folders(pair, model_folder, tmp_path)
+    inputs = check_inputs(config)
+    assert inputs.student.latent_shape == (4, 64, 64)
+    assert inputs.teacher.latent_shape == (TEACHERS[pair.rsplit("_sd", 1)[0]][0], 128, 128)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("pair", [f"{teacher}_{student}" for teacher, student in PAIRS])
+def test_every_role_of_a_ready_pair_fits_its_gpus(pair, model_folder, tmp_path):
+    """At one sample a worker: counting the whole batch takes minutes a pair."""
+    small = ("distill.batch_size=1", "distill.micro_batches=1", "bridge.batch_size=8", "bridge.micro_batches=1")
+    lines = check_launch(
+        _with_folders(pair, model_folder, tmp_path, *small, "fake_score.updates=1", "teachers.slice=1")
+    )
+    assert len(lines) == 6
+    assert all(line.startswith("fits: ") for line in lines)
 
 
 def test_parts_of_one_kind_decide_the_same_keys():

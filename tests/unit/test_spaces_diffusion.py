@@ -18,6 +18,8 @@ from raydistill.diffusion.path import add_noise
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
+from raydistill.spaces.check import check_folder
+from raydistill.spaces.settings import diffusers_class
 
 FAMILIES = ["sdxl", "kolors", "pixart"]
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
@@ -237,6 +239,8 @@ def test_pixart_loads_under_the_class_name_of_the_public_folders(diffusion_folde
     folder = changed_copy(
         diffusion_folders["pixart"], tmp_path / "p", "transformer/config.json", _class_name="Transformer2DModel"
     )
+    check_folder(load_space(folder))
+    assert diffusers_class(load_space(folder).part_config("transformer")) is diffusers.PixArtTransformer2DModel
     network = load_space(folder).load_network()
     assert type(network) is diffusers.PixArtTransformer2DModel
     original = load_space(diffusion_folders["pixart"]).load_network()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import diffusers
 import pytest
@@ -16,9 +18,12 @@ from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.errors import InputError
+from raydistill.planning.counting import count_text
 from raydistill.spaces import load_space
+from raydistill.spaces.check import check_folder
 from raydistill.spaces.flow import as_map
 from raydistill.spaces.flux import pack, unpack
+from raydistill.spaces.meta import open_space
 
 PROMPTS = ["a small red circle at the left on a white background", "a large blue square"]
 STEPS = 4
@@ -178,6 +183,38 @@ def test_features_are_the_image_tokens_of_their_block(name, folders):
     assert len({float(f.sum()) for f in found}) == 3
 
 
+@pytest.mark.parametrize("left_out", [None, [None, None]])
+def test_sd3_without_t5_samples_as_the_pipeline_does(left_out, folders, tmp_path):
+    """People leave T5 out to save memory: diffusers puts zeros in its place."""
+    folder = shutil.copytree(folders["sd3"], tmp_path / "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("text_encoder_3", *(("tokenizer_3",) if left_out else ())):
+        shutil.rmtree(folder / part)
+        index[part] = left_out
+    (folder / "model_index.json").write_text(json.dumps(index))
+    space = load_space(folder)
+    check_folder(space)
+    text = TextEncoder(space)
+    encoded, empty = text.encode(PROMPTS[:1]), text.encode([""])
+    layout = {name: (tuple(value.shape[1:]), value.dtype) for name, value in encoded.items()}
+    assert layout == space.conditioning_layout
+    assert set(count_text(open_space(str(folder)))) == {"text_encoder", "text_encoder_2"}
+    x_t = torch.randn(1, *space.latent_shape, generator=torch.Generator().manual_seed(8))
+    found = space.sample(space.load_network(), x_t, encoded, empty, 3, 3.0)
+    index["text_encoder_3"] = index["tokenizer_3"] = [None, None]  # diffusers opens no null
+    (folder / "model_index.json").write_text(json.dumps(index))
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)
+    pipe.set_progress_bar_config(disable=True)
+    side = PIXELS
+    expected = pipe(
+        PROMPTS[0], negative_prompt="", guidance_scale=3.0, num_inference_steps=3, latents=x_t, height=side, width=side,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    long = "a circle " * 100  # more than both CLIPs read
+    assert text.are_cut([PROMPTS[0], long]).tolist() == [False, True]
+
+
 def test_tokens_lie_row_by_row():
     x = torch.randn(2, 3, 8, 6)
     assert torch.equal(as_map(pack(x), x), F.pixel_unshuffle(x, 2))
@@ -249,5 +286,5 @@ def test_a_step_distilled_klein_is_no_teacher(tmp_path):
 def test_missing_statistics_of_flux2_are_named(tmp_path):
     folder = save_flux2(tmp_path / "torn")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match="no vae/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(InputError, match="vae: no diffusion_pytorch_model.safetensors"):
         load_space(folder).normalise(torch.zeros(1, CHANNELS, 8, 8))

@@ -19,6 +19,7 @@ from raydistill.data.prompts import read_prompts
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
+from raydistill.spaces.check import check_folder
 from raydistill.storage import place as place_module
 from raydistill.storage import staging
 from raydistill.storage.atomic import reading, replace_text, writing
@@ -55,7 +56,7 @@ def test_prompts_pairs_weights_and_models_are_read_by_uri(folder):
         assert len(files) > 1
         assert all((staged / file).read_bytes() == (WEIGHTS / name / file).read_bytes() for file in files)
     space = load_space(resolve(f"{folder}/sd15"), "StableDiffusionPipeline")
-    space.check_files()
+    check_folder(space)
 
 
 def test_several_processes_fetch_once(folder, cache, tmp_path):
