@@ -26,8 +26,8 @@ from raydistill.export.one_picture import difference, load_float32
 from raydistill.export.source import Export, open_one_step
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import diffusers_class, read_settings
 from raydistill.spaces.published_students import load_student
+from raydistill.spaces.settings import diffusers_class, read_settings
 from raydistill.storage.resolve import resolve
 
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: `load_lora_weights(folder)` finds it

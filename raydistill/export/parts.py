@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.errors import InputError
-from raydistill.spaces.folder import read_settings, weight_files
+from raydistill.spaces.folder import weight_files
+from raydistill.spaces.settings import read_settings
 from raydistill.spaces.weights import read_header
 
 STEMS = ("diffusion_pytorch_model", "model")  # of weight files: diffusers' and transformers'

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import read_settings, weight_files
+from raydistill.spaces.folder import weight_files
+from raydistill.spaces.settings import read_settings
 
 OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the narrowest that loses nothing is what a hash is made of

@@ -52,6 +52,9 @@ def in_shards(folder: Path) -> None:
 
 
 DISGUISES = {
+    "fp16 in names": lambda folder: [
+        file.rename(file.with_name(file.name.replace(".safe", ".fp16.safe"))) for file in (folder / VAE, folder / TEXT)
+    ],
     "old attention names": lambda folder: rewrite(folder / VAE, older),
     "shards": in_shards,
     "a tensor that no module keeps": lambda folder: rewrite(
