@@ -189,7 +189,7 @@ def _differing(one: Any, other: Any, name: str = "state") -> list[str]:
 def _missing_in_mlflow(world: World, storage: Path, steps: dict[int, dict[str, Any]]) -> int:
     """Values of the step log that the run in MLflow lacks, or has otherwise."""
     client = client_of(world.server.uri)
-    run = json.loads((storage / "chaos" / "run.json").read_text())["mlflow"]["distill"]
+    run = json.loads((storage / "chaos" / "run.json").read_text())["mlflow"]["pipeline"]
     missing = 0
     for key in _own(next(iter(steps.values()))["values"]):
         logged = {entry.step: entry.value for entry in client.get_metric_history(run, key)}

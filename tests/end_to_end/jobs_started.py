@@ -128,14 +128,14 @@ def job_of(storage, *overrides):
 
 
 def mlflow_runs(storage, name):
-    """(parent, {stage: child}) of a run in the store of `storage`."""
+    """(parent, {stage: run}) of a run in the store of `storage`; the distillation is the parent itself."""
     import mlflow
 
     client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     ids = json.loads((storage / name / "run.json").read_text())["mlflow"]
     parent = client.get_run(ids["pipeline"])
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
-    return parent, {child.data.tags["stage"]: child for child in children}
+    return parent, {"distill": parent} | {child.data.tags["stage"]: child for child in children}
 
 
 def history(storage, run, key):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,13 +46,48 @@ def test_a_run_leaves_summary_pictures_export_and_an_mlflow_run(finished):
     run = client.get_run(summary["mlflow_run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["student.lr"]
-    children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
-    (child,) = children
-    logged = child.data.metrics
-    assert {"loss/vsd", "loss/fake", "loss/gan", "eval/mean", "time/wait_teacher"} <= logged.keys()
+    assert client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'") == []
+    logged = run.data.metrics  # of the distillation too: the run that one opens has the curves
+    assert {"loss", "score", "loss/vsd", "loss/fake", "loss/gan", "eval/mean", "time/wait_teacher"} <= logged.keys()
     assert 0 < logged["teachers/latency_p50"] <= logged["teachers/latency_p95"]
     assert 0 < logged["teachers/busy_fraction"] <= 1
-    assert [m.step for m in client.get_metric_history(child.info.run_id, "loss/vsd")] == [1, 2]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/vsd")] == [1, 2]
+
+
+def test_mlflow_shows_what_people_compare(finished):
+    import mlflow
+
+    storage, _ = finished
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    run = client.get_run(json.loads((storage / "whole" / "summary.json").read_text())["mlflow_run_id"])
+    assert len(run.data.params) < 30
+    assert run.data.params["distill.steps"] == "2"
+    tags = run.data.tags
+    assert (tags["teacher"], tags["recipe"], tags["steps"]) == ("shapes:flux", "shapes", "2")
+    note = tags["mlflow.note.content"]
+    assert f"get-artifact?path=before_after.png&run_uuid={run.info.run_id}" in note
+    assert "| student after |" in note
+    assert "distill.steps=2" in note
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"before_after.png", "config.yaml", "pictures"} <= files
+    pictures = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
+    assert pictures == {"pictures/samples.png", "pictures/periodic.png"}
+    inputs = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
+    assert inputs["training"].digest != inputs["evaluation"].digest
+    assert json.loads(inputs["training"].profile)["num_rows"] > json.loads(inputs["evaluation"].profile)["num_rows"] > 0
+
+
+def test_a_log_has_not_one_line_that_is_not_ours(finished):
+    """Lines carry the time; only the table does not."""
+    _, text = finished
+    lines = text.splitlines()
+    table = [line for line in lines if not re.match(r"\d\d:\d\d:\d\d ", line)]
+    heads = ("whole: held-out prompts", "mean", "student before", "student after", "teacher")
+    assert [line.split("  ")[0].strip() or line.split()[0] for line in table] == list(heads), text
+    said = [line[9:] for line in lines if line not in table]
+    assert said[0] == "run whole: shapes:flux → shapes:sd15"
+    assert any(line.startswith("distill: done in ") or line.startswith("1/1 distill: done in ") for line in said)
+    assert any(re.match(r"1/1 distill: step \d/2, ", line) for line in said), text
 
 
 def test_others_may_read_all_that_a_run_leaves(finished):
@@ -236,7 +272,7 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
         assert job.left() == []
     assert same_weights(exported(finished[0] / "whole"), exported(tmp_path / "struck"))
     assert consumed(read_lines(step_file(folder, 0))).tolist() == list(range(2 * 2 * 4))  # steps, batches, samples
-    values = {entry.step: entry.value for entry in client.get_metric_history(ids["distill"], "loss/vsd")}
+    values = {entry.step: entry.value for entry in client.get_metric_history(ids["pipeline"], "loss/vsd")}
     assert values == history(finished[0], mlflow_runs(finished[0], "whole")[1]["distill"], "loss/vsd")
 
 
