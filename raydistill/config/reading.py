@@ -18,7 +18,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from raydistill.config.schema import Config, Free, Section, trains_bridge
+from raydistill.config.keys import Free, Section
+from raydistill.config.schema import Config, trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
 

@@ -3,74 +3,33 @@
 from __future__ import annotations
 
 import re
-import typing
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from raydistill.config.keys import (
+    Batch,
+    Count,
+    Cpus,
+    Few,
+    Fraction,
+    Gpus,
+    NonNegative,
+    Patience,
+    Positive,
+    Seconds,
+    Section,
+    Seed,
+    free,
+)
 from raydistill.diffusion import guidance
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _list_without_brackets(cls, value: Any, field: ValidationInfo) -> Any:
-        """`controls=no_vsd,shared_space` and `bridge.depths=2` are lists too."""
-        listed = typing.get_origin(cls.model_fields[str(field.field_name)].annotation) is list
-        if not listed or isinstance(value, bool) or not isinstance(value, str | int):
-            return value
-        return [part.strip() for part in str(value).split(",")]
-
-    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """What differs from the defaults."""
-        fields = type(self).model_fields
-        return ((name, value) for name, value in super().__repr_args__() if value != fields[str(name)].default)
+RESERVED = re.compile(r"mlflow\.db.*|mlartifacts", re.IGNORECASE)  # in the storage, beside the runs
 
 
 def trains_bridge(config: Config) -> bool:
     """Whether a run begins by training its Bridge."""
     return config.bridge.checkpoint is None and config.bridge.projector != "identity"
-
-
-@dataclass(frozen=True)
-class Free:
-    """Marks a key, or a section, that decides no number of a run. A resume may change it.
-
-    What numbers depend on besides is no matter of the configuration: the kind of hardware, and which workers were lost.
-
-    Attributes:
-        unless: the configurations in which the key decides numbers after all; None: there are none.
-    """
-
-    unless: Callable[[Config], bool] | None = None
-
-    def __call__(self, schema: dict[str, Any]) -> None:
-        """What pydantic calls to add to a JSON schema."""
-        schema["free"] = True
-
-
-def free(default: Any, unless: Callable[[Config], bool] | None = None, **arguments: Any) -> Any:
-    """A `Field` marked as `Free`. Every other field decides numbers."""
-    return Field(default, json_schema_extra=Free(unless), **arguments)
-
-
-RESERVED = re.compile(r"mlflow\.db.*|mlartifacts", re.IGNORECASE)  # in the storage, beside the runs
-
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # steps, pictures, rows
-Batch = Annotated[int, Field(ge=1, le=65_536)]  # samples, or pictures, at once
-Few = Annotated[int, Field(ge=1, le=10_000)]  # processes, threads, channels, layers, requests
-Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-NonNegative = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0, le=1e9)]  # 30 years
-Patience = Annotated[Seconds, Field(gt=0)]
-Gpus = Annotated[float, Field(ge=0, le=10_000)]  # of one process, in Ray's count
-Cpus = Annotated[Gpus, Field(gt=0)]
 
 
 class RunConfig(Section):

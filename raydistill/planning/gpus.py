@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from raydistill.config.schema import Config, Count, Positive, Section
+from raydistill.config.keys import Count, Positive, Section
+from raydistill.config.schema import Config
 from raydistill.config.yaml_text import parse
 from raydistill.errors import InputError
 from raydistill.planning import meter
