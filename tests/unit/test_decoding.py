@@ -18,7 +18,7 @@ from raydistill.config.schema import BridgeConfig
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder
-from raydistill.driver.job import run_job
+from raydistill.driver.job import Job, run_job
 from raydistill.errors import NonFiniteError
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, draw_teacher
 from raydistill.evaluation.scorers import Drawing
@@ -202,7 +202,7 @@ def test_a_job_that_meets_it_ends_with_one_line(capfd, monkeypatch, tmp_path):
         raise NonFiniteError("x/vae: the decoded pictures are not finite (1 of 1 in float32); its weights are damaged")
 
     overrides = [f"storage={tmp_path}", "run.name=mine"]
-    assert run_job("purpose", stages, "summary.json", arguments=overrides) == 1
+    assert run_job("purpose", Job(run=stages, result="summary.json"), overrides) == 1
     error = capfd.readouterr().err
     assert "error: x/vae: the decoded pictures are not finite (1 of 1 in float32); its weights are damaged\n" in error
     assert "Traceback" not in error

@@ -182,7 +182,7 @@ def test_the_command_reads_its_own_options_and_the_configuration_s(run_script, t
     for seeds in (["--seeds", "3"], ["--seeds=3"]):
         code, out, _ = run_script("reproduce", "table1", *seeds, f"storage={tmp_path}")
         assert code == 0
-        assert out.startswith(f"run paper is finished: {tmp_path}/paper/table1-3-seeds.json")
+        assert f" run paper is finished: {tmp_path}/paper/table1-3-seeds.json" in out
 
 
 def test_a_teachers_pictures_are_taken_from_another_cell_and_a_cell_that_goes_on_keeps_its_own(config, tmp_path):

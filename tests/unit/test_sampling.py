@@ -166,7 +166,7 @@ def test_an_export_is_found_by_folder_run_name_and_run_id(run, exports, tmp_path
     for text, problem in {
         "nowhere": r"nowhere: no such folder, and no run of that name",
         "half-way": "a run that has exported no student yet",
-        "c" * 32: "no run in .* has this MLflow run id and an export; name --tracking-uri",
+        "c" * 32: "there is no MLflow store in .*; name --tracking-uri",
         "shapes:judge": "no diffusers pipeline",
     }.items():
         with pytest.raises(InputError, match=problem):
@@ -209,7 +209,7 @@ def test_an_mlflow_run_gives_its_export_from_the_artifacts(exports, tmp_path):
         assert export.folder == tmp_path / "artifacts" / child / "artifacts" / "export"  # no copy is left anywhere
         assert open_one_step(export)[1] == 625
     other = client.create_run(experiment, run_name="other").info.run_id
-    with pytest.raises(InputError, match="has an artifact `export`"):
+    with pytest.raises(InputError, match="has logged a student"):
         find_export(other, tmp_path / "elsewhere", uri)
     with pytest.raises(InputError, match="cccc: sqlite.*not found"):
         find_export("c" * 32, tmp_path, uri)
