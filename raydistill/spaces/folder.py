@@ -8,16 +8,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import diffusers
 import torch
-import transformers
 from torch import nn
 
 from raydistill.errors import InputError
@@ -32,6 +32,9 @@ from raydistill.spaces.settings import (
 )
 from raydistill.storage.staging import on_this_machine
 
+if TYPE_CHECKING:
+    import transformers
+
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 NETWORK_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model", "model"  # names of weight files, without their endings
 VARIANT = "fp16"  # of weights; taken where there is nothing else, as storage/hub.py fetches them
@@ -40,15 +43,21 @@ VARIANT = "fp16"  # of weights; taken where there is nothing else, as storage/hu
 @contextmanager
 def without_bars() -> Iterator[None]:
     """No progress bars, which every worker would show for a part of a second, and no table of what was loaded."""
-    libraries = diffusers.utils.logging, transformers.utils.logging
-    shown, level = [library.is_progress_bar_enabled() for library in libraries], libraries[1].get_verbosity()
+    libraries = [diffusers.utils.logging]
+    if "transformers" in sys.modules:  # teacher ranks run a network alone, and never import it
+        libraries.append(sys.modules["transformers"].utils.logging)
+    shown, levels = zip(
+        *((library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries), strict=True
+    )
     for library in libraries:
         library.disable_progress_bar()
-    libraries[1].set_verbosity_error()
+    for library in libraries[1:]:
+        library.set_verbosity_error()
     try:
         yield
     finally:
-        libraries[1].set_verbosity(level)
+        for library, level in zip(libraries[1:], levels[1:], strict=True):
+            library.set_verbosity(level)
         for library, was in zip(libraries, shown, strict=True):
             if was:
                 library.enable_progress_bar()
@@ -239,6 +248,8 @@ class ModelFolder:
 
     def text_class(self, part: str) -> type[transformers.PreTrainedModel]:
         """The class of a text encoder. Raises InputError where transformers and diffusers have none such."""
+        import transformers  # teacher ranks, which run a network alone, do without
+
         library, name = self.parts(part)[part]
         found = getattr(_library(library), name, None)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
