@@ -160,6 +160,7 @@ class RunRecord:
         """End one MLflow run with its status, and say why in its description and a tag."""
         tracker = Tracker(self.uri, run_id)
         if why is not None:
+            why = mask(FAILURE, why)
             tracker.tags({FAILURE: why})
             tracker.note(f"**{status.lower()}**: {why}\n\n`{command_line()}`")
         tracker.finish(status, within_s)

@@ -112,8 +112,8 @@ class Tracker:
         self._sender.add_job(f"tags {', '.join(tags)}", lambda client: describe(client, self.run_id, {}, tags))
 
     def note(self, text: str) -> None:
-        """The run's description in the UI, in Markdown."""
-        self.tags({NOTE: text})
+        """The run's description in the UI, in Markdown. Nothing is masked: a link to a picture has a query."""
+        self._sender.add_job("description", lambda client: describe(client, self.run_id, {}, {NOTE: text[:MAX_TAG]}))
 
     def flush(self, timeout: float = 60.0) -> int:
         """Wait until everything is sent; the number of entries still waiting after `timeout` seconds."""

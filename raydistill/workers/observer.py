@@ -26,6 +26,7 @@ from raydistill.workers.checkpoint import CheckpointError, save_state
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
+FIRST = "0-overview"
 SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
 FALL = 0.1  # of the periodic evaluation below its best: a collapse
 BEST = "best"  # folder of a stage
@@ -105,10 +106,10 @@ class Observer:
         )
 
     def _headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        """`loss` and `score`, which MLflow shows above all names that have a section."""
+        """The loss and the score again, in a section that MLflow, which sorts by name, shows first."""
         loss = next((metrics[name] for name in SHOWN_LOSSES if name in metrics), None)
         score = metrics.get(f"eval/periodic_{self.config.evaluation.metric}")
-        return {name: value for name, value in (("loss", loss), ("score", score)) if value is not None}
+        return {f"{FIRST}/{name}": value for name, value in (("loss", loss), ("score", score)) if value is not None}
 
     def _tell_of_cuts(self, step: int, metrics: dict[str, float]) -> None:
         if metrics.get("data/cut_prompts") and not self._told_of_cuts:
