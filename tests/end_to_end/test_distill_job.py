@@ -137,7 +137,7 @@ def test_a_job_that_loses_a_rank_and_then_everything_goes_on_under_its_mlflow_ru
     folder, settings = tmp_path / "killed", ("run.name=killed", "distill.overlap=false")
     with started(tmp_path, tmp_path, *settings) as job:
         job.until((folder / "distill" / "before.json").is_file)
-        job.until(lambda: "— teacher evaluation" in job.text())  # the teachers are ready: the first step comes next
+        job.until(lambda: " teacher evaluation\n" in job.text())  # the teachers are ready: the first step comes next
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         assert len(ranks) == 2
         with pytest.raises(RunLocked, match=f"process {job.process.pid} "), lock_run(folder):
@@ -242,7 +242,7 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
         job.until(lambda: "a worker failed: OSError: " in job.text(), pause=0.1)
         (folder / "before.json").unlink()
         job.until((folder / "before.json").is_file)  # by its successor
-        job.until(lambda: "— teacher evaluation" in job.text())  # the first step comes next
+        job.until(lambda: " teacher evaluation\n" in job.text())  # the first step comes next
         (replica,) = job.processes("ray::ServeReplica")
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
         replica.kill()
