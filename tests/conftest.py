@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.parent.name == "ray" and ("kill" in item.name or "dies" in item.name))
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """No test reads what another one, or a user, has in the cache."""
+    monkeypatch.setenv("RAYDISTILL_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex[:8]}"))
+
+
 @pytest.fixture(scope="session")
 def miniature_parts():
     """Random-weight VAEs, text encoders and tokenizers."""

@@ -33,7 +33,8 @@ from raydistill.distillation.networks import guidance_scale
 from raydistill.distillation.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, draw_teacher
 from raydistill.evaluation.summary import write_summary
-from raydistill.planning.counting import changed, count_teacher, count_trainer, distiller
+from raydistill.planning.counting import count_teacher, count_trainer, distiller
+from raydistill.planning.counts import changed
 from raydistill.planning.meter import counted
 from raydistill.spaces.meta import open_space
 from raydistill.storage.fingerprint import content_hash

@@ -386,6 +386,12 @@ class PlanConfig(Section):
         "refuse", description="what a job that asks for GPUs does when a role does not fit them; ignore: count nothing"
     )
 
+    @field_validator("trainer_gpu", "teacher_gpu", "encoder_gpu", mode="before")
+    @classmethod
+    def _named_by_a_number(cls, value: Any) -> Any:
+        """`plan.trainer_gpu=4090` names a kind too."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
 
 class Config(Section):
     """Root of the tree."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from raydistill.bridge.model import Bridge, read_description
 from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import DECODE_BATCH, BridgeTrainer
 from raydistill.config import schema
-from raydistill.config.reading import needs_pairs, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.data.encode import CHUNK
 from raydistill.data.pairs import Pairs
 from raydistill.data.vae import VAE_BATCH
 from raydistill.diffusion.guidance import is_guided
@@ -30,42 +30,29 @@ from raydistill.distillation.batches import Real
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale
 from raydistill.distillation.updates import Distiller, build_distiller
-from raydistill.planning.meter import Cost, Meter, counted
-from raydistill.spaces import meta
+from raydistill.export.licences import student_licences
+from raydistill.planning.counts import (
+    BridgeTraining,
+    Cost,
+    Counts,
+    Models,
+    Teacher,
+    Terms,
+    Text,
+    Trainer,
+    Vae,
+    Wanted,
+    Weights,
+    as_counts,
+    wanted,
+)
+from raydistill.planning.meter import Meter, counted
+from raydistill.spaces import hub_models, meta
 from raydistill.spaces.base import Space
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
 
 # -- parts of a run ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Weights:
-    """Bytes of one trainer's state, which it holds between steps."""
-
-    student: int  # with its EMA
-    fake_frozen: int
-    fake_block: int  # of it, its largest block
-    fake_trained: int
-    bridge: int
-    discriminator: int
-    optimizers: int
-
-
-@dataclass(frozen=True)
-class Trainer:
-    """One worker's step: its state, and what make, one fake update and the student update do."""
-
-    weights: Weights
-    held: int  # bytes between steps
-    make: Cost
-    fake: Cost
-    student: Cost
-    gradients: dict[str, int]  # bytes that are averaged over the workers, by optimizer
-
-    @property
-    def peak(self) -> int:
-        return max(self.make.peak, self.fake.peak, self.student.peak)
 
 
 def bridge_settings(config: Config) -> schema.BridgeConfig:
@@ -109,12 +96,21 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
     )
 
 
-def count_trainer(config: Config, student: Space, teacher: Space, batch: int | None = None) -> Trainer:
-    """One worker's step at `batch` samples (default distill.batch_size), counted by running it on meta tensors.
+def count_trainer(
+    config: Config,
+    student: Space,
+    teacher: Space,
+    batch: int | None = None,
+    begins: Callable[[str], None] = lambda part: None,
+) -> Trainer:
+    """One worker's step, counted by running it on meta tensors.
 
-    `batch` must be a multiple of distill.micro_batches.
+    Args:
+        batch: samples; a multiple of distill.micro_batches. None: distill.batch_size.
+        begins: is told of each of four parts before it is counted.
     """
     with counted() as meter:
+        begins(", its networks")
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
         networks = worker.networks
@@ -125,11 +121,12 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
 
         made: list[Any] = []
         works, before = [], []
-        for part in (
-            lambda: made.extend(worker.make()),
-            worker.fake_update,
-            lambda: worker.student_update(made, scores),
-        ):
+        for name, part in {
+            "make": lambda: made.extend(worker.make()),
+            "fake score": worker.fake_update,
+            "student": lambda: worker.student_update(made, scores),
+        }.items():
+            begins(f", {name}")
             before.append(meter.live)
             works.append(meter.count(part))
         held = meter.live
@@ -159,18 +156,6 @@ def count_trainer(config: Config, student: Space, teacher: Space, batch: int | N
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
         return Trainer(weights, held, make, fake, updated, gradients)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The frozen teacher: its size, and one forward of `samples` scored samples (two networks' rows with CFG)."""
-
-    parameters: int
-    buffers: int  # elements
-    piece: int  # elements of the largest part that ZeRO-3 gathers at once
-    samples: int
-    score: Cost  # one guided x0 estimate; the peak is without weights
-    evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
 
 
 def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teacher:
@@ -208,23 +193,6 @@ def _largest_piece(module: nn.Module, limit: float) -> int:
         fits = not container and numel(child) <= limit
         largest = max(largest, numel(child) if fits else _largest_piece(child, limit))
     return largest
-
-
-@dataclass(frozen=True)
-class BridgeTraining:
-    """One Bridge step of one worker."""
-
-    parameters: int  # of the projector, which is trained
-    prior: int  # elements of the frozen decoder blocks
-    probe: int  # elements of the teacher's first blocks
-    step: Cost
-    validation: Cost  # pictures through the teacher's VAE
-    text: int  # bytes of the teacher's text encoders, which stay where the prompts are too many for a table
-
-    @property
-    def peak(self) -> float:
-        """Most bytes of tensors at any time."""
-        return max(self.step.peak, self.validation.peak) + self.text
 
 
 class _Losses(Objective):
@@ -276,21 +244,14 @@ def count_bridge(config: Config, student: Space, teacher: Space, share: int) -> 
         return BridgeTraining(trained, prior, probed, work, validation, text * encoding.itemsize)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text encoder, and what one prompt of full length takes; the peak without weights, in float32."""
-
-    parameters: int
-    prompt: Cost
-
-
 def count_text(space: Space) -> dict[str, Text]:
     """Each text encoder."""
     lengths, result = space.text_lengths, {}
     for part, encoder in empty_text_encoders(space).items():
         with counted() as meter, torch.no_grad():
             ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
-            result[part] = Text(numel(encoder), _without_weights(meter, encoder, lambda e=encoder, i=ids: e(i)))
+            prompt = _without_weights(meter, encoder, lambda e=encoder, i=ids: e(i))
+            result[part] = Text(numel(encoder), prompt, CHUNK)
     return result
 
 
@@ -298,17 +259,6 @@ def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -
     """Of a part that runs a module, what is alive beside the module's tensors."""
     before, work = meter.hold(module), meter.count(part)
     return replace(work, peak=work.peak - before)
-
-
-@dataclass(frozen=True)
-class Vae:
-    """A VAE, and what encoding and decoding `batch` pictures take, as many as go through it at once; peaks without weights."""
-
-    parameters: int
-    side: int  # pixels of a picture's side
-    batch: int
-    encode: Cost
-    decode: Cost
 
 
 def count_vae(space: Space) -> Vae:
@@ -324,31 +274,6 @@ def count_vae(space: Space) -> Vae:
 # -- all of a run ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Everything about a configuration that does not depend on the hardware. Bytes, FLOPs."""
-
-    student: str  # pipeline classes
-    teacher: str
-    batch: int
-    trainer: Trainer  # at `batch` samples
-    small_batch: int
-    small_trainer: Trainer  # at `small_batch` samples
-    recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
-    network: Teacher
-    bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
-    text: dict[str, Text]  # "role part"
-    vae: dict[str, Vae]  # by role
-    request_bytes: int
-    answer_bytes: int
-    real_row_bytes: int  # one teacher sample in a worker's memory: latents and conditioning
-
-    @property
-    def text_flops(self) -> float:
-        """One prompt through all text encoders."""
-        return sum(encoder.prompt.flops for encoder in self.text.values())
-
-
 def conditioning_bytes(teacher: Space, dtype: torch.dtype = torch.float32) -> int:
     """One prompt's conditioning as it travels: real numbers in the text encoders' `dtype`, and integers."""
     layout = teacher.conditioning_layout.values()
@@ -361,71 +286,46 @@ def request_bytes(teacher: Space, batch: int, guided: bool, dtype: torch.dtype =
     return batch * (latents + 4 + row) + (row if guided else 0)
 
 
-def synthesises(config: Config) -> bool:
-    """Whether a run makes pairs."""
-    return config.bridge.pairs is None and needs_pairs(config)
-
-
-def samples(config: Config) -> bool:
-    """Whether it makes them from the teacher's samples, not from real images."""
-    return synthesises(config) and config.synthesis.images is None
-
-
-def changed(config: Config, **distill: Any) -> Config:
-    """The configuration with other values in its distill section."""
-    return config.model_copy(update={"distill": config.distill.model_copy(update=distill)})
-
-
-def count_roles(config: Config, roles: Sequence[str] | None = None) -> dict[str, Any]:
-    """Those fields of Counts that these roles need (None: all roles); seconds to minutes."""
-    student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
-    spaces, found = {"student": student, "teacher": teacher}, {}
-
-    def needed(*by: str) -> bool:
-        return roles is None or not set(by).isdisjoint(roles)
-
-    if needed("trainer"):
-        found |= {"batch": config.distill.batch_size, "trainer": count_trainer(config, student, teacher)}
-    if needed("teacher rank"):
-        found["network"] = count_teacher(config, teacher, guidance_scale(config, teacher))
-    if needed("Bridge training"):
-        share = max(1, config.bridge.batch_size // config.distill.fewest)
-        found["bridge"] = count_bridge(config, student, teacher, share) if trains_bridge(config) else None
-    if needed("text encoder", "synthesis, prompts"):
-        texts = {role: count_text(space) for role, space in spaces.items()}
-        found["text"] = {f"{role} {part}": value for role, parts in texts.items() for part, value in parts.items()}
-    if needed("synthesis, pictures"):
-        found["vae"] = {role: count_vae(space) for role, space in spaces.items()}
-    return found
-
-
-def count_growth(config: Config, trainer: Trainer) -> dict[str, Any]:
-    """The fields of Counts that say how a trainer's memory grows; `trainer` is it at the configured sizes."""
-    batch, parts = config.distill.batch_size, config.distill.micro_batches
-    small = parts if batch > parts else 2 * parts  # one sample a part, or two
-    spaces = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
-    recomputing = trainer
-    if not config.distill.gradient_checkpointing:
-        recomputing = count_trainer(changed(config, gradient_checkpointing=True), *spaces)
-    small_trainer = count_trainer(config, *spaces, small)
-    return {"small_batch": small, "small_trainer": small_trainer, "recomputing": recomputing}
-
-
-def count_run(config: Config) -> Counts:
-    """Count a configuration: half a minute for the miniature world, minutes for 12 B parameters. Downloads nothing.
-
-    Raises InputError: models that are unknown, or do not fit each other.
-    """
-    student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
-    part, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
+def count_models(config: Config, student: Space, teacher: Space) -> Models:
+    """Facts of the models, and bytes of what travels."""
     latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
-    found = count_roles(config)
-    return Counts(
+    part, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
+    models = config.teacher.model, config.student.model
+    terms = student_licences(models[0], teacher.pipeline_class, models[1], student.pipeline_class, config.student.unet)
+    known = hub_models()
+    gated = {name for name in models if (hub := known.get(name.partition("@")[0])) is not None and hub.gated}
+    return Models(
         student=student.pipeline_class,
         teacher=teacher.pipeline_class,
-        **found,
-        **count_growth(config, found["trainer"]),
+        terms=[Terms(role, model, it.name, it.terms, model in gated) for role, model, it in terms],
         request_bytes=request_bytes(teacher, part, guided, encoding),
         answer_bytes=part * latents,
         real_row_bytes=latents + conditioning_bytes(teacher, encoding),
     )
+
+
+def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
+    """Count one thing: seconds to a minute. Downloads nothing. `begins` is told of each part of it that begins.
+
+    Raises InputError: models that are unknown, or do not fit each other.
+    """
+    config = it.config
+    student, teacher = meta.open_space(config.student.model), meta.open_space(config.teacher.model)
+    spaces = {"student": student, "teacher": teacher}
+    if it.kind == "trainer":
+        return count_trainer(config, student, teacher, it.batch, begins)
+    begins("")
+    if it.kind == "teacher":
+        return count_teacher(config, teacher, guidance_scale(config, teacher))
+    if it.kind == "bridge":
+        return count_bridge(config, student, teacher, max(1, config.bridge.batch_size // config.distill.fewest))
+    if it.kind == "text":
+        return {f"{role} {part}": one for role, space in spaces.items() for part, one in count_text(space).items()}
+    if it.kind == "vae":
+        return {role: count_vae(space) for role, space in spaces.items()}
+    return count_models(config, student, teacher)
+
+
+def count_run(config: Config) -> Counts:
+    """Count a whole configuration anew: seconds for the miniature world, minutes for 12 B parameters. Raises as `count`."""
+    return as_counts(config, {name: count(it) for name, it in wanted(config).items()})

@@ -10,7 +10,7 @@ from raydistill.config.keys import Count, Positive, Section
 from raydistill.config.schema import Config
 from raydistill.config.yaml_text import parse
 from raydistill.errors import InputError
-from raydistill.planning import meter
+from raydistill.planning.counts import Cost
 
 GIB = 1 << 30
 GPU_TABLE = Path(__file__).with_name("gpus.yaml")
@@ -32,7 +32,7 @@ class Gpu(Section):
         """TFLOP/s at the peak of what is computed in float32."""
         return (tf32 and self.tf32_tflops) or self.fp32_tflops
 
-    def seconds(self, work: meter.Cost, efficiency: float, tf32: bool = False) -> float:
+    def seconds(self, work: Cost, efficiency: float, tf32: bool = False) -> float:
         """Of a piece of work, whose float32 operations run at that peak."""
         at_peak = (work.flops - work.flops_32) / self.bf16_tflops + work.flops_32 / self.float32(tf32)
         return at_peak / (1e12 * efficiency)

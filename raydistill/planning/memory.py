@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from raydistill.config.reading import get, trains_bridge
 from raydistill.config.schema import Config
-from raydistill.data.encode import CHUNK
 from raydistill.errors import InputError
-from raydistill.planning.counting import Counts, Weights, count_growth, count_roles, samples, synthesises
+from raydistill.planning.counts import GROWTH, ITEMSIZE, Counts, Weights, samples, small_batch, synthesises
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
+from raydistill.planning.kept import find_counts
 
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
@@ -41,7 +39,7 @@ class Fit:
 def teacher_bytes(counts: Any, config: Config, shards: int) -> int:
     """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
     network = counts.network
-    element = getattr(torch, config.teachers.dtype).itemsize
+    element = ITEMSIZE[config.teachers.dtype]
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
     return elements * element + network.score.peak
@@ -66,9 +64,17 @@ def shared_bytes(weights: Weights, config: Config) -> float:
 
 @dataclass(frozen=True)
 class Role:
-    """Processes that hold a GPU, or a share of one: which key asks for it, of which kind it is, and whether a run has them."""
+    """Processes that hold a GPU, or a share of one.
+
+    Attributes:
+        key: asks for the GPU.
+        counted: the field of Counts that their memory follows from.
+        kind: of GPU.
+        used: whether a run has them.
+    """
 
     key: str
+    counted: str
     kind: Callable[[Config], str]
     used: Callable[[Config], bool]
 
@@ -79,13 +85,13 @@ def encoder_gpu(config: Config) -> str:
 
 ROLES = {
     "teacher rank": Role(
-        "teachers.gpus_per_rank", lambda c: c.plan.teacher_gpu, lambda c: c.vsd.weight > 0 or samples(c)
+        "teachers.gpus_per_rank", "network", lambda c: c.plan.teacher_gpu, lambda c: c.vsd.weight > 0 or samples(c)
     ),
-    "trainer": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, lambda c: True),
-    "Bridge training": Role("distill.gpus_per_worker", lambda c: c.plan.trainer_gpu, trains_bridge),
-    "text encoder": Role("prompts.gpus_per_encoder", encoder_gpu, lambda c: True),
-    "synthesis, prompts": Role("synthesis.gpus_per_encoder", encoder_gpu, samples),
-    "synthesis, pictures": Role("synthesis.gpus_per_encoder", encoder_gpu, synthesises),
+    "trainer": Role("distill.gpus_per_worker", "trainer", lambda c: c.plan.trainer_gpu, lambda c: True),
+    "Bridge training": Role("distill.gpus_per_worker", "bridge", lambda c: c.plan.trainer_gpu, trains_bridge),
+    "text encoder": Role("prompts.gpus_per_encoder", "text", encoder_gpu, lambda c: True),
+    "synthesis, prompts": Role("synthesis.gpus_per_encoder", "text", encoder_gpu, samples),
+    "synthesis, pictures": Role("synthesis.gpus_per_encoder", "vae", encoder_gpu, synthesises),
 }
 
 
@@ -96,10 +102,13 @@ def _has(config: Config, role: str, gpu: Gpu) -> float:
 
 
 def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
-    """Every role on every kind of GPU; those that ask for none are left out, but for the networks that train and teach."""
+    """Every role on the kind of GPU that it is planned for; those that ask for none are left out, but for the networks that
+    train and teach.
+    """
     always = ("teacher rank", "trainer", "Bridge training")
-    roles = [role for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)]
-    return [_fit(role, counts, config, name, _has(config, role, gpu)) for name, gpu in gpus.items() for role in roles]
+    roles = {role: it for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)}
+    kinds = {role: it.kind(config) for role, it in roles.items()}
+    return [_fit(role, counts, config, kind, _has(config, role, gpus[kind])) for role, kind in kinds.items()]
 
 
 def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
@@ -127,9 +136,9 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
         pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
         held = 4 * sum(vae.parameters for vae in vaes) + pictures
         return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
-    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    size = ITEMSIZE[config.prompts.encoder_dtype]
     texts = [t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")]
-    prompts = min(CHUNK, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
+    prompts = min(texts[0].chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
     return size * (sum(text.parameters for text in texts) + prompts * max(text.prompt.peak for text in texts) / 4)
 
 
@@ -185,12 +194,14 @@ def _bridge_advice(config: Config, fits: bool) -> str:
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
-    size = getattr(torch, config.prompts.encoder_dtype).itemsize
+    size = ITEMSIZE[config.prompts.encoder_dtype]
     encoders = size * sum(encoder.parameters for encoder in counts.text.values())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
     if config.discriminator.weight > 0 and config.discriminator.real_data is None:
-        held["real samples"] = min(config.synthesis.count, config.discriminator.real_count) * counts.real_row_bytes
+        held["real samples"] = (
+            min(config.synthesis.count, config.discriminator.real_count) * counts.models.real_row_bytes
+        )
     return held
 
 
@@ -212,13 +223,14 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
     used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
     if not used or config.plan.launch == "ignore":
         return []
-    gpus, counts = known_gpus(config), SimpleNamespace(**count_roles(config, used))
+    gpus, found = known_gpus(config), find_counts(config, [ROLES[role].counted for role in used])
+    counts = SimpleNamespace(batch=config.distill.batch_size, small_batch=small_batch(config), **found)
     lines, wrong = [], []
     for role in used:
         key, kind = ROLES[role].key, ROLES[role].kind(config)
         has = _has(config, role, gpus[kind])
         if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
-            counts.__dict__.update(count_growth(config, counts.trainer))
+            counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, GROWTH))
         fit = _fit(role, counts, config, kind, has)
         text = (
             f"{role}: needs {fit.needs / GIB:.1f} GiB of tensors, {key}={get(config, key):g} {kind} has "

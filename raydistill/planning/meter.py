@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from raydistill.planning.counts import Cost
 from raydistill.spaces.meta import WithoutNumbers, without_initial_values
 
 # -- modes ----------------------------------------------------------------------------------------------
@@ -138,17 +138,6 @@ class Meter(TorchDispatchMode):
         self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
         part()
         return Cost(self.flops - flops, self.peak, self.flops_32 - flops_32)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a piece of code did: floating point operations, the most live bytes during it, and how many of the operations
-    were in float32.
-    """
-
-    flops: float
-    peak: int
-    flops_32: float = 0.0
 
 
 @contextlib.contextmanager

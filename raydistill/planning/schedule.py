@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from raydistill.config.schema import Config
-from raydistill.planning.counting import Counts, Weights, samples, synthesises
+from raydistill.planning.counts import ITEMSIZE, Counts, Weights, samples, synthesises
 from raydistill.planning.gpus import Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu
 
@@ -83,13 +81,13 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
     network, plan = counts.network, config.plan
     rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
     compute = gpu.seconds(network.score, plan.efficiency)
-    moved = counts.request_bytes + counts.answer_bytes
+    moved = counts.models.request_bytes + counts.models.answer_bytes
     return rounds * max(compute, gather_seconds(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
 
 
 def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
     """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
-    element = getattr(torch, config.teachers.dtype).itemsize
+    element = ITEMSIZE[config.teachers.dtype]
     return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 
 
@@ -227,13 +225,17 @@ def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[fl
     return synthesis.count * seconds[bound] / 3600, bound
 
 
+def rented(gpu: Gpu, count: float) -> int:
+    """GPUs of this kind that are rented for so many: nodes are whole."""
+    return gpu.per_node * math.ceil(count / gpu.per_node)
+
+
 def price(phases: list[Phase], config: Config, gpus: dict[str, Gpu]) -> float:
     """US dollars: nodes of the usual size, which are rented whole, and the head node."""
 
     def per_hour(kind: str, count: float) -> float:
         gpu = gpus[kind]
-        whole = gpu.per_node * math.ceil(count / gpu.per_node)
-        return whole * (gpu.spot_price if config.plan.spot else gpu.price)
+        return rented(gpu, count) * (gpu.spot_price if config.plan.spot else gpu.price)
 
     return sum(
         phase.hours * (config.plan.head_price + sum(per_hour(kind, count) for kind, count in phase.gpus.items()))

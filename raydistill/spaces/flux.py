@@ -41,7 +41,7 @@ class FluxSpace(FlowSpace):
     pipeline_class = "FluxPipeline"
     hub_models = {
         "black-forest-labs/FLUX.1-dev": HubModel(
-            Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL), "flux1-dev"
+            Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL), "flux1-dev", gated=True
         ),
         "black-forest-labs/FLUX.1-schnell": HubModel(APACHE),
     }

@@ -23,10 +23,12 @@ class HubModel:
         licence: terms of its weights.
         sizes: its configuration files (`published.write_folder`): a file of `spaces/published` by its name, or the path
             of another. None: planning needs the model's own files in the hub's cache.
+        gated: the hub gives its files to those alone who have accepted the licence.
     """
 
     licence: Licence
     sizes: str | Path | None = None
+    gated: bool = False
 
 
 APACHE = Licence("Apache License 2.0", "apache-2.0", "Permissive; keep the notices.")

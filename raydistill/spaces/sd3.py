@@ -43,8 +43,8 @@ class StableDiffusion3Space(FlowSpace):
 
     pipeline_class = "StableDiffusion3Pipeline"
     hub_models = {
-        "stabilityai/stable-diffusion-3.5-medium": HubModel(STABILITY, "sd3.5-medium"),
-        "stabilityai/stable-diffusion-3.5-large": HubModel(STABILITY, "sd3.5-large"),
+        "stabilityai/stable-diffusion-3.5-medium": HubModel(STABILITY, "sd3.5-medium", gated=True),
+        "stabilityai/stable-diffusion-3.5-large": HubModel(STABILITY, "sd3.5-large", gated=True),
     }
     lora_targets = (
         *JOINT_ATTENTION,

@@ -1,6 +1,6 @@
 """Inputs by URI: each node fetches them once into a cache, and reads them as local files.
 
-The cache is $RAYDISTILL_CACHE, by default ~/.cache/raydistill.
+The cache is $RAYDISTILL_CACHE, by default $XDG_CACHE_HOME/raydistill, which is ~/.cache/raydistill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs)/(?P<k
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("RAYDISTILL_CACHE", "~/.cache/raydistill")).expanduser().absolute()
+    around = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    default = (
+        around if around.is_absolute() else Path.home() / ".cache"
+    ) / "raydistill"  # XDG: a relative one is ignored
+    return Path(os.environ.get("RAYDISTILL_CACHE") or default).expanduser().absolute()
 
 
 def fetch(uri: str) -> Path:

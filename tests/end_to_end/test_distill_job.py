@@ -48,7 +48,15 @@ def test_a_run_leaves_summary_pictures_export_and_an_mlflow_run(finished):
     assert run.data.params["student.lr"]
     assert client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'") == []
     logged = run.data.metrics  # of the distillation too: the run that one opens has the curves
-    assert {"0-overview/loss", "0-overview/score", "loss/vsd", "loss/fake", "loss/gan", "eval/mean", "time/wait_teacher"} <= logged.keys()
+    assert {
+        "0-overview/loss",
+        "0-overview/score",
+        "loss/vsd",
+        "loss/fake",
+        "loss/gan",
+        "eval/mean",
+        "time/wait_teacher",
+    } <= logged.keys()
     assert 0 < logged["teachers/latency_p50"] <= logged["teachers/latency_p95"]
     assert 0 < logged["teachers/busy_fraction"] <= 1
     assert [m.step for m in client.get_metric_history(run.info.run_id, "loss/vsd")] == [1, 2]

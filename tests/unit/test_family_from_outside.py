@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,10 @@ from raydistill.distillation.schedule import distillation_step
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.export.licences import licence_of
+from raydistill.planning.counting import count_run
+from raydistill.planning.gpus import known_gpus
 from raydistill.planning.memory import check_launch
-from raydistill.planning.report import report
+from raydistill.planning.report import details
 from raydistill.spaces import FAMILIES, Space, load_space, register
 from raydistill.spaces.flow import FlowSpace
 
@@ -115,10 +118,10 @@ def test_attention_maps_equal_attention_by_hand(folder):
 
 def test_a_plan_counts_it(configure):
     config = configure("bridge.checkpoint=null", "distill.gradient_checkpointing=true")
-    text = report(config)
-    assert "(AuraFlowPipeline) teaches" in text
+    text = details(count_run(config), config, known_gpus(config))
+    assert "AuraFlowPipeline teaches" in text
     parameters = sum(p.numel() for p in load_space(config.teacher.model).load_network().parameters())
-    assert f"teacher {parameters:,};" in text
+    assert re.search(rf"^  teacher +{parameters:,}$", text, re.MULTILINE)
     assert licence_of("fal/AuraFlow-v0.3", "AuraFlowPipeline").name == "Apache License 2.0"
 
 

@@ -14,7 +14,7 @@ from raydistill.config.reading import load
 from raydistill.driver import room
 from raydistill.errors import InputError
 from raydistill.planning import counting
-from raydistill.planning.counting import changed
+from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB
 from raydistill.planning.memory import check_launch
 from raydistill.spaces import meta

@@ -22,13 +22,8 @@ from raydistill.distillation.batches import Real
 from raydistill.distillation.networks import load_unet
 from raydistill.distillation.updates import build_distiller
 from raydistill.planning import memory as memory_module
-from raydistill.planning.counting import (
-    changed,
-    count_run,
-    count_text,
-    count_trainer,
-    request_bytes,
-)
+from raydistill.planning.counting import count_run, count_text, count_trainer, request_bytes
+from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB
 from raydistill.planning.memory import trainer_bytes
 from raydistill.planning.meter import Meter
@@ -208,7 +203,7 @@ def test_bytes_of_a_request_are_those_of_its_payload(counts, spaces):
     )
     payload = request.payload()
     arrays = [payload["latents"], payload["t"], *payload["conditioning"].values(), *payload["unconditional"].values()]
-    assert counts.request_bytes == sum(array.nbytes for array in arrays)
+    assert counts.models.request_bytes == sum(array.nbytes for array in arrays)
 
 
 PUBLISHED_TEXT = {  # parameters of the text encoders, as published with them
@@ -262,8 +257,8 @@ def test_parts_of_a_batch_cost_the_flops_of_the_batch_and_the_memory_of_a_part(c
     # a sum of gradients is there besides the part's own activations
     assert parted.trainer.fake.peak == pytest.approx(half.fake.peak, rel=0.05)
     assert half.student.peak <= parted.trainer.student.peak <= half.student.peak + half.gradients["student"]
-    assert (parted.request_bytes, parted.answer_bytes) == (
-        request_bytes(teacher, BATCH // 2, True), counts.answer_bytes // 2
+    assert (parted.models.request_bytes, parted.models.answer_bytes) == (
+        request_bytes(teacher, BATCH // 2, True), counts.models.answer_bytes // 2
     )  # fmt: skip
     heavy = dataclasses.replace(
         parted, trainer=dataclasses.replace(parted.trainer, fake=dataclasses.replace(parted.trainer.fake, peak=1 << 40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,15 @@ import torch
 
 from raydistill.config.reading import CONFIGS, load
 from raydistill.errors import InputError
+from raydistill.planning import kept
 from raydistill.planning import memory as memory_module
-from raydistill.planning.counting import (
-    Text,
-    changed,
-    count_bridge,
-    count_run,
-    count_trainer,
-)
+from raydistill.planning.counting import count, count_bridge, count_run, count_trainer
+from raydistill.planning.counts import Cost, Text, Wanted, changed, wanted
 from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
-from raydistill.planning.meter import Cost
+from raydistill.planning.report import details
 from raydistill.planning.schedule import phases, price, request_seconds, schedule
+from raydistill.planning.verdict import savings, verdict
 from raydistill.spaces.meta import open_space
 
 BATCH = 4
@@ -43,7 +41,7 @@ def counts(config):
 
 
 def text_of(flops):
-    return {"teacher text_encoder": Text(1, Cost(flops, 0, flops))}
+    return {"teacher text_encoder": Text(1, Cost(flops, 0, flops), 16)}
 
 
 def priced(config, **plan):
@@ -147,7 +145,9 @@ def test_more_shards_never_need_more_memory_than_two(config, large):
 
 
 def test_what_does_not_fit_says_what_would(config, large):
-    fits = {(fit.role, fit.gpu): fit for fit in memory_module.memory(large, settings(config), read_gpus())}
+    chosen = settings(config, "plan.teacher_gpu=4090")
+    fits = {(fit.role, fit.gpu): fit for fit in memory_module.memory(large, chosen, read_gpus())}
+    assert set(fits) == {("teacher rank", "4090"), ("trainer", "H100")}, "the kinds that are asked for"
     rank = fits["teacher rank", "4090"]
     assert not rank.fits
     assert rank.advice == "teachers.shards=4 is enough"
@@ -219,6 +219,118 @@ def test_a_wrong_table_of_gpus_is_named(text, message, tmp_path):
         read_gpus(str(tmp_path / "gpus.yaml"))
 
 
+# -- the verdict ------------------------------------------------------------------------------------------
+
+RENTED = ["distill.gpus_per_worker=1", "teachers.gpus_per_rank=1", "plan.teacher_gpu=L40S", "bridge.checkpoint=null"]
+
+
+def said(counts, config, *labels):
+    """Label -> text, of a verdict whose every line fits 80 columns."""
+    lines = verdict(counts, config, read_gpus()).splitlines()
+    assert max(map(len, lines)) <= 80
+    found: dict[str, str] = {}
+    label = ""
+    for line in lines:
+        label = line[:10].strip() or label
+        found[label] = f"{found.get(label, '')} {line[10:]}".strip()
+    assert list(found) == list(labels)
+    return found
+
+
+def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
+    chosen, gpus = settings(config, *RENTED, "teachers.replicas=3"), read_gpus()
+    parts = phases(large, chosen, gpus)
+    total, hours = price(parts, chosen, gpus), sum(part.hours for part in parts)
+    lines = said(large, chosen, "fits", "watch", "money", "savings", "needs", "terms")
+    # 3 replicas of 2 ranks: two nodes of 4
+    assert lines["fits"].startswith(f"yes, on 8 H100 (trainers); 8 L40S (teachers): {hours:.1f} h")
+    assert lines["fits"].endswith(f"${total:,.0f} at spot prices")
+    for part in parts:
+        alone = price([part], chosen, gpus)
+        assert (
+            f"{part.name} ${alone:,.0f} ({alone / total:.0%}, {part.hours:,.1f} h, decided by {part.bound})"
+            in lines["money"]
+        )
+    assert lines["needs"] == "nothing more: models and prompts come with the package"
+    assert lines["terms"] == "teacher, student base, student start: the project's own licence (--full says more)"
+    needed = schedule(large, chosen, gpus).replicas_needed
+    assert lines["watch"].startswith("the trainers wait ")
+    assert f"teachers.replicas={needed} on they do not" in lines["watch"]
+
+
+def test_a_run_without_gpus_says_so(config, large):
+    fast = dataclasses.replace(large, network=dataclasses.replace(large.network, score=Cost(1.0, 0)))
+    lines = said(fast, settings(config), "fits", "money", "needs", "terms")
+    assert lines["fits"].startswith("no GPU is asked for; on one H100 the arithmetic takes ")
+    assert lines["money"] == "no GPU is rented"
+
+
+def test_what_does_not_fit_comes_first_with_what_would(config, large):
+    lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "needs", "terms")  # fmt: skip
+    assert lines["fits"].startswith("NO: teacher rank needs ")
+    assert (
+        "of a 4090 it has 21.6; teachers.shards=4 is enough. All of it fits H100, H200, A100-80, L40S." in lines["fits"]
+    )
+
+
+def test_what_would_save_most_is_what_the_plan_of_that_would_say(config, large):
+    gpus, chosen = (
+        read_gpus(),
+        settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false"),
+    )
+    now, found = price(phases(large, chosen, gpus), chosen, gpus), savings(large, chosen, gpus)
+    costs = [cost for cost, _ in found]
+    assert costs == sorted(costs)
+    assert costs[-1] < now
+    by_change = {change: cost for cost, change in found}
+    for change, told in (
+        ("synthesis.count=100000 (of 2,000,000)", "synthesis.count=100000"),
+        ("bridge.pairs=… (pairs that you have)", "bridge.pairs=/mine"),
+        ("plan.spot=true", "plan.spot=true"),
+    ):
+        other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", told)
+        assert by_change[change] == pytest.approx(price(phases(large, other, gpus), other, gpus))
+    (kind,) = [change for change in by_change if "_gpu=" in change]
+    other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", kind)
+    assert by_change[kind] == pytest.approx(price(phases(large, other, gpus), other, gpus))
+    assert all(fit.fits for fit in memory_module.memory(large, other, gpus))
+
+
+@pytest.mark.parametrize("name", ["sd35_medium_sd15", "flux1_dev_sd21_base", "sdxl_sd15"])
+def test_files_weights_tokens_and_terms_of_a_real_pair_are_named(name, large):
+    config = load(name)
+    counts = dataclasses.replace(large, models=count(Wanted("models", config)))
+    lines = said(counts, config, *(["fits", "watch", "money", "savings", "needs", "terms"]))
+    gated = name != "sdxl_sd15"
+    needs = lines["needs"]
+    assert f"{config.student.unet} (student.unet)" in needs.partition("not on this machine: ")[2]
+    assert f"{config.prompts.path} (prompts.path)" in needs
+    assert f"{config.teacher.model}{' (gated)' if gated else ''}" in needs.partition("from the hub: ")[2]
+    assert ("HF_TOKEN" in needs) == gated
+    assert "shapes:" not in needs
+    for terms in counts.models.terms:
+        assert terms.licence in lines["terms"]
+
+
+def test_details_fit_80_columns_and_show_the_gpus_that_are_asked_for(large):
+    for name in ("sd35_medium_sd15", "flux1_dev_sd21_base"):
+        config = load(name)
+        text = details(dataclasses.replace(large, models=count(Wanted("models", config))), config, read_gpus())
+        assert max(map(len, text.splitlines())) <= 80
+        assert "H100" in text
+        assert "L40S" in text
+        assert "H200" not in text
+        assert "4090" not in text
+    named = load(overrides=["plan.trainer_gpu=4090"])  # as people type it
+    assert named.plan.trainer_gpu == "4090"
+
+
+def test_kept_counts_are_those_that_were_counted(config, counts):
+    for name, it in wanted(config).items():
+        value = getattr(counts, name)
+        assert kept.TYPES[it.kind].validate_json(kept.TYPES[it.kind].dump_json(value)) == value
+
+
 # -- the job ----------------------------------------------------------------------------------------------
 
 
@@ -228,24 +340,29 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.full
-def test_the_job_prints_every_section(counts):
-    done = plan(f"distill.batch_size={BATCH}", "bridge.checkpoint=null")
+def test_the_job_counts_once_and_prints_every_section_when_asked(counts):
+    settings = [f"distill.batch_size={BATCH}", "bridge.checkpoint=null"]
+    done = plan(*settings)
     assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first == "plan      shapes:flux teaches shapes:sd15; 120 updates of 1 x 4 samples"
+    counting = [line for line in lines if line[2:3] == ":"]
+    assert "counting: step 0/" in counting[0]
+    assert "counted in " in counting[-1]
+    assert lines[-1] == "details   --full"
+    again = plan(*settings)
+    assert again.stdout.splitlines() == [first, *(line for line in lines if line not in counting)]
+    full = plan(*settings, "--full")
     for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled, not measured"):
-        assert title in done.stdout
-    assert f"teacher {counts.network.parameters:,}" in done.stdout
+        assert title in full.stdout
+    assert re.search(rf"^  teacher +{counts.network.parameters:,}$", full.stdout, re.MULTILINE)
     for phase in ("synthesis", "Bridge training", "distillation"):
-        assert f"  {phase} " in done.stdout
-    for model in (
-        "the teacher, shapes:flux",
-        "the student base, shapes:sd15",
-        "the student start, shapes:sd15-onestep",
-    ):
-        assert f"  licence of {model}: the project's own licence. No third-party weights." in done.stdout
-    assert "64 GPU-hours for the Bridge and 160 for 3,000 student updates" in done.stdout
+        assert f"\n  {phase} " in full.stdout
+    for model in ("Teacher, shapes:flux", "Student base, shapes:sd15", "Student start, shapes:sd15-onestep"):
+        assert f"  {model}: the project's own licence." in full.stdout
+    assert "64 GPU-hours for the Bridge, 160 for 3,000 student updates" in full.stdout
 
 
-@pytest.mark.full
 def test_the_job_names_what_it_does_not_know():
     done = plan("plan.trainer_gpu=H1000")
     assert done.returncode == 2

@@ -1,0 +1,218 @@
+"""What is counted of a configuration, as numbers. Needs no torch: kept counts are read in no time.
+
+Bytes, FLOPs, and the public facts of the models. counting.py counts them, kept.py keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.schema import Config
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number, by the configuration's names
+
+# -- parts of a run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of code did: floating point operations, the most live bytes during it, and how many of the operations
+    were in float32.
+    """
+
+    flops: float
+    peak: int
+    flops_32: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Bytes of one trainer's state, which it holds between steps."""
+
+    student: int  # with its EMA
+    fake_frozen: int
+    fake_block: int  # of it, its largest block
+    fake_trained: int
+    bridge: int
+    discriminator: int
+    optimizers: int
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """One worker's step: its state, and what make, one fake update and the student update do."""
+
+    weights: Weights
+    held: int  # bytes between steps
+    make: Cost
+    fake: Cost
+    student: Cost
+    gradients: dict[str, int]  # bytes that are averaged over the workers, by optimizer
+
+    @property
+    def peak(self) -> int:
+        return max(self.make.peak, self.fake.peak, self.student.peak)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen teacher: its size, and one forward of `samples` scored samples (two networks' rows with CFG)."""
+
+    parameters: int
+    buffers: int  # elements
+    piece: int  # elements of the largest part that ZeRO-3 gathers at once
+    samples: int
+    score: Cost  # one guided x0 estimate; the peak is without weights
+    evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
+
+
+@dataclass(frozen=True)
+class BridgeTraining:
+    """One Bridge step of one worker."""
+
+    parameters: int  # of the projector, which is trained
+    prior: int  # elements of the frozen decoder blocks
+    probe: int  # elements of the teacher's first blocks
+    step: Cost
+    validation: Cost  # pictures through the teacher's VAE
+    text: int  # bytes of the teacher's text encoders, which stay where the prompts are too many for a table
+
+    @property
+    def peak(self) -> float:
+        """Most bytes of tensors at any time."""
+        return max(self.step.peak, self.validation.peak) + self.text
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text encoder, and what one prompt of full length takes; the peak without weights, in float32."""
+
+    parameters: int
+    prompt: Cost
+    chunk: int  # prompts that go through it at once, at most
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE, and what encoding and decoding `batch` pictures take, as many as go through it at once; peaks without weights."""
+
+    parameters: int
+    side: int  # pixels of a picture's side
+    batch: int
+    encode: Cost
+    decode: Cost
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms of a model that bind the student."""
+
+    role: str
+    model: str
+    licence: str
+    text: str
+    gated: bool  # on the hub: its licence must be accepted first
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Facts of the models, and the bytes that travel between trainers and teachers."""
+
+    student: str  # pipeline classes
+    teacher: str
+    terms: list[Terms]
+    request_bytes: int
+    answer_bytes: int
+    real_row_bytes: int  # one teacher sample in a worker's memory: latents and conditioning
+
+
+# -- all of a run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Everything about a configuration that does not depend on the hardware. Bytes, FLOPs."""
+
+    batch: int
+    trainer: Trainer  # at `batch` samples
+    small_batch: int
+    small_trainer: Trainer  # at `small_batch` samples
+    recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
+    network: Teacher
+    bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
+    text: dict[str, Text]  # "role part"
+    vae: dict[str, Vae]  # by role
+    models: Models
+
+    @property
+    def text_flops(self) -> float:
+        """One prompt through all text encoders."""
+        return sum(encoder.prompt.flops for encoder in self.text.values())
+
+
+def synthesises(config: Config) -> bool:
+    """Whether a run makes pairs."""
+    return config.bridge.pairs is None and needs_pairs(config)
+
+
+def samples(config: Config) -> bool:
+    """Whether it makes them from the teacher's samples, not from real images."""
+    return synthesises(config) and config.synthesis.images is None
+
+
+def changed(config: Config, **distill: Any) -> Config:
+    """The configuration with other values in its distill section."""
+    return config.model_copy(update={"distill": config.distill.model_copy(update=distill)})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One thing to count.
+
+    Args:
+        kind: trainer, teacher, bridge, text, vae or models.
+        batch: samples of a trainer's step.
+    """
+
+    kind: str
+    config: Config
+    batch: int = 0
+
+
+GROWTH = ("small_trainer", "recomputing")  # how a trainer's memory grows; no check that it fits needs them
+FIELDS = ("trainer", *GROWTH, "network", "bridge", "text", "vae", "models")  # of Counts, those that are counted
+
+
+def wanted(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Wanted]:
+    """What must be counted for these fields of Counts.
+
+    Nothing is counted of a Bridge that is not trained, and nothing twice where trainers recompute already.
+    """
+    batch = config.distill.batch_size
+    every = {
+        "trainer": Wanted("trainer", config, batch),
+        "small_trainer": Wanted("trainer", config, small_batch(config)),
+        "recomputing": Wanted("trainer", changed(config, gradient_checkpointing=True), batch),
+        "network": Wanted("teacher", config),
+        "bridge": Wanted("bridge", config),
+        "text": Wanted("text", config),
+        "vae": Wanted("vae", config),
+        "models": Wanted("models", config),
+    }
+    needless = {"bridge": not trains_bridge(config), "recomputing": config.distill.gradient_checkpointing}
+    return {name: it for name, it in every.items() if name in fields and not needless.get(name)}
+
+
+def small_batch(config: Config) -> int:
+    """A second batch size, by which it is seen how memory grows: one sample a part, or two."""
+    batch, parts = config.distill.batch_size, config.distill.micro_batches
+    return parts if batch > parts else 2 * parts
+
+
+def as_counts(config: Config, found: dict[str, Any]) -> Counts:
+    """Args: found: every field that `wanted` names."""
+    rest = {"bridge": None, "recomputing": found["trainer"]}
+    return Counts(batch=config.distill.batch_size, small_batch=small_batch(config), **rest | found)

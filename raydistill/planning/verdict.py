@@ -1,0 +1,235 @@
+"""The verdict of a plan: does it fit, on what, for how long and how much; what would save most; what is needed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from raydistill.config.reading import flatten, get, needs_pairs
+from raydistill.config.schema import Config
+from raydistill.planning.counts import Counts, synthesises
+from raydistill.planning.gpus import GIB, Gpu
+from raydistill.planning.memory import ROLES, memory
+from raydistill.planning.schedule import Phase, Schedule, asked_at_once, phases, price, rented, replicas, schedule
+from raydistill.storage.hub import is_hub_id
+from raydistill.storage.place import is_uri
+from raydistill.storage.resolve import HUB_KEYS, SHAPES_PREFIX, local_path
+from raydistill.tracking.screen import duration
+
+WIDTH = 80  # columns of all that a plan prints
+LABEL = 10  # columns of what stands before a line
+FEWER_PAIRS = 100_000
+WORTH_SAYING = 0.98  # of the price; what saves less is not said
+WHO = {"trainer": "trainers", "Bridge training": "trainers", "teacher rank": "teachers"}  # all others encode
+PATHS = (
+    "student.model", "student.unet", "teacher.model", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
+    "synthesis.images", "prompts.path", "evaluation.prompts", "evaluation.judge",
+)  # fmt: skip
+
+
+def wrapped(label: str, text: str, indent: int = LABEL) -> str:
+    """A line that begins with a label, in as many lines of WIDTH as it takes. Only what has no blank is longer."""
+    return textwrap.fill(
+        text, WIDTH, initial_indent=f"{label:<{indent}}", subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def title(config: Config) -> str:
+    """What is planned, before anything is counted."""
+    distill = config.distill
+    run = f"{config.teacher.model} teaches {config.student.model}; {distill.steps:,} updates of "
+    return wrapped("plan", f"{run}{distill.workers} x {distill.batch_size} samples")
+
+
+def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    """A handful of lines, each with what it says at its beginning."""
+    parts, timing = phases(counts, config, gpus), schedule(counts, config, gpus)
+    lines = {
+        "fits": _fits(counts, config, gpus, parts),
+        "watch": "; ".join(_watch(counts, config, timing)),
+        "money": _money(config, gpus, parts),
+        "savings": _saved(counts, config, gpus),
+        "needs": _needs(counts, config),
+        "terms": _terms(counts),
+    }
+    return "\n".join(wrapped(label, text) for label, text in lines.items() if text)
+
+
+def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
+    """Whether, on what, hours and price; of what does not fit, what would help."""
+    hours = sum(part.hours for part in parts)
+    if not any(part.gpus for part in parts):
+        return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
+    nodes = "; ".join(
+        f"{rented(gpus[kind], count)} {kind} ({', '.join(dict.fromkeys(who))})"
+        for kind, (count, who) in _held(config, parts).items()
+    )
+    total, market = price(parts, config, gpus), "spot" if config.plan.spot else "on-demand"
+    run = f"{nodes}: {_time(hours)}, ${total:,.0f} at {market} prices"
+    small = [fit for fit in memory(counts, config, gpus) if not fit.fits]
+    if not small:
+        return f"yes, on {run}"
+    lacking = [
+        f"{fit.role} needs {fit.needs / GIB:.1f} GiB, of a {fit.gpu} it has {fit.has / GIB:.1f}; {fit.advice}"
+        for fit in small
+    ]
+    others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
+    helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
+    return f"NO: {'. '.join(lacking)}. {helps}. It would be {run}"
+
+
+def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
+    return all(fit.fits for fit in memory(counts, config, gpus))
+
+
+def _held(config: Config, parts: list[Phase]) -> dict[str, tuple[float, list[str]]]:
+    """Kind of GPU -> (the most that is held at a time, who holds them)."""
+    roles = [(it.kind(config), WHO.get(role, "encoders")) for role, it in ROLES.items() if _asks(config, role)]
+    kinds = dict.fromkeys(kind for part in parts for kind in part.gpus)
+    return {
+        kind: (max(part.gpus.get(kind, 0) for part in parts), [who for of, who in roles if of == kind])
+        for kind in sorted(kinds, key=lambda kind: kind != config.plan.trainer_gpu)
+    }
+
+
+def _asks(config: Config, role: str) -> bool:
+    return ROLES[role].used(config) and get(config, ROLES[role].key) > 0
+
+
+def _time(hours: float) -> str:
+    return (
+        duration(3600 * hours) if hours < 1 else f"{hours:,.1f} h" + (f" ({hours / 24:.0f} days)" if hours > 72 else "")
+    )
+
+
+def _watch(counts: Counts, config: Config, timing: Schedule) -> Iterator[str]:
+    """What slows the run down for no use."""
+    if timing.text >= timing.work + timing.wait:
+        yield "the trainers wait for the text encoders (raise prompts.encoders or prompts.gpus_per_encoder)"
+    elif config.vsd.weight > 0 and timing.replicas_needed is None:
+        yield "a score request takes longer than the fake score's updates (raise teachers.shards)"
+    elif timing.wait > 0:
+        yield (
+            f"the trainers wait {timing.wait:.1f} of {timing.step:.1f} s of an update for teachers; from "
+            f"teachers.replicas={timing.replicas_needed} on they do not"
+        )
+    size, rows = filled_up(counts, config)
+    if rows > size and config.vsd.weight > 0:
+        yield f"score requests of {size} samples are filled up to {rows} (lower teachers.slice)"
+
+
+def filled_up(counts: Counts, config: Config) -> tuple[int, int]:
+    """(samples of a score request, rows that the ranks compute for it: equally many slices on each)."""
+    size, at_once = counts.batch // config.distill.micro_batches, counts.network.samples * config.teachers.shards
+    return size, -(-size // at_once) * at_once
+
+
+def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
+    total = price(parts, config, gpus)
+    if not any(part.gpus for part in parts):
+        return "no GPU is rented"
+    return "; ".join(
+        f"{part.name} ${price([part], config, gpus):,.0f} ({price([part], config, gpus) / total:.0%}, {part.hours:,.1f} h, "
+        f"decided by {part.bound})"
+        for part in parts
+    )
+
+
+# -- savings ----------------------------------------------------------------------------------------------
+
+
+def _saved(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    parts = phases(counts, config, gpus)
+    if not any(part.gpus for part in parts):
+        return ""
+    cheaper = savings(counts, config, gpus)
+    return "; ".join(f"{change} → ${cost:,.0f} in all" for cost, change in cheaper[:3]) or "no setting that is known"
+
+
+def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[float, str]]:
+    """(price of the run, change) of changes that make it cheaper, each alone; the cheapest first.
+
+    Of other kinds of GPU, on which all of it fits, the cheapest is among them.
+    """
+    now = price(phases(counts, config, gpus), config, gpus)
+
+    def cost(other: Config) -> float:
+        return price(phases(counts, other, gpus), other, gpus)
+
+    others = [
+        (f"plan.{key}={kind}", _with(config, "plan", **{key: kind}))
+        for key in ("trainer_gpu", "teacher_gpu")
+        for kind in gpus
+    ]
+    found = [(cost(other), change) for change, other in _changes(counts, config, gpus)]
+    kinds = [(cost(other), change) for change, other in others if all_fits(counts, other, gpus)]
+    return sorted(it for it in [*found, min(kinds, default=(now, ""))] if it[0] <= WORTH_SAYING * now)
+
+
+def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[tuple[str, Config]]:
+    """Settings that may save, whatever they save."""
+    timing = schedule(counts, config, gpus)
+    if synthesises(config):
+        yield "bridge.pairs=… (pairs that you have)", _with(config, "bridge", pairs="…")
+        if config.synthesis.count > FEWER_PAIRS:
+            fewer = _with(config, "synthesis", count=FEWER_PAIRS)
+            yield f"synthesis.count={FEWER_PAIRS} (of {config.synthesis.count:,})", fewer
+    if not config.plan.spot:
+        yield "plan.spot=true", _with(config, "plan", spot=True)
+    needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
+    if needed and fixed and needed != min(replicas(config), asked_at_once(config)):
+        yield f"teachers.replicas={needed}", _with(config, "teachers", replicas=needed)
+    if timing.text > timing.work + timing.wait:
+        enough = -(-config.prompts.encoders * timing.text // (timing.work + timing.wait))
+        yield f"prompts.encoders={enough:g}", _with(config, "prompts", encoders=int(enough))
+
+
+def _with(config: Config, section: str, **values: Any) -> Config:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def on_one_kind(config: Config, kind: str) -> Config:
+    """All its GPUs of one kind."""
+    return _with(config, "plan", trainer_gpu=kind, teacher_gpu=kind, encoder_gpu=None)
+
+
+# -- needs and terms --------------------------------------------------------------------------------------
+
+
+def _needs(counts: Counts, config: Config) -> str:
+    """Files, weights and tokens that do not come with the package."""
+    gated = {terms.model for terms in counts.models.terms if terms.gated}
+    here, away, hub, values = [], [], [], flatten(config)
+    for key in PATHS:
+        value = values[key]
+        if value is None or value.startswith(SHAPES_PREFIX) or not _used(config, key):
+            continue
+        if is_uri(value) or local_path(value).exists():
+            here.append(f"{value} ({key})")
+        elif key in HUB_KEYS and is_hub_id(value):
+            hub.append(f"{value}{' (gated)' if value in gated else ''}")
+        else:
+            away.append(f"{value} ({key})")
+    found = [", ".join(here)] if here else []
+    found += [f"not on this machine: {', '.join(away)}"] if away else []
+    found += [f"from the hub: {', '.join(hub)}"] if hub else []
+    found += (
+        ["for what is gated, accept its licence, then `hf auth login` or HF_TOKEN"] if " (gated)" in str(hub) else []
+    )
+    return "; ".join(found) or "nothing more: models and prompts come with the package"
+
+
+def _used(config: Config, key: str) -> bool:
+    """Whether a run reads what this key names."""
+    if key == "discriminator.real_data":
+        return config.discriminator.weight > 0
+    return key not in ("bridge.pairs", "synthesis.images") or needs_pairs(config)
+
+
+def _terms(counts: Counts) -> str:
+    roles: dict[str, list[str]] = {}
+    for terms in counts.models.terms:
+        roles.setdefault(terms.licence, []).append(terms.role.lower())
+    return "; ".join(f"{', '.join(who)}: {licence}" for licence, who in roles.items()) + " (--full says more)"
