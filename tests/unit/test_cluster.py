@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,29 @@ with connected():
             return str(error)
     print("answer", ray.get(ask.remote()))
 """
+
+# a line of a rank that our code did not write
+TELL = """
+import sys
+import time
+import ray
+from raydistill.benchmark.idle import IdleRank
+from raydistill.driver.cluster import connected
+from raydistill.teachers.shard import actor
+with connected(num_cpus=1):
+    rank = actor(IdleRank).remote(1, 2, "teacher-mine/x1y2z3")
+    ray.get(rank.describe.remote())
+    ray.get(rank.__ray_call__.remote(lambda self: print("a line", file=sys.stderr, flush=True)))
+    time.sleep(2)  # Ray reads its logs twice a second
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_line_of_a_teacher_rank_says_which_replica_and_rank_it_comes_from():
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    ended = subprocess.run([sys.executable, "-c", TELL], capture_output=True, text=True, env=environment)
+    line = r"\(TeacherRank teacher-mine/x1y2z3 1/2 \d+\) a line\n"
+    assert re.search(line, ended.stdout), ended.stdout + ended.stderr
 
 
 @pytest.mark.timeout(120)
