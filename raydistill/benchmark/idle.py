@@ -35,8 +35,8 @@ SETTINGS = "model_index.json"  # where the service expects a model's folder to b
 class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
-    def __init__(self, rank: int, world: int) -> None:  # without the imports of a network
-        self.rank, self.world, self.memory = rank, world, Memory()
+    def __init__(self, rank: int, world: int, replica: str = "") -> None:  # without the imports of a network
+        self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         self.facts = {"rank": rank, "pid": os.getpid(), "requests": 0}
 
     def open_store(self) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raydistill.config.key_help import help_text
@@ -19,8 +19,15 @@ def program() -> str:
     return f"python3 {script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
 
 
-def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> Config:
-    """Configuration of a command. Prints and exits for --help (0), --print-config (0) and mistakes (2)."""
+def from_command_line(
+    purpose: str, arguments: Sequence[str] | None = None, options: Mapping[str, str] | None = None
+) -> Config:
+    """Configuration of a command. Prints and exits for --help (0), --print-config (0) and mistakes (2).
+
+    Args:
+        options: further ones of the command and their meaning, which it has taken from the arguments itself.
+    """
+    options = options or {}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", nargs="?", const="")
     parser.add_argument("--print-config", action="store_true")
@@ -33,9 +40,10 @@ def from_command_line(purpose: str, arguments: Sequence[str] | None = None) -> C
         if told.config == "":
             raise InputError("--config needs a name or a file")
         if unknown := [argument for argument in overrides if argument.startswith("-")]:
-            raise InputError(f"unknown option {unknown[0]}; options are --config, --help, --print-config")
+            known = ", ".join(["--config", "--help", "--print-config", *options])
+            raise InputError(f"unknown option {unknown[0]}; options are {known}")
         config = load(told.config, overrides)
-        page = None if told.help is None else help_text(purpose, program(), config, topic)
+        page = None if told.help is None else help_text(purpose, program(), config, topic, options)
     except InputError as error:
         print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
         raise SystemExit(2) from None

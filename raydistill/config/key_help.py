@@ -8,7 +8,7 @@ import shutil
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic.fields import FieldInfo
@@ -26,8 +26,8 @@ OPTIONS = {
     "--config NAME|FILE": "a shipped configuration, such as sd35_medium_sd15, or a YAML file; default: shapes",
     "--help [SECTION]": "this page, or the keys of one section, such as student",
     "--print-config": "print the resulting configuration and stop",
-    "key=value": "override one key: student.lr=1e-5 controls=no_vsd,shared_space",
 }
+OVERRIDE = {"key=value": "override one key: student.lr=1e-5 controls=no_vsd,shared_space"}
 
 
 def type_name(annotation: Any) -> str:
@@ -48,8 +48,10 @@ def type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def help_text(purpose: str, program: str, config: Config, topic: str = "") -> str:
-    """The whole page; with a topic the keys of that section, or that key, alone.
+def help_text(
+    purpose: str, program: str, config: Config, topic: str = "", options: Mapping[str, str] | None = None
+) -> str:
+    """The whole page; with a topic the keys of that section, or that key, alone. `options`: those of this command alone.
 
     Raises:
         InputError: there is no such section or key; names the nearest.
@@ -59,9 +61,11 @@ def help_text(purpose: str, program: str, config: Config, topic: str = "") -> st
     if topic:
         chosen = _of_topic(topic, list(known))
         return "\n".join(_entries(((key, known[key]) for key in chosen), config, width))
-    usage = f"usage: {program} [--config NAME|FILE] [--help [SECTION]] [--print-config] [key=value …]"
+    options = options or {}
+    own = "".join(f"[{option}] " for option in options)
+    usage = f"usage: {program} [--config NAME|FILE] [--help [SECTION]] [--print-config] {own}[key=value …]"
     lines = [*_wrapped(usage, width, hanging=7), "", *_paragraphs(purpose, width), ""]
-    for option, meaning in OPTIONS.items():
+    for option, meaning in (OPTIONS | options | OVERRIDE).items():
         lines += _wrapped(f"  {option:<19}  {meaning}", width, hanging=23)
     lines += ["", "COMMON KEYS (type) = value", *_entries(((key, known[key]) for key in COMMON), config, width)]
     sections: dict[str, list[tuple[str, FieldInfo]]] = {}

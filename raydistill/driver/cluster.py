@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import ray
 from ray import serve
 
 from raydistill.driver.worker_lines import worker_lines
+from raydistill.tracking.screen import screen
 
 # Loggers whose level is set again by those who own them.
 TALKATIVE = ("ray.serve", "mlflow.system_metrics.system_metrics_monitor")
@@ -47,8 +50,10 @@ def _is_no_guess(record: logging.LogRecord) -> bool:
 # keeps a stage shorter than 40 s from ending for 12 s.
 WITHOUT_DASHBOARD = {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"}
 
+DASHBOARD_PORT = 8265  # as everywhere in Ray, where it is free
+
 # The environment of a cluster of our own, whose processes inherit it.
-OWN = WITHOUT_DASHBOARD | {
+OWN = {
     # What `runtime_env` says in a cluster that runs already: said there, every worker process is started twice over,
     # and none of those that Ray keeps ready can be used. (ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR)
     "__RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR": "raydistill.driver.cluster.quiet",
@@ -57,13 +62,14 @@ OWN = WITHOUT_DASHBOARD | {
 
 
 @contextmanager
-def connected(**own: Any) -> Iterator[None]:
+def connected(dashboard: bool = False, **own: Any) -> Iterator[None]:
     """Ray for the length of the block.
 
     Inside `ray job submit`, or with RAY_ADDRESS set, the job joins that cluster; otherwise it starts a cluster on this
     machine and takes it down again.
 
     Args:
+        dashboard: a cluster of its own has one, whose address is said.
         own: settings of `ray.init`, as num_cpus; with any the cluster is one of its own.
     """
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -71,20 +77,40 @@ def connected(**own: Any) -> Iterator[None]:
     # It says that the cluster asks for a token, as every cluster of our own does.
     logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     joins = not own and bool(os.environ.get("RAY_ADDRESS"))
-    with environment({} if joins else OWN), worker_lines():
-        ray.init(
+    port = free_port(DASHBOARD_PORT) if dashboard and not joins else None
+    with environment({} if joins else OWN | dashboard_of(port)), worker_lines():
+        cluster = ray.init(
             address="auto" if joins else "local",
-            include_dashboard=None if joins else False,
+            include_dashboard=None if joins else dashboard,
+            dashboard_port=port,
             logging_level=logging.WARNING,
             runtime_env={"worker_process_setup_hook": "raydistill.driver.cluster.quiet"} if joins else None,
             **({"log_to_driver": True} | own),
         )
+        if dashboard:
+            screen.say(f"dashboard http://{cluster.dashboard_url}  (the token that it asks for: ray get-auth-token)")
         try:
             yield
         finally:
             if not joins:
                 serve.shutdown()
             ray.shutdown()
+
+
+def dashboard_of(port: int | None) -> dict[str, str]:
+    """The environment of a cluster that has its dashboard at a port of this machine, or none."""
+    return WITHOUT_DASHBOARD if port is None else {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}"}
+
+
+def free_port(wanted: int) -> int:
+    """This port of the machine, or any where another program has it."""
+    for port in (wanted, 0):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return listener.getsockname()[1]
+    raise OSError("no port is free for Ray's dashboard")
 
 
 @contextmanager

@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, d
     from raydistill.driver.run_folder import RunFolder
 
 RESUMABLE = 75
+DASHBOARD = "--dashboard"
+OPTIONS = {DASHBOARD: "show Ray's dashboard of this run: a cluster of its own has none otherwise"}
 
 RunFunction = Callable[[Config, "RunFolder", "Inputs"], Any]
 
@@ -107,8 +109,11 @@ def prepare(job: Job, config: Config) -> Prepared:
     return Prepared(config, folder, inputs, binding, tuple(extended), (*notes, *_check_gpus(config, job.roles)))
 
 
-def carry_out(job: Job, prepared: Prepared) -> Any:
+def carry_out(job: Job, prepared: Prepared, dashboard: bool = False) -> Any:
     """Run it on Ray; returns what the job's function returns.
+
+    Args:
+        dashboard: as in `driver.cluster.connected`.
 
     Raises:
         RunLocked: another living job has the run.
@@ -125,7 +130,7 @@ def carry_out(job: Job, prepared: Prepared) -> Any:
 
     config, folder = prepared.config, prepared.folder
     folder.path.mkdir(parents=True, exist_ok=True)
-    with lock_run(folder.path), connected(), stop_on_signals():
+    with lock_run(folder.path), connected(dashboard), stop_on_signals():
         room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
         if prepared.extended:
             finished.reopen(folder, config)
@@ -141,7 +146,9 @@ def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> i
         purpose: first lines of --help.
         arguments: of the command line; None: the process's own.
     """
-    config = from_command_line(purpose, arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    dashboard = DASHBOARD in given
+    config = from_command_line(purpose, [argument for argument in given if argument != DASHBOARD], OPTIONS)
     try:
         prepared = prepare(job, config)
     except ValueError as error:  # every error of wrong input is one, and says what to do
@@ -153,7 +160,7 @@ def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> i
     name = prepared.folder.name
     again = f"run {name} can be continued with run.name={name}"
     try:
-        carry_out(job, prepared)
+        carry_out(job, prepared, dashboard)
     except (InputError, RunLocked) as error:
         return _refused(error)
     except (Stopped, RunLost) as stopped:

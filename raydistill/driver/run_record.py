@@ -19,6 +19,7 @@ from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
 from raydistill.data.pairs import count_rows
 from raydistill.driver.binding import kept_binding
+from raydistill.driver.job_metadata import describe_job
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError, RunLost, StageFailed, mask
@@ -62,7 +63,7 @@ class RunRecord:
     Attributes:
         seconds: by stage; a resumed stage adds to what it took before.
         open: MLflow runs that have not ended, the parent first.
-        ui: lines that say how to look at the run in MLflow.
+        ui, link: lines, and one line, that say how to look at the run in MLflow.
         runs: ids that the run's checkpoints bear.
     """
 
@@ -77,6 +78,7 @@ class RunRecord:
         self._fingerprints = binding.inputs if binding else {}
         self.parent = self._mlflow_run(config, run.name, "pipeline", parent)
         page = self._wait_for_store(functools.partial(ui_lines, self.uri, self.parent))
+        self.link = ", then ".join(page)
         self.ui = [f"{name:<9} {line}" for name, line in zip(["MLflow", ""], page, strict=False)]
 
     def _mlflow_run(self, config: Config, name: str, stage: str, parent: str | None) -> str:
@@ -185,6 +187,15 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         screen.say(line)
     try:
         record.describe()
+        describe_job(
+            {
+                "job_name": run.name,
+                "run": str(run.path),
+                "teacher": config.teacher.model,
+                "student": config.student.model,
+                "mlflow": record.link,
+            }
+        )
         yield record
     except (StageFailed, InputError) as error:
         record.give_up("FAILED", str(error))

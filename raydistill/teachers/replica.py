@@ -64,6 +64,8 @@ class TeacherReplica:
         self._shown_busy = metrics.Gauge("raydistill_teacher_busy_fraction", description="of the last minute")
         self._shown_queue = metrics.Gauge("raydistill_teacher_queue", description="requests that wait for their turn")
         group = ray.util.get_current_placement_group()
+        me = serve.get_replica_context().replica_id
+        name = f"{me.deployment_id.app_name}/{me.unique_id}"
         environment = {
             "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
             "OMP_NUM_THREADS": str(config.threads_per_rank),
@@ -75,7 +77,7 @@ class TeacherReplica:
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
-            ).remote(rank, config.shards)
+            ).remote(rank, config.shards, name)
             for rank in range(config.shards)
         ]
         address = await self._ranks[0].open_store.remote()

@@ -31,8 +31,9 @@ Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> 
 class TeacherRank:
     """Rank `rank` of `world`. It answers pings while it computes."""
 
-    def __init__(self, rank: int, world: int) -> None:
-        self.rank, self.world, self.memory = rank, world, Memory()
+    def __init__(self, rank: int, world: int, replica: str = "") -> None:
+        """`replica`: what logs call the group."""
+        self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
@@ -46,6 +47,10 @@ class TeacherRank:
             import raydistill.teachers.zero3  # noqa: F401
 
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
+
+    def __repr__(self) -> str:
+        """Ray writes it before every line of this process: `(TeacherRank teacher-mine/x1y2z3 0/2 pid=…)`."""
+        return f"TeacherRank {self.replica} {self.rank}/{self.world}"
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: open the store where the group meets, on a free port, and return its address."""

@@ -24,6 +24,8 @@ from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask, reason
 from raydistill.storage.place import Place, Remote
+from raydistill.tracking import moved
+from raydistill.tracking.screen import screen
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -240,6 +242,8 @@ def open_run(
     client = client_of(uri)
     from mlflow.exceptions import MlflowException
 
+    if parent_run_id is None:  # once a run
+        _keep_artifacts_here(client, uri, experiment, storage)
     tags = {key: mask(key, value)[:MAX_TAG] for key, value in tags.items()}
     if parent_run_id:
         tags["mlflow.parentRunId"] = parent_run_id
@@ -293,11 +297,27 @@ def artifact_root(uri: str, storage: Place) -> str | None:
     if uri.startswith(("http://", "https://", "databricks")):
         return None
     if not isinstance(storage, Remote):
-        return (storage.absolute() / "mlartifacts").as_uri()
+        return (storage.absolute() / moved.ARTIFACTS).as_uri()
     file = uri.removeprefix("sqlite:///")
     if file == uri:
         raise TrackingError(f"{mask('uri', uri)}: with storage={storage}, MLflow's artifacts need an MLflow server")
-    return (Path(file).parent / "mlartifacts").as_uri()
+    return (Path(file).parent / moved.ARTIFACTS).as_uri()
+
+
+def _keep_artifacts_here(client: MlflowClient, uri: str, experiment: str, storage: Place) -> None:
+    """After its folder was moved or copied, a store's artifacts go to the new one; where they cannot, a line says so."""
+    place = artifact_root(uri, storage)
+    root, database = moved.local(place), Path(uri.removeprefix("sqlite:///"))
+    if root is None:
+        return
+    lines = []
+    if database.is_file() and moved.same(database.parent, root.parent):
+        with contextlib.suppress(sqlite3.OperationalError), _alone(uri):  # another schema: then the line below comes
+            lines = moved.follow(database, root)
+    if (found := client.get_experiment_by_name(experiment)) is not None:
+        lines += moved.outside(found.artifact_location, experiment, root)
+    for line in lines:
+        screen.say(line)
 
 
 def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:

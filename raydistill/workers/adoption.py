@@ -43,13 +43,16 @@ def checkpoint_folders(folder: Place) -> list[Place]:
     return sorted((place for place in there if place.name.startswith("checkpoint_") and place.is_dir()), key=str)
 
 
-def adopt(stage: str, folder: Place, runs: Runs = ()) -> None:
+def adopt(stage: str, folder: Place, runs: Runs = ()) -> int:
     """Before Ray Train starts: keep the newest whole checkpoints, delete all others, and write Ray Train's list of them.
 
     Args:
         stage: for people.
         folder: of the stage's checkpoints; it may not exist.
         runs: whose checkpoints count.
+
+    Returns:
+        The step that the workers go on from; 0: there is no checkpoint.
 
     Raises:
         StageFailed: a checkpoint is of another run, or checkpoints were reported, and all are damaged.
@@ -75,6 +78,7 @@ def adopt(stage: str, folder: Place, runs: Runs = ()) -> None:
     for place in checkpoint_folders(folder):
         if place not in [kept for kept, _ in whole]:
             remove_folder(place)
+    return whole[0][1] if whole else 0
 
 
 def _newest_first(folder: Place, damaged: list[str]) -> Iterator[tuple[Place, dict[str, Any]]]:

@@ -83,6 +83,7 @@ def train_bridge(
             name="bridge",
             folder=run_dir,
             checkpoints=CHECKPOINTS,
+            steps=config.bridge.steps,
             encoders=False,  # captions are encoded in the workers
         )
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)

@@ -56,6 +56,7 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
             name=stage.name,
             folder=stage.path(),
             checkpoints=CHECKPOINTS,
+            steps=config.distill.steps,
             elastic=True,
             service=own_service,
             needs=needs,

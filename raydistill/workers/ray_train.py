@@ -25,6 +25,7 @@ from raydistill.storage.lease import Lease, check, holding, lease_of
 from raydistill.storage.place import Place, for_ray_train
 from raydistill.teachers import placement
 from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavailable
+from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
 
@@ -45,6 +46,7 @@ def train(
     name: str,
     folder: Place,
     checkpoints: str,
+    steps: int,
     elastic: bool = False,
     service: str | None = None,
     encoders: bool = True,
@@ -57,6 +59,7 @@ def train(
         name: of the stage, for people.
         folder: of the stage, on storage that every node sees.
         checkpoints: name of its folder of checkpoints.
+        steps: of the whole stage.
         elastic: between `distill.min_workers` and `distill.workers` of them; else as many as there are at any time.
         service, encoders: as in `wait_for_room`.
         needs: what runs beside it; the first failure there ends the wait, and is raised.
@@ -97,11 +100,17 @@ def train(
         )
 
     runs = settings.get("runs", ())
-    result = fit(trainer, name, distill.max_failures, needs, lambda: adopt(name, folder / checkpoints, runs))
+    result = fit(trainer, name, distill.max_failures, needs, lambda: resume(name, folder / checkpoints, runs, steps))
     if (reason := fatal_error(folder)) is not None:
         raise StageFailed(f"{name}: {reason}")
     delete_unlisted(folder / checkpoints)
     return result
+
+
+def resume(stage: str, folder: Place, runs: Runs, steps: int) -> None:
+    """Put the checkpoints in order, and say where the stage goes on. Arguments and errors as in `adopt`."""
+    if step := adopt(stage, folder, runs):
+        screen.say(f"{screen.numbered(stage)}: resumes at update {step} of {steps}")
 
 
 def wait_for_room(config: Config, service: str | None = None, encoders: bool = True) -> None:

@@ -41,12 +41,13 @@ class Job:
 
     MARK = "RAYDISTILL_TEST_JOB"
 
-    def __init__(self, folder, command):
+    def __init__(self, folder, command, **variables):
+        """`variables`: of its environment."""
         self.mark, self.log = uuid.uuid4().hex, folder / "job.log"
         ours = {name: value for name, value in os.environ.items() if name not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=ROOT, env=ours | {self.MARK: self.mark}
+                command, stdout=log, stderr=log, cwd=ROOT, env=ours | variables | {self.MARK: self.mark}
             )
 
     def processes(self, title=""):
@@ -97,9 +98,9 @@ class Job:
 
 
 @contextlib.contextmanager
-def running(folder, command):
-    """A Job, whose log is in `folder`."""
-    job = Job(folder, command)
+def running(folder, command, **variables):
+    """A Job, whose log is in `folder`; `variables` of its environment."""
+    job = Job(folder, command, **variables)
     try:
         yield job
     finally:  # of a test that failed; after a good one there is nothing to kill

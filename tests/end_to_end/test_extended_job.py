@@ -15,6 +15,8 @@ def test_an_extended_run_ends_as_one_that_was_as_long_from_the_start(tmp_path):
     first = mlflow_runs(tmp_path, "extended")[0].info.run_id
     code, text = job_of(tmp_path, "run.name=extended", "distill.steps=4", "controls=no_vsd")
     assert code == 0, text
+    assert "distill: resumes at update 2 of 4" in text
+    assert "no_vsd: resumes" not in text
     assert "run extended was finished, and is extended: distill.steps 2 -> 4, control no_vsd" in text
     code, text = job_of(tmp_path, "run.name=straight", "distill.steps=4")
     assert code == 0, text

@@ -1,9 +1,15 @@
-"""cluster.yaml against Ray's own schema and autoscaler; configs/kuberay.yaml against it. No cloud is called."""
+"""cluster.yaml and its GCP variant against Ray's own schema and autoscaler, and what else describes a cluster against them.
+
+No cloud is called. How the Slurm script behaves: test_slurm.py. The Dockerfile's steps: end_to_end/test_dockerfile.py.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+import re
+import shlex
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +17,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from dockerfile_parse import DockerfileParser
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
@@ -20,6 +27,7 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from raydistill.config.reading import CONFIGS, load
 from raydistill.config.schema import Config
+from raydistill.driver.job import RESUMABLE
 from raydistill.planning.gpus import read_gpus
 from raydistill.planning.schedule import replicas
 from raydistill.teachers import placement
@@ -29,9 +37,18 @@ PAIRS = sorted(file.stem for file in CONFIGS.glob("*.yaml") if "extends: [paper"
 RAY = "2.60.0"
 
 
+AWS, GCP = ROOT / "cluster.yaml", CONFIGS / "clusters" / "gcp.yaml"
+SKYPILOT, SLURM = CONFIGS / "clusters" / "skypilot.yaml", CONFIGS / "clusters" / "slurm.sbatch"
+
+
+@pytest.fixture(params=[AWS, GCP], ids=["aws", "gcp"])
+def cluster(request) -> dict[str, Any]:
+    return yaml.safe_load(request.param.read_text())
+
+
 @pytest.fixture
-def cluster() -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+def aws() -> dict[str, Any]:
+    return yaml.safe_load(AWS.read_text())
 
 
 @pytest.fixture
@@ -103,11 +120,17 @@ def nodes_of(config: Config) -> dict[str, int]:
     return {"teacher": math.ceil((ranks + math.ceil(config.distill.workers / 3)) / 4), "trainer": 1}
 
 
-# -- AWS ------------------------------------------------------------------------------------------------
+# -- AWS and Google Cloud -------------------------------------------------------------------------------
 
 
 def test_the_file_passes_rays_own_schema_and_validation(cluster):
     validate_config(prepare_config(copy.deepcopy(cluster)))
+
+
+def test_the_gpus_that_the_gcp_file_names_are_known_to_the_plan():
+    types = yaml.safe_load(GCP.read_text())["available_node_types"]
+    assert {types[role]["labels"]["gpu"] for role in ("teacher", "trainer")} <= set(read_gpus())
+    assert "plan.teacher_gpu=A100-80" in GCP.read_text()
 
 
 def test_the_validation_would_find_a_mistake(cluster):
@@ -116,14 +139,20 @@ def test_the_validation_would_find_a_mistake(cluster):
         validate_config(prepare_config(cluster))
 
 
+def is_spot(node: dict[str, Any]) -> bool:
+    """Of either cloud."""
+    model = node.get("scheduling", {}).get("provisioningModel")
+    return model == "SPOT" or node.get("InstanceMarketOptions") == {"MarketType": "spot"}
+
+
 def test_only_the_head_is_on_demand_and_nothing_runs_before_it_is_asked_for(cluster):
     types = dict(cluster["available_node_types"])
     head = types.pop(cluster["head_node_type"])
-    assert "InstanceMarketOptions" not in head["node_config"]
+    assert not is_spot(head["node_config"])
     assert head["resources"] == {"CPU": 0}
     assert set(types) == {"teacher", "trainer"}
     for role, kind in types.items():
-        assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert is_spot(kind["node_config"])
         assert kind["min_workers"] == 0 < kind["max_workers"]
         assert kind["labels"]["role"] == role
     assert sum(kind["max_workers"] for kind in types.values()) == cluster["max_workers"]
@@ -133,7 +162,7 @@ def test_only_the_head_is_on_demand_and_nothing_runs_before_it_is_asked_for(clus
 
 def test_the_token_and_the_mode_reach_every_node(cluster):
     assert cluster["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
-    assert "-e RAY_AUTH_MODE=token" in cluster["docker"]["run_options"]
+    assert {"-e RAY_AUTH_MODE=token", "-e RAY_JOB_STOP_WAIT_TIME_S=120"} <= set(cluster["docker"]["run_options"])
 
 
 def test_every_pod_of_ray_can_read_gated_models(kubernetes):
@@ -145,10 +174,15 @@ def test_every_pod_of_ray_can_read_gated_models(kubernetes):
         assert variables["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": secret}
 
 
+def test_the_head_waits_for_a_checkpoint_when_a_job_is_stopped(kubernetes):
+    head = kubernetes["RayJob"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "120"} in head["env"]
+
+
 def test_storage_is_one_folder_for_all_nodes(cluster):
     assert "-v /mnt/shared:/shared" in cluster["docker"]["run_options"]
     assert "-e HF_HOME=/shared/huggingface" in cluster["docker"]["run_options"]
-    assert any(".efs." in command and "/mnt/shared" in command for command in cluster["initialization_commands"])
+    assert any("mount -t nfs" in command and "/mnt/shared" in command for command in cluster["initialization_commands"])
     assert load(CONFIGS / "paper.yaml").storage.startswith("/shared/")
 
 
@@ -192,8 +226,8 @@ def test_labels_keep_teachers_off_the_trainers_nodes(cluster):
     assert len(infeasible) == config.teachers.replicas
 
 
-def test_the_plan_of_the_ready_configurations_assumes_these_gpus(cluster):
-    plan, types = load(CONFIGS / "paper.yaml").plan, cluster["available_node_types"]
+def test_the_plan_of_the_ready_configurations_assumes_these_gpus(aws):
+    plan, types = load(CONFIGS / "paper.yaml").plan, aws["available_node_types"]
     assert (plan.teacher_gpu, plan.trainer_gpu) == tuple(
         types[role]["labels"]["gpu"] for role in ("teacher", "trainer")
     )
@@ -236,8 +270,8 @@ def test_the_entrypoint_names_a_job_and_a_configuration_of_this_repository(kuber
     assert any(word.startswith("run.name=") for word in words)  # or a retried job would start anew
 
 
-def test_both_clusters_offer_the_same_nodes(kubernetes, cluster):
-    spec, types = kubernetes["RayJob"]["spec"]["rayClusterSpec"], cluster["available_node_types"]
+def test_both_clusters_offer_the_same_nodes(kubernetes, aws):
+    spec, types = kubernetes["RayJob"]["spec"]["rayClusterSpec"], aws["available_node_types"]
     assert spec["headGroupSpec"]["labels"] == types["head"]["labels"]
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == str(types["head"]["resources"]["CPU"])
     groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
@@ -253,11 +287,112 @@ def test_both_clusters_offer_the_same_nodes(kubernetes, cluster):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_a_run_fits_the_pods_as_well(pair, kubernetes, cluster):
+def test_a_run_fits_the_pods_as_well(pair, kubernetes, aws):
     for group in kubernetes["RayJob"]["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         resources = {"CPU": int(limits["cpu"]), "GPU": int(limits["nvidia.com/gpu"])}
-        cluster["available_node_types"][group["groupName"]]["resources"] = resources
+        aws["available_node_types"][group["groupName"]]["resources"] = resources
     config = load(CONFIGS / f"{pair}.yaml")
-    assert scheduled(cluster, *demands(config)) == (nodes_of(config), [])
-    assert scheduled(cluster, *synthesis_demands(config)) == ({"teacher": 4}, [])
+    assert scheduled(aws, *demands(config)) == (nodes_of(config), [])
+    assert scheduled(aws, *synthesis_demands(config)) == ({"teacher": 4}, [])
+
+
+# -- what people type -----------------------------------------------------------------------------------
+
+PAGES = sorted([ROOT / "README.md", *CONFIGS.rglob("*.md"), *(ROOT / "raydistill").rglob("README.md")])
+BLOCKS = [block for page in PAGES for block in re.findall(r"```\w*\n([\s\S]*?)```", page.read_text())]
+STARTS = [block for block in BLOCKS if re.search(r"^ray (start --head|up) ?", block, re.MULTILINE)]
+STARTS += [AWS.read_text().partition("\n\n")[0], GCP.read_text().partition("\n\n")[0], SLURM.read_text()]
+
+
+@pytest.mark.parametrize("text", STARTS)
+def test_the_token_is_made_before_a_cluster_starts_and_a_head_waits_for_checkpoints(text):
+    """On a machine without a token, Ray's start ends in a traceback."""
+    start = re.search(r"ray (start|up) ", text)
+    before = text[: start.start()]
+    assert "ray get-auth-token --generate > /dev/null" in before
+    if start[1] == "start":
+        assert re.search(r"^export .*RAY_AUTH_MODE=token", before, re.MULTILINE)
+        assert re.search(r"^export .*RAY_JOB_STOP_WAIT_TIME_S=", before, re.MULTILINE)
+
+
+def test_all_pages_were_looked_at():
+    assert len(STARTS) >= 7
+
+
+# -- Slurm, SkyPilot, image -----------------------------------------------------------------------------
+
+
+def configuration(script: str) -> Config:
+    """Of the job that a shell script starts; its variables stand for absolute paths."""
+    words = shlex.split(script, comments=True)
+    name = words[words.index("--config") + 1]
+    overrides = [
+        re.sub(r"\$\{?\w+(:-[^}]*)?\}?", "/x", word) for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)
+    ]
+    assert len(overrides) > 10
+    return load(CONFIGS / f"{Path(name).stem}.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    "script", [SLURM.read_text(), yaml.safe_load(SKYPILOT.read_text())["run"]], ids=["slurm", "sky"]
+)
+def test_a_run_fits_the_machines_that_are_asked_for(script, aws):
+    config = configuration(script)
+    machine = {"resources": {"CPU": 96, "GPU": 8}, "labels": {"role": "all"}, "min_workers": 0, "max_workers": 2}
+    if script != SLURM.read_text():
+        machine |= {"resources": {"CPU": 64, "GPU": 8}, "labels": {}, "max_workers": 1}
+    aws["available_node_types"] = {
+        "head": aws["available_node_types"]["head"],
+        "machine": machine | {"node_config": {}},
+    }
+    labels = (config.teachers, config.distill, config.synthesis, config.prompts)
+    assert all(section.node_labels == machine["labels"] for section in labels)
+    launched, infeasible = scheduled(aws, *demands(config))
+    assert infeasible == []
+    assert launched == {"machine": machine["max_workers"]}
+    groups, actors = synthesis_demands(config.model_copy(update={"teachers": with_replicas(config.teachers)}))
+    launched, infeasible = scheduled(aws, groups, actors)
+    assert infeasible == []
+    assert launched["machine"] <= machine["max_workers"]
+
+
+def with_replicas(teachers: Any) -> Any:
+    return teachers.model_copy(update={"max_replicas": teachers.replicas})
+
+
+@pytest.mark.parametrize(
+    "script",
+    [SLURM.read_text(), *(yaml.safe_load(SKYPILOT.read_text())[part] for part in ("setup", "run"))],
+)
+def test_shell_scripts_can_be_read(script):
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+
+
+def test_slurm_signals_the_script_alone_long_before_the_limit():
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)$", SLURM.read_text(), re.MULTILINE))
+    assert re.fullmatch(r"B:TERM@\d{3,}", options["signal"])
+    assert (options["nodes"], options["gpus-per-node"], options["cpus-per-task"]) == ("2", "8", "96")
+
+
+def test_a_managed_job_goes_on_after_what_the_job_calls_resumable():
+    task = yaml.safe_load(SKYPILOT.read_text())
+    # of SkyPilot's documentation; its package is no dependency of the tests
+    assert set(task) <= {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "file_mounts", "setup", "run"}
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [RESUMABLE]
+    assert task["resources"]["use_spot"]
+    assert set(re.findall(r"\$(\w+)", task["run"])) <= set(task["envs"])
+    assert task["envs"]["STORAGE"].startswith("s3://")
+    assert "MLFLOW_TRACKING_URI" in task["envs"], "a bucket holds no database"
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_one_dockerfile_has_an_image_for_each_device_of_the_same_ray(device, tmp_path):
+    (tmp_path / "Dockerfile").write_text((ROOT / "Dockerfile").read_text())
+    image = DockerfileParser(str(tmp_path), build_args={"DEVICE": device})
+    assert image.baseimage == f"rayproject/ray:{RAY}-py311-{device}"
+    assert {step["instruction"] for step in image.structure} <= {
+        "COMMENT", "ARG", "FROM", "RUN", "WORKDIR", "COPY", "ENV", "CMD",
+    }  # fmt: skip
+    assert f'"ray=={RAY}"' in image.content
+    assert (image.envs["RAY_AUTH_MODE"], image.envs["RAY_JOB_STOP_WAIT_TIME_S"]) == ("token", "120")

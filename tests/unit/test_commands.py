@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 
 import pytest
 from test_config import assert_resumes
 
 from raydistill.commands import COMMANDS, main
+from raydistill.commands.distill import JOB
 from raydistill.config.command_line import from_command_line
 from raydistill.config.key_help import COMMON, help_text
 from raydistill.config.reading import CONFIGS, fields, find_config, load, shipped
+from raydistill.driver.job import run_job
 from raydistill.errors import InputError
 from raydistill.storage.resolve import check_paths
 
@@ -80,6 +83,18 @@ def test_help_shows_overrides_and_corrects_a_section(capsys):
         from_command_line("Purpose.", ["--help", "studnet"])
     assert stopped.value.code == 2
     assert "did you mean student?" in capsys.readouterr().err
+
+
+def test_the_dashboard_is_an_option_of_the_commands_that_start_a_run_alone(capsys, monkeypatch):
+    for command, code in (("distill", 0), ("synthesize", 0), ("train_bridge", 0), ("plan", 2)):
+        monkeypatch.setattr(sys, "argv", [f"jobs/{command}.py", "--dashboard", "--print-config"])
+        with pytest.raises(SystemExit) as stopped:
+            importlib.import_module(f"raydistill.commands.{command}").main()
+        assert stopped.value.code == code
+    assert "unknown option --dashboard" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_job("Purpose.", JOB, ["--dashbord"])
+    assert "options are --config, --help, --print-config, --dashboard" in capsys.readouterr().err
 
 
 # -- what is suggested and taken --------------------------------------------------------------------------

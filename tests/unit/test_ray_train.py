@@ -6,11 +6,14 @@ import threading
 
 import pytest
 import ray.exceptions
+import torch
 
 from raydistill.config.reading import load
 from raydistill.errors import StageFailed
+from raydistill.tracking.screen import screen
 from raydistill.workers import ray_train
-from raydistill.workers.ray_train import fit
+from raydistill.workers.checkpoint import save_state
+from raydistill.workers.ray_train import fit, resume
 
 
 class Trainer:
@@ -73,3 +76,24 @@ def test_the_workers_room_is_counted_beside_that_of_teachers_that_are_not_placed
     monkeypatch.setattr(ray_train.placement, "wait_for_room", none)
     with pytest.raises(StageFailed, match="train workers cannot be placed"):
         ray_train.wait_for_room(config)
+
+
+def checkpoint(folder, step):
+    place = folder / f"checkpoint_2026-01-{step:02}"
+    place.mkdir(parents=True)
+    save_state(place, {"weight": torch.full((16,), float(step))}, {"step": step, "run": "mine"})
+    return place
+
+
+def test_where_a_stage_goes_on_is_said_before_its_workers_start(tmp_path, capsys, monkeypatch):
+    """The newest checkpoint that is whole counts; a controller that is started again says it again."""
+    monkeypatch.setattr(screen, "stages", ("bridge", "distill"))
+    resume("distill", tmp_path / "none", ("mine",), 60)
+    assert capsys.readouterr().out == ""
+    checkpoint(tmp_path, 20)
+    checkpoint(tmp_path, 40)
+    (checkpoint(tmp_path, 50) / "state.pt").unlink()
+    resume("distill", tmp_path, ("mine",), 60)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(" 2/2 distill: resumes at update 40 of 60")
+    resume("distill", tmp_path, ("mine",), 60)
+    assert capsys.readouterr().out.count("resumes at update 40 of 60") == 1
