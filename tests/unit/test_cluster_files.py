@@ -94,7 +94,8 @@ def scheduled(cluster: dict[str, Any], groups: list[Group], actors: list[Actors]
 
 def teachers(config: Config, replicas: int) -> list[Group]:
     """As the service asks for them."""
-    return [(placement.bundles(config.teachers), placement.label_selectors(config.teachers))] * replicas
+    bundles = placement.bundles(config.teachers)
+    return [(bundles, placement.label_selectors(config.teachers) or [{}] * len(bundles))] * replicas
 
 
 def demands(config: Config) -> tuple[list[Group], list[Actors]]:
@@ -326,12 +327,12 @@ def test_all_pages_were_looked_at():
 def configuration(script: str) -> Config:
     """Of the job that a shell script starts; its variables stand for absolute paths."""
     words = shlex.split(script, comments=True)
-    name = words[words.index("--config") + 1]
-    overrides = [
-        re.sub(r"\$\{?\w+(:-[^}]*)?\}?", "/x", word) for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)
-    ]
+    words = words[words.index("--config") + 1 :]
+    words = words[: words.index("&")] if "&" in words else words
+    values = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in words]  # a variable's default
+    overrides = [re.sub(r"\$\{?\w+\}?", "/x", word) for word in values if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     assert len(overrides) > 10
-    return load(CONFIGS / f"{Path(name).stem}.yaml", overrides)
+    return load(CONFIGS / f"{Path(words[0]).stem}.yaml", overrides)
 
 
 @pytest.mark.parametrize(
