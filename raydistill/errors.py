@@ -128,7 +128,7 @@ def _secrets(uri: str) -> tuple[str, list[str]]:
     for end in re.finditer("@", f"{userinfo}@"):  # a password may hold @
         user, _, password = userinfo[: end.start()].partition(":")
         found.add(password)
-    found |= {secret for value in found for secret in _nested(value)}
+    found |= {secret for value in {*found, query} for secret in _nested(value)}
     forms = {form(secret) for secret in found for form in (str, unquote, unquote_plus, quote, quote_plus)}
     forms |= {repr(form)[1:-1] for form in forms}
     return user, sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)

