@@ -48,6 +48,9 @@ _USERINFO = re.compile(rf"({_URI.pattern})[^\s/?#@:]*(?::(?!\d+(?:[^\d@]|$))(?:(
 _IN_TEXT = re.compile(rf"{_URI.pattern}\S+")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:\d*)?")  # with its port
 _QUERY_VALUE = re.compile(r"([?&;][^\s=&;?]+=)[^\s&]+")
+# What a connection string in a query's value holds: `PWD={a;b};…`, `password='a b' …`, `host:6380,password=a`
+_BRACKETED = re.compile(r"""\{((?:[^}]|\}\})*)\}|"([^"]*)"|'([^']*)'""")
+_DELIMITERS = (r"[;&]", r"[;&,]|\s+(?=[\w.]+\s*=)")
 
 
 def mask(key: str, value: Any) -> str:
@@ -125,6 +128,21 @@ def _secrets(uri: str) -> tuple[str, list[str]]:
     for end in re.finditer("@", f"{userinfo}@"):  # a password may hold @
         user, _, password = userinfo[: end.start()].partition(":")
         found.add(password)
+    found |= {secret for value in {*found, query} for secret in _nested(value)}
     forms = {form(secret) for secret in found for form in (str, unquote, unquote_plus, quote, quote_plus)}
     forms |= {repr(form)[1:-1] for form in forms}
     return user, sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
+
+
+def _nested(value: str) -> set[str]:
+    """The secrets of the connection strings and URIs that a value holds, encoded or not, however often."""
+    found: set[str] = set()
+    while value:
+        for delimiters in _DELIMITERS:
+            found |= {part.partition("=")[2].strip() for part in re.split(delimiters, value)}
+        found |= {group.replace("}}", "}") for groups in _BRACKETED.findall(value) for group in groups}
+        inner = [_parts(uri)[0] for uri in _IN_TEXT.findall(value)]
+        found |= {*inner, *(userinfo.partition(":")[2] for userinfo in inner)}
+        decoded = unquote_plus(value)
+        value = decoded if decoded != value else ""
+    return {secret.strip("{}\"'") for secret in found} | found

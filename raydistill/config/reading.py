@@ -31,6 +31,7 @@ CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "co
 NO_RUNS = {"kuberay"}  # files there that describe clusters
 MOST_FILES = 100  # that a configuration extends in all, each as often as it is named
 MOST_SHOWN, MOST_MISTAKES = 100, 20  # characters of a wrong value; mistakes that are told
+_OF_A_NAME = "[key]"  # pydantic's last part of a place, where a mapping's name is wrong and not its value
 
 
 def fields(
@@ -206,10 +207,15 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
         lines = []
         problems = error.errors()
         for problem in problems[:MOST_MISTAKES]:
-            key = ".".join(
-                str(part) for part in problem["loc"] if not str(part).startswith(("constrained", "function"))
-            )
-            if problem["type"] == "extra_forbidden":
+            loc = [str(part) for part in problem["loc"]]
+            of_a_name = loc[-1:] == [_OF_A_NAME]
+            key = ".".join(part for part in loc if not part.startswith(("constrained", "function", _OF_A_NAME)))
+            if of_a_name:
+                name = _shown(problem["input"])
+                lines.append(
+                    f"{key}: a name must be a text, not {name}; give it quotes of its own{_where(key, origins)}"
+                )
+            elif problem["type"] == "extra_forbidden":
                 lines.append(f"unknown key {key}{nearest(key)}{_where(key, origins)}")
             else:
                 value = problem["input"]

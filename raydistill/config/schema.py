@@ -24,7 +24,7 @@ from raydistill.config.keys import (
 )
 from raydistill.diffusion import guidance
 
-RESERVED = re.compile(r"mlflow\.db.*|mlartifacts", re.IGNORECASE)  # in the storage, beside the runs
+RESERVED = re.compile(r"mlflow\.db.*|mlartifacts|downloads", re.IGNORECASE)  # in the storage, beside the runs
 
 
 def trains_bridge(config: Config) -> bool:

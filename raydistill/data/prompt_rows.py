@@ -36,6 +36,8 @@ class Row(NamedTuple):
     prompt: Callable[[], Any]  # the prompt, unchecked; raises BadRow
     name: str | None = None  # what messages call it, where a number says too little
     part: str | None = None  # the list of a folder that it is in
+    bare: bool = False  # a text of a list or folder, which no column holds
+    lines: int = 1  # of the file, which it covers
 
 
 def rows_of(path: Path, columns: Sequence[str]) -> Iterator[Row]:
@@ -121,7 +123,7 @@ def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             raise _missing_column(path, columns, header)
         index = header.index(column)
         for number, record in records:
-            yield Row(number, functools.partial(prompt_of, record))
+            yield Row(number, functools.partial(prompt_of, record), lines=records.lines)
 
 
 # -- JSON -----------------------------------------------------------------------------------------------
@@ -146,6 +148,13 @@ class _Objects:
         if not self._found and len(self._keys) <= COLUMNS_NAMED:
             self._keys.update(dict.fromkeys(record))
         raise BadRow(f"without {self.columns[0]!r}")
+
+    def row(self, number: int, entry: Any, name: str, part: str | None = None) -> Row:
+        """An entry of a list, where a bare text is a prompt, whatever the column is called."""
+        if isinstance(entry, dict):
+            return Row(number, functools.partial(self.prompt_of, entry), name, part)
+        self._found |= isinstance(entry, str)
+        return Row(number, lambda: entry, name, part, bare=True)
 
     def end(self) -> None:
         """Raises InputError where objects had keys, but never the prompt's."""
@@ -176,19 +185,19 @@ def _object_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
 def _list_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     objects = _Objects(path, columns)
     for number, entry in enumerate(_list(path), start=1):
-        yield Row(number, functools.partial(objects.prompt_of, entry), f"entry {number}")
+        yield objects.row(number, entry, f"entry {number}")
     objects.end()
 
 
-def _list(path: Path) -> list[dict[str, Any]]:
-    """A JSON list of texts or objects; a bare text has the key `prompt`."""
+def _list(path: Path) -> list[Any]:
+    """A JSON list of texts or objects."""
     try:
         entries = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: must be a JSON list of prompts")
-    return [entry if isinstance(entry, dict) else {"prompt": entry} for entry in entries]
+    return entries
 
 
 # -- folders --------------------------------------------------------------------------------------------
@@ -202,10 +211,10 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
     objects, number = _Objects(folder, columns), 0
     for file in files:
         listed = file.suffix.lower() == ".json"
-        for place, entry in enumerate(_list(file) if listed else [{"prompt": read_text(file)}], start=1):
+        for place, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
             number += 1
             name = f"{file.name}, entry {place}" if listed else file.name
-            yield Row(number, functools.partial(objects.prompt_of, entry), name, file.stem if listed else None)
+            yield objects.row(number, entry, name, file.stem if listed else None)
     objects.end()
 
 

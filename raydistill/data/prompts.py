@@ -37,6 +37,7 @@ class PromptReport:
     rows: int = 0
     good: int = 0
     duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
+    hidden: int = 0  # lines that bad rows cover beside their first: quoted text, or rows behind a stray quotation mark
     bad: dict[str, int] = field(default_factory=dict)  # kind -> rows
     first_bad: dict[str, list[int]] = field(default_factory=dict)  # kind -> its first row numbers
     names: dict[int, str] = field(default_factory=dict)  # of these rows, where a number says too little
@@ -62,7 +63,7 @@ class PromptReport:
             what = "" if self.names else "rows " if count > 1 else "row "
             more = ", …" if count > len(rows) else ""
             parts.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
-        return ", ".join(parts)
+        return ", ".join(parts) + (f"; in their quotation marks lie {self.hidden} more lines" if self.hidden else "")
 
 
 class PromptSet:
@@ -163,6 +164,7 @@ def read_prompts(
                 if on_bad_row == "fail":
                     raise InputError(f"{path}, {row.name or f'row {row.number}'}: {bad}") from None
                 report.add_bad(str(bad), row.number, row.name)
+                report.hidden += row.lines - 1
                 continue
             ids.append(row.number)
             hashes.append(hash(prompt))

@@ -1,6 +1,7 @@
 """Records of CSV and TSV files. One bad record costs its own line, never the lines behind it.
 
 In CSV (RFC 4180) quotes are strict: a field with text behind its closing quote, or with none, is malformed, not altered.
+So is one that two stray marks of different rows enclose: the lines between are rows by themselves, as prose is not.
 TSV has no quotes of its own: a line is a record, and a quotation mark is text. But programs write quoted fields to it,
 so a field in well-formed quotes loses them. It may span lines where these could be no records by themselves, or where the
 header is quoted too, as by a program that quotes everything.
@@ -14,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TextIO
 
+MANY = 20  # lines; in a file of one column every line without a comma looks like a row
 FIELD_LIMIT = 1 << 20  # characters; the csv module's own limit is 128 KiB and would hide what is wrong
 _QUOTED = re.compile('"((?:[^"]|"")*)"')
 
@@ -55,6 +57,8 @@ class CsvRecords:
         csv.field_size_limit(max(csv.field_size_limit(), FIELD_LIMIT))
         self._lines = _Lines(stream)
         self._reader = csv.reader(self._lines, delimiter=self.delimiter, strict=True)
+        self._columns = 0  # 0: there was no header yet
+        self._all_quoted = False  # the header
 
     def __iter__(self) -> Iterator[tuple[int, list[str] | None]]:
         return self
@@ -65,12 +69,34 @@ class CsvRecords:
             record = next(self._reader)
         except csv.Error:
             record = None
-        return self._lines.number, self._settled(record)
+        record = self._settled(record)
+        if not self._columns and record is not None:
+            self._columns = len(record)
+            self._all_quoted = self._lines.taken[0].count('"') == 2 * self._columns
+        return self._lines.number, record
+
+    @property
+    def lines(self) -> int:
+        """Lines of the record that came last."""
+        return len(self._lines.taken)
 
     def _settled(self, record: list[str] | None) -> list[str] | None:
-        if record is None:
+        taken = self._lines.taken
+        if record is None or (self._columns and not self._all_quoted and self._are_rows(taken)):
             self._lines.keep_first()
+            return None
         return record
+
+    def _are_rows(self, lines: list[str]) -> bool:
+        """Whether most lines of one record with quotes are rows by themselves: no quotes between, no commas of prose."""
+        if len(lines) < 3 or (self._columns == 1 and len(lines) <= MANY):
+            return False
+        ends = [line.replace('"', "") for line in (lines[0], lines[-1])]
+        whole = sum(
+            line.count(",") == self._columns - 1 and ", " not in line and '"' not in line
+            for line in (*lines[1:-1], *ends)
+        )
+        return 4 * whole >= 3 * len(lines)
 
 
 class TsvRecords(CsvRecords):
@@ -78,22 +104,14 @@ class TsvRecords(CsvRecords):
 
     delimiter = "\t"
 
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream)
-        self._columns = 0  # 0: there was no header yet
-        self._all_quoted = False
-
     def _settled(self, record: list[str] | None) -> list[str]:
-        taken = self._lines.taken
-        if record is None or not self._all_quoted and self._are_rows(taken, record):
+        if record is None or not self._all_quoted and self._are_tsv_rows(self._lines.taken, record):
             line = self._lines.keep_first().rstrip("\r\n")
             quoted = ((_QUOTED.fullmatch(field), field) for field in line.split("\t"))
             record = [found[1].replace('""', '"') if found else field for found, field in quoted] if line else []
-        if not self._columns:
-            self._columns, self._all_quoted = len(record), taken[0].count('"') == 2 * len(record)
         return record
 
-    def _are_rows(self, lines: list[str], record: list[str]) -> bool:
+    def _are_tsv_rows(self, lines: list[str], record: list[str]) -> bool:
         """Whether what reads as one record with quotes is a row, or several, by its tabs alone."""
         whole = [line.count("\t") + 1 == self._columns for line in lines]
         return any(whole[1:-1]) or (whole[0] and (whole[-1] or len(record) != self._columns))

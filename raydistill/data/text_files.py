@@ -13,6 +13,8 @@ from typing import TextIO
 from unicodedata import category
 
 HEAD = 1 << 12  # bytes that decide about the encoding
+LEAST = 6  # bytes of UTF-16 without a mark; fewer zeros may be separators
+SURE = 64  # bytes; from there on a file whose last character is cut is UTF-16 too
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # begins with the mark of UTF-16
@@ -37,9 +39,10 @@ def encoding_of(head: bytes) -> str:
     for mark, encoding in MARKS.items():
         if head.startswith(mark):
             return encoding
-    for encoding, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
-        if high and 4 * high.count(0) >= 3 * len(high) and not low.count(0):
-            return encoding
+    if len(head) >= SURE or (len(head) >= LEAST and len(head) % 2 == 0):
+        for encoding, high, low in (("utf-16-le", head[1::2], head[::2]), ("utf-16-be", head[::2], head[1::2])):
+            if 4 * high.count(0) >= 3 * len(high) and not low.count(0):
+                return encoding
     text = _decoded(head, "utf-8")
     if b"\0" in head and (text is None or _CONTROL.search(text)):
         for encoding in ("utf-16-le", "utf-16-be"):

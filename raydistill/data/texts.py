@@ -123,9 +123,10 @@ _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_vie
 
 
 def _is_any(kind: pa.DataType, kinds: Iterable[Callable[[pa.DataType], bool]]) -> bool:
-    """Also behind a dictionary."""
-    value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(is_one(value) for is_one in kinds)
+    """Also behind dictionaries and extension types, as of JSON."""
+    while (extended := isinstance(kind, pa.BaseExtensionType)) or pa.types.is_dictionary(kind):
+        kind = kind.storage_type if extended else kind.value_type
+    return any(is_one(kind) for is_one in kinds)
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
@@ -153,6 +154,8 @@ def undecoded(column: pa.Array | pa.ChunkedArray) -> list[bytes | None]:
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
+    if isinstance(column, pa.ExtensionArray):
+        return _as_bytes(column.storage)
     if isinstance(column, pa.DictionaryArray):  # whose cast does not know views
-        return column.dictionary.cast(pa.large_binary()).take(column.indices)
+        return _as_bytes(column.dictionary).take(column.indices)
     return column.cast(pa.large_binary())

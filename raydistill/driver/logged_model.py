@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydistill import export
-from raydistill.errors import mask, reason
+from raydistill.errors import mask
 from raydistill.storage.atomic import reading
 from raydistill.storage.place import Place
 from raydistill.tracking.screen import screen
-from raydistill.tracking.store import client_of, newest_model
+from raydistill.tracking.store import client_of, newest_model, told
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,11 +33,11 @@ def log_student(uri: str, run_id: str, folder: Place, metric: str | None, regist
         metric: of the run, by which versions are compared; None: none was measured.
         register: name in the registry; None: not registered.
     """
-    client = client_of(uri)
     import mlflow
 
     earlier = mlflow.get_tracking_uri()
     try:
+        client = client_of(uri)
         mlflow.set_tracking_uri(uri)
         with reading(folder) as local, mlflow.start_run(run_id=run_id), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on type hints
@@ -53,7 +53,7 @@ def log_student(uri: str, run_id: str, folder: Place, metric: str | None, regist
             _register(client, run_id, metric, register)
     except Exception as error:  # noqa: BLE001 (mlflow, sqlalchemy and requests all have their own)
         screen.say(
-            f"MLflow    {mask('uri', uri)} does not take the student as a model ({reason(error)}): it is in {folder}"
+            f"MLflow    {mask('uri', uri)} does not take the student as a model ({told(uri, error)}): it is in {folder}"
         )
     finally:
         mlflow.set_tracking_uri(earlier)

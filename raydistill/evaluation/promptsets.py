@@ -108,14 +108,20 @@ def _categories(path: Path, column: str | None) -> dict[int, str]:
         if column:
             raise InputError(f"{path}: a text file has no columns (--category-column {column})")
         return found
+    columns = False
     try:
         for row in rows_of(path, [column] if column else CATEGORY_COLUMNS):
             if row.part:
                 found[row.number] = row.part.removeprefix("benchmark_")
+            if row.bare:
+                continue
+            columns = True
             with contextlib.suppress(BadRow):
                 value = row.prompt()
                 found[row.number] = checked(value if value is None else str(value), MAX_CHARACTERS)
     except InputError as error:
         if column:
             raise InputError(str(error).replace("(prompts.column)", "(--category-column)")) from None
+    if column and not columns:
+        raise InputError(f"{path}: bare texts have no columns (--category-column {column})")
     return found

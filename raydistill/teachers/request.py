@@ -186,7 +186,13 @@ def _wire(name: str, value: Any, float32: bool = False) -> Wire:
 
     if not isinstance(value, torch.Tensor) or value.is_complex():
         raise TeacherError(f"{name} must be a tensor of real numbers, not {type(value).__name__}")
-    return to_wire(value.float() if float32 else value)
+    try:
+        return to_wire(value.float() if float32 else value)
+    except (torch.AcceleratorError, torch.OutOfMemoryError):  # of the device, and not of the request
+        raise
+    except (TypeError, RuntimeError) as error:  # no numbers, not dense, or of a type that numpy lacks
+        kind = f"{value.dtype}, {value.layout}, on {value.device.type}"
+        raise TeacherError(f"{name} must be a dense tensor of a type that numpy has, not {kind}") from error
 
 
 def check_payload(payload: Any, latents: str = "latents") -> None:
@@ -209,12 +215,12 @@ def check_payload(payload: Any, latents: str = "latents") -> None:
             f"a request has {', '.join(sorted(fields))}, and not {', '.join(map(str, payload)) or 'nothing'}"
         )
     shape = _shape(latents, payload["latents"], "f")
-    if len(shape) != 4 or shape[0] == 0:
-        raise TeacherError(f"{latents} has shape {shape}, not [B, C, H, W] with at least one sample")
+    if len(shape) != 4 or 0 in shape:
+        raise TeacherError(f"{latents} has shape {shape}, not [B, C, H, W] with at least one of each")
     if "steps" in payload:
         _check_number("steps", payload["steps"])
         if payload["steps"] != int(payload["steps"]) or not 1 <= payload["steps"] <= MOST_STEPS:
-            raise TeacherError(f"steps must be at least 1 and at most {MOST_STEPS}, not {payload['steps']}")
+            raise TeacherError(f"steps must be at least 1 and at most {MOST_STEPS}, not {_shown(payload['steps'])}")
     else:
         _check_times(payload["t"], shape[0], latents)
     _check_conditioning(payload, shape[0])
@@ -262,8 +268,20 @@ def _shape(name: str, wire: Any, kinds: str = "fiub") -> tuple[int, ...]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(float(value)):
-        raise TeacherError(f"{name} must be a finite number, not {value!r}"[:200])
+    try:
+        finite = isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(float(value))
+    except OverflowError:
+        finite = False
+    if not finite:
+        raise TeacherError(f"{name} must be a finite number, not {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "one of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _guided(scale: Any) -> bool:

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import mask, reason
+from raydistill.errors import mask
 from raydistill.storage.atomic import reading
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 from raydistill.tracking.sender import Sender, metric_name
-from raydistill.tracking.store import MAX_TAG, NOTE, client_of, describe
+from raydistill.tracking.store import MAX_TAG, NOTE, client_of, describe, told
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -157,7 +157,7 @@ class SystemMetrics:
             logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
             self._monitor.start()
         except Exception as error:  # noqa: BLE001 (psutil, drivers and the store all have their own)
-            log.warning("system metrics are not recorded: %s", reason(error, self._arguments["tracking_uri"]))
+            log.warning("system metrics are not recorded: %s", told(self._arguments["tracking_uri"], error))
             self._monitor = None
         return self
 

@@ -189,7 +189,7 @@ def test_the_batch_of_the_report_is_refused():
 
 @pytest.mark.parametrize(
     "name", ["''", "a..", "a.", "a..b", "..", ".a", "-a", "a/b", "a b", "é", "a" * 101, "mlflow.db", "mlflow.db.lock",
-             "MLartifacts", '"a\\n"', '"a\\0"'],
+             "MLartifacts", "downloads", '"a\\n"', '"a\\0"'],
 )  # fmt: skip
 def test_names_that_are_no_folder_service_and_run_are_refused(name):
     assert refused(f"run.name={name}").startswith("run.name: ")
@@ -213,6 +213,14 @@ def test_a_date_is_a_name_as_it_stands():
         config = load(overrides=[f"run.name={name}"])
         assert config.run.name == name
         assert from_yaml(to_yaml(config)) == config
+
+
+def test_a_label_whose_name_is_no_text_is_shown_and_quotes_are_advised():
+    for name in (1, 1.5, -2):
+        assert refused(f"distill.node_labels={{{name}: a}}") == (
+            f"distill.node_labels.{name}: a name must be a text, not {name}; give it quotes of its own"
+        )
+    assert load(overrides=['distill.node_labels={"1": a}']).distill.node_labels == {"1": "a"}
 
 
 # -- mappings ---------------------------------------------------------------------------------------------

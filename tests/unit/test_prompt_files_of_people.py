@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 
 from raydistill.data.prompts import read_prompts
 from raydistill.data.text_files import encoding_of
+from raydistill.data.texts import holds_bytes, holds_text, undecoded
 from raydistill.errors import InputError
 from raydistill.evaluation.promptsets import open_prompts
 
@@ -75,6 +77,65 @@ def test_a_quote_that_is_never_closed_in_a_large_csv_costs_one_row(tmp_path):
     assert prompts.report.first_bad == {"malformed": [2]}
 
 
+STRAYS = [('"an unfinished quotation', 'a pipe of 6"'), ('"', '"'), ('"open', '"')]
+
+
+@pytest.mark.parametrize("layout", ["{},Basic", "7,{}", "7,{},Basic", "{}"])
+@pytest.mark.parametrize(("opening", "closing"), STRAYS)
+def test_an_opening_and_a_closing_mark_of_different_csv_rows_hide_none_between(tmp_path, layout, opening, closing):
+    """Whichever column it is, the first of them costs its own row; a lone mark is one that opens again."""
+    rows = [f"cup number {i}" for i in range(1000)]
+    rows[300], rows[900] = opening, closing
+    header = layout.replace("7", "id").replace("Basic", "note").format("prompt")
+    text = "".join(f"{line}\n" for line in [header, *map(layout.format, rows)])
+    prompts = read_prompts(write(tmp_path, "p.csv", text), max_characters=50_000)
+    bad = [302, 902] if closing == '"' else [302]
+    assert prompts.report.first_bad == {"malformed": bad}
+    assert prompts.prompts == [row for number, row in enumerate(rows, start=2) if number not in bad]
+    assert (prompts.report.rows, prompts.report.hidden) == (1000, 0)
+
+
+def test_stray_marks_a_few_csv_rows_apart_hide_none_though_one_is_ragged(tmp_path):
+    rows = ['"open,x', "a cup,x", "a, b,x", "a jar,x", "a pot,x", "a pan,x", '6",x']
+    prompts = read_prompts(write(tmp_path, "p.csv", "prompt,note\n" + "\n".join(rows)))
+    assert prompts.prompts == ["a cup", "a", "a jar", "a pot", "a pan", '6"']
+    few = read_prompts(write(tmp_path, "q.csv", "prompt,note\n" + "\n".join([rows[0], rows[1], rows[-1]])))
+    assert few.prompts == ["a cup", '6"']
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["two\nlines", "a cup, red\na jar, blue\na pan", "a\nb,c\nd", '{\n"scene": "a",\n"style": "b"\n}', "one\n\n\nfour"],
+)
+@pytest.mark.parametrize("columns", [["prompt"], ["prompt", "note"], ["id", "prompt", "note"]])
+def test_quoted_text_of_several_lines_is_one_csv_record(tmp_path, columns, text):
+    with (tmp_path / "p.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        cells = [[text if column == "prompt" else "x" for column in columns]] * 3
+        writer.writerows([columns, *cells])
+    prompts = read_prompts(tmp_path / "p.csv")
+    assert prompts.prompts == [text] * 3
+    assert not prompts.report.bad
+
+
+def test_a_header_in_quotes_tells_that_quoted_lines_are_text(tmp_path):
+    text = "\n".join(["a,b"] * 30)
+    file = write(tmp_path, "p.csv", f'"prompt","note"\n"{text}","x"\n')
+    assert read_prompts(file).prompts == [text]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_lines_that_a_bad_record_covers_are_counted(tmp_path, suffix):
+    separator = {"csv": ",", "tsv": "\t"}[suffix]
+    head = f'"prompt"{separator}"note"\n'
+    long = "\n".join(["a long text, over many lines"] * 9)
+    file = write(tmp_path, f"p.{suffix}", head + f'"{long}"{separator}"x"\n"a cup"{separator}"x"\n')
+    report = read_prompts(file, max_characters=100).report
+    assert (report.rows, report.good, report.hidden) == (2, 1, 8)
+    assert str(report).endswith("1 longer than 100 characters (row 2); in their quotation marks lie 8 more lines")
+    assert read_prompts(file).report.hidden == 0
+
+
 # -- encodings, line ends, control characters -------------------------------------------------------------
 
 
@@ -108,6 +169,15 @@ def test_a_few_zeros_make_no_utf_16():
     assert encoding_of(b"a red\0 cup\na blue cup\n") == "utf-8"
     assert encoding_of(b"a red cup\0\nblue cup\0\na chef\x92s cup\0\n") == "utf-8"  # strings of C
     assert encoding_of(b"") == encoding_of(b"a") == "utf-8"
+    for few in (b"a\0", b"a\0b", b"\0a", b"\0a\0", b"a\0b\0", b"a\0b\0c", b"a\0b\0c\0d", b"a\0\n"):
+        assert encoding_of(few) == "utf-8", few
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_short_and_cut_utf_16_without_a_mark_is_recognised(tmp_path, encoding):
+    assert read_prompts(write(tmp_path, "p.txt", "cup".encode(encoding))).prompts == ["cup"]
+    content = "\n".join([*CUPS, *CUPS]).encode(encoding)
+    assert read_prompts(write(tmp_path, "q.txt", content + content[:1])).prompts[:5] == [*CUPS, *CUPS][:5]
 
 
 @pytest.mark.parametrize("character", ["\0", "\x04", "\x08", "\x1b", "\x1c", "\x7f", "\x9b"])
@@ -185,6 +255,75 @@ def test_an_unusable_list_or_folder_is_refused_in_one_line(tmp_path, name, conte
     with pytest.raises(InputError, match=said) as error:
         read_prompts(tmp_path / name.partition("/")[0])
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("column", ["prompt", "caption"])
+def test_bare_texts_of_a_list_or_folder_are_prompts_whatever_the_column_is_called(tmp_path, column):
+    write(tmp_path, "texts/1.txt", "a red cup")
+    write(tmp_path, "mixed/1.txt", "a red cup")
+    write(tmp_path, "mixed/2.json", json.dumps(["a jar", {column: "a pot", "category": "x"}, 3]))
+    assert read_prompts(tmp_path / "texts", column).prompts == ["a red cup"]
+    assert read_prompts(write(tmp_path, "p.json", json.dumps(CUPS)), column).prompts == CUPS
+    mixed = read_prompts(tmp_path / "mixed", column)
+    assert mixed.prompts == ["a red cup", "a jar", "a pot"]
+    assert mixed.report.bad == {"not a string": 1}
+    with pytest.raises(InputError, match=f"no column {column!r}.*'text'"):
+        read_prompts(write(tmp_path, "q.json", '[{"text": "x"}, 3]'), column)
+    assert list(open_prompts(str(tmp_path / "mixed"), tmp_path, column).categories.values()) == ["2", "x", "2"]
+
+
+def test_a_bare_text_is_no_category(tmp_path):
+    file = write(tmp_path, "p.json", json.dumps(CUPS))
+    assert open_prompts(str(file), tmp_path).categories == {}
+    with pytest.raises(InputError, match="bare texts have no columns .--category-column kind"):
+        open_prompts(str(file), tmp_path, category_column="kind")
+
+
+class Captions(pa.ExtensionType):
+    """A type over another one, as programs define them."""
+
+    def __init__(self, storage: pa.DataType) -> None:
+        super().__init__(storage, f"raydistill.test.{storage}")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Captions:
+        return cls(storage)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pa.string(), pa.large_string(), pa.binary(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+    ids=str,
+)
+def test_extension_types_over_text_are_read_as_text(tmp_path, kind):
+    known = Captions(kind)
+    storage = pa.array([*CUPS, None], kind if not pa.types.is_dictionary(kind) else pa.string())
+    storage = storage.dictionary_encode() if pa.types.is_dictionary(kind) else storage
+    column = pa.ExtensionArray.from_storage(known, storage)
+    assert (holds_text(known), undecoded(column)) == (True, [*(cup.encode() for cup in CUPS), None])
+    assert undecoded(pa.chunked_array([column, column])) == 2 * undecoded(column)
+    assert not holds_text(Captions(pa.int32()))
+    assert not holds_text(pa.list_(pa.string()))
+    assert not holds_bytes(Captions(pa.string()))
+    if pa.types.is_dictionary(kind):  # Arrow itself aborts on these in a file
+        return
+    pa.register_extension_type(known)
+    try:
+        pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+        assert pq.read_schema(tmp_path / "p.parquet").field("prompt").type == known
+        prompts = read_prompts(tmp_path / "p.parquet")
+    finally:
+        pa.unregister_extension_type(known.extension_name)
+    assert (prompts.prompts, prompts.report.bad) == (CUPS, {"null": 1})
+
+
+def test_json_columns_of_arrow_are_texts(tmp_path):
+    column = pa.ExtensionArray.from_storage(pa.json_(), pa.array(["3 cups", "a cup"]))
+    pq.write_table(pa.table({"prompt": column}), tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet").prompts == ["3 cups", "a cup"]
 
 
 def test_the_first_of_several_columns_that_is_there_counts(tmp_path):

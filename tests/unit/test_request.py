@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,39 @@ def test_a_field_that_is_no_tensor_or_number_is_named_at_the_client(field, wrong
     if field.endswith("conditional") or field == "conditioning":
         with pytest.raises(TeacherError, match=rf"^{field}\['a'\]"):
             scores_of(**{field: {"a": wrong}}).payload()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_a_tensor_that_cannot_travel_is_named_with_its_kind():
+    dense = torch.zeros(3, 5)
+    wrong = [dense.to(torch.float8_e4m3fn), dense.to("meta"), dense.to_sparse(), dense.to_sparse_csr(), dense.to_mkldnn(),
+             torch.nested.nested_tensor([dense, dense])]  # fmt: skip
+    for value in wrong:
+        with pytest.raises(TeacherError, match=rf"^conditioning\['a'\] must be a dense tensor .*{value.dtype}, .* on "):
+            scores_of(conditioning={"a": value}).payload()
+    for name in ("x_t", "t"):
+        with pytest.raises(TeacherError, match=f"^{name} must be a dense tensor .*on meta$"):
+            scores_of(**{name: dense.to("meta")}).payload()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 2), (3, 0, 2, 2), (3, 4, 0, 2), (3, 4, 2, 0), (3, 4, 2)])
+def test_latents_without_samples_channels_or_pixels_are_refused(shape):
+    with pytest.raises(TeacherError, match=r"^x_t has shape .*not \[B, C, H, W\]"):
+        scores_of(x_t=torch.zeros(shape)).payload()
+
+
+@pytest.mark.parametrize(
+    "wrong", [10**400, -(10**400), 10**5000, Fraction(10**400)], ids=["e400", "-e400", "e5000", "fraction"]
+)
+def test_a_number_that_no_float_holds_is_refused_in_a_short_line(wrong):
+    request = scores_of()
+    with pytest.raises(TeacherError, match="^steps must be a finite number") as steps:
+        GenerateRequest(request.x_t, request.conditioning, request.unconditional, wrong, 2.0).payload()
+    with pytest.raises(TeacherError, match="^guidance_scale must be a finite number") as scale:
+        scores_of(guidance_scale=wrong).payload()
+    with pytest.raises(TeacherError, match="^guidance_scale must be a finite number"):
+        check_payload(scores_of().payload() | {"guidance_scale": wrong})
+    assert max(len(str(steps.value)), len(str(scale.value))) < 200
 
 
 @pytest.mark.parametrize("wrong", [*NOT_NUMBERS, 0, -1, 2.5, float("nan"), True, 10**9], ids=str)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import logging
 import socket
+import threading
 from urllib.parse import quote, quote_plus
 
 import pytest
 
 from raydistill.config.reading import load
+from raydistill.driver.logged_model import log_student
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError, mask, reason
 from raydistill.export.source import find_export
-from raydistill.tracking.store import TrackingError, open_run, prepare
+from raydistill.tracking.store import TrackingError, open_run, prepare, ui_lines
 from raydistill.tracking.tracker import Tracker
 
 PASSWORDS = [
@@ -88,6 +92,37 @@ def test_what_a_library_repeats_of_a_uri_is_masked_in_each_form(uri, password):
             assert "sesame" not in message
 
 
+CONNECTIONS = [
+    ("DRIVER={{ODBC Driver 18}};SERVER=h.example;UID=me;PWD={};Encrypt=yes", "geheim99"),
+    ("PWD={{{}}};UID=me", "geheim;99 two"),
+    ("UID=me; Pwd = {} ;x=y", "geheim 99"),
+    ("host=h password={} dbname=x", "geheim99"),
+    ("host=h password='{}' dbname=x", "geheim 99"),
+    ("h.example:6380,password={},ssl=True", "geheim99"),
+    ("postgresql://me:{}@h.example/x", "geheim99"),
+    ("user=me&anything={}", "geheim=99"),
+    ("-c anything={}", "geheim99"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("connection", "password"), CONNECTIONS)
+@pytest.mark.parametrize(
+    "encode", [str, quote_plus, lambda text: quote(quote(text, safe=""), safe="")], ids=["as it is", "once", "twice"]
+)
+def test_a_password_inside_a_querys_value_is_masked_in_each_form(connection, password, encode):
+    """As ODBC's, libpq's and other connection strings, which libraries take apart and write anew."""
+    connection = connection.format(password)
+    anew = connection if ";" in password else "; ".join(reversed(connection.split(";")))
+    uri = f"mssql+pyodbc:///?odbc_connect={encode(connection)}"
+    for form in (str, quote, quote_plus, repr, lambda text: quote(text, safe="")):
+        for text in (uri, connection, password, anew):
+            message = reason(RuntimeError(f"cannot open {form(text)}: refused"), uri)
+            assert "geheim" not in message, message
+            assert "99" not in message, message
+            assert message.startswith("cannot open ")
+    assert "geheim" not in mask("tracking.uri", uri)
+
+
 def test_a_text_with_several_uris_keeps_what_is_not_secret():
     text = (
         "from http://a.example:1/x to http://me:hunter2@b.example/y?k=hunter2 and postgresql://u:hun ter2@c.example/z"
@@ -138,6 +173,56 @@ def test_errors_about_the_tracking_store_show_no_secret(store, closed_port, tmp_
     for text in (*messages, caplog.text, *capfd.readouterr()):
         assert "hunter" not in text
         assert "sesame" not in text
+
+
+class Repeating(http.server.BaseHTTPRequestHandler):
+    """A server, or a proxy before it, whose error repeats what it was asked with."""
+
+    def do_GET(self) -> None:
+        answer = {
+            "error_code": "INVALID_STATE",
+            "message": "Detected out-of-date database schema for hunter2 at PWD=sesame",
+        }
+        body = json.dumps(answer).encode()
+        self.send_response(400)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_PATCH = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_whatever_asks_a_store_tells_its_error_without_secrets(tmp_path, capsys):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Repeating) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            uri = f"http://me:hunter2@127.0.0.1:{server.server_port}/?odbc_connect={quote_plus('UID=me;PWD=sesame')}"
+            messages = []
+            for ask in (
+                lambda: prepare(uri),
+                lambda: ui_lines(uri, "0" * 32),
+                lambda: open_run(uri, "e", "r", storage=tmp_path, params={}, tags={}),
+                lambda: find_export("0" * 32, tmp_path, uri),
+                lambda: find_export("models:/student/1", tmp_path, uri),
+            ):
+                with pytest.raises((TrackingError, InputError)) as caught:
+                    ask()
+                messages.append(str(caught.value))
+            log_student(uri, "0" * 32, tmp_path, None, None)
+            log_student("gopher://me:hunter2@h/?odbc_connect=PWD%3Dsesame", "0" * 32, tmp_path, None, None)
+            messages += capsys.readouterr().out.splitlines()
+        finally:
+            server.shutdown()
+            thread.join()
+    told = [message for message in messages if "***" in message]
+    assert len(told) == 7
+    assert sum("database schema for ***" in message for message in told) == 6
+    assert not any(secret in message for message in messages for secret in ("hunter", "sesame"))
 
 
 def test_the_check_before_a_run_shows_no_secret(closed_port, tmp_path, monkeypatch):
