@@ -96,7 +96,7 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
 
 
 def _checkpoints(run: RunFolder) -> Iterator[tuple[Place, dict]]:
-    """(folder, about.json) of every stage's checkpoints and best student; damaged ones are found when it begins."""
+    """(folder, `about`) of every stage's checkpoints and best student; damaged ones are found when it begins."""
     places = checkpoint_folders(run.path / OF_BRIDGE)
     for stage in run.path.iterdir() if run.path.exists() else ():
         if stage.is_dir():
