@@ -195,7 +195,9 @@ def test_a_model_that_cannot_be_read_is_named_with_its_key_unless_the_part_is_ne
     (model / "unet" / "old.safetensors").symlink_to(model / "gone")
     assert bound(config, run).inputs == first.inputs
     (model / "unet" / "more.safetensors").symlink_to("/proc/self/mem")
-    with pytest.raises(InputError, match=rf"^student\.model: {model}/unet/more\.safetensors cannot be read: Input/output"):
+    with pytest.raises(
+        InputError, match=rf"^student\.model: {model}/unet/more\.safetensors cannot be read: Input/output"
+    ):
         bound(config, run)
 
 
