@@ -11,10 +11,13 @@ Shapes: N rows, C×H×W normalised latents on the VAE grids, float16.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +38,7 @@ from raydistill.storage.resolve import to_place
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
+READERS, END_BYTES = 32, 1 << 16  # of `fingerprint`: threads, and bytes at the end of a shard
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 
 
@@ -186,6 +190,36 @@ def count_rows(folder: str | Place) -> int:
     """Rows of all shards. Raises InputError."""
     files = [shard_file(folder, index) for index in existing_shards(folder)]
     return sum(_open(file).metadata.num_rows for file in files)
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a set of pairs: names, sizes and ends of its shards, whose parquet footers say how large each column is.
+
+    Raises:
+        InputError: a shard cannot be read.
+    """
+    files = [shard_file(folder, index) for index in existing_shards(folder)]
+    digest = hashlib.blake2b(digest_size=16)
+    with ThreadPoolExecutor(READERS) as readers:
+        for file, end in zip(files, readers.map(_end, files), strict=True):
+            digest.update(file.name.encode() + b"\0" + end)
+    return digest.hexdigest()
+
+
+def _end(file: Path) -> bytes:
+    """Size of a shard, and its last bytes: the footer, however long it is."""
+    try:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - END_BYTES))
+            end = stream.read()
+            footer = int.from_bytes(end[-8:-4], "little") + 8  # as parquet ends: the footer, its length, PAR1
+            if footer > len(end):
+                stream.seek(max(0, size - footer))
+                end = stream.read()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror or error}") from error
+    return size.to_bytes(8) + hashlib.blake2b(end).digest()
 
 
 def _open(file: Place) -> pq.ParquetFile:

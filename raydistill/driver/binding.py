@@ -10,13 +10,16 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from raydistill.config.reading import get
 from raydistill.config.schema import Config
+from raydistill.data import pairs
 from raydistill.data.synthesis import fingerprint_of
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError
+from raydistill.spaces import load_space
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.fingerprint import fingerprint
 from raydistill.storage.place import Place
@@ -28,7 +31,9 @@ from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
 from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
-MODELS = ("student.model", "student.unet", "teacher.model", "bridge.checkpoint", "evaluation.judge")
+PIPELINES = ("student.model", "teacher.model")
+MODELS = (*PIPELINES, "student.unet", "bridge.checkpoint", "evaluation.judge")
+FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 PAIRS = ("bridge.pairs", "discriminator.real_data")
 
 
@@ -68,7 +73,7 @@ def keep(binding: Binding, run: RunFolder) -> None:
     """From now on the run is bound so, or as another job has bound it while this one waited for the run."""
     if (kept := kept_binding(run)) is not None:
         binding = Binding(kept.runs, binding.inputs | kept.inputs)
-    replace_text(run.path / FILE, json.dumps(asdict(binding), indent=1))
+    replace_text(run.path / FILE, json.dumps(asdict(binding) | {"fingerprints": FINGERPRINTS}, indent=1))
 
 
 def kept_binding(run: RunFolder) -> Binding | None:
@@ -82,6 +87,8 @@ def kept_binding(run: RunFolder) -> Binding | None:
     sound = isinstance(runs, list) and runs and isinstance(runs[0], str) and isinstance(inputs, dict)
     if not sound or any(type(one) not in (str, type(None)) for one in (*runs, *inputs.values())):
         raise InputError(f"{file} is damaged (it names no run and no inputs): {cure}")
+    if found.get("fingerprints") != FINGERPRINTS:
+        inputs = {key: value for key, value in inputs.items() if key not in (*MODELS, *PAIRS)}
     return Binding(tuple(runs), inputs)
 
 
@@ -89,14 +96,22 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     found = {"prompts.path": fingerprint_of(inputs.prompts), "evaluation.prompts": fingerprint_of(inputs.held_out)}
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
-    for keys, pattern in ((MODELS, None), (PAIRS, "*.parquet")):
-        named = {key: get(config, key) for key in keys}
-        found |= {key: fingerprint(resolve(value), pattern) for key, value in named.items() if value is not None}
-    return found
+    named = {key: get(config, key) for key in (*MODELS, *PAIRS)}
+    return found | {key: _fingerprint(key, resolve(value)) for key, value in named.items() if value is not None}
+
+
+def _fingerprint(key: str, path: Path) -> str:
+    """Of a model or a set of pairs. Raises InputError with the key."""
+    try:
+        if key in PAIRS:
+            return pairs.fingerprint(path)
+        return fingerprint(path, load_space(path).unused_parts if key in PIPELINES else ())
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 def _checkpoints(run: RunFolder) -> Iterator[tuple[Place, dict]]:
-    """(folder, about.json) of every stage's checkpoints and best student; damaged ones are found when it begins."""
+    """(folder, `about`) of every stage's checkpoints and best student; damaged ones are found when it begins."""
     places = checkpoint_folders(run.path / OF_BRIDGE)
     for stage in run.path.iterdir() if run.path.exists() else ():
         if stage.is_dir():

@@ -147,7 +147,7 @@ def train_cell(cell: Cell, pairs: str, folder: Path, tracking: tuple[str, str] |
         saved = torch.load(state, map_location="cpu", weights_only=True)
         seconds, curves = saved["seconds"], saved.get(CURVES, {})
         trainer.load_state_dict(saved)
-    log, started = MetricLog(*(tracking or (None, None)), curves), time.monotonic() - seconds
+    log, started = MetricLog(folder, *(tracking or (None, None)), curves), time.monotonic() - seconds
     try:
         while trainer.step_count < steps:
             losses = trainer.step(trainer.objective.batch(trainer.step_count))

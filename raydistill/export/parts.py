@@ -37,7 +37,8 @@ def copy_part(source: Path, target: Path, dtype: torch.dtype | None = None) -> N
     """
     target.mkdir()
     for file in source.iterdir():
-        if file.suffix in TEXTS and ".index." not in file.name and not file.name.startswith("."):
+        text = file.suffix in TEXTS and ".index." not in file.name and not file.name.startswith(".")
+        if text and file.is_file():  # no folder, and no link that leads nowhere
             shutil.copyfile(file, target / file.name)
     if (source / "config.json").is_file():  # a network; schedulers and tokenizers name theirs otherwise
         stem = next((stem for stem in STEMS if any(source.glob(f"{stem}*.safetensors*"))), STEMS[1])

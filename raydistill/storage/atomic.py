@@ -20,7 +20,7 @@ from typing import Any
 
 from raydistill.errors import InputError
 from raydistill.storage import lease
-from raydistill.storage.place import Place, Remote
+from raydistill.storage.place import Place, Remote, is_link
 
 ABANDONED_S = 3600.0  # no write of one file takes that long
 
@@ -165,10 +165,12 @@ def move_folder(source: Place, target: Place) -> None:
 
 
 def remove_folder(folder: Place) -> None:
-    """Delete a folder, or all objects below a prefix."""
+    """Delete a folder, or all objects below a prefix; of a link, the link alone."""
     lease.check(folder)
     if isinstance(folder, Remote):
         folder.filesystem.delete_dir(folder.key)
+    elif is_link(folder):
+        folder.unlink()
     else:
         shutil.rmtree(folder)
 

@@ -158,6 +158,11 @@ class Remote:
 Place = Path | Remote
 
 
+def is_link(place: Place) -> bool:
+    """Also one that leads nowhere; a bucket has none."""
+    return isinstance(place, Path) and place.is_symlink()
+
+
 @functools.lru_cache
 def _filesystem(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
     from pyarrow import fs

@@ -10,7 +10,6 @@ from there. It ends itself once it knows no service.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import threading
@@ -27,6 +26,8 @@ from ray.serve.exceptions import RayServeException
 
 import raydistill
 from raydistill.config.schema import TeacherServiceConfig
+from raydistill.spaces import load_space
+from raydistill.storage.fingerprint import fingerprint
 from raydistill.teachers import service
 from raydistill.teachers.request import TeacherStartError, one_line
 
@@ -38,7 +39,6 @@ LOOK_EVERY_S = 2.0  # how often it looks for crashed users
 IDLE_S = 5.0  # how long it stays without a service
 RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
 LAUNCH, TAKE_OVER, WAIT = "launch", "take over", "wait"  # what a driver does that starts a service
-BLOCK_BYTES, SAMPLE_BYTES = 1 << 20, 1 << 12  # of a weight file: its first block whole, then a sample of every block
 SETTINGS_OF_SCORES = ("dtype", "slice", "shards", "threads_per_rank")  # they decide the bits of an answer
 SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}  # they do not change the service itself
 
@@ -350,7 +350,7 @@ def identify(model_folder: str, config: TeacherServiceConfig) -> dict[str, Any]:
     folder = Path(model_folder).resolve()
     return {
         "folder": str(folder),
-        "fingerprint": fingerprint(folder),
+        "fingerprint": fingerprint(folder, load_space(folder).unused_parts),
         "config": config.model_dump(exclude=SETTINGS_OF_CLIENTS),
         "version": raydistill.__version__,
     }
@@ -366,26 +366,3 @@ def differences(running: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         if has != wants:
             found.append(f"teachers.{key}: it runs with {has!r}, not {wants!r}")
     return found
-
-
-def fingerprint(folder: Path) -> str:
-    """Hash of a diffusers folder: JSON files whole; name, size and samples of each weight file.
-
-    The first MiB of a weight file is read whole. It holds the safetensors header: the name and shape of every tensor.
-    Each further MiB is sampled with 4 kB. So 24 GB take seconds, and a change to a tensor of 1 MB or more shows.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
-        if not file.is_file() or file.suffix not in (".json", ".safetensors"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
-        with file.open("rb") as data:
-            if file.suffix == ".json":
-                digest.update(data.read())
-                continue
-            digest.update(data.read(BLOCK_BYTES))
-            for start in range(BLOCK_BYTES, size, BLOCK_BYTES):
-                data.seek(start)
-                digest.update(data.read(SAMPLE_BYTES))
-    return digest.hexdigest()

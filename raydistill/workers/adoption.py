@@ -8,7 +8,7 @@ here alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import (
 
 from raydistill.errors import StageFailed
 from raydistill.storage.atomic import remove_folder, replace_text
-from raydistill.storage.place import Place, Remote
+from raydistill.storage.place import Place, Remote, is_link
 from raydistill.workers.checkpoint import CheckpointError, about_of, check_state, load_state
 
 KEPT = 2  # whole checkpoints that are kept: one may be damaged later
@@ -38,13 +38,20 @@ class Found:
 
 
 def checkpoint_folders(folder: Place) -> list[Place]:
-    """Folders of checkpoints, whole or not; the folder of the stage's checkpoints may not exist."""
-    there = folder.iterdir() if folder.exists() else []
-    return sorted((place for place in there if place.name.startswith("checkpoint_") and place.is_dir()), key=str)
+    """Folders of checkpoints, whole or not, without links; the folder of the stage's checkpoints may not exist."""
+    return [place for place in _named(folder) if place.is_dir() and not is_link(place)]
+
+
+def _named(folder: Place) -> list[Place]:
+    """What bears the name of a checkpoint, whatever it is; Ray Train's list does not."""
+    there = [place for place in (folder.iterdir() if folder.exists() else []) if place.name.startswith("checkpoint_")]
+    return sorted((place for place in there if place.name != CHECKPOINT_MANAGER_SNAPSHOT_FILENAME), key=str)
 
 
 def adopt(stage: str, folder: Place, runs: Runs = ()) -> int:
-    """Before Ray Train starts: keep the newest whole checkpoints, delete all others, and write Ray Train's list of them.
+    """Before Ray Train starts: keep the newest checkpoints, delete all others, and write Ray Train's list of them.
+
+    The newest is read whole, which may take minutes. The one before it is read where an older one would be deleted.
 
     Args:
         stage: for people.
@@ -55,34 +62,37 @@ def adopt(stage: str, folder: Place, runs: Runs = ()) -> int:
         The step that the workers go on from; 0: there is no checkpoint.
 
     Raises:
-        StageFailed: a checkpoint is of another run, or checkpoints were reported, and all are damaged.
+        StageFailed: a checkpoint is of another run, or all are damaged, and it is not a first one that was cut short.
     """
     whole: list[tuple[Place, int]] = []
-    damaged: list[str] = []
-    for place, about in _newest_first(folder, damaged):
+    links = [place for place in _named(folder) if is_link(place)]
+    damaged = [f"{place} is a link, and no checkpoint" for place in links]
+    found = _newest_first(folder, damaged)
+    for place, about in found:
         try:
             require_ours(place, about, runs)
             if len(whole) < KEPT:
-                check_state(place)
+                if not whole or place != found[-1][0]:
+                    check_state(place)
                 whole.append((place, about["step"]))
         except ForeignCheckpoint as error:
             raise StageFailed(f"{stage}: {error}") from error
         except CheckpointError as error:
             damaged.append(str(error))
     file = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-    if damaged and not whole and file.exists():
+    if damaged and not whole and (file.exists() or len(damaged) > 1):
         raise StageFailed(f"{stage}: {'; '.join(damaged)}; none is left. Remove {folder} to begin again")
     for text in damaged:
         print(f"{stage}: {text}; it is deleted", flush=True)
     _write_list(stage, file, whole[::-1])
-    for place in checkpoint_folders(folder):
+    for place in (*links, *checkpoint_folders(folder)):
         if place not in [kept for kept, _ in whole]:
             remove_folder(place)
     return whole[0][1] if whole else 0
 
 
-def _newest_first(folder: Place, damaged: list[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
-    """(folder, about.json) of each checkpoint; those whose about.json says nothing are added to `damaged`."""
+def _newest_first(folder: Place, damaged: list[str]) -> list[tuple[Place, dict[str, Any]]]:
+    """(folder, `about`) of each checkpoint; those that say nothing of themselves are added to `damaged`."""
     found = []
     for place in checkpoint_folders(folder):
         try:
@@ -90,7 +100,7 @@ def _newest_first(folder: Place, damaged: list[str]) -> Iterator[tuple[Place, di
         except CheckpointError as error:
             damaged.append(str(error))
     # an update that was done again after damage has a later name, which is a date
-    yield from sorted(found, key=lambda one: (one[1]["step"], one[0].name), reverse=True)
+    return sorted(found, key=lambda one: (one[1]["step"], one[0].name), reverse=True)
 
 
 def mark(runs: Runs) -> dict[str, Any]:
@@ -122,6 +132,8 @@ def _write_list(stage: str, file: Place, whole: list[tuple[Place, int]]) -> None
         f"{stage}: Ray Train's list of checkpoints, {file}, {wrong}: {len(whole) or 'none'} found there; {going_on}",
         flush=True,
     )
+    if is_link(file) or file.is_dir():
+        remove_folder(file)
     if not whole:
         file.unlink(missing_ok=True)
         return
@@ -142,6 +154,10 @@ def _write_list(stage: str, file: Place, whole: list[tuple[Place, int]]) -> None
 
 def _what_is_wrong(file: Place, names: list[str]) -> str | None:
     """Of the list beside the checkpoints that count; None: it names just these, in this order."""
+    if is_link(file):
+        return "is a link"
+    if file.is_dir():
+        return "is a folder"
     if not file.exists():
         return "is missing" if names else None
     try:

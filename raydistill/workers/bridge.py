@@ -116,24 +116,30 @@ class MetricLog:
     A checkpoint takes `curves` along: what waited in a killed process's memory is offered again by the next one, and the
     run's tracker leaves out what it has.
 
+    Args:
+        folder: of the run. Another job's MLflow runs get nothing: `metrics` and `image` raise RunLost.
+
     Attributes:
         curves: step -> values, of this process and those before it.
     """
 
     def __init__(
-        self, uri: str | None, run: str | None, curves: Mapping[int, Mapping[str, float]] | None = None
+        self, folder: Place, uri: str | None, run: str | None, curves: Mapping[int, Mapping[str, float]] | None = None
     ) -> None:
+        self._folder = folder
         self._tracker, self.curves = None, {step: dict(values) for step, values in (curves or {}).items()}
         if uri and run:
             self._tracker = Tracker(uri, run)
             self._tracker.catch_up(self.curves)
 
     def metrics(self, values: dict[str, float], step: int) -> None:
+        lease.check(self._folder)
         self.curves.setdefault(step, {}).update(values)
         if self._tracker:
             self._tracker.metrics(values, step)
 
     def image(self, picture: Image.Image, name: str, step: int) -> None:
+        lease.check(self._folder)
         if self._tracker:
             self._tracker.image(picture, name, step)
 
@@ -158,7 +164,7 @@ def _train(settings: dict[str, Any]) -> None:
         trainer.load_state_dict(found.state)
         curves = found.state.get(CURVES, curves)
     tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
-    log = MetricLog(*tracking, curves)
+    log = MetricLog(progress.parent, *tracking, curves)
     last = config.bridge.steps
     started, first = time.monotonic(), trainer.step_count
     try:

@@ -13,12 +13,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from raydistill.storage.atomic import reading, replace_text, replacing
-from raydistill.storage.place import Place
+from raydistill.storage.place import Place, Remote
 
 MARGIN = 64 << 20  # bytes of a disk that a checkpoint leaves free
 # What a missing file, and a seek to where a damaged directory points, raise; any other is of the disk or the network
@@ -65,17 +65,32 @@ def load_state(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: it is damaged or incomplete; names the folder.
         OSError, MemoryError: it could not be read this time.
     """
-    with _compared(folder) as file:
+    with _local(folder) as file:
+        _compare(file)
         saved = torch.load(file, weights_only=True, map_location="cpu")
         return saved["state"], _with_step(saved["about"])
 
 
 def about_of(folder: Place) -> dict[str, Any]:
-    """`about` of a checkpoint, from its about.json, or from its state where that cannot be read. Errors: `load_state`."""
-    try:
-        return _with_step(json.loads((folder / "about.json").read_bytes()))
-    except (ValueError, RecursionError, FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return load_state(folder)[1]
+    """`about` of a checkpoint, from its state, of which no tensors are read. Errors: `load_state`."""
+    if isinstance(folder, Remote):
+        try:
+            with folder.filesystem.open_input_file((folder / "state.pt").key) as stream:
+                return _about(stream)
+        except Exception:  # noqa: BLE001 (damage, or a store that is away: a whole copy tells which)
+            pass
+    with _local(folder) as file, file.open("rb") as stream:
+        return _about(stream)
+
+
+def _about(stream: BinaryIO) -> dict[str, Any]:
+    """Raises anything where the part without tensors is damaged."""
+    with zipfile.ZipFile(stream) as archive:
+        for name in archive.namelist():
+            if name.endswith("/data.pkl"):
+                archive.read(name)  # compares its checksum
+    stream.seek(0)
+    return _with_step(torch.load(stream, map_location="meta", weights_only=True)["about"])
 
 
 def _with_step(about: Any) -> dict[str, Any]:
@@ -87,24 +102,28 @@ def _with_step(about: Any) -> dict[str, Any]:
 
 def check_state(folder: Place) -> None:
     """As `load_state`, of the checksums alone and in little memory; the same errors."""
-    with _compared(folder):
-        pass
+    with _local(folder) as file:
+        _compare(file)
+
+
+def _compare(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
 
 
 @contextmanager
-def _compared(folder: Place) -> Iterator[Path]:
-    """The torch file, whose checksums are right. Damage that they or the block show names the folder."""
+def _local(folder: Place) -> Iterator[Path]:
+    """The torch file on this machine. Damage that the block meets names the folder."""
+    local = None
     try:
         with reading(folder) as local:
-            file = local / "state.pt"
-            with zipfile.ZipFile(file) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise CheckpointError(f"the checksum of {damaged} in {file.name} is wrong")
-            yield file
+            yield local / "state.pt"
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001 (damage fails anywhere in zip and pickle, even with an IndexError)
-        if isinstance(error, OSError) and error.errno not in DAMAGE:
+        away = local is None and not isinstance(error, FileNotFoundError)  # a store, whose errors have no numbers
+        if isinstance(error, OSError) and (away or error.errno not in DAMAGE):
             raise
         what = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{folder}: damaged or incomplete checkpoint ({what})") from error

@@ -109,12 +109,14 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
         run.note_non_finite(error)
         raise
     finally:
-        run.log.close()
-        batches.close()
-        deadline = time.monotonic() + TRACKING_WITHIN_S
-        if system:
-            system.stop(TRACKING_WITHIN_S / 2)
-        run.close(deadline - time.monotonic())
+        try:
+            run.log.close()
+        finally:
+            batches.close()
+            deadline = time.monotonic() + TRACKING_WITHIN_S
+            if system:
+                system.stop(TRACKING_WITHIN_S / 2)
+            run.close(deadline - time.monotonic())
 
 
 class DistillationRun:
@@ -160,7 +162,11 @@ class DistillationRun:
             self.teachers.wait_for_start()
 
     def record(self, step: int) -> None:
-        """Evaluate when it is time, log, and write down what the update has consumed."""
+        """Evaluate when it is time, log, and write down what the update has consumed.
+
+        Raises RunLost: the run and its MLflow runs are another job's.
+        """
+        lease.check(self.stage.path())
         self.standing.step = step
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         if self.observer:
@@ -207,6 +213,7 @@ class DistillationRun:
 
     def note_non_finite(self, error: NonFiniteError) -> None:
         """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""
+        lease.check(self.stage.path())
         tracker = Tracker(self.stage.mlflow_uri, self.stage.mlflow_run)
         step = self.standing.step + 1
         tracker.tags({"non_finite": f"step {step}, worker {self.worker.rank}: {error}"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
-from raydistill.errors import StageFailed
+from raydistill.errors import RunLost, StageFailed
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.lease import Lease, check, holding, lease_of
 from raydistill.storage.place import Place, for_ray_train
@@ -67,6 +68,7 @@ def train(
     Raises:
         StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
             cannot mend.
+        RunLost: another job has taken the run over.
     """
     folder.mkdir(parents=True, exist_ok=True)
     forget_fatal_error(folder)
@@ -100,7 +102,16 @@ def train(
         )
 
     runs = settings.get("runs", ())
-    result = fit(trainer, name, distill.max_failures, needs, lambda: resume(name, folder / checkpoints, runs, steps))
+
+    def in_order() -> None:
+        resume(name, folder / checkpoints, runs, steps)
+
+    try:
+        result = fit(trainer, name, distill.max_failures, needs, in_order)
+    except StageFailed:
+        check(folder)  # workers of a lost run may fail by each other's leaving
+        raise
+    check(folder)  # whose workers have left early
     if (reason := fatal_error(folder)) is not None:
         raise StageFailed(f"{name}: {reason}")
     delete_unlisted(folder / checkpoints)
@@ -221,19 +232,34 @@ def run_body(folder: Place, name: str, body: Callable[[], None], lease: Lease | 
     """A worker's body. An error that would happen again after a restart is written down for the driver.
 
     The restarted workers then end at once. Why a worker fails is shown on the driver's screen: Ray Train starts it
-    again without a word. Nothing is written without the lease: its driver may be frozen, and the run another's.
+    again without a word. Nothing is written without the lease: its driver may be frozen, and the run another's. Then the
+    worker says so and ends as if it had done its work, or it would be started again for ever.
+
+    Raises:
+        RunLost: there are other workers, which may wait for this one. Ray Train ends them, and started again, all leave.
     """
+    begun = False
     with holding(lease):
-        check(folder)
-        if fatal_error(folder) is None:
-            _run(folder, name, body)
+        try:
+            check(folder)
+            begun = True
+            if fatal_error(folder) is None:
+                _run(folder, name, body)
+        except RunLost as lost:
+            if begun and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                raise
+            print(f"{name}: {lost}", flush=True)
 
 
 def _run(folder: Place, name: str, body: Callable[[], None]) -> None:
     with recording_fatal_errors(folder):
         try:
             body()
+        except RunLost:
+            raise
         except Exception as error:
+            with contextlib.suppress(OSError):
+                check(folder)  # then nothing has failed
             print(f"{name}: a worker failed: {type(error).__name__}: {error}", flush=True)
             raise
 

@@ -15,9 +15,10 @@ from ray.train.v2._internal.execution.storage import StorageContext
 
 from raydistill.errors import StageFailed
 from raydistill.storage.atomic import remove_folder
-from raydistill.storage.place import for_ray_train, remote
+from raydistill.storage.place import Remote, for_ray_train, remote
+from raydistill.workers import adoption
 from raydistill.workers.adoption import adopt, checkpoint_folders, newest
-from raydistill.workers.checkpoint import CheckpointError, save_state
+from raydistill.workers.checkpoint import CheckpointError, about_of, check_state, load_state, save_state
 
 LIST = "checkpoint_manager_snapshot.json"
 RUN = ("mine",)
@@ -117,6 +118,113 @@ def test_an_unreadable_about_json_costs_no_whole_checkpoint(folder):
     assert ray_reads(folder) == ("checkpoint_2026-01-02", ["checkpoint_2026-01-01", "checkpoint_2026-01-02"])
 
 
+@pytest.mark.parametrize(("step", "run"), [(0, "mine"), (99, "mine"), (2, "another")])
+def test_whatever_about_json_says_the_state_counts_whose_checksums_are_compared(folder, step, run):
+    """A wrong step there once made the newest be deleted, or an older one win; a wrong run, ours be refused."""
+    for name in ("01", "02"):
+        (folder / f"checkpoint_2026-01-{name}" / "about.json").write_text(json.dumps({"step": step, "run": run}))
+        write(folder, "03", 3)
+        adopt("distill", folder, RUN)
+        assert ray_reads(folder) == ("checkpoint_2026-01-03", ["checkpoint_2026-01-02", "checkpoint_2026-01-03"])
+        assert newest("distill", folder, RUN).about["step"] == 3
+        shutil.rmtree(folder / "checkpoint_2026-01-03")
+        write(folder, "01", 1)
+        adopt("distill", folder, RUN)
+        assert names(folder) == ["checkpoint_2026-01-01", "checkpoint_2026-01-02"]
+    about = json.dumps({"step": 4, "run": "mine"})
+    (write(folder, "04", 4, "another") / "about.json").write_text(about)
+    with pytest.raises(StageFailed, match="is a checkpoint of another run"):
+        adopt("distill", folder, RUN)
+
+
+def test_about_is_read_without_the_tensors_and_its_damage_is_found(folder):
+    """A checkpoint may have 10 GB: a hole takes the place of the weights."""
+    place = folder / "checkpoint_2026-01-02"
+    content = bytearray((place / "state.pt").read_bytes())
+    weights = content.index(torch.full((4096,), 2.0).numpy().tobytes())
+    content[weights : weights + 4096 * 4] = bytes(4096 * 4)
+    (place / "state.pt").write_bytes(content)
+    assert about_of(place) == {"step": 2, "run": "mine"}
+    at = content.index(b"mine")
+    content[at : at + 4] = b"moon"
+    (place / "state.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"^{place}: damaged or incomplete checkpoint \(BadZipFile: Bad CRC"):
+        about_of(place)
+
+
+def reads(monkeypatch):
+    """Names of the checkpoints that were read whole."""
+    found, check = [], adoption.check_state
+    monkeypatch.setattr(adoption, "check_state", lambda place: (found.append(place.name), check(place))[1])
+    return found
+
+
+def test_only_what_counts_is_read_whole(folder, monkeypatch):
+    """They may have 10 GB, and lie in a bucket."""
+    found = reads(monkeypatch)
+    adopt("distill", folder, RUN)
+    assert found == ["checkpoint_2026-01-02"]
+    write(folder, "03", 3)
+    adopt("distill", folder, RUN)  # the one before it is read too, since an older one goes
+    assert found[1:] == ["checkpoint_2026-01-03", "checkpoint_2026-01-02"]
+    assert names(folder) == ["checkpoint_2026-01-02", "checkpoint_2026-01-03"]
+    flip(folder / "checkpoint_2026-01-03")
+    adopt("distill", folder, RUN)
+    assert found[3:] == ["checkpoint_2026-01-03", "checkpoint_2026-01-02"]
+    assert names(folder) == ["checkpoint_2026-01-02"]
+
+
+def test_of_three_the_damaged_one_goes_and_not_the_oldest(folder):
+    flip(folder / "checkpoint_2026-01-02")
+    write(folder, "03", 3)
+    adopt("distill", folder, RUN)
+    assert names(folder) == ["checkpoint_2026-01-01", "checkpoint_2026-01-03"]
+
+
+def test_links_are_no_checkpoints_and_only_the_link_goes(folder, tmp_path, capfd):
+    """To the newest (whose original once was deleted), to one elsewhere, and to nothing."""
+    elsewhere = write(tmp_path / "elsewhere", "09", 9)
+    for name, target in (("05", folder / "checkpoint_2026-01-02"), ("06", elsewhere), ("07", tmp_path / "nothing")):
+        (folder / f"checkpoint_2026-01-{name}").symlink_to(target)
+    assert newest("distill", folder, RUN).about["step"] == 2
+    adopt("distill", folder, RUN)
+    assert {path.name for path in folder.iterdir()} == {LIST, "checkpoint_2026-01-01", "checkpoint_2026-01-02"}
+    assert ray_reads(folder)[0] == "checkpoint_2026-01-02"
+    assert (elsewhere / "state.pt").is_file()
+    assert f"{folder / 'checkpoint_2026-01-06'} is a link, and no checkpoint; it is deleted" in capfd.readouterr().out
+
+
+def test_where_only_a_link_is_left_nothing_begins_anew(folder, tmp_path):
+    (folder / "checkpoint_2026-01-02").rename(tmp_path / "moved")
+    (folder / "checkpoint_2026-01-02").symlink_to(tmp_path / "moved")
+    shutil.rmtree(folder / "checkpoint_2026-01-01")
+    with pytest.raises(StageFailed, match="checkpoint_2026-01-02 is a link, and no checkpoint; none is left"):
+        adopt("distill", folder, RUN)
+    assert (folder / "checkpoint_2026-01-02").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "link to nothing", "link to a folder"])
+def test_what_takes_the_place_of_the_list_is_no_checkpoint_and_makes_room(folder, kind, tmp_path, capfd):
+    content = (folder / LIST).read_bytes()
+    for left in (2, 0):
+        (folder / LIST).unlink(missing_ok=True)
+        target = tmp_path / f"target of {left}"
+        if kind == "folder":
+            (folder / LIST / "full").mkdir(parents=True)
+        else:
+            (folder / LIST).symlink_to(target)
+            target.write_bytes(content) if kind == "link" else target.mkdir() if kind.endswith("folder") else None
+        if not left:
+            for place in checkpoint_folders(folder):
+                shutil.rmtree(place)
+        adopt("distill", folder, RUN)
+        assert not (folder / LIST).is_symlink()
+        assert (folder / LIST).is_file() == bool(left)
+        assert ray_reads(folder)[0] == ("checkpoint_2026-01-02" if left else None)
+        assert target.exists() == (kind in ("link", "link to a folder"))
+        assert f"{folder / LIST}, is a {kind.split(' to ')[0]}: " in capfd.readouterr().out
+
+
 def damaged_lists(content: bytes) -> list[bytes]:
     """Cut, emptied, overwritten, and sound JSON that says something else."""
     rng, found = random.Random(0), [b"", b"\xff", b"[]", b"{}", b"null", b"[" * 10000]
@@ -183,7 +291,31 @@ def test_checkpoints_that_are_all_damaged_are_named_and_left(folder):
     assert len(names(folder)) == 2
 
 
-def test_in_a_bucket_the_same_ones_count(bucket, folder, capfd):
+def test_without_a_list_several_damaged_ones_are_named_and_left_too(folder):
+    """A first checkpoint that was cut short is one; of several, some had been reported."""
+    (folder / LIST).unlink()
+    for place in checkpoint_folders(folder):
+        cut(place)
+    with pytest.raises(StageFailed, match=f"01: damaged.*02: damaged.*none is left. Remove {folder} to begin again"):
+        adopt("distill", folder, RUN)
+    assert len(names(folder)) == 2
+
+
+class Away(Remote):
+    """A bucket whose store does not answer."""
+
+    def download(self, target):
+        raise OSError("AWS Error NETWORK_CONNECTION during HeadObject operation")
+
+
+def test_a_store_that_is_away_is_no_damage(monkeypatch):
+    monkeypatch.setattr(Away, "filesystem", None)
+    for read in (about_of, check_state, load_state):
+        with pytest.raises(OSError, match="NETWORK_CONNECTION"):
+            read(Away("s3", "bucket/checkpoint_2026-01-01"))
+
+
+def test_in_a_bucket_the_same_ones_count(bucket, folder, capfd, monkeypatch):
     far = remote(f"{bucket}/{uuid.uuid4().hex[:8]}") / "checkpoints"
     write(folder, "03", 3)
     flip(write(folder, "04", 4))
@@ -196,6 +328,11 @@ def test_in_a_bucket_the_same_ones_count(bucket, folder, capfd):
     adopt("distill", far, RUN)
     assert ray_reads(far)[0] == "checkpoint_2026-01-03"
     assert torch.equal(newest("distill", far, RUN).state["weight"], torch.full((4096,), 3.0))
+    with monkeypatch.context() as without:
+        without.delattr(Remote, "download")
+        assert about_of(far / "checkpoint_2026-01-03") == {"step": 3, "run": "mine"}, "of 10 GB a few kB are fetched"
+    with pytest.raises(CheckpointError, match=f"{far / 'checkpoint_none'}: damaged or incomplete"):
+        about_of(far / "checkpoint_none")
     (far / "checkpoint_2026-01-05").upload(write(folder, "05", 5, "another"))
     with pytest.raises(StageFailed, match="is a checkpoint of another run"):
         adopt("distill", far, RUN)

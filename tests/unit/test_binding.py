@@ -166,6 +166,41 @@ def test_a_run_of_a_version_that_bound_nothing_is_bound_as_it_is_now(begun):
         bound(config, run)
 
 
+def test_a_binding_of_another_kind_of_fingerprints_refuses_nothing_by_them(begun):
+    """Prompts still count, and so does the run's id; models and pairs are bound anew."""
+    config, run, files = begun
+    first = bound(config, run)
+    older = {key: value if "prompts" in key else "0123456789abcdef" for key, value in first.inputs.items()}
+    (run.path / FILE).write_text(json.dumps({"runs": ["mine"], "inputs": older}))
+    again = bound(config, run)
+    assert again.runs == ("mine",)
+    assert again.inputs == first.inputs
+    keep(again, run)
+    assert kept_binding(run) == again
+    change_weights(files["teacher.model"])
+    with pytest.raises(InputError, match=r"mine: teacher\.model \("):
+        bound(config, run)
+    (run.path / FILE).write_text(json.dumps({"runs": ["mine"], "inputs": older}))
+    change_prompts(files["prompts.path"])
+    with pytest.raises(InputError, match=r"mine: prompts\.path \("):
+        bound(config, run)
+
+
+def test_a_model_that_cannot_be_read_is_named_with_its_key_unless_the_part_is_never_loaded(begun):
+    config, run, files = begun
+    first = bound(config, run)
+    model = files["student.model"]
+    (model / "safety_checker").mkdir()
+    (model / "safety_checker" / "model.safetensors").symlink_to("/proc/self/mem")  # each read fails
+    (model / "unet" / "old.safetensors").symlink_to(model / "gone")
+    assert bound(config, run).inputs == first.inputs
+    (model / "unet" / "more.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(
+        InputError, match=rf"^student\.model: {model}/unet/more\.safetensors cannot be read: Input/output"
+    ):
+        bound(config, run)
+
+
 def test_a_binding_that_is_lost_takes_the_ids_of_the_checkpoints_along(begun):
     config, run, _ = begun
     keep(bound(config, run), run)

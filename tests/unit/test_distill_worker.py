@@ -15,14 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlflow
 import pytest
 import torch
 from ray.exceptions import RayActorError
 
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
-from raydistill.errors import NonFiniteError
+from raydistill.errors import NonFiniteError, RunLost
 from raydistill.shapes import WEIGHTS
+from raydistill.storage.lease import LEASE_FILE, Lease, holding
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
 from raydistill.workers import adoption, distill, parts, ray_train
@@ -173,8 +175,6 @@ def work_here(monkeypatch):
 
 
 def tracked(settings):
-    import mlflow
-
     return mlflow.MlflowClient(settings["mlflow_uri"]).get_run(settings["mlflow_run"]).data
 
 
@@ -222,6 +222,29 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
     assert data.metrics["guard/non_finite"] == caught.value.count >= 1
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.full
+def test_numbers_of_a_lost_run_do_not_reach_the_others_mlflow_run(stage, work_here, tmp_path, monkeypatch):
+    """Another job takes it over in the second update: its metrics, pictures and lines are nobody's."""
+    settings, update, done = stage(), distill.distillation_step, []
+    me = {"host": "h", "pid": 1, "started": "now", "token": "mine"}
+    (tmp_path / LEASE_FILE).write_text(json.dumps(me))
+
+    def lost_in_the_second(*arguments):
+        update(*arguments)
+        done.append(1)
+        if len(done) == 2:
+            (tmp_path / LEASE_FILE).write_text(json.dumps(me | {"token": "another"}))
+
+    monkeypatch.setattr(distill, "distillation_step", lost_in_the_second)
+    with holding(Lease(tmp_path, "mine")), pytest.raises(RunLost):
+        work_here(settings)
+    client = mlflow.MlflowClient(settings["mlflow_uri"])
+    assert [metric.step for metric in client.get_metric_history(settings["mlflow_run"], "loss")] == [1]
+    pictures = [file.path.split("+") for file in client.list_artifacts(settings["mlflow_run"], "images")]
+    assert {parts[2] for parts in pictures if parts[0] == "images/periodic"} == {"0", "1"}
+    assert len((tmp_path / "steps-0.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

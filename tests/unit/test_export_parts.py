@@ -119,6 +119,14 @@ def test_weights_in_shards_are_copied_as_they_lie(base, tmp_path):
     assert load_file(tmp_path / "half" / "model.safetensors").keys() == state.keys()
 
 
+def test_what_is_no_file_is_not_copied(base, tmp_path):
+    source = shutil.copytree(base / "tokenizer", tmp_path / "tokenizer")
+    (source / "old.json").symlink_to(tmp_path / "gone")
+    (source / "d.json").mkdir()
+    copy_part(source, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(base / "tokenizer")
+
+
 @pytest.mark.parametrize(
     ("said", "kept"),
     [

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from raydistill.config.schema import TeacherServiceConfig
-from raydistill.teachers.registry import BLOCK_BYTES, differences, fingerprint, identify
+from raydistill.storage.fingerprint import fingerprint
+from raydistill.teachers.registry import differences, identify
 
 CONFIG = TeacherServiceConfig()
+INDEX = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
 
 
 @pytest.fixture
 def model(tmp_path):
-    """A folder with a configuration, weights of 3.5 blocks, and a file that is neither."""
+    """A folder with a configuration, weights, and a file that is neither."""
     folder = tmp_path / "model"
     (folder / "unet").mkdir(parents=True)
-    (folder / "model_index.json").write_text("{}")
-    (folder / "unet" / "weights.safetensors").write_bytes(bytes(BLOCK_BYTES * 7 // 2))
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    (folder / "unet" / "weights.safetensors").write_bytes(bytes(1000))
     (folder / "README.md").write_text("old")
     return folder
 
@@ -29,21 +32,14 @@ def overwrite(file, at: int) -> None:
         data.write(b"changed")
 
 
-@pytest.mark.parametrize("at", [8, BLOCK_BYTES - 7, BLOCK_BYTES, 3 * BLOCK_BYTES])
-def test_changed_weights_are_another_model(model, at):
-    before = fingerprint(model)
-    overwrite(model / "unet" / "weights.safetensors", at)
-    assert fingerprint(model) != before
-
-
 def test_a_changed_configuration_or_name_is_another_model_and_a_copy_or_another_note_is_not(model, tmp_path):
     before = fingerprint(model)
     (model / "README.md").write_text("new")
     assert fingerprint(model) == fingerprint(shutil.copytree(model, tmp_path / "copy")) == before
-    (model / "model_index.json").write_text('{"a": 1}')
+    (model / "model_index.json").write_text(json.dumps(INDEX | {"a": 1}))
     changed = fingerprint(model)
     assert changed != before
-    (model / "unet").rename(model / "transformer")
+    (model / "unet" / "weights.safetensors").rename(model / "unet" / "others.safetensors")
     assert fingerprint(model) not in (before, changed)
 
 
