@@ -94,7 +94,15 @@ def test_a_driver_whose_workers_have_left_leaves_too(mine, monkeypatch, failure)
     monkeypatch.setattr(ray_train, "wait_for_room", lambda *_: None)  # without a cluster there is none
     monkeypatch.setattr(ray_train, "fit", fit)
     with holding(mine), pytest.raises(RunLost, match=LOST):
-        train(lambda _: None, {}, load(), name="distill", folder=mine.folder / "distill", checkpoints="checkpoints")
+        train(
+            lambda _: None,
+            {},
+            load(),
+            name="distill",
+            folder=mine.folder / "distill",
+            checkpoints="checkpoints",
+            steps=2,
+        )
 
 
 def test_curves_and_pictures_of_a_lost_run_do_not_reach_the_others_mlflow_run(mine, monkeypatch):
