@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,20 @@ def snippet():
     return block.splitlines()
 
 
-def test_a_submitted_job_shows_its_run_in_rays_list_and_a_stop_leaves_a_checkpoint(tmp_path):
+@pytest.fixture
+def short():
+    """A folder whose name leaves room for those of Ray's sockets: Linux allows 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="rj", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_a_submitted_job_shows_its_run_in_rays_list_and_a_stop_leaves_a_checkpoint(tmp_path, short):
     home, storage = tmp_path / "home", tmp_path / "runs"
     home.mkdir()
     gcs, dashboard = free_ports(2)
     address = f"http://127.0.0.1:{dashboard}"
     *before, start = snippet()
-    start += f" --block --num-cpus=4 --port={gcs} --dashboard-port={dashboard} --temp-dir={tmp_path / 'r'}"
+    start += f" --block --num-cpus=4 --port={gcs} --dashboard-port={dashboard} --temp-dir={short}"
     path = {"HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": ""}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | path
     del environment["RAY_AUTH_MODE"]
