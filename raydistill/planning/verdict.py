@@ -46,11 +46,12 @@ def title(config: Config) -> str:
 def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     """A handful of lines, each with what it says at its beginning."""
     parts, timing = phases(counts, config, gpus), schedule(counts, config, gpus)
+    rents = any(part.gpus for part in parts)
     lines = {
         "fits": _fits(counts, config, gpus, parts),
-        "watch": "; ".join(_watch(counts, config, timing)),
-        "money": _money(config, gpus, parts),
-        "savings": _saved(counts, config, gpus),
+        "watch": "; ".join(_watch(counts, config, timing)) if rents else "",
+        "money": _money(config, gpus, parts) if rents else "no GPU is rented",
+        "savings": _saved(counts, config, gpus) if rents else "",
         "needs": _needs(counts, config),
         "terms": _terms(counts),
     }
@@ -128,8 +129,6 @@ def filled_up(counts: Counts, config: Config) -> tuple[int, int]:
 
 def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
     total = price(parts, config, gpus)
-    if not any(part.gpus for part in parts):
-        return "no GPU is rented"
     return "; ".join(
         f"{part.name} ${price([part], config, gpus):,.0f} ({price([part], config, gpus) / total:.0%}, {part.hours:,.1f} h, "
         f"decided by {part.bound})"
@@ -141,9 +140,6 @@ def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
 
 
 def _saved(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    parts = phases(counts, config, gpus)
-    if not any(part.gpus for part in parts):
-        return ""
     cheaper = savings(counts, config, gpus)
     return "; ".join(f"{change} → ${cost:,.0f} in all" for cost, change in cheaper[:3]) or "no setting that is known"
 
