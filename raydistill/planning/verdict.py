@@ -73,12 +73,12 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     if not small:
         return f"yes, on {run}"
     lacking = [
-        f"{fit.role} needs {fit.needs / GIB:.1f} GiB, of a {fit.gpu} it has {fit.has / GIB:.1f}; {fit.advice}"
+        f"{fit.role}: needs {fit.needs / GIB:.1f} GiB, gets {fit.has / GIB:.1f} of a {fit.gpu}; {fit.advice}"
         for fit in small
     ]
     others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
     helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
-    return f"NO: {'. '.join(lacking)}. {helps}. It would be {run}"
+    return f"NO. {'. '.join(lacking)}. {helps}. It would be {run}"
 
 
 def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
@@ -177,7 +177,7 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
     needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
     if needed and fixed and needed != min(replicas(config), asked_at_once(config)):
         yield f"teachers.replicas={needed}", _with(config, "teachers", replicas=needed)
-    if timing.text > timing.work + timing.wait:
+    if timing.text > timing.work + timing.wait and config.prompts.gpus_per_encoder:  # CPUs have no price in the plan
         enough = -(-config.prompts.encoders * timing.text // (timing.work + timing.wait))
         yield f"prompts.encoders={enough:g}", _with(config, "prompts", encoders=int(enough))
 
