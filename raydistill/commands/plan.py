@@ -34,9 +34,12 @@ def main() -> int:
         print(title(config), flush=True)
         counts = as_counts(config, find_counts(config))
         print(verdict(counts, config, gpus))
-    except ValueError as error:  # every input error of the project is one, and says what to do
+    except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; what was counted is kept", file=sys.stderr)
+        return 130
     full = len(arguments) < len(sys.argv) - 1
     print(f"\n{details(counts, config, gpus)}" if full else f"details   {FULL}")
     return 0

@@ -46,11 +46,12 @@ def title(config: Config) -> str:
 def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     """A handful of lines, each with what it says at its beginning."""
     parts, timing = phases(counts, config, gpus), schedule(counts, config, gpus)
+    rents = any(part.gpus for part in parts)
     lines = {
         "fits": _fits(counts, config, gpus, parts),
-        "watch": "; ".join(_watch(counts, config, timing)),
-        "money": _money(config, gpus, parts),
-        "savings": _saved(counts, config, gpus),
+        "watch": "; ".join(_watch(counts, config, timing)) if rents else "",
+        "money": _money(config, gpus, parts) if rents else "no GPU is rented",
+        "savings": _saved(counts, config, gpus) if rents else "",
         "needs": _needs(counts, config),
         "terms": _terms(counts),
     }
@@ -72,12 +73,12 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     if not small:
         return f"yes, on {run}"
     lacking = [
-        f"{fit.role} needs {fit.needs / GIB:.1f} GiB, of a {fit.gpu} it has {fit.has / GIB:.1f}; {fit.advice}"
+        f"{fit.role}: needs {fit.needs / GIB:.1f} GiB, gets {fit.has / GIB:.1f} of a {fit.gpu}; {fit.advice}"
         for fit in small
     ]
     others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
     helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
-    return f"NO: {'. '.join(lacking)}. {helps}. It would be {run}"
+    return f"NO. {'. '.join(lacking)}. {helps}. It would be {run}"
 
 
 def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
@@ -128,8 +129,6 @@ def filled_up(counts: Counts, config: Config) -> tuple[int, int]:
 
 def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
     total = price(parts, config, gpus)
-    if not any(part.gpus for part in parts):
-        return "no GPU is rented"
     return "; ".join(
         f"{part.name} ${price([part], config, gpus):,.0f} ({price([part], config, gpus) / total:.0%}, {part.hours:,.1f} h, "
         f"decided by {part.bound})"
@@ -141,9 +140,6 @@ def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
 
 
 def _saved(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    parts = phases(counts, config, gpus)
-    if not any(part.gpus for part in parts):
-        return ""
     cheaper = savings(counts, config, gpus)
     return "; ".join(f"{change} → ${cost:,.0f} in all" for cost, change in cheaper[:3]) or "no setting that is known"
 
@@ -181,7 +177,7 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
     needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
     if needed and fixed and needed != min(replicas(config), asked_at_once(config)):
         yield f"teachers.replicas={needed}", _with(config, "teachers", replicas=needed)
-    if timing.text > timing.work + timing.wait:
+    if timing.text > timing.work + timing.wait and config.prompts.gpus_per_encoder:  # CPUs have no price in the plan
         enough = -(-config.prompts.encoders * timing.text // (timing.work + timing.wait))
         yield f"prompts.encoders={enough:g}", _with(config, "prompts", encoders=int(enough))
 

@@ -267,9 +267,9 @@ def test_a_run_without_gpus_says_so(config, large):
 
 def test_what_does_not_fit_comes_first_with_what_would(config, large):
     lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "needs", "terms")  # fmt: skip
-    assert lines["fits"].startswith("NO: teacher rank needs ")
+    assert lines["fits"].startswith("NO. teacher rank: needs ")
     assert (
-        "of a 4090 it has 21.6; teachers.shards=4 is enough. All of it fits H100, H200, A100-80, L40S." in lines["fits"]
+        "gets 21.6 of a 4090; teachers.shards=4 is enough. All of it fits H100, H200, A100-80, L40S." in lines["fits"]
     )
 
 
