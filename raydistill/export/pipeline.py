@@ -163,7 +163,8 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
 def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """A copy on the CPU in `dtype`; the one that trains stays as it is."""
     state = rounded(unet.state_dict(), dtype, "the student")
-    copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy = copy.half() if dtype == torch.float16 else copy  # diffusers' `to` warns whenever it is given a dtype
     copy.load_state_dict(state)
     return copy.eval()
 

@@ -74,7 +74,7 @@ class Painter:
     ) -> None:
         self.space, self.device = space, torch.device(device)
         self.start_timestep, self.steps, self.guidance_scale = start_timestep, steps, guidance_scale
-        self.network = network.to(self.device, dtype)
+        self.network = nn.Module.to(network, self.device, dtype)  # diffusers' own warns whenever it is given a dtype
         self.text = space.load_text(dtype).to(self.device)
         self.decoder = Decoder(space, upgrade, self.device, dtype)
         guided = is_guided(guidance_scale) and start_timestep is None
