@@ -55,6 +55,11 @@ def without_bars() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+def cast(network: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None = None) -> nn.Module:
+    """`network.to(device, dtype)`. That of diffusers warns whenever it is given a dtype, of no modules even."""
+    return nn.Module.to(network, device=device, dtype=dtype)
+
+
 # -- weight files -------------------------------------------------------------------------------------------
 
 

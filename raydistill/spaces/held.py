@@ -80,7 +80,6 @@ def _old_name(name: str) -> str:
     return name
 
 
-@cache
 def _of_files(folder: Path, scaling: str) -> str:
     """As earlier versions hashed a VAE: by the names and dtypes of its files."""
     tensors: dict[str, torch.Tensor] = {}

@@ -28,6 +28,7 @@ from raydistill.export.sampling import Painter, pictures_of
 from raydistill.export.source import Export
 from raydistill.export.upgrade import find_upgrade
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import load_student
 
 CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
@@ -80,7 +81,23 @@ def test_force_upcast_decodes_in_float32_as_its_files_say(force_upcast, export, 
     assert painter_of(folder, torch.bfloat16).decoder.vae.dtype == torch.bfloat16  # which does not overflow
 
 
-def test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):
+def test_no_library_warns_of_a_dtype(export, tmp_path, capfd):
+    """diffusers' `to` speaks of modules that should stay in float32, and lists none."""
+    space = load_space(export)
+    plain = load_space(overflowing(export, tmp_path / "plain", force_upcast=False, factor=1.0))
+    wanted = space.load_vae()
+    for dtype in (torch.float16, torch.bfloat16):
+        vae = plain.load_vae(dtype)
+        assert vae.dtype == dtype
+        for name, value in space.load_vae(torch.bfloat16).state_dict().items():
+            assert torch.equal(value, wanted.state_dict()[name].bfloat16())
+        export_student(space, space.load_network(), 999, tmp_path / str(dtype), CARD, torch.float16)
+        painter_of(export, dtype)
+        empty_part(space, "vae", dtype)
+    assert capfd.readouterr().err == ""
+
+
+def test_without_force_upcast_a_vaedef test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):
     folder = overflowing(export, tmp_path / "plain", force_upcast=False, factor=1.0)
     painter = painter_of(folder, torch.float16)
     assert painter.decoder.vae.dtype == torch.float16
