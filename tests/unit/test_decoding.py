@@ -97,7 +97,7 @@ def test_no_library_warns_of_a_dtype(export, tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_without_force_upcast_a_vaedef test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):
+def test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):
     folder = overflowing(export, tmp_path / "plain", force_upcast=False, factor=1.0)
     painter = painter_of(folder, torch.float16)
     assert painter.decoder.vae.dtype == torch.float16

@@ -194,7 +194,7 @@ def test_no_shift_may_be_written_in_any_way(before, now, role, bridge, sd_folder
     assert not has_vae(load_space(folder), hashed["before"])
 
 
-def test_a_present_hash_is_thatdef test_a_present_hash_is_that_of_the_version_before(sd_folder, flux_folder):
+def test_a_present_hash_is_that_of_the_version_before(sd_folder, flux_folder):
     """Of a folder in present names: Bridges made now are read there, and shipped ones here."""
     for folder in (sd_folder, flux_folder):
         assert vae_fingerprint(load_space(folder)) == hashed_before(folder)

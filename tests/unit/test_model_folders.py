@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from raydistill.errors import InputError
+from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.check import check_folder
@@ -255,6 +256,18 @@ def without(file: Path, wanted: Callable[[str], bool]) -> str:
     return name
 
 
+def test_old_names_in_shards_are_refused_as_diffusers_cannot_read_them(folder):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(folder / VAE_WEIGHTS)
+    for new, name in old.items():
+        tensors = {key.replace(f".{new}.", f".{name}."): value for key, value in tensors.items()}
+    save_file(tensors, folder / VAE_WEIGHTS, {"format": "pt"})
+    used(folder)
+    sharded(folder / "vae", "diffusion_pytorch_model")
+    assert "to_k.bias is missing" in refused(folder)
+    assert "to_k.bias is missing" in said(load_space(folder).load_vae)
+
+
 @pytest.mark.parametrize("file", [VAE_WEIGHTS, UNET_WEIGHTS, TEXT_WEIGHTS])
 def test_a_missing_tensor_is_named_wherever_the_part_is_loaded(folder, file, capfd):
     """diffusers leaves it on the meta device, and says so in a list of its own."""
@@ -266,10 +279,14 @@ def test_a_missing_tensor_is_named_wherever_the_part_is_loaded(folder, file, cap
 
 
 def test_the_jobs_name_a_missing_tensor_in_one_line(folder, tmp_path, run_script):
-    name = without(folder / VAE_WEIGHTS, lambda name: name.endswith("norm_out.weight"))
-    code, out, error = run_script("sample", folder, "--prompt", "a", "--steps", "1", "--out", tmp_path / "out")
+    space = load_space(folder)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
+    export = export_student(space, space.load_network(), 999, tmp_path / "export", card)
+    name = without(export / VAE_WEIGHTS, lambda name: name.endswith("norm_out.weight"))
+    code, out, error = run_script("sample", export, "--prompt", "a", "--out", tmp_path / "out", "--device", "cpu")
     assert code == 2
-    assert f"{folder}/vae: weights do not fit config.json: {name} is missing" in error
+    (line,) = error.splitlines()
+    assert line == f"error: {export}/vae: weights do not fit config.json: {name} is missing"
     assert "Traceback" not in out + error
 
 
