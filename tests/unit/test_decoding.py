@@ -97,7 +97,7 @@ def test_no_library_warns_of_a_dtype(export, tmp_path, caplog, monkeypatch):
         export_student(space, space.load_network(), 999, tmp_path / str(dtype), CARD, torch.float16)
         painter_of(export, dtype)
         empty_part(space, "vae", dtype)
-    assert caplog.messages == []
+    assert not [line for line in caplog.messages if "kept in float32" in line]
 
 
 def test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):

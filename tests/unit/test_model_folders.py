@@ -279,7 +279,7 @@ def test_a_missing_tensor_is_named_wherever_the_part_is_loaded(folder, file, cap
     space = load_space(folder)
     load = {VAE_WEIGHTS: space.load_vae, UNET_WEIGHTS: space.load_network, TEXT_WEIGHTS: space.load_text}[file]
     assert said(load) == f"{(folder / file).parent}: weights do not fit config.json: {name} is missing"
-    assert caplog.messages == []
+    assert not [line for line in caplog.messages if name in line]
 
 
 def test_the_jobs_name_a_missing_tensor_in_one_line(folder, tmp_path, run_script):
