@@ -19,6 +19,7 @@ from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces.attention_readers import AttentionReader, Recording
 from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.folder import cast
 
 RowSampler = Callable[[int, int], torch.Tensor]  # (layer, image tokens) -> indices [R] of query rows
 NORMALISATION_EPS = 1e-6
@@ -100,7 +101,7 @@ class AttentionProbe:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> AttentionProbe:
         """Move the copied blocks."""
-        self.network.to(device=device, dtype=dtype)
+        cast(self.network, dtype, device)
         return self
 
     def maps(

@@ -115,9 +115,9 @@ def build_model(build: Build, name: str) -> None:
         if part.is_symlink():  # to another model's part, which must not be written over
             part.unlink()
     # random weights first, so that the folder can be read as a Space
-    model.assemble(build, copy.deepcopy(network)).to(torch.float16).save_pretrained(folder)
+    model.assemble(build, copy.deepcopy(network)).half().save_pretrained(folder)
     trained = train_diffusion(build, name, load_space(folder), network)
-    model.assemble(build, trained).to(torch.float16).save_pretrained(folder)
+    model.assemble(build, trained).half().save_pretrained(folder)
 
 
 # -- training --------------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def read_yaml(
     parents = tree.pop("extends", [])
     parents = [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(name, str) for name in parents):
-        raise InputError(f"{file}: extends must be a file name or a list of file names, not {_shown(parents)}")
+        raise InputError(f"{file}: extends must be a file name or a list of file names, not {shown(parents)}")
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
@@ -186,7 +186,7 @@ def _where(key: str, origins: Mapping[str, str]) -> str:
     return f" (in {origins[key]})" if origins.get(key) else ""
 
 
-def _shown(value: Any, key: str = "") -> str:
+def shown(value: Any, key: str = "") -> str:
     """A wrong value for a message: cut, and without secrets."""
     try:
         text = repr(mask(key, value)) if isinstance(value, str) else mask(key, repr(value))
@@ -211,7 +211,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
             of_a_name = loc[-1:] == [_OF_A_NAME]
             key = ".".join(part for part in loc if not part.startswith(("constrained", "function", _OF_A_NAME)))
             if of_a_name:
-                name = _shown(problem["input"])
+                name = shown(problem["input"])
                 lines.append(
                     f"{key}: a name must be a text, not {name}; give it quotes of its own{_where(key, origins)}"
                 )
@@ -219,7 +219,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
                 lines.append(f"unknown key {key}{nearest(key)}{_where(key, origins)}")
             else:
                 value = problem["input"]
-                got = "" if isinstance(value, dict) else f" (got {_shown(value, key)})"
+                got = "" if isinstance(value, dict) else f" (got {shown(value, key)})"
                 text = problem["msg"].removeprefix("Value error, ")
                 if problem["type"] == "string_type" and isinstance(value, int | float):
                     text += f"; a text that looks like a number, yes or no needs quotes of its own: '{key}=\"…\"'"

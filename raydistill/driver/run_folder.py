@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.reading import changed, from_yaml, get, mathematical, to_yaml
+from raydistill.config.reading import changed, get, mathematical, to_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
 from raydistill.storage import hub
-from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote, cause
 from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
+from raydistill.storage.run_files import CONFIGURATION, NOTES, config_of, notes_of
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,10 @@ class RunFolder:
 
     def recall(self) -> dict[str, Any]:
         """MLflow run ids and stage times of this run so far. Raises InputError: the file is damaged."""
-        file = self.path / "run.json"
-        cure = "restore it, or remove it: the run then goes on under new MLflow runs"
-        if not file.is_file():
-            return {}
-        found = read_json(file, cure)
-        for key, kinds in (("mlflow", (str,)), ("seconds", (int, float))):
-            part = found.get(key, {})
-            if not isinstance(part, dict) or any(type(value) not in kinds for value in part.values()):
-                raise InputError(f"{file} is damaged ({key}: {str(part)[:40]}): {cure}")
-        return found
+        return notes_of(self.path, "restore it, or remove it: the run then goes on under new MLflow runs")
 
     def remember(self, **values: Any) -> None:
-        replace_text(self.path / "run.json", json.dumps(self.recall() | values, indent=1))
+        replace_text(self.path / NOTES, json.dumps(self.recall() | values, indent=1))
 
 
 def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
@@ -113,17 +105,9 @@ def _with_models(config: Config, models: Mapping[str, str]) -> Config:
 
 def saved_config(run: RunFolder) -> Config | None:
     """The configuration that the run has had; None: the run is new. Raises InputError naming the file."""
-    file = run.path / "config.yaml"
     with as_storage_error(run.storage):
-        _check_kinds(run.path, file)
-        data = file.read_bytes() if file.is_file() else None
-    try:
-        return None if data is None else from_yaml(data.decode())
-    except ValueError as error:  # of the text, or an InputError
-        raise InputError(
-            f"{file} is damaged, or of another version ({' '.join(str(error).split())}): restore it, or use another "
-            "run.name"
-        ) from error
+        _check_kinds(run.path, run.path / CONFIGURATION)
+        return config_of(run.path, "restore it, or use another run.name")
 
 
 def _check_kinds(folder: Place, file: Place) -> None:
@@ -152,6 +136,6 @@ def create_run_folder(run: RunFolder, config: Config) -> None:
     uri = config.tracking.uri and mask("uri", config.tracking.uri)
     tracking = config.tracking.model_copy(update={"uri": uri})
     shown = config.model_copy(update={"storage": str(run.storage), "tracking": tracking})
-    file, text = run.path / "config.yaml", to_yaml(shown)
+    file, text = run.path / CONFIGURATION, to_yaml(shown)
     if not file.is_file() or file.read_bytes() != text.encode():
         replace_text(file, text)

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from raydistill.config.yaml_text import parse
 from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
 from raydistill.export.sampling import Painter
-from raydistill.export.source import Export, find_export, open_one_step
+from raydistill.export.source import RUN_ID, Export, find_export, open_one_step
 from raydistill.spaces import load_space
 from raydistill.spaces.published_students import load_student, open_student
 from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve, to_place
+from raydistill.storage.run_files import NOTES, notes_of, tracking_uri_of
 from raydistill.storage.staging import on_this_machine
 
 DEFAULT_STEPS = 28  # of a multi-step model
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+CURE = "restore it, or copy the export to another folder and name that"  # of a damaged file of the model's run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +84,8 @@ def find_subject(
     guided = _is_guided(guidance_scale)
     export = _find(model, storage, tracking_uri)
     space = load_space(export.folder)
-    made_by = {"run_id": _run_of(export, model), "tracking_uri": _store_of(export)}
+    uri = tracking_uri_of(export.run, CURE) if export.run is not None else None
+    made_by = {"run_id": _run_of(export, model), "tracking_uri": uri}
     folder = str(Path(export.folder).resolve())
     if unet is not None:
         weights = resolve(unet)
@@ -147,16 +146,9 @@ def _start_of(export: Export) -> int | None:
 
 def _run_of(export: Export, model: str) -> str | None:
     """MLflow id of the run that made the export."""
-    if export.run is not None and (export.run / "run.json").is_file():
-        return json.loads((export.run / "run.json").read_text()).get("mlflow", {}).get("pipeline")
-    return model if _RUN_ID.fullmatch(model) else None
-
-
-def _store_of(export: Export) -> str | None:
-    """`tracking.uri` of the run that made the export; its configuration may be another version's."""
-    file = export.run / "config.yaml" if export.run is not None else None
-    tree = parse(file.read_text(encoding="utf-8"), str(file)) if file is not None and file.is_file() else None
-    return ((tree or {}).get("tracking") or {}).get("uri")
+    if export.run is not None and (export.run / NOTES).is_file():
+        return notes_of(export.run, CURE).get("mlflow", {}).get("pipeline")
+    return model if RUN_ID.fullmatch(model) else None
 
 
 def load_painter(subject: Subject, device: torch.device | str, dtype: torch.dtype) -> Painter:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.errors import InputError
-from raydistill.spaces.folder import weight_files
+from raydistill.spaces.folder import plain_name, variant, weight_files, weight_index
 from raydistill.spaces.settings import read_settings
 from raydistill.spaces.weights import read_header
 
@@ -48,7 +48,7 @@ def copy_part(source: Path, target: Path, dtype: torch.dtype | None = None) -> N
 
 def _copy_weights(source: Path, target: Path, stem: str, dtype: torch.dtype | None) -> set[str]:
     """Returns the dtypes of the real numbers in the copy."""
-    files, index = weight_files(source, stem), f"{stem}.safetensors.index.json"
+    files, index = weight_files(source, stem), weight_index(source, stem)
     kinds = {entry.dtype for file in files for entry in read_header(file).tensors.values()}
     kinds = {kind for kind in kinds if not kind.startswith(("I", "U", "BOOL"))}
     wanted = str(dtype).removeprefix("torch.")
@@ -56,11 +56,18 @@ def _copy_weights(source: Path, target: Path, stem: str, dtype: torch.dtype | No
         state = {name: tensor for file in files for name, tensor in load_file(file).items()}
         save_file(rounded(state, dtype, str(source)), target / f"{stem}.safetensors", {"format": "pt"})
         return {wanted}
-    if (source / index).is_file():
-        for name in (index, *(file.name for file in files)):
-            shutil.copyfile(source / name, target / name)
-    else:  # under the plain name, also where a variant was read
-        shutil.copyfile(files[0], target / f"{stem}.safetensors")
+    plain = variant(source, stem) is not None  # a variant becomes the only weights there are
+    names = {file.name: plain_name(file) if plain else file.name for file in files}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"{index}: names {', '.join(names)}, which are the same but for the variant")
+    for name, copy in names.items():
+        shutil.copyfile(source / name, target / copy)
+    if index is not None:
+        shutil.copyfile(index, target / plain_name(index))
+        if any(name != copy for name, copy in names.items()):
+            told = read_settings(index)
+            told["weight_map"] = {tensor: names[str(file)] for tensor, file in told["weight_map"].items()}
+            (target / plain_name(index)).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     return kinds
 
 

@@ -16,6 +16,7 @@ from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
 from raydistill.export.parts import copy_part, forget_origin, rounded
 from raydistill.spaces.base import Space
+from raydistill.spaces.folder import cast
 from raydistill.storage.atomic import replacing
 
 COPIED_PARTS = ("vae", "text_encoder", "tokenizer")  # that a student has of its base
@@ -163,7 +164,7 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
 def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """A copy on the CPU in `dtype`; the one that trains stays as it is."""
     state = rounded(unet.state_dict(), dtype, "the student")
-    copy = UNet2DConditionModel.from_config(unet.config).to(dtype)
+    copy = cast(UNet2DConditionModel.from_config(unet.config), dtype)
     copy.load_state_dict(state)
     return copy.eval()
 

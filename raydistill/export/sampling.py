@@ -26,6 +26,7 @@ from raydistill.pictures.files import save_png
 from raydistill.pictures.grids import grid, to_pil
 from raydistill.pictures.picture import Picture
 from raydistill.spaces.base import Space
+from raydistill.spaces.folder import cast
 from raydistill.spaces.one_step import one_step_x0
 
 SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
@@ -74,7 +75,7 @@ class Painter:
     ) -> None:
         self.space, self.device = space, torch.device(device)
         self.start_timestep, self.steps, self.guidance_scale = start_timestep, steps, guidance_scale
-        self.network = network.to(self.device, dtype)
+        self.network = cast(network, dtype, self.device)
         self.text = space.load_text(dtype).to(self.device)
         self.decoder = Decoder(space, upgrade, self.device, dtype)
         guided = is_guided(guidance_scale) and start_timestep is None

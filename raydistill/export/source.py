@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from raydistill.config.reading import from_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
 from raydistill.spaces import load_space
@@ -15,14 +13,16 @@ from raydistill.spaces.base import Space
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
+from raydistill.storage.run_files import CONFIGURATION, config_of, notes_of
 from raydistill.storage.staging import local_copy
+from raydistill.tracking.screen import screen
 from raydistill.tracking.store import client_of, newest_model, told
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 IN_MODEL = f"artifacts/{EXPORT_FOLDER}"  # of an MLflow model
 MODELS = "models:/"
 DOWNLOADS = "downloads"  # of storage
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
+RUN_ID = re.compile(r"[0-9a-f]{32}")  # of MLflow
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Export:
     run: Place | None = None  # folder of the run that made it, where there is one
 
     def run_config(self) -> Config | None:
-        """Configuration of the run that made it. Raises InputError where this version cannot read it."""
-        file = self.run / "config.yaml" if self.run else None
-        return from_yaml(file.read_text()) if file and file.is_file() else None
+        """Configuration of the run that made it. Raises InputError: damaged, or this version cannot read it."""
+        cure = "restore it, or copy the export to another folder and use it there"
+        return config_of(self.run, cure) if self.run else None
 
 
 def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> Export:
@@ -62,25 +62,30 @@ def find_export(text: str, storage: Place, tracking_uri: str | None = None) -> E
         if (found / "model_index.json").is_file():
             full = found.resolve()
             above = full.parent if full.name == EXPORT_FOLDER else None
-            run = above if above and (above / "config.yaml").is_file() else None
+            run = above if above and (above / CONFIGURATION).is_file() else None
             return Export(local_copy(found), (above or full).name, run)
         if (found / EXPORT_FOLDER / "model_index.json").is_file():
             return Export(local_copy(found / EXPORT_FOLDER), found.resolve().name, found)
-    if _RUN_ID.fullmatch(text):
+    if RUN_ID.fullmatch(text):
         return _of_run_id(text, storage, tracking_uri)
     found = next((found for found in places if found.is_dir()), None)
     if found is None:
         raise InputError(f"{text}: no such folder, and no run of that name in {storage}")
-    what = "a run that has exported no student yet" if (found / "config.yaml").is_file() else "no diffusers pipeline"
+    what = "a run that has exported no student yet" if (found / CONFIGURATION).is_file() else "no diffusers pipeline"
     raise InputError(f"{found}: {what} (neither model_index.json nor {EXPORT_FOLDER}/model_index.json)")
 
 
 def _of_run_id(run_id: str, storage: Place, uri: str | None) -> Export:
-    """The export of an MLflow run: its files in `storage` where there are any, else its artifacts."""
+    """The export of an MLflow run: its files in `storage` where there are any, else its artifacts.
+
+    Damaged runs of the storage are named and left out.
+    """
     for run in sorted(storage.iterdir(), key=str) if storage.is_dir() else ():
-        if not (run / "run.json").is_file():
+        try:
+            stages = notes_of(run, "this run is left out of the search").get("mlflow", {})
+        except (InputError, PermissionError) as error:
+            screen.say(f"note      {error}")
             continue
-        stages = json.loads((run / "run.json").read_text()).get("mlflow", {})
         for stage, known in stages.items():
             # the export of the main distillation is moved to the run's folder at the end
             own = () if stage in ("pipeline", "distill") else (stage,)

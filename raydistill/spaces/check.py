@@ -13,7 +13,14 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.folder import NETWORK_WEIGHTS, TEXT_WEIGHTS, check_loaded, weight_files, without_bars
+from raydistill.spaces.folder import (
+    NETWORK_WEIGHTS,
+    TEXT_WEIGHTS,
+    check_loaded,
+    weight_files,
+    weight_index,
+    without_bars,
+)
 from raydistill.spaces.meta import WithoutNumbers, empty_part, empty_text_encoders, without_initial_values
 from raydistill.spaces.settings import blaming, reading
 from raydistill.spaces.weights import locate, misfits
@@ -52,7 +59,7 @@ def _check_weights(space: Space, part: str, module: nn.Module) -> None:
     """A diffusers network's files hold exactly its tensors; a VAE's may hold more, and have the names of old ones."""
     folder = Path(space.folder, part)
     found = locate(weight_files(folder, NETWORK_WEIGHTS))
-    if part == "vae":
+    if part == "vae" and weight_index(folder, NETWORK_WEIGHTS) is None:  # of shards, diffusers reads no old names
         module._fix_state_dict_keys_on_load(found)  # as from_pretrained does
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     if problem := misfits(expected, found, strangers=part != "vae"):
@@ -70,7 +77,12 @@ def _check_text_weights(space: Space, part: str) -> None:
     with reading(folder), without_bars():
         config = network_class.config_class.from_pretrained(folder)
         _, told = network_class.from_pretrained(
-            None, config=config, state_dict=hollow, device_map={"": "meta"}, output_loading_info=True
+            None,
+            config=config,
+            state_dict=hollow,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,  # they are told below
+            output_loading_info=True,
         )
     check_loaded(folder, told)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from diffusers import DDPMScheduler
 from raydistill.diffusion.path import DiscretePath, Prediction
 from raydistill.errors import InputError
 from raydistill.spaces.base import MOST_TIMESTEPS, Space
-from raydistill.spaces.settings import Settings, built
+from raydistill.spaces.settings import Settings, built, diffusers_class
 
 
 class DiscreteSpace(Space):
@@ -39,10 +40,17 @@ class DiscreteSpace(Space):
     def scheduler_config(self) -> Settings:
         """scheduler_config.json. Raises InputError where it has no betas, as flow models, or changes them."""
         config = self.part_config("scheduler")
-        if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        takes = inspect.signature(diffusers_class(config).__init__).parameters  # a file may say more than that
+        if not any(key in takes and config.get(key) is not None for key in ("beta_schedule", "trained_betas")):
             raise InputError(
-                f"{self.folder}/scheduler: {config.get('_class_name')} has no beta_schedule, but "
+                f"{config.file}: {config['_class_name']} has no beta_schedule, but "
                 f"a {self.pipeline_class} is read on a discrete diffusion path"
+            )
+        betas = config.get("trained_betas")
+        if isinstance(betas, list) and len(betas) != config["num_train_timesteps"]:
+            raise InputError(
+                f"{config.file}: trained_betas holds {len(betas)} numbers, but num_train_timesteps is "
+                f"{config['num_train_timesteps']}"
             )
         if config.get("rescale_betas_zero_snr"):
             raise InputError(f"{self.folder}/scheduler: rescale_betas_zero_snr is not supported")

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import diffusers
 import torch
@@ -42,25 +43,26 @@ VARIANT = "fp16"  # of weights; taken where there is nothing else, as storage/hu
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """No progress bars, which every worker would show for a part of a second, and no table of what was loaded."""
+    """No progress bars, which every worker would show for a part of a second, and no list of what was loaded."""
     libraries = [diffusers.utils.logging]
     if "transformers" in sys.modules:  # teacher ranks run a network alone, and never import it
         libraries.append(sys.modules["transformers"].utils.logging)
-    shown, levels = zip(
-        *((library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries), strict=True
-    )
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:
         library.disable_progress_bar()
-    for library in libraries[1:]:
         library.set_verbosity_error()
     try:
         yield
     finally:
-        for library, level in zip(libraries[1:], levels[1:], strict=True):
+        for library, (shown, level) in zip(libraries, before, strict=True):
             library.set_verbosity(level)
-        for library, was in zip(libraries, shown, strict=True):
-            if was:
+            if shown:
                 library.enable_progress_bar()
+
+
+def cast(network: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None = None) -> nn.Module:
+    """`network.to(device, dtype)`. That of diffusers warns whenever it is given a dtype, of no modules even."""
+    return nn.Module.to(network, device=device, dtype=dtype)
 
 
 # -- weight files -------------------------------------------------------------------------------------------
@@ -74,22 +76,38 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     Raises:
         InputError: there is none, or a file that the index names is not there.
     """
-    return _weight_files(folder, stem)[0]
+    return _weight_files(folder, stem).files
+
+
+def weight_index(folder: Path, stem: str) -> Path | None:
+    """The index that names `weight_files`; None where one file holds all. Raises as `weight_files`."""
+    return _weight_files(folder, stem).index
 
 
 def variant(folder: Path, stem: str) -> str | None:
     """`fp16` where `weight_files` are of this variant; else None. Raises as `weight_files`."""
-    return _weight_files(folder, stem)[1]
+    return _weight_files(folder, stem).variant
 
 
-def _weight_files(folder: Path, stem: str) -> tuple[list[Path], str | None]:
+def plain_name(file: Path) -> str:
+    """The name of a weight file, or of an index of some, without the mark of the fp16 variant."""
+    return re.sub(rf"\.{VARIANT}(?=[.-])", "", file.name)
+
+
+class _Weights(NamedTuple):
+    files: list[Path]
+    variant: str | None
+    index: Path | None
+
+
+def _weight_files(folder: Path, stem: str) -> _Weights:
     names = {None: (f"{stem}.safetensors", f"{stem}.safetensors.index.json")}
     names[VARIANT] = (f"{stem}.{VARIANT}.safetensors", f"{stem}.safetensors.index.{VARIANT}.json")
     for kind, (single, index) in names.items():
         if (folder / index).is_file():
-            return _indexed(folder / index), kind
+            return _Weights(_indexed(folder / index), kind, folder / index)
         if (folder / single).is_file():
-            return [folder / single], kind
+            return _Weights([folder / single], kind, None)
     single, index = names[None]
     raise InputError(f"{folder}: no {single} (or {index})")
 
@@ -180,21 +198,30 @@ class ModelFolder:
 
     # -- networks ----------------------------------------------------------------------------------
     def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """One network of the folder, frozen and in evaluation mode. Safetensors only."""
+        """One network of the folder, frozen and in evaluation mode. Safetensors only.
+
+        Raises:
+            InputError: the part is missing or damaged, or weights are not in its files.
+        """
         module_class, folder = diffusers_class(self.part_config(name)), Path(self.folder, name)
         kind = variant(folder, NETWORK_WEIGHTS)
-        with reading(folder):
-            module = module_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=kind)
+        with reading(folder), without_bars():
+            module, told = module_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True
+            )
+        check_loaded(folder, told)
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         return self.load_part(self.network_name, dtype)
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The VAE in `dtype`; in float32 instead of float16 where its `force_upcast` says that it overflows there."""
-        vae = self.load_part("vae")
-        overflows = dtype == torch.float16 and vae.config.get("force_upcast")
-        return vae if overflows else vae.to(dtype)
+        """The VAE in `dtype`; in float32 instead of float16 where its `force_upcast` says that it overflows there.
+
+        diffusers' class says so of every VAE whose configuration says nothing, such as that of SD 1.5.
+        """
+        overflows = dtype == torch.float16 and self.part_config("vae").get("force_upcast")
+        return self.load_part("vae", torch.float32 if overflows else dtype)
 
     # -- text --------------------------------------------------------------------------------------
     def load_text(self, dtype: torch.dtype = torch.float32) -> diffusers.DiffusionPipeline:
@@ -241,7 +268,12 @@ class ModelFolder:
         network_class, kind = self.text_class(part), variant(folder, TEXT_WEIGHTS)
         with reading(folder), without_bars():
             encoder, told = network_class.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                variant=kind,
+                ignore_mismatched_sizes=True,  # they are told below
+                output_loading_info=True,
             )
         check_loaded(folder, told)
         return encoder.eval()
@@ -300,7 +332,9 @@ def _library(name: str) -> types.ModuleType | None:
 
 
 def check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
-    """See that a network's files held all its weights: transformers fills up what is missing with random numbers.
+    """See that a network's files held all its weights.
+
+    transformers fills up what is missing with random numbers, and diffusers leaves it on the meta device.
 
     Args:
         told: what `from_pretrained(output_loading_info=True)` says.

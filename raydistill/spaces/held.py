@@ -51,21 +51,23 @@ def vae_fingerprint(space: Space) -> str:
 
 def has_vae(space: Space, sha256: str) -> bool:
     """Whether this is the VAE that was hashed, by `vae_fingerprint` or by a version that hashed what files say."""
-    return sha256 in _of_space(space) or sha256 == _of_files(Path(space.folder, "vae"))
+    folder = Path(space.folder, "vae")
+    return any(
+        sha256 in _of_held(type(space), space.folder, scaling) for scaling in _scalings(space.vae_config)
+    ) or any(sha256 == _of_files(folder, scaling) for scaling in _scalings(read_settings(folder / "config.json")))
 
 
 def _of_space(space: Space) -> tuple[str, ...]:
-    return _of_held(type(space), space.folder, _scaling(space.vae_config))
+    return _of_held(type(space), space.folder, _scalings(space.vae_config)[0])
 
 
 @cache
 def _of_held(family: type[Space], folder: str, scaling: str) -> tuple[str, ...]:
     """Hashes of what the VAE holds: the present one, then those of its files in other dtypes and with older names."""
-    vae = family(folder).load_vae()
-    held = vae.state_dict()
+    held = family(folder).load_vae().state_dict()
     older = {_old_name(name): tensor for name, tensor in held.items()}
     return tuple(
-        _digest(_scaling(vae.config), {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
+        _digest(scaling, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
         for tensors in (held, older)
         for dtype in exact_dtypes(held)
     )
@@ -78,17 +80,24 @@ def _old_name(name: str) -> str:
     return name
 
 
-def _of_files(folder: Path) -> str:
+def _of_files(folder: Path, scaling: str) -> str:
     """As earlier versions hashed a VAE: by the names and dtypes of its files."""
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder, "diffusion_pytorch_model"):
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    return _digest(_scaling(read_settings(folder / "config.json")), tensors)
+    return _digest(scaling, tensors)
 
 
-def _scaling(config: Mapping[str, Any]) -> str:
-    return json.dumps([config.get(key) for key in ("scaling_factor", "shift_factor")])
+def _scalings(config: Mapping[str, Any]) -> list[str]:
+    """The latent scaling as JSON: as the configuration writes it, then in other spellings of the same numbers."""
+    scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    shifts = [shift, None, 0.0, 0] if not shift else _spellings(shift)
+    return list(dict.fromkeys(json.dumps([one, other]) for one in _spellings(scale) for other in shifts))
+
+
+def _spellings(value: Any) -> list[Any]:
+    return [value, int(value), float(value)] if isinstance(value, (int, float)) and value == int(value) else [value]
 
 
 def _digest(scaling: str, tensors: Mapping[str, torch.Tensor]) -> str:

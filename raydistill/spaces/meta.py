@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.base import Conditioning, Layout, Space
+from raydistill.spaces.folder import cast
 from raydistill.spaces.published import write_folder
 from raydistill.spaces.settings import built, diffusers_class
 from raydistill.storage.hub import cached
@@ -99,7 +100,7 @@ def empty_part(space: Space, name: str, dtype: torch.dtype = torch.float32) -> n
     network_class = diffusers_class(config)
     with without_initial_values(), torch.device("meta"):
         network = built(config, network_class, lambda: network_class.from_config(config))
-    return (network if dtype == torch.float32 else network.to(dtype)).eval().requires_grad_(False)
+    return (network if dtype == torch.float32 else cast(network, dtype)).eval().requires_grad_(False)
 
 
 def empty_text_encoders(space: Space) -> dict[str, nn.Module]:

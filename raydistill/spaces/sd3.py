@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -68,7 +69,7 @@ class StableDiffusion3Space(FlowSpace):
         """Whether the folder keeps T5, most of its memory. Without it the network gets zeros in its place."""
         return "text_encoder_3" in self.parts("text_encoder")
 
-    def text_pipeline(self, encoders):
+    def text_pipeline(self, encoders: Mapping[str, nn.Module]) -> diffusers.DiffusionPipeline:
         """As of every folder; diffusers asks its transformer, which is not loaded, how wide T5's zeros are."""
         text = super().text_pipeline(encoders)
         if not self.has_t5:

@@ -20,6 +20,7 @@ import diffusers
 from diffusers.configuration_utils import ConfigMixin, LegacyConfigMixin
 from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
 
+from raydistill.config.reading import shown
 from raydistill.errors import InputError
 
 LARGEST = 10**6  # of whole numbers in a network's or scheduler's configuration
@@ -29,7 +30,7 @@ SIDE = 8192  # pixels, or latent pixels
 Made = TypeVar("Made")
 
 
-def one_line(error: BaseException) -> str:
+def _kind_and_text(error: BaseException) -> str:
     """Kind and text of an error of a library, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
@@ -43,7 +44,7 @@ def reading(place: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # files from anywhere may fail in any way
-        raise InputError(f"{place}: {one_line(error)}") from error
+        raise InputError(f"{place}: {_kind_and_text(error)}") from error
 
 
 class Settings(dict[str, Any]):
@@ -62,7 +63,7 @@ class Settings(dict[str, Any]):
 
     def wrong(self, key: str, wanted: str) -> InputError:
         """The error of a value that is not what is `wanted`."""
-        return InputError(f"{self.file}: {key} is {_shown(self[key])}, not {wanted}")
+        return InputError(f"{self.file}: {key} is {shown(self[key])}, not {wanted}")
 
     def whole(self, key: str, most: int = LARGEST) -> int:
         """A whole number, 1 … `most`."""
@@ -98,11 +99,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
 def read_settings(file: Path) -> Settings:
     """A JSON object. Raises InputError, which names the file, where it is missing or damaged."""
     try:
@@ -131,7 +127,7 @@ def diffusers_class(config: Settings, kind: type = ConfigMixin) -> type:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not isinstance(found, type) or not issubclass(found, kind):
         raise InputError(
-            f"{config.file}: _class_name: diffusers {diffusers.__version__} has no class {_shown(name)}"
+            f"{config.file}: _class_name: diffusers {diffusers.__version__} has no class {shown(name)}"
             + ("" if kind is ConfigMixin else f" that is a {kind.__name__}")
         )
     if issubclass(found, LegacyConfigMixin):  # diffusers has no public function for this
@@ -196,11 +192,11 @@ def blaming(config: Settings, made_by: Callable[..., Any]) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # what a class makes of foreign values
-        text, odd = one_line(error), []
+        text, odd = _kind_and_text(error), []
         for key in sorted(config.stated):
             value = config[key]
             if not _is_taken(made_by, key, value) or (isinstance(value, str) and value and value in str(error)):
-                odd.append(f"{key} is {_shown(value)}; ")
+                odd.append(f"{key} is {shown(value)}; ")
         raise InputError(f"{config.file}: {''.join(odd)}{made_by.__name__} cannot use it ({text})") from error
 
 

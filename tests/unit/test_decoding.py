@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from raydistill.export.sampling import Painter, pictures_of
 from raydistill.export.source import Export
 from raydistill.export.upgrade import find_upgrade
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import load_student
 
 CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
@@ -78,6 +80,24 @@ def test_force_upcast_decodes_in_float32_as_its_files_say(force_upcast, export, 
     with torch.no_grad():
         assert torch.equal(half.draw(PICTURES), space.decode(space.load_vae(), latents))
     assert painter_of(folder, torch.bfloat16).decoder.vae.dtype == torch.bfloat16  # which does not overflow
+
+
+def test_no_library_warns_of_a_dtype(export, tmp_path, caplog, monkeypatch):
+    """diffusers' `to` speaks of modules that should stay in float32, and lists none."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to what pytest listens to
+    caplog.set_level(logging.WARNING, "diffusers")  # its own, where it is imported before this package
+    space = load_space(export)
+    plain = load_space(overflowing(export, tmp_path / "plain", force_upcast=False, factor=1.0))
+    wanted = space.load_vae()
+    for dtype in (torch.float16, torch.bfloat16):
+        vae = plain.load_vae(dtype)
+        assert vae.dtype == dtype
+        for name, value in space.load_vae(torch.bfloat16).state_dict().items():
+            assert torch.equal(value, wanted.state_dict()[name].bfloat16())
+        export_student(space, space.load_network(), 999, tmp_path / str(dtype), CARD, torch.float16)
+        painter_of(export, dtype)
+        empty_part(space, "vae", dtype)
+    assert not [line for line in caplog.messages if "kept in float32" in line]
 
 
 def test_without_force_upcast_a_vae_runs_as_it_is_asked_to(export, tmp_path):

@@ -127,6 +127,77 @@ def test_what_is_no_file_is_not_copied(base, tmp_path):
     assert contents(tmp_path / "copy") == contents(base / "tokenizer")
 
 
+def half_in_shards(source: Path, stem: str, shard: str) -> dict[str, torch.Tensor]:
+    """Leave only the fp16 variant in two files and an index; returns what they hold."""
+    state = {name: value.half() for name, value in load_file(source / f"{stem}.safetensors").items()}
+    (source / f"{stem}.safetensors").unlink()
+    names, weight_map = sorted(state), {}
+    for i in (1, 2):
+        held, file = names[i - 1 :: 2], shard.format(stem=stem, i=i)
+        save_file({name: state[name] for name in held}, source / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(held, file)
+    index = {"metadata": {"total_size": 7}, "weight_map": weight_map}
+    (source / f"{stem}.safetensors.index.fp16.json").write_text(json.dumps(index))
+    return state
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "{stem}.fp16-0000{i}-of-00002.safetensors",  # diffusers and transformers now
+        "{stem}-0000{i}-of-00002.fp16.safetensors",  # diffusers before
+        "{stem}-0000{i}-of-00002.safetensors",
+    ],
+)
+@pytest.mark.parametrize(
+    ("part", "stem"), [("vae", "diffusion_pytorch_model"), ("text_encoder", "model")], ids=["vae", "text_encoder"]
+)
+def test_a_variant_in_shards_is_copied_whole_under_plain_names(part, stem, shard, space, exports, tmp_path):
+    base = shutil.copytree(exports[torch.float32], tmp_path / "base")
+    state = half_in_shards(base / part, stem, shard)
+    for name, dtype in (("same", torch.float16), ("any", None)):
+        copy_part(base / part, tmp_path / name, dtype)
+        written = contents(tmp_path / name)
+        index = json.loads(written[f"{stem}.safetensors.index.json"])
+        shards = {f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)}
+        assert set(index["weight_map"].values()) == shards == {f for f in written if f.endswith(".safetensors")}
+        assert index["metadata"] == {"total_size": 7}
+        for name_of, file in index["weight_map"].items():
+            assert torch.equal(load_file(tmp_path / name / file)[name_of], state[name_of])
+        assert index["weight_map"].keys() == state.keys()
+    copy_part(base / part, tmp_path / "wide", torch.float32)
+    assert load_file(tmp_path / "wide" / f"{stem}.safetensors").keys() == state.keys()
+
+
+def test_exports_and_means_of_a_base_with_a_variant_in_shards_draw(sd_folder, tmp_path):
+    """In present names: diffusers reads no old ones from shards."""
+    space = load_space(sd_folder)
+    base = export_student(space, space.load_network(), 999, tmp_path / "base", CARD, torch.float32)
+    wanted = load_space(shutil.copytree(base, tmp_path / "one file a part")).load_vae().half()
+    for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        half_in_shards(base / part, stem, "{stem}.fp16-0000{i}-of-00002.safetensors")
+    made = export_student(load_space(base), space.load_network(), 999, tmp_path / "export", CARD, torch.float16)
+    other = shutil.copytree(base, tmp_path / "sibling")
+    mean = merge_students(open_sources([Export(f, f.name) for f in (base, other)]), [0.5, 0.5], tmp_path / "mean")
+    for folder in (made, mean):
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        pipe.set_progress_bar_config(disable=True)
+        for mine, theirs in zip(pipe.vae.parameters(), wanted.parameters(), strict=True):
+            assert torch.equal(mine.half(), theirs)
+        assert pipe("a", num_inference_steps=1, guidance_scale=0, output_type="pt").images.isfinite().all()
+
+
+def test_shards_that_are_the_same_but_for_the_variant_are_refused(exports, tmp_path):
+    source = shutil.copytree(exports[torch.float16] / "vae", tmp_path / "vae")
+    half_in_shards(source, "diffusion_pytorch_model", "{stem}-{i}.fp16.safetensors")
+    index = source / "diffusion_pytorch_model.safetensors.index.fp16.json"
+    two = source / "diffusion_pytorch_model-2.fp16.safetensors"
+    two.rename(source / "diffusion_pytorch_model-1.safetensors")
+    index.write_text(index.read_text().replace(two.name, "diffusion_pytorch_model-1.safetensors"))
+    with pytest.raises(InputError, match=rf"{index}: names .*, which are the same but for the variant"):
+        copy_part(source, tmp_path / "copy")
+
+
 @pytest.mark.parametrize(
     ("said", "kept"),
     [

@@ -171,6 +171,29 @@ def test_a_bridge_of_the_version_before_stays_valid(before, dtype, bridge, sd_fo
     assert vae_fingerprint(load_space(now)) == vae_fingerprint(load_space(folder))
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("before", [{"shift_factor": 0.0}, {"shift_factor": None}, {"shift_factor": 0}, {}], ids=str)
+@pytest.mark.parametrize("now", [{"shift_factor": 0.0}, {"shift_factor": None}, {}], ids=str)
+def test_no_shift_may_be_written_in_any_way(before, now, role, bridge, sd_folder, flux_folder, tmp_path):
+    """Also a scale of 1, as a whole number or not."""
+    folders = {"student": sd_folder, "teacher": flux_folder}
+    file, hashed = Path("vae/config.json"), {}
+    for name, keys, one in (("before", before, 1), ("now", now, 1.0)):
+        folder = shutil.copytree(folders[role], tmp_path / name)
+        config = {k: v for k, v in json.loads((folder / file).read_text()).items() if k != "shift_factor"}
+        (folder / file).write_text(json.dumps(config | keys | {"scaling_factor": one}))
+        hashed[name] = hashed_before(folder)
+    assert has_vae(load_space(tmp_path / "now"), hashed["before"])
+    old = shutil.copytree(bridge, tmp_path / "bridge") / "bridge.json"
+    saved = json.loads(old.read_text())
+    saved[role]["vae_sha256"] = hashed["before"]
+    old.write_text(json.dumps(saved))
+    pair = folders | {role: tmp_path / "now"}
+    check_pair(old.parent, load_space(pair["student"]), load_space(pair["teacher"]))
+    (folder / file).write_text(json.dumps(config | {"shift_factor": 0.5, "scaling_factor": 1.0}))
+    assert not has_vae(load_space(folder), hashed["before"])
+
+
 def test_a_present_hash_is_that_of_the_version_before(sd_folder, flux_folder):
     """Of a folder in present names: Bridges made now are read there, and shipped ones here."""
     for folder in (sd_folder, flux_folder):

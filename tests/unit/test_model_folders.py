@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from raydistill.errors import InputError
+from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.check import check_folder
@@ -247,7 +249,90 @@ def test_a_shard_that_is_cut_or_holds_anothers_tensors_is_named(folder):
     assert "is also in" in refused(folder)
 
 
-# -- no code ------------------------------------------------------------------------------------------------
+def without(file: Path, wanted: Callable[[str], bool]) -> str:
+    """Take the first tensor of this kind from a file; returns its name."""
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if wanted(name))
+    save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    return name
+
+
+def test_old_names_in_shards_are_refused_as_diffusers_cannot_read_them(folder):
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = load_file(folder / VAE_WEIGHTS)
+    for new, name in old.items():
+        tensors = {key.replace(f".{new}.", f".{name}."): value for key, value in tensors.items()}
+    save_file(tensors, folder / VAE_WEIGHTS, {"format": "pt"})
+    used(folder)
+    sharded(folder / "vae", "diffusion_pytorch_model")
+    assert "to_k.bias is missing" in refused(folder)
+    assert "to_k.bias is missing" in said(load_space(folder).load_vae)
+
+
+@pytest.mark.parametrize("file", [VAE_WEIGHTS, UNET_WEIGHTS, TEXT_WEIGHTS])
+def test_a_missing_tensor_is_named_wherever_the_part_is_loaded(folder, file, caplog, monkeypatch):
+    """diffusers leaves it on the meta device, and says so in a list of its own."""
+    for library in ("diffusers", "transformers"):
+        monkeypatch.setattr(logging.getLogger(library), "propagate", True)  # to what pytest listens to
+        caplog.set_level(logging.WARNING, library)
+    name = without(folder / file, lambda name: name.endswith("norm_out.weight") or "layer_norm1.weight" in name)
+    space = load_space(folder)
+    load = {VAE_WEIGHTS: space.load_vae, UNET_WEIGHTS: space.load_network, TEXT_WEIGHTS: space.load_text}[file]
+    assert said(load) == f"{(folder / file).parent}: weights do not fit config.json: {name} is missing"
+    assert not [line for line in caplog.messages if name in line]
+
+
+def test_the_jobs_name_a_missing_tensor_in_one_line(folder, tmp_path, run_script):
+    space = load_space(folder)
+    card = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
+    export = export_student(space, space.load_network(), 999, tmp_path / "export", card)
+    name = without(export / VAE_WEIGHTS, lambda name: name.endswith("norm_out.weight"))
+    code, out, error = run_script("sample", export, "--prompt", "a", "--out", tmp_path / "out", "--device", "cpu")
+    assert code == 2
+    (line,) = error.splitlines()
+    assert line == f"error: {export}/vae: weights do not fit config.json: {name} is missing"
+    assert "Traceback" not in out + error
+
+
+def test_a_text_encoder_of_other_shapes_is_named_with_its_tensor(folder):
+    tensors = load_file(folder / TEXT_WEIGHTS)
+    name = next(name for name in sorted(tensors) if name.endswith("q_proj.weight"))
+    shape = tuple(tensors[name].shape)
+    save_file(tensors | {name: torch.zeros(3, 5)}, folder / TEXT_WEIGHTS, {"format": "pt"})
+    wrong = rf"weights do not fit config.json: {name} has shape (3, 5), not {shape}"
+    assert refused(folder) == said(load_space(folder).load_text) == f"{folder}/text_encoder: {wrong}"
+
+
+def test_an_attention_of_convolutions_is_refused_with_the_reason(folder):
+    """As original checkpoints have it. diffusers does not read it either."""
+    tensors = load_file(folder / VAE_WEIGHTS)
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    save_file(tensors | {name: tensors[name][:, :, None, None]}, folder / VAE_WEIGHTS, {"format": "pt"})
+    line = refused(folder)
+    assert f"{name} has shape {(*tensors[name].shape, 1, 1)}" in line
+    assert "a 1x1 convolution" in line
+    assert name in said(load_space(folder).load_vae)
+
+
+# -- schedulers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 999, 1001])
+def test_betas_of_another_number_than_the_steps_are_refused(folder, count):
+    change(folder / SCHEDULER, trained_betas=[0.01] * 1000)
+    check_folder(load_space(folder))
+    change(folder / SCHEDULER, trained_betas=[0.01] * count)
+    expected = f"{folder / SCHEDULER}: trained_betas holds {count} numbers, but num_train_timesteps is 1000"
+    assert refused(folder) == said(lambda: load_space(folder).path) == expected
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"])
+def test_a_scheduler_that_takes_no_betas_is_refused_where_its_file_has_some(folder, name):
+    change(folder / SCHEDULER, _class_name=name)
+    assert refused(folder).startswith(f"{folder / SCHEDULER}: {name} has no beta_schedule")
+
+
+# -- no code ----# -- no code ------------------------------------------------------------------------------------------------
 
 
 class Touch:
