@@ -243,7 +243,7 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
 
     folder = tmp_path / "struck" / "distill"
     (folder / "best").mkdir(parents=True)
-    (folder / "best" / "state.tmp").symlink_to("/dev/full")  # the first state of the best student finds no room
+    (folder / "best" / ".new.state.pt").symlink_to("/dev/full")  # the first state of the best student finds no room
     with started(tmp_path, tmp_path, "run.name=struck", f"tracking.uri={mlflow_server.uri}") as job:
         job.until(lambda: job.processes("ray::MapWorker"), pause=0.1)
         job.processes("ray::MapWorker")[0].kill()
