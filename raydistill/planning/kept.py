@@ -28,7 +28,7 @@ from raydistill.errors import InputError
 from raydistill.planning import counts
 from raydistill.planning.counts import FIELDS, Wanted, wanted
 from raydistill.storage.atomic import remove_abandoned, replace_text
-from raydistill.storage.fingerprint import fingerprint
+from raydistill.storage.fingerprint import files_hash
 from raydistill.storage.hub import cached
 from raydistill.storage.resolve import local_path
 from raydistill.storage.staging import cache_folder
@@ -170,14 +170,14 @@ def reads(kind: str, key: str) -> bool:
 
 def _folder_of(path: str, pattern: str) -> str | None:
     folder = local_path(path)
-    return fingerprint(folder, pattern) if folder.exists() else None
+    return files_hash(folder, pattern) if folder.exists() else None
 
 
 def _model(model: str) -> str | None:
     """What a model's configuration files hold; None: the package's own are read, which belong to its code."""
     found = _folder_of(model, "*.json")
     try:
-        return found or fingerprint(cached(model))
+        return found or cached(model).name  # its commit
     except InputError:
         return None
 
@@ -198,7 +198,7 @@ def _surroundings() -> dict[str, Any] | None:
         if spec is None or not spec.has_location:
             return None
         roots[root] = Path(spec.origin).parent if spec.submodule_search_locations else Path(spec.origin)
-    code = {root: [fingerprint(path, f"*.{kind}") for kind in ("py", "json")] for root, path in roots.items()}
+    code = {root: [files_hash(path, f"*.{kind}") for kind in ("py", "json")] for root, path in roots.items()}
     # any package may change how a network is built: attention, normalisation, adapters
     installed = {file.name for folder in sys.path if folder for file in Path(folder).glob("*.*-info")}
     return {"code": code, "libraries": [sys.version, platform.machine(), *sorted(installed)]}

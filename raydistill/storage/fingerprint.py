@@ -148,6 +148,12 @@ def _sampled(file: Path) -> bytes:
     return digest.digest()
 
 
+def files_hash(path: Path, pattern: str) -> str:
+    """Hash of a file, or of a folder's files of one pattern: names and every byte. Raises InputError."""
+    files = [path] if path.is_file() else _files(path, (pattern,))
+    return _digest(path.parent if path.is_file() else path, files, Path.read_bytes)
+
+
 def content_hash(path: Path) -> str:
     """Hash of a file, or of all files below a folder in the order of their paths: their names and every byte.
 

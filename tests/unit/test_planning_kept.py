@@ -148,8 +148,11 @@ def test_what_changes_a_count_names_another_file(field, changes):
      "prompts.path=/elsewhere", "run.name=mine", "storage=/elsewhere", "distill.gpus_per_worker=1"],
 )  # fmt: skip
 def test_what_changes_no_count_names_the_same_files(changes):
-    config = load(overrides=SETTINGS)
-    assert [file_of(field, changes) for field in wanted(config)] == [file_of(field) for field in wanted(config)]
+    around = kept._surroundings()
+    plain, varied = (load(overrides=[*SETTINGS, *more]) for more in ([], [changes]))
+    files = [[kept._file(it, around) for it in wanted(config).values()] for config in (plain, varied)]
+    assert files[0] == files[1]
+    assert len(set(files[0])) == len(FIELDS)
 
 
 def test_a_changed_model_bridge_library_or_line_of_code_is_counted_anew(tmp_path, monkeypatch):
