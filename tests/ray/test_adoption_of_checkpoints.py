@@ -47,6 +47,7 @@ def test_a_checkpoint_that_was_written_and_not_reported_is_adopted_at_once(ray_c
         name="test",
         folder=tmp_path,
         checkpoints="checkpoints",
+        steps=4,
         encoders=False,
     )
     assert (tmp_path / "begins").read_text().split() == ["0", "2"]
