@@ -158,7 +158,7 @@ def main() -> int:
     # likewise
     from raydistill.errors import InputError, StageFailed
     from raydistill.evaluation.summary import table as table_of
-    from raydistill.tracking.store import TrackingError, ui_command
+    from raydistill.tracking.store import TrackingAway, TrackingError, ui_command, ui_lines
 
     try:
         evaluation, uri = prepare_evaluation(arguments)
@@ -181,7 +181,11 @@ def main() -> int:
     shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
     Console(width=None if sys.stdout.isatty() else 160).print(shown)
     print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
-    print(f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else "") + f"; {ui_command(uri)}")
+    try:
+        page = ui_lines(uri, run_id)
+    except TrackingAway:  # since the results were logged
+        page = [ui_command(uri)]
+    print("\n".join([f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else ""), *page]))
     made_by = evaluation.subject.run_id
     if made_by and parent is None:
         print(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
