@@ -153,11 +153,9 @@ def carry_out_evaluation(
 def main() -> int:
     arguments = arguments_of()
     # after the command line is known to be right: torch, Ray and mlflow take seconds
-    from rich.console import Console
-
-    # likewise
     from raydistill.errors import InputError, StageFailed
     from raydistill.evaluation.summary import table as table_of
+    from raydistill.tracking.screen import screen
     from raydistill.tracking.store import TrackingAway, TrackingError, ui_command, ui_lines
 
     try:
@@ -179,7 +177,7 @@ def main() -> int:
         print(f"error: {error}\nthe same command goes on where this stopped", file=sys.stderr)
         return 1
     shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    screen.show(shown, width=160)
     print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
     try:
         page = ui_lines(uri, run_id)

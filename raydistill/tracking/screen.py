@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 WINDOW, WINDOW_S = 30, 60.0  # sightings, and seconds, over which a rate is measured: the longer of both
 LOG_EVERY_S = 15.0  # between two lines of a stage in a log
@@ -31,6 +31,12 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def _writable(text: str) -> str:
+    """What the output can hold of a text; the rest becomes `?`."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 class Pace:
@@ -78,9 +84,15 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line, above the bars; in a log it carries the time. A character that the output cannot hold becomes `?`."""
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        for line in str(text).encode(encoding, "replace").decode(encoding).splitlines() or [""]:
+        for line in _writable(str(text)).splitlines() or [""]:
             print(line if self.terminal else f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+    def show(self, table: Table, width: int) -> None:
+        """A table; `width` is that of a log, where no terminal says it."""
+        console = Console(width=None if self.terminal else width)
+        with console.capture() as drawn:
+            console.print(table)
+        print(_writable(drawn.get()), end="", flush=True)
 
     def numbered(self, stage: str) -> str:
         """`3/5 distill`, or the stage alone where it was not planned."""

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raydistill.evaluation.summary import table
 from raydistill.tracking import progress
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.screen import WINDOW, Pace, Screen, duration
@@ -114,8 +115,11 @@ def test_a_log_that_holds_no_unicode_gets_its_lines(monkeypatch):
     log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", log)
     Screen().say("run mine: flux → sd15\udcff")
+    Screen().show(table({"before": {"mean": 0.5}, "after": {"all": 0.25}}), width=80)  # a dash for what is not known
     log.flush()
-    assert log.buffer.getvalue().endswith(b" run mine: flux ? sd15?\n")
+    first, *rows = log.buffer.getvalue().decode().splitlines()
+    assert first.endswith(" run mine: flux ? sd15?")
+    assert [row.split() for row in rows] == [["mean", "all"], ["before", "0.500", "?"], ["after", "?", "0.250"]]
 
 
 def test_stages_have_numbers_and_end_with_their_time(capsys):
