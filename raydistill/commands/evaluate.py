@@ -153,12 +153,10 @@ def carry_out_evaluation(
 def main() -> int:
     arguments = arguments_of()
     # after the command line is known to be right: torch, Ray and mlflow take seconds
-    from rich.console import Console
-
-    # likewise
     from raydistill.errors import InputError, StageFailed
     from raydistill.evaluation.summary import table as table_of
-    from raydistill.tracking.store import TrackingError, ui_command
+    from raydistill.tracking.screen import screen
+    from raydistill.tracking.store import TrackingAway, TrackingError, ui_command, ui_lines
 
     try:
         evaluation, uri = prepare_evaluation(arguments)
@@ -179,9 +177,13 @@ def main() -> int:
         print(f"error: {error}\nthe same command goes on where this stopped", file=sys.stderr)
         return 1
     shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
-    Console(width=None if sys.stdout.isatty() else 160).print(shown)
+    screen.show(shown, width=160)
     print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
-    print(f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else "") + f"; {ui_command(uri)}")
+    try:
+        page = ui_lines(uri, run_id)
+    except TrackingAway:  # since the results were logged
+        page = [ui_command(uri)]
+    print("\n".join([f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else ""), *page]))
     made_by = evaluation.subject.run_id
     if made_by and parent is None:
         print(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")

@@ -11,28 +11,33 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import STAGES, changed, stages_of
 from raydistill.config.schema import Config
+from raydistill.driver import finished
+from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder, pin_models
 from raydistill.driver.run_lock import RunLocked, lock_run
 from raydistill.errors import InputError, NonFiniteError, RunLost, StageFailed
+from raydistill.storage.lease import LEASE_FILE, owner_of
+from raydistill.storage.place import Place
 from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import Stopped, stop_on_signals
 
 if TYPE_CHECKING:  # loaded once the command line is known to be right: torch, diffusers and Ray take seconds
     from raydistill.driver.binding import Binding
     from raydistill.driver.preflight import Inputs
-    from raydistill.driver.run_folder import RunFolder
 
 RESUMABLE = 75
 DASHBOARD = "--dashboard"
 OPTIONS = {DASHBOARD: "show Ray's dashboard of this run: a cluster of its own has none otherwise"}
 
-RunFunction = Callable[[Config, "RunFolder", "Inputs"], Any]
+RunFunction = Callable[[Config, RunFolder, "Inputs"], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +84,6 @@ class Prepared:
 
 def prepare(job: Job, config: Config) -> Prepared:
     """Check everything that can be checked before anything starts. Raises ValueError, one line a mistake."""
-    # Loaded now that the command line is known to be right: torch, diffusers and Ray take seconds.
-    from raydistill.driver import finished, room
-    from raydistill.driver.binding import bind
-    from raydistill.driver.preflight import check_inputs
-    from raydistill.driver.run_folder import open_run_folder, pin_models
-
     config = changed(config, job.changes)
     folder = open_run_folder(config, job.result)
     extended: list[str] = []
@@ -98,6 +97,11 @@ def prepare(job: Job, config: Config) -> Prepared:
                 )
             return Prepared(config, folder, notes=tuple(notes))
     _introduce(config, folder, job.stages)
+    # Loaded now that people know what is under way: torch, diffusers and Ray take seconds.
+    from raydistill.driver import room
+    from raydistill.driver.binding import bind
+    from raydistill.driver.preflight import check_inputs
+
     room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
     config = pin_models(config, folder)
     inputs = check_inputs(config)
@@ -123,14 +127,14 @@ def carry_out(job: Job, prepared: Prepared, dashboard: bool = False) -> Any:
         StageFailed, NonFiniteError, OSError: it failed; what it reached is kept.
     """
     # as in `prepare`
-    from raydistill.driver import finished, room
+    from raydistill.driver import room
     from raydistill.driver.binding import keep
     from raydistill.driver.cluster import connected
-    from raydistill.driver.run_folder import create_run_folder
 
     config, folder = prepared.config, prepared.folder
+    fresh = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
-    with lock_run(folder.path), connected(dashboard), stop_on_signals():
+    with _no_trace(folder.path, fresh), lock_run(folder.path), connected(dashboard), stop_on_signals():
         room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
         if prepared.extended:
             finished.reopen(folder, config)
@@ -180,6 +184,19 @@ def _introduce(config: Config, folder: RunFolder, stages: Sequence[str]) -> None
     screen.say(f"folder    {folder.path}")
     if len(planned) > 1:
         screen.say("stages    " + ", ".join(f"{number} {name}" for number, name in enumerate(planned, 1)))
+
+
+@contextmanager
+def _no_trace(folder: Place, fresh: bool) -> Iterator[None]:
+    """Where the block refuses a run, a fresh folder is removed, which holds nothing but the file of its lock."""
+    try:
+        yield
+    except InputError:
+        if fresh and owner_of(folder) is None and [place.name for place in folder.iterdir()] in ([], [LEASE_FILE]):
+            (folder / LEASE_FILE).unlink(missing_ok=True)
+            if isinstance(folder, Path):  # a bucket has no folders
+                folder.rmdir()
+        raise
 
 
 def _refused(error: ValueError) -> int:

@@ -22,16 +22,17 @@ NAMESPACE, KEY = b"job", "_ray_internal_job_info_{}"  # of Ray's key-value store
 
 def describe_job(facts: Mapping[str, str]) -> None:
     """Add metadata to the submitted job that this process is; what it has already stays. Ray must be connected."""
-    submission = json.loads(os.environ.get(SUBMITTED) or "{}").get("metadata", {}).get("job_submission_id")
-    if submission is None:
-        return
     try:
+        own = (json.loads(os.environ.get(SUBMITTED) or "{}") or {}).get("metadata") or {}
+        submission = own.get("job_submission_id")
+        if submission is None:
+            return
         key = KEY.format(submission).encode()
         info = json.loads(_internal_kv_get(key, namespace=NAMESPACE))
         info["metadata"] = dict(facts) | (info["metadata"] or {})
         # Ray writes it again when the job ends, and keeps what it finds.
         _internal_kv_put(key, json.dumps(info).encode(), overwrite=True, namespace=NAMESPACE)
-    except (TypeError, KeyError, ValueError):
+    except (AttributeError, TypeError, KeyError, ValueError):
         screen.say(
             f"job       ray job submit --metadata-json {shlex.quote(json.dumps(dict(facts)))} shows this in lists"
         )

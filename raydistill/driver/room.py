@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,7 +13,8 @@ from raydistill.config.reading import needs_pairs, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
-from raydistill.teachers.placement import Need, autoscaler_present, labelled_nodes, lacking
+from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
+from raydistill.tracking.screen import screen
 from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
 
 
@@ -46,10 +48,22 @@ def check_machine(config: Config, roles: Sequence[str] | None = None) -> None:
 
 
 def check_cluster(config: Config, roles: Sequence[str] | None = None) -> None:
-    """The same of the cluster that the job is connected to, with nothing else on it; one that can grow is believed."""
-    if not autoscaler_present():
+    """The same of the cluster that the job is connected to, with nothing else on it; one that can grow is believed.
+
+    Nodes that are still joining have ROOM_PATIENCE_S for it.
+    """
+    deadline, told = time.monotonic() + ROOM_PATIENCE_S, False
+    while not autoscaler_present():
         nodes = [(dict(node.get("Labels") or {}), dict(node["Resources"])) for node in labelled_nodes({})]
-        _check(config, roles, nodes, "this cluster, which no autoscaler can add nodes to")
+        try:
+            return _check(config, roles, nodes, "this cluster, which no autoscaler can add nodes to")
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+        if not told:
+            screen.say(f"cluster   its {len(nodes)} node(s) are too few: waiting {ROOM_PATIENCE_S:.0f} s for others")
+            told = True
+        time.sleep(1)
 
 
 def _check(config: Config, roles: Sequence[str] | None, nodes: list[tuple[dict, dict]], where: str) -> None:

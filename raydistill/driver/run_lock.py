@@ -23,6 +23,7 @@ from typing import Any
 from raydistill.errors import RunLost
 from raydistill.storage.lease import LEASE_FILE, Lease, holding, owner_of
 from raydistill.storage.place import Place, Remote
+from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import leave_at_once
 
 READ_BACK_S = 2.0
@@ -130,7 +131,7 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
             except OSError:
                 continue
             except RunLost as lost:
-                print(lost, flush=True)
+                screen.say(str(lost))
                 leave_at_once(lost)
                 return
 
@@ -145,10 +146,7 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
 
 def _watch(folder: Place, owner: dict[str, Any]) -> None:
     """Raises RunLocked as soon as the owner writes its file anew."""
-    print(
-        f"{folder} was held by {_named(folder, owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives",
-        flush=True,
-    )
+    screen.say(f"{folder} was held by {_named(folder, owner)}: watching for {WATCHED_FOR_S:.0f} s whether that lives")
     deadline, seen = time.monotonic() + WATCHED_FOR_S, _seen(folder)
     while time.monotonic() < deadline:
         time.sleep(0.5)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from raydistill.driver.logged_model import log_student
 from raydistill.driver.run_record import RunRecord, command_line
@@ -107,8 +106,7 @@ def _log(record: RunRecord, summary: dict[str, Any], pictures: Place, rows: Mapp
 def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: dict[str, dict[str, float]]) -> None:
     run = record.run
     if rows:
-        # of a log too, where no terminal says how wide it is
-        Console(width=None if screen.terminal else 80).print(table(rows, title=f"{run.name}: held-out prompts"))
+        screen.show(table(rows, title=f"{run.name}: held-out prompts"), width=80)
     screen.say("stages    " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.seconds.items()))
     for name, reason in summary["stopped"].items():
         steps, best = (results[name][key] for key in ("steps", "best_step"))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import ray
 from ray._private import worker as ray_worker
 
 from raydistill.tracking.screen import screen
@@ -23,13 +24,14 @@ ONCE_WITHIN_S = 60.0  # workers that say the same
 
 # Actors of Ray itself. What goes wrong in them reaches the driver as an error of the call that needed them.
 OF_RAY = re.compile(
-    r"^\(?(ServeController|ProxyActor|SERVE_|TrainController|PlacementGroupCleaner|DatasetManager|_?AutoscalingCoordinator|"
+    r"^\(?(ServeController|ProxyActor|SERVE_(?!REPLICA)|TrainController|PlacementGroupCleaner|DatasetManager|_?AutoscalingCoordinator|"
     r"_?StatsActor|TrainStateActor|SynchronizationActor|PreemptionWatcher)"
 )
+NATIVE = re.compile(r"^\[[^\]]* ([IWECF]) \d+ \d+\] (?:\([^)]*\) )?\S+\.(?:cc|h):\d+: ?")  # prefix of Ray's C++ side
+SHORT_OF = re.compile(r"\b(memory|OOM|disk|space)\b", re.IGNORECASE)  # why a node ends workers, or keeps no more data
 NARRATION = re.compile(
-    r"^\[[^\]]* [IWEC] \d+ \d+\] .*\.(cc|h):\d+:"  # Ray's C++ side
-    r"|infinite retries remaining"  # an actor that was ended on purpose
-    r"|^(INFO|WARNING) \d{4}-\d\d-\d\d .* -- "  # Serve
+    r"infinite retries remaining"  # an actor that was ended on purpose
+    r"|^INFO \d{4}-\d\d-\d\d .* -- "  # Serve
     r"|__ray_tqdm_magic_token__"
 )
 
@@ -45,12 +47,21 @@ def lines_to_show(data: Mapping[str, Any]) -> list[str]:
         return []
     if who == "autoscaler":  # which nodes come and go; the rest is its own log
         return [f"(autoscaler) {line.partition(EVENT)[2]}" for line in data["lines"] if EVENT in line]
-    lines = [line for line in data["lines"] if line.strip() and not NARRATION.search(line)]
+    lines = [text for line in data["lines"] if (text := _told(line)).strip() and not NARRATION.search(text)]
     if not data.get("is_err") and data.get("actor_name"):
         return lines  # our workers print what concerns the user, and name the stage themselves
     pid = data.get("pid")
     name = who if who == str(pid) else f"{who} {pid}"
     return [f"({name}) {line}" for line in lines]
+
+
+def _told(line: str) -> str:
+    """A line without the prefix of Ray's C++ side, which is heard where a process dies of it, or a node is short of memory or disk."""
+    prefix = NATIVE.match(line)
+    if prefix is None:
+        return line
+    text = line[prefix.end() :]
+    return text if prefix[1] in "CF" or (prefix[1] in "WE" and SHORT_OF.search(text)) else ""
 
 
 class _Shown:
@@ -79,6 +90,7 @@ def worker_lines() -> Iterator[None]:
     """Show them this way for the length of the block; `ray.init` must come inside."""
     theirs = getattr(ray_worker, HOOK, None)
     if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
+        screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
         yield
         return
     setattr(ray_worker, HOOK, _Shown())

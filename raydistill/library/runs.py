@@ -18,6 +18,7 @@ from raydistill.library.sampler import Sampler
 from raydistill.storage.atomic import read_json
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
+from raydistill.tracking.screen import screen
 
 
 def load_config(config: str | Path | None = None, *overrides: str) -> Config:
@@ -39,11 +40,13 @@ class Run:
         name: of the run.
         folder: everything that it keeps; `export/` is the student.
         summary: what summary.json says: student_before, student_after, teacher, controls, stages, steps, …
+        metric: `evaluation.metric`, which its line shows.
     """
 
     name: str
     folder: Place
     summary: dict[str, Any]
+    metric: str = "mean"
 
     @property
     def export(self) -> Place:
@@ -57,10 +60,9 @@ class Run:
     def __repr__(self) -> str:
         updates = [f"{self.summary['steps']} updates"] if "steps" in self.summary else []
         rows = [("before", "student_before"), ("after", "student_after"), ("teacher", "teacher")]
-        means = [
-            f"{who} {self.summary[key]['mean']:.3f}" for who, key in rows if self.summary[key].get("mean") is not None
-        ]
-        return f"Run({self.name}: {', '.join([*updates, *means])}; {self.folder})"
+        tables = ((who, self.summary.get(key, {})) for who, key in rows)  # without a judge there are none
+        scores = [f"{who} {table[self.metric]:.3f}" for who, table in tables if table.get(self.metric) is not None]
+        return f"Run({self.name}: {', '.join([*updates, *scores])}; {self.folder})"
 
 
 def distill(config: Config | str | Path | None = None, *overrides: str) -> Run:
@@ -82,10 +84,12 @@ def distill(config: Config | str | Path | None = None, *overrides: str) -> Run:
     else:
         config = load_config(config, *overrides)
     prepared = prepare(JOB, config)
+    for line in prepared.notes:
+        screen.say(line)
     if prepared.inputs is not None:
         carry_out(JOB, prepared)
-    folder = prepared.folder
-    return Run(folder.name, folder.path, read_json(folder.path / SUMMARY, "remove it, and start the run again"))
+    folder, metric = prepared.folder, prepared.config.evaluation.metric
+    return Run(folder.name, folder.path, read_json(folder.path / SUMMARY, "remove it, and start the run again"), metric)
 
 
 # -- evaluation -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ def write_progress(file: Place, *, step: int, total: int, tail_s: float = 0.0, *
     """Replace the file. A file in a bucket is written every BUCKET_EVERY_S, and at the end.
 
     Args:
-        tail_s: seconds of work that follow the last step.
+        tail_s: seconds of work that follow the last step; as much comes before the first.
         values: what the screen shows, by name.
     """
     text = json.dumps({"step": step, "total": total, "tail_s": tail_s, "values": values})
@@ -63,7 +63,8 @@ class ProgressWatcher:
             return
         step, total = int(now["step"]), int(now["total"])
         pace.see(step, time.monotonic())
-        left = pace.left(total)
-        left = None if left is None else left + float(now["tail_s"])
+        left, whole, tail = pace.left(total), pace.takes(total) or 0.0, float(now["tail_s"])
+        left = None if left is None else left + tail
+        whole += 2 * tail  # the evaluation at the end takes as long as that of the start
         details = " ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in now["values"].items())
-        bar.update(step, total, details, screen.time_left(self.stage, left, self.alike))
+        bar.update(step, total, details, screen.time_left(self.stage, left, whole, self.alike))

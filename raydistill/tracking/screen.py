@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
+from rich.table import Column, Table
 
-WINDOW = 30  # steps over which a rate is measured
+WINDOW, WINDOW_S = 30, 60.0  # sightings, and seconds, over which a rate is measured: the longer of both
 LOG_EVERY_S = 15.0  # between two lines of a stage in a log
 
 
@@ -33,8 +33,17 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
+def _writable(text: str) -> str:
+    """What the output can hold of a text; the rest becomes `?`."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 class Pace:
-    """Seconds that a step takes, over the last WINDOW steps; work that goes back to a checkpoint starts anew."""
+    """Seconds that a step takes, over the last sightings; work that goes back to a checkpoint starts anew.
+
+    A sighting may be many steps after the one before: rows of pairs come by the batch.
+    """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[int, float]] = deque()
@@ -45,15 +54,19 @@ class Pace:
             self._seen.clear()
         if not self._seen or step > self._seen[-1][0]:
             self._seen.append((step, now))
-        while len(self._seen) > 2 and self._seen[1][0] <= step - WINDOW:
+        while len(self._seen) > WINDOW + 1 and self._seen[1][1] <= now - WINDOW_S:
             self._seen.popleft()
 
-    def left(self, total: int) -> float | None:
-        """Seconds until step `total`; None before two steps were seen."""
+    def takes(self, steps: int) -> float | None:
+        """Seconds that so many steps take; None before two sightings."""
         if len(self._seen) < 2:
             return None
         (first, before), (last, now) = self._seen[0], self._seen[-1]
-        return (now - before) / (last - first) * (total - last)
+        return (now - before) / (last - first) * steps
+
+    def left(self, total: int) -> float | None:
+        """Seconds until step `total`; None before two sightings."""
+        return self.takes(total - self._seen[-1][0]) if self._seen else None
 
 
 class Screen:
@@ -61,7 +74,6 @@ class Screen:
 
     def __init__(self) -> None:
         self.stages: tuple[str, ...] = ()
-        self._started: dict[str, float] = {}
         self._lock = threading.RLock()
         self._live: Progress | None = None
 
@@ -71,9 +83,16 @@ class Screen:
         self.stages = tuple(stages)
 
     def say(self, text: str) -> None:
-        """A line, above the bars; in a log it carries the time."""
-        for line in str(text).splitlines() or [""]:
+        """A line, above the bars; in a log it carries the time. A character that the output cannot hold becomes `?`."""
+        for line in _writable(str(text)).splitlines() or [""]:
             print(line if self.terminal else f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+    def show(self, table: Table, width: int) -> None:
+        """A table; `width` is that of a log, where no terminal says it."""
+        console = Console(width=None if self.terminal else width)
+        with console.capture() as drawn:
+            console.print(table)
+        print(_writable(drawn.get()), end="", flush=True)
 
     def numbered(self, stage: str) -> str:
         """`3/5 distill`, or the stage alone where it was not planned."""
@@ -83,7 +102,7 @@ class Screen:
     def stage(self, name: str) -> Iterator[None]:
         """Say when a stage begins, and when it ends how long it took."""
         self.say(self.numbered(name))
-        started = self._started[name] = time.monotonic()
+        started = time.monotonic()
         ended = "failed after"
         try:
             yield
@@ -91,20 +110,20 @@ class Screen:
         finally:
             self.say(f"{self.numbered(name)}: {ended} {duration(time.monotonic() - started)}")
 
-    def time_left(self, stage: str, left: float | None, alike: Sequence[str] = ()) -> str:
+    def time_left(self, stage: str, left: float | None, whole: float = 0.0, alike: Sequence[str] = ()) -> str:
         """`5 min 10 s left`, of the whole job where it is known, else `… left of this stage`; empty where nothing is.
 
         Args:
             left: seconds until the stage ends.
+            whole: seconds that all of the stage takes, also where an earlier attempt has done a part.
             alike: stages that take as long as this one; those planned after it are counted.
         """
         if left is None:
             return ""
-        index = self.stages.index(stage) if stage in self.stages else len(self.stages) - 1
-        later = self.stages[index + 1 :]
-        whole = time.monotonic() - self._started.get(stage, time.monotonic()) + left
-        if all(name in alike for name in later):
-            return f"{duration(left + whole * len(later))} left"
+        if stage in self.stages:
+            later = self.stages[self.stages.index(stage) + 1 :]
+            if all(name in alike for name in later):
+                return f"{duration(left + whole * len(later))} left"
         return f"{duration(left)} left of this stage"
 
     # -- bars ----------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ class Observer:
         self.best = BestStudent(stage, config, distiller.networks)
         self._told_of_cuts = False
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
-        self._final_s = 0.0  # that the evaluation of the start took; the one at the end takes as long
         evaluation, networks = config.evaluation, distiller.networks
 
         def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
@@ -67,7 +66,7 @@ class Observer:
         """
         started = time.monotonic()
         self._final_evaluation("before", 0)
-        self._final_s = time.monotonic() - started
+        self.standing.final_s = time.monotonic() - started
         score, table = self._periodic_evaluation(0)
         self.standing.score = score or 0.0
         self.tracker.metrics(table, 0)
@@ -101,7 +100,7 @@ class Observer:
             self.stage.path("progress.json"),
             step=step,
             total=distill.steps,
-            tail_s=self._final_s,
+            tail_s=self.standing.final_s,
             **self._measured | shown,
         )
 

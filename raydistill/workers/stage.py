@@ -46,12 +46,18 @@ class Standing:
     score: float = 0.0  # of the last evaluation
     stopped: str | None = None  # the collapse that ended the stage
     collapse: str | None = None  # the alarm, while it lasts
+    final_s: float = 0.0  # that the evaluation of the start took, and the one at the end will; 0: not known
 
     @classmethod
     def of(cls, about: dict[str, Any]) -> Standing:
         """Of a checkpoint, which an earlier version may have written."""
         lasting = {name: about.get(name) for name in ("stopped", "collapse")}
-        return cls(step=about["step"], best=about["best"], score=about["score"], **lasting)
+        return cls(
+            step=about["step"], best=about["best"], score=about["score"], final_s=about.get("final_s", 0.0), **lasting
+        )
 
     def about(self, mlflow_run: str, runs: Runs = ()) -> dict[str, Any]:
-        return asdict(self) | {"mlflow_run": mlflow_run} | mark(runs)
+        known = asdict(self)
+        if not self.final_s:  # as in checkpoints of earlier versions
+            del known["final_s"]
+        return known | {"mlflow_run": mlflow_run} | mark(runs)

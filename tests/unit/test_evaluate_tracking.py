@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raydistill.benchmark.world import MlflowServer
+from raydistill.commands import evaluate
 from raydistill.config.reading import load, to_yaml
 from raydistill.data.prompts import PromptSet
 from raydistill.errors import InputError
@@ -93,6 +94,21 @@ def test_results_are_logged_under_the_run_that_made_the_model(plan, tmp_path):
     assert [entry.step for entry in client.get_metric_history(run_id, "eval/clipscore")] == [0]
     log(plan, tmp_path, [20.0, 40.0])  # a metric that was computed anew
     assert client.get_run(run_id).data.metrics["eval/clipscore"] == 30.0
+
+
+def test_the_command_ends_with_the_page_of_its_run(plan, tmp_path, monkeypatch, capsys):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    logged = log(plan, tmp_path, [20.0, 30.0])
+    monkeypatch.setattr("sys.argv", ["evaluate", "mine"])
+    monkeypatch.setattr(evaluate, "prepare_evaluation", lambda arguments: (plan, uri))
+    monkeypatch.setattr(evaluate, "carry_out_evaluation", lambda *_: ({"all prompts": {"clipscore": 25.0}}, *logged))
+    assert evaluate.main() == 0
+    experiment = client_of(uri).get_run(logged[0]).info.experiment_id
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        f"mlflow    run {logged[0]}",
+        f"mlflow ui --backend-store-uri {uri}",
+        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning",
+    ]
 
 
 def test_a_model_that_no_run_of_this_store_made_is_logged_by_itself(plan, tmp_path):

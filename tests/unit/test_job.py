@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import ray
 from PIL import Image
 
+from raydistill.config.reading import load
+from raydistill.driver.job import Job, Prepared, carry_out
+from raydistill.driver.run_folder import RunFolder
+from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +88,49 @@ def test_a_finished_run_says_so(job, tmp_path, name, result):
     file.write_text("{}")
     code, out, error = job(name, "run.name=mine")
     assert (code, out.partition(" ")[2], error) == (0, f"run mine is finished: {file}\n", "")
+
+
+PROGRAM = """
+import sys
+from raydistill.config.reading import load
+from raydistill.driver.job import Job, prepare
+from raydistill.tracking.screen import screen
+
+said = []
+screen.say = lambda text: said.append((text, sorted({"torch", "ray", "diffusers"} & set(sys.modules))))
+config = load(overrides=[f"storage={sys.argv[1]}", "run.name=mine", "distill.workers=10000"])
+try:
+    prepare(Job(run="builtins:print", result="summary.json"), config)
+except ValueError:  # no machine has so many
+    print(said)
+"""
+
+
+def test_a_job_says_what_it_is_about_before_it_loads_what_takes_seconds(tmp_path):
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, env=ours, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout)[0] == ("run mine: shapes:flux → shapes:sd15", [])
+
+
+def test_a_run_that_the_cluster_refuses_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(*_):
+        assert (tmp_path / "storage" / "mine" / "owner.json").is_file()
+        raise InputError("too small")
+
+    monkeypatch.setattr("raydistill.driver.cluster.connected", lambda dashboard: contextlib.nullcontext())
+    monkeypatch.setattr("raydistill.driver.room.check_cluster", refuse)
+    folder = RunFolder(tmp_path / "storage", "mine")
+    prepared, unused = Prepared(load(), folder), Job(run="builtins:print", result="summary.json")
+    with pytest.raises(InputError, match="too small"):
+        carry_out(unused, prepared)
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    with pytest.raises(InputError, match="too small"):
+        carry_out(unused, prepared)
+    assert folder.path.exists()  # it was there before
 
 
 def test_models_of_other_stages_need_not_fit(job, tmp_path):

@@ -49,7 +49,7 @@ def test_where_ray_keeps_them_otherwise_the_line_to_submit_with_is_said_and_noth
     assert f"ray job submit --metadata-json '{json.dumps(FACTS)}'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", [None, "{}"])
+@pytest.mark.parametrize("text", [None, "{}", "null", '{"metadata": null}', '{"metadata": {}}'])
 def test_a_job_that_was_not_submitted_writes_nothing(store, text, monkeypatch, capsys):
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     if text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -101,6 +102,19 @@ def test_a_configuration_shows_what_differs_from_the_defaults():
         raydistill.distill(config, "distill.steps=8")
     with pytest.raises(TypeError, match="no option stepz; options are"):
         raydistill.evaluate("shapes:flux", stepz=2)
+
+
+def test_a_finished_run_says_so_and_shows_its_metric_and_what_it_has(tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    overrides = (f"storage={tmp_path}", "run.name=mine", "evaluation.metric=all")
+    summary = {"steps": 2, "student_before": {"mean": 0.1, "all": 0.2}, "student_after": {"mean": 0.3, "all": 0.4}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    run = raydistill.distill("shapes", *overrides)
+    assert f"run mine is finished: {folder / 'summary.json'}" in capsys.readouterr().out
+    assert repr(run) == f"Run(mine: 2 updates, before 0.200, after 0.400; {folder})"
+    (folder / "summary.json").write_text(json.dumps({"steps": 2, "controls": {}}))  # of a run without a judge
+    assert repr(raydistill.distill("shapes", *overrides)) == f"Run(mine: 2 updates; {folder})"
 
 
 @pytest.mark.full

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from raydistill.evaluation.summary import table
+from raydistill.tracking import progress
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.screen import WINDOW, Pace, Screen, duration
+from raydistill.workers.stage import Standing
 
 
 def shown(capsys, file, steps, total=10):
@@ -61,11 +66,60 @@ def test_the_time_left_counts_the_stages_that_follow_where_they_are_alike():
     screen = Screen()
     screen.plan(["bridge", "distill", "no_vsd", "shared_space"])
     alike = ("no_vsd", "shared_space")
-    screen._started["distill"] = time.monotonic() - 100
-    assert screen.time_left("distill", 20.0, alike) == "4 min 20 s left"  # 20 s, and twice 120 s
-    assert screen.time_left("shared_space", 20.0, alike) == "20 s left"
+    assert screen.time_left("distill", 20.0, 120.0, alike) == "4 min 20 s left"  # 20 s, and twice 120 s
+    assert screen.time_left("shared_space", 20.0, 120.0, alike) == "20 s left"
     assert screen.time_left("bridge", 20.0) == "20 s left of this stage"
-    assert screen.time_left("distill", None, alike) == ""
+    assert screen.time_left("distill", None, 120.0, alike) == ""
+    assert screen.time_left("unplanned", 20.0, 120.0, alike) == "20 s left of this stage"
+
+
+def test_after_a_resume_the_stages_that_follow_take_as_long_as_a_whole_one(tmp_path, monkeypatch):
+    """The last 20 of 100 updates of 2 s are left, then an evaluation of 7 s; the control has two, and all updates."""
+    screen = Screen()
+    screen.plan(["distill", "no_vsd"])
+    monkeypatch.setattr(progress, "screen", screen)
+    watcher, pace, said = ProgressWatcher(tmp_path / "progress.json", "distill", alike=("no_vsd",)), Pace(), []
+
+    class Shown:
+        def update(self, step, total, details, left):
+            said.append(left)
+
+    clock = iter((1000.0, 1002.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for step in (79, 80):
+        write_progress(watcher.file, step=step, total=100, tail_s=7.0)
+        watcher._look(Shown(), pace)
+    assert said == ["", duration(20 * 2 + 7 + 100 * 2 + 2 * 7) + " left"]
+
+
+def test_the_time_that_an_evaluation_takes_outlives_a_loss():
+    kept = Standing(step=3, final_s=7.5).about("id")
+    assert Standing.of(kept).final_s == 7.5
+    old = Standing(step=3).about("id")
+    assert "final_s" not in old
+    assert Standing.of(old).final_s == 0.0
+
+
+def test_rows_that_come_by_the_batch_have_a_steady_time_left():
+    """Every fourth look sees 128 rows, the others 16: a row takes 0.5 s in the long run."""
+    pace, step, now, left = Pace(), 0, 0.0, []
+    for look in range(200):
+        step += 128 if look % 4 == 0 else 16
+        now += 22.0
+        pace.see(step, now)
+        left.append(pace.left(step + 1000))
+    assert all(value == pytest.approx(500.0, rel=0.1) for value in left[WINDOW:])
+
+
+def test_a_log_that_holds_no_unicode_gets_its_lines(monkeypatch):
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", log)
+    Screen().say("run mine: flux → sd15\udcff")
+    Screen().show(table({"before": {"mean": 0.5}, "after": {"all": 0.25}}), width=80)  # a dash for what is not known
+    log.flush()
+    first, *rows = log.buffer.getvalue().decode().splitlines()
+    assert first.endswith(" run mine: flux ? sd15?")
+    assert [row.split() for row in rows] == [["mean", "all"], ["before", "0.500", "?"], ["after", "?", "0.250"]]
 
 
 def test_stages_have_numbers_and_end_with_their_time(capsys):

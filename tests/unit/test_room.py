@@ -77,11 +77,21 @@ def test_a_cluster_is_believed_where_an_autoscaler_can_add_nodes(monkeypatch):
     node = {"Resources": {"CPU": 2.0}, "Labels": {}}
     monkeypatch.setattr(room, "labelled_nodes", lambda labels: [node])
     monkeypatch.setattr(room, "autoscaler_present", lambda: False)
+    monkeypatch.setattr(room, "ROOM_PATIENCE_S", 0.0)
     room.check_cluster(load())
     with pytest.raises(InputError, match="no autoscaler can add nodes to, train workers cannot be placed"):
         room.check_cluster(load(overrides=["distill.workers=64"]))
     monkeypatch.setattr(room, "autoscaler_present", lambda: True)
     room.check_cluster(load(overrides=["distill.workers=64"]))
+
+
+def test_nodes_that_are_still_joining_are_waited_for(monkeypatch, capsys):
+    node, looks = {"Resources": {"CPU": 2.0}, "Labels": {}}, iter(range(99))
+    monkeypatch.setattr(room, "labelled_nodes", lambda labels: [node] * (1 + 20 * next(looks)))
+    monkeypatch.setattr(room, "autoscaler_present", lambda: False)
+    room.check_cluster(load(overrides=["distill.workers=64"]))
+    assert next(looks) == 2
+    assert "its 1 node(s) are too few: waiting 60 s for others" in capsys.readouterr().out
 
 
 def test_an_impossible_evaluation_ends_with_two_and_leaves_nothing(two_cores, run_script, tmp_path):

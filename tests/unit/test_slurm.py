@@ -16,7 +16,15 @@ SCRIPT = CONFIGS / "clusters" / "slurm.sbatch"
 STANDINS = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'if [ "$1" = show ]; then printf "localhost\\nlocalhost\\n"; else echo "scontrol $*" >> "$LOG"; fi',
-    "ray": 'echo "ray $*" >> "$LOG"; if [ "$1" = start ]; then exec sleep 60; fi',
+    # As Ray shows its nodes: each as a type of its own, those without work as idle. The second has joined at the fourth look.
+    "ray": """echo "ray $*" >> "$LOG"
+        if [ "$1" = start ]; then [ -z "$ENDS" ] || case "$*" in *--head*) ;; *) exit 1 ;; esac; exec /bin/sleep 60; fi
+        if [ "$1" = status ]; then
+          printf 'Node status\\n---\\nActive:\\n 1 node_a\\nIdle:\\n'
+          if [ "$(grep -c 'ray status' "$LOG")" -ge 4 ]; then printf ' 1 node_b\\n'; else printf ' (no idle nodes)\\n'; fi
+          printf 'Pending:\\n 7 node_c\\nRecent failures:\\n (no failures)\\n\\nResources\\nTotal Usage:\\n 3.0/96.0 CPU\\n'
+        fi""",
+    "sleep": "exec /bin/sleep 0.05",
     "python3": """trap 'echo checkpoint >> "$LOG"; exit 75' TERM
         echo "driver $RAY_ADDRESS $RAY_AUTH_MODE $*" >> "$LOG"
         [ -z "$CODE" ] || exit "$CODE"
@@ -27,7 +35,7 @@ STANDINS = {
 class Allocation:
     """A batch script under way."""
 
-    def __init__(self, folder, code):
+    def __init__(self, folder, code, ends):
         binaries, self.log = folder / "venv" / "bin", folder / "log"
         binaries.mkdir(parents=True)
         for name, body in STANDINS.items():
@@ -36,7 +44,7 @@ class Allocation:
         (binaries / "activate").write_text(f"PATH={binaries}:$PATH\n")
         variables = {
             "SLURM_JOB_ID": "4217", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "96", "SLURM_GPUS_ON_NODE": "8",
-            "VENV": str(folder / "venv"), "LOG": str(self.log), "STORAGE": "/scratch/runs", "CODE": code,
+            "VENV": str(folder / "venv"), "LOG": str(self.log), "STORAGE": "/scratch/runs", "CODE": code, "ENDS": ends,
         }  # fmt: skip
         self.process = subprocess.Popen(
             ["bash", str(SCRIPT), "distill.steps=60"], env=os.environ | variables, start_new_session=True
@@ -58,8 +66,8 @@ class Allocation:
 def allocation(tmp_path):
     started = []
 
-    def start(code=""):
-        started.append(Allocation(tmp_path, code))
+    def start(code="", ends=""):
+        started.append(Allocation(tmp_path, code, ends))
         return started[0]
 
     yield start
@@ -73,6 +81,7 @@ def test_token_head_workers_and_job_come_in_this_order_and_a_signal_puts_the_job
     job = allocation()
     starts = job.begun("ray start", 2)
     (driver,) = job.begun("driver ")
+    assert job.lines()[: job.lines().index(driver)].count("ray status") == 4  # all nodes have joined
     assert driver.startswith("driver 127.0.0.1:24217 token jobs/distill.py --config configs/sdxl_sd15.yaml ")
     assert " storage=/scratch/runs " in driver
     assert driver.endswith(" distill.steps=60")
@@ -90,3 +99,9 @@ def test_a_run_that_ended_or_failed_is_not_tried_again(allocation, code):
     job = allocation(code)
     assert job.process.wait(60) == int(code)
     assert not any("requeue" in line for line in job.lines())
+
+
+def test_a_node_on_which_ray_ends_ends_the_job(allocation):
+    job = allocation(ends="yes")
+    assert job.process.wait(60) == 1
+    assert not any(line.startswith("driver") for line in job.lines())

@@ -10,7 +10,7 @@ import sys
 import pytest
 from ray._private import worker as ray_worker
 
-from raydistill.driver.worker_lines import HOOK, _Shown, lines_to_show
+from raydistill.driver.worker_lines import HOOK, _Shown, lines_to_show, worker_lines
 
 OURS = {"pid": 7, "actor_name": "RayTrainWorker", "is_err": False}
 
@@ -39,6 +39,11 @@ NARRATION = [
         "lines": ["Task ServeController.listen_for_change failed. There are infinite retries remaining, so …"],
     },
     {"pid": "autoscaler", "is_err": False, "lines": ["======== Autoscaler status ========", "Node status", ""]},
+    {
+        "pid": "raylet",
+        "lines": ["[2026-11-27 22:13:27,672 I 5 5] (raylet) worker_pool.cc:7: memory of idle workers is fine"],
+    },
+    {"pid": "raylet", "lines": ["[2026-11-27 22:13:27,672 W 5 5] (raylet) worker_pool.cc:7: a namespace is new"]},
     OURS | {"lines": ["", "   "]},
 ]
 
@@ -56,6 +61,46 @@ def test_what_concerns_people_is_shown():
     assert lines_to_show(event) == ["(autoscaler) Adding 1 node(s) of type worker."]
     killed = {"pid": "raylet", "is_err": False, "lines": ["1 Workers (tasks / actors) killed due to memory pressure"]}
     assert lines_to_show(killed) == ["(raylet) 1 Workers (tasks / actors) killed due to memory pressure"]
+
+
+PREFIX = "[2026-11-27 22:13:27,672 {} 5 5] (raylet) node_manager.cc:3: "
+
+
+@pytest.mark.parametrize(
+    ("level", "text"),
+    [
+        ("E", "2 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed due to other reasons"),
+        ("E", "Worker killer did not select any workers to kill even though memory usage is high."),
+        ("E", "/tmp/ray/session_1 is over 95% full, available space: 1.2 GB; capacity: 64 GB"),
+        ("W", "Plasma fallback allocator failed, likely out of disk space."),
+        ("C", "Check failed: a != b"),
+    ],
+)
+def test_a_node_that_is_short_of_memory_or_disk_or_dies_is_heard(level, text):
+    data = {"pid": "raylet", "is_err": False, "lines": [PREFIX.format(level) + text]}
+    assert lines_to_show(data) == [f"(raylet) {text}"]
+
+
+def test_a_warning_of_a_replica_is_shown():
+    text = "WARNING 2026-11-27 22:13:27,672 mine_Teacher x1 -- request took 70 s"
+    data = {"pid": 3, "actor_name": "ServeReplica:mine:Teacher", "is_err": True}
+    assert lines_to_show(data | {"lines": [text, text.replace("WARNING", "INFO")]}) == [
+        f"(ServeReplica:mine:Teacher 3) {text}"
+    ]
+
+
+def test_where_ray_s_function_is_another_that_is_said(monkeypatch, capsys):
+    def another(data):
+        raise AssertionError
+
+    monkeypatch.setattr(ray_worker, HOOK, another)
+    with worker_lines():
+        assert getattr(ray_worker, HOOK) is another
+    assert f"has another {HOOK}: all that Ray's processes print is shown" in capsys.readouterr().out
+    monkeypatch.delattr(ray_worker, HOOK)
+    with worker_lines():
+        assert not hasattr(ray_worker, HOOK)
+    assert f"has another {HOOK}" in capsys.readouterr().out
 
 
 def test_workers_that_say_the_same_are_heard_once(capsys):
