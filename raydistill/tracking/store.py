@@ -336,8 +336,8 @@ def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags:
 
 
 def newest_model(client: MlflowClient, experiment: str, run_id: str) -> LoggedModel | None:
-    """The model that a run has logged last; None: it has logged none."""
+    """The model that a run has logged last; None: it has logged none. One that was not uploaded to its end does not count."""
     found = client.search_logged_models(
         [experiment], f"source_run_id = '{run_id}'", order_by=[{"field_name": "creation_time", "ascending": False}]
     )
-    return found[0] if found else None
+    return next((model for model in found if model.status.value == "READY"), None)
