@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from raydistill.config.command_line import shown_command
 from raydistill.driver.logged_model import log_student
-from raydistill.driver.run_record import RunRecord, command_line
+from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.export.pipeline import HOW_TO_DRAW
@@ -100,7 +101,7 @@ def _log(record: RunRecord, summary: dict[str, Any], pictures: Place, rows: Mapp
     tracker.artifact(pictures)
     tracker.artifact(record.run.path / "config.yaml")
     shown = f"![before and after](get-artifact?path={pictures.name}&run_uuid={record.parent})"
-    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{command_line()}`"]))
+    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{shown_command(record.config)}`"]))
     tracker.close()
 
 

@@ -165,3 +165,14 @@ def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):
     (run[1].path / "run.json").write_text("")
     with pytest.raises(StageFailed, match=r"run\.json is damaged .*restore it, or remove it"), open_record(*run):
         pytest.fail("it cannot be opened")
+
+
+def test_a_run_says_its_recipe_what_differs_from_it_and_what_to_type(run, client, storage):
+    config = load("sdxl_sd15", [f"storage={storage}", "run.name=facts", "plan.trainer_gpu=A100"])
+    with pytest.raises(StageFailed), open_record(config, RunFolder(storage, "facts"), run[2]) as record:
+        raise ValueError
+    data = client.get_run(record.parent).data
+    assert data.tags["recipe"] == "sdxl_sd15"
+    assert data.params["plan.trainer_gpu"] == "A100"
+    assert "plan.teacher_gpu" not in data.params
+    assert f"`raydistill.distill('sdxl_sd15', 'storage={storage}'" in data.tags["mlflow.note.content"]
