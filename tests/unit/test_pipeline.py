@@ -142,6 +142,18 @@ def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
     assert statuses(client, fail) == ["FINISHED", "FINISHED", "FINISHED"]
 
 
+def test_a_failed_run_s_reason_does_not_stay_once_it_goes_on(fail, run, client):
+    with pytest.raises(StageFailed):
+        fail(ValueError("bad value"))
+    told = client.get_run(fail.stage).data.tags
+    assert "bad value" in told["failure"]
+    assert "bad value" in told["mlflow.note.content"]
+    with open_record(*run) as again:
+        again.finish(again.stage_run(run[0], "distill"))
+    for id in (fail.stage, fail.pipeline.parent):
+        assert not {"failure", "mlflow.note.content"} & client.get_run(id).data.tags.keys()
+
+
 def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
     config, folder, inputs = run
     gone = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "gone"})})
