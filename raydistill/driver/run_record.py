@@ -15,12 +15,13 @@ from ray.exceptions import RayError
 from raydistill.config.command_line import shown_command
 from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
-from raydistill.data.pairs import count_rows
+from raydistill.data.pairs import count_rows, fingerprint
 from raydistill.driver.binding import kept_binding
 from raydistill.driver.job_metadata import describe_job
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError, RunLost, StageFailed, mask
+from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
@@ -97,8 +98,16 @@ class RunRecord:
         for key in ("bridge.pairs", "discriminator.real_data"):
             if (folder := get(config, key)) is not None:
                 sets[key] = (key, str(folder), count_rows(resolve(folder)))
+        if inputs.images is not None:
+            sets["synthesis.images"] = ("synthesis.images", inputs.images.source, len(inputs.images))
         for key, (context, source, rows) in sets.items():
             tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
+        tracker.close(DESCRIBED_WITHIN_S)
+
+    def describe_pairs(self, folder: Place) -> None:
+        """The set of pairs that the run itself has made, which is whole."""
+        tracker = Tracker(self.uri, self.parent)
+        tracker.dataset("pairs", str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
+from dataclasses import replace
 
 import mlflow
 import pytest
+from pair_sets import write_upscaled
+from PIL import Image
 from ray.exceptions import ActorUnavailableError
 
 from raydistill.config.reading import load
+from raydistill.data.images import open_images
+from raydistill.data.pairs import fingerprint
 from raydistill.data.prompts import PromptSet
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
@@ -188,3 +194,19 @@ def test_a_run_says_its_recipe_what_differs_from_it_and_what_to_type(run, client
     assert data.params["plan.trainer_gpu"] == "A100"
     assert "plan.teacher_gpu" not in data.params
     assert f"`raydistill.distill('sdxl_sd15', 'storage={storage}'" in data.tags["mlflow.note.content"]
+
+
+def test_a_run_names_the_images_and_pairs_that_it_is_made_of(run, client, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / f"{name}.png")
+    config, folder, inputs = run
+    with open_record(config, folder, replace(inputs, images=open_images(tmp_path / "photos"))) as record:
+        record.describe_pairs(write_upscaled(tmp_path / "pairs", 24))
+    sets = {
+        given.tags[0].value: (given.dataset, json.loads(given.dataset.profile)["num_rows"])
+        for given in client.get_run(record.parent).inputs.dataset_inputs
+    }
+    assert sets["synthesis.images"][1] == 2
+    assert sets["pairs"][1] == 24
+    assert sets["pairs"][0].digest == fingerprint(tmp_path / "pairs")
