@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill import export
+from raydistill.config.schema import Config
+from raydistill.driver.finished import SUMMARY
+from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import mask
-from raydistill.storage.atomic import reading
+from raydistill.storage.atomic import read_json, reading
 from raydistill.storage.place import Place
 from raydistill.tracking.screen import screen
-from raydistill.tracking.store import client_of, told
+from raydistill.tracking.store import client_of, told, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 MODEL = "student"  # name of the logged model
 CHAMPION = "champion"  # alias of the best version by the metric
 METRIC, SCORE = "metric", "score"  # tags of a version: what it was measured by, and how well it did
+REFUSED = "model_refused"  # in run.json
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 AFTER = "student_after/"  # metrics of the run that are the exported student's
 CODE = Path(export.__file__).parent / "mlflow_student.py"
@@ -57,6 +61,22 @@ def log_student(uri: str, run_id: str, folder: Place, metric: str | None, regist
         )
         return False
     return True
+
+
+def log_of_run(config: Config, run: RunFolder, uri: str, run_id: str, measured: bool) -> None:
+    """Log a run's student as the configuration says, and keep in run.json whether MLflow has refused it."""
+    metric = f"{AFTER}{config.evaluation.metric}" if measured else None
+    taken = log_student(uri, run_id, run.path / "export", metric, config.tracking.register_as)
+    if not taken or REFUSED in run.recall():
+        run.remember(**{REFUSED: not taken})
+
+
+def log_if_refused(config: Config, run: RunFolder) -> None:
+    """A finished run's student, where MLflow did not take it when the run ended."""
+    kept = run.recall()
+    if kept.get(REFUSED):
+        measured = bool(read_json(run.path / SUMMARY, "restore it, or use another run.name").get("student_after"))
+        log_of_run(config, run, tracking_uri(config, run.storage), kept["mlflow"]["pipeline"], measured)
 
 
 def _log(client: MlflowClient, run: Run, folder: Place) -> LoggedModel:

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from raydistill.config.command_line import shown_command
-from raydistill.driver.logged_model import log_student
+from raydistill.driver.logged_model import log_of_run
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
@@ -39,8 +39,7 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     stage = record.run.path / "distill"
     if (stage / "export").is_dir():
         move_folder(stage / "export", record.run.path / "export")
-    metric = f"student_after/{record.config.evaluation.metric}" if rows else None
-    log_student(record.uri, record.parent, record.run.path / "export", metric, record.config.tracking.register_as)
+    log_of_run(record.config, record.run, record.uri, record.parent, bool(rows))
     write_summary(record.run.path / "summary.json", summary)
     _show(record, results, summary, rows)
     return summary

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 from collections.abc import Iterator
 
 import mlflow
@@ -12,7 +14,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from raydistill.driver.logged_model import log_student
+from raydistill.config.reading import load
+from raydistill.driver.logged_model import log_if_refused, log_of_run, log_student
+from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.export.source import find_export
@@ -166,3 +170,26 @@ def test_a_champion_without_tags_is_compared_by_its_run(uri, storage, export):
     client.log_metric(run, "student_after/mean", 0.5, step=8)
     logged(uri, storage, export, 0.6, "older")
     assert client.get_registered_model("older").aliases == {"champion": 4}
+
+
+def test_a_refused_student_is_logged_by_the_next_call_of_the_finished_run(uri, storage, export):
+    folder = RunFolder(storage, "refused")
+    shutil.copytree(export, folder.path / "export")
+    (folder.path / "summary.json").write_text(json.dumps({"student_after": {"mean": 0.5}}))
+    config = load(None, [f"storage={storage}", "tracking.register_as=late", f"tracking.uri={uri}"])
+    run = open_run(uri, "models", "a run", storage=storage, params={}, tags={})
+    client = client_of(uri)
+    client.log_metric(run, "student_after/mean", 0.5)
+    folder.remember(mlflow={"pipeline": run})
+    log_if_refused(config, folder)  # nothing was refused
+    experiment = client.get_run(run).info.experiment_id
+    log_of_run(config, folder, f"sqlite:///{storage}/other.db", run, True)
+    assert newest_model(client, experiment, run) is None
+    log_if_refused(config, folder)
+    model = newest_model(client, experiment, run)
+    assert client.get_model_version_by_alias("late", "champion").tags == {
+        "metric": "student_after/mean",
+        "score": "0.5",
+    }
+    log_if_refused(config, folder)
+    assert newest_model(client, experiment, run).model_id == model.model_id, "once"
