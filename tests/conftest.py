@@ -41,6 +41,15 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("RAYDISTILL_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex[:8]}"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_store_in_the_tree():
+    """MLflow makes its store in the working directory where nobody has named one: a test has lost its own."""
+    store = Path("mlflow.db").absolute()
+    there = store.exists()
+    yield
+    assert there or not store.exists(), f"a test has made {store}"
+
+
 @pytest.fixture(scope="session")
 def miniature_parts():
     """Random-weight VAEs, text encoders and tokenizers."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +12,24 @@ from pathlib import Path
 from raydistill.config.key_help import help_text
 from raydistill.config.reading import load, to_yaml
 from raydistill.config.schema import Config
-from raydistill.errors import InputError
+from raydistill.errors import InputError, mask
 
 
 def program() -> str:
     """What was typed before the arguments: `raydistill distill`, or `python3 jobs/distill.py`."""
     script = Path(sys.argv[0])
     return f"python3 {script.parent.name}/{script.name}" if script.suffix == ".py" else script.name
+
+
+def shown_command(config: Config) -> str:
+    """What makes the run once more, without secrets: the command as it was typed, or the library's call."""
+    origin = config.origin
+    if origin.file is None:
+        return "raydistill.distill(config)"
+    overrides = [f"{key}={mask(key, value)}" for key, _, value in (text.partition("=") for text in origin.overrides)]
+    if origin.program is None:
+        return f"raydistill.distill({', '.join(map(repr, [origin.file, *overrides]))})"
+    return f"{origin.program} --config {shlex.join([origin.file, *overrides])}"
 
 
 def from_command_line(
@@ -43,6 +56,7 @@ def from_command_line(
             known = ", ".join(["--config", "--help", "--print-config", *options])
             raise InputError(f"unknown option {unknown[0]}; options are {known}")
         config = load(told.config, overrides)
+        config.of(dataclasses.replace(config.origin, program=program()))
         page = None if told.help is None else help_text(purpose, program(), config, topic, options)
     except InputError as error:
         print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -41,6 +41,23 @@ class Section(BaseModel):
         """What differs from the defaults."""
         fields = type(self).model_fields
         return ((name, value) for name, value in super().__repr_args__() if value != fields[str(name)].default)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was read from. It decides nothing: configurations of other origins are equal.
+
+    Attributes:
+        program: what was typed before the arguments; None: it was read by a script or a notebook.
+        file: as it was named; None: it was made otherwise.
+        overrides: as they were typed, secrets and all.
+        keys: dotted keys that these set.
+    """
+
+    program: str | None = field(default=None, compare=False)
+    file: str | None = field(default=None, compare=False)
+    overrides: tuple[str, ...] = field(default=(), compare=False)
+    keys: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True)

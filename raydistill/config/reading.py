@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from raydistill.config.keys import Free, Section
+from raydistill.config.keys import Free, Origin, Section
 from raydistill.config.schema import Config, trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
@@ -232,11 +232,14 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, or a shipped configuration by name (default: shapes), override, validate. Raises InputError."""
     tree, origins = read_yaml(find_config(file) if file else CONFIGS / "shapes.yaml")
+    typed: set[str] = set()
     for text in overrides:
         extra = _override(text)
         tree = _merge(tree, extra)
-        origins |= dict.fromkeys(_keys(extra), "")  # whoever typed it needs no file name
-    return validate(tree, origins)
+        typed.update(_keys(extra))
+    origins |= dict.fromkeys(typed, "")  # whoever typed it needs no file name
+    origin = Origin(file=str(file or "shapes"), overrides=tuple(overrides), keys=frozenset(typed))
+    return validate(tree, origins).of(origin)
 
 
 def get(config: Config, key: str) -> Any:
@@ -274,7 +277,7 @@ def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
     tree = config.model_dump()
     for section, values in changes.items():
         tree[section] |= values
-    return validate(tree)
+    return validate(tree).of(config.origin)
 
 
 def mathematical(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from raydistill.config.keys import (
     Batch,
@@ -15,6 +15,7 @@ from raydistill.config.keys import (
     Fraction,
     Gpus,
     NonNegative,
+    Origin,
     Patience,
     Positive,
     Seconds,
@@ -418,6 +419,17 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = free(TrackingConfig())
     plan: PlanConfig = free(PlanConfig())
+
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        return self._origin
+
+    def of(self, origin: Origin) -> Config:
+        """Itself, with the origin from now on."""
+        self._origin = origin
+        return self
 
     @model_validator(mode="after")
     def _names(self) -> Config:

@@ -192,7 +192,7 @@ def count_rows(folder: str | Place) -> int:
     return sum(_open(file).metadata.num_rows for file in files)
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: str | Place) -> str:
     """Of a set of pairs: names, sizes and ends of its shards, whose parquet footers say how large each column is.
 
     Raises:
@@ -206,10 +206,10 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _end(file: Path) -> bytes:
+def _end(file: Place) -> bytes:
     """Size of a shard, and its last bytes: the footer, however long it is."""
     try:
-        with file.open("rb") as stream:
+        with file.filesystem.open_input_file(file.key) if isinstance(file, Remote) else file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - END_BYTES))
             end = stream.read()

@@ -143,6 +143,14 @@ def carry_out(job: Job, prepared: Prepared, dashboard: bool = False) -> Any:
         return _loaded(job.run)(config, folder, prepared.inputs)
 
 
+def make_up(job: Job, prepared: Prepared) -> None:
+    """What a finished run still lacks through no fault of its own: MLflow may have been away when it ended."""
+    if job.extends:
+        from raydistill.driver.logged_model import log_if_refused  # as in `prepare`
+
+        log_if_refused(prepared.config, prepared.folder)
+
+
 def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> int:
     """Body of a command's `main`; returns the exit code.
 
@@ -160,6 +168,7 @@ def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> i
     for line in prepared.notes:
         screen.say(line)
     if prepared.inputs is None:
+        make_up(job, prepared)
         return 0
     name = prepared.folder.name
     again = f"run {name} can be continued with run.name={name}"

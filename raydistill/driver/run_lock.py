@@ -21,13 +21,13 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.errors import RunLost
-from raydistill.storage.lease import LEASE_FILE, Lease, holding, owner_of
+from raydistill.storage.lease import LEASE_FILE, TOUCHED_WITHIN_S, Lease, holding, owner_of
 from raydistill.storage.place import Place, Remote
 from raydistill.tracking.screen import screen
 from raydistill.workers.stop_signal import leave_at_once
 
 READ_BACK_S = 2.0
-BEAT_EVERY_S, WATCHED_FOR_S = 5.0, 30.0  # six beats that fail to come say that the holder is gone
+BEAT_EVERY_S, WATCHED_FOR_S = 5.0, TOUCHED_WITHIN_S  # six beats that fail to come say that the holder is gone
 
 
 class RunLocked(ValueError):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
-import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,14 +12,16 @@ from typing import TypeVar
 
 from ray.exceptions import RayError
 
+from raydistill.config.command_line import shown_command
 from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
-from raydistill.data.pairs import count_rows
+from raydistill.data.pairs import count_rows, fingerprint
 from raydistill.driver.binding import kept_binding
 from raydistill.driver.job_metadata import describe_job
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError, RunLost, StageFailed, mask
+from raydistill.storage.place import Place
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
@@ -39,22 +38,10 @@ PARAMS = (  # by which people compare runs; what was typed comes on top, and con
 DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
 
 
-def command_line() -> str:
-    """What was typed, without secrets."""
-    script, *arguments = sys.argv
-    shown = [f"{key}={mask(key, value)}" if same else key for key, same, value in (a.partition("=") for a in arguments)]
-    return shlex.join(["python3", script, *shown])
-
-
-def _typed_keys() -> set[str]:
-    return {argument.partition("=")[0] for argument in sys.argv[1:] if "=" in argument}
-
-
-def _recipe() -> str:
-    """Name of the configuration file."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default="shapes")
-    return Path(parser.parse_known_args(sys.argv[1:])[0].config).stem
+def _facts(config: Config) -> dict[str, object]:
+    """Tags that say what a run is, beside `run_tags`."""
+    file = config.origin.file
+    return {"steps": config.distill.steps} | ({} if file is None else {"recipe": Path(file).stem})
 
 
 class RunRecord:
@@ -91,8 +78,8 @@ class RunRecord:
                 config.tracking.experiment,
                 name,
                 storage=self.run.storage,
-                params={key: value for key, value in flatten(config).items() if key in {*PARAMS, *_typed_keys()}},
-                tags=run_tags(config, stage) | {"recipe": _recipe(), "steps": config.distill.steps},
+                params={key: value for key, value in flatten(config).items() if key in {*PARAMS, *config.origin.keys}},
+                tags=run_tags(config, stage) | _facts(config),
                 parent_run_id=parent,
                 resume_run_id=known,
             )
@@ -111,8 +98,16 @@ class RunRecord:
         for key in ("bridge.pairs", "discriminator.real_data"):
             if (folder := get(config, key)) is not None:
                 sets[key] = (key, str(folder), count_rows(resolve(folder)))
+        if inputs.images is not None:
+            sets["synthesis.images"] = ("synthesis.images", inputs.images.source, len(inputs.images))
         for key, (context, source, rows) in sets.items():
             tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
+        tracker.close(DESCRIBED_WITHIN_S)
+
+    def describe_pairs(self, folder: Place) -> None:
+        """The set of pairs that the run itself has made, which is whole."""
+        tracker = Tracker(self.uri, self.parent)
+        tracker.dataset("pairs", str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
@@ -164,7 +159,7 @@ class RunRecord:
         if why is not None:
             why = mask(FAILURE, why)
             tracker.tags({FAILURE: why})
-            tracker.note(f"**{status.lower()}**: {why}\n\n`{command_line()}`")
+            tracker.note(f"**{status.lower()}**: {why}\n\n`{shown_command(self.config)}`")
         tracker.finish(status, within_s)
         self.open.remove(run_id)
 

@@ -107,6 +107,7 @@ def make_pairs(record: RunRecord, service: str | None) -> str:
         finally:
             tracker.close()
         record.finish(run_id)
+        record.describe_pairs(folder)
     return str(folder)
 
 

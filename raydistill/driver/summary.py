@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from raydistill.driver.logged_model import log_student
-from raydistill.driver.run_record import RunRecord, command_line
+from raydistill.config.command_line import shown_command
+from raydistill.driver.logged_model import log_of_run
+from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.export.pipeline import HOW_TO_DRAW
@@ -37,8 +38,7 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     stage = record.run.path / "distill"
     if (stage / "export").is_dir():
         move_folder(stage / "export", record.run.path / "export")
-    metric = f"student_after/{record.config.evaluation.metric}" if rows else None
-    log_student(record.uri, record.parent, record.run.path / "export", metric, record.config.tracking.register_as)
+    log_of_run(record.config, record.run, record.uri, record.parent, bool(rows))
     write_summary(record.run.path / "summary.json", summary)
     _show(record, results, summary, rows)
     return summary
@@ -99,7 +99,7 @@ def _log(record: RunRecord, summary: dict[str, Any], pictures: Place, rows: Mapp
     tracker.artifact(pictures)
     tracker.artifact(record.run.path / "config.yaml")
     shown = f"![before and after](get-artifact?path={pictures.name}&run_uuid={record.parent})"
-    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{command_line()}`"]))
+    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{shown_command(record.config)}`"]))
     tracker.close()
 
 

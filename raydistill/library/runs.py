@@ -13,7 +13,7 @@ from raydistill.commands.evaluate import arguments_of, carry_out_evaluation, pre
 from raydistill.config.reading import load
 from raydistill.config.schema import Config
 from raydistill.driver.finished import SUMMARY
-from raydistill.driver.job import carry_out, prepare
+from raydistill.driver.job import carry_out, make_up, prepare
 from raydistill.library.sampler import Sampler
 from raydistill.storage.atomic import read_json
 from raydistill.storage.place import Place
@@ -88,6 +88,8 @@ def distill(config: Config | str | Path | None = None, *overrides: str) -> Run:
         screen.say(line)
     if prepared.inputs is not None:
         carry_out(JOB, prepared)
+    else:
+        make_up(JOB, prepared)
     folder, metric = prepared.folder, prepared.config.evaluation.metric
     return Run(folder.name, folder.path, read_json(folder.path / SUMMARY, "remove it, and start the run again"), metric)
 

@@ -7,10 +7,13 @@ more.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.errors import RunLost
@@ -19,6 +22,7 @@ if TYPE_CHECKING:  # place.py imports this file
     from raydistill.storage.place import Place
 
 LEASE_FILE = "owner.json"
+TOUCHED_WITHIN_S = 30.0  # by a driver that lives
 NAMES = {"host", "pid", "started"}  # what a holder says of itself, beside its token
 
 
@@ -56,6 +60,17 @@ class Lease:
 
     def covers(self, target: Place) -> bool:
         return f"{target}/".startswith(f"{self.folder}/")
+
+
+def held_by_others(storage: Path) -> list[str]:
+    """Names of the runs in a local folder that other living jobs hold: their drivers touch the file every few seconds."""
+    now, found = time.time(), []
+    for file in sorted(storage.glob(f"*/{LEASE_FILE}")):
+        with contextlib.suppress(FileNotFoundError):
+            fresh = now - file.stat().st_mtime < TOUCHED_WITHIN_S
+            if fresh and lease_of(file) is None and owner_of(file.parent) is not None:
+                found.append(file.parent.name)
+    return found
 
 
 _held: list[Lease] = []  # of this process

@@ -13,6 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from raydistill.storage.lease import held_by_others
+
 ARTIFACTS = "mlartifacts"  # folder beside the database
 PLACES = (  # (table, column) of the database that name places below an experiment's
     ("runs", "artifact_uri"),
@@ -33,7 +35,8 @@ def local(place: str | None) -> Path | None:
 def follow(database: Path, new: Path) -> list[str]:
     """Make the places of a store follow its folder; returns lines for people.
 
-    Artifacts that were not taken along are still found where they are.
+    Artifacts that were not taken along are still found where they are. Nothing is changed while another job has a run in the
+    folder: it may see one and the same folder under the old path.
 
     Args:
         database: MLflow's SQLite file; nobody else may be changing its schema.
@@ -45,6 +48,12 @@ def follow(database: Path, new: Path) -> list[str]:
         for (place,) in found:
             old = local(place)
             if old is None or old.name != ARTIFACTS or same(old, new):
+                continue
+            if held := held_by_others(new.parent):
+                lines.append(
+                    f"MLflow's artifacts go to {old}, where {new.parent} was begun: they follow it once no other job has "
+                    f"a run in it, as {held[0]} now"
+                )
                 continue
             store.execute(
                 "update experiments set artifact_location = ? where artifact_location = ?", (new.as_uri(), place)

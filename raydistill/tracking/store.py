@@ -254,7 +254,7 @@ def open_run(
         tags["mlflow.parentRunId"] = parent_run_id
     if commit := tags.get("git_commit"):
         tags |= {"mlflow.source.git.commit": commit, "mlflow.source.name": Path(sys.argv[0]).name or "raydistill"}
-    tags["mlflow.user"] = getpass.getuser()
+    tags["mlflow.user"] = _user()
     params = {key: mask(key, value)[:MAX_PARAM] for key, value in params.items()}
     try:
         if resume_run_id is None:
@@ -264,8 +264,8 @@ def open_run(
             if run.info.lifecycle_stage != "active":
                 raise TrackingError(f"run {resume_run_id} was deleted; `mlflow runs restore` brings it back")
             client.update_run(resume_run_id, status="RUNNING")
-            if FAILURE in run.data.tags:
-                client.delete_tag(resume_run_id, FAILURE)
+            for tag in sorted({FAILURE, NOTE} & run.data.tags.keys()) if FAILURE in run.data.tags else ():
+                client.delete_tag(resume_run_id, tag)
         known = run.data.params
         changed = {f"changed.{k}": v[:MAX_TAG] for k, v in params.items() if k in known and known[k] != v}
         fresh = {key: value for key, value in params.items() if key not in known}
@@ -274,6 +274,14 @@ def open_run(
         kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
         raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {told(uri, error)}") from error
     return run.info.run_id
+
+
+def _user() -> str:
+    """Name of whoever runs this; the number where the machine knows no name for it, as under `docker run -u 1234`."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):  # of Python up to 3.12, and of later ones
+        return str(os.getuid())
 
 
 def _experiment_id(client: MlflowClient, uri: str, name: str, storage: Place) -> str:
@@ -336,8 +344,8 @@ def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags:
 
 
 def newest_model(client: MlflowClient, experiment: str, run_id: str) -> LoggedModel | None:
-    """The model that a run has logged last; None: it has logged none."""
+    """The model that a run has logged last; None: it has logged none. One that was not uploaded to its end does not count."""
     found = client.search_logged_models(
         [experiment], f"source_run_id = '{run_id}'", order_by=[{"field_name": "creation_time", "ascending": False}]
     )
-    return found[0] if found else None
+    return next((model for model in found if model.status.value == "READY"), None)

@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from raydistill.config.command_line import from_command_line
+from raydistill.config.command_line import from_command_line, shown_command
 from raydistill.config.reading import (
     CONFIGS,
+    changed,
     config_hash,
     fields,
     flatten,
@@ -238,3 +239,27 @@ def test_config_round_trips_through_yaml_as_earlier_versions_read_and_wrote_it()
     assert from_yaml(to_yaml(config)) == validate(yaml.safe_load(to_yaml(config))) == config
     assert from_yaml(yaml.safe_dump(config.model_dump())) == config
     assert from_yaml(to_yaml(config).replace("1.0e-05", "1e-5")) == config, "as people write it"
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("/venv/bin/raydistill distill", "raydistill distill"),
+        ("/home/me/raydistill/jobs/distill.py", "python3 jobs/distill.py"),
+    ],
+)
+def test_the_command_that_is_shown_can_be_typed_again(monkeypatch, typed, shown):
+    monkeypatch.setattr("sys.argv", [typed])
+    uri = "tracking.uri=http://me:hunter2@host"
+    config = from_command_line("x", ["--config", "sdxl_sd15", "student.lr=3e-6", uri])
+    assert shown_command(config) == f"{shown} --config sdxl_sd15 student.lr=3e-6 'tracking.uri=http://***@host'"
+    assert shown_command(from_command_line("x", [])) == f"{shown} --config shapes"
+
+
+def test_a_configuration_knows_its_file_and_overrides_whatever_the_process_was_started_with(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["ipykernel_launcher.py", "-f", "kernel.json", "a=b"])
+    config = changed(load("sdxl_sd15", ["run.name=x", "vsd={weight: 0.5}"]), {"run": {"seed": 4}})
+    assert shown_command(config) == "raydistill.distill('sdxl_sd15', 'run.name=x', 'vsd={weight: 0.5}')"
+    assert config.origin.keys >= {"run.name", "vsd.weight"}
+    assert config == from_yaml(to_yaml(config)), "the origin is no part of it"
+    assert config.model_copy().origin is config.origin

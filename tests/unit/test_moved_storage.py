@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 
 import mlflow
@@ -10,6 +12,7 @@ import pytest
 from mlflow.tracking._tracking_service import utils
 
 from raydistill.config.reading import validate
+from raydistill.storage.lease import LEASE_FILE, Lease, holding
 from raydistill.tracking.store import open_run, prepare, tracking_uri
 
 
@@ -87,6 +90,22 @@ def test_artifacts_that_were_left_behind_are_found_there_and_new_ones_come_besid
     assert {entry.path for entry in client.list_artifacts(first)} == {"0.txt"}
     assert (new / "mlartifacts" / run / "artifacts" / "0.txt").is_file()
     assert files(old) == before
+
+
+@pytest.mark.parametrize("state", ["held", "left", "dead", "ours"])
+def test_a_folder_that_another_job_sees_under_its_old_path_is_not_changed_under_it(old, first, tmp_path, state, capsys):
+    """Two machines may mount one folder at two places."""
+    shutil.copytree(old, new := tmp_path / "mounted here")
+    (run := new / "theirs").mkdir()
+    (run / LEASE_FILE).write_text("" if state == "left" else '{"host": "other", "pid": 1, "token": "t"}')
+    if state == "dead":
+        os.utime(run / LEASE_FILE, (time.time() - 60,) * 2)
+    capsys.readouterr()
+    with holding(Lease(run, "t") if state == "ours" else None):
+        client, _ = begin(new, experiment="another")
+    place = old if state == "held" else new
+    assert client.get_run(first).info.artifact_uri.startswith((place / "mlartifacts").as_uri())
+    assert ("once no other job has a run in it, as theirs now" in capsys.readouterr().out) == (state == "held")
 
 
 def test_a_link_to_the_folder_is_no_move(old, first, tmp_path, capsys):

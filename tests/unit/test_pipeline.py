@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
+from dataclasses import replace
 
 import mlflow
 import pytest
+from pair_sets import write_upscaled
+from PIL import Image
 from ray.exceptions import ActorUnavailableError
 
 from raydistill.config.reading import load
+from raydistill.data.images import open_images
+from raydistill.data.pairs import fingerprint
 from raydistill.data.prompts import PromptSet
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
@@ -142,6 +148,18 @@ def test_a_failed_run_goes_on_under_the_same_ids(fail, run, client):
     assert statuses(client, fail) == ["FINISHED", "FINISHED", "FINISHED"]
 
 
+def test_a_failed_run_s_reason_does_not_stay_once_it_goes_on(fail, run, client):
+    with pytest.raises(StageFailed):
+        fail(ValueError("bad value"))
+    told = client.get_run(fail.stage).data.tags
+    assert "bad value" in told["failure"]
+    assert "bad value" in told["mlflow.note.content"]
+    with open_record(*run) as again:
+        again.finish(again.stage_run(run[0], "distill"))
+    for id in (fail.stage, fail.pipeline.parent):
+        assert not {"failure", "mlflow.note.content"} & client.get_run(id).data.tags.keys()
+
+
 def test_a_deleted_experiment_fails_the_run_with_its_name(run, client):
     config, folder, inputs = run
     gone = config.model_copy(update={"tracking": config.tracking.model_copy(update={"experiment": "gone"})})
@@ -165,3 +183,30 @@ def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):
     (run[1].path / "run.json").write_text("")
     with pytest.raises(StageFailed, match=r"run\.json is damaged .*restore it, or remove it"), open_record(*run):
         pytest.fail("it cannot be opened")
+
+
+def test_a_run_says_its_recipe_what_differs_from_it_and_what_to_type(run, client, storage):
+    config = load("sdxl_sd15", [f"storage={storage}", "run.name=facts", "plan.trainer_gpu=A100"])
+    with pytest.raises(StageFailed), open_record(config, RunFolder(storage, "facts"), run[2]) as record:
+        raise ValueError
+    data = client.get_run(record.parent).data
+    assert data.tags["recipe"] == "sdxl_sd15"
+    assert data.params["plan.trainer_gpu"] == "A100"
+    assert "plan.teacher_gpu" not in data.params
+    assert f"`raydistill.distill('sdxl_sd15', 'storage={storage}'" in data.tags["mlflow.note.content"]
+
+
+def test_a_run_names_the_images_and_pairs_that_it_is_made_of(run, client, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / f"{name}.png")
+    config, folder, inputs = run
+    with open_record(config, folder, replace(inputs, images=open_images(tmp_path / "photos"))) as record:
+        record.describe_pairs(write_upscaled(tmp_path / "pairs", 24))
+    sets = {
+        given.tags[0].value: (given.dataset, json.loads(given.dataset.profile)["num_rows"])
+        for given in client.get_run(record.parent).inputs.dataset_inputs
+    }
+    assert sets["synthesis.images"][1] == 2
+    assert sets["pairs"][1] == 24
+    assert sets["pairs"][0].digest == fingerprint(tmp_path / "pairs")

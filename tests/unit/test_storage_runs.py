@@ -67,7 +67,7 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
     import numpy as np
     import torch
 
-    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, shard_file
+    from raydistill.data.pairs import captioned_previews, count_rows, existing_shards, fingerprint, shard_file
     from raydistill.data.shards import FAILURES_FILE, PairWriter
     from raydistill.errors import InputError
     from raydistill.pictures.files import png_bytes
@@ -108,6 +108,7 @@ def test_pairs_are_written_to_a_bucket_and_go_on_there(folder, tmp_path):
         assert captioned_previews([shard_file(place_, 0)], 2)[1] == ["prompt 0", "prompt 1"]
         with pytest.raises(InputError, match="seed was 0, now 1"):
             writer(place_, seed=1)
+    assert fingerprint(here) == fingerprint(there)
     staged = resolve(str(there))
     assert {f.name: f.read_bytes() for f in staged.iterdir()} == {f.name: f.read_bytes() for f in here.iterdir()}
 

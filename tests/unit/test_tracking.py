@@ -178,6 +178,14 @@ def test_resume_keeps_old_parameters_and_tags_the_changed_ones(uri, client, stor
     assert "changed.seed" not in data.tags
 
 
+def test_a_user_without_a_name_is_a_number(uri, client, storage, monkeypatch):
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 123456)  # as under `docker run -u 123456`
+    run = open_run(uri, "tests", "r", storage=storage, params={}, tags={})
+    assert client.get_run(run).data.tags["mlflow.user"] == "123456"
+
+
 def test_missing_and_deleted_runs_are_refused(uri, client, storage, run_id):
     arguments = {"storage": storage, "params": {}, "tags": {}}
     with pytest.raises(TrackingError, match="no-such-run"):
