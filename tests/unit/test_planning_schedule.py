@@ -290,9 +290,16 @@ def test_what_would_save_most_is_what_the_plan_of_that_would_say(config, large):
     ):
         other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", told)
         assert by_change[change] == pytest.approx(price(phases(large, other, gpus), other, gpus))
+
+
+def test_a_cheaper_kind_of_gpu_is_named_where_all_of_it_fits(config, large):
+    dear = (*RENTED, "plan.trainer_gpu=H200", "plan.teacher_gpu=H200")
+    gpus, chosen = read_gpus(), settings(config, *dear)
+    by_change = {change: cost for cost, change in savings(large, chosen, gpus)}
     (kind,) = [change for change in by_change if "_gpu=" in change]
-    other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", kind)
+    other = settings(config, *dear, kind)
     assert by_change[kind] == pytest.approx(price(phases(large, other, gpus), other, gpus))
+    assert by_change[kind] < price(phases(large, chosen, gpus), chosen, gpus)
     assert all(fit.fits for fit in memory_module.memory(large, other, gpus))
 
 
