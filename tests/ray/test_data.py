@@ -117,6 +117,7 @@ def test_closing_ends_the_encoders(stream):
     assert not encoders_since(earlier)
 
 
+@pytest.mark.full
 def test_many_slots_share_blocks_without_changing_the_batches(stream, expected, monkeypatch):
     monkeypatch.setattr(ray_data, "MAX_BLOCKS", 3)
     batches = list(stream(1, 9))
@@ -125,6 +126,7 @@ def test_many_slots_share_blocks_without_changing_the_batches(stream, expected, 
         check(batch, slot, 0, expected)
 
 
+@pytest.mark.full
 def test_memory_limit_below_one_batch_slows_down_but_does_not_block(stream, expected):
     batches = list(stream(0, 4, in_flight_bytes=1))
     assert len(batches) == 4

@@ -241,6 +241,7 @@ def test_runs_that_start_and_end_at_the_same_moment_have_one_service(connected, 
     until(lambda: not registries())
 
 
+@pytest.mark.full
 def test_a_start_that_nobody_needs_any_more_leaves_nothing(ray_cluster, sd_folder):
     given_up = threading.Event()
     given_up.set()

@@ -50,6 +50,7 @@ def requests(client) -> list[int]:
     return [rank["requests"] for rank in replicas(client)]
 
 
+@pytest.mark.full
 def test_no_replica_gets_a_second_request_before_each_has_one(idle):
     client = idle.client()
     idle.set(1.0)

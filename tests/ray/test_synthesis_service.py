@@ -240,6 +240,7 @@ def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_pat
     assert shards(tmp_path / "set") == shards(tmp_path / "here")
 
 
+@pytest.mark.full
 def test_a_teacher_that_stays_away_ends_the_set(ray_cluster, spaces, prompts, tmp_path):
     away = TeacherClient("no-such-service", TEACHERS.model_copy(update={"retry_for_s": 0.5}))
     with pytest.raises(TeacherError, match="there is no teacher service no-such-service on this cluster"):

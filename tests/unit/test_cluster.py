@@ -48,6 +48,7 @@ with connected(num_cpus=1):
 """
 
 
+@pytest.mark.full
 @pytest.mark.timeout(120)
 def test_a_line_of_a_teacher_rank_says_which_replica_and_rank_it_comes_from():
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
@@ -80,6 +81,7 @@ with connected(dashboard=True, num_cpus=1):
 """
 
 
+@pytest.mark.full
 @pytest.mark.timeout(180)
 def test_a_cluster_of_our_own_has_a_dashboard_on_wish_and_says_where_also_when_the_usual_port_is_taken():
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
