@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -63,7 +62,9 @@ def test_a_submitted_job_shows_its_run_in_rays_list_and_a_stop_leaves_a_checkpoi
     def ray_job(*arguments, check=True):
         mode = {"RAY_AUTH_MODE": "token", "RAY_ADDRESS": address}
         command = [str(BIN / "ray"), "job", *map(str, arguments)]
-        return subprocess.run(command, env=environment | mode, capture_output=True, text=True, check=check).stdout
+        done = subprocess.run(command, env=environment | mode, capture_output=True, text=True)
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done.stdout
 
     with running(
         tmp_path, ["bash", "-c", "\n".join(["unset RAY_AUTH_MODE", *before, f"exec {start}"])], **path
@@ -71,7 +72,7 @@ def test_a_submitted_job_shows_its_run_in_rays_list_and_a_stop_leaves_a_checkpoi
         head.until(lambda: "Ray runtime started" in head.text() and "succeeded" not in ray_job("list", check=False))
         small = [one for one in SMALL if not one.startswith("distill.steps")]
         entry = [sys.executable, str(ROOT / "jobs" / "distill.py"), "run.name=mine", f"storage={storage}", *small]
-        ray_job("submit", "--no-wait", "--submission-id", "one", "--", shlex.join([*entry, "distill.steps=1000"]))
+        ray_job("submit", "--no-wait", "--submission-id", "one", "--", *entry, "distill.steps=1000")
         head.until(lambda: any((storage / "mine" / "distill" / "checkpoints").glob("checkpoint_*/about.json")), pause=1)
         listed = ray_job("list")
         (facts,) = (ast.literal_eval(found) for found in re.findall(r"metadata=(\{'job_name'[^}]*\})", listed))
