@@ -72,7 +72,9 @@ def test_a_submitted_job_shows_its_run_in_rays_list_and_a_stop_leaves_a_checkpoi
         head.until(lambda: "Ray runtime started" in head.text() and "succeeded" not in ray_job("list", check=False))
         small = [one for one in SMALL if not one.startswith("distill.steps")]
         entry = [sys.executable, str(ROOT / "jobs" / "distill.py"), "run.name=mine", f"storage={storage}", *small]
-        ray_job("submit", "--no-wait", "--submission-id", "one", "--", *entry, "distill.steps=1000")
+        submit = ("submit", "--no-wait", "--submission-id", "one", "--", *entry, "distill.steps=1000")
+        # a head that is new has no agent yet, and says "try again later"
+        head.until(lambda: "submitted successfully" in ray_job(*submit, check=False), pause=2)
         head.until(lambda: any((storage / "mine" / "distill" / "checkpoints").glob("checkpoint_*/about.json")), pause=1)
         listed = ray_job("list")
         (facts,) = (ast.literal_eval(found) for found in re.findall(r"metadata=(\{'job_name'[^}]*\})", listed))
