@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.storage.atomic import replace_text
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient

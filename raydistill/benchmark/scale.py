@@ -16,7 +16,7 @@ import ray
 
 from raydistill.benchmark.idle import IdleService, idle_service, request_of
 from raydistill.benchmark.measure import markdown, milliseconds, option, timed
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.driver.cluster import connected
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import ScoreRequest

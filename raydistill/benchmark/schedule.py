@@ -15,7 +15,7 @@ import torch
 from raydistill.benchmark.idle import idle_service
 from raydistill.benchmark.measure import cores, markdown, median, milliseconds, option
 from raydistill.benchmark.models import default_trainer
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.distillation.local import LocalScores
 from raydistill.distillation.schedule import Submit, distillation_step
 from raydistill.distillation.updates import Distiller

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from raydistill.benchmark.idle import IdleRank, idle_service, request_of
 from raydistill.benchmark.measure import copy_seconds, interleaved, markdown, option
 from raydistill.benchmark.models import score_inputs
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.config.reading import CONFIGS, load
-from raydistill.config.schema import TeacherServiceConfig
 from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.cluster import connected
 from raydistill.spaces.meta import open_space

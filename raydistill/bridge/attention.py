@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydistill.config import schema
+from raydistill.config.networks import AttentionConfig
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.precision import autocast
@@ -77,7 +77,7 @@ class AttentionProbe:
         InputError: the family has no attention reader.
     """
 
-    def __init__(self, space: Space, network: nn.Module, settings: schema.AttentionConfig) -> None:
+    def __init__(self, space: Space, network: nn.Module, settings: AttentionConfig) -> None:
         self.reader = reader_of(space)
         self.space, self.temperature, self.normalize = space, settings.temperature, settings.normalize
         network, attentions = self.reader.cut(network, settings.depth_fraction)

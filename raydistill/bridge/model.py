@@ -18,7 +18,7 @@ from torch import nn
 
 from raydistill.bridge.projectors import MlpProjector, UNetProjector
 from raydistill.bridge.swinir import SwinIR
-from raydistill.config import schema
+from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
@@ -86,7 +86,7 @@ class SpatialPrior(nn.Module):
         return x
 
 
-def _projector(architecture: schema.BridgeConfig, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+def _projector(architecture: BridgeConfig, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
     a = architecture
     try:
         if a.projector == "unet":
@@ -99,7 +99,7 @@ def _projector(architecture: schema.BridgeConfig, in_channels: int, out_channels
         raise InputError(f"bridge: {error}") from None
 
 
-def projector_parameters(student: Space, teacher: Space, architecture: schema.BridgeConfig) -> int:
+def projector_parameters(student: Space, teacher: Space, architecture: BridgeConfig) -> int:
     """Trainable parameters of a Bridge, without making it. Raises InputError as `Bridge.create`."""
     n = doublings(student, teacher)
     in_channels, upscale = student.latent_shape[0], 2**n
@@ -117,7 +117,7 @@ class Bridge(nn.Module):
         self,
         student: Space,
         teacher: Space,
-        architecture: schema.BridgeConfig,
+        architecture: BridgeConfig,
         prior: SpatialPrior | None,
         projector: nn.Module,
     ) -> None:
@@ -126,7 +126,7 @@ class Bridge(nn.Module):
         self.prior, self.projector = prior, projector
 
     @classmethod
-    def create(cls, student_space: Space, teacher_space: Space, architecture: schema.BridgeConfig) -> Bridge:
+    def create(cls, student_space: Space, teacher_space: Space, architecture: BridgeConfig) -> Bridge:
         """A Bridge with fresh projector weights (from torch's global random state).
 
         Args:
@@ -223,7 +223,7 @@ class Bridge(nn.Module):
             side if isinstance(side, Space) else load_space(side) for side in (student, teacher)
         )
         saved = check_pair(folder, student_space, teacher_space)
-        bridge = cls.create(student_space, teacher_space, schema.BridgeConfig(**saved["architecture"]))
+        bridge = cls.create(student_space, teacher_space, BridgeConfig(**saved["architecture"]))
         try:
             bridge.projector.load_state_dict(load_file(Path(folder, WEIGHTS_FILE)))
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -246,7 +246,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{file}: lacks {', '.join(missing)}")
     try:
-        schema.BridgeConfig(**saved["architecture"])
+        BridgeConfig(**saved["architecture"])
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InputError(f"{file}: architecture: {wrong}") from None

@@ -16,7 +16,8 @@ from torch import nn
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config.schema import BridgeConfig, Config
+from raydistill.config.networks import BridgeConfig
+from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import Pairs, PairSet, split
 from raydistill.diffusion.noise import normal

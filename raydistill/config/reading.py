@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from raydistill.config.keys import Free, Origin, Section
-from raydistill.config.schema import Config, trains_bridge
+from raydistill.config.schema import Config
+from raydistill.config.stages import trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from raydistill.config.schema import Posterior
+from raydistill.config.stages import Posterior
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
 from raydistill.data.prompts import PromptSet

@@ -26,7 +26,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError
 
-from raydistill.config.schema import SynthesisConfig
+from raydistill.config.stages import SynthesisConfig
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
 from raydistill.data.ray_data import dataset_of
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from raydistill.config.schema import Posterior
+from raydistill.config.stages import Posterior
 from raydistill.diffusion.noise import normal
 from raydistill.pictures.files import png_bytes
 from raydistill.spaces.base import Space

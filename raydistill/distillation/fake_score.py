@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from raydistill.config.schema import FakeScoreConfig
+from raydistill.config.networks import FakeScoreConfig
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
 

@@ -19,7 +19,7 @@ import torch
 
 from raydistill.bridge.model import projector_parameters
 from raydistill.bridge.trainer import build_trainer
-from raydistill.config import schema
+from raydistill.config.networks import BridgeConfig
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.spaces.base import Space
@@ -99,11 +99,11 @@ def cells(config: Config, student: Space, teacher: Space) -> list[Cell]:
     return found
 
 
-def _of_size(bridge: schema.BridgeConfig, student: Space, teacher: Space, budget: int) -> schema.BridgeConfig:
+def _of_size(bridge: BridgeConfig, student: Space, teacher: Space, budget: int) -> BridgeConfig:
     """The same Bridge in the width whose number of trainable parameters is nearest to the budget."""
     multiple = bridge.heads if bridge.projector == "swinir" else 1
 
-    def candidates() -> Iterator[tuple[int, schema.BridgeConfig]]:
+    def candidates() -> Iterator[tuple[int, BridgeConfig]]:
         width = multiple
         while True:
             candidate = bridge.model_copy(update={"embed_dim": width})

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydistill.config.schema import Config, EvaluationConfig
+from raydistill.config.schema import Config
+from raydistill.config.stages import EvaluationConfig
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order

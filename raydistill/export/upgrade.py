@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from raydistill.bridge.model import Bridge, check_pair
-from raydistill.config.schema import BridgeConfig
+from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference

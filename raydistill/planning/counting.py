@@ -20,7 +20,7 @@ from raydistill.bridge.attention import AttentionProbe
 from raydistill.bridge.model import Bridge, read_description
 from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import DECODE_BATCH, BridgeTrainer
-from raydistill.config import schema
+from raydistill.config.networks import BridgeConfig
 from raydistill.config.schema import Config
 from raydistill.data.encode import CHUNK
 from raydistill.data.pairs import Pairs
@@ -55,7 +55,7 @@ from raydistill.storage.resolve import local_path
 # -- parts of a run ---------------------------------------------------------------------------------------
 
 
-def bridge_settings(config: Config) -> schema.BridgeConfig:
+def bridge_settings(config: Config) -> BridgeConfig:
     """Architecture of the Bridge that is used: the saved one's where bridge.checkpoint names one that is here."""
     checkpoint = config.bridge.checkpoint
     if checkpoint is None or not local_path(checkpoint).exists():

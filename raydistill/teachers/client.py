@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import serve
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers import service
 from raydistill.teachers.pending import PendingScores
 from raydistill.teachers.request import GenerateRequest, Payload, ScoreRequest, TeacherError

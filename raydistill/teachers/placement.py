@@ -15,7 +15,7 @@ from ray._private.state import available_resources_per_node
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.util.placement_group import placement_group_table
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.errors import StageFailed
 
 COORDINATOR_CPUS = 0.01

@@ -19,7 +19,7 @@ from ray.serve import metrics
 from ray.serve.config import RequestRouterConfig
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.fair_queue import FairQueue
 from raydistill.teachers.request import Answer, ReplicaBroken, RequestTooLong, TeacherError, one_line
 from raydistill.teachers.routing import LeastBusyRouter

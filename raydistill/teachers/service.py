@@ -13,7 +13,7 @@ from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.schema import ApplicationStatusOverview
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers import placement
 from raydistill.teachers.replica import TeacherReplica
 from raydistill.teachers.request import TeacherStartError

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray import serve
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.spaces import load_space
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient

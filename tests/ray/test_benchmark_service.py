@@ -8,7 +8,7 @@ import torch
 
 from raydistill.benchmark import service
 from raydistill.benchmark.idle import IdleRank, idle_service
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.request import ScoreRequest
 from raydistill.teachers.shard import actor
 

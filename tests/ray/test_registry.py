@@ -15,7 +15,7 @@ import ray
 import torch
 
 from raydistill.background import in_background
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.spaces import load_space
 from raydistill.teachers import registry, service
 from raydistill.teachers.client import PendingScores, TeacherClient
@@ -29,7 +29,7 @@ NAME = "teacher-shared"
 OTHER = """
 import sys
 import ray
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers import registry
 ray.init(address=sys.argv[1], log_to_driver=False)
 config = TeacherServiceConfig.model_validate_json(sys.argv[4])

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from raydistill.benchmark.idle import idle_service, request_of
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 
 pytestmark = pytest.mark.timeout(300)
 CONFIG = TeacherServiceConfig(shards=2, cpus_per_rank=0.1, start_timeout_s=200, request_timeout_s=8.0, retry_for_s=8.0)
@@ -22,7 +22,7 @@ GREEDY = """
 import sys
 import ray
 from raydistill.benchmark.idle import request_of
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.client import TeacherClient
 ray.init(address=sys.argv[1], log_to_driver=False)
 client = TeacherClient("teacher-idle", TeacherServiceConfig.model_validate_json(sys.argv[2]))

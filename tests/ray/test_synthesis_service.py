@@ -25,7 +25,8 @@ from pair_sets import load_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raydistill.config.schema import SynthesisConfig, TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
+from raydistill.config.stages import SynthesisConfig
 from raydistill.data import ray_data, synthesis_stream
 from raydistill.data.images import open_images
 from raydistill.data.local_teacher import LocalTeacher

@@ -10,7 +10,7 @@ from test_bridge_attention import inputs_of
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config.schema import AttentionConfig
+from raydistill.config.networks import AttentionConfig
 from raydistill.spaces import load_space
 
 FAMILIES = ["sdxl", "kolors", "pixart"]

@@ -11,7 +11,7 @@ from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, SAVE, sd3_transformer
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config.schema import AttentionConfig
+from raydistill.config.networks import AttentionConfig
 from raydistill.spaces import load_space
 
 TOKENS = 16  # of the image: 4×4 patches

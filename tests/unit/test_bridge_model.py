@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge, SpatialPrior, doublings, vae_fingerprint
-from raydistill.config.schema import BridgeConfig as Settings
+from raydistill.config.networks import BridgeConfig as Settings
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge
+from raydistill.config.networks import BridgeConfig
 from raydistill.config.reading import CONFIGS, load
-from raydistill.config.schema import BridgeConfig
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder

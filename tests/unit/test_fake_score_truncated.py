@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.bridge.model import Bridge
+from raydistill.config.networks import FakeScoreConfig
 from raydistill.config.reading import load
-from raydistill.config.schema import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore

@@ -18,8 +18,8 @@ from tiny_aura_flow import CHANNELS, PIXELS, SIDE, install, save_aura_flow
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.trainer import build_trainer
+from raydistill.config.networks import AttentionConfig
 from raydistill.config.reading import load
-from raydistill.config.schema import AttentionConfig
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import Recipe, synthesise

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge, check_pair
-from raydistill.config.schema import BridgeConfig
+from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.export.merge import merge_students, open_sources
 from raydistill.export.pipeline import ModelCard, export_student

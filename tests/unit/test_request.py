@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from raydistill.benchmark.idle import IdleRank
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import (
     GenerateRequest,

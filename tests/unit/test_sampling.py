@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from raydistill.bridge.model import Bridge
+from raydistill.config.networks import BridgeConfig
 from raydistill.config.reading import load, to_yaml
-from raydistill.config.schema import BridgeConfig
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError, NonFiniteError

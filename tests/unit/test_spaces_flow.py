@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
 
-from raydistill.config.schema import FakeScoreConfig
+from raydistill.config.networks import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift

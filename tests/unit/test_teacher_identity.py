@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.storage.fingerprint import fingerprint
 from raydistill.teachers.registry import differences, identify
 

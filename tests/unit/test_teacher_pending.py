@@ -10,7 +10,7 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
 
-from raydistill.config.schema import TeacherServiceConfig
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers import pending as pending_module
 from raydistill.teachers.client import PendingScores, TeacherClient
 from raydistill.teachers.request import TeacherError
