@@ -1,0 +1,193 @@
+"""Sections about networks: student, teacher and its service, Bridge, fake score, discriminator, VSD."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from raydistill.config.keys import (
+    Batch,
+    Count,
+    Cpus,
+    Few,
+    Fraction,
+    Gpus,
+    NonNegative,
+    Patience,
+    Positive,
+    Seconds,
+    Section,
+    free,
+)
+from raydistill.diffusion import guidance
+
+
+class StudentConfig(Section):
+    model: str = Field(
+        "shapes:sd15",
+        description="the student family (its VAE, text encoder, UNet): a diffusers folder, or org/name[@revision] of the hub",
+    )
+    unet: str | None = Field(
+        "shapes:sd15-onestep",
+        description="one-step start: folder of a diffusers UNet or pipeline, or a UNet state dict (.safetensors, .bin, "
+        ".pt, .pth; of several networks its EMA); null: model's own",
+    )
+    start_timestep: int = Field(
+        999,
+        ge=1,
+        le=1_000_000,
+        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's; decides "
+        "also where student.unet names another",
+    )
+    lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="exponential moving average that is evaluated and exported; null: none"
+    )
+    max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+
+
+class TeacherConfig(Section):
+    model: str = Field(
+        "shapes:flux", description="the frozen teacher: a diffusers folder, or org/name[@revision] of the hub"
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
+        None, description="classifier-free guidance of scores and samples; 0 to 1: none; null: the family's default"
+    )
+    sampling_steps: Few = Field(16, description="steps when the teacher generates pictures")
+
+
+class TeacherServiceConfig(Section):
+    replicas: Few = free(1, description="replicas of the teacher service that it starts with")
+    min_replicas: Few | None = free(None, description="fewest replicas when it autoscales; null: teachers.replicas")
+    max_replicas: Few | None = free(
+        None, description="most replicas: follow the ongoing requests up to it; null: always teachers.replicas"
+    )
+    target_ongoing_requests: Positive = free(2, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: Seconds = free(30, description="how long more requests must last before replicas are added")
+    downscale_delay_s: Seconds = free(600, description="how long fewer must last before replicas are removed")
+    shards: Few = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
+    slice: Batch = Field(8, description="samples per forward and rank; requests are cut into equal slices")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
+    cpus_per_rank: Cpus = free(0.2, description="Ray CPUs each rank reserves")
+    gpus_per_rank: Gpus = free(0, description="Ray GPUs each rank reserves")
+    threads_per_rank: Few = Field(1, description="CPU threads of each rank")
+    request_timeout_s: Patience = free(
+        600, description="longest time the ranks may work on one request, its wait for their time apart; retried once"
+    )
+    retry_for_s: Patience = free(
+        600, description="how long the service may be away, in all, while an answer is awaited"
+    )
+    start_timeout_s: Patience = free(600, description="longest time until the service is ready")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold ranks; none: any node")
+    service: str | None = free(
+        None, description="attach to this running service (teacher-<run.name> of another run); null: start one"
+    )
+    linger_s: Seconds = free(
+        600, description="how long a service whose runs have crashed waits for one of them to resume"
+    )
+
+    @model_validator(mode="after")
+    def _bounds(self) -> TeacherServiceConfig:
+        fewest, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
+        if self.max_replicas is None and self.min_replicas is not None:
+            raise ValueError("min_replicas needs max_replicas: without it the number of replicas is fixed")
+        if not fewest <= self.replicas <= most:
+            raise ValueError(
+                f"min_replicas ({fewest}) <= replicas ({self.replicas}) <= max_replicas ({most}) does not hold"
+            )
+        return self
+
+
+class AttentionConfig(Section):
+    weight: NonNegative = Field(1.0, description="beta of the attention fidelity; 0 leaves the teacher's blocks out")
+    layers: Few = Field(4, description="layers compared, evenly spaced over the first depth_fraction of the blocks")
+    depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of the blocks that are run")
+    rows: Count = Field(64, description="query rows sampled per layer")
+    temperature: Positive = Field(3.0, description="tau of the row softmax")
+    normalize: bool = Field(True, description="standardise logits per row before the softmax")
+
+
+class BridgeConfig(Section):
+    checkpoint: str | None = Field("shapes:bridge/sd15-flux", description="trained Bridge; null: train it first")
+    trainable: bool = Field(
+        False, description="train the Bridge along with the student, anchored by its own losses (may collapse)"
+    )
+    trainable_lr: Positive = Field(1e-6, description="AdamW learning rate of a Bridge that is trained along")
+    anchor_weight: Positive = Field(1.0, description="of the Bridge's own losses while it is trained along")
+    prior: bool = Field(True, description="start from the frozen student decoder's first blocks")
+    projector: Literal["swinir", "unet", "mlp", "identity"] = Field("swinir", description="network after the prior")
+    embed_dim: Few = Field(120, description="SwinIR width")
+    depths: list[Annotated[int, Field(ge=1, le=100)]] = Field(
+        [6, 6, 6, 6, 6], max_length=100, description="SwinIR layers per residual group"
+    )
+    heads: Few = Field(6, description="SwinIR attention heads")
+    window: Few = Field(8, description="SwinIR window")
+    attention: AttentionConfig = AttentionConfig()
+    pairs: str | None = Field(
+        None, description="parquet of (prompt, z_T, z_S) pairs to train on; null: synthesise `synthesis.count` of them"
+    )
+    steps: Count = Field(10000, description="training steps")
+    batch_size: Batch = Field(32, description="pairs per step")
+    micro_batches: Few = Field(
+        1, description="equal parts of a worker's pairs that are computed one after another: slower, less memory"
+    )
+    lr: Positive = Field(1e-4, description="Adam learning rate")
+    lr_decay: Literal["none", "cosine"] = Field("none", description="none: constant; cosine: to 0 over bridge.steps")
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="share of pairs held out")
+    checkpoint_every: Count = free(500, description="steps between checkpoints")
+    ablation_seeds: Few = free(3, description="seeds of each variant of `jobs/train_bridge.py --ablate`")
+    mixed_precision: bool = Field(False, description="train with bfloat16 autocast; weights stay float32")
+    gradient_checkpointing: bool = free(False, description="recompute activations in training: slower, less memory")
+
+
+class FakeScoreConfig(Section):
+    kind: Literal["lora", "full", "truncated"] = Field(
+        "lora",
+        description="lora: LoRA on a frozen teacher copy; full: the whole copy is trained; truncated: its first and last "
+        "transformer blocks are kept and trained (no UNets)",
+    )
+    rank: Few = Field(64, description="LoRA rank")
+    shard: bool = Field(
+        False,
+        description="lora: every worker holds 1/distill.workers of the frozen copy's blocks and gathers them one by one "
+        "(FSDP2): less memory, the same numbers up to rounding, more communication",
+    )
+    first_blocks: Few | None = Field(
+        None, description="blocks that a truncated network keeps at its input; null: a quarter of them, rounded up"
+    )
+    last_blocks: Few | None = Field(
+        None, description="blocks that a truncated network keeps at its output; null: a quarter of them, rounded up"
+    )
+    lr: Positive = Field(5e-4, description="AdamW learning rate")
+    updates: Few = Field(2, description="fake-score updates per student update (k)")
+    max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+
+
+class DiscriminatorConfig(Section):
+    weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
+    lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
+    width: Few = Field(64, description="channels of the convolutional head")
+    fake_weight: NonNegative = Field(
+        0.0, description="weight of the head's loss in the fake score's own gradient (DMD2 has one); 0: none reaches it"
+    )
+    depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="depth of the block whose features are read"
+    )
+    real_data: str | None = Field(
+        "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
+    )
+    real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
+
+
+class VsdConfig(Section):
+    weight: NonNegative = Field(1.0, description="weight of the VSD loss; 0 switches it (and the teachers) off")
+    t_min: Fraction = Field(0.02, description="smallest diffusion time of the scores")
+    t_max: Fraction = Field(0.98, description="largest diffusion time of the scores")
+    shift: Positive | None = Field(None, description="timestep shift; null: the teacher family's default")
+
+    @model_validator(mode="after")
+    def _range(self) -> VsdConfig:
+        if self.t_min >= self.t_max:
+            raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
+        return self
