@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, open_images
+from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
 from raydistill.data.picture_tables import TABLES, table_entries
 from raydistill.diffusion.noise import uniform
@@ -190,7 +190,7 @@ class Pictures:
         try:
             left_out = filters.why(raw, caption)
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            left_out, raw = "", replace(raw, data=b"", failure=f"{type(error).__name__}: {str(error)[:200]}")
+            left_out, raw = "", replace(raw, data=b"", failure=decoders_reason(error))
         return PictureRow(shard, row, raw.name, raw.data, caption, raw.failure, left_out, after)
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
