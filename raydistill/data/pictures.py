@@ -298,7 +298,9 @@ def _look(path: str, shards: TarShards) -> None:
     try:
         first = next(shards.rows(0), None)
     except OSError as error:
-        raise InputError(f"{path}: {shards.name(0)}: cannot be read: {' '.join(str(error).split())}") from error
+        place = shards.files[0].place
+        why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)
+        raise InputError(f"{path}: {shards.name(0)}: cannot be read: {why}") from error
     if first is None:
         raise InputError(f"{path}: {shards.name(0)} has no files")
     if "breaks off" in first.failure:
