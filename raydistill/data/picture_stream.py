@@ -18,7 +18,7 @@ import ray.data
 from raydistill.config.stages import SynthesisConfig
 from raydistill.data.ray_data import dataset_of
 from raydistill.data.shards import Batch
-from raydistill.data.synthesis import Recipe, decode_rows, streamed_rows
+from raydistill.data.synthesis import STREAMED, STREAMED_BYTES, Recipe, decode_rows, streamed_rows
 
 AHEAD = 2  # shards that are read besides one for each encoder
 
@@ -57,7 +57,9 @@ def decoded_stream(
     rows = [{"shard": place, "first": cursor[1] if place == cursor[0] else 0} for place in places]
     data = dataset_of(rows, in_order=True)
     data.context.raise_original_map_exception = True  # a StageError
+    data.context.target_max_block_size = STREAMED_BYTES  # what a task gathers before others see it
     task = {"fn_kwargs": {"recipe": told}, "num_cpus": settings.cpus_per_encoder, "batch_format": "numpy"}
     task |= {"label_selector": settings.node_labels or None}
-    read = data.map_batches(telling(read_shard), batch_size=1, concurrency=settings.encoders + AHEAD, **task)
-    return read.map_batches(telling(_decode), batch_size=None, **task)
+    readers = ray.data.TaskPoolStrategy(size=settings.encoders + AHEAD)
+    read = data.map_batches(telling(read_shard), batch_size=1, compute=readers, **task)
+    return read.map_batches(telling(_decode), batch_size=STREAMED, **task)
