@@ -16,7 +16,7 @@ import torch
 
 from raydistill.data.pairs import about_shard, existing_shards, write_pairs
 from raydistill.data.shards import Batch, Failure, begin_set, too_many_failures, write_failures
-from raydistill.errors import InputError
+from raydistill.errors import InputError, StageFailed
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 
@@ -121,7 +121,15 @@ class OrderedWriter:
         return written
 
     def finish(self) -> list[Place]:
-        """The pictures have ended, or the limit is reached: what is left is written and returned."""
+        """The pictures have ended, or the limit is reached: what is left is written and returned.
+
+        Raises:
+            StageFailed: not one picture could be used.
+        """
+        if self.done == len(self.failures):
+            write_failures(self.folder, self.failures)
+            why = f"{len(self.failures)} rows failed, {self.left_out} were left out"
+            raise StageFailed(f"{self.folder}: no picture could be used: {why}")
         rest = bool(self._open["row"])
         written = [self._write(end=not self.complete)] if rest else []
         self._ended = True

@@ -31,7 +31,7 @@ from raydistill.data.text_files import decoded_text
 from raydistill.data.texts import Texts, holds_text
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found
-from raydistill.storage.place import Place, Remote, cause
+from raydistill.storage.place import Place, Remote, as_os_errors, cause
 
 CAPTIONS = ("caption", "text", "prompt", "caption_*")  # columns or keys, where none is named
 TEXT_FILES = ("txt", "text", "caption")  # of a tar, with a caption each
@@ -201,7 +201,7 @@ class ParquetShards(Shards):
     def __init__(self, files: Sequence[Found], image_column: str, captions: Sequence[str] | None) -> None:
         self.files, self.image_column, self.captions = files, image_column, captions
         try:
-            with self._parquet(0) as parquet:
+            with as_os_errors(), self._parquet(0) as parquet:
                 self._columns(0, parquet.schema_arrow)
         except (pa.ArrowInvalid, OSError) as error:
             place = files[0].place

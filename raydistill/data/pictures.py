@@ -32,7 +32,7 @@ from raydistill.data.picture_tables import TABLES, table_entries
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found, expand, is_pattern
-from raydistill.storage.place import DENIED, Place, Remote, cause
+from raydistill.storage.place import DENIED, Place, Remote, as_os_errors, cause
 from raydistill.storage.resolve import to_place
 
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -197,8 +197,9 @@ class Pictures:
         """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""
         attempt = 0
         while True:
+            rows = self.shards.rows(shard, start)
             try:
-                for raw in self.shards.rows(shard, start):
+                while (raw := _next(rows)) is not None:
                     yield raw
                     start, attempt = start + 1, 0
                 return
@@ -208,6 +209,11 @@ class Pictures:
                     place = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
                     raise OSError(f"{place}: {' '.join(str(error).split())[:300]}") from error
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
+
+
+def _next(rows: Iterator[RawRow]) -> RawRow | None:
+    with as_os_errors():
+        return next(rows, None)
 
 
 def _choice(identity: tuple[int, ...], count: int) -> int:
@@ -296,7 +302,7 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
 def _look(path: str, shards: TarShards) -> None:
     """Raises InputError where the first tar begins with something else than a sample."""
     try:
-        first = next(shards.rows(0), None)
+        first = _next(shards.rows(0))
     except OSError as error:
         place = shards.files[0].place
         why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)

@@ -126,6 +126,8 @@ class PairWriter:
         """Rows that are here, failed ones among them."""
         return self.count - self.missing
 
+    left_out = 0  # rows that a filter passed over: here there are none
+
     @property
     def complete(self) -> bool:
         return not self.missing
@@ -157,12 +159,13 @@ class PairWriter:
                 written.append(self._write(index, shard))
         return written
 
-    def finish(self) -> None:
-        """Raises StageFailed if rows are missing."""
+    def finish(self) -> list[Place]:
+        """Nothing is left to be written. Raises StageFailed if rows are missing."""
         if self.missing:
             first = next(iter(self._open.values()))
             row = first.start + int(np.argmin(first.here))
             raise StageFailed(f"{self.folder}: {self.missing} rows were not made, the first of them row {row}")
+        return []
 
     def _note_failures(self, shard: _Shard, batch: Batch, pick: np.ndarray) -> None:
         failed = np.flatnonzero(pick & (batch["failure"] != ""))

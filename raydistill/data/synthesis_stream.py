@@ -86,7 +86,8 @@ def synthesise_on_ray(
             raise _plain(error) from error
         finally:
             batches.close()
-    writer.finish()
+    if written := writer.finish():
+        watch(writer, written)
     return writer.done - before
 
 
@@ -266,9 +267,14 @@ class SynthesisLog:
 
     def __call__(self, writer: PairWriter | OrderedWriter, written: list[Place]) -> None:
         self._arrivals.append((time.monotonic(), writer.done))
-        values = {"failed": len(writer.failures)} | self._rate()
+        left_out = {"left out": writer.left_out} if writer.left_out else {}
+        values = {"failed": len(writer.failures)} | left_out | self._rate()
         write_progress(self.progress, step=writer.done, total=writer.count, **values)
-        names = {"failed": "synthesis/failed_rows", "pictures/s": "throughput/pictures_per_s"}
+        names = {
+            "failed": "synthesis/failed_rows",
+            "left out": "synthesis/left_out_rows",
+            "pictures/s": "throughput/pictures_per_s",
+        }
         self.tracker.metrics({names[key]: value for key, value in values.items()}, writer.done)
         if written and not self._shown:  # early enough to stop a set that goes wrong
             self._show(written[:1], writer.done)

@@ -15,12 +15,14 @@ pyarrow is imported inside functions: most processes that hold a Place never tou
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from raydistill.errors import InputError, mask, reason
 from raydistill.storage import lease
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileSystem
+    from pyarrow.fs import FileInfo, FileSystem
 
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -80,18 +82,22 @@ class Remote:
     def is_dir(self) -> bool:
         from pyarrow.fs import FileType
 
-        return self.filesystem.get_file_info(self.key).type == FileType.Directory
+        return self._info().type == FileType.Directory
 
     def is_file(self) -> bool:
-        return self.filesystem.get_file_info(self.key).is_file
+        return self._info().is_file
 
     def exists(self) -> bool:
         from pyarrow.fs import FileType
 
-        return self.filesystem.get_file_info(self.key).type != FileType.NotFound
+        return self._info().type != FileType.NotFound
+
+    def _info(self) -> FileInfo:
+        with as_os_errors():
+            return self.filesystem.get_file_info(self.key)
 
     def read_bytes(self) -> bytes:
-        with self.filesystem.open_input_stream(self.key) as stream:
+        with as_os_errors(), self.filesystem.open_input_stream(self.key) as stream:
             return stream.read()
 
     def read_text(self, encoding: str = "utf-8") -> str:
@@ -124,7 +130,8 @@ class Remote:
         """Objects and prefixes one level below, by name; empty where there is nothing."""
         from pyarrow.fs import FileSelector
 
-        infos = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True))
+        with as_os_errors():
+            infos = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True))
         return sorted((self / info.base_name for info in infos), key=str)
 
     # -- beyond it ---------------------------------------------------------------------------------
@@ -144,8 +151,9 @@ class Remote:
     def _hub_entries(self) -> list[tuple[str, int, int]]:
         """`entries`; the hub tells no times, but a hash of each file's bytes, which stands for them."""
         hub = self.filesystem.handler.fs
-        hub.invalidate_cache()  # a branch may have moved
-        found = hub.find(self.key, detail=True)
+        with as_os_errors():
+            hub.invalidate_cache()  # a branch may have moved
+            found = hub.find(self.key, detail=True)
         start = len(self.key) + 1
         return sorted((name[start:], info["size"], int(info["blob_id"][:12], 16)) for name, info in found.items())
 
@@ -171,10 +179,24 @@ class Remote:
         from pyarrow.fs import LocalFileSystem, copy_files
 
         (target.parent if self.is_file() else target).mkdir(parents=True, exist_ok=True)
-        copy_files(self.key, str(target), source_filesystem=self.filesystem, destination_filesystem=LocalFileSystem())
+        with as_os_errors():
+            copy_files(
+                self.key, str(target), source_filesystem=self.filesystem, destination_filesystem=LocalFileSystem()
+            )
 
 
 Place = Path | Remote
+
+
+@contextlib.contextmanager
+def as_os_errors() -> Iterator[None]:
+    """The hub's client raises errors of its HTTP library, which are none of the system's, where the network is away."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not type(error).__module__.startswith("httpx"):
+            raise
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def is_link(place: Place) -> bool:

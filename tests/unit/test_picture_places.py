@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -156,7 +157,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     """Serves the files of datasets/org/set to everybody, and those of datasets/org/gated to the holder of TOKEN."""
 
     files: dict[str, bytes] = {}
-    asked: list[tuple[str, int]] = []  # path, bytes that were sent
+    lost = 0  # of files, requests that are cut off from now on
 
     def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -164,7 +165,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
-            Hub.asked.append((self.path, len(body)))
             self.wfile.write(body)
 
     def _entry(self, name: str) -> dict:
@@ -189,6 +189,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
             revision, _, name = path.removeprefix("/datasets/org/set/resolve/").partition("/")
             if name not in Hub.files:
                 return self._send(404, X_Error_Code="EntryNotFound")
+            if name.endswith("train-00000-of-00001.parquet") and Hub.lost:
+                Hub.lost -= 1
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
             data, asked = Hub.files[name], self.headers.get("Range")
             if asked is None:
                 return self._send(200, data, ETag='"x"', X_Repo_Commit=SHA)
@@ -229,7 +233,7 @@ def hub(tmp_path):
     (sets / "prompts.txt.gz").write_bytes(gzip.compress(b"a cup\na mug\n"))
     (sets / "README.md").write_text("a card")
     Hub.files = {str(file.relative_to(sets)): file.read_bytes() for file in sorted(sets.rglob("*")) if file.is_file()}
-    Hub.asked = []
+    Hub.lost = 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -285,7 +289,9 @@ def test_data_sets_of_the_hub_are_streamed_and_prompts_in_them_staged(hub, tmp_p
         f"{there}/none.tar": "no such file or folder",
     }  # fmt: skip
     prompts = [f"{there}/prompts.txt.gz", f"{there}/prompt*.gz"]
+    Hub.lost = 2
     told = ask([*named.values(), *prompts, *wrong], hub, tmp_path, HF_TOKEN=TOKEN)
+    assert Hub.lost == 0
     for local, uri in named.items():
         pictures = open_pictures(str(here / local))
         rows = [[row.name, row.caption, hashlib.sha1(row.data).hexdigest()] for row in pictures.rows(3)]
@@ -302,6 +308,14 @@ def test_a_gated_set_without_a_token_says_what_is_missing(hub, tmp_path):
     said = ask([uri], hub, tmp_path)[uri]
     assert "InputError" in said
     assert "HF_TOKEN, or what `hf auth login` has written; a gated set's licence must be accepted" in said
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):
+    uris = ["hf://datasets/org/set/tars/*.tar", "hf://datasets/org/set/prompts.txt"]
+    for said in ask(uris, "http://127.0.0.1:9", tmp_path).values():
+        assert said.startswith(("OSError: ", "InputError: "))
+        assert "hf://datasets/org/set/" in said
+        assert "ConnectError" in said
 
 
 def test_a_data_set_of_the_hub_is_no_storage():

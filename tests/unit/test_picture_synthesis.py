@@ -115,6 +115,11 @@ def test_failed_and_left_out_rows_are_told_and_survive_an_interruption(spaces, t
         synthesise(told, tmp_path / "strict", max_failed_rows=1)
 
 
+def test_a_set_of_which_nothing_can_be_used_fails(spaces, tars, tmp_path):
+    with pytest.raises(StageFailed, match="no picture could be used: 0 rows failed, 15 were left out"):
+        synthesise(recipe(spaces, tars, filters=Filters(min_pixels=65)), tmp_path)
+
+
 def test_other_pictures_filters_or_kinds_of_source_are_refused(whole, spaces, tars, tmp_path):
     with pytest.raises(InputError, match="holds rows of other settings .*min_pixels was 0, now 8"):
         synthesise(recipe(spaces, tars, filters=Filters(min_pixels=8)), whole)
