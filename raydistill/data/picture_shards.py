@@ -193,6 +193,9 @@ def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Non
 class ParquetShards(Shards):
     """Parquet files as the hub has them: pictures as bytes or as a struct {bytes, path}, captions in one column or several.
 
+    Memory holds a few rows, and the pages that they lie in. Their writer decides how large these are: at most a row group,
+    about 100 MB in the hub's sets.
+
     The first file's columns are looked at here, those of the others when their turn comes.
     """
 

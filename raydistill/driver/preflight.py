@@ -17,7 +17,7 @@ from raydistill.data.pictures import Pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
-from raydistill.errors import InputError
+from raydistill.errors import InputError, reason
 from raydistill.shapes.captions import ATTRIBUTES, parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
@@ -94,8 +94,10 @@ def _opened_images(config: Config) -> ImageSet | Pictures:
             synthesis.caption_column,
             streamed=synthesis.image_count is not None or synthesis.min_pixels > 0,
         )
-    except (InputError, OSError) as error:
+    except InputError as error:
         raise InputError(f"synthesis.images: {error}") from None
+    except OSError as error:
+        raise InputError(f"synthesis.images: {synthesis.images}: {reason(error)}") from error
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

@@ -146,11 +146,14 @@ def _listed(base: Remote, pattern: str) -> list[tuple[str, int, int]]:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """As glob.glob matches, hidden names included where they are spelled out."""
-    parts = []
+    """As glob.glob matches: a hidden name must be spelled out."""
+    parts, begins = [], True  # whether a name begins
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
+        if begins and _WILD.match(token) and token != "**/":
+            parts.append(r"(?!\.)")
+        begins = token.endswith("/")
         if token == "**/":
-            parts.append(r"(?:[^/]+/)*")
+            parts.append(r"(?:(?!\.)[^/]+/)*")
         elif token == "**":
             parts.append(r".*")
         elif token in ("*", "?"):

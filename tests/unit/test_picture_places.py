@@ -23,6 +23,7 @@ from raydistill.data.images import ImageSet
 from raydistill.data.pictures import open_pictures, open_source
 from raydistill.data.prompts import training_prompts
 from raydistill.errors import InputError
+from raydistill.planning.verdict import _is_here
 from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.place import remote
 from raydistill.storage.resolve import check_paths, check_storage
@@ -48,7 +49,8 @@ SHA = "c" * 40
 def test_patterns_name_the_same_files_in_a_folder_and_in_a_bucket(pattern, names, tmp_path, bucket):
     folder = remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
     (tmp_path / "b").mkdir()
-    for name in ("00000.tar", "00001.tar", "[z].tar", "b/x.tar", "c.txt"):
+    (tmp_path / ".d").mkdir()
+    for name in ("00000.tar", "00001.tar", "[z].tar", "b/x.tar", "c.txt", ".h.tar", "b/.h.tar", ".d/x.tar"):
         (tmp_path / name).write_text(name)
     folder.upload(tmp_path)
     for root in (str(tmp_path), f"file://{tmp_path}", str(folder)):
@@ -83,6 +85,14 @@ def test_a_secret_in_a_pattern_is_not_repeated():
             expand(uri)
         assert "credentials and options do not belong in a URI" in str(error.value)
         assert "pa55word" not in str(error.value)
+
+
+def test_a_plan_knows_which_files_of_a_pattern_are_here(tmp_path):
+    (tmp_path / "0.tar").write_text("x")
+    assert _is_here(f"{tmp_path}/*.tar")
+    assert _is_here("hf://datasets/org/set/*.tar")
+    assert not _is_here(f"{tmp_path}/{{0..1}}.tar")
+    assert not _is_here(f"{tmp_path}/*.parquet")
 
 
 # -- a bucket -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,33 @@ def test_a_tar_that_breaks_off_or_is_out_of_order_loses_nothing_silently(tmp_pat
     assert failures[:2] == ["", ""]
     assert all("not next to each other" in failure for failure in failures[2:])
     assert len(failures) == 4
+
+
+def test_a_compressed_tar_is_read_too(tmp_path, tars):
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tars / "00000.tar").read_bytes()))
+    assert [caption for _, caption, _ in whole(tmp_path / "a.tar.gz")] == ["cap 0", "cap 1", "cap 2", "cap 3"]
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress((tars / "00000.tar").read_bytes())[:-5000])
+    assert whole(tmp_path / "a.tar.gz")[-1][2].startswith("the tar breaks off (")
+
+
+def test_memory_does_not_grow_with_a_shard(tmp_path):
+    """A tar of 64 MB, and a parquet file of 64 MB in one row group, with what a few rows take."""
+    data, rows = os.urandom(1 << 20), 64
+    write_tar(tmp_path / "a.tar", ((f"{n}.jpg", data) for n in range(rows)))
+    table = pa.table({"image": pa.array([data[n:] for n in range(rows)]), "text": ["x"] * rows})
+    pq.write_table(table, tmp_path / "a.parquet", write_batch_size=4, use_dictionary=False)  # pages of 4 rows
+    del table
+    for name in ("a.tar", "a.parquet"):
+        pictures, pool = open_pictures(str(tmp_path / name)), pa.default_memory_pool()
+        pa.default_memory_pool().release_unused()
+        before, peak = pool.bytes_allocated(), 0
+        tracemalloc.start()
+        for row in pictures.rows(0):
+            assert len(row.data) > rows
+            peak = max(peak, pool.bytes_allocated() - before)
+        _, traced = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert traced + peak < 40 << 20, (name, traced, peak)
 
 
 def test_parquet_as_the_hub_has_it(tmp_path):
