@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from raydistill.config.stages import SynthesisConfig
 from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
 from raydistill.data.picture_tables import TABLES, table_entries
@@ -222,6 +223,14 @@ def _choice(identity: tuple[int, ...], count: int) -> int:
 
 
 # -- opening --------------------------------------------------------------------------------------------
+
+
+def is_stream(synthesis: SynthesisConfig) -> bool:
+    """Whether the configuration alone says that images are a stream; tars and tables by themselves are so too."""
+    path = synthesis.images or ""
+    bounded = synthesis.image_count is not None or synthesis.min_pixels > 0
+    named = path.startswith("hf://") or is_pattern(path) or _kind(path) in ("tar", "table")
+    return synthesis.images is not None and (bounded or named)
 
 
 def open_source(

@@ -75,7 +75,7 @@ def synthesise_on_ray(
     writer = recipe.writer(folder, settings.max_failed_rows)
     before = writer.done
     if not writer.complete:
-        placement.wait_for_room(lambda: actor_needs(settings, recipe.samples))
+        placement.wait_for_room(lambda: actor_needs(settings, recipe.samples, isinstance(writer, OrderedWriter)))
         batches = _encoded(recipe, writer, settings, client)
         try:
             for batch in batches:
@@ -224,18 +224,18 @@ def _dataset(requests: list[Request]) -> ray.data.Dataset:
     return rows
 
 
-def actor_needs(settings: SynthesisConfig, samples: bool) -> list[placement.Need]:
+def actor_needs(settings: SynthesisConfig, samples: bool, streamed: bool = False) -> list[placement.Need]:
     """All actors, and a task that reads images.
 
     Ray Data reads images inside the actors where both reserve the same, so that reading needs its own room only beside
-    actors on GPUs.
+    actors on GPUs, and where it is a stream.
     """
     keys = "synthesis.encoders, synthesis.cpus_per_encoder or synthesis.gpus_per_encoder"
     amounts, labels = {"CPU": settings.cpus_per_encoder, "GPU": settings.gpus_per_encoder}, settings.node_labels
     needs = [
         placement.Need("the actors of synthesis", settings.encoders * (2 if samples else 1), amounts, keys, labels)
     ]
-    if not samples and settings.gpus_per_encoder > 0:
+    if not samples and (streamed or settings.gpus_per_encoder > 0):
         needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
     return needs
 

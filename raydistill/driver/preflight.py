@@ -13,7 +13,7 @@ from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet
-from raydistill.data.pictures import Pictures, open_source
+from raydistill.data.pictures import Pictures, is_stream, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -92,7 +92,7 @@ def _opened_images(config: Config) -> ImageSet | Pictures:
             str(synthesis.images),
             synthesis.image_column,
             synthesis.caption_column,
-            streamed=synthesis.image_count is not None or synthesis.min_pixels > 0,
+            streamed=is_stream(synthesis),
         )
     except InputError as error:
         raise InputError(f"synthesis.images: {error}") from None
