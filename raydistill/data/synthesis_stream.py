@@ -235,8 +235,9 @@ def actor_needs(settings: SynthesisConfig, samples: bool, streamed: bool = False
     needs = [
         placement.Need("the actors of synthesis", settings.encoders * (2 if samples else 1), amounts, keys, labels)
     ]
-    if not samples and (streamed or settings.gpus_per_encoder > 0):
-        needs.append(placement.Need("the reader of images", 1, {"CPU": settings.cpus_per_encoder}, keys, labels))
+    readers = 0 if samples else streamed + (settings.gpus_per_encoder > 0)  # of a stream, who decodes is another one
+    if readers:
+        needs.append(placement.Need("the reader of images", readers, {"CPU": settings.cpus_per_encoder}, keys, labels))
     return needs
 
 
