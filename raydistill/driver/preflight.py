@@ -11,12 +11,13 @@ from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
-from raydistill.data.images import ImageSet, open_images
+from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet
+from raydistill.data.pictures import Pictures, is_stream, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
-from raydistill.errors import InputError
+from raydistill.errors import InputError, reason
 from raydistill.shapes.captions import ATTRIBUTES, parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
@@ -37,7 +38,7 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
-    images: ImageSet | None = None  # real ones, when synthesis.images names them
+    images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -51,7 +52,6 @@ def check_inputs(config: Config) -> Inputs:
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
-            "synthesis.images",
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -76,15 +76,28 @@ def check_inputs(config: Config) -> Inputs:
     if config.bridge.pairs is not None:
         pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-    images = None
-    if config.synthesis.images is not None:
-        images = open_images(
-            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
-        )
+    images = None if config.synthesis.images is None else _opened_images(config)
+    if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
     return Inputs(student, teacher, prompts, held_out, notes, images)
+
+
+def _opened_images(config: Config) -> ImageSet | Pictures:
+    """What synthesis.images names. Raises InputError."""
+    synthesis = config.synthesis
+    try:
+        return open_source(
+            str(synthesis.images),
+            synthesis.image_column,
+            synthesis.caption_column,
+            streamed=is_stream(synthesis),
+        )
+    except InputError as error:
+        raise InputError(f"synthesis.images: {error}") from None
+    except OSError as error:
+        raise InputError(f"synthesis.images: {synthesis.images}: {reason(error)}") from error
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

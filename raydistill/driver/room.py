@@ -11,6 +11,7 @@ from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself;
 
 from raydistill.config.reading import needs_pairs, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.data.pictures import is_stream
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
@@ -27,7 +28,10 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
     if config.bridge.pairs is None and needs_pairs(config):
         sampled = config.synthesis.images is None
-        yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
+        yield [
+            *(ranks if sampled else []),
+            *actor_needs(config.synthesis, sampled, streamed=is_stream(config.synthesis)),
+        ]
     if roles is None:
         yield [*ranks, worker_need(config), encoder_need(config)]
     elif trains_bridge(config) and "Bridge training" in roles:

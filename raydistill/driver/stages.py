@@ -11,6 +11,8 @@ from typing import Any
 
 from raydistill.background import in_background
 from raydistill.config.schema import Config
+from raydistill.data.pairs import covered_rows
+from raydistill.data.pictures import Filters, Pictures
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distillation.networks import guidance_scale
@@ -103,7 +105,7 @@ def make_pairs(record: RunRecord, service: str | None) -> str:
         try:
             with ProgressWatcher(progress, "synthesis", "row"):
                 synthesise_on_ray(recipe, folder, config.synthesis, client, log)
-            log.finish(folder, recipe.count)
+            log.finish(folder, covered_rows(folder))
         finally:
             tracker.close()
         record.finish(run_id)
@@ -113,12 +115,13 @@ def make_pairs(record: RunRecord, service: str | None) -> str:
 
 def recipe_of(config: Config, inputs: Inputs) -> Recipe:
     """What decides the rows of the run's pairs."""
-    synthesis = config.synthesis
+    synthesis, images = config.synthesis, inputs.images
+    streamed = isinstance(images, Pictures)
     return Recipe(
         teacher=inputs.teacher,
         student=inputs.student,
-        source=inputs.prompts if inputs.images is None else inputs.images,
-        count=synthesis.count if inputs.images is None else len(inputs.images),
+        source=inputs.prompts if images is None else images,
+        count=synthesis.count if images is None else synthesis.image_count if streamed else len(images),
         batch_size=synthesis.batch_size,
         shard_size=synthesis.shard_size,
         seed=config.run.seed,
@@ -126,6 +129,10 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
         steps=config.teacher.sampling_steps,
         guidance_scale=guidance_scale(config, inputs.teacher),
         text_dtype=config.prompts.encoder_dtype,
+        filters=Filters(
+            min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts) if streamed else ()
+        ),
+        licence=synthesis.licence,
     )
 
 

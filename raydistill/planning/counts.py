@@ -163,6 +163,12 @@ def samples(config: Config) -> bool:
     return synthesises(config) and config.synthesis.images is None
 
 
+def pairs_made(config: Config) -> int:
+    """Pairs that synthesis makes. Nobody counts real images beforehand: without a bound they are taken to be as many as samples."""
+    synthesis = config.synthesis
+    return synthesis.count if synthesis.images is None else synthesis.image_count or synthesis.count
+
+
 def changed(config: Config, **distill: Any) -> Config:
     """The configuration with other values in its distill section."""
     return config.model_copy(update={"distill": config.distill.model_copy(update=distill)})

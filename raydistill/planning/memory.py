@@ -13,7 +13,7 @@ from typing import Any
 from raydistill.config.reading import get, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
-from raydistill.planning.counts import GROWTH, ITEMSIZE, Counts, Weights, samples, small_batch, synthesises
+from raydistill.planning.counts import GROWTH, ITEMSIZE, Counts, Weights, pairs_made, samples, small_batch, synthesises
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.kept import find_counts
 
@@ -205,9 +205,7 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
     if config.discriminator.weight > 0 and config.discriminator.real_data is None:
-        held["real samples"] = (
-            min(config.synthesis.count, config.discriminator.real_count) * counts.models.real_row_bytes
-        )
+        held["real samples"] = min(pairs_made(config), config.discriminator.real_count) * counts.models.real_row_bytes
     return held
 
 

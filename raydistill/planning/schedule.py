@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from raydistill.config.schema import Config
-from raydistill.planning.counts import ITEMSIZE, Counts, Weights, samples, synthesises
+from raydistill.planning.counts import ITEMSIZE, Counts, Weights, pairs_made, samples, synthesises
 from raydistill.planning.gpus import Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu
 
@@ -197,7 +197,7 @@ def _asked(config: Config) -> int:
 
 
 def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[float, str]:
-    """Hours, and what decides them: teachers, VAEs and text encoders work side by side. Of real images, as many as samples."""
+    """Hours, and what decides them: teachers, VAEs and text encoders work side by side."""
     plan, synthesis, teachers = config.plan, config.synthesis, config.teachers
     gpu, share = gpus[encoder_gpu(config)], min(1.0, synthesis.gpus_per_encoder)
 
@@ -222,7 +222,7 @@ def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[fl
             text, gpu.fp32_tflops if config.prompts.encoder_dtype == "float32" else gpu.bf16_tflops
         )
     bound = max(seconds, key=seconds.get)
-    return synthesis.count * seconds[bound] / 3600, bound
+    return pairs_made(config) * seconds[bound] / 3600, bound
 
 
 def rented(gpu: Gpu, count: float) -> int:

@@ -48,8 +48,13 @@ def images(tmp_path):
 
 def test_images_that_cannot_be_used_end_with_code_two(job, images, tmp_path):
     for overrides, said in (
-        (["synthesis.images=/nowhere"], "synthesis.images: /nowhere does not exist"),
+        (["synthesis.images=/nowhere"], "synthesis.images: /nowhere: no such file or folder"),
         ([f"synthesis.images={images / 'a.png'}"], "neither a folder nor a .parquet file"),
+        ([f"synthesis.images={images}/*.tar"], f"synthesis.images: {images}/*.tar: no such files"),
+        (
+            ["synthesis.images=hf://org/photos"],
+            "synthesis.images: hf://org/photos: not a data set of the hub, as in hf://",
+        ),
     ):
         code, _, error = job("synthesize", *overrides)
         assert code == 2

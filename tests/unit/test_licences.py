@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 
 from raydistill.config.reading import CONFIGS, load
-from raydistill.export.licences import licence_of, student_licences
+from raydistill.export.licences import licence_of, picture_sets, student_licences
 from raydistill.export.pipeline import ModelCard
 from raydistill.spaces import hub_models
 from raydistill.spaces.meta import open_space
@@ -100,3 +101,31 @@ def test_a_runs_card_has_the_teacher_base_and_start_of_its_configuration(pair):
     networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
     made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
     assert (made.teacher, made.student, made.start) == (config.teacher.model, SD15, config.student.unet)
+
+
+def test_a_card_names_the_pictures_that_the_student_learned_from_and_their_licence(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    notes = {"pictures": "hf://datasets/org/photos/*.tar", "licence": None}
+    (tmp_path / "pairs" / "synthesis.json").write_text(json.dumps({"seed": 0} | notes))
+    config = load(
+        CONFIGS / "sd35_medium_sd15.yaml",
+        [
+            "synthesis.images=s3://bucket/set/*.parquet",
+            "synthesis.licence=PD12M, CDLA-Permissive-2.0",
+            f"discriminator.real_data={tmp_path / 'pairs'}",
+            f"bridge.pairs={tmp_path / 'pairs'}",
+        ],
+    )
+    assert picture_sets(config) == [
+        ("s3://bucket/set/*.parquet", "PD12M, CDLA-Permissive-2.0"),
+        ("hf://datasets/org/photos/*.tar", None),
+    ]
+    networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
+    made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
+    text = made.markdown(999, torch.float16)
+    assert "| Pictures | s3://bucket/set/*.parquet; hf://datasets/org/photos/*.tar |" in text
+    assert "- Pictures, s3://bucket/set/*.parquet: PD12M, CDLA-Permissive-2.0. The terms of the set" in text
+    assert (
+        "- Pictures, hf://datasets/org/photos/*.tar: unknown. Nobody has named its licence (synthesis.licence)." in text
+    )
+    assert "Pictures" not in card(SDXL, "StableDiffusionXLPipeline", SD21, None)[1]

@@ -187,6 +187,9 @@ def test_real_images_ask_no_teacher(counts):
     assert real["synthesis"].gpus == {}
     assert real["synthesis"].bound == "VAEs"
     assert real["synthesis"].hours < drawn["synthesis"].hours
+    bounded = load(overrides=[*settings, "synthesis.images=hf://datasets/org/name/*.tar", "synthesis.image_count=500"])
+    half = {phase.name: phase for phase in phases(counts, bounded, read_gpus())}["synthesis"]
+    assert half.hours == pytest.approx(real["synthesis"].hours / 2)
     roles = ROLES
     assert not roles["teacher rank"].used(load(overrides=[*settings, "synthesis.images=/pictures"]))
     assert roles["teacher rank"].used(load(overrides=settings))
