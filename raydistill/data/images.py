@@ -70,8 +70,8 @@ class ImageSet(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """On another node, which may not have staged the source yet."""
-        here = isinstance(to_place(state["source"]), Remote)
-        self.__dict__ |= state | ({} if here else {"source": str(on_this_machine(state["source"]))})
+        remote = isinstance(to_place(state["source"]), Remote)
+        self.__dict__ |= state | ({} if remote else {"source": str(on_this_machine(state["source"]))})
 
     @property
     def root(self) -> Place:

@@ -255,9 +255,8 @@ class ParquetShards(Shards):
                 image, texts = self._columns(shard, parquet.schema_arrow)
                 for group in range(parquet.metadata.num_row_groups):
                     rows = parquet.metadata.row_group(group).num_rows
-                    if (
-                        number + rows < start
-                    ):  # a row that was told last is looked at again, for a file that breaks off there
+                    # Of a group that ends at `start` the last row is read again: a file that breaks off there must say so again.
+                    if number + rows < start:
                         number += rows
                         continue
                     for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[image, *texts]):

@@ -39,9 +39,9 @@ class Found:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether `text` may name several files."""
+    """Whether `text` may name several files. Raises InputError: `~` of nobody."""
     wild = _WILD.search(text) or _BRACES.search(text)
-    return wild is not None and (is_uri(text) or not Path(text).expanduser().exists())
+    return wild is not None and (is_uri(text) or not _local_path(text).exists())
 
 
 def expand(pattern: str) -> list[Found]:
@@ -132,7 +132,12 @@ def _is_remote(part: str) -> bool:
 
 
 def _local_path(part: str) -> Path:
-    return Path(unquote(part.removeprefix("file://")) if part.startswith("file://") else part).expanduser()
+    if part.startswith("file://"):
+        return Path(unquote(part.removeprefix("file://")))
+    try:
+        return Path(part).expanduser()
+    except RuntimeError as error:  # ~somebody who has no home here
+        raise InputError(f"{part}: {error}") from None
 
 
 def _listed(base: Remote, pattern: str) -> list[tuple[str, int, int]]:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import http.server
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from export_students import export_of
+from hub_server import HubHandler, serving
 from huggingface_hub import constants
 
 TOKEN = "hf_secretSECRETsecret"
 COMMIT = "c" * 40
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Takes models of `me` from the holder of TOKEN: the way of the Git LFS batch API, without Xet."""
 
     created: list[dict] = []
@@ -26,42 +25,33 @@ class Hub(http.server.BaseHTTPRequestHandler):
     blobs: dict[str, bytes] = {}  # sha256 -> contents
     commits: list[str] = []  # messages
 
-    def _send(self, status: int, value: object = None, **headers: str) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        for name, text in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name.replace("_", "-"), text)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def _body(self) -> bytes:
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+    def _tell(self, status: int, value: object = None, **headers: str) -> None:
+        self._send(status, json.dumps(value).encode(), Content_Type="application/json", **headers)
 
     def do_GET(self) -> None:
         if self.path.startswith("/api/models/me/student"):
-            return self._send(200, {"id": "me/student", "sha": "0" * 40, "siblings": []})
-        return self._send(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
+            return self._tell(200, {"id": "me/student", "sha": "0" * 40, "siblings": []})
+        return self._tell(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
 
     def do_PUT(self) -> None:
         body = self._body()
         Hub.blobs[hashlib.sha256(body).hexdigest()] = body
-        self._send(200)
+        self._tell(200)
 
     def do_POST(self) -> None:
         body, here = self._body(), f"http://{self.headers['Host']}"
         if self.path == "/api/validate-yaml":
-            return self._send(200, {"errors": [], "warnings": []})
+            return self._tell(200, {"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._send(401, {"error": "Invalid username or password."})
+            return self._tell(401, {"error": "Invalid username or password."})
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             if asked["organization"] != "me":
-                return self._send(403, {"error": "You don't have the rights to create a model there"})
+                return self._tell(403, {"error": "You don't have the rights to create a model there"})
             Hub.created.append(asked)
-            return self._send(200, {"url": f"{here}/me/student", "name": "me/student"})
+            return self._tell(200, {"url": f"{here}/me/student", "name": "me/student"})
         if self.path.startswith("/api/models/me/student/preupload/main"):
             files = [
                 {
@@ -72,13 +62,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 }
                 for file in json.loads(body)["files"]
             ]
-            return self._send(200, {"files": files})
+            return self._tell(200, {"files": files})
         if self.path.endswith("info/lfs/objects/batch"):
             objects = [
                 {**asked, "actions": {"upload": {"href": f"{here}/blobs/{asked['oid']}"}}}
                 for asked in json.loads(body)["objects"]
             ]
-            return self._send(200, {"transfer": "basic", "objects": objects})
+            return self._tell(200, {"transfer": "basic", "objects": objects})
         if self.path.startswith("/api/models/me/student/commit/main"):
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
@@ -89,27 +79,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 elif line["key"] == "lfsFile":
                     Hub.files[value["path"]] = Hub.blobs[value["oid"]]
             url = f"{here}/me/student/commit/{COMMIT}"
-            return self._send(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
-        return self._send(404, {"error": self.path})
-
-    def log_message(self, *args: object) -> None:
-        pass
+            return self._tell(200, {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+        return self._tell(404, {"error": self.path})
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Iterator[str]:
     """Its address, which the client in this process takes for the hub's, with TOKEN and no other one."""
     Hub.created, Hub.files, Hub.blobs, Hub.commits = [], {}, {}, []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    yield endpoint
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as endpoint:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield endpoint
 
 
 @pytest.fixture(scope="module")

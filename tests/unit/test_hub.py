@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hub_server import HubHandler, serving
 
 from raydistill.config.reading import load
 from raydistill.errors import InputError
@@ -63,19 +62,11 @@ FETCHED = {
 LINKS = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors.index.json"}
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Serves org/kolors to everybody, the files of org/gated to the holder of TOKEN, and knows nothing else."""
 
     seen: list[tuple[str, str | None]] = []
     main = SHA  # the commit of org/kolors that is published
-
-    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def do_GET(self) -> None:
         Hub.seen.append((self.path, self.headers.get("Authorization")))
@@ -104,18 +95,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def log_message(self, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
 def hub() -> Iterator[str]:
     Hub.seen, Hub.main = [], SHA
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as address:
+        yield address
 
 
 def ask(code: str, endpoint: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import uuid
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 import pytest
+from hub_server import HubHandler, serving
 from picture_sets import png, write_hub_parquet, write_tars
 
 from raydistill.config.reading import load
@@ -67,6 +66,7 @@ def test_patterns_name_the_same_files_in_a_folder_and_in_a_bucket(pattern, names
         ("{root}/{{0..2}}.tar", "{root}/2.tar: no such file, but {root}/{{0..2}}.tar names it"),
         ("{root}/*.parquet", "{root}/*.parquet: no such files"),
         ("{root}/{{2..1}}.tar", "{{2..1}} is no range of at most 1,000,000 ascending numbers"),
+        ("~nobody-of-this-name/*.tar", "~nobody-of-this-name/*.tar: Could not determine home directory"),
         ("{root}/{{a..b}}.tar", "{{a..b}} is no range of numbers, as in {{00000..00099}}"),
         ("{root}/{{0..99999}}{{0..99999}}.tar", "its braces spell out more than 1,000,000 names"),
     ],
@@ -163,19 +163,11 @@ def test_prompts_by_pattern_and_compressed_name_file_and_row(tmp_path, bucket):
 # -- the hub --------------------------------------------------------------------------------------------
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
+class Hub(HubHandler):
     """Serves the files of datasets/org/set to everybody, and those of datasets/org/gated to the holder of TOKEN."""
 
     files: dict[str, bytes] = {}
     lost = 0  # of files, requests that are cut off from now on
-
-    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def _entry(self, name: str) -> dict:
         data = Hub.files[name]
@@ -191,7 +183,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = unquote(self.path).partition("?")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._body()
         if path.startswith("/datasets/org/gated/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self._send(401, X_Error_Code="GatedRepo", X_Error_Message="accept the licence")
         path = path.replace("org/gated", "org/set", 1)
@@ -231,9 +223,6 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_GET
 
-    def log_message(self, *args: object) -> None:
-        pass
-
 
 @pytest.fixture
 def hub(tmp_path):
@@ -244,11 +233,8 @@ def hub(tmp_path):
     (sets / "README.md").write_text("a card")
     Hub.files = {str(file.relative_to(sets)): file.read_bytes() for file in sorted(sets.rglob("*")) if file.is_file()}
     Hub.lost = 0
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as address:
+        yield address
 
 
 READ = """

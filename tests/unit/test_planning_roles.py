@@ -18,7 +18,7 @@ from raydistill.errors import InputError
 from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_run, count_trainer, count_vae
 from raydistill.planning.gpus import read_gpus
-from raydistill.planning.memory import ROLES, check_launch
+from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
 from raydistill.spaces import load_space, meta
@@ -154,6 +154,22 @@ def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
         assert f"{key}=0.001 tiny has 0.0; raise {key}" in str(error.value)
     fits = check_launch(load(overrides=[*settings[:-3], "prompts.gpus_per_encoder=1"]))
     assert [line.split(":")[1] for line in fits] == [" text encoder"]
+
+
+def test_only_the_teachers_text_encoders_are_counted_in_half_precision(counts):
+    def held(dtype: str) -> float:
+        return host_bytes(counts, load(overrides=[f"prompts.encoder_dtype={dtype}"]))["text encoders"]
+
+    sizes = {name: text.parameters for name, text in counts.text.items()}
+    of_teacher = sum(size for name, size in sizes.items() if name.startswith("teacher"))
+    assert held("float32") == 4 * sum(sizes.values())
+    assert held("bfloat16") == held("float32") - 2 * of_teacher
+    assert 0 < of_teacher < sum(sizes.values())
+    whole, half = (
+        encoder_bytes(counts, load(overrides=[f"prompts.encoder_dtype={dtype}"]), "text encoder")
+        for dtype in ("float32", "bfloat16")
+    )
+    assert whole / 2 < half < whole
 
 
 # -- autoscaled teachers, and what is not asked of them ---------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 
 import diffusers
@@ -264,11 +265,11 @@ def test_bfloat16_networks_take_float32_latents(name, folders):
     assert 0 < (rounded - exact).abs().max() < 0.1
 
 
-def test_flux2_shifts_times_as_flux1_does(folders):
-    """Its pipeline's own fit is for 50 steps, and puts 41 % of the times above 0.9."""
+def test_flux2_learns_at_other_times_than_it_samples_at(folders):
+    """Its pipeline's own fit, for 50 steps, puts 41 % of the times above 0.9."""
     space = load_space(folders["flux2"])
     assert space.default_shift == 3.0
-    assert space.mu(50) > space.mu(200)
+    assert space.mu(50) != pytest.approx(math.log(3.0), rel=0.1)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux2"])
