@@ -299,6 +299,28 @@ def test_data_sets_of_the_hub_are_streamed_and_prompts_in_them_staged(hub, tmp_p
     assert staged == ["prompts.txt.gz"]
 
 
+def test_a_branch_that_moves_is_seen_by_a_process_that_has_listed_it(hub, tmp_path):
+    code = "import json, sys; from raydistill.storage.place import remote\n"
+    code += "for _ in sys.stdin: print(json.dumps(remote('hf://datasets/org/set/tars').entries()), flush=True)"
+    variables = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=variables, **pipes) as process:
+
+        def listed() -> list:
+            process.stdin.write("again\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        before = listed()
+        Hub.files["tars/00000.tar"] = Hub.files["tars/00000.tar"][::-1]
+        Hub.files["tars/00002.tar"] = b"new"
+        after = listed()
+        process.stdin.close()
+    assert [name for name, *_ in after] == ["00000.tar", "00001.tar", "00002.tar"]
+    assert before[0] != after[0]
+    assert before[1] == after[1]
+
+
 def test_a_gated_set_without_a_token_says_what_is_missing(hub, tmp_path):
     uri = "hf://datasets/org/gated/tars"
     said = ask([uri], hub, tmp_path)[uri]

@@ -9,11 +9,15 @@ import torch
 from pair_sets import load_pairs
 from picture_sets import png, write_tar, write_tars
 
+from raydistill.config.reading import load
 from raydistill.data.ordered_shards import OrderedWriter, caption_id
 from raydistill.data.pairs import existing_shards
 from raydistill.data.pictures import Filters, open_pictures
+from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import notes_of
 from raydistill.data.synthesis import Recipe, decode_rows, encode_rows, streamed_rows, synthesise
+from raydistill.driver.preflight import Inputs
+from raydistill.driver.stages import recipe_of
 from raydistill.errors import InputError, StageFailed
 from raydistill.spaces import load_space
 
@@ -113,6 +117,16 @@ def test_failed_and_left_out_rows_are_told_and_survive_an_interruption(spaces, t
         StageFailed, match=r"2 rows failed, more than synthesis.max_failed_rows=1; .* row 5: a\.tar, 6: "
     ):
         synthesise(told, tmp_path / "strict", max_failed_rows=1)
+
+
+def test_a_run_takes_bound_filters_and_licence_from_its_configuration(spaces, tars):
+    settings = ["image_count=7", "min_pixels=9", "licence=CC0 1.0", "shard_size=3"]
+    config = load(overrides=[f"synthesis.{setting}" for setting in [f"images={tars}", *settings]])
+    held_out = PromptSet(["cap 3", "cap 5"])
+    told = recipe_of(config, Inputs(*spaces, PromptSet(["x"]), held_out, images=open_pictures(str(tars))))
+    assert (told.count, told.shard_size, told.licence) == (7, 3, "CC0 1.0")
+    assert told.filters == Filters(min_pixels=9, captions=frozenset(held_out.prompts))
+    assert not told.samples
 
 
 def test_a_set_of_which_nothing_can_be_used_fails(spaces, tars, tmp_path):

@@ -166,6 +166,21 @@ def test_memory_does_not_grow_with_a_shard(tmp_path):
         assert traced + peak < 40 << 20, (name, traced, peak)
 
 
+def test_a_parquet_file_that_broke_off_at_the_end_of_a_row_group_does_so_again(tmp_path):
+    """Whoever goes on behind the row that said so must not read the groups behind it."""
+    pages = {"write_batch_size": 1, "data_page_size": 1, "use_dictionary": False, "compression": "none"}  # one a row
+    file = write_hub_parquet(tmp_path / "x.parquet", range(40), row_group_size=17, **pages)
+    data = bytearray(file.read_bytes())
+    begin, end = data.index(png(15)) + len(png(15)), data.index(png(16))
+    data[begin:end] = b"\xff" * (end - begin)  # the header of row 17's page
+    file.write_bytes(data)
+    pictures = open_pictures(str(file))
+    rows = list(pictures.rows(0))
+    assert [bool(row.failure) for row in rows] == [False] * 16 + [True]
+    assert list(pictures.rows(0, start=(0, rows[-1].after.row))) == []
+    assert [row.name for row in pictures.rows(0, start=(0, 16))] == [rows[-1].name]
+
+
 def test_parquet_as_the_hub_has_it(tmp_path):
     lists = {"caption_0": [["a", "b"], []] * 10, "caption_1": ["c", None] * 10, "caption_score": [0.5] * 20}
     write_hub_parquet(tmp_path / "data" / "train-00000.parquet", range(20), lists, row_group_size=6)

@@ -27,6 +27,10 @@ IMPOSSIBLE = [
     (["teachers.replicas=8"], "teacher ranks cannot be placed: asked for 16"),
     (["prompts.gpus_per_encoder=0.5"], "text encoders cannot be placed"),
     (["bridge.checkpoint=null", "synthesis.gpus_per_encoder=1"], "the actors of synthesis cannot be placed"),
+    (
+        ["bridge.checkpoint=null", "synthesis.images=/sets/*.tar", "synthesis.cpus_per_encoder=1.5"],
+        "the reader of images cannot be placed: asked for 1 of 1.5 CPU each",
+    ),
     (["distill.node_labels={role: trainer}"], "on the 0 node(s) labelled role=trainer"),
 ]
 
