@@ -228,7 +228,13 @@ class Availability:
                 raise ReplicaBroken("there is no such service")
             state = application.status.value
         if state == "RUNNING":
-            log.info("teacher %s: waiting for an answer, %.0f s so far", name, waited_s)
+            usual = waited_s < LOOK_EVERY_S  # as while others' requests go first
+            log.log(
+                logging.DEBUG if usual else logging.INFO,
+                "teacher %s: waiting for an answer, %.0f s so far",
+                name,
+                waited_s,
+            )
             return True
         answers = self._a_replica_answers()
         details = f"the service is {state}" if answers else f"no replica answers: {state}"

@@ -145,6 +145,17 @@ def test_time_in_the_queue_of_a_living_service_is_not_counted(result_on):
     assert (error, serve.asked) == (None, 1)
 
 
+def test_only_a_long_wait_for_a_living_service_is_worth_a_line(result_on, caplog):
+    with caplog.at_level("INFO", logger=pending_module.log.name):
+        result_on([(1e9, "RUNNING", True)], [(2, DONE)])
+        assert caplog.messages == []
+        result_on([(1e9, "RUNNING", True)], [(12, DONE)])
+        assert caplog.messages == ["teacher teacher: waiting for an answer, 12 s so far"]
+        caplog.clear()
+        result_on([(5, "DEPLOYING", False), (1e9, "RUNNING", True)], [(2, DONE)])
+        assert "no replica answers: DEPLOYING" in caplog.messages[0]
+
+
 def test_a_service_that_is_away_for_retry_for_s_is_given_up_and_the_request_leaves_its_queue(result_on):
     serve, error = result_on([(1000, "RUNNING", True), (1e9, "DEPLOYING", False)], [(1e9, DONE)])
     assert "did not answer for teachers.retry_for_s=600 s" in error
