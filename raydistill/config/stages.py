@@ -21,6 +21,7 @@ from raydistill.config.keys import (
     Seed,
     free,
 )
+from raydistill.diffusion import guidance
 
 if TYPE_CHECKING:
     from raydistill.config.schema import Config
@@ -60,6 +61,12 @@ class DistillConfig(Section):
         None,
         description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast; null: "
         "torch's default, which is convolutions alone",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="updates over which the learning rates of all networks grow from 0 to their values; 0: none",
     )
     micro_batches: Few = Field(
         1,
@@ -124,6 +131,20 @@ Posterior = Literal["mean", "sample"]
 
 class SynthesisConfig(Section):
     count: Count = Field(2048, description="teacher-sampled pictures to make")
+    teacher: str | None = Field(
+        None,
+        description="model that draws them instead of teacher.model: a cheaper one with the same VAE, such as a "
+        "step-distilled one; null: teacher.model",
+    )
+    sampling_steps: Few | None = Field(
+        None, description="steps of a drawn picture; null: a step-distilled model's own, else teacher.sampling_steps"
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
+        None,
+        description="guidance of drawn pictures; 0 to 1: none; null: teacher.guidance_scale, of synthesis.teacher its "
+        "family's default, of a step-distilled model none",
+    )
+    shards: Few | None = Field(None, description="ranks per replica of synthesis.teacher; null: teachers.shards")
     batch_size: Batch = Field(64, description="pictures per request")
     shard_size: Count = Field(256, description="rows per parquet file")
     posterior: Posterior = Field(

@@ -65,8 +65,9 @@ class Recipe:
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
-        steps, guidance_scale: of the teacher's sampling; real images need none.
-        text_dtype: of the text encoders, and of the conditioning that the teacher gets.
+        steps, guidance_scale: of the drawer's sampling; real images need none.
+        text_dtype: of the text encoders, and of the conditioning that the drawer gets.
+        drawer: another model with the teacher's VAE, which draws the pictures; None: the teacher does.
     """
 
     teacher: Space
@@ -80,11 +81,16 @@ class Recipe:
     steps: int = 1
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
+    drawer: Space | None = None
 
     @property
     def samples(self) -> bool:
-        """Whether a teacher draws the pictures."""
+        """Whether a model draws the pictures."""
         return isinstance(self.source, PromptSet)
+
+    @property
+    def drawn_by(self) -> Space:
+        return self.drawer or self.teacher
 
     def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter:
         """Open the set in a folder. Errors as in `PairWriter`."""
@@ -111,6 +117,8 @@ class Recipe:
             "guidance_scale": self.guidance_scale,
             "text_dtype": self.text_dtype,
         }
+        if self.drawer is not None:
+            drawn["drawer"] = [self.drawer.pipeline_class, identify(self.drawer.folder)[1]]
         return {
             "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
             "teacher_revision": identify(self.teacher.folder)[1],
@@ -153,11 +161,11 @@ class AskedRows:
 
 
 class TeacherAsker:
-    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders, on `device`."""
+    """Asks a teacher for the pictures of a request's rows; holds its text encoders, on `device`."""
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe
-        self._text = TextEncoder(recipe.teacher, getattr(torch, recipe.text_dtype), device)
+        self._text = TextEncoder(recipe.drawn_by, getattr(torch, recipe.text_dtype), device)
         self._empty = self._text.encode_unconditional()
 
     def ask(self, request: Request) -> AskedRows:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import trains_bridge
+from raydistill.config.reading import draws, other_drawer, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.pairs import PairSet
@@ -21,6 +21,8 @@ from raydistill.shapes.captions import ATTRIBUTES, parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
+from raydistill.spaces.distilled import check_scores, drawing
+from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.storage.place import Place, Remote
@@ -38,6 +40,7 @@ class Inputs:
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
     images: ImageSet | None = None  # real ones, when synthesis.images names them
+    drawer: Space | None = None  # what draws pictures, when it is not the teacher
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -48,6 +51,7 @@ def check_inputs(config: Config) -> Inputs:
             "student.model",
             "student.unet",
             "teacher.model",
+            *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
@@ -63,6 +67,7 @@ def check_inputs(config: Config) -> Inputs:
     teacher = load_space(resolve(config.teacher.model))
     check_everywhere(teacher)
     check_folder(teacher)
+    drawer = open_drawer(config, teacher) if draws(config) else None
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
@@ -84,7 +89,38 @@ def check_inputs(config: Config) -> Inputs:
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images)
+    return Inputs(student, teacher, prompts, held_out, notes, images, drawer)
+
+
+def open_drawer(config: Config, teacher: Space) -> Space | None:
+    """The Space of synthesis.teacher; None: the teacher draws.
+
+    Raises:
+        InputError: the model cannot be used, or has other latents than the teacher.
+    """
+    if not other_drawer(config):
+        return None
+    model = config.synthesis.teacher
+    drawer = load_space(resolve(model))
+    check_everywhere(drawer)
+    check_folder(drawer)
+    sizes = ["x".join(map(str, space.latent_shape)) for space in (drawer, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"synthesis.teacher: {model} has latents of {sizes[0]}, but teacher.model={config.teacher.model} of {sizes[1]}"
+        )
+    if not has_vae(drawer, vae_fingerprint(teacher)):
+        raise InputError(
+            f"synthesis.teacher: {model} has another VAE than teacher.model={config.teacher.model} (their weights or their "
+            "scaling differ), so its latents are no latents of the teacher"
+        )
+    drawing(config, drawer)
+    return drawer
+
+
+def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises InputError where the teacher cannot give scores."""
+    check_scores(config, inputs.teacher)
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

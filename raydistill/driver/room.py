@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
 
-from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.reading import (
+    drawing_config,
+    draws_pairs,
+    draws_samples,
+    needs_pairs,
+    other_drawer,
+    trains_bridge,
+)
 from raydistill.config.schema import Config
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
@@ -25,9 +32,12 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         roles: of `planning.memory.ROLES`, those that this job runs; None: all.
     """
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
+    drawers = [rank_need(drawing_config(config), config.teachers.replicas)] if other_drawer(config) else ranks
     if config.bridge.pairs is None and needs_pairs(config):
-        sampled = config.synthesis.images is None
-        yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
+        sampled = draws_pairs(config)
+        yield [*(drawers if sampled else []), *actor_needs(config.synthesis, sampled)]
+    if roles is None and draws_samples(config):
+        yield [*drawers, *actor_needs(config.synthesis, True)]
     if roles is None:
         yield [*ranks, worker_need(config), encoder_need(config)]
     elif trains_bridge(config) and "Bridge training" in roles:
