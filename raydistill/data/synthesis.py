@@ -116,9 +116,8 @@ class Recipe:
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "text_dtype": self.text_dtype,
+            "drawer": self.drawer and [self.drawer.pipeline_class, identify(self.drawer.folder)[1]],
         }
-        if self.drawer is not None:
-            drawn["drawer"] = [self.drawer.pipeline_class, identify(self.drawer.folder)[1]]
         return {
             "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
             "teacher_revision": identify(self.teacher.folder)[1],
