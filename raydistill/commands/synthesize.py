@@ -20,7 +20,7 @@ JOB = Job(
     result="pairs/summary.json",
     changes=UNUSED,
     check=f"{STAGES}:check_pairs_folder",
-    roles=["teacher rank", "synthesis, prompts", "synthesis, pictures"],
+    roles=["teacher rank", "drawer rank", "synthesis, prompts", "synthesis, pictures"],
     stages=("synthesis",),
 )
 

@@ -223,7 +223,15 @@ class PlanConfig(Section):
     encoder_gpu: str | None = Field(
         None, description="kind of GPU of the text encoders and of synthesis' actors; null: plan.teacher_gpu"
     )
-    efficiency: Fraction = Field(0.4, gt=0, description="share of a GPU's peak arithmetic that the networks reach")
+    efficiency: Annotated[Fraction, Field(gt=0)] | None = Field(
+        None,
+        description="share of a GPU's peak arithmetic that all networks reach; null: by kind and role, as "
+        "raydistill/planning/gpus.yaml and plan.measured say",
+    )
+    measured: str | None = Field(
+        None,
+        description="YAML file of shares that `jobs/benchmark.py gpu` has measured; null: the one in the cache, if there is",
+    )
     reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of GPU memory kept free (CUDA context, fragmentation, kernels' workspace)"
     )
