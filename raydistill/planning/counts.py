@@ -177,8 +177,8 @@ def synthesises(config: Config) -> bool:
 
 def pairs_made(config: Config) -> int:
     """Pairs that a run makes; of real images, as many as it would draw where nothing bounds them."""
-    images = config.synthesis.images is not None
-    return (images and getattr(config.synthesis, "image_count", None)) or config.synthesis.count
+    synthesis = config.synthesis
+    return (synthesis.images is not None and synthesis.image_count) or synthesis.count
 
 
 def changed(config: Config, **distill: Any) -> Config:
