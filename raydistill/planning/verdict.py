@@ -112,7 +112,9 @@ def _time(hours: float) -> str:
 
 
 def _watch(counts: Counts, config: Config, timing: Schedule) -> Iterator[str]:
-    """What slows the run down for no use."""
+    """What slows the run down for no use, or keeps it from beginning."""
+    if counts.network.own_steps is not None and config.vsd.weight > 0:
+        yield "teacher.model is step-distilled and gives no scores: name it in synthesis.teacher, and its base there"
     if timing.text >= timing.work + timing.wait:
         yield "the trainers wait for the text encoders (raise prompts.encoders or prompts.gpus_per_encoder)"
     elif config.vsd.weight > 0 and timing.replicas_needed is None:

@@ -266,6 +266,13 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
     assert f"teachers.replicas={needed} on they do not" in lines["watch"]
 
 
+def test_a_step_distilled_teacher_is_said_before_anything_is_rented(config, large):
+    distilled = dataclasses.replace(large, network=dataclasses.replace(large.network, own_steps=4))
+    labels = ("fits", "watch", "money", "savings", "speeds", "needs", "terms")
+    assert "step-distilled and gives no scores" in said(distilled, settings(config, *RENTED), *labels)["watch"]
+    assert "step-distilled" not in verdict(large, settings(config, *RENTED), read_gpus())
+
+
 def test_a_run_without_gpus_says_so(config, large):
     fast = dataclasses.replace(large, network=dataclasses.replace(large.network, score=Cost(1.0, 0)))
     lines = said(fast, settings(config), "fits", "money", "needs", "terms")
