@@ -124,12 +124,12 @@ def make_sets(record: RunRecord, client: TeacherClient | None = None) -> tuple[s
 
 
 def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: TeacherClient | None = None) -> str:
-    """A set of the run's own, in its folder `name`; goes on where it stopped."""
-    if recipe.samples and client is None:
-        with _drawing(record) as own:
-            return _made(record, stage, name, recipe, own)
+    """A set of the run's own, in its folder `name`; goes on where it stopped, and starts no service for a whole one."""
     config, run = record.config, record.run
     folder, progress = run.path / name, run.path / f"{stage}-progress.json"
+    if recipe.samples and client is None and recipe.writer(folder, config.synthesis.max_failed_rows).missing:
+        with _drawing(record) as own:
+            return _made(record, stage, name, recipe, own)
     with record.timed(stage):
         run_id = record.stage_run(config, stage)
         tracker = Tracker(record.uri, run_id)
