@@ -127,7 +127,7 @@ def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: Teac
     """A set of the run's own, in its folder `name`; goes on where it stopped, and starts no service for a whole one."""
     config, run = record.config, record.run
     folder, progress = run.path / name, run.path / f"{stage}-progress.json"
-    if recipe.samples and client is None and recipe.writer(folder, config.synthesis.max_failed_rows).missing:
+    if recipe.samples and client is None and not recipe.writer(folder, config.synthesis.max_failed_rows).complete:
         with _drawing(record) as own:
             return _made(record, stage, name, recipe, own)
     with record.timed(stage):
