@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -70,7 +71,7 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     if not any(part.gpus for part in parts):
         return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
     nodes = "; ".join(
-        f"{rented(gpus[kind], count)} {kind} ({', '.join(dict.fromkeys(who))})"
+        f"{_nodes(gpus[kind], kind, count)} ({', '.join(dict.fromkeys(who))})"
         for kind, (count, who) in _held(config, parts).items()
     )
     total, market = price(parts, config, gpus), "spot" if config.plan.spot else "on-demand"
@@ -85,6 +86,12 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
     helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
     return f"NO. {'. '.join(lacking)}. {helps}. It would be {run}"
+
+
+def _nodes(gpu: Gpu, kind: str, count: float) -> str:
+    """GPUs that are rented for so many; where more than half of them idle, also how many are used."""
+    whole, used = rented(gpu, count), math.ceil(count)
+    return f"{whole} {kind}" if 2 * used >= whole else f"{used} of the {whole} {kind} of whole nodes"
 
 
 def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
