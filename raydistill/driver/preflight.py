@@ -11,8 +11,9 @@ from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import draws, other_drawer, trains_bridge
 from raydistill.config.schema import Config
-from raydistill.data.images import ImageSet, open_images
+from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet
+from raydistill.data.pictures import Pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -39,7 +40,7 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
-    images: ImageSet | None = None  # real ones, when synthesis.images names them
+    images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
     drawer: Space | None = None  # what draws pictures, when it is not the teacher
 
 
@@ -55,7 +56,6 @@ def check_inputs(config: Config) -> Inputs:
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
-            "synthesis.images",
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -81,11 +81,8 @@ def check_inputs(config: Config) -> Inputs:
     if config.bridge.pairs is not None:
         pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-    images = None
-    if config.synthesis.images is not None:
-        images = open_images(
-            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
-        )
+    images = None if config.synthesis.images is None else _opened_images(config)
+    if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
@@ -121,6 +118,20 @@ def open_drawer(config: Config, teacher: Space) -> Space | None:
 def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError where the teacher cannot give scores."""
     check_scores(config, inputs.teacher)
+
+
+def _opened_images(config: Config) -> ImageSet | Pictures:
+    """What synthesis.images names. Raises InputError."""
+    synthesis = config.synthesis
+    try:
+        return open_source(
+            str(synthesis.images),
+            synthesis.image_column,
+            synthesis.caption_column,
+            streamed=synthesis.image_count is not None or synthesis.min_pixels > 0,
+        )
+    except (InputError, OSError) as error:
+        raise InputError(f"synthesis.images: {error}") from None
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

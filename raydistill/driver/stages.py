@@ -12,6 +12,8 @@ from typing import Any
 from raydistill.background import in_background
 from raydistill.config.reading import drawing_config, draws_samples, needs_pairs, other_drawer
 from raydistill.config.schema import Config
+from raydistill.data.pairs import covered_rows
+from raydistill.data.pictures import Filters, Pictures
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distillation.networks import guidance_scale
@@ -137,7 +139,7 @@ def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: Teac
         try:
             with ProgressWatcher(progress, stage, "row"):
                 synthesise_on_ray(recipe, folder, config.synthesis, client if recipe.samples else None, log)
-            log.finish(folder, recipe.count)
+            log.finish(folder, covered_rows(folder))
         finally:
             tracker.close()
         record.finish(run_id)
@@ -160,8 +162,12 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
         "posterior": synthesis.posterior,
         "text_dtype": config.prompts.encoder_dtype,
     }
+    if isinstance(images, Pictures):
+        filters = Filters(min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts))
+        count = synthesis.image_count
+        return Recipe(source=images, count=count, filters=filters, licence=synthesis.licence, **shared)
     if images is not None:
-        return Recipe(source=images, count=len(images), **shared)
+        return Recipe(source=images, count=len(images), licence=synthesis.licence, **shared)
     drawer = inputs.drawer or open_drawer(config, inputs.teacher)
     steps, scale = drawing(config, drawer or inputs.teacher)
     return Recipe(

@@ -9,10 +9,12 @@ from typing import Any
 
 from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
-from raydistill.planning.counts import Counts, makes_pairs
+from raydistill.errors import InputError
+from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu, memory
 from raydistill.planning.schedule import Phase, Schedule, asked_at_once, phases, price, rented, replicas, schedule
+from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import is_uri
 from raydistill.storage.resolve import HUB_KEYS, SHAPES_PREFIX, local_path
@@ -202,9 +204,9 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
         yield "bridge.pairs=… (pairs that you have)", _with(config, "bridge", pairs="…")
     if draws_pairs(config):
         yield "synthesis.images=… (pictures that you have)", _with(config, "synthesis", images="…")
-        if config.synthesis.count > FEWER_PAIRS:
-            fewer = _with(config, "synthesis", count=FEWER_PAIRS)
-            yield f"synthesis.count={FEWER_PAIRS} (of {config.synthesis.count:,})", fewer
+    if makes_pairs(config) and (made := pairs_made(config)) > FEWER_PAIRS:
+        key = "count" if config.synthesis.images is None else "image_count"
+        yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
     if not config.plan.spot:
         yield "plan.spot=true", _with(config, "plan", spot=True)
     needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
@@ -235,7 +237,7 @@ def _needs(counts: Counts, config: Config) -> str:
         value = values[key]
         if value is None or value.startswith(SHAPES_PREFIX) or not _used(config, key):
             continue
-        if is_uri(value) or local_path(value).exists():
+        if _is_here(value):
             here.append(f"{value} ({key})")
         elif key in HUB_KEYS and is_hub_id(value):
             hub.append(f"{value}{' (gated)' if value in gated else ''}")
@@ -248,6 +250,16 @@ def _needs(counts: Counts, config: Config) -> str:
         ["for what is gated, accept its licence, then `hf auth login` or HF_TOKEN"] if " (gated)" in str(hub) else []
     )
     return "; ".join(found) or "nothing more: models and prompts come with the package"
+
+
+def _is_here(value: str) -> bool:
+    """Whether this machine sees it; of URIs nobody asks the store."""
+    if is_uri(value) or not is_pattern(value):
+        return is_uri(value) or local_path(value).exists()
+    try:
+        return bool(expand(value))
+    except InputError:
+        return False
 
 
 def _used(config: Config, key: str) -> bool:
