@@ -325,14 +325,14 @@ def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
     if it.kind == "teacher":
         own = own_steps(teacher, config.teacher.model)
         return replace(count_teacher(config, teacher, guidance_scale(config, teacher)), own_steps=own)
-    drawer = meta.open_space(config.synthesis.teacher) if other_drawer(config) else teacher
     if it.kind == "drawer":
+        drawer = meta.open_space(config.synthesis.teacher) if other_drawer(config) else teacher
         own = own_steps(drawer, config.synthesis.teacher or config.teacher.model)
         return replace(count_teacher(config, drawer, drawing(config, drawer)[1]), own_steps=own)
     if it.kind == "bridge":
         return count_bridge(config, student, teacher, max(1, config.bridge.batch_size // config.distill.fewest))
     if it.kind == "text":
-        spaces |= {} if drawer is teacher else {"drawer": drawer}
+        spaces |= {"drawer": meta.open_space(config.synthesis.teacher)} if other_drawer(config) else {}
         return {f"{role} {part}": one for role, space in spaces.items() for part, one in count_text(space).items()}
     if it.kind == "vae":
         return {role: count_vae(space) for role, space in spaces.items()}

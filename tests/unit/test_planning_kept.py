@@ -205,10 +205,11 @@ def sections(section: type[Section] = Config, prefix: str = ""):
 
 
 @pytest.mark.parametrize(
-    "field", [*QUICK, "bridge", pytest.param("trainer", marks=pytest.mark.full)]
+    "field", [*QUICK, "drawer", "bridge", pytest.param("trainer", marks=pytest.mark.full)]
 )  # fmt: skip
 def test_a_count_reads_no_key_that_its_file_does_not_depend_on(field, monkeypatch):
     settings = ["bridge.trainable=true", "student.ema_decay=0.9", "distill.workers=2", "bridge.batch_size=4"]
+    settings += ["synthesis.teacher=shapes:sd3"] if field == "drawer" else []
     asked = wanted(load(overrides=[*SETTINGS, *settings]))[field]
     prefixes, leaves, seen = dict(sections()), {key for key, *_ in fields()}, set()
     plain = Section.__getattribute__
@@ -227,7 +228,7 @@ def test_a_count_reads_no_key_that_its_file_does_not_depend_on(field, monkeypatc
 
 
 def test_every_field_has_a_kind_that_can_be_kept():
-    config = load(overrides=SETTINGS)
+    config = load(overrides=[*SETTINGS, "synthesis.teacher=shapes:sd3"])
     assert set(wanted(config)) == set(FIELDS)
     assert {it.kind for it in wanted(config).values()} == set(kept.READ) == set(kept.TYPES)
     assert set(kept.NAMES) == set(FIELDS)
