@@ -50,7 +50,7 @@ from raydistill.planning.counts import (
 from raydistill.planning.meter import Meter, counted
 from raydistill.spaces import hub_models, meta
 from raydistill.spaces.base import Space
-from raydistill.spaces.distilled import drawing, own_steps
+from raydistill.spaces.distilled import drawing_guidance, own_steps
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
 
@@ -328,7 +328,7 @@ def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
     if it.kind == "drawer":
         drawer = meta.open_space(config.synthesis.teacher) if other_drawer(config) else teacher
         own = own_steps(drawer, config.synthesis.teacher or config.teacher.model)
-        return replace(count_teacher(config, drawer, drawing(config, drawer)[1]), own_steps=own)
+        return replace(count_teacher(config, drawer, drawing_guidance(config, drawer)), own_steps=own)
     if it.kind == "bridge":
         return count_bridge(config, student, teacher, max(1, config.bridge.batch_size // config.distill.fewest))
     if it.kind == "text":

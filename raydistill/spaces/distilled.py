@@ -52,29 +52,42 @@ def check_scores(config: Config, teacher: Space) -> None:
         )
 
 
-def drawing(config: Config, drawer: Space) -> tuple[int, float]:
-    """(steps, guidance scale) with which synthesis samples its pictures.
+def drawing_guidance(config: Config, drawer: Space) -> float:
+    """Guidance scale with which synthesis samples its pictures.
 
     Args:
         drawer: the Space of `synthesis.teacher`, or the teacher's where that is null.
 
     Raises:
+        InputError: a step-distilled model is asked for guidance.
+    """
+    synthesis, model = config.synthesis, config.synthesis.teacher or config.teacher.model
+    distilled, scale = step_distilled(drawer, model) is not None, synthesis.guidance_scale
+    if scale is None and not distilled and synthesis.teacher is None:
+        scale = config.teacher.guidance_scale
+    if scale is None:
+        scale = 0.0 if distilled else drawer.default_guidance_scale
+    if distilled and scale > 1:
+        raise InputError(
+            f"synthesis.guidance_scale: {model} is step-distilled and takes no guidance (0 to 1), not {scale:g}"
+        )
+    return scale
+
+
+def drawing(config: Config, drawer: Space) -> tuple[int, float]:
+    """(steps, guidance scale) with which synthesis samples its pictures.
+
+    Args:
+        drawer: as of `drawing_guidance`.
+
+    Raises:
         InputError: a step-distilled model is asked for more steps than it is made for, or for guidance.
     """
-    synthesis, teacher = config.synthesis, config.teacher
-    model, own = synthesis.teacher or teacher.model, own_steps(drawer, synthesis.teacher or teacher.model)
-    steps = synthesis.sampling_steps or own or teacher.sampling_steps
-    scale = synthesis.guidance_scale
-    if scale is None and own is None and synthesis.teacher is None:
-        scale = teacher.guidance_scale
-    if scale is None:
-        scale = drawer.default_guidance_scale if own is None else 0.0
+    model = config.synthesis.teacher or config.teacher.model
+    own = own_steps(drawer, model)
+    steps = config.synthesis.sampling_steps or own or config.teacher.sampling_steps
     if own is not None and steps > MOST_STEPS:
         raise InputError(
             f"synthesis.sampling_steps: {model} is step-distilled and draws in 1 to {MOST_STEPS} steps, not {steps}"
         )
-    if own is not None and scale > 1:
-        raise InputError(
-            f"synthesis.guidance_scale: {model} is step-distilled and takes no guidance (0 to 1), not {scale:g}"
-        )
-    return steps, scale
+    return steps, drawing_guidance(config, drawer)
