@@ -19,7 +19,7 @@ from raydistill.bridge.losses import bridge_loss
 from raydistill.config.networks import BridgeConfig
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import Pairs, PairSet, split
+from raydistill.data.pairs import Pairs, PairSet, open_pairs, split
 from raydistill.diffusion.noise import normal
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
@@ -108,7 +108,7 @@ def build_objective(
         InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = PairSet(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    pairs = open_pairs(resolve(str(pairs_folder)), teacher, student)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         network = teacher.load_network(getattr(torch, config.teachers.dtype))

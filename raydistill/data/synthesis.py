@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from raydistill.config.stages import Posterior
+from raydistill.config.stages import LatentDtype, Posterior
+from raydistill.data.bits import to_numpy
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet
 from raydistill.data.prompts import PromptSet
@@ -33,6 +34,7 @@ from raydistill.data.vae import PairEncoder
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
+from raydistill.spaces.held import vae_fingerprint
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 
@@ -67,6 +69,7 @@ class Recipe:
         posterior: what a VAE's latents are.
         steps, guidance_scale: of the teacher's sampling; real images need none.
         text_dtype: of the text encoders, and of the conditioning that the teacher gets.
+        dtype: of the latents that are kept.
     """
 
     teacher: Space
@@ -80,6 +83,12 @@ class Recipe:
     steps: int = 1
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
+    dtype: LatentDtype = "float16"
+
+    @property
+    def vaes(self) -> dict[str, str]:
+        """sha256 of the VAEs that encode, by role."""
+        return {"teacher": vae_fingerprint(self.teacher), "student": vae_fingerprint(self.student)}
 
     @property
     def samples(self) -> bool:
@@ -97,10 +106,12 @@ class Recipe:
             teacher=identify(self.teacher.folder),
             max_failed_rows=max_failed_rows,
             settings=self.settings(),
+            vaes=self.vaes,
         )
 
     def encoder(self, device: str) -> PairEncoder:
-        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed)
+        dtype = getattr(torch, self.dtype)
+        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed, dtype=dtype)
 
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
@@ -116,9 +127,11 @@ class Recipe:
             "teacher_revision": identify(self.teacher.folder)[1],
             "student": [self.student.pipeline_class, *self.student.latent_shape],
             "student_vae_revision": identify(Path(self.student.folder, "vae"))[1],
+            **{f"{role}_vae": sha256 for role, sha256 in self.vaes.items()},
             **(drawn if self.samples else {"images": self.source.fingerprint}),
             "shard_size": self.shard_size,
             "posterior": self.posterior,
+            "dtype": self.dtype,
             "seed": self.seed,
         }
 
@@ -201,17 +214,18 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
         failure = np.where((failure == "") & ~finite.cpu().numpy(), "the decoded picture is not finite", failure)
         pictures[~finite] = 0
     z_teacher, z_student, pngs = encoder.encode(pictures, batch["row"])
-    columns = {}
+    columns = {"row": batch["row"]}
     for name, latents in (("z_T", z_teacher), ("z_S", z_student)):
-        columns[name] = latents.half()
-        finite = torch.isfinite(columns[name]).flatten(1).all(1)
-        failure = np.where((failure == "") & ~finite.numpy(), f"{name} is not finite in float16", failure)
-        columns[name][~finite] = 0
-    preview = np.empty(len(pngs), dtype=object)
-    preview[:] = pngs
-    return {name: value.numpy() for name, value in columns.items()} | {
-        "row": batch["row"], "preview": preview, "failure": failure,
-    }  # fmt: skip
+        kept = latents.to(encoder.dtype)
+        finite = torch.isfinite(kept).flatten(1).all(1)
+        reason = f"{name} is not finite in {str(encoder.dtype).removeprefix('torch.')}"
+        failure = np.where((failure == "") & ~finite.numpy(), reason, failure)
+        kept[~finite] = 0
+        columns[name] = to_numpy(kept)
+    if encoder.with_previews:
+        columns["preview"] = np.empty(len(pngs), dtype=object)
+        columns["preview"][:] = pngs
+    return columns | {"failure": failure}
 
 
 def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:

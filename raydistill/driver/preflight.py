@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import trains_bridge
+from raydistill.config.reading import get, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
-from raydistill.data.pairs import PairSet
+from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -71,10 +71,10 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = PairSet(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
+        pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
-        pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
     if config.synthesis.images is not None:
@@ -85,6 +85,13 @@ def check_inputs(config: Config) -> Inputs:
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
     return Inputs(student, teacher, prompts, held_out, notes, images)
+
+
+def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
+    try:
+        return open_pairs(resolve(get(config, key)), teacher, student)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

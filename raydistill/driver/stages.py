@@ -126,6 +126,7 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
         steps=config.teacher.sampling_steps,
         guidance_scale=guidance_scale(config, inputs.teacher),
         text_dtype=config.prompts.encoder_dtype,
+        dtype=synthesis.dtype,
     )
 
 

@@ -17,7 +17,7 @@ from raydistill.bridge.model import doublings, read_description
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.data.pairs import Pairs, PairSet
+from raydistill.data.pairs import Pairs, open_pairs
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
@@ -93,7 +93,7 @@ def _check(config: Config, pairs_folder: str | Path) -> None:
     """Refuse what no worker could train on, before any is started."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     doublings(student, teacher)
-    PairSet(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    open_pairs(resolve(str(pairs_folder)), teacher, student)
     if config.bridge.projector == "identity":
         raise StageFailed("bridge.projector identity has nothing to train")
 
