@@ -68,8 +68,22 @@ class Pairs:
         if len(self) % count:
             raise ValueError(f"micro_batches: {len(self)} pairs have no {count} equal parts")
         size = len(self) // count
-        rows = slice(index * size, (index + 1) * size)
-        return Pairs(**{field.name: getattr(self, field.name)[rows] for field in dataclasses.fields(self)})
+        return self.rows(index * size, (index + 1) * size)
+
+    def rows(self, start: int, stop: int) -> Pairs:
+        """Rows start … stop - 1."""
+        some = slice(start, stop)
+        return Pairs(**{field.name: getattr(self, field.name)[some] for field in dataclasses.fields(self)})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """The rows of all parts, in their order."""
+        columns = {}
+        for name in (field.name for field in dataclasses.fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            join = {np.ndarray: np.concatenate, torch.Tensor: torch.cat}.get(type(values[0]))
+            columns[name] = join(values) if join else [value for some in values for value in some]
+        return cls(**columns)
 
 
 # -- writing --------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class PairWriter:
         teacher: (name, revision) of the model whose VAE encodes z_T; two columns.
         max_failed_rows: how many rows may fail in the whole set.
         settings: what decides the rows. Rows of other settings are never mixed into a folder.
-        vaes: sha256 of the VAEs that encode, by role; every shard names them.
+        vaes: sha256 of the VAEs that encode, by role, which every shard then names.
 
     Raises:
         InputError: the folder's set was made with other settings, or a shard cannot be read.
@@ -107,7 +107,7 @@ class PairWriter:
         teacher: tuple[str, str],
         max_failed_rows: int,
         settings: Mapping[str, Any],
-        vaes: Mapping[str, str],
+        vaes: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.count, self.shard_size = to_place(str(folder)), count, shard_size
         self.at, self.seed, self.teacher, self.max_failed_rows = at, seed, teacher, max_failed_rows
