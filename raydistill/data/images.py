@@ -210,7 +210,7 @@ def _read_captions(file: Path, image_column: str, caption_column: str | None) ->
     try:
         with pq.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
-            _check_column(file, schema, image_column, "synthesis.image_column", _holds_bytes, "bytes")
+            _check_column(file, schema, image_column, "synthesis.image_column", holds_picture, "bytes")
             if caption_column is None and "caption" not in schema.names:
                 return [(None, None)] * parquet.metadata.num_rows
             name = caption_column or "caption"
@@ -230,10 +230,11 @@ def _check_column(
         raise InputError(f"{file}: column {name!r} ({key}) holds {schema.field(name).type}, not {wanted}")
 
 
-def _holds_bytes(kind: pa.DataType) -> bool:
+def holds_picture(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes, or structs with a field `bytes`."""
     if pa.types.is_struct(kind):
         index = kind.get_field_index("bytes")
-        return index >= 0 and _holds_bytes(kind.field(index).type)
+        return index >= 0 and holds_picture(kind.field(index).type)
     return holds_bytes(kind)
 
 

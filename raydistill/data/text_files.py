@@ -6,11 +6,15 @@ Bytes that cannot be decoded become a lone surrogate, which no text has (`undeco
 from __future__ import annotations
 
 import codecs
+import gzip
+import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 from unicodedata import category
+
+from raydistill.storage.place import Place, Remote
 
 HEAD = 1 << 12  # bytes that decide about the encoding
 LEAST = 6  # bytes of UTF-16 without a mark; fewer zeros may be separators
@@ -65,11 +69,21 @@ def _decoded(head: bytes, encoding: str) -> str | None:
         return None
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file, decoded; line ends are kept as they are. Raises OSError."""
-    with path.open("rb") as stream:
-        encoding = encoding_of(stream.read(HEAD))
-    return path.open(encoding=encoding, errors=LONE, newline="")
+def open_text(path: Place) -> TextIO:
+    """A text file, which may be compressed (.gz), decoded; line ends are kept as they are.
+
+    Raises:
+        OSError, EOFError, zlib.error: it cannot be read, or its compressed bytes are damaged. Reading raises them too.
+    """
+    stream = path.filesystem.open_input_stream(path.key) if isinstance(path, Remote) else path.open("rb")
+    unpacked = gzip.GzipFile(fileobj=stream) if path.name.lower().endswith(".gz") else stream
+    buffered = io.BufferedReader(unpacked, 1 << 16)
+    return io.TextIOWrapper(buffered, encoding_of(buffered.peek(HEAD)[:HEAD]), LONE, newline="")
+
+
+def decoded_text(data: bytes) -> str:
+    """A whole text; bytes that are none become a lone surrogate."""
+    return data.decode(encoding_of(data[:HEAD]), LONE)
 
 
 def read_text(path: Path) -> str:

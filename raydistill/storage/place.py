@@ -1,7 +1,10 @@
-"""A `Place`: a local path, or a `Remote` in a bucket (`s3://bucket/key`, `gs://bucket/key`).
+"""A `Place`: a local path, or a `Remote` in a bucket (`s3://bucket/key`, `gs://bucket/key`) or in a data set of the hub.
 
 A Remote goes through pyarrow.fs, as Ray Train's checkpoints do. Its methods have pathlib's names and meanings. An object is
 replaced in one step. A bucket has no folders, no renames and no appending.
+
+`hf://datasets/org/name[@revision]/path` goes through huggingface_hub's file system behind pyarrow's, and is read alone. HF_ENDPOINT
+names another hub, and HF_TOKEN, or `hf auth login`, opens gated sets. A change of bytes shows in `entries`.
 
 Credentials, region and endpoint come from where the SDKs look for them (AWS_ACCESS_KEY_ID …, AWS_PROFILE,
 AWS_ENDPOINT_URL, GOOGLE_APPLICATION_CREDENTIALS, the machine's role). A URI that carries any is refused, so that none can
@@ -33,19 +36,23 @@ _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 RETRIES, RETRY_S = 8, 60  # attempts of a request to S3; seconds for which one to GCS is tried again
 DENIED = re.compile(
     r"AWS Error [A-Z_]*(ACCESS|TOKEN|SIGNATURE|CREDENTIAL|CLIENT)|HTTP status 40[13]|UNAUTHENTICATED|PERMISSION_DENIED"
+    r"|40[13] Client Error"
 )
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or the machine's role",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth application-default login`, or the machine's service account",
+    "hf": "HF_TOKEN, or what `hf auth login` has written; a gated set's licence must be accepted on its page first",
 }
+_HUB_SET = re.compile(r"datasets/[\w.-]+/[\w.-]+(@[\w.%-]+)?")
+_HUB_BLOCK = 8 << 20  # bytes of one request to the hub
 
 
 @dataclass(frozen=True)
 class Remote:
     """An object, or the objects below a prefix. Methods raise OSError where the store refuses or does not answer."""
 
-    scheme: str  # s3 or gs
-    key: str  # bucket/key
+    scheme: str  # s3, gs or hf
+    key: str  # bucket/key, or datasets/org/name[@revision]/path
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}"
@@ -125,12 +132,22 @@ class Remote:
         """(name below this, bytes, time of the last change in ns) of every object; its own name is "". By name."""
         from pyarrow.fs import FileSelector
 
+        if self.scheme == "hf":
+            return self._hub_entries()
         info = self.filesystem.get_file_info(self.key)
         if info.is_file:
             return [("", info.size, info.mtime_ns)]
         infos = self.filesystem.get_file_info(FileSelector(self.key, allow_not_found=True, recursive=True))
         start = len(self.key) + 1
         return sorted((info.path[start:], info.size, info.mtime_ns) for info in infos if info.is_file)
+
+    def _hub_entries(self) -> list[tuple[str, int, int]]:
+        """`entries`; the hub tells no times, but a hash of each file's bytes, which stands for them."""
+        hub = self.filesystem.handler.fs
+        hub.invalidate_cache()  # a branch may have moved
+        found = hub.find(self.key, detail=True)
+        start = len(self.key) + 1
+        return sorted((name[start:], info["size"], int(info["blob_id"][:12], 16)) for name, info in found.items())
 
     def upload(self, source: Path) -> None:
         """Store a file, or a folder's files. The top level's .json files come last: they tell readers that the rest is there.
@@ -140,6 +157,8 @@ class Remote:
         from pyarrow.fs import LocalFileSystem, copy_files
 
         lease.check(self)
+        if self.scheme == "hf":
+            raise OSError(f"{self}: a data set of the hub is read alone")
         here = LocalFileSystem()
         below = ((Path(parent, name) for name in names) for parent, _, names in os.walk(source, followlinks=True))
         files = [source] if source.is_file() else itertools.chain.from_iterable(below)
@@ -167,6 +186,10 @@ def is_link(place: Place) -> bool:
 def _filesystem(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
     from pyarrow import fs
 
+    if scheme == "hf":
+        from huggingface_hub import HfFileSystem  # slow to import
+
+        return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem(block_size=_HUB_BLOCK)))
     if scheme == "gs":
         return fs.GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=RETRY_S))
     return fs.S3FileSystem(
@@ -186,7 +209,9 @@ def remote(uri: str) -> Remote:
     scheme, _, key = uri.partition("://")
     bucket = key.partition("/")[0]
     if scheme not in _CREDENTIALS:
-        raise InputError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, file:// or a path")
+        raise InputError(f"{mask('uri', uri)}: unknown scheme {scheme}://; use s3://, gs://, hf://, file:// or a path")
+    if scheme == "hf":
+        return _of_hub(uri, key)
     if "@" in bucket or ":" in bucket or "?" in key or "#" in key:  # a secret may hold slashes
         raise InputError(
             f"{scheme}://…: credentials and options do not belong in a URI; they are read from the environment "
@@ -196,6 +221,14 @@ def remote(uri: str) -> Remote:
     if not bucket or ".." in parts:
         raise InputError(f"{uri}: not a bucket and a key, as in {scheme}://bucket/folder/file")
     return Remote(scheme, "/".join(parts))
+
+
+def _of_hub(uri: str, key: str) -> Remote:
+    parts = PurePosixPath(key).parts
+    if ".." in parts or not _HUB_SET.fullmatch("/".join(parts[:3])):
+        form = "hf://datasets/org/name[@revision]/path"
+        raise InputError(f"{mask('uri', uri)}: not a data set of the hub, as in {form}")
+    return Remote("hf", "/".join(parts))
 
 
 def cause(error: OSError, scheme: str) -> str:

@@ -19,7 +19,7 @@ from raydistill.storage.atomic import replacing
 from raydistill.storage.hub import counterpart
 from raydistill.storage.place import DENIED, Place, Remote, cause, remote
 
-STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs)/(?P<key>.+)")
+STAGED = re.compile(r".*/staged/(?P<digest>[0-9a-f]{16})/(?P<scheme>s3|gs|hf)/(?P<key>.+)")
 
 
 def cache_folder() -> Path:

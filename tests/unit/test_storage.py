@@ -130,7 +130,7 @@ def test_what_one_node_has_staged_is_staged_on_another_one_in_the_same_version(f
     [
         ("{folder}/none.txt", "no such object, and none below it"),
         ("s3://no-such-bucket-here/prompts.txt", "no such object, and none below it"),
-        ("hdfs://host/prompts.txt", "unknown scheme hdfs://; use s3://, gs://, file:// or a path"),
+        ("hdfs://host/prompts.txt", "unknown scheme hdfs://; use s3://, gs://, hf://, file:// or a path"),
         ("s3://", "not a bucket and a key"),
         ("s3://bucket/a/../b", "not a bucket and a key"),
         ("s3://AKIAUSER:pa55word@bucket/x", "credentials and options do not belong in a URI"),
