@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from raydistill.config.keys import Free, Origin, Section
 from raydistill.config.schema import Config
-from raydistill.config.stages import trains_bridge
+from raydistill.config.stages import streams_bridge, trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
 
@@ -254,7 +254,13 @@ def get(config: Config, key: str) -> Any:
 def needs_pairs(config: Config) -> bool:
     """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
     gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
-    return trains_bridge(config) or config.bridge.trainable or gan
+    stored = trains_bridge(config) and not streams_bridge(config)
+    return stored or config.bridge.trainable or gan
+
+
+def images_of_pairs(config: Config) -> str | None:
+    """The real images that stored pairs are made of; None: pairs are teacher samples."""
+    return None if config.bridge.source == "stream" else config.synthesis.images
 
 
 def stages_of(config: Config) -> list[str]:

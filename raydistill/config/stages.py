@@ -33,6 +33,11 @@ def trains_bridge(config: Config) -> bool:
     return config.bridge.checkpoint is None and config.bridge.projector != "identity"
 
 
+def streams_bridge(config: Config) -> bool:
+    """Whether it trains its Bridge on pictures that are encoded meanwhile, not on stored pairs."""
+    return trains_bridge(config) and config.bridge.source == "stream"
+
+
 class RunConfig(Section):
     name: str | None = free(None, description="name of the run; unique by default, naming an existing run resumes it")
     seed: Seed = Field(0, description="seed of every random number (noise, times, order of prompts)")
@@ -136,7 +141,8 @@ class SynthesisConfig(Section):
     )
     images: str | None = Field(
         None,
-        description="folder or parquet of real images, all of which are encoded instead of teacher samples; null: sample",
+        description="folder or parquet of real images, all of which are encoded instead of teacher samples; null: sample. "
+        "With bridge.source=stream the Bridge's pictures, and what is stored are teacher samples",
     )
     image_column: str = Field(
         "image", description="column of a parquet of images: encoded bytes, or a struct with `bytes`"
@@ -152,7 +158,8 @@ class SynthesisConfig(Section):
     )
     encoders: Few = free(
         1,
-        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
+        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs; with "
+        "bridge.source=stream, of each worker",
     )
     cpus_per_encoder: Cpus = free(0.2, description="Ray CPUs each of these actors reserves")
     gpus_per_encoder: Gpus = free(0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU")

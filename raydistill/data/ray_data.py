@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray.data
 from ray.util.debug import log_once
+
+from raydistill.data.stage_error import StageError
+from raydistill.teachers.request import TeacherError
+
+Batch = TypeVar("Batch")
 
 MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
 
@@ -24,6 +31,19 @@ def dataset_of(rows: list[dict[str, Any]], in_order: bool = False) -> ray.data.D
     data.context.print_on_execution_start = False
     data.context.issue_detectors_config.detectors = []
     return data
+
+
+def telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
+    """Raise StageError from whatever `call` raises."""
+
+    @functools.wraps(call)
+    def told(*arguments: Any, **keywords: Any) -> Batch:
+        try:
+            return call(*arguments, **keywords)
+        except Exception as error:
+            raise StageError(str(error), type(error).__name__, of_teacher=isinstance(error, TeacherError)) from error
+
+    return told
 
 
 def _quiet() -> None:

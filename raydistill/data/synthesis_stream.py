@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 
 from raydistill.config.stages import SynthesisConfig
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
-from raydistill.data.ray_data import dataset_of
+from raydistill.data.ray_data import dataset_of, telling
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
@@ -86,19 +86,6 @@ def synthesise_on_ray(
 # -- the stages -----------------------------------------------------------------------------------------
 
 
-def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
-    """Raise StageError from whatever `call` raises."""
-
-    @functools.wraps(call)
-    def told(*arguments: Any, **keywords: Any) -> Batch:
-        try:
-            return call(*arguments, **keywords)
-        except Exception as error:
-            raise StageError(str(error), type(error).__name__, of_teacher=isinstance(error, TeacherError)) from error
-
-    return told
-
-
 @functools.lru_cache(maxsize=2)
 def _fetch(recipe: ray.ObjectRef) -> Recipe:
     """One copy per process."""
@@ -120,7 +107,7 @@ class _Asker:
     def _asker(self) -> TeacherAsker:
         return self._load()
 
-    @_telling
+    @telling
     def __call__(self, requests: Batch) -> Batch:
         with self._alone:
             asked = self._asker.ask(_request(requests))
@@ -138,12 +125,12 @@ class _Encoder:
     def _encoder(self) -> PairEncoder:
         return self._load()
 
-    @_telling
+    @telling
     def __call__(self, batch: Batch) -> Batch:
         return encode_rows(self._encoder, batch)
 
 
-@_telling
+@telling
 def _read_images(requests: Batch, recipe: ray.ObjectRef) -> Batch:
     told = _fetch(recipe)
     return load_rows(told.source, _request(requests), told.teacher.resolution)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import get, trains_bridge
+from raydistill.config.reading import get, images_of_pairs, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.pairs import PairSet, open_pairs
+from raydistill.data.pictures import Pictures, open_pictures
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -37,7 +38,8 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
-    images: ImageSet | None = None  # real ones, when synthesis.images names them
+    images: ImageSet | None = None  # real ones, when pairs are made of those that synthesis.images names
+    pictures: Pictures | None = None  # those that the Bridge is trained on, when they are streamed
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -51,7 +53,7 @@ def check_inputs(config: Config) -> Inputs:
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
-            "synthesis.images",
+            *([] if config.bridge.source == "stream" else ["synthesis.images"]),
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -77,14 +79,13 @@ def check_inputs(config: Config) -> Inputs:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
-    if config.synthesis.images is not None:
-        images = open_images(
-            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
-        )
+    if (named := images_of_pairs(config)) is not None:
+        images = open_images(resolve(named), config.synthesis.image_column, config.synthesis.caption_column)
         _check_disjoint("synthesis.images", images.prompts, held_out)
+    pictures = _open_stream(config)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images)
+    return Inputs(student, teacher, prompts, held_out, notes, images, pictures)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
@@ -92,6 +93,25 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         return open_pairs(resolve(get(config, key)), teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def _open_stream(config: Config) -> Pictures | None:
+    """The pictures that a Bridge is trained on as they come; None: it is not. Lists them, and fetches none."""
+    bridge, synthesis = config.bridge, config.synthesis
+    if bridge.source == "stream" and bridge.trainable:
+        raise InputError(
+            "bridge.source=stream: bridge.trainable=true anchors the Bridge by pairs that are stored; use bridge.source=stored"
+        )
+    if not streams_bridge(config):
+        return None
+    if bridge.pairs is not None:
+        raise InputError("bridge.source=stream: the Bridge reads synthesis.images, and no pairs; set bridge.pairs=null")
+    if synthesis.images is None:
+        raise InputError("bridge.source=stream: synthesis.images names no pictures to train the Bridge on")
+    try:
+        return open_pictures(synthesis.images, synthesis.image_column, synthesis.caption_column)
+    except (InputError, OSError) as error:
+        raise InputError(f"synthesis.images: {error}") from None
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

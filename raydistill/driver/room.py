@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
 
-from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.reading import images_of_pairs, needs_pairs, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.data.picture_stream import stream_needs
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
@@ -26,12 +27,15 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
     """
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
     if config.bridge.pairs is None and needs_pairs(config):
-        sampled = config.synthesis.images is None
+        sampled = images_of_pairs(config) is None
         yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
+    beside = stream_needs(config.synthesis, config.distill.fewest) if streams_bridge(config) else []
     if roles is None:
         yield [*ranks, worker_need(config), encoder_need(config)]
+        if beside:
+            yield [*ranks, worker_need(config), *beside]
     elif trains_bridge(config) and "Bridge training" in roles:
-        yield [worker_need(config)]
+        yield [worker_need(config), *beside]
 
 
 def this_machine() -> dict[str, float] | None:

@@ -177,7 +177,7 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         record = RunRecord(config, run, inputs, parent)
     except (TrackingError, InputError) as error:
         raise StageFailed(str(error)) from error
-    images = [] if inputs.images is None else [f"images    {inputs.images}"]
+    images = [f"images    {found}" for found in (inputs.images, inputs.pictures) if found is not None]
     for line in (f"prompts   {inputs.prompts.report}", *images, *inputs.notes, *record.ui):
         screen.say(line)
     try:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.background import in_background
+from raydistill.config.reading import images_of_pairs, streams_bridge
 from raydistill.config.schema import Config
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
@@ -81,7 +82,7 @@ def draw_teacher_pictures(record: RunRecord, service: str, teachers: Future[None
 def make_pairs_alone(record: RunRecord) -> str:
     """Pairs for stages that need no teachers themselves; real images, and pairs that are there, need none either."""
     config, service = record.config, record.config.teachers.service or f"teacher-{record.run.name}"
-    if config.bridge.pairs is not None or config.synthesis.images is not None:
+    if config.bridge.pairs is not None or images_of_pairs(config) is not None:
         return make_pairs(record, None)
     with teacher_service(record, config, service) as teachers:
         teachers.result()
@@ -130,12 +131,17 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
     )
 
 
-def train_bridge_on(record: RunRecord, pairs: str) -> str:
-    """Train the Bridge on a set of pairs; returns its folder."""
+def train_bridge_on(record: RunRecord, pairs: str | None) -> str:
+    """Train the Bridge on a set of pairs, or on a stream of pictures; returns its folder."""
     config = record.config
     with record.timed("bridge"):
         run_id = record.stage_run(config, "bridge")
-        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id, record.runs)
+        source: dict[str, Any] = {"pairs_folder": pairs}
+        if streams_bridge(config):
+            source = {"pictures": record.inputs.pictures, "held_out": record.inputs.held_out.prompts}
+        trained = train_bridge(
+            config, record.run.path, tracking_uri=record.uri, tracking_run=run_id, runs=record.runs, **source
+        )
         record.finish(run_id)
     screen.say("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()))
     return str(trained.folder)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.reading import images_of_pairs, needs_pairs, trains_bridge
 from raydistill.config.schema import Config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number, by the configuration's names
@@ -160,7 +160,7 @@ def synthesises(config: Config) -> bool:
 
 def samples(config: Config) -> bool:
     """Whether it makes them from the teacher's samples, not from real images."""
-    return synthesises(config) and config.synthesis.images is None
+    return synthesises(config) and images_of_pairs(config) is None
 
 
 def changed(config: Config, **distill: Any) -> Config:
