@@ -141,15 +141,21 @@ class SynthesisConfig(Section):
     )
     images: str | None = Field(
         None,
-        description="folder or parquet of real images, all of which are encoded instead of teacher samples; null: sample. "
-        "With bridge.source=stream the Bridge's pictures, and what is stored are teacher samples",
+        description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "
+        "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge's pictures, and what is "
+        "stored are teacher samples",
     )
+    image_count: Count | None = Field(None, description="how many of these; null: all")
+    min_pixels: int = Field(0, ge=0, le=65_536, description="images whose smaller side has fewer pixels are left out")
     image_column: str = Field(
-        "image", description="column of a parquet of images: encoded bytes, or a struct with `bytes`"
+        "image", description="column of images: encoded bytes, a struct with `bytes`, or in a table the path"
     )
     caption_column: str | None = Field(
-        None, description="caption column of a parquet of images; null: `caption` where there is one, else no captions"
+        None,
+        description="column of captions, or several as `a,b_*`; null: `caption`, and of streamed sets text, prompt and "
+        "caption_* too",
     )
+    licence: str | None = free(None, description="name and licence of the images' set, for the student's model card")
     max_failed_rows: int = free(
         20,
         ge=0,
@@ -171,7 +177,8 @@ class SynthesisConfig(Section):
 class PromptsConfig(Section):
     path: str = Field(
         "shapes:prompts.txt",
-        description="prompt file (txt, csv, tsv, jsonl, json, parquet), or a folder of json or txt",
+        description="prompt file (txt, csv, tsv, jsonl, json, each also .gz, or parquet), a folder of json or txt, or a "
+        "pattern of files; by path, s3://, gs:// or hf://",
     )
     column: str = Field("prompt", description="column of tabular files")
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")

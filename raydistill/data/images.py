@@ -14,8 +14,9 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,13 @@ from PIL import Image, ImageOps
 
 from raydistill.data.text_files import LONE, read_text, undecodable
 from raydistill.data.texts import holds_bytes, holds_text, undecoded
-from raydistill.errors import InputError
+from raydistill.errors import InputError, reason
+from raydistill.storage.place import Place, Remote
+from raydistill.storage.resolve import to_place
 from raydistill.storage.staging import on_this_machine
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+READERS = 16  # threads that read captions
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
 
 Listing = list[tuple[str, int]]  # (name, what else tells one version from another: bytes or rows)
@@ -50,7 +54,7 @@ class ImageSet(ABC):
 
     source: str
 
-    def __init__(self, source: Path, listing: Listing, captions: Sequence[str | None], bad: dict[int, str]) -> None:
+    def __init__(self, source: Place, listing: Listing, captions: Sequence[str | None], bad: dict[int, str]) -> None:
         self.source = str(source)
         self.prompts = [" ".join((caption or "").split()) for caption in captions]
         self.bad_captions = bad
@@ -64,7 +68,12 @@ class ImageSet(ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """On another node, which may not have staged the source yet."""
-        self.__dict__ |= state | {"source": str(on_this_machine(state["source"]))}
+        here = isinstance(to_place(state["source"]), Remote)
+        self.__dict__ |= state | ({} if here else {"source": str(on_this_machine(state["source"]))})
+
+    @property
+    def root(self) -> Place:
+        return to_place(self.source)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -120,44 +129,55 @@ def decoded(data: bytes, name: str, pixels: int) -> np.ndarray:
 
 
 class FolderImages(ImageSet):
-    """Images in a folder and its subfolders; hidden files are left out."""
+    """Images in a folder and its subfolders, or below a prefix; hidden files are left out."""
 
-    def __init__(self, folder: Path) -> None:
-        listing = sorted(_image_files(folder))
+    def __init__(self, folder: Place) -> None:
+        found = _files(folder)
+        listing = sorted((name, size) for name, size in found.items() if name.lower().endswith(SUFFIXES))
         if not listing:
             raise InputError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
         self.files = [name for name, _ in listing]
-        captions, bad = [], {}
-        for row, name in enumerate(self.files):
-            try:
-                caption, why = _text(read_text((folder / name).with_suffix(".txt")))
-            except FileNotFoundError:
-                caption, why = None, None
-            except OSError as error:
-                caption, why = None, f"the caption cannot be read ({type(error).__name__})"
-            captions.append(caption)
-            bad |= {row: why} if why else {}
-        super().__init__(folder, listing, captions, bad)
+        with ThreadPoolExecutor(READERS) as readers:
+            told = list(readers.map(lambda name: _caption(folder, _text_file(name), found), self.files))
+        bad = {row: why for row, (_, why) in enumerate(told) if why}
+        super().__init__(folder, listing, [caption for caption, _ in told], bad)
 
     def name(self, row: int) -> str:
         return self.files[row]
 
     def read(self, row: int) -> bytes:
         try:
-            return Path(self.source, self.files[row]).read_bytes()
+            return (self.root / self.files[row]).read_bytes()
         except OSError as error:
-            raise BadImage(f"{self.files[row]}: {error.strerror}") from None
+            raise BadImage(f"{self.files[row]}: {error.strerror or reason(error)}") from None
 
 
-def _image_files(folder: Path) -> Listing:
-    """(name relative to the folder, bytes) of every image file."""
-    found = []
+def _text_file(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(".txt"))
+
+
+def _caption(folder: Place, name: str, found: Mapping[str, int]) -> tuple[str | None, str | None]:
+    """(caption, why it cannot be read) from a text file beside a picture."""
+    if name not in found:
+        return None, None
+    try:
+        return _text(read_text(folder / name))
+    except OSError as error:
+        return None, f"the caption cannot be read ({type(error).__name__})"
+
+
+def _files(folder: Place) -> dict[str, int]:
+    """Files below a folder, by name relative to it, with their bytes; -1: a link that leads nowhere. No hidden ones."""
+    if isinstance(folder, Remote):
+        entries = ((name, size) for name, size, _ in folder.entries())
+        return {name: size for name, size in entries if not any(part.startswith(".") for part in name.split("/"))}
+    found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = Path(parent, name)
-            if file.suffix.lower() in SUFFIXES and not name.startswith("."):
-                found.append((file.relative_to(folder).as_posix(), file.stat().st_size if file.exists() else -1))
+            if not name.startswith("."):
+                found[file.relative_to(folder).as_posix()] = file.stat().st_size if file.exists() else -1
     return found
 
 
@@ -167,8 +187,8 @@ def _image_files(folder: Path) -> Listing:
 class ParquetImages(ImageSet):
     """Images in a column of one or more parquet files: bytes, or structs with a field `bytes`."""
 
-    def __init__(self, source: Path, files: Sequence[Path], image_column: str, caption_column: str | None) -> None:
-        self.files = [file.relative_to(source).as_posix() for file in files]  # "." where the source is the only one
+    def __init__(self, source: Place, files: Sequence[Place], image_column: str, caption_column: str | None) -> None:
+        self.files = ["." if file == source else file.name for file in files]
         self.column = image_column
         lengths, captions = [], []
         for file in files:
@@ -182,14 +202,15 @@ class ParquetImages(ImageSet):
         bad = {row: why for row, (_, why) in enumerate(captions) if why}
         super().__init__(source, listing, [text for text, _ in captions], bad)
 
-    def _place(self, row: int) -> tuple[str, int]:
+    def _place(self, row: int) -> tuple[Place, int]:
         """(file, row in it)."""
         index = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return str(Path(self.source, self.files[index])), int(row - self.starts[index])
+        name = self.files[index]
+        return self.root if name == "." else self.root / name, int(row - self.starts[index])
 
     def name(self, row: int) -> str:
         file, inside = self._place(row)
-        return f"{Path(file).name}, row {inside + 1}"
+        return f"{file.name}, row {inside + 1}"
 
     def read(self, row: int) -> bytes:
         file, inside = self._place(row)
@@ -205,10 +226,10 @@ class ParquetImages(ImageSet):
         return data
 
 
-def _read_captions(file: Path, image_column: str, caption_column: str | None) -> list[tuple[str | None, str | None]]:
+def _read_captions(file: Place, image_column: str, caption_column: str | None) -> list[tuple[str | None, str | None]]:
     """(caption, why it cannot be read) of each row of one file, whose columns are checked."""
     try:
-        with pq.ParquetFile(file) as parquet:
+        with _parquet(file) as parquet:
             schema = parquet.schema_arrow
             _check_column(file, schema, image_column, "synthesis.image_column", holds_picture, "bytes")
             if caption_column is None and "caption" not in schema.names:
@@ -222,7 +243,7 @@ def _read_captions(file: Path, image_column: str, caption_column: str | None) ->
 
 
 def _check_column(
-    file: Path, schema: pa.Schema, name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str
+    file: Place, schema: pa.Schema, name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str
 ) -> None:
     if name not in schema.names:
         raise InputError(f"{file}: no column {name!r} ({key}); the file has: {', '.join(map(repr, schema.names))}")
@@ -243,41 +264,49 @@ def _text(caption: str | None) -> tuple[str | None, str | None]:
     return (None, "the caption is not valid UTF-8") if caption and undecodable(caption) else (caption, None)
 
 
+def _parquet(file: Place) -> pq.ParquetFile:
+    return pq.ParquetFile(file.key, filesystem=file.filesystem) if isinstance(file, Remote) else pq.ParquetFile(file)
+
+
 @functools.lru_cache(maxsize=64)
-def _group_starts(file: str) -> np.ndarray:
+def _group_starts(file: Place) -> np.ndarray:
     """First row of each row group, and the number of rows."""
-    metadata = pq.read_metadata(file)
-    return np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
+    with _parquet(file) as parquet:
+        metadata = parquet.metadata
+        return np.cumsum([0, *(metadata.row_group(g).num_rows for g in range(metadata.num_row_groups))])
 
 
 @functools.lru_cache(maxsize=2)  # neighbouring rows are read one after the other
-def _group(file: str, group: int, column: str) -> pa.ChunkedArray:
-    with pq.ParquetFile(file) as parquet:
+def _group(file: Place, group: int, column: str) -> pa.ChunkedArray:
+    with _parquet(file) as parquet:
         return parquet.read_row_group(group, columns=[column])[column]
 
 
 # -- either ---------------------------------------------------------------------------------------------
 
 
-def open_images(path: str | Path, image_column: str = "image", caption_column: str | None = None) -> ImageSet:
-    """List a folder of image files, a parquet file, or a folder of parquet files.
+def open_images(path: str | Place, image_column: str = "image", caption_column: str | None = None) -> ImageSet:
+    """List a folder of image files, a parquet file, or a folder of parquet files; what a URI names stays there.
 
     Args:
         image_column, caption_column: of parquet files; no caption column: "caption" where there is one, else no captions.
 
     Raises:
         InputError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.
+        OSError: the store does not answer.
     """
-    path = Path(path)
+    path = to_place(str(path))
     if path.is_file():
-        if path.suffix.lower() != ".parquet":
+        if not path.name.lower().endswith(".parquet"):
             raise InputError(f"{path}: neither a folder nor a .parquet file")
         return ParquetImages(path, [path], image_column, caption_column)
     if not path.is_dir():
         raise InputError(f"{path}: no such file or folder")
-    tables = sorted(path.glob("[!.]*.parquet"))  # not those that are being written
-    if not tables:
+    tables = sorted(
+        (file for file in path.iterdir() if file.name.endswith(".parquet") and not file.name.startswith(".")), key=str
+    )
+    if not tables:  # those that are being written are hidden
         return FolderImages(path)
-    if _image_files(path):
+    if any(name.lower().endswith(SUFFIXES) for name in _files(path)):
         raise InputError(f"{path}: has parquet files and image files; name one kind")
     return ParquetImages(path, tables, image_column, caption_column)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -143,12 +144,14 @@ class Pictures:
         share: tuple[int, int] = (0, 1),
         start: tuple[int, int] = (0, 0),
         filters: Filters = Filters(),  # noqa: B008 (frozen)
+        stop: int | None = None,
     ) -> Iterator[PictureRow]:
         """The rest of one epoch of one reader, failed and left-out rows among the others.
 
         Args:
             share: (rank, world).
             start: (shard, row) of the cursor.
+            stop: shard of the cursor before which to stop; None: read all.
 
         Raises:
             OSError: a store does not answer, for as long as it was asked.
@@ -157,7 +160,7 @@ class Pictures:
         rank, world = share
         own = self.own_shards(seed, epoch, share)
         by_row = len(self.shards) < world
-        for place in range(start[0], len(own)):
+        for place in range(start[0], len(own) if stop is None else stop):
             first = start[1] if place == start[0] else 0
             for row, raw in enumerate(self._patient(int(own[place]), first), start=first):
                 if not by_row or row % world == rank:
@@ -258,7 +261,9 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
     else:
         raise InputError(f"{path}: no tars, parquet files, tables of pictures or pictures ({', '.join(SUFFIXES)})")
     said = shards.digest if isinstance(shards, ListedShards) else ""
-    return Pictures(path, shards, sum(one.size for one in files), _fingerprint(base, files, said))
+    return Pictures(
+        path, shards, sum(one.size for one in files), _fingerprint(base, files, [said, image_column, captions])
+    )
 
 
 def _look(path: str, shards: TarShards) -> None:
@@ -337,8 +342,8 @@ def _is_metadata(place: Place) -> bool:
     return place.name.lower().startswith("metadata.")
 
 
-def _fingerprint(base: Place, files: Sequence[Found], said: str) -> str:
-    """Of names below their common folder, of sizes, and of what a table says."""
+def _fingerprint(base: Place, files: Sequence[Found], said: list[Any]) -> str:
+    """Of names below their common folder, of sizes, of what a table says, and of the columns that are read."""
     root = base if len(files) > 1 else files[0].place.parent
     listing = [(_below(root, one.place), one.size) for one in files]
     return hashlib.blake2b(json.dumps([listing, said]).encode(), digest_size=16).hexdigest()

@@ -6,8 +6,10 @@ What is wrong with one row is a `BadRow`, which readers count. What is wrong wit
 from __future__ import annotations
 
 import functools
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,8 +54,26 @@ def rows_of(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """
     try:
         yield from _open(path, columns)
+    except gzip.BadGzipFile as error:
+        raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"{error.filename or path}: {error.strerror or error}") from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path}: its compressed bytes are damaged ({error})") from None
+
+
+def rows_of_all(files: Sequence[Path], columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of one file or folder, or of several, numbered through; messages name file and row. Raises as `rows_of`."""
+    if len(files) == 1:
+        yield from rows_of(files[0], columns)
+        return
+    before = 0
+    for file in files:
+        number = 0
+        for row in rows_of(file, columns):
+            number = row.number
+            yield row._replace(number=before + number, name=f"{file.name}, {row.name or f'row {number}'}")
+        before += number
 
 
 def checked(prompt: Any, max_characters: int) -> str:
@@ -81,11 +101,20 @@ def _open(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         raise InputError(f"{path}: no such file")
     readers = {".txt": _line_rows, ".csv": _table_rows, ".tsv": _table_rows, ".jsonl": _object_rows, ".json": _list_rows,
                ".parquet": _parquet_rows}  # fmt: skip
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(readers)}")
+    suffix = _suffix(path)
+    if suffix not in readers or (suffix == ".parquet" and path.suffix.lower() == ".gz"):
+        raise InputError(
+            f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(readers)}, and .gz of all but the last"
+        )
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty")
-    return readers[path.suffix.lower()](path, columns)
+    return readers[suffix](path, columns)
+
+
+def _suffix(path: Path) -> str:
+    """What says the format, also of a compressed file."""
+    name = path.name.lower().removesuffix(".gz")
+    return name[name.rindex(".") :] if "." in name[1:] else ""
 
 
 def _missing_column(path: Path, columns: Sequence[str], available: Sequence[str]) -> InputError:
@@ -114,7 +143,7 @@ def _table_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
         return record[index]
 
     with open_text(path) as stream:
-        records = (TsvRecords if path.suffix.lower() == ".tsv" else CsvRecords)(stream)
+        records = (TsvRecords if _suffix(path) == ".tsv" else CsvRecords)(stream)
         _, header = next(records, (1, []))
         if header is None:
             raise InputError(f"{path}: the header line is malformed")
@@ -205,12 +234,12 @@ def _list(path: Path) -> list[Any]:
 
 def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Entries of .json lists, and .txt files of one prompt each, in the order of file names; hidden files are left out."""
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in (".json", ".txt") and not f.name.startswith("."))
+    files = sorted(f for f in folder.iterdir() if _suffix(f) in (".json", ".txt") and not f.name.startswith("."))
     if not files:
         raise InputError(f"{folder}: a folder without .json or .txt files")
     objects, number = _Objects(folder, columns), 0
     for file in files:
-        listed = file.suffix.lower() == ".json"
+        listed = _suffix(file) == ".json"
         for place, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
             number += 1
             name = f"{file.name}, entry {place}" if listed else file.name

@@ -17,9 +17,10 @@ from typing import Literal
 import numpy as np
 
 from raydistill.config.schema import Config
-from raydistill.data.prompt_rows import BadRow, checked, rows_of
+from raydistill.data.prompt_rows import BadRow, checked, rows_of_all
 from raydistill.data.texts import Numbers, Texts, permutation, repeated
 from raydistill.errors import InputError
+from raydistill.storage.globs import expand, fetch_all, is_pattern
 from raydistill.storage.resolve import resolve
 
 ROWS_NAMED = 5  # row numbers given per kind of bad row
@@ -129,34 +130,40 @@ def held_out_prompts(config: Config) -> PromptSet:
 
 def _configured(config: Config, path: str) -> PromptSet:
     rules = config.prompts
-    return read_prompts(resolve(path), rules.column, rules.on_bad_row, rules.max_characters)
+    found = fetch_all(expand(path)) if is_pattern(path) else resolve(path)
+    return read_prompts(found, rules.column, rules.on_bad_row, rules.max_characters, source=path)
 
 
 def read_prompts(
-    path: str | Path,
+    path: str | Path | Sequence[Path],
     column: str | Sequence[str] = "prompt",
     on_bad_row: Literal["skip", "fail"] = "skip",
     max_characters: int = MAX_CHARACTERS,
+    source: str | None = None,
 ) -> PromptSet:
     """Read a prompt file or folder; surrounding white space is dropped, repeated prompts are kept.
 
     Args:
         path: .txt (one prompt a line), .csv or .tsv (with a header line), .jsonl, .json (a list of texts or objects),
-            .parquet, or a folder of .json lists and of .txt files with one prompt each.
+            .parquet, or a folder of .json lists and of .txt files with one prompt each; all but parquet may be compressed
+            (.txt.gz …). Or several files, whose rows are numbered through.
         column: column or key of the prompt, or several, of which the first that is there counts; not used for .txt.
         on_bad_row: leave bad rows out and count them, or refuse the file at the first one.
         max_characters: longer prompts are bad rows.
+        source: what messages call several files.
 
     Raises:
         InputError: no such file, not readable, unknown suffix, missing column, no usable row, no room for temporary
             files, or (on_bad_row="fail") a bad row.
     """
-    path = Path(path)
+    several = not isinstance(path, str | Path)
+    files = list(map(Path, path)) if several else [Path(path)]
+    path = (source or f"{files[0]}, …") if several else files[0]
     report = PromptReport(str(path))
     ids, hashes = Numbers(), Numbers()
 
     def usable() -> Iterator[str]:
-        for row in rows_of(path, [column] if isinstance(column, str) else column):
+        for row in rows_of_all(files, [column] if isinstance(column, str) else column):
             report.rows += 1
             try:
                 prompt = checked(row.prompt(), max_characters)

@@ -91,6 +91,7 @@ class PairWriter:
         max_failed_rows: how many rows may fail in the whole set.
         settings: what decides the rows. Rows of other settings are never mixed into a folder.
         vaes: sha256 of the VAEs that encode, by role, which every shard then names.
+        notes: what is known besides, as of whose pictures they are.
 
     Raises:
         InputError: the folder's set was made with other settings, or a shard cannot be read.
@@ -108,14 +109,12 @@ class PairWriter:
         max_failed_rows: int,
         settings: Mapping[str, Any],
         vaes: Mapping[str, str] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.count, self.shard_size = to_place(str(folder)), count, shard_size
         self.at, self.seed, self.teacher, self.max_failed_rows = at, seed, teacher, max_failed_rows
         self.vaes = vaes
-        check_settings(self.folder, settings)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        replace_text(self.folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
-        remove_abandoned(self.folder, "pairs-*.parquet")
+        begin_set(self.folder, settings, notes or {})
         self.failures: list[Failure] = []
         self._open = {}  # shards that are to be made
         present = set(existing_shards(self.folder))
@@ -127,12 +126,16 @@ class PairWriter:
             else:  # not there, or left short by a smaller count
                 self._open[index] = _Shard(start, stop)
         self.missing = sum(shard.stop - shard.start for shard in self._open.values())
-        self._record_failures()
+        write_failures(self.folder, self.failures)
 
     @property
     def done(self) -> int:
         """Rows that are here, failed ones among them."""
         return self.count - self.missing
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing
 
     def requests(self, batch_size: int) -> Iterator[Request]:
         """All missing rows, at most `batch_size` at once and never of two shards."""
@@ -181,11 +184,8 @@ class PairWriter:
         shard.failures += new
         self.failures += new
         if len(self.failures) > self.max_failed_rows:
-            self._record_failures()
-            raise StageFailed(
-                f"{len(self.failures)} rows failed, more than synthesis.max_failed_rows={self.max_failed_rows}; the last "
-                f"one: row {new[-1].row}: {new[-1].reason}. All of them: {self.folder / FAILURES_FILE}"
-            )
+            write_failures(self.folder, self.failures)
+            raise too_many_failures(self.folder, self.failures, self.max_failed_rows)
 
     def _write(self, index: int, shard: _Shard) -> Place:
         failed = {failure.row for failure in shard.failures}
@@ -211,16 +211,42 @@ class PairWriter:
         )
         del self._open[index]
         if failed:
-            self._record_failures()
+            write_failures(self.folder, self.failures)
         return file
 
-    def _record_failures(self) -> None:
-        """failures.jsonl: one object a line, by row; no failures, no file."""
-        lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in sorted(self.failures)]
-        if lines:
-            replace_text(self.folder / FAILURES_FILE, "\n".join(lines) + "\n")
-        else:
-            (self.folder / FAILURES_FILE).unlink(missing_ok=True)
+
+def begin_set(folder: Place, settings: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Make the folder, and say in it what the set is made with. Raises as `check_settings`."""
+    check_settings(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / SETTINGS_FILE, json.dumps({**settings, **notes}, indent=1) + "\n")
+    remove_abandoned(folder, "pairs-*.parquet")
+
+
+def notes_of(folder: str | Place) -> dict[str, Any]:
+    """What a set says of how it was made; {}: nothing."""
+    try:
+        return dict(json.loads((to_place(str(folder)) / SETTINGS_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # of another writer
+        return {}
+
+
+def write_failures(folder: Place, failures: Sequence[Failure]) -> None:
+    """failures.jsonl: one object a line, by row; no failures, no file."""
+    lines = [json.dumps(asdict(failure), ensure_ascii=False) for failure in sorted(failures)]
+    if lines:
+        replace_text(folder / FAILURES_FILE, "\n".join(lines) + "\n")
+    else:
+        (folder / FAILURES_FILE).unlink(missing_ok=True)
+
+
+def too_many_failures(folder: Place, failures: Sequence[Failure], most: int) -> StageFailed:
+    """The error where more rows failed than may; the last of `failures` is the newest."""
+    last = failures[-1]
+    return StageFailed(
+        f"{len(failures)} rows failed, more than synthesis.max_failed_rows={most}; the last one: row {last.row}: "
+        f"{last.reason}. All of them: {folder / FAILURES_FILE}"
+    )
 
 
 def _short(value: Any) -> str:

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from raydistill.config.stages import LatentDtype, Posterior
 from raydistill.data.bits import to_numpy
 from raydistill.data.encode import TextEncoder
-from raydistill.data.images import BadImage, ImageSet
+from raydistill.data.images import BadImage, ImageSet, decoded
+from raydistill.data.ordered_shards import OrderedWriter
+from raydistill.data.pictures import Filters, PictureRow, Pictures
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
 from raydistill.data.vae import PairEncoder
@@ -38,6 +40,8 @@ from raydistill.spaces.held import vae_fingerprint
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 
+STREAMED, STREAMED_BYTES = 16, 32 << 20  # rows of a stream that travel together, and about how many bytes
+OF_STREAM = ("name", "caption", "shard", "next", "left_out")  # columns that go through to the writer
 IN_FLIGHT = 2  # requests the teacher may work on while a batch is decoded here
 
 
@@ -62,20 +66,22 @@ class Recipe:
     """Everything that decides the rows of a set.
 
     Args:
-        source: prompts for the teacher, or real images.
-        count: rows in all; of real images, their number.
+        source: prompts for the teacher, or real images, listed (`ImageSet`) or read as a stream (`Pictures`).
+        count: rows in all; of listed images, their number; of a stream None means all.
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
         steps, guidance_scale: of the teacher's sampling; real images need none.
         text_dtype: of the text encoders, and of the conditioning that the teacher gets.
         dtype: of the latents that are kept.
+        filters: what of a stream is left out.
+        licence: of real images, as it is to stand beside the set.
     """
 
     teacher: Space
     student: Space
-    source: PromptSet | ImageSet
-    count: int
+    source: PromptSet | ImageSet | Pictures
+    count: int | None
     batch_size: int
     shard_size: int
     seed: int
@@ -84,6 +90,8 @@ class Recipe:
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
     dtype: LatentDtype = "float16"
+    filters: Filters = Filters()
+    licence: str | None = None
 
     @property
     def vaes(self) -> dict[str, str]:
@@ -95,19 +103,20 @@ class Recipe:
         """Whether a teacher draws the pictures."""
         return isinstance(self.source, PromptSet)
 
-    def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter:
+    def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter | OrderedWriter:
         """Open the set in a folder. Errors as in `PairWriter`."""
-        return PairWriter(
-            folder,
-            count=self.count,
-            shard_size=self.shard_size,
-            at=functools.partial(self.source.at, self.seed),
-            seed=self.seed,
-            teacher=identify(self.teacher.folder),
-            max_failed_rows=max_failed_rows,
-            settings=self.settings(),
-            vaes=self.vaes,
-        )
+        common = {
+            "shard_size": self.shard_size,
+            "seed": self.seed,
+            "teacher": identify(self.teacher.folder),
+            "max_failed_rows": max_failed_rows,
+            "settings": self.settings(),
+            "vaes": self.vaes,
+            "notes": {} if self.samples else {"pictures": self.source.source, "licence": self.licence},
+        }
+        if isinstance(self.source, Pictures):
+            return OrderedWriter(folder, limit=self.count, shards=len(self.source.shards), **common)
+        return PairWriter(folder, count=self.count, at=functools.partial(self.source.at, self.seed), **common)
 
     def encoder(self, device: str) -> PairEncoder:
         dtype = getattr(torch, self.dtype)
@@ -122,6 +131,7 @@ class Recipe:
             "guidance_scale": self.guidance_scale,
             "text_dtype": self.text_dtype,
         }
+        streamed = isinstance(self.source, Pictures)
         return {
             "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
             "teacher_revision": identify(self.teacher.folder)[1],
@@ -129,6 +139,7 @@ class Recipe:
             "student_vae_revision": identify(Path(self.student.folder, "vae"))[1],
             **{f"{role}_vae": sha256 for role, sha256 in self.vaes.items()},
             **(drawn if self.samples else {"images": self.source.fingerprint}),
+            **({"min_pixels": self.filters.min_pixels} if streamed else {}),
             "shard_size": self.shard_size,
             "posterior": self.posterior,
             "dtype": self.dtype,
@@ -202,6 +213,60 @@ def load_rows(images: ImageSet, request: Request, pixels: int) -> Batch:
     return {"row": rows, "pixels": pictures, "failure": failure}
 
 
+def streamed_rows(rows: Iterable[PictureRow], size: int = STREAMED) -> Iterator[Batch]:
+    """Rows of a stream, by at most `size` and STREAMED_BYTES, as columns: data (the encoded picture), and those of an
+    `OrderedWriter`. What is left out is counted at the row behind it.
+
+    A batch ends with its shard. What is left out at a shard's end is told by a row of shard -1 that has no picture.
+    """
+    some: list[dict[str, Any]] = []
+    left_out = kept = 0
+    for row in rows:
+        left_out += bool(row.left_out)
+        if row.left_out:
+            continue
+        some.append(_streamed(row, left_out))
+        left_out, kept = 0, kept + len(row.data)
+        if len(some) == size or kept >= STREAMED_BYTES:
+            yield _columns(some)
+            some, kept = [], 0
+    if left_out:
+        some.append(_streamed(None, left_out))
+    if some:
+        yield _columns(some)
+
+
+def _streamed(row: PictureRow | None, left_out: int) -> dict[str, Any]:
+    told = {"row": 0, "name": "", "caption": "", "data": b"", "failure": "", "shard": -1, "next": 0}
+    if row is not None:
+        told = {name: getattr(row, name) for name in ("name", "caption", "data", "failure")}
+        told |= {"row": row.key, "shard": row.after.shard, "next": row.after.row}
+        if row.failure:
+            told["failure"] = f"{row.name}: {row.failure}"
+    return told | {"left_out": left_out}
+
+
+def _columns(rows: list[dict[str, Any]]) -> Batch:
+    columns = {name: np.empty(len(rows), object) for name in ("name", "caption", "data", "failure")}
+    for name, column in columns.items():
+        column[:] = [row[name] for row in rows]
+    return columns | {
+        name: np.array([row[name] for row in rows], np.int64) for name in ("row", "shard", "next", "left_out")
+    }
+
+
+def decode_rows(batch: Batch, pixels: int) -> Batch:
+    """Column data -> column pixels [B, 3, pixels, pixels] uint8; pictures of failed rows are black."""
+    pictures, failure = np.zeros((len(batch["row"]), 3, pixels, pixels), np.uint8), batch["failure"].astype(object)
+    for place, (data, name) in enumerate(zip(batch["data"], batch["name"], strict=True)):
+        if batch["shard"][place] >= 0 and not failure[place]:
+            try:
+                pictures[place] = decoded(data, name, pixels)
+            except BadImage as bad:
+                failure[place] = str(bad)
+    return {name: values for name, values in batch.items() if name != "data"} | {"pixels": pictures, "failure": failure}
+
+
 def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     """What `AskedRows.result` or `load_rows` gives -> the columns that a `PairWriter` takes."""
     failure = batch["failure"].astype(object)
@@ -225,7 +290,8 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     if encoder.with_previews:
         columns["preview"] = np.empty(len(pngs), dtype=object)
         columns["preview"][:] = pngs
-    return columns | {"failure": failure}
+    told = {name: batch[name] for name in OF_STREAM if name in batch}
+    return columns | {"failure": failure, **told}
 
 
 def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:
@@ -258,7 +324,7 @@ def synthesise(
         recipe: what decides the rows.
         folder: of the set; also gets synthesis.json, what the set was made with, and failures.jsonl.
         client: what generates; None for real images.
-        forbidden: held-out prompts.
+        forbidden: held-out prompts; of a stream, `recipe.filters` has them.
         max_failed_rows: rows that may fail and are recorded instead of raising.
         device: of text encoders and VAEs, which are loaded here.
         progress: show a progress bar where there is a terminal.
@@ -269,6 +335,8 @@ def synthesise(
         InputError: a forbidden prompt is among the prompts, or the folder's set was made with other settings.
         StageFailed: more than `max_failed_rows` rows failed.
     """
+    if isinstance(recipe.source, Pictures):
+        return _synthesise_stream(recipe, folder, max_failed_rows, device)
     _refuse(recipe.source, forbidden)
     writer = recipe.writer(folder, max_failed_rows)
     missing = writer.missing
@@ -286,6 +354,19 @@ def synthesise(
             bar.update(len(batch["row"]))
     writer.finish()
     return missing
+
+
+def _synthesise_stream(recipe: Recipe, folder: str | Path, max_failed_rows: int, device: str) -> int:
+    writer = recipe.writer(folder, max_failed_rows)
+    before = writer.done
+    if not writer.complete:
+        encoder = recipe.encoder(device)
+        for batch in streamed_rows(recipe.source.rows(recipe.seed, start=writer.cursor, filters=recipe.filters)):
+            writer.add(encode_rows(encoder, decode_rows(batch, recipe.teacher.resolution)))
+            if writer.complete:
+                break
+        writer.finish()
+    return writer.done - before
 
 
 def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:

@@ -5,8 +5,9 @@
                    └─┘
     requests ──► tasks that read images ──► encoders ──► driver
 
-A block is one request, blocks come in any order, and the driver places rows by their number. A stage that loses an
-actor runs its blocks again; rows are pure functions of their number, so that changes none of them.
+Streams of pictures come from `picture_stream`, in order. Of all else a block is one request, blocks come in any order, and the
+driver places rows by their number. A stage that loses an actor runs its blocks again; rows are pure functions of their
+number, so that changes none of them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ import torch
 from ray.exceptions import RayError
 
 from raydistill.config.stages import SynthesisConfig
+from raydistill.data.ordered_shards import OrderedWriter
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
+from raydistill.data.picture_stream import decoded_stream
 from raydistill.data.ray_data import dataset_of, telling
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
@@ -45,7 +48,7 @@ log = logging.getLogger(__name__)
 
 RATE_WINDOW = 16  # requests over which the throughput is measured
 
-Watcher = Callable[[PairWriter, list[Place]], None]
+Watcher = Callable[[PairWriter | OrderedWriter, list[Place]], None]
 
 
 def synthesise_on_ray(
@@ -67,19 +70,21 @@ def synthesise_on_ray(
         TeacherError: the service cannot answer.
     """
     writer = recipe.writer(folder, settings.max_failed_rows)
-    missing = writer.missing
-    if missing:
+    before = writer.done
+    if not writer.complete:
         placement.wait_for_room(lambda: actor_needs(settings, recipe.samples))
-        batches = _encoded(recipe, list(writer.requests(recipe.batch_size)), settings, client)
+        batches = _encoded(recipe, writer, settings, client)
         try:
             for batch in batches:
                 watch(writer, writer.add(batch))
+                if writer.complete:
+                    break
         except RayError as error:
             raise _plain(error) from error
         finally:
             batches.close()
     writer.finish()
-    return missing
+    return writer.done - before
 
 
 # -- the stages -----------------------------------------------------------------------------------------
@@ -141,17 +146,19 @@ def _request(requests: Batch) -> Request:
 
 
 def _encoded(
-    recipe: Recipe, requests: list[Request], settings: SynthesisConfig, client: TeacherClient | None
+    recipe: Recipe, writer: PairWriter | OrderedWriter, settings: SynthesisConfig, client: TeacherClient | None
 ) -> Iterator[Batch]:
-    """Encoded rows of all requests, in any order. Closing the generator ends the actors."""
+    """Encoded rows of all that the writer lacks, in any order, or of a stream in its own. Closing the generator ends the actors."""
     told = ray.put(recipe)
     device = "cuda" if settings.gpus_per_encoder else "cpu"
     where = {"label_selector": settings.node_labels or None}
     share = {"num_cpus": settings.cpus_per_encoder, "num_gpus": settings.gpus_per_encoder} | where
     actor = {"recipe": told, "device": device, "threads": settings.threads_per_encoder}
     one_by_one = {"batch_size": 1, "batch_format": "numpy"}
-    rows = _dataset(requests)
-    if recipe.samples:
+    if isinstance(writer, OrderedWriter):
+        pictures = decoded_stream(told, recipe, writer.cursor, settings, telling)
+    elif recipe.samples:
+        rows = _dataset(list(writer.requests(recipe.batch_size)))
         # Pictures leave an actor with their request, also where a block has several: many hours of teachers would be held back.
         request_bytes = 4 * recipe.batch_size * math.prod(recipe.teacher.latent_shape)
         rows.context.target_max_block_size = int(0.9 * request_bytes)  # Ray Data cuts only what has half as much again
@@ -165,7 +172,7 @@ def _encoded(
             _Asker, fn_constructor_kwargs=actor | {"client": client}, compute=asking, **one_by_one, **share
         )
     else:
-        pictures = rows.map_batches(
+        pictures = _dataset(list(writer.requests(recipe.batch_size))).map_batches(
             _read_images, fn_kwargs={"recipe": told}, num_cpus=settings.cpus_per_encoder, **where, **one_by_one
         )
     encoded = pictures.map_batches(
@@ -230,7 +237,7 @@ class SynthesisLog:
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW + 1)  # seconds, rows done
         self._shown = False
 
-    def __call__(self, writer: PairWriter, written: list[Place]) -> None:
+    def __call__(self, writer: PairWriter | OrderedWriter, written: list[Place]) -> None:
         self._arrivals.append((time.monotonic(), writer.done))
         values = {"failed": len(writer.failures)} | self._rate()
         write_progress(self.progress, step=writer.done, total=writer.count, **values)

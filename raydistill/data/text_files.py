@@ -10,7 +10,6 @@ import gzip
 import io
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TextIO
 from unicodedata import category
 
@@ -86,7 +85,7 @@ def decoded_text(data: bytes) -> str:
     return data.decode(encoding_of(data[:HEAD]), LONE)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Place) -> str:
     """All of a text file. Raises OSError."""
     with open_text(path) as stream:
         return stream.read()

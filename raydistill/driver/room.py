@@ -11,7 +11,7 @@ from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself;
 
 from raydistill.config.reading import images_of_pairs, needs_pairs, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
-from raydistill.data.picture_stream import stream_needs
+from raydistill.data.pair_stream import stream_needs
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking

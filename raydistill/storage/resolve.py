@@ -13,11 +13,13 @@ from raydistill.config.reading import get
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
+from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.hub import download, is_hub_id, on_this_node
 from raydistill.storage.place import Place, Remote, is_uri, remote
 from raydistill.storage.staging import fetch, on_this_machine
 
 SHAPES_PREFIX = "shapes:"
+PATTERN_KEYS = ("prompts.path", "evaluation.prompts")  # may name several files
 HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
 
 
@@ -25,7 +27,7 @@ HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging
 
 
 def to_place(text: str) -> Place:
-    """Where outputs go: a local path, or a URI's place. Raises InputError as `remote`."""
+    """Where outputs go, or what is read where it lies: a local path, or a URI's place. Raises InputError as `remote`."""
     return remote(text) if is_uri(text) and not text.startswith("file://") else local_path(text)
 
 
@@ -117,7 +119,12 @@ def _of_hub(config: Config, key: str) -> bool:
 
 
 def _check_path(key: str, value: str | None) -> None:
-    if value is None or (found := local_path(value)).exists():
+    if value is None:
+        return
+    if key in PATTERN_KEYS and is_pattern(value):
+        expand(value)
+        return
+    if (found := local_path(value)).exists():
         return
     if key not in HUB_KEYS or not is_hub_id(value):
         raise InputError(f"{value} does not exist (looked at {found})")
@@ -138,6 +145,8 @@ def check_storage(config: Config) -> Place:
         )
     try:
         place = to_place(config.storage)
+        if isinstance(place, Remote) and place.scheme == "hf":
+            raise InputError(f"{place}: a data set of the hub is read alone; name a folder, s3:// or gs://")
         return place if isinstance(place, Remote) else _possible_folder(place)
     except InputError as error:
         raise InputError(f"storage: {error}") from None

@@ -16,8 +16,8 @@ from raydistill.bridge.model import doublings, read_description
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
+from raydistill.data.pair_stream import stream_needs
 from raydistill.data.pairs import Pairs, open_pairs
-from raydistill.data.picture_stream import stream_needs
 from raydistill.data.pictures import Pictures
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32

@@ -12,9 +12,9 @@ import torch
 from raydistill.bridge.objective import Objective, StreamedObjective
 from raydistill.bridge.trainer import VALIDATION_PAIRS
 from raydistill.config.schema import Config
+from raydistill.data.pair_stream import Encoding, StreamedPairs, encoded_chunks, position_of
 from raydistill.data.pairs import Pairs
 from raydistill.data.picture_order import PictureOrder
-from raydistill.data.picture_stream import Encoding, StreamedPairs, encoded_chunks, position_of
 from raydistill.data.pictures import Filters, Pictures
 from raydistill.spaces import load_space
 from raydistill.storage.resolve import resolve

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from raydistill.bridge.trainer import VALIDATION_PAIRS, build_trainer
 from raydistill.config.reading import load
+from raydistill.data.pair_stream import Encoding, StreamedPairs, decode, encode, read
 from raydistill.data.picture_order import PictureOrder, Position
-from raydistill.data.picture_stream import Encoding, StreamedPairs, decode, encode, read
 from raydistill.data.pictures import open_pictures
 from raydistill.errors import StageFailed
 from raydistill.spaces import load_space

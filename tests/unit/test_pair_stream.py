@@ -17,8 +17,8 @@ from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
 from raydistill.data import synthesis
 from raydistill.data.images import open_images
+from raydistill.data.pair_stream import Encoding, StreamedPairs, decode, encode, position_of, read
 from raydistill.data.picture_order import PictureOrder, Position
-from raydistill.data.picture_stream import Encoding, StreamedPairs, decode, encode, position_of, read
 from raydistill.data.pictures import Filters, open_pictures
 from raydistill.data.synthesis import Recipe
 from raydistill.errors import InputError
