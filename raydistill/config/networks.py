@@ -183,6 +183,11 @@ class DiscriminatorConfig(Section):
     real_data: str | None = Field(
         "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
     )
+    real_source: Literal["pairs", "samples"] = Field(
+        "pairs",
+        description="what serves where real_data is null: the run's pairs, or `synthesis.count` pictures that are drawn "
+        "for it, also where synthesis.images or bridge.pairs gives the pairs",
+    )
     real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
 
 

@@ -21,6 +21,7 @@ from raydistill.config.keys import (
     Seed,
     free,
 )
+from raydistill.diffusion import guidance
 
 if TYPE_CHECKING:
     from raydistill.config.schema import Config
@@ -65,6 +66,12 @@ class DistillConfig(Section):
         None,
         description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast; null: "
         "torch's default, which is convolutions alone",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="updates over which the learning rates of all networks grow from 0 to their values; 0: none",
     )
     micro_batches: Few = Field(
         1,
@@ -130,6 +137,20 @@ LatentDtype = Literal["float16", "bfloat16"]
 
 class SynthesisConfig(Section):
     count: Count = Field(2048, description="teacher-sampled pictures to make")
+    teacher: str | None = Field(
+        None,
+        description="model that draws them instead of teacher.model: a cheaper one with the same VAE, such as a "
+        "step-distilled one; null: teacher.model",
+    )
+    sampling_steps: Few | None = Field(
+        None, description="steps of a drawn picture; null: a step-distilled model's own, else teacher.sampling_steps"
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
+        None,
+        description="guidance of drawn pictures; 0 to 1: none; null: teacher.guidance_scale, of synthesis.teacher its "
+        "family's default, of a step-distilled model none",
+    )
+    shards: Few | None = Field(None, description="ranks per replica of synthesis.teacher; null: teachers.shards")
     batch_size: Batch = Field(64, description="pictures per request")
     shard_size: Count = Field(256, description="rows per parquet file")
     posterior: Posterior = Field(
@@ -142,8 +163,7 @@ class SynthesisConfig(Section):
     images: str | None = Field(
         None,
         description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "
-        "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge's pictures, and what is "
-        "stored are teacher samples",
+        "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge is trained on them",
     )
     image_count: Count | None = Field(None, description="how many of these; null: all")
     min_pixels: int = Field(0, ge=0, le=65_536, description="images whose smaller side has fewer pixels are left out")
@@ -221,7 +241,15 @@ class PlanConfig(Section):
     encoder_gpu: str | None = Field(
         None, description="kind of GPU of the text encoders and of synthesis' actors; null: plan.teacher_gpu"
     )
-    efficiency: Fraction = Field(0.4, gt=0, description="share of a GPU's peak arithmetic that the networks reach")
+    efficiency: Annotated[Fraction, Field(gt=0)] | None = Field(
+        None,
+        description="share of a GPU's peak arithmetic that all networks reach; null: by kind and role, as "
+        "raydistill/planning/gpus.yaml and plan.measured say",
+    )
+    measured: str | None = Field(
+        None,
+        description="YAML file of shares that `jobs/benchmark.py gpu` has measured; null: the one in the cache, if there is",
+    )
     reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of GPU memory kept free (CUDA context, fragmentation, kernels' workspace)"
     )

@@ -71,9 +71,10 @@ class Recipe:
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
-        steps, guidance_scale: of the teacher's sampling; real images need none.
-        text_dtype: of the text encoders, and of the conditioning that the teacher gets.
+        steps, guidance_scale: of the drawer's sampling; real images need none.
+        text_dtype: of the text encoders, and of the conditioning that the drawer gets.
         dtype: of the latents that are kept.
+        drawer: another model with the teacher's VAE, which draws the pictures; None: the teacher does.
         filters: what of a stream is left out.
         licence: of real images, as it is to stand beside the set.
     """
@@ -90,6 +91,7 @@ class Recipe:
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
     dtype: LatentDtype = "float16"
+    drawer: Space | None = None
     filters: Filters = Filters()
     licence: str | None = None
 
@@ -100,8 +102,12 @@ class Recipe:
 
     @property
     def samples(self) -> bool:
-        """Whether a teacher draws the pictures."""
+        """Whether a model draws the pictures."""
         return isinstance(self.source, PromptSet)
+
+    @property
+    def drawn_by(self) -> Space:
+        return self.drawer or self.teacher
 
     def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter | OrderedWriter:
         """Open the set in a folder. Errors as in `PairWriter`."""
@@ -130,6 +136,7 @@ class Recipe:
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
             "text_dtype": self.text_dtype,
+            "drawer": self.drawer and [self.drawer.pipeline_class, identify(self.drawer.folder)[1]],
         }
         streamed = isinstance(self.source, Pictures)
         return {
@@ -177,11 +184,11 @@ class AskedRows:
 
 
 class TeacherAsker:
-    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders, on `device`."""
+    """Asks a teacher for the pictures of a request's rows; holds its text encoders, on `device`."""
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe
-        self._text = TextEncoder(recipe.teacher, getattr(torch, recipe.text_dtype), device)
+        self._text = TextEncoder(recipe.drawn_by, getattr(torch, recipe.text_dtype), device)
         self._empty = self._text.encode_unconditional()
 
     def ask(self, request: Request) -> AskedRows:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydistill.config.reading import get
+from raydistill.config.reading import draws, get
 from raydistill.config.schema import Config
 from raydistill.data import pairs
 from raydistill.data.synthesis import fingerprint_of
@@ -31,7 +31,7 @@ from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
 from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
-PIPELINES = ("student.model", "teacher.model")
+PIPELINES = ("student.model", "teacher.model", "synthesis.teacher")
 MODELS = (*PIPELINES, "student.unet", "bridge.checkpoint", "evaluation.judge")
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 PAIRS = ("bridge.pairs", "discriminator.real_data")
@@ -98,7 +98,7 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
         found["synthesis.images"] = inputs.images.fingerprint
     if inputs.pictures is not None:
         found["synthesis.images"] = inputs.pictures.fingerprint
-    named = {key: get(config, key) for key in (*MODELS, *PAIRS)}
+    named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
     return found | {key: _fingerprint(key, resolve(value)) for key, value in named.items() if value is not None}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import get, images_of_pairs, streams_bridge, trains_bridge
+from raydistill.config.reading import draws, get, needs_pairs, other_drawer, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.pairs import PairSet, open_pairs
@@ -22,6 +22,8 @@ from raydistill.shapes.captions import ATTRIBUTES, parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
+from raydistill.spaces.distilled import check_scores, drawing
+from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.storage.place import Place, Remote
@@ -38,7 +40,8 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
-    images: ImageSet | None = None  # real ones, when pairs are made of those that synthesis.images names
+    images: ImageSet | None = None  # real ones, when synthesis.images names them
+    drawer: Space | None = None  # what draws pictures, when it is not the teacher
     pictures: Pictures | None = None  # those that the Bridge is trained on, when they are streamed
 
 
@@ -50,10 +53,11 @@ def check_inputs(config: Config) -> Inputs:
             "student.model",
             "student.unet",
             "teacher.model",
+            *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
-            *([] if config.bridge.source == "stream" else ["synthesis.images"]),
+            *([] if streams_bridge(config) else ["synthesis.images"]),
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -65,6 +69,7 @@ def check_inputs(config: Config) -> Inputs:
     teacher = load_space(resolve(config.teacher.model))
     check_everywhere(teacher)
     check_folder(teacher)
+    drawer = open_drawer(config, teacher) if draws(config) else None
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
@@ -79,13 +84,15 @@ def check_inputs(config: Config) -> Inputs:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     images = None
-    if (named := images_of_pairs(config)) is not None:
-        images = open_images(resolve(named), config.synthesis.image_column, config.synthesis.caption_column)
+    if config.synthesis.images is not None and not streams_bridge(config):
+        images = open_images(
+            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
+        )
         _check_disjoint("synthesis.images", images.prompts, held_out)
-    pictures = _open_stream(config)
+    pictures = _open_stream(config) if streams_bridge(config) else None
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images, pictures)
+    return Inputs(student, teacher, prompts, held_out, notes, images, drawer, pictures)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
@@ -95,23 +102,57 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         raise InputError(f"{key}: {error}") from None
 
 
-def _open_stream(config: Config) -> Pictures | None:
-    """The pictures that a Bridge is trained on as they come; None: it is not. Lists them, and fetches none."""
+def _open_stream(config: Config) -> Pictures:
+    """The pictures that the Bridge is trained on as they come. Lists them, and fetches none."""
     bridge, synthesis = config.bridge, config.synthesis
-    if bridge.source == "stream" and bridge.trainable:
-        raise InputError(
-            "bridge.source=stream: bridge.trainable=true anchors the Bridge by pairs that are stored; use bridge.source=stored"
-        )
-    if not streams_bridge(config):
-        return None
-    if bridge.pairs is not None:
-        raise InputError("bridge.source=stream: the Bridge reads synthesis.images, and no pairs; set bridge.pairs=null")
-    if synthesis.images is None:
-        raise InputError("bridge.source=stream: synthesis.images names no pictures to train the Bridge on")
+    unfit = {
+        "bridge.pairs": (bridge.pairs is not None, "the Bridge reads synthesis.images, and no pairs; set it to null"),
+        "bridge.trainable": (bridge.trainable, "its anchor needs stored pairs; use bridge.source=stored"),
+        "discriminator.real_source=pairs": (
+            needs_pairs(config),
+            "no pairs are stored; set discriminator.real_source=samples, or name discriminator.real_data",
+        ),
+        "synthesis.images": (synthesis.images is None, "it names no pictures"),
+        "synthesis.image_count": (synthesis.image_count is not None, "a stream reads all of them; set it to null"),
+    }
+    for key, (is_wrong, why) in unfit.items():
+        if is_wrong:
+            raise InputError(f"{key}: with bridge.source=stream {why}")
     try:
         return open_pictures(synthesis.images, synthesis.image_column, synthesis.caption_column)
     except (InputError, OSError) as error:
         raise InputError(f"synthesis.images: {error}") from None
+
+
+def open_drawer(config: Config, teacher: Space) -> Space | None:
+    """The Space of synthesis.teacher; None: the teacher draws.
+
+    Raises:
+        InputError: the model cannot be used, or has other latents than the teacher.
+    """
+    if not other_drawer(config):
+        return None
+    model = config.synthesis.teacher
+    drawer = load_space(resolve(model))
+    check_everywhere(drawer)
+    check_folder(drawer)
+    sizes = ["x".join(map(str, space.latent_shape)) for space in (drawer, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"synthesis.teacher: {model} has latents of {sizes[0]}, but teacher.model={config.teacher.model} of {sizes[1]}"
+        )
+    if not has_vae(drawer, vae_fingerprint(teacher)):
+        raise InputError(
+            f"synthesis.teacher: {model} has another VAE than teacher.model={config.teacher.model} (their weights or their "
+            "scaling differ), so its latents are no latents of the teacher"
+        )
+    drawing(config, drawer)
+    return drawer
+
+
+def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises InputError where the teacher cannot give scores."""
+    check_scores(config, inputs.teacher)
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

@@ -9,7 +9,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
 
-from raydistill.config.reading import images_of_pairs, needs_pairs, streams_bridge, trains_bridge
+from raydistill.config.reading import (
+    drawing_config,
+    draws_pairs,
+    draws_samples,
+    needs_pairs,
+    other_drawer,
+    streams_bridge,
+    trains_bridge,
+)
 from raydistill.config.schema import Config
 from raydistill.data.pair_stream import stream_needs
 from raydistill.data.synthesis_stream import actor_needs
@@ -26,9 +34,12 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         roles: of `planning.memory.ROLES`, those that this job runs; None: all.
     """
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
+    drawers = [rank_need(drawing_config(config), config.teachers.replicas)] if other_drawer(config) else ranks
     if config.bridge.pairs is None and needs_pairs(config):
-        sampled = images_of_pairs(config) is None
-        yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
+        sampled = draws_pairs(config)
+        yield [*(drawers if sampled else []), *actor_needs(config.synthesis, sampled)]
+    if roles is None and draws_samples(config):
+        yield [*drawers, *actor_needs(config.synthesis, True)]
     beside = stream_needs(config.synthesis, config.distill.fewest) if streams_bridge(config) else []
     if roles is None:
         yield [*ranks, worker_need(config), encoder_need(config)]

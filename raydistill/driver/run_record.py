@@ -104,10 +104,10 @@ class RunRecord:
             tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
         tracker.close(DESCRIBED_WITHIN_S)
 
-    def describe_pairs(self, folder: Place) -> None:
+    def describe_pairs(self, folder: Place, context: str = "pairs") -> None:
         """The set of pairs that the run itself has made, which is whole."""
         tracker = Tracker(self.uri, self.parent)
-        tracker.dataset("pairs", str(folder), fingerprint(folder), count_rows(folder))
+        tracker.dataset(context, str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:

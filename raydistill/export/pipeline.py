@@ -34,11 +34,12 @@ class ModelCard:
     config_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None  # student.unet; None: the base's own UNet
+    drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licences = student_licences(
-            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start
+            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start, self.drawer
         )
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {

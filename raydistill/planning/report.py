@@ -21,7 +21,7 @@ from raydistill.planning.schedule import (
     schedule,
     shared_gather_seconds,
 )
-from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, wrapped
+from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, speeds, wrapped
 
 PAPER_HOURS = "64 GPU-hours for the Bridge, 160 for 3,000 student updates (8 H100, teachers in the trainers' processes)"
 
@@ -36,7 +36,7 @@ def details(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         _step(counts, config, gpus),
         _run(counts, config, gpus),
         _kinds(counts, config, gpus),
-        _assumptions(config),
+        _assumptions(config, gpus),
     )
     return "\n\n".join(sections)
 
@@ -146,7 +146,7 @@ def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         lines.append(
             f"ZeRO-3: a rank receives {_amount(network.parameters * element * (1 - 1 / shards), 'B')} a forward, "
             f"{gather_seconds(counts, config, gpu, shards):.3f} s beside "
-            f"{gpu.seconds(network.score, config.plan.efficiency):.3f} s of arithmetic on {config.plan.teacher_gpu}"
+            f"{gpu.seconds(network.score, gpu.share('teacher', config)):.3f} s of arithmetic on {config.plan.teacher_gpu}"
         )
     if config.fake_score.shard and config.distill.workers > 1:
         seconds = shared_gather_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
@@ -266,7 +266,7 @@ def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     )
 
 
-def _assumptions(config: Config) -> str:
+def _assumptions(config: Config, gpus: dict[str, Gpu]) -> str:
     plan = config.plan
     return "\n".join(
         (
@@ -278,7 +278,7 @@ def _assumptions(config: Config) -> str:
             ),
             wrapped(
                 "",
-                f"Modelled, not measured: seconds at plan.efficiency={plan.efficiency:g} of a data-sheet peak, "
+                f"Modelled: seconds at a share of the data sheet's peak, {speeds(config, gpus)}; "
                 f"plan.cpu_gflops={plan.cpu_gflops:g} of a CPU thread, {plan.network_gbits:g} Gbit/s between nodes, "
                 f"plan.reserve={plan.reserve:g} of the memory for everything that is no tensor.",
                 0,

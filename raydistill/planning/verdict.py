@@ -6,11 +6,11 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from raydistill.config.reading import flatten, get, needs_pairs
+from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
-from raydistill.planning.counts import Counts, synthesises
+from raydistill.planning.counts import Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import ROLES, memory
+from raydistill.planning.memory import ROLES, encoder_gpu, memory
 from raydistill.planning.schedule import Phase, Schedule, asked_at_once, phases, price, rented, replicas, schedule
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import is_uri
@@ -21,9 +21,14 @@ WIDTH = 80  # columns of all that a plan prints
 LABEL = 10  # columns of what stands before a line
 FEWER_PAIRS = 100_000
 WORTH_SAYING = 0.98  # of the price; what saves less is not said
-WHO = {"trainer": "trainers", "Bridge training": "trainers", "teacher rank": "teachers"}  # all others encode
+WHO = {
+    "trainer": "trainers",
+    "Bridge training": "trainers",
+    "teacher rank": "teachers",
+    "drawer rank": "drawers",
+}  # all others encode
 PATHS = (
-    "student.model", "student.unet", "teacher.model", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
+    "student.model", "student.unet", "teacher.model", "synthesis.teacher", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
     "synthesis.images", "prompts.path", "evaluation.prompts", "evaluation.judge",
 )  # fmt: skip
 
@@ -52,6 +57,7 @@ def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         "watch": "; ".join(_watch(counts, config, timing)) if rents else "",
         "money": _money(config, gpus, parts) if rents else "no GPU is rented",
         "savings": _saved(counts, config, gpus) if rents else "",
+        "speeds": speeds(config, gpus) if rents else "",
         "needs": _needs(counts, config),
         "terms": _terms(counts),
     }
@@ -136,6 +142,22 @@ def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
     )
 
 
+def speeds(config: Config, gpus: dict[str, Gpu]) -> str:
+    """The share of the peak that each role is planned with, and where it comes from."""
+    plan, lines = config.plan, []
+    kinds = {
+        "teacher": plan.teacher_gpu,
+        "trainer": plan.trainer_gpu,
+        "text": encoder_gpu(config),
+        "vae": encoder_gpu(config),
+    }
+    names = {"teacher": "teachers", "trainer": "trainers", "text": "text encoders", "vae": "VAEs"}
+    for role, kind in kinds.items():
+        speed = gpus[kind].of(role, config)
+        lines.append(f"{names[role]} {speed.share:.0%} on {kind} ({speed.source})")
+    return ", ".join(lines)
+
+
 # -- savings ----------------------------------------------------------------------------------------------
 
 
@@ -167,8 +189,10 @@ def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[
 def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[tuple[str, Config]]:
     """Settings that may save, whatever they save."""
     timing = schedule(counts, config, gpus)
-    if synthesises(config):
+    if makes_pairs(config):
         yield "bridge.pairs=… (pairs that you have)", _with(config, "bridge", pairs="…")
+    if draws_pairs(config):
+        yield "synthesis.images=… (pictures that you have)", _with(config, "synthesis", images="…")
         if config.synthesis.count > FEWER_PAIRS:
             fewer = _with(config, "synthesis", count=FEWER_PAIRS)
             yield f"synthesis.count={FEWER_PAIRS} (of {config.synthesis.count:,})", fewer
@@ -219,6 +243,8 @@ def _needs(counts: Counts, config: Config) -> str:
 
 def _used(config: Config, key: str) -> bool:
     """Whether a run reads what this key names."""
+    if key == "synthesis.teacher":
+        return draws(config) and other_drawer(config)
     if key == "discriminator.real_data":
         return config.discriminator.weight > 0
     return key not in ("bridge.pairs", "synthesis.images") or needs_pairs(config)

@@ -85,7 +85,7 @@ class Streamed:
             share=(objective.rank, objective.world_size),
             held_out=bridge.validation_share,
             window=bridge.shuffle,
-            filters=Filters(captions=frozenset(held_out)),
+            filters=Filters(min_pixels=synthesis.min_pixels, captions=frozenset(held_out)),
         )
         encoding = Encoding(
             teacher=load_space(resolve(config.teacher.model)),

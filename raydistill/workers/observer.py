@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raydistill.config.reading import config_hash
+from raydistill.config.reading import config_hash, draws, other_drawer
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.networks import Networks
@@ -225,6 +225,7 @@ class BestStudent:
             config_hash=config_hash(config),
             metrics=table,
             start=config.student.unet,
+            drawer=config.synthesis.teacher if draws(config) and other_drawer(config) else None,
         )
 
     def export(self, step: int, table: dict[str, float]) -> list[Place]:
