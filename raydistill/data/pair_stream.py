@@ -271,14 +271,14 @@ class StreamedPairs:
 
     def held_out(self) -> Pairs:
         """The held-out pairs, which the stream begins with. Raises InputError where none can be used."""
-        parts, first = [], next(self._chunks)
-        while first.after is None:
-            good = np.flatnonzero(first.failure == "")
-            parts += [self._pairs([(first, int(place)) for place in good], good)] if len(good) else []
-            first = next(self._chunks)
-        self._put(first)
+        parts, why, chunk = [], "", next(self._chunks)
+        while chunk.after is None:
+            good = np.flatnonzero(chunk.failure == "")
+            parts += [self._pairs([(chunk, int(place)) for place in good], good)] if len(good) else []
+            why, chunk = chunk.failure[-1], next(self._chunks)
+        self._put(chunk)
         if not parts:
-            raise InputError(f"no picture that is held out can be used; the last one: {first.failure[-1]}")
+            raise InputError(f"synthesis.images: no picture that is held out can be used; the last one: {why}")
         pairs = Pairs.joined(parts)
         return dataclasses.replace(pairs, ids=np.arange(len(pairs)))
 
