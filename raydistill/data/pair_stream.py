@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import ray.data
 import torch
+from ray.data.extensions import ArrowPythonObjectArray
 from ray.exceptions import RayError
 
 from raydistill.config.stages import LatentDtype, Posterior, SynthesisConfig
@@ -120,10 +122,8 @@ def encode(chunk: Chunk, encoder: PairEncoder) -> Chunk:
     )
 
 
-def _packed(chunk: Chunk) -> dict[str, np.ndarray]:
-    column = np.empty(1, dtype=object)
-    column[0] = chunk
-    return {"chunk": column}
+def _packed(chunk: Chunk) -> pa.Table:
+    return pa.table({"chunk": ArrowPythonObjectArray.from_objects([chunk])})
 
 
 class _Reader:
@@ -131,14 +131,14 @@ class _Reader:
         self._told = order, start, validation, size
 
     @telling
-    def __call__(self, _: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    def __call__(self, _: dict[str, np.ndarray]) -> Iterator[pa.Table]:
         order, *rest = self._told
         for chunk in read(ray.get(order), *rest):
             yield _packed(chunk)
 
 
 @telling
-def _decode(batch: dict[str, np.ndarray], pixels: int) -> dict[str, np.ndarray]:
+def _decode(batch: dict[str, np.ndarray], pixels: int) -> pa.Table:
     return _packed(decode(batch["chunk"][0], pixels))
 
 
@@ -154,7 +154,7 @@ class _Encoder:
         return self._load()
 
     @telling
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         return _packed(encode(batch["chunk"][0], self._encoder))
 
 
