@@ -13,6 +13,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ from raydistill.storage.staging import on_this_machine
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 READERS = 16  # threads that read captions
+_ADDRESS = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")
 DEEP_MODES = ("I", "F")  # beyond 8 bits a channel: their range is anybody's guess
 
 Listing = list[tuple[str, int]]  # (name, what else tells one version from another: bytes or rows)
@@ -121,8 +123,13 @@ def decoded(data: bytes, name: str, pixels: int) -> np.ndarray:
     except (BadImage, MemoryError):
         raise
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise BadImage(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+        raise BadImage(f"{name}: {decoders_reason(error)}") from None
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def decoders_reason(error: Exception) -> str:
+    """Why an image cannot be decoded, in one line that is the same at each attempt."""
+    return f"{type(error).__name__}: {' '.join(_ADDRESS.sub('its bytes', str(error)).split())[:200]}"
 
 
 # -- a folder -------------------------------------------------------------------------------------------

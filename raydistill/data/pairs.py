@@ -219,6 +219,11 @@ def about_shard(folder: str | Place, shard_index: int) -> dict[str, Any]:
         return json.loads(said) if said else {"rows": parquet.metadata.num_rows, "failed": []}
 
 
+def covered_rows(folder: str | Place) -> int:
+    """Rows that the shards cover, those that failed among them. Raises InputError."""
+    return sum(about_shard(folder, index)["rows"] for index in existing_shards(folder))
+
+
 # -- reading --------------------------------------------------------------------------------------------
 
 

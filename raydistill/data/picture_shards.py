@@ -31,7 +31,7 @@ from raydistill.data.text_files import decoded_text
 from raydistill.data.texts import Texts, holds_text
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found
-from raydistill.storage.place import Place, Remote
+from raydistill.storage.place import Place, Remote, cause
 
 CAPTIONS = ("caption", "text", "prompt", "caption_*")  # columns or keys, where none is named
 TEXT_FILES = ("txt", "text", "caption")  # of a tar, with a caption each
@@ -204,7 +204,9 @@ class ParquetShards(Shards):
             with self._parquet(0) as parquet:
                 self._columns(0, parquet.schema_arrow)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{files[0].place}: cannot be read: {' '.join(str(error).split())}") from None
+            place = files[0].place
+            why = cause(error, place.scheme) if isinstance(place, Remote) else " ".join(str(error).split())
+            raise InputError(f"{place}: cannot be read: {why}") from None
 
     def __len__(self) -> int:
         return len(self.files)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from raydistill.data.images import SUFFIXES, BadImage, decoded
+from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
 from raydistill.data.picture_tables import TABLES, table_entries
 from raydistill.diffusion.noise import uniform
@@ -190,7 +190,7 @@ class Pictures:
         try:
             left_out = filters.why(raw, caption)
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            left_out, raw = "", replace(raw, data=b"", failure=f"{type(error).__name__}: {str(error)[:200]}")
+            left_out, raw = "", replace(raw, data=b"", failure=decoders_reason(error))
         return PictureRow(shard, row, raw.name, raw.data, caption, raw.failure, left_out, after)
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
@@ -216,6 +216,33 @@ def _choice(identity: tuple[int, ...], count: int) -> int:
 
 
 # -- opening --------------------------------------------------------------------------------------------
+
+
+def open_source(
+    path: str, image_column: str = "image", caption_column: str | None = None, *, streamed: bool = False
+) -> ImageSet | Pictures:
+    """What synthesis reads real images from.
+
+    A plain folder of images or parquet files, or one parquet file, is listed whole, and its rows are in the order of
+    names (`ImageSet`). All else is a stream (`Pictures`), whose shards are shuffled.
+
+    Args:
+        path, image_column, caption_column: as of `open_pictures`.
+        streamed: read folders and parquet files as a stream too, for a part of them is enough.
+
+    Raises as `open_pictures`.
+    """
+    if not (streamed or is_pattern(path) or path.startswith("hf://")):
+        place = to_place(path)
+        lone = place.is_file() and _kind(place.name) not in ("tar", "table")
+        if lone or not place.exists() or (place.is_dir() and not _streams(place)):
+            return open_images(place, image_column, caption_column)
+    return open_pictures(path, image_column, caption_column)
+
+
+def _streams(folder: Place) -> bool:
+    """Whether a folder holds tars, or pictures that a table names."""
+    return any(_kind(file.name) == "tar" or _is_metadata(file) for file in folder.iterdir())
 
 
 def open_pictures(path: str, image_column: str = "image", caption_column: str | None = None) -> Pictures:
@@ -271,7 +298,9 @@ def _look(path: str, shards: TarShards) -> None:
     try:
         first = next(shards.rows(0), None)
     except OSError as error:
-        raise InputError(f"{path}: {shards.name(0)}: cannot be read: {' '.join(str(error).split())}") from error
+        place = shards.files[0].place
+        why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)
+        raise InputError(f"{path}: {shards.name(0)}: cannot be read: {why}") from error
     if first is None:
         raise InputError(f"{path}: {shards.name(0)} has no files")
     if "breaks off" in first.failure:
@@ -339,7 +368,7 @@ def _kind(name: str) -> str:
 
 
 def _is_metadata(place: Place) -> bool:
-    return place.name.lower().startswith("metadata.")
+    return place.name.lower().startswith("metadata.") and _kind(place.name) == "table"
 
 
 def _fingerprint(base: Place, files: Sequence[Found], said: list[Any]) -> str:

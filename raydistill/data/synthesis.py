@@ -130,23 +130,26 @@ class Recipe:
 
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
-        drawn = {
-            "prompts": fingerprint_of(self.source),
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
-            "text_dtype": self.text_dtype,
-            "drawer": self.drawer and [self.drawer.pipeline_class, identify(self.drawer.folder)[1]],
-        }
-        streamed = isinstance(self.source, Pictures)
+        if isinstance(self.source, PromptSet):
+            source = {
+                "prompts": fingerprint_of(self.source),
+                "batch_size": self.batch_size,
+                "steps": self.steps,
+                "guidance_scale": self.guidance_scale,
+                "text_dtype": self.text_dtype,
+                "drawer": self.drawer and [self.drawer.pipeline_class, identify(self.drawer.folder)[1]],
+            }
+        else:
+            source = {"images": self.source.fingerprint}
+        if isinstance(self.source, Pictures):
+            source["min_pixels"] = self.filters.min_pixels
         return {
             "teacher": [self.teacher.pipeline_class, *self.teacher.latent_shape],
             "teacher_revision": identify(self.teacher.folder)[1],
             "student": [self.student.pipeline_class, *self.student.latent_shape],
             "student_vae_revision": identify(Path(self.student.folder, "vae"))[1],
             **{f"{role}_vae": sha256 for role, sha256 in self.vaes.items()},
-            **(drawn if self.samples else {"images": self.source.fingerprint}),
-            **({"min_pixels": self.filters.min_pixels} if streamed else {}),
+            **source,
             "shard_size": self.shard_size,
             "posterior": self.posterior,
             "dtype": self.dtype,

@@ -96,8 +96,6 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     found = {"prompts.path": fingerprint_of(inputs.prompts), "evaluation.prompts": fingerprint_of(inputs.held_out)}
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
-    if inputs.pictures is not None:
-        found["synthesis.images"] = inputs.pictures.fingerprint
     named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
     return found | {key: _fingerprint(key, resolve(value)) for key, value in named.items() if value is not None}
 

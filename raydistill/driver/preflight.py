@@ -11,9 +11,9 @@ from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
 from raydistill.config.reading import draws, get, needs_pairs, other_drawer, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
-from raydistill.data.images import ImageSet, open_images
+from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet, open_pairs
-from raydistill.data.pictures import Pictures, open_pictures
+from raydistill.data.pictures import Pictures, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -40,9 +40,8 @@ class Inputs:
     prompts: PromptSet
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
-    images: ImageSet | None = None  # real ones, when synthesis.images names them
+    images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
     drawer: Space | None = None  # what draws pictures, when it is not the teacher
-    pictures: Pictures | None = None  # those that the Bridge is trained on, when they are streamed
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -57,7 +56,6 @@ def check_inputs(config: Config) -> Inputs:
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
-            *([] if streams_bridge(config) else ["synthesis.images"]),
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -83,16 +81,15 @@ def check_inputs(config: Config) -> Inputs:
     if config.bridge.pairs is not None:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-    images = None
-    if config.synthesis.images is not None and not streams_bridge(config):
-        images = open_images(
-            resolve(config.synthesis.images), config.synthesis.image_column, config.synthesis.caption_column
-        )
+    if streams_bridge(config):
+        images = _open_stream(config)
+    else:
+        images = None if config.synthesis.images is None else _opened_images(config)
+    if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
-    pictures = _open_stream(config) if streams_bridge(config) else None
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images, drawer, pictures)
+    return Inputs(student, teacher, prompts, held_out, notes, images, drawer)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
@@ -153,6 +150,20 @@ def open_drawer(config: Config, teacher: Space) -> Space | None:
 def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError where the teacher cannot give scores."""
     check_scores(config, inputs.teacher)
+
+
+def _opened_images(config: Config) -> ImageSet | Pictures:
+    """What synthesis.images names. Raises InputError."""
+    synthesis = config.synthesis
+    try:
+        return open_source(
+            str(synthesis.images),
+            synthesis.image_column,
+            synthesis.caption_column,
+            streamed=synthesis.image_count is not None or synthesis.min_pixels > 0,
+        )
+    except (InputError, OSError) as error:
+        raise InputError(f"synthesis.images: {error}") from None
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

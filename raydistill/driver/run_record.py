@@ -16,6 +16,7 @@ from raydistill.config.command_line import shown_command
 from raydistill.config.reading import flatten, get
 from raydistill.config.schema import Config
 from raydistill.data.pairs import count_rows, fingerprint
+from raydistill.data.pictures import Pictures
 from raydistill.driver.binding import kept_binding
 from raydistill.driver.job_metadata import describe_job
 from raydistill.driver.preflight import Inputs
@@ -99,7 +100,8 @@ class RunRecord:
             if (folder := get(config, key)) is not None:
                 sets[key] = (key, str(folder), count_rows(resolve(folder)))
         if inputs.images is not None:
-            sets["synthesis.images"] = ("synthesis.images", inputs.images.source, len(inputs.images))
+            rows = None if isinstance(inputs.images, Pictures) else len(inputs.images)
+            sets["synthesis.images"] = ("synthesis.images", inputs.images.source, rows)
         for key, (context, source, rows) in sets.items():
             tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
         tracker.close(DESCRIBED_WITHIN_S)
@@ -177,7 +179,7 @@ def open_record(config: Config, run: RunFolder, inputs: Inputs, parent: str | No
         record = RunRecord(config, run, inputs, parent)
     except (TrackingError, InputError) as error:
         raise StageFailed(str(error)) from error
-    images = [f"images    {found}" for found in (inputs.images, inputs.pictures) if found is not None]
+    images = [] if inputs.images is None else [f"images    {inputs.images}"]
     for line in (f"prompts   {inputs.prompts.report}", *images, *inputs.notes, *record.ui):
         screen.say(line)
     try:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from raydistill.bridge.model import read_description
 from raydistill.config.reading import streams_bridge, validate
 from raydistill.config.schema import Config
-from raydistill.data.pairs import count_rows
+from raydistill.data.pairs import count_rows, covered_rows
 from raydistill.data.shards import FAILURES_FILE, check_settings
 from raydistill.driver.bridge_ablation import Cell, cells, markdown, result_file, steps_done, summarise, train_cell
 from raydistill.driver.preflight import Inputs
@@ -126,7 +126,7 @@ def pairs_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     with open_record(config, run, inputs) as record:
         folder = make_pairs_alone(record)
         rows = count_rows(folder)
-        failed = recipe_of(config, inputs).count - rows
+        failed = covered_rows(folder) - rows
         summary = {"folder": folder, "rows": rows, "failed_rows": failed}
         summary["stages"] = {name: round(seconds, 1) for name, seconds in record.seconds.items()}
         write_summary(run.path / PAIRS_SUMMARY, summary | {"mlflow_run_id": record.parent})

@@ -12,6 +12,8 @@ from typing import Any
 from raydistill.background import in_background
 from raydistill.config.reading import drawing_config, draws_samples, needs_pairs, other_drawer, streams_bridge
 from raydistill.config.schema import Config
+from raydistill.data.pairs import covered_rows
+from raydistill.data.pictures import Filters, Pictures
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distillation.networks import guidance_scale
@@ -124,12 +126,12 @@ def make_sets(record: RunRecord, client: TeacherClient | None = None) -> tuple[s
 
 
 def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: TeacherClient | None = None) -> str:
-    """A set of the run's own, in its folder `name`; goes on where it stopped."""
-    if recipe.samples and client is None:
-        with _drawing(record) as own:
-            return _made(record, stage, name, recipe, own)
+    """A set of the run's own, in its folder `name`; goes on where it stopped, and starts no service for a whole one."""
     config, run = record.config, record.run
     folder, progress = run.path / name, run.path / f"{stage}-progress.json"
+    if recipe.samples and client is None and not recipe.writer(folder, config.synthesis.max_failed_rows).complete:
+        with _drawing(record) as own:
+            return _made(record, stage, name, recipe, own)
     with record.timed(stage):
         run_id = record.stage_run(config, stage)
         tracker = Tracker(record.uri, run_id)
@@ -137,7 +139,7 @@ def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: Teac
         try:
             with ProgressWatcher(progress, stage, "row"):
                 synthesise_on_ray(recipe, folder, config.synthesis, client if recipe.samples else None, log)
-            log.finish(folder, recipe.count)
+            log.finish(folder, covered_rows(folder))
         finally:
             tracker.close()
         record.finish(run_id)
@@ -161,8 +163,12 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
         "text_dtype": config.prompts.encoder_dtype,
         "dtype": synthesis.dtype,
     }
+    if isinstance(images, Pictures):
+        filters = Filters(min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts))
+        count = synthesis.image_count
+        return Recipe(source=images, count=count, filters=filters, licence=synthesis.licence, **shared)
     if images is not None:
-        return Recipe(source=images, count=len(images), **shared)
+        return Recipe(source=images, count=len(images), licence=synthesis.licence, **shared)
     drawer = inputs.drawer or open_drawer(config, inputs.teacher)
     steps, scale = drawing(config, drawer or inputs.teacher)
     return Recipe(
@@ -177,7 +183,7 @@ def train_bridge_on(record: RunRecord, pairs: str | None) -> str:
         run_id = record.stage_run(config, "bridge")
         source: dict[str, Any] = {"pairs_folder": pairs}
         if streams_bridge(config):
-            source = {"pictures": record.inputs.pictures, "held_out": record.inputs.held_out.prompts}
+            source = {"pictures": record.inputs.images, "held_out": record.inputs.held_out.prompts}
         trained = train_bridge(
             config, record.run.path, tracking_uri=record.uri, tracking_run=run_id, runs=record.runs, **source
         )

@@ -5,8 +5,11 @@ Short summaries of what the models' own pages and licence files state; those are
 
 from __future__ import annotations
 
+from raydistill.config.schema import Config
+from raydistill.data.shards import notes_of
 from raydistill.spaces import find_family, hub_models
 from raydistill.spaces.hub_model import Licence
+from raydistill.storage.resolve import resolve
 
 _EMBEDDED = Licence("the project's own licence", "other", "No third-party weights.")
 _LOOK_UP = "Look up the terms of this model before sharing anything."
@@ -17,6 +20,26 @@ _START = Licence(
     "(repository) and CC BY-NC 4.0 (hub page of its weights), both non-commercial; SiD-LSG under Apache License 2.0 "
     "(both).",
 )
+
+
+_PICTURES = "The terms of the set, and of the pictures in it, are those of their authors and collectors."
+
+
+def picture_sets(config: Config) -> list[tuple[str, str | None]]:
+    """(source, licence) of the real pictures that a run learns from: those it encodes, and those in sets of pairs that it is given."""
+    found = [] if config.synthesis.images is None else [(config.synthesis.images, config.synthesis.licence)]
+    for folder in (config.bridge.pairs, config.discriminator.real_data):
+        notes = {} if folder is None else notes_of(resolve(folder))
+        if notes.get("pictures"):
+            found.append((str(notes["pictures"]), notes.get("licence")))
+    return list(dict.fromkeys(found))
+
+
+def picture_licence(name: str | None) -> Licence:
+    """Terms of a set of pictures, as synthesis.licence names them."""
+    if name is None:
+        return Licence("unknown", "other", f"Nobody has named its licence (synthesis.licence). {_PICTURES}")
+    return Licence(name, "other", _PICTURES)
 
 
 def licence_of(model: str, pipeline_class: str) -> Licence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import yaml
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 
 from raydistill.errors import InputError
-from raydistill.export.licences import student_licences
+from raydistill.export.licences import picture_licence, student_licences
 from raydistill.export.parts import copy_part, forget_origin, rounded
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
@@ -35,12 +35,14 @@ class ModelCard:
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None  # student.unet; None: the base's own UNet
     drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
+    pictures: Sequence[tuple[str, str | None]] = ()  # sets of real pictures that it learned from: source and licence
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licences = student_licences(
             self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start, self.drawer
         )
+        licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {
             "Teacher": self.teacher,
@@ -48,6 +50,7 @@ class ModelCard:
             "Student start": self.start or "the student's own UNet",
             "Student updates": self.steps,
             "Start timestep": start_timestep,
+            **({"Pictures": "; ".join(source for source, _ in self.pictures)} if self.pictures else {}),
             "MLflow run": self.run_id or "–",
             "Configuration": self.config_hash or "–",
         }
@@ -104,7 +107,8 @@ A Stable Diffusion UNet that draws in **one** network evaluation, distilled from
 {scores}
 ## Licence
 
-The student inherits the terms of its teacher **and** of the model and weights it started from.
+The student inherits the terms of its teacher **and** of the model and weights it started from, and of real pictures where it
+learned from any.
 
 {licences}
 

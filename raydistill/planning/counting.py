@@ -323,7 +323,8 @@ def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
         return count_trainer(config, student, teacher, it.batch, begins)
     begins("")
     if it.kind == "teacher":
-        return count_teacher(config, teacher, guidance_scale(config, teacher))
+        own = own_steps(teacher, config.teacher.model)
+        return replace(count_teacher(config, teacher, guidance_scale(config, teacher)), own_steps=own)
     drawer = meta.open_space(config.synthesis.teacher) if other_drawer(config) else teacher
     if it.kind == "drawer":
         own = own_steps(drawer, config.synthesis.teacher or config.teacher.model)

@@ -176,9 +176,9 @@ def synthesises(config: Config) -> bool:
 
 
 def pairs_made(config: Config) -> int:
-    """Pairs that a run makes; of real images, as many as it would draw where nothing bounds them."""
+    """Pairs that synthesis makes. Nobody counts real images beforehand: without a bound they are taken to be as many as samples."""
     synthesis = config.synthesis
-    return (synthesis.images is not None and synthesis.image_count) or synthesis.count
+    return synthesis.count if synthesis.images is None else synthesis.image_count or synthesis.count
 
 
 def changed(config: Config, **distill: Any) -> Config:

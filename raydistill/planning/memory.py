@@ -162,11 +162,18 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
         pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
         held = 4 * sum(vae.parameters for vae in vaes) + pictures
         return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
-    size = ITEMSIZE[config.prompts.encoder_dtype]
-    drawn, every = drawer_text(counts.text), counts.text.items()
-    texts = [t for name, t in every if not name.startswith("drawer ")] if role == "text encoder" else [*drawn.values()]
-    prompts = min(texts[0].chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
-    return size * (sum(text.parameters for text in texts) + prompts * max(text.prompt.peak for text in texts) / 4)
+    own = {name: t for name, t in counts.text.items() if not name.startswith("drawer ")}
+    texts = own if role == "text encoder" else drawer_text(counts.text)
+    size = {name: _element(name, config) for name in texts}
+    chunk = next(iter(texts.values())).chunk
+    prompts = min(chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
+    weights = sum(size[name] * text.parameters for name, text in texts.items())
+    return weights + prompts * max(size[name] * text.prompt.peak / 4 for name, text in texts.items())
+
+
+def _element(name: str, config: Config) -> int:
+    """Bytes of a number of a text encoder: the student's are float32 (see `workers.parts.batches_after`)."""
+    return ITEMSIZE["float32" if name.startswith("student") else config.prompts.encoder_dtype]
 
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
@@ -221,8 +228,8 @@ def _bridge_advice(config: Config, fits: bool) -> str:
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
-    size = ITEMSIZE[config.prompts.encoder_dtype]
-    encoders = size * sum(one.parameters for name, one in counts.text.items() if not name.startswith("drawer "))
+    own = {name: one for name, one in counts.text.items() if not name.startswith("drawer ")}
+    encoders = sum(_element(name, config) * encoder.parameters for name, encoder in own.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
     if config.discriminator.weight > 0 and config.discriminator.real_data is None:

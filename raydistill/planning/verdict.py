@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
-from raydistill.planning.counts import Counts, makes_pairs
+from raydistill.errors import InputError
+from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu, memory
 from raydistill.planning.schedule import (
@@ -23,6 +25,7 @@ from raydistill.planning.schedule import (
     replicas,
     schedule,
 )
+from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import is_uri
 from raydistill.storage.resolve import HUB_KEYS, SHAPES_PREFIX, local_path
@@ -81,7 +84,7 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     if not any(part.gpus for part in parts):
         return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
     nodes = "; ".join(
-        f"{rented(gpus[kind], count)} {kind} ({', '.join(dict.fromkeys(who))})"
+        f"{_nodes(gpus[kind], kind, count)} ({', '.join(dict.fromkeys(who))})"
         for kind, (count, who) in _held(config, parts).items()
     )
     total, market = price(parts, config, gpus), "spot" if config.plan.spot else "on-demand"
@@ -96,6 +99,12 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
     helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
     return f"NO. {'. '.join(lacking)}. {helps}. It would be {run}"
+
+
+def _nodes(gpu: Gpu, kind: str, count: float) -> str:
+    """GPUs that are rented for so many; where more than half of them idle, also how many are used."""
+    whole, used = rented(gpu, count), math.ceil(count)
+    return f"{whole} {kind}" if 2 * used >= whole else f"{used} of the {whole} {kind} of whole nodes"
 
 
 def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
@@ -123,7 +132,9 @@ def _time(hours: float) -> str:
 
 
 def _watch(counts: Counts, config: Config, gpus: dict[str, Gpu], timing: Schedule) -> Iterator[str]:
-    """What slows the run down for no use."""
+    """What slows the run down for no use, or keeps it from beginning."""
+    if counts.network.own_steps is not None and config.vsd.weight > 0:
+        yield "teacher.model is step-distilled and gives no scores: name it in synthesis.teacher, and its base there"
     bridge = bridge_schedule(counts, config, gpus)
     if bridge is not None and bridge.encoders > bridge.trainers:
         yield (
@@ -210,9 +221,9 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
         yield "bridge.pairs=… (pairs that you have)", _with(config, "bridge", pairs="…")
     if draws_pairs(config):
         yield "synthesis.images=… (pictures that you have)", _with(config, "synthesis", images="…")
-        if config.synthesis.count > FEWER_PAIRS:
-            fewer = _with(config, "synthesis", count=FEWER_PAIRS)
-            yield f"synthesis.count={FEWER_PAIRS} (of {config.synthesis.count:,})", fewer
+    if makes_pairs(config) and (made := pairs_made(config)) > FEWER_PAIRS:
+        key = "count" if config.synthesis.images is None else "image_count"
+        yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
     if not config.plan.spot:
         yield "plan.spot=true", _with(config, "plan", spot=True)
     bridge = bridge_schedule(counts, config, gpus)
@@ -246,7 +257,7 @@ def _needs(counts: Counts, config: Config) -> str:
         value = values[key]
         if value is None or value.startswith(SHAPES_PREFIX) or not _used(config, key):
             continue
-        if is_uri(value) or local_path(value).exists():
+        if _is_here(value):
             here.append(f"{value} ({key})")
         elif key in HUB_KEYS and is_hub_id(value):
             hub.append(f"{value}{' (gated)' if value in gated else ''}")
@@ -259,6 +270,16 @@ def _needs(counts: Counts, config: Config) -> str:
         ["for what is gated, accept its licence, then `hf auth login` or HF_TOKEN"] if " (gated)" in str(hub) else []
     )
     return "; ".join(found) or "nothing more: models and prompts come with the package"
+
+
+def _is_here(value: str) -> bool:
+    """Whether this machine sees it; of URIs nobody asks the store."""
+    if is_uri(value) or not is_pattern(value):
+        return is_uri(value) or local_path(value).exists()
+    try:
+        return bool(expand(value))
+    except InputError:
+        return False
 
 
 def _used(config: Config, key: str) -> bool:

@@ -231,7 +231,7 @@ def _of_hub(uri: str, key: str) -> Remote:
     return Remote("hf", "/".join(parts))
 
 
-def cause(error: OSError, scheme: str) -> str:
+def cause(error: Exception, scheme: str) -> str:
     """Why a store refuses, in one line without secrets. About credentials it says which ones are read."""
     text = reason(error)
     denied = DENIED.search(text) or "OAuth2 access token" in text  # so GCS, without any

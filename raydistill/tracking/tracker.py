@@ -84,19 +84,19 @@ class Tracker:
 
         self._sender.add_job(f"artifact {source}", send)
 
-    def dataset(self, context: str, source: str, digest: str, rows: int) -> None:
+    def dataset(self, context: str, source: str, digest: str, rows: int | None) -> None:
         """Say what the run was made from.
 
         Args:
             context: what for, as `training`.
             digest: what tells its content from another's; MLflow keeps 36 characters.
-            rows: how many it has.
+            rows: how many it has; None: nobody knows before it is read.
         """
 
         def send(client: MlflowClient) -> None:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
-            name, profile = PurePosixPath(source).name or source, json.dumps({"num_rows": rows})
+            name, profile = PurePosixPath(source).name or source, json.dumps({} if rows is None else {"num_rows": rows})
             told = Dataset(name, digest[:36], "local", json.dumps({"uri": mask("uri", source)}), profile=profile)
             client.log_inputs(self.run_id, [DatasetInput(told, [InputTag("mlflow.data.context", context)])])
 

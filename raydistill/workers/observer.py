@@ -14,6 +14,7 @@ from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompt
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.updates import Distiller
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.export.licences import picture_sets
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
@@ -226,6 +227,7 @@ class BestStudent:
             metrics=table,
             start=config.student.unet,
             drawer=config.synthesis.teacher if draws(config) and other_drawer(config) else None,
+            pictures=picture_sets(config),
         )
 
     def export(self, step: int, table: dict[str, float]) -> list[Place]:

@@ -47,7 +47,7 @@ def batches_after(config: Config, worker: Worker, first: int) -> Any:
             distill.batch_size // distill.micro_batches,
         ),
         slot_size=distill.workers * distill.batch_size,
-        dtype=prompts.encoder_dtype,
+        dtype={"student": "float32", "teacher": prompts.encoder_dtype},
         encoders=prompts.encoders,
         cpus_per_encoder=prompts.cpus_per_encoder,
         gpus_per_encoder=prompts.gpus_per_encoder,

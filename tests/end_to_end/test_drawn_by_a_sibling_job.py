@@ -27,13 +27,14 @@ def photos(tmp_path):
 
 
 def test_images_serve_the_bridge_and_a_sibling_s_samples_the_discriminator(tmp_path, photos):
-    code, text = job_of(
-        tmp_path, "run.name=cheap", f"synthesis.images={photos}", "bridge.checkpoint=null", "bridge.steps=2",
+    command = (
+        "run.name=cheap", f"synthesis.images={photos}", "bridge.checkpoint=null", "bridge.steps=2",
         "bridge.batch_size=4", "bridge.checkpoint_every=2", "discriminator.real_data=null",
         "discriminator.real_source=samples", "synthesis.teacher=shapes:sd3", "synthesis.sampling_steps=2",
         "synthesis.shards=1", "synthesis.count=8", "synthesis.batch_size=4", "synthesis.shard_size=4",
         "distill.warmup_steps=4",
     )  # fmt: skip
+    code, text = job_of(tmp_path, *command)
     assert code == 0, text
     folder = tmp_path / "cheap"
     assert (len(PairSet(folder / "pairs")), len(PairSet(folder / "samples"))) == (16, 8)
@@ -50,3 +51,9 @@ def test_images_serve_the_bridge_and_a_sibling_s_samples_the_discriminator(tmp_p
     assert {"synthesis", "samples", "bridge", "distill"} <= stages.keys()
     assert parent.data.metrics["loss/gan"] > 0
     assert "Pictures drawn by, shapes:sd3" in (folder / "export" / "README.md").read_text()
+
+    (folder / "summary.json").unlink()  # as if the driver had been lost at the very end
+    code, text = job_of(tmp_path, *command)
+    assert code == 0, text
+    assert "start teacher-draws" not in text
+    assert (folder / "summary.json").is_file()

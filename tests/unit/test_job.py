@@ -48,7 +48,7 @@ def images(tmp_path):
 
 def test_images_that_cannot_be_used_end_with_code_two(job, images, tmp_path):
     for overrides, said in (
-        (["synthesis.images=/nowhere"], "synthesis.images: /nowhere does not exist"),
+        (["synthesis.images=/nowhere"], "synthesis.images: /nowhere: no such file or folder"),
         ([f"synthesis.images={images / 'a.png'}"], "neither a folder nor a .parquet file"),
     ):
         code, _, error = job("synthesize", *overrides)

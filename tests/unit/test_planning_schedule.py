@@ -51,7 +51,12 @@ def priced(config, **plan):
 @pytest.fixture(scope="module")
 def large(counts):
     """Counts in which every part weighs something: numbers of the order of FLUX.1."""
-    trainer, network = counts.trainer, counts.network
+    trainer = counts.trainer
+    network = dataclasses.replace(
+        counts.network,
+        parameters=12_000_000_000,
+        score=dataclasses.replace(counts.network.score, flops=3e14, flops_32=3e14),
+    )
     works = {
         name: dataclasses.replace(getattr(trainer, name), flops=flops, flops_32=flops)
         for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
@@ -59,9 +64,8 @@ def large(counts):
     return dataclasses.replace(
         counts,
         trainer=dataclasses.replace(trainer, **works),
-        network=dataclasses.replace(
-            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14, flops_32=3e14)
-        ),
+        network=network,
+        drawer=network,
         text=text_of(1.0),
     )
 
@@ -230,8 +234,12 @@ def test_price_is_hours_times_gpus_times_rate(config, large):
     assert distillation.hours == pytest.approx(chosen.distill.steps * schedule(large, chosen, gpus).step / 3600)
     for spot in (True, False):
         rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
-        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4; the trainers are not there while pairs are made
-        nodes = [p.gpus.get("H100", 0) * rates["H100"] + 8 * rates["L40S"] + chosen.plan.head_price for p in parts]
+        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4, which are not there while the Bridge is trained
+        rented = [4 * -(-p.gpus.get("L40S", 0) // 4) * rates["L40S"] for p in parts]
+        nodes = [
+            p.gpus.get("H100", 0) * rates["H100"] + node + chosen.plan.head_price
+            for p, node in zip(parts, rented, strict=True)
+        ]
         expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
         assert price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
 
@@ -286,7 +294,7 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
     chosen, gpus = settings(config, *RENTED, "teachers.replicas=3"), read_gpus()
     parts = phases(large, chosen, gpus)
     total, hours = price(parts, chosen, gpus), sum(part.hours for part in parts)
-    lines = said(large, chosen, "fits", "watch", "money", "savings", "needs", "terms")
+    lines = said(large, chosen, "fits", "watch", "money", "savings", "speeds", "needs", "terms")
     # 3 replicas of 2 ranks: two nodes of 4
     assert lines["fits"].startswith(f"yes, on 8 H100 (trainers); 8 L40S (teachers): {hours:.1f} h")
     assert lines["fits"].endswith(f"${total:,.0f} at spot prices")
@@ -303,6 +311,13 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
     assert f"teachers.replicas={needed} on they do not" in lines["watch"]
 
 
+def test_a_step_distilled_teacher_is_said_before_anything_is_rented(config, large):
+    distilled = dataclasses.replace(large, network=dataclasses.replace(large.network, own_steps=4))
+    labels = ("fits", "watch", "money", "savings", "speeds", "needs", "terms")
+    assert "step-distilled and gives no scores" in said(distilled, settings(config, *RENTED), *labels)["watch"]
+    assert "step-distilled" not in verdict(large, settings(config, *RENTED), read_gpus())
+
+
 def test_a_run_without_gpus_says_so(config, large):
     fast = dataclasses.replace(large, network=dataclasses.replace(large.network, score=Cost(1.0, 0)))
     lines = said(fast, settings(config), "fits", "money", "needs", "terms")
@@ -311,7 +326,7 @@ def test_a_run_without_gpus_says_so(config, large):
 
 
 def test_what_does_not_fit_comes_first_with_what_would(config, large):
-    lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "needs", "terms")  # fmt: skip
+    lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "speeds", "needs", "terms")  # fmt: skip
     assert lines["fits"].startswith("NO. teacher rank: needs ")
     assert (
         "gets 21.6 of a 4090; teachers.shards=4 is enough. All of it fits H100, H200, A100-80, L40S." in lines["fits"]
@@ -331,6 +346,7 @@ def test_what_would_save_most_is_what_the_plan_of_that_would_say(config, large):
     for change, told in (
         ("synthesis.count=100000 (of 2,000,000)", "synthesis.count=100000"),
         ("bridge.pairs=… (pairs that you have)", "bridge.pairs=/mine"),
+        ("synthesis.images=… (pictures that you have)", "synthesis.images=/mine"),
         ("plan.spot=true", "plan.spot=true"),
     ):
         other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", told)
@@ -352,7 +368,7 @@ def test_a_cheaper_kind_of_gpu_is_named_where_all_of_it_fits(config, large):
 def test_files_weights_tokens_and_terms_of_a_real_pair_are_named(name, large):
     config = load(name)
     counts = dataclasses.replace(large, models=count(Wanted("models", config)))
-    lines = said(counts, config, *(["fits", "watch", "money", "savings", "needs", "terms"]))
+    lines = said(counts, config, *(["fits", "watch", "money", "savings", "speeds", "needs", "terms"]))
     gated = name != "sdxl_sd15"
     needs = lines["needs"]
     assert f"{config.student.unet} (student.unet)" in needs.partition("not on this machine: ")[2]
@@ -405,7 +421,7 @@ def test_the_job_counts_once_and_prints_every_section_when_asked(counts):
     again = plan(*settings)
     assert again.stdout.splitlines() == [first, *(line for line in lines if line not in counting)]
     full = plan(*settings, "--full")
-    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled, not measured"):
+    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled: seconds"):
         assert title in full.stdout
     assert re.search(rf"^  teacher +{counts.network.parameters:,}$", full.stdout, re.MULTILINE)
     for phase in ("synthesis", "Bridge training", "distillation"):

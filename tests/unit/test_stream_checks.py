@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from raydistill.config.reading import load, needs_pairs, stages_of
+from raydistill.data.pictures import Pictures
 from raydistill.driver import binding, room
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import open_run_folder
@@ -50,8 +51,8 @@ def test_a_streamed_bridge_stores_no_pairs(configure):
     assert stages_of(drawn)[:3] == ["samples", "bridge", "distill"]
     assert stages_of(load(overrides=["bridge.source=stream"]))[0] == "distill"  # a finished Bridge reads nothing
     inputs = check_inputs(config)
-    assert inputs.images is None
-    assert len(inputs.pictures.shards) == 1
+    assert isinstance(inputs.images, Pictures)
+    assert len(inputs.images.shards) == 1
 
 
 @pytest.mark.parametrize(

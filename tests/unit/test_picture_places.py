@@ -1,0 +1,309 @@
+"""Pictures and prompts in buckets and in data sets of the hub, against servers on this machine: read where they lie."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from pathlib import Path
+from urllib.parse import parse_qs, unquote
+
+import pytest
+from picture_sets import png, write_hub_parquet, write_tars
+
+from raydistill.config.reading import load
+from raydistill.data.images import ImageSet
+from raydistill.data.pictures import open_pictures, open_source
+from raydistill.data.prompts import training_prompts
+from raydistill.errors import InputError
+from raydistill.storage.globs import expand, is_pattern
+from raydistill.storage.place import remote
+from raydistill.storage.resolve import check_paths, check_storage
+
+TOKEN = "hf_secretSECRETsecret"
+SHA = "c" * 40
+
+
+# -- patterns -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("*.tar", ["00000.tar", "00001.tar", "[z].tar"]),
+        ("{00000..00001}.tar", ["00000.tar", "00001.tar"]),
+        ("{00001,b/x}.tar", ["00001.tar", "b/x.tar"]),
+        ("**/*.tar", ["00000.tar", "00001.tar", "[z].tar", "b/x.tar"]),
+        ("0000[!0].t?r", ["00001.tar"]),
+        ("{0000,b/}*.tar", ["00000.tar", "00001.tar", "b/x.tar"]),
+    ],
+)
+def test_patterns_name_the_same_files_in_a_folder_and_in_a_bucket(pattern, names, tmp_path, bucket):
+    folder = remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
+    (tmp_path / "b").mkdir()
+    for name in ("00000.tar", "00001.tar", "[z].tar", "b/x.tar", "c.txt"):
+        (tmp_path / name).write_text(name)
+    folder.upload(tmp_path)
+    for root in (str(tmp_path), f"file://{tmp_path}", str(folder)):
+        found = expand(f"{root}/{pattern}")
+        start = len(root.removeprefix("file://")) + 1
+        assert [str(one.place)[start:] for one in found] == names
+        assert [one.size for one in found] == [len(name) for name in names]
+    assert not is_pattern(str(tmp_path / "[z].tar"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("{root}/{{0..2}}.tar", "{root}/2.tar: no such file, but {root}/{{0..2}}.tar names it"),
+        ("{root}/*.parquet", "{root}/*.parquet: no such files"),
+        ("{root}/{{2..1}}.tar", "{{2..1}} is no range of at most 1,000,000 ascending numbers"),
+        ("{root}/{{a..b}}.tar", "{{a..b}} is no range of numbers, as in {{00000..00099}}"),
+        ("{root}/{{0..99999}}{{0..99999}}.tar", "its braces spell out more than 1,000,000 names"),
+    ],
+)
+def test_patterns_of_nothing_are_refused(pattern, said, tmp_path):
+    for n in range(2):
+        (tmp_path / f"{n}.tar").write_text("x")
+    with pytest.raises(InputError) as error:
+        expand(pattern.format(root=tmp_path))
+    assert said.format(root=tmp_path) in str(error.value)
+
+
+def test_a_secret_in_a_pattern_is_not_repeated():
+    for uri in ("s3://AKIAUSER:pa55word@bucket/*", "s3://bucket/*?secret_key=pa55word"):
+        with pytest.raises(InputError) as error:
+            expand(uri)
+        assert "credentials and options do not belong in a URI" in str(error.value)
+        assert "pa55word" not in str(error.value)
+
+
+# -- a bucket -------------------------------------------------------------------------------------------
+
+
+def test_pictures_in_a_bucket_are_read_where_they_lie(tmp_path, bucket, monkeypatch):
+    folder, cache = remote(f"{bucket}/{uuid.uuid4().hex[:8]}"), tmp_path / "cache"
+    monkeypatch.setenv("RAYDISTILL_CACHE", str(cache))
+    here = tmp_path / "sets"
+    write_tars(here / "tars", (3, 2))
+    write_hub_parquet(
+        here / "parquet" / "x.parquet", range(20), {"caption": [f"cap {n}" for n in range(20)]}, row_group_size=8
+    )
+    (here / "photos").mkdir()
+    for n in range(2):
+        (here / "photos" / f"{n}.png").write_bytes(png(n))
+    (here / "photos" / "1.txt").write_text("one")
+    folder.upload(here)
+    for name in ("tars", "tars/*.tar", "tars/{00000..00001}.tar", "parquet/*.parquet", "photos/*.png"):
+        pair = [open_pictures(f"{root}/{name}") for root in (here, folder)]
+        assert pair[0].fingerprint == pair[1].fingerprint
+        local, there = ([(r.name, r.caption, r.data) for r in pictures.rows(3)] for pictures in pair)
+        assert there == local
+        assert list(pair[1].rows(3))[1].after == list(pair[0].rows(3))[1].after
+    for name in ("parquet", "parquet/x.parquet", "photos"):  # as sets were listed before
+        local, there = (open_source(f"{root}/{name}") for root in (here, folder))
+        assert isinstance(there, ImageSet)
+        assert (there.fingerprint, there.prompts) == (local.fingerprint, local.prompts)
+        assert [there.read(row) for row in range(len(there))] == [local.read(row) for row in range(len(local))]
+    assert not cache.exists()
+    with pytest.raises(InputError, match="no such files"):
+        open_pictures(f"{folder}/none-*.tar")
+
+
+def test_prompts_by_pattern_and_compressed_name_file_and_row(tmp_path, bucket):
+    folder = remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
+    files = {
+        "p-0.txt.gz": "a cup\n\na mug\n",
+        "p-1.csv.gz": "prompt,n\na hat,1\n",
+        "p-2.tsv.gz": "n\tprompt\n1\ta cat\n",
+        "p-3.jsonl.gz": '{"prompt": "a dog"}\nno\n',
+        "p-4.json.gz": '["a fox", "a cow"]',
+    }
+    (tmp_path / "sets").mkdir()
+    for name, text in files.items():
+        (tmp_path / "sets" / name).write_bytes(gzip.compress(text.encode()))
+    folder.upload(tmp_path / "sets")
+    for root in (tmp_path / "sets", folder):
+        config = load(overrides=[f"prompts.path={root}/p-*.gz"])
+        check_paths(config, ["prompts.path"])
+        prompts = training_prompts(config)
+        assert list(prompts.prompts) == ["a cup", "a mug", "a hat", "a cat", "a dog", "a fox", "a cow"]
+        assert prompts.ids.tolist() == [1, 3, 5, 7, 8, 10, 11]
+        assert prompts.report.bad_rows() == "1 blank (p-0.txt.gz, row 2), 1 not JSON (p-3.jsonl.gz, row 2)"
+        assert prompts.report.source == f"{root}/p-*.gz"
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"a cup\n" * 1000)[:-20])
+    (tmp_path / "not.txt.gz").write_bytes(b"a cup\n")
+    for name, said in (
+        ("cut", "its compressed bytes are damaged"),
+        ("not", "Not a gzipped file"),
+        ("no", "no such files"),
+    ):
+        config = load(overrides=[f"prompts.path={tmp_path}/{name}.txt.gz" + ("*" if name == "no" else "")])
+        with pytest.raises(InputError, match=said):
+            training_prompts(config)
+
+
+# -- the hub --------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the files of datasets/org/set to everybody, and those of datasets/org/gated to the holder of TOKEN."""
+
+    files: dict[str, bytes] = {}
+    asked: list[tuple[str, int]] = []  # path, bytes that were sent
+
+    def _send(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            Hub.asked.append((self.path, len(body)))
+            self.wfile.write(body)
+
+    def _entry(self, name: str) -> dict:
+        data = Hub.files[name]
+        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+    def _below(self, folder: str, recursive: bool) -> list[dict] | None:
+        prefix = f"{folder}/" if folder else ""
+        names = [name for name in Hub.files if name.startswith(prefix)]
+        folders = {prefix + name[len(prefix) :].split("/")[0] for name in names if "/" in name[len(prefix) :]}
+        there = [self._entry(name) for name in names if recursive or "/" not in name[len(prefix) :]]
+        dirs = [{"type": "directory", "path": name, "size": 0, "oid": "0" * 40} for name in sorted(folders)]
+        return dirs + there if names else None
+
+    def do_GET(self) -> None:
+        path, _, query = unquote(self.path).partition("?")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if path.startswith("/datasets/org/gated/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self._send(401, X_Error_Code="GatedRepo", X_Error_Message="accept the licence")
+        path = path.replace("org/gated", "org/set", 1)
+        if path.startswith("/datasets/org/set/resolve/"):
+            revision, _, name = path.removeprefix("/datasets/org/set/resolve/").partition("/")
+            if name not in Hub.files:
+                return self._send(404, X_Error_Code="EntryNotFound")
+            data, asked = Hub.files[name], self.headers.get("Range")
+            if asked is None:
+                return self._send(200, data, ETag='"x"', X_Repo_Commit=SHA)
+            first, last = asked.removeprefix("bytes=").split("-")
+            part = data[int(first) : int(last or len(data)) + 1]
+            return self._send(
+                206, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}", ETag='"x"'
+            )
+        rest = path.removeprefix("/api/datasets/org/set")
+        if rest == path or "/v9" in rest:
+            return self._send(404, X_Error_Code="RepoNotFound" if rest == path else "RevisionNotFound")
+        if rest.startswith("/tree/"):
+            folder = rest.removeprefix("/tree/").partition("/")[2]
+            found = self._below(folder, parse_qs(query).get("recursive", ["false"])[0].lower() == "true")
+            return (
+                self._send(200, json.dumps(found).encode()) if found else self._send(404, X_Error_Code="EntryNotFound")
+            )
+        if rest.startswith("/paths-info/"):
+            names = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
+            found = [self._entry(name) for name in names if name in Hub.files]
+            found += [
+                {"type": "directory", "path": n, "size": 0, "oid": "0" * 40} for n in names if self._below(n, False)
+            ]
+            return self._send(200, json.dumps(found).encode())
+        return self._send(200, json.dumps({"id": "org/set", "sha": SHA, "siblings": []}).encode())
+
+    do_HEAD = do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    sets = tmp_path / "sets"
+    write_tars(sets / "tars", (3, 2))
+    write_hub_parquet(sets / "data" / "train-00000-of-00001.parquet", range(20), row_group_size=8)
+    (sets / "prompts.txt.gz").write_bytes(gzip.compress(b"a cup\na mug\n"))
+    (sets / "README.md").write_text("a card")
+    Hub.files = {str(file.relative_to(sets)): file.read_bytes() for file in sorted(sets.rglob("*")) if file.is_file()}
+    Hub.asked = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+READ = """
+import hashlib, json, pickle, sys
+from raydistill.config.reading import load
+from raydistill.data.pictures import open_pictures
+from raydistill.data.prompts import training_prompts
+from raydistill.storage.resolve import check_paths
+told = {}
+for source in json.loads(sys.argv[1]):
+    try:
+        if "/prompt" in source:
+            config = load(overrides=[f"prompts.path={source}"])
+            check_paths(config, ["prompts.path"])
+            told[source] = list(training_prompts(config).prompts)
+        else:
+            pictures = pickle.loads(pickle.dumps(open_pictures(source)))
+            rows = [(row.name, row.caption, hashlib.sha1(row.data).hexdigest()) for row in pictures.rows(3)]
+            told[source] = [pictures.fingerprint, rows]
+    except Exception as error:
+        told[source] = f"{type(error).__name__}: {error}"
+print(json.dumps(told))
+"""
+
+
+def ask(sources: list[str], endpoint: str, home: Path, **environment: str) -> dict:
+    """In a process of its own: the hub's client reads its environment once, when it is imported."""
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
+    variables |= {"RAYDISTILL_CACHE": str(home / "cache")}
+    command = [sys.executable, "-c", READ, json.dumps(sources)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_data_sets_of_the_hub_are_streamed_and_prompts_in_them_staged(hub, tmp_path):
+    here, there = tmp_path / "sets", "hf://datasets/org/set"
+    named = {
+        "tars": f"{there}/tars", "tars/*.tar": f"{there}@main/tars/*.tar", "tars/{00000..00001}.tar": f"{there}/tars/{{00000..00001}}.tar",
+        "data": f"{there}@{SHA}/data", "data/train-*.parquet": "hf://datasets/org/gated/data/train-*.parquet",
+    }  # fmt: skip
+    wrong = {
+        f"{there}@v9/tars": "v9", f"{there}/tars/9*.tar": "InputError: hf://datasets/org/set/tars/9*.tar: no such files",
+        "hf://datasets/org/none/tars": "InputError: hf://datasets/org/none/tars: ",
+        "hf://org/model/tars": "not a data set of the hub, as in hf://datasets/org/name[@revision]/path",
+        f"{there}/none.tar": "no such file or folder",
+    }  # fmt: skip
+    prompts = [f"{there}/prompts.txt.gz", f"{there}/prompt*.gz"]
+    told = ask([*named.values(), *prompts, *wrong], hub, tmp_path, HF_TOKEN=TOKEN)
+    for local, uri in named.items():
+        pictures = open_pictures(str(here / local))
+        rows = [[row.name, row.caption, hashlib.sha1(row.data).hexdigest()] for row in pictures.rows(3)]
+        assert told[uri] == [pictures.fingerprint, rows], uri
+    assert [told[uri] for uri in prompts] == [["a cup", "a mug"]] * 2
+    for uri, said in wrong.items():
+        assert said in told[uri], told[uri]
+    staged = [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file() and not file.name.startswith(".")]
+    assert staged == ["prompts.txt.gz"]
+
+
+def test_a_gated_set_without_a_token_says_what_is_missing(hub, tmp_path):
+    uri = "hf://datasets/org/gated/tars"
+    said = ask([uri], hub, tmp_path)[uri]
+    assert "InputError" in said
+    assert "HF_TOKEN, or what `hf auth login` has written; a gated set's licence must be accepted" in said
+
+
+def test_a_data_set_of_the_hub_is_no_storage():
+    with pytest.raises(InputError, match="a data set of the hub is read alone; name a folder, s3:// or gs://"):
+        check_storage(load(overrides=["storage=hf://datasets/org/set/runs"]))
