@@ -180,10 +180,13 @@ def _train(settings: dict[str, Any]) -> None:
     feed: Feed = Stored(trainer.objective)
     if settings["pictures"] is not None and trainer.step_count < last:
         feed = Streamed(config, trainer.objective, settings["pictures"], settings["held_out"], cursors)
-    started, first, waited = time.monotonic(), trainer.step_count, 0.0
+    started, first, waited = 0.0, trainer.step_count, 0.0
     try:
         for batch, seconds in _timed(feed.batches(first, last)):
-            waited += seconds
+            if trainer.step_count == first:  # the time in which a stream begins is no part of its pace
+                started = time.monotonic()
+            else:
+                waited += seconds
             losses = trainer.step(batch)
             step = trainer.step_count
             if step % LOG_EVERY == 0 or step == last:
