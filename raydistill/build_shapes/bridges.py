@@ -48,7 +48,8 @@ def build_samples(build: Build, name: str) -> None:
     pairs = PairSet(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
     rows = pairs.rows(range(SHIPPED_SAMPLES))
     write_pairs(
-        build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student
+        build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student,
+        vaes={role: next(iter(found)) for role, found in pairs.vaes.items()},
     )  # fmt: skip
 
 

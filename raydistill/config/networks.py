@@ -124,6 +124,12 @@ class BridgeConfig(Section):
     heads: Few = Field(6, description="SwinIR attention heads")
     window: Few = Field(8, description="SwinIR window")
     attention: AttentionConfig = AttentionConfig()
+    source: Literal["stored", "stream"] = Field(
+        "stored",
+        description="stored: train on bridge.pairs, or on pairs made before; stream: on the pictures of synthesis.images, "
+        "which both VAEs encode beside training; nothing is stored",
+    )
+    shuffle: Count = Field(1024, description="of a stream: pictures that each worker reads ahead and mixes")
     pairs: str | None = Field(
         None, description="parquet of (prompt, z_T, z_S) pairs to train on; null: synthesise `synthesis.count` of them"
     )

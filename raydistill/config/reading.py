@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from raydistill.config.keys import Free, Origin, Section
 from raydistill.config.schema import Config
-from raydistill.config.stages import trains_bridge
+from raydistill.config.stages import streams_bridge, trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
 
@@ -258,7 +258,8 @@ def _lacks_reals(config: Config) -> bool:
 def needs_pairs(config: Config) -> bool:
     """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
     gan = _lacks_reals(config) and config.discriminator.real_source == "pairs"
-    return trains_bridge(config) or config.bridge.trainable or gan
+    stored = trains_bridge(config) and not streams_bridge(config)
+    return stored or config.bridge.trainable or gan
 
 
 def draws_pairs(config: Config) -> bool:

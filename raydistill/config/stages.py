@@ -34,6 +34,11 @@ def trains_bridge(config: Config) -> bool:
     return config.bridge.checkpoint is None and config.bridge.projector != "identity"
 
 
+def streams_bridge(config: Config) -> bool:
+    """Whether it trains its Bridge on pictures that are encoded meanwhile, not on stored pairs."""
+    return trains_bridge(config) and config.bridge.source == "stream"
+
+
 class RunConfig(Section):
     name: str | None = free(None, description="name of the run; unique by default, naming an existing run resumes it")
     seed: Seed = Field(0, description="seed of every random number (noise, times, order of prompts)")
@@ -127,6 +132,7 @@ class DistillConfig(Section):
 
 
 Posterior = Literal["mean", "sample"]
+LatentDtype = Literal["float16", "bfloat16"]
 
 
 class SynthesisConfig(Section):
@@ -150,10 +156,14 @@ class SynthesisConfig(Section):
     posterior: Posterior = Field(
         "mean", description="what a VAE's latents are: its posterior's mean, or a sample of it"
     )
+    dtype: LatentDtype = Field(
+        "float16",
+        description="of the latents; bfloat16 has float32's range, 8 instead of 11 binary digits, and takes a fifth less room",
+    )
     images: str | None = Field(
         None,
         description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "
-        "s3://, gs://, hf://datasets/org/name/…; null: sample",
+        "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge is trained on them",
     )
     image_count: Count | None = Field(None, description="how many of these; null: all")
     min_pixels: int = Field(0, ge=0, le=65_536, description="images whose smaller side has fewer pixels are left out")
@@ -174,7 +184,8 @@ class SynthesisConfig(Section):
     )
     encoders: Few = free(
         1,
-        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
+        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs; with "
+        "bridge.source=stream, of each worker",
     )
     cpus_per_encoder: Cpus = free(0.2, description="Ray CPUs each of these actors reserves")
     gpus_per_encoder: Gpus = free(0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU")

@@ -57,13 +57,23 @@ class PairEncoder:
     Args:
         posterior: take the mean of each VAE's posterior, or a sample of it.
         seed: of those samples; row i's is drawn for (seed, i).
+        dtype: of latents that are kept.
+        with_previews: make small pictures as well.
     """
 
     def __init__(
-        self, teacher: Space, student: Space, device: str = "cpu", posterior: Posterior = "mean", seed: int = 0
+        self,
+        teacher: Space,
+        student: Space,
+        device: str = "cpu",
+        posterior: Posterior = "mean",
+        seed: int = 0,
+        *,
+        dtype: torch.dtype = torch.float16,
+        with_previews: bool = True,
     ) -> None:
         self.teacher, self.student, self.device = teacher, student, device
-        self.posterior, self.seed = posterior, seed
+        self.posterior, self.seed, self.dtype, self.with_previews = posterior, seed, dtype, with_previews
         self._teacher_vae = teacher.load_vae().to(device)
         self._student_vae = student.load_vae().to(device)
 
@@ -78,7 +88,7 @@ class PairEncoder:
     def encode(
         self, pictures: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Pictures at the teacher's resolution -> z_T and z_S on the CPU, float32, and B PNGs.
+        """Pictures at the teacher's resolution -> z_T and z_S on the CPU, float32, and B PNGs (none without previews).
 
         `rows`: B positions in the set, needed when the posterior is sampled.
         """
@@ -86,7 +96,7 @@ class PairEncoder:
         small = resized(pictures, self.student.resolution)
         z_teacher = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
         z_student = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
-        return z_teacher, z_student, previews(pictures)
+        return z_teacher, z_student, previews(pictures) if self.with_previews else []
 
     def _latents(
         self,

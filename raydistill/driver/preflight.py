@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import draws, other_drawer, trains_bridge
+from raydistill.config.reading import draws, get, needs_pairs, other_drawer, streams_bridge, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet
-from raydistill.data.pairs import PairSet
-from raydistill.data.pictures import Pictures, open_source
+from raydistill.data.pairs import PairSet, open_pairs
+from raydistill.data.pictures import Pictures, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -76,17 +76,49 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = PairSet(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
+        pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
-        pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-    images = None if config.synthesis.images is None else _opened_images(config)
+    if streams_bridge(config):
+        images = _open_stream(config)
+    else:
+        images = None if config.synthesis.images is None else _opened_images(config)
     if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
     return Inputs(student, teacher, prompts, held_out, notes, images, drawer)
+
+
+def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
+    try:
+        return open_pairs(resolve(get(config, key)), teacher, student)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def _open_stream(config: Config) -> Pictures:
+    """The pictures that the Bridge is trained on as they come. Lists them, and fetches none."""
+    bridge, synthesis = config.bridge, config.synthesis
+    unfit = {
+        "bridge.pairs": (bridge.pairs is not None, "the Bridge reads synthesis.images, and no pairs; set it to null"),
+        "bridge.trainable": (bridge.trainable, "its anchor needs stored pairs; use bridge.source=stored"),
+        "discriminator.real_source=pairs": (
+            needs_pairs(config),
+            "no pairs are stored; set discriminator.real_source=samples, or name discriminator.real_data",
+        ),
+        "synthesis.images": (synthesis.images is None, "it names no pictures"),
+        "synthesis.image_count": (synthesis.image_count is not None, "a stream reads all of them; set it to null"),
+    }
+    for key, (is_wrong, why) in unfit.items():
+        if is_wrong:
+            raise InputError(f"{key}: with bridge.source=stream {why}")
+    try:
+        return open_pictures(synthesis.images, synthesis.image_column, synthesis.caption_column)
+    except (InputError, OSError) as error:
+        raise InputError(f"synthesis.images: {error}") from None
 
 
 def open_drawer(config: Config, teacher: Space) -> Space | None:

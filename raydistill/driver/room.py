@@ -15,9 +15,11 @@ from raydistill.config.reading import (
     draws_samples,
     needs_pairs,
     other_drawer,
+    streams_bridge,
     trains_bridge,
 )
 from raydistill.config.schema import Config
+from raydistill.data.pair_stream import stream_needs
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
@@ -38,10 +40,13 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         yield [*(drawers if sampled else []), *actor_needs(config.synthesis, sampled)]
     if roles is None and draws_samples(config):
         yield [*drawers, *actor_needs(config.synthesis, True)]
+    beside = stream_needs(config.synthesis, config.distill.fewest) if streams_bridge(config) else []
     if roles is None:
         yield [*ranks, worker_need(config), encoder_need(config)]
+        if beside:
+            yield [*ranks, worker_need(config), *beside]
     elif trains_bridge(config) and "Bridge training" in roles:
-        yield [worker_need(config)]
+        yield [worker_need(config), *beside]
 
 
 def this_machine() -> dict[str, float] | None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raydistill.background import in_background
-from raydistill.config.reading import drawing_config, draws_samples, needs_pairs, other_drawer
+from raydistill.config.reading import drawing_config, draws_samples, needs_pairs, other_drawer, streams_bridge
 from raydistill.config.schema import Config
 from raydistill.data.pairs import covered_rows
 from raydistill.data.pictures import Filters, Pictures
@@ -161,6 +161,7 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
         "seed": config.run.seed,
         "posterior": synthesis.posterior,
         "text_dtype": config.prompts.encoder_dtype,
+        "dtype": synthesis.dtype,
     }
     if isinstance(images, Pictures):
         filters = Filters(min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts))
@@ -175,12 +176,17 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
     )
 
 
-def train_bridge_on(record: RunRecord, pairs: str) -> str:
-    """Train the Bridge on a set of pairs; returns its folder."""
+def train_bridge_on(record: RunRecord, pairs: str | None) -> str:
+    """Train the Bridge on a set of pairs, or on a stream of pictures; returns its folder."""
     config = record.config
     with record.timed("bridge"):
         run_id = record.stage_run(config, "bridge")
-        trained = train_bridge(config, record.run.path, pairs, record.uri, run_id, record.runs)
+        source: dict[str, Any] = {"pairs_folder": pairs}
+        if streams_bridge(config):
+            source = {"pictures": record.inputs.images, "held_out": record.inputs.held_out.prompts}
+        trained = train_bridge(
+            config, record.run.path, tracking_uri=record.uri, tracking_run=run_id, runs=record.runs, **source
+        )
         record.finish(run_id)
     screen.say("Bridge: " + ", ".join(f"{key} {value:.3f}" for key, value in trained.metrics.items()))
     return str(trained.folder)

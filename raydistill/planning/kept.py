@@ -55,7 +55,7 @@ READ = {  # keys that a count reads, and sections of which it reads any
 }  # fmt: skip
 UNREAD = frozenset(  # of the sections, what people vary in plans and no count reads that does not name it
     {
-        "teacher.sampling_steps", "bridge.pairs", "bridge.steps", "bridge.lr", "discriminator.real_data",
+        "teacher.sampling_steps", "bridge.pairs", "bridge.source", "bridge.shuffle", "bridge.steps", "bridge.lr", "discriminator.real_data",
         "discriminator.real_count", "discriminator.real_source", "distill.steps", "distill.warmup_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
         "distill.evaluate_every", "distill.max_failures", "distill.gpus_per_worker", "distill.cpus_per_worker",
         "distill.threads", "distill.node_labels",

@@ -12,6 +12,7 @@ from typing import Any
 
 from raydistill.config.reading import drawing_config, draws, get, other_drawer, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
 from raydistill.planning.counts import (
     GROWTH,
@@ -112,7 +113,9 @@ ROLES = {
     "Bridge training": Role("distill.gpus_per_worker", "bridge", lambda c: c.plan.trainer_gpu, trains_bridge),
     "text encoder": Role("prompts.gpus_per_encoder", "text", encoder_gpu, lambda c: True),
     "synthesis, prompts": Role("synthesis.gpus_per_encoder", "text", encoder_gpu, draws),
-    "synthesis, pictures": Role("synthesis.gpus_per_encoder", "vae", encoder_gpu, synthesises),
+    "synthesis, pictures": Role(
+        "synthesis.gpus_per_encoder", "vae", encoder_gpu, lambda c: synthesises(c) or streams_bridge(c)
+    ),
 }
 
 

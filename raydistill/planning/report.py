@@ -9,13 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raydistill.config.reading import draws_pairs
 from raydistill.config.schema import Config
-from raydistill.planning.counts import ITEMSIZE, Counts
+from raydistill.config.stages import streams_bridge
+from raydistill.planning.counts import ITEMSIZE, Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
 from raydistill.planning.memory import encoder_gpu, host_bytes, memory, trainer_remedies
 from raydistill.planning.schedule import (
+    bridge_schedule,
     gather_seconds,
     phases,
+    picture_seconds,
     price,
     replicas,
     schedule,
@@ -232,6 +236,7 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"the paper's own: {PAPER_HOURS}",
     ]
     timing = schedule(counts, config, gpus)
+    lines += _pictures(counts, config, gpus)
     if timing.text >= timing.work + timing.wait:
         hours = config.distill.steps * (timing.work + timing.wait) / 3600
         lines.append(f"distillation would take {hours:.2f} h if its text encoders kept up")
@@ -242,6 +247,23 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             *map(_line, lines),
         )
     )
+
+
+def _pictures(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[str]:
+    """What the VAE encoders give, and what is taken of it."""
+    synthesis, streams = config.synthesis, streams_bridge(config)
+    if not (streams or makes_pairs(config)):
+        return []
+    actors = synthesis.encoders * (config.distill.fewest if streams else 1)
+    on = f"{synthesis.gpus_per_encoder:g} {encoder_gpu(config)}" if synthesis.gpus_per_encoder else "CPUs"
+    if not streams:
+        rate = 1 / picture_seconds(counts, config, gpus, drawn=draws_pairs(config))
+        return [f"both VAEs: {rate:.3g} pictures a second, on {actors} actors of {on} each"]
+    bridge = bridge_schedule(counts, config, gpus)
+    return [
+        f"both VAEs: {bridge.given:.3g} pictures a second, on {actors} actors of {on} each, beside the Bridge's training, "
+        f"which could take {bridge.taken:.3g}"
+    ]
 
 
 def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:

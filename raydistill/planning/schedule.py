@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from raydistill.config.reading import drawing_config, draws_pairs, draws_samples
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.planning.counts import ITEMSIZE, Counts, Weights, makes_pairs, pairs_made
 from raydistill.planning.gpus import Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu
@@ -177,11 +178,14 @@ def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
         result.append(_set("synthesis", counts, config, gpus, drawn=draws_pairs(config)))
     if draws_samples(config):
         result.append(_set("samples", counts, config, gpus, drawn=True))
-    if counts.bridge is not None:
-        gpu = gpus[plan.trainer_gpu]
-        one = gpu.seconds(counts.bridge.step, gpu.share("trainer", config), bool(distill.tf32))
-        held = _held((trainers[0], distill.fewest * distill.gpus_per_worker))
-        result.append(Phase("Bridge training", config.bridge.steps * one / 3600, held, "trainers"))
+    if (bridge := bridge_schedule(counts, config, gpus)) is not None:
+        encoders = distill.fewest * config.synthesis.encoders * config.synthesis.gpus_per_encoder
+        held = _held(
+            (trainers[0], distill.fewest * distill.gpus_per_worker),
+            (encoder_gpu(config), encoders if streams_bridge(config) else 0),
+        )
+        bound = "VAE encoders" if bridge.encoders > bridge.trainers else "trainers"
+        result.append(Phase("Bridge training", config.bridge.steps * bridge.step / 3600, held, bound))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
     texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
@@ -200,17 +204,7 @@ def _set(name: str, counts: Counts, config: Config, gpus: dict[str, Gpu], *, dra
     """A set of pairs: hours, and what decides them. What draws, VAEs and text encoders work side by side."""
     synthesis, asked = config.synthesis, config.synthesis.encoders * config.synthesis.in_flight
     kind, gpu = encoder_gpu(config), gpus[encoder_gpu(config)]
-    share = min(1.0, synthesis.gpus_per_encoder)
-
-    def on_encoders(role: str, flops: float, tflops: float) -> float:
-        rate = share * 1e12 * gpu.share(role, config) * tflops
-        return flops / (synthesis.encoders * (rate or 1e9 * config.plan.cpu_gflops * synthesis.threads_per_encoder))
-
-    vae_T, vae_S = counts.vae["teacher"], counts.vae["student"]
-    picture = vae_T.encode.flops / vae_T.batch + vae_S.encode.flops / vae_S.batch
-    picture += vae_T.decode.flops / vae_T.batch if drawn else 0
-    # in float32, whose convolutions torch runs in TF32
-    seconds = {"VAEs": on_encoders("vae", picture, gpu.float32(tf32=True))}
+    seconds = {"VAEs": picture_seconds(counts, config, gpus, drawn=drawn)}
     held = [(kind, synthesis.encoders * (2 if drawn else 1) * synthesis.gpus_per_encoder)]
     if drawn:
         drawers, network, teacher_gpu = drawing_config(config), counts.drawer, gpus[config.plan.teacher_gpu]
@@ -223,11 +217,74 @@ def _set(name: str, counts: Counts, config: Config, gpus: dict[str, Gpu], *, dra
         seconds["teachers"] = steps * forward / network.samples / ranks
         float32 = config.prompts.encoder_dtype == "float32"
         text = sum(encoder.prompt.flops for encoder in counts.drawer_text().values())
-        seconds["text encoders"] = on_encoders("text", text, gpu.fp32_tflops if float32 else gpu.bf16_tflops)
+        tflops = gpu.fp32_tflops if float32 else gpu.bf16_tflops
+        seconds["text encoders"] = _on_encoders("text", text, tflops, config, gpu)
         held.append((config.plan.teacher_gpu, _ranks(drawers, asked)))
     bound = max(seconds, key=seconds.get)
     rows = config.synthesis.count if drawn else pairs_made(config)
     return Phase(name, rows * seconds[bound] / 3600, _held(*held), bound)
+
+
+def _on_encoders(role: str, flops: float, tflops: float, config: Config, gpu: Gpu) -> float:
+    """Seconds of so many operations on `synthesis.encoders` actors."""
+    synthesis = config.synthesis
+    rate = min(1.0, synthesis.gpus_per_encoder) * 1e12 * gpu.share(role, config) * tflops
+    return flops / (synthesis.encoders * (rate or 1e9 * config.plan.cpu_gflops * synthesis.threads_per_encoder))
+
+
+def picture_seconds(counts: Counts, config: Config, gpus: dict[str, Gpu], *, drawn: bool = False) -> float:
+    """Seconds in which `synthesis.encoders` actors encode one picture with both VAEs; one that is drawn is decoded first."""
+    vae_T, vae_S, gpu = counts.vae["teacher"], counts.vae["student"], gpus[encoder_gpu(config)]
+    picture = vae_T.encode.flops / vae_T.batch + vae_S.encode.flops / vae_S.batch
+    picture += vae_T.decode.flops / vae_T.batch if drawn else 0
+    # in float32, whose convolutions torch runs in TF32
+    return _on_encoders("vae", picture, gpu.float32(tf32=True), config, gpu)
+
+
+@dataclass(frozen=True)
+class BridgeSchedule:
+    """Seconds of one step of the Bridge's training.
+
+    Attributes:
+        trainers: that its networks take.
+        encoders: that the VAEs take to encode its pictures, beside the trainers; 0 where pairs are stored.
+        batch: pictures of a step.
+        actors: that encode, of each worker.
+    """
+
+    trainers: float
+    encoders: float
+    batch: int
+    actors: int
+
+    @property
+    def step(self) -> float:
+        return max(self.trainers, self.encoders)
+
+    @property
+    def taken(self) -> float:
+        """Pictures a second that the trainers could take."""
+        return self.batch / self.trainers
+
+    @property
+    def given(self) -> float:
+        """Pictures a second that the encoders could give."""
+        return self.batch / self.encoders
+
+    @property
+    def enough(self) -> int:
+        """Actors of each worker from which on the trainers never wait."""
+        return math.ceil(self.actors * self.encoders / self.trainers)
+
+
+def bridge_schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> BridgeSchedule | None:
+    """None: no Bridge is trained."""
+    if counts.bridge is None:
+        return None
+    gpu, batch, actors = gpus[config.plan.trainer_gpu], config.bridge.batch_size, config.synthesis.encoders
+    trainers = gpu.seconds(counts.bridge.step, gpu.share("trainer", config), bool(config.distill.tf32))
+    picture = picture_seconds(counts, config, gpus) if streams_bridge(config) else 0.0
+    return BridgeSchedule(trainers, batch * picture / config.distill.fewest, batch, actors)
 
 
 def rented(gpu: Gpu, count: float) -> int:

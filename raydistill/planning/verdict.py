@@ -9,11 +9,22 @@ from typing import Any
 
 from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
 from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu, memory
-from raydistill.planning.schedule import Phase, Schedule, asked_at_once, phases, price, rented, replicas, schedule
+from raydistill.planning.schedule import (
+    Phase,
+    Schedule,
+    asked_at_once,
+    bridge_schedule,
+    phases,
+    price,
+    rented,
+    replicas,
+    schedule,
+)
 from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import is_uri
@@ -57,7 +68,7 @@ def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     rents = any(part.gpus for part in parts)
     lines = {
         "fits": _fits(counts, config, gpus, parts),
-        "watch": "; ".join(_watch(counts, config, timing)) if rents else "",
+        "watch": "; ".join(_watch(counts, config, gpus, timing)) if rents else "",
         "money": _money(config, gpus, parts) if rents else "no GPU is rented",
         "savings": _saved(counts, config, gpus) if rents else "",
         "speeds": speeds(config, gpus) if rents else "",
@@ -120,10 +131,16 @@ def _time(hours: float) -> str:
     )
 
 
-def _watch(counts: Counts, config: Config, timing: Schedule) -> Iterator[str]:
+def _watch(counts: Counts, config: Config, gpus: dict[str, Gpu], timing: Schedule) -> Iterator[str]:
     """What slows the run down for no use, or keeps it from beginning."""
     if counts.network.own_steps is not None and config.vsd.weight > 0:
         yield "teacher.model is step-distilled and gives no scores: name it in synthesis.teacher, and its base there"
+    bridge = bridge_schedule(counts, config, gpus)
+    if bridge is not None and bridge.encoders > bridge.trainers:
+        yield (
+            f"the Bridge's trainers wait for pictures: they take {bridge.taken:.3g} a second, the VAE encoders give "
+            f"{bridge.given:.3g} (raise synthesis.encoders, from {bridge.enough} a worker on they do not wait)"
+        )
     if timing.text >= timing.work + timing.wait:
         yield "the trainers wait for the text encoders (raise prompts.encoders or prompts.gpus_per_encoder)"
     elif config.vsd.weight > 0 and timing.replicas_needed is None:
@@ -209,6 +226,9 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
         yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
     if not config.plan.spot:
         yield "plan.spot=true", _with(config, "plan", spot=True)
+    bridge = bridge_schedule(counts, config, gpus)
+    if bridge is not None and bridge.encoders > bridge.trainers and config.synthesis.gpus_per_encoder:
+        yield f"synthesis.encoders={bridge.enough}", _with(config, "synthesis", encoders=bridge.enough)
     needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
     if needed and fixed and needed != min(replicas(config), asked_at_once(config)):
         yield f"teachers.replicas={needed}", _with(config, "teachers", replicas=needed)
@@ -268,6 +288,8 @@ def _used(config: Config, key: str) -> bool:
         return draws(config) and other_drawer(config)
     if key == "discriminator.real_data":
         return config.discriminator.weight > 0
+    if key == "synthesis.images" and streams_bridge(config):
+        return True
     return key not in ("bridge.pairs", "synthesis.images") or needs_pairs(config)
 
 

@@ -20,7 +20,7 @@ from raydistill.planning.counts import Cost, Text, Wanted, changed, wanted
 from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
 from raydistill.planning.report import details
-from raydistill.planning.schedule import phases, price, request_seconds, schedule
+from raydistill.planning.schedule import bridge_schedule, phases, price, request_seconds, schedule
 from raydistill.planning.verdict import savings, verdict
 from raydistill.spaces.meta import open_space
 
@@ -118,6 +118,51 @@ def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float
     plain, low, partly = (gpu.seconds(Cost(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
     assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
     assert partly == pytest.approx((plain + low) / 2)
+
+
+def test_a_streamed_bridge_is_as_fast_as_the_slower_of_trainers_and_vae_encoders(config, large):
+    """256 pictures of 1 TFLOP a step, beside 40 TFLOP of the trainers', all in float32: the VAEs decide, until there are more."""
+    gpus, one = read_gpus(), Cost(1e12, 0, 1e12)
+    vae = {role: dataclasses.replace(it, batch=1, encode=one) for role, it in large.vae.items()}
+    counted = dataclasses.replace(large, vae=vae, bridge=dataclasses.replace(large.bridge, step=Cost(4e13, 0, 4e13)))
+    common = [*RENTED, "plan.efficiency=0.5", "bridge.batch_size=256", "bridge.steps=1000", "distill.workers=2"]
+    stream = [*common, "bridge.source=stream", "synthesis.images=/pictures", "synthesis.gpus_per_encoder=1"]
+
+    def planned(*overrides):
+        told = load(overrides=[*stream, *overrides])
+        bridge = bridge_schedule(counted, told, gpus)
+        part = next(part for part in phases(counted, told, gpus) if part.name == "Bridge training")
+        return told, bridge, part
+
+    told, bridge, part = planned()
+    h100, l40s = gpus["H100"], gpus["L40S"]
+    assert bridge.trainers == pytest.approx(4e13 / (0.5e12 * h100.fp32_tflops))
+    assert bridge.encoders == pytest.approx(
+        256 * 2e12 / 2 / (0.5e12 * l40s.float32(tf32=True))
+    )  # of both VAEs, on 2 actors
+    assert (part.hours, part.bound) == (pytest.approx(1000 * bridge.encoders / 3600), "VAE encoders")
+    assert part.gpus == {"H100": 2, "L40S": 2}
+    assert [part.name for part in phases(counted, told, gpus)] == [
+        "Bridge training",
+        "distillation",
+    ]  # nothing is stored
+    assert f"from {bridge.enough} a worker on" in " ".join(verdict(counted, told, gpus).split())
+    enough = planned(f"synthesis.encoders={bridge.enough}")
+    assert enough[2].bound == "trainers"
+    assert planned(f"synthesis.encoders={bridge.enough - 1}")[2].bound == "VAE encoders"
+    assert "wait for pictures" not in verdict(counted, enough[0], gpus)
+    text = " ".join(details(counted, told, gpus).split())
+    assert f"both VAEs: {256 / bridge.encoders:.3g} pictures a second, on 2 actors of 1 L40S each, beside" in text
+
+    stored = load(
+        overrides=[*common, "synthesis.images=/pictures", "synthesis.gpus_per_encoder=1", "synthesis.count=900"]
+    )
+    assert bridge_schedule(counted, stored, gpus).encoders == 0
+    made = phases(counted, stored, gpus)[0]
+    assert made.hours * 3600 == pytest.approx(900 * 2e12 / (0.5e12 * l40s.float32(tf32=True)))
+    assert f"both VAEs: {900 / 3600 / made.hours:.3g} pictures a second, on 1 actors" in " ".join(
+        details(counted, stored, gpus).split()
+    )
 
 
 def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
