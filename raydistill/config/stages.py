@@ -129,6 +129,11 @@ class SynthesisConfig(Section):
     posterior: Posterior = Field(
         "mean", description="what a VAE's latents are: its posterior's mean, or a sample of it"
     )
+    augment_share: Fraction = Field(
+        0.0,
+        description="share of the pictures that are blended and recoloured before both VAEs encode them: a Bridge meets "
+        "such pictures while the student learns. Such rows are for a Bridge, never the discriminator's real data",
+    )
     images: str | None = Field(
         None,
         description="folder or parquet of real images, all of which are encoded instead of teacher samples; null: sample",

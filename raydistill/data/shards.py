@@ -234,6 +234,7 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
         ) from None
     if "text_dtype" in settings:
         found.setdefault("text_dtype", "float32")  # of sets that were begun before it was a setting
+    found.setdefault("augment_share", 0.0)  # likewise
     changed = [
         f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]

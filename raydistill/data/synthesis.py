@@ -65,6 +65,7 @@ class Recipe:
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
+        augment_share: of the pictures, which are blended and recoloured before both VAEs encode them.
         steps, guidance_scale: of the teacher's sampling; real images need none.
         text_dtype: of the text encoders, and of the conditioning that the teacher gets.
     """
@@ -77,6 +78,7 @@ class Recipe:
     shard_size: int
     seed: int
     posterior: Posterior = "mean"
+    augment_share: float = 0.0
     steps: int = 1
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
@@ -100,7 +102,7 @@ class Recipe:
         )
 
     def encoder(self, device: str) -> PairEncoder:
-        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed)
+        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed, self.augment_share)
 
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
@@ -119,6 +121,7 @@ class Recipe:
             **(drawn if self.samples else {"images": self.source.fingerprint}),
             "shard_size": self.shard_size,
             "posterior": self.posterior,
+            "augment_share": self.augment_share,
             "seed": self.seed,
         }
 

@@ -123,6 +123,7 @@ def recipe_of(config: Config, inputs: Inputs) -> Recipe:
         shard_size=synthesis.shard_size,
         seed=config.run.seed,
         posterior=synthesis.posterior,
+        augment_share=synthesis.augment_share,
         steps=config.teacher.sampling_steps,
         guidance_scale=guidance_scale(config, inputs.teacher),
         text_dtype=config.prompts.encoder_dtype,
