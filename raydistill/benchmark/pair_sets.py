@@ -13,7 +13,9 @@ A set goes on where it stopped, and its first rows are those of a larger set.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
+import itertools
 import random
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -24,7 +26,7 @@ import torch
 from PIL import Image
 
 from raydistill.build_shapes.bridges import SAMPLE_GUIDANCE, SAMPLE_STEPS, varied_pairs
-from raydistill.data.images import open_images
+from raydistill.data.images import ImageSet, open_images
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import Pairs, PairSet, write_pairs
 from raydistill.data.prompts import read_prompts
@@ -128,42 +130,48 @@ class Sets:
     # -- pictures ---------------------------------------------------------------------------------------------
     def _pictures(self, name: str) -> Path:
         """A folder of pictures with captions. Files have numbers as names: the first are those of a larger folder."""
+        make, given = {"teacher": self._previews, "renders": self._renders, "pictures": self._crops}[name], name
         if name == "pictures" and self.images is not None:
-            return self.images
-        folder = self.folder / f"files-{name}-{self.count}"
+            images = open_images(self.images)
+            make, given = functools.partial(self._shuffled, images), f"pictures-{images.fingerprint}"
+        folder = self.folder / f"files-{given}-{self.count}"
         if not folder.is_dir():
-            pictures = {"teacher": self._previews, "renders": self._renders, "pictures": self._crops}[name]()
             with replacing(folder) as fresh:
                 fresh.mkdir()
-                for number, (picture, caption) in enumerate(pictures):
+                for number, (picture, caption) in enumerate(itertools.islice(make(), self.count)):
                     picture.save(fresh / f"{number:06d}.png")
                     if caption:
                         (fresh / f"{number:06d}.txt").write_text(caption)
         return folder
 
+    def _shuffled(self, images: ImageSet) -> Iterator[tuple[Image.Image, str]]:
+        """The user's pictures: their first by name may be all of a kind."""
+        for row in np.random.default_rng(self.seed).permutation(len(images)).tolist():
+            picture = images.picture(row, self.teacher.resolution)
+            yield Image.fromarray(picture.transpose(1, 2, 0)), images.prompts[row]
+
     def _previews(self) -> Iterator[tuple[Image.Image, str]]:
         """The teacher samples' pictures, which are as large as their previews."""
-        pairs = self._sampled(self.count, "train", self.seed).rows(range(self.count))
-        for data, caption in zip(pairs.previews, pairs.prompts, strict=True):
+        pairs = self._sampled(self.count, "train", self.seed)
+        rows = pairs.rows(range(len(pairs)))
+        for data, caption in zip(rows.previews, rows.prompts, strict=True):
             yield Image.open(io.BytesIO(data)), caption
 
     def _renders(self) -> Iterator[tuple[Image.Image, str]]:
         """Scenes of two objects, which no prompt file has."""
         known = set(resolve("shapes:prompts.txt").read_text().splitlines())
-        rng, made = random.Random(self.seed), 0
-        while made < self.count:
+        rng = random.Random(self.seed)
+        for number in itertools.count():
             scene = sample_scene(rng, held_out=False, two_objects=1.0)
             if scene.caption not in known:
-                picture = render([scene], self.teacher.resolution, seed=made)[0]
+                picture = render([scene], self.teacher.resolution, seed=number)[0]
                 yield Image.fromarray(((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()), scene.caption
-                made += 1
 
     def _crops(self) -> Iterator[tuple[Image.Image, str]]:
         """Squares of any place and size out of installed photographs, by turns."""
         photographs = [Image.open(file).convert("RGB") for file in installed_photographs()]
         rng, pixels = np.random.default_rng(self.seed), self.teacher.resolution
-        for number in range(self.count):
-            photograph = photographs[number % len(photographs)]
+        for photograph in itertools.cycle(photographs):
             side = int(SMALLEST_CROP * (min(photograph.size) / SMALLEST_CROP) ** rng.random())
             left, top = (int(rng.integers(0, extent - side + 1)) for extent in photograph.size)
             square = photograph.crop((left, top, left + side, top + side))

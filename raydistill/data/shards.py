@@ -215,6 +215,23 @@ class PairWriter:
             (self.folder / FAILURES_FILE).unlink(missing_ok=True)
 
 
+def changed_share(folder: str | Place) -> float:
+    """Share of a set's pictures that were changed before they were encoded (`synthesis.augment_share`).
+
+    0 where nothing says so: sets of other writers have no file of settings.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = to_place(str(folder)) / SETTINGS_FILE
+    if not file.is_file():
+        return 0.0
+    try:
+        return float(dict(json.loads(file.read_text(encoding="utf-8"))).get("augment_share", 0.0))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read, so nobody knows what its pictures are ({error})") from None
+
+
 def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
     """Refuse to mix two kinds of rows in one folder.
 

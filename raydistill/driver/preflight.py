@@ -14,6 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet, open_images
 from raydistill.data.pairs import PairSet
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
@@ -85,6 +86,28 @@ def check_inputs(config: Config) -> Inputs:
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
     return Inputs(student, teacher, prompts, held_out, notes, images)
+
+
+def check_real_data(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """The discriminator's real data are pictures as they are: changed ones would teach the student their colours.
+
+    Raises:
+        InputError: they would be pairs of which some are changed.
+    """
+    if config.discriminator.weight == 0:
+        return
+    key, folder = "discriminator.real_data", config.discriminator.real_data
+    if folder is None:
+        key, folder = "bridge.pairs", config.bridge.pairs
+    if folder is None:
+        key, share = "synthesis.augment_share", config.synthesis.augment_share
+    else:
+        share = changed_share(resolve(folder))
+    if share > 0:
+        raise InputError(
+            f"{key}: {share:.0%} of these pictures are blended and recoloured, and the discriminator would take them as "
+            "real; name teacher samples in discriminator.real_data, or set discriminator.weight=0"
+        )
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:
