@@ -19,6 +19,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from hashlib import blake2b
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -197,10 +198,7 @@ def stored(folder: Path, pairs: Pairs) -> tuple[str, str]:
 def installed_photographs() -> list[Path]:
     """Three photographs. Raises InputError: one of the packages that have them is not there."""
     try:
-        # not needed where the user has pictures
-        from importlib.resources import files
-
-        from matplotlib.cbook import get_sample_data
+        from matplotlib.cbook import get_sample_data  # here: needed only where the user has named no pictures
 
         of_sklearn = [Path(str(files("sklearn.datasets.images") / name)) for name in ("china.jpg", "flower.jpg")]
         return [*of_sklearn, Path(get_sample_data("grace_hopper.jpg", asfileobj=False))]

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--images", None, "folder of real pictures, for `pictures`", type=path_argument, metavar="FOLDER")
     option(parser, "--augment", 0.5, "share of the rows that are changed in NAME+ and in the mix", metavar="SHARE")
     option(parser, "--steps", 800, "of a Bridge's training")
+    option(parser, "--batch", 24, "pairs of a step", metavar="PAIRS")
     option(parser, "--updates", 120, "of a student")
     option(parser, "--held-out", 256, "teacher samples that fidelity is measured on")
     option(parser, "--pictures", 512, "pictures of a student's evaluation")
@@ -91,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         {"source": s.bridge.source, "pairs": s.bridge.size, "seed": s.bridge.seed} | results.of(s) for s in students
     ]
     images = "crops of three photographs" if arguments.images is None else f"the folder {arguments.images.name}"
-    settings = ("augment", "steps", "updates", "held_out", "pictures")
+    settings = ("augment", "steps", "batch", "updates", "held_out", "pictures")
     return {"rows": rows, "images": images} | {name: getattr(arguments, name) for name in settings}
 
 
@@ -109,10 +110,12 @@ def _bridges(arguments: argparse.Namespace, sets: Sets, folder: Path) -> list[Br
                 tqdm.write(f"{source}: there are no {size} pairs, so this cell is left out")
     known = {"measured": measured, "folder": folder / "bridges"}
     cells = [
-        BridgeCell(source, size, seed, arguments.steps, subset=subset, **known)
+        BridgeCell(source, size, seed, arguments.steps, arguments.batch, subset=subset, **known)
         for seed, ((source, size), subset) in itertools.product(range(arguments.seeds), subsets.items())
     ]
-    return cells + [BridgeCell(SHIPPED, 0, seed, 0, subset=None, **known) for seed in range(max(1, arguments.students))]
+    return cells + [
+        BridgeCell(SHIPPED, 0, seed, 0, 0, subset=None, **known) for seed in range(max(1, arguments.students))
+    ]
 
 
 def _config(seed: int, *more: str) -> Config:
@@ -140,6 +143,7 @@ class BridgeCell:
     size: int
     seed: int
     steps: int
+    batch: int
     subset: tuple[str, str] | None
     measured: dict[str, tuple[str, str]]
     folder: Path
@@ -151,7 +155,8 @@ class BridgeCell:
     def config(self) -> Config:
         if self.subset is None:
             return _config(0)
-        return _config(self.seed, f"bridge.steps={self.steps}", "bridge.checkpoint=null")
+        training = (f"bridge.steps={self.steps}", f"bridge.batch_size={self.batch}")
+        return _config(self.seed, *training, "bridge.checkpoint=null")
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -280,7 +285,7 @@ def table(result: dict[str, Any]) -> str:
         rows.append((source, f"{pairs:,}" if pairs else "–", *numbers))
     columns = "pairs of | pairs | PSNR, teacher samples | PSNR, beside them | student's accuracy"
     notes = (
-        f"A Bridge is trained for {result['steps']} steps. PSNR in dB: on {result['held_out']} teacher samples of held-out "
+        f"A Bridge is trained for {result['steps']} steps of {result['batch']} pairs. PSNR in dB: on {result['held_out']} teacher samples of held-out "
         f"captions, and on blends, off-colour pictures and other latents made of them. Accuracy: of the student after "
         f"{result['updates']} updates, on {result['pictures']} pictures of held-out captions. Means ± standard deviations; "
         f"in brackets the number of seeds. NAME+, mix: {result['augment']:.0%} of the rows are changed. "

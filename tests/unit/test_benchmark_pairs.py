@@ -83,7 +83,7 @@ def test_an_unknown_source_is_refused_by_name(sets):
 
 
 def cell(folder, **changes) -> BridgeCell:
-    told = {"source": "renders", "size": 250, "seed": 0, "steps": 5, "subset": ("here", "abc")}
+    told = {"source": "renders", "size": 250, "seed": 0, "steps": 5, "batch": 4, "subset": ("here", "abc")}
     return BridgeCell(**told | changes, measured={"psnr_samples": ("there", "def")}, folder=folder)
 
 
@@ -99,7 +99,14 @@ def test_results_are_known_by_all_that_decides_them_and_by_no_folder(tmp_path):
     ]
     again = Results(file)
     assert again.of(cell(tmp_path / "elsewhere", subset=("moved", "abc"))) == {"psnr_samples": 20.0}
-    for changes in ({"subset": ("here", "xyz")}, {"steps": 6}, {"size": 300}, {"seed": 2}, {"source": "teacher"}):
+    for changes in (
+        {"subset": ("here", "xyz")},
+        {"steps": 6},
+        {"batch": 8},
+        {"size": 300},
+        {"seed": 2},
+        {"source": "teacher"},
+    ):
         assert again.of(cell(tmp_path, **changes)) is None
 
 
@@ -111,7 +118,15 @@ def test_the_table_has_means_spreads_and_the_number_of_seeds():
         {"source": "shipped", "pairs": 0, "seed": 0, "psnr_samples": 31.4, "psnr_beside": 26.1},
         row | {"seed": 0, "accuracy": 0.9},
     ]
-    settings = {"images": "crops", "augment": 0.5, "steps": 300, "updates": 120, "held_out": 256, "pictures": 512}
+    settings = {
+        "images": "crops",
+        "augment": 0.5,
+        "steps": 300,
+        "batch": 8,
+        "updates": 120,
+        "held_out": 256,
+        "pictures": 512,
+    }
     lines = table({"rows": rows, **settings}).splitlines()
     assert lines[2] == "| renders | 1,000 | 20.50 ± 0.71 (2) | 18.00 ± 0.00 (2) | 0.900 (1) |"
     assert lines[3] == "| shipped | – | 31.40 (1) | 26.10 (1) | – |"
