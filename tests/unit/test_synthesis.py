@@ -18,6 +18,7 @@ from pair_sets import load_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from raydistill.config.reading import load
 from raydistill.data import synthesis
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import PairSet, existing_shards, shard_file
@@ -26,6 +27,7 @@ from raydistill.data.shards import Request, changed_share
 from raydistill.data.synthesis import AskedRows, Recipe, TeacherAsker, encode_rows
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.diffusion.noise import normal, uniform
+from raydistill.driver.stages import recipe_of
 from raydistill.errors import InputError, StageFailed
 from raydistill.pictures.augment import augmented
 from raydistill.spaces import load_space
@@ -268,6 +270,13 @@ def test_a_set_that_was_begun_before_pictures_could_be_changed_goes_on_unchanged
     with pytest.raises(InputError, match="augment_share was 0.0, now 0.5"):
         synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **CHANGED)
     assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS) == 3
+
+
+def test_a_jobs_pairs_are_changed_as_configured(spaces):
+    inputs = SimpleNamespace(teacher=spaces[0], student=spaces[1], prompts=PROMPTS, images=None)
+    for overrides, share in (([], 0.0), (["synthesis.augment_share=0.25"], 0.25)):
+        told = recipe_of(load(overrides=overrides), inputs)
+        assert told.settings()["augment_share"] == told.encoder("cpu").augment_share == share
 
 
 def test_a_picture_is_changed_for_a_row(spaces):
