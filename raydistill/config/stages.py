@@ -160,6 +160,11 @@ class SynthesisConfig(Section):
         "float16",
         description="of the latents; bfloat16 has float32's range, 8 instead of 11 binary digits, and takes a fifth less room",
     )
+    augment_share: Fraction = Field(
+        0.0,
+        description="share of the pictures that are blended and recoloured before both VAEs encode them: a Bridge meets "
+        "such pictures while the student learns. Such rows are for a Bridge, never the discriminator's real data",
+    )
     images: str | None = Field(
         None,
         description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "

@@ -25,7 +25,7 @@ from raydistill.storage.resolve import to_place
 SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 
 # Settings that sets begun by earlier versions do not name, and what those had; None: nobody knows, whatever it is now.
-SINCE = {"text_dtype": "float32", "dtype": "float16", "teacher_vae": None, "student_vae": None}
+SINCE = {"text_dtype": "float32", "dtype": "float16", "augment_share": 0.0, "teacher_vae": None, "student_vae": None}
 LONGEST = 60  # characters of a setting in a message
 
 Batch = dict[str, np.ndarray]
@@ -252,6 +252,23 @@ def too_many_failures(folder: Place, failures: Sequence[Failure], most: int) -> 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def changed_share(folder: str | Place) -> float:
+    """Share of a set's pictures that were changed before they were encoded (`synthesis.augment_share`).
+
+    0 where nothing says so: sets of other writers have no file of settings.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = to_place(str(folder)) / SETTINGS_FILE
+    if not file.is_file():
+        return 0.0
+    try:
+        return float(dict(json.loads(file.read_text(encoding="utf-8"))).get("augment_share", 0.0))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read, so nobody knows what its pictures are ({error})") from None
 
 
 def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:

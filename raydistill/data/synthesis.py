@@ -71,6 +71,7 @@ class Recipe:
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
+        augment_share: of the pictures, which are blended and recoloured before both VAEs encode them.
         steps, guidance_scale: of the drawer's sampling; real images need none.
         text_dtype: of the text encoders, and of the conditioning that the drawer gets.
         dtype: of the latents that are kept.
@@ -87,6 +88,7 @@ class Recipe:
     shard_size: int
     seed: int
     posterior: Posterior = "mean"
+    augment_share: float = 0.0
     steps: int = 1
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
@@ -125,8 +127,10 @@ class Recipe:
         return PairWriter(folder, count=self.count, at=functools.partial(self.source.at, self.seed), **common)
 
     def encoder(self, device: str) -> PairEncoder:
-        dtype = getattr(torch, self.dtype)
-        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed, dtype=dtype)
+        dtype, share = getattr(torch, self.dtype), self.augment_share
+        return PairEncoder(
+            self.teacher, self.student, device, self.posterior, self.seed, dtype=dtype, augment_share=share
+        )
 
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
@@ -153,6 +157,7 @@ class Recipe:
             "shard_size": self.shard_size,
             "posterior": self.posterior,
             "dtype": self.dtype,
+            "augment_share": self.augment_share,
             "seed": self.seed,
         }
 

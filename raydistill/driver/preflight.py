@@ -9,12 +9,21 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import draws, get, needs_pairs, other_drawer, streams_bridge, trains_bridge
+from raydistill.config.reading import (
+    draws,
+    draws_samples,
+    get,
+    needs_pairs,
+    other_drawer,
+    streams_bridge,
+    trains_bridge,
+)
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
@@ -148,8 +157,9 @@ def open_drawer(config: Config, teacher: Space) -> Space | None:
 
 
 def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
-    """Raises InputError where the teacher cannot give scores."""
+    """Raises InputError where the teacher cannot give scores, or the discriminator's real data are changed pictures."""
     check_scores(config, inputs.teacher)
+    check_real_data(config)
 
 
 def _opened_images(config: Config) -> ImageSet | Pictures:
@@ -164,6 +174,28 @@ def _opened_images(config: Config) -> ImageSet | Pictures:
         )
     except (InputError, OSError) as error:
         raise InputError(f"synthesis.images: {error}") from None
+
+
+def check_real_data(config: Config) -> None:
+    """The discriminator's real data are pictures as they are: changed ones would teach the student their colours.
+
+    Raises:
+        InputError: they would be pairs of which some are changed.
+    """
+    if config.discriminator.weight == 0 or draws_samples(config):
+        return
+    key, folder = "discriminator.real_data", config.discriminator.real_data
+    if folder is None:
+        key, folder = "bridge.pairs", config.bridge.pairs
+    if folder is None:
+        key, share = "synthesis.augment_share", config.synthesis.augment_share
+    else:
+        share = changed_share(resolve(folder))
+    if share > 0:
+        raise InputError(
+            f"{key}: {share:.0%} of these pictures are blended and recoloured, and the discriminator would take them as "
+            "real; name teacher samples in discriminator.real_data, or set discriminator.weight=0"
+        )
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:

@@ -162,6 +162,7 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
         "posterior": synthesis.posterior,
         "text_dtype": config.prompts.encoder_dtype,
         "dtype": synthesis.dtype,
+        "augment_share": 0.0 if drawn else synthesis.augment_share,  # drawn ones are the discriminator's alone
     }
     if isinstance(images, Pictures):
         filters = Filters(min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts))

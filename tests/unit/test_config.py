@@ -116,7 +116,7 @@ DECISIVE = {
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
     "attention.temperature attention.weight batch_size checkpoint depths embed_dim heads lr lr_decay micro_batches "
     "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",
-    "synthesis": "batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
+    "synthesis": "augment_share batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
     "sampling_steps shard_size shards teacher threads_per_encoder",
     "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
     "discriminator": "depth_fraction fake_weight lr real_count real_data real_source weight width",
