@@ -173,7 +173,15 @@ class PromptsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    prompts: str = Field("shapes:heldout.txt", description="held-out prompts (same formats as prompts.path)")
+    prompts: str | None = Field(
+        "shapes:heldout.txt",
+        description="held-out prompts (same formats as prompts.path); null: evaluation.holdout splits them off",
+    )
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the prompts of prompts.path that is held out, by a hash of their text, where "
+        "evaluation.prompts is null; a run learns from the others alone",
+    )
     count: Count = Field(512, description="pictures of the final evaluations")
     periodic_count: Count = Field(256, description="pictures of the evaluations during training")
     batch_size: Batch = Field(64, description="pictures at once")
@@ -181,6 +189,14 @@ class EvaluationConfig(Section):
     metric: str = Field("mean", description="metric by which the best checkpoint is kept")
     judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
     grid: Few = free(32, description="pictures in a sample grid")
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> EvaluationConfig:
+        if self.prompts is None and self.holdout is None:
+            raise ValueError("prompts=null: name a file of held-out prompts, or set holdout to a share of prompts.path")
+        if self.prompts is not None and self.holdout is not None:
+            raise ValueError(f"holdout={self.holdout:g}: prompts names held-out prompts already; set prompts=null")
+        return self
 
 
 class TrackingConfig(Section):

@@ -67,7 +67,8 @@ def check_inputs(config: Config) -> Inputs:
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
     prompts, held_out = training_prompts(config), held_out_prompts(config)
-    _check_disjoint("prompts.path", prompts.prompts, held_out)
+    if config.evaluation.holdout is None:
+        _check_disjoint("prompts.path", prompts.prompts, held_out)
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
@@ -198,7 +199,8 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
     common = set(held_out.prompts).intersection(training)
     if common:
+        where = f"the held-out part of {held_out.report.source}" if held_out.report.held_out else "evaluation.prompts"
         raise InputError(
-            f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
+            f"{key}: {len(common)} prompts are also in {where} (for example {min(common)!r}); "
             "held-out prompts must occur in no training set"
         )
