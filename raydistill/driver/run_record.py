@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from ray.exceptions import RayError
 
 from raydistill.config.command_line import shown_command
@@ -27,6 +28,7 @@ from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
 from raydistill.tracking.store import FAILURE, TrackingAway, TrackingError, open_run, run_tags, tracking_uri, ui_lines
 from raydistill.tracking.tracker import Tracker
+from raydistill.workers.scorers import RunScorers
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
 
 T = TypeVar("T")
@@ -109,6 +111,14 @@ class RunRecord:
         tracker = Tracker(self.uri, self.parent)
         tracker.dataset("pairs", str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
+
+    def scores(self, what: str, device: torch.device | None = None) -> RunScorers:
+        """What scores pictures that the driver has; a metric that fails is said. `device`: as in `RunScorers`."""
+
+        def failed(metric: str, reason: str) -> None:
+            screen.say(f"metric    {metric} of {what} failed, and is left out: {reason}")
+
+        return RunScorers(self.config.evaluation, device, failed)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""

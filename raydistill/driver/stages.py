@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,9 @@ def draw_teacher_pictures(record: RunRecord, service: str, teachers: Future[None
         space = record.inputs.teacher
         fixed = FixedPrompts(record.inputs.held_out, config.evaluation.count, config.evaluation.seed)
         client = TeacherClient(service, config.teachers)
-        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
+        guidance, scores = guidance_scale(config, space), record.scores("the teacher's pictures")
+        with contextlib.closing(scores):
+            pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scores)
         save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
         replace_text(folder / "teacher.json", json.dumps(table))
     return table
