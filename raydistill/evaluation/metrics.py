@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,13 @@ from raydistill.storage.resolve import resolve
 
 PICTURE_METRICS = ("judge", "clipscore", "pickscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
+# The parts of CLIP models -> groups of files, of which each must be there.
+_NETWORK = (("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),)
+_TOKENIZER = (("tokenizer.json", "vocab.json"),)
+CLIPS = {
+    "clipscore": {"clipscore": (*_NETWORK, *_TOKENIZER)},
+    "pickscore": {"pickscore": _NETWORK, "pickscore.processor": _TOKENIZER},
+}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -75,6 +83,8 @@ def find_metrics(
             metric = Metric(text, {"judge": str(folder.resolve())})
         elif text in (*PICTURE_METRICS, *SET_METRICS):
             metric = Metric(text, find_weights(text, named, naming.weights))
+            for option in CLIPS.get(text, {}):
+                _check_clip(f"{naming.weights}{option}", Path(metric.weights[option]), CLIPS[text][option])
         else:
             known = ", ".join((*PICTURE_METRICS, *SET_METRICS, "command:NAME=PROGRAM"))
             raise InputError(f"{naming.metrics} {text}: unknown; metrics: {known}")
@@ -84,6 +94,20 @@ def find_metrics(
     if "judge" in metrics:
         _check_judged(pictures)
     return list(metrics.values())
+
+
+def _check_clip(named: str, folder: Path, needed: Sequence[Sequence[str]]) -> None:
+    """Raises InputError where a folder is no CLIP model of transformers, or lacks a file."""
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != "clip":
+        found = "no config.json that names a model" if kind is None else f"model_type {kind!r}"
+        raise InputError(f"{named}={folder}: not a CLIP model of transformers ({found})")
+    for names in needed:
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{named}={folder}: has no {' or '.join(names)}")
 
 
 # -- metrics of a run -------------------------------------------------------------------------------------

@@ -70,6 +70,7 @@ def _find(metric: str, weights: Weights, place: str | None, option: str) -> str:
 
 def _of_hub(metric: str, weights: Weights, place: str, option: str) -> str:
     """From the cache, else fetched."""
+    # slow to import
     from huggingface_hub import constants, hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
