@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from raydistill.background import in_background
@@ -42,8 +43,11 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     config = record.config
     service = config.teachers.service or f"teacher-{record.run.name}"
     results: dict[str, Any] = {}
-    with teacher_service(record, config, service) as ready:  # teachers start while the trainers do
-        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready))
+    scores = record.scores("the teacher's pictures")
+    # teachers start while the trainers do
+    with contextlib.closing(scores), teacher_service(record, config, service) as ready:
+        scores.start()
+        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scores))
         pairs = None
         if needs_pairs(config):
             ready.result()

@@ -16,6 +16,7 @@ from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
 from raydistill.tracking.screen import screen
 from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
+from raydistill.workers.scorers import scorer_needs
 
 
 def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[Need]]:
@@ -29,7 +30,7 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         sampled = config.synthesis.images is None
         yield [*(ranks if sampled else []), *actor_needs(config.synthesis, sampled)]
     if roles is None:
-        yield [*ranks, worker_need(config), encoder_need(config)]
+        yield [*ranks, worker_need(config), encoder_need(config), *scorer_needs(config.evaluation)]
     elif trains_bridge(config) and "Bridge training" in roles:
         yield [worker_need(config)]
 

@@ -37,6 +37,7 @@ PARAMS = (  # by which people compare runs; what was typed comes on top, and con
     "distill.steps", "distill.batch_size", "fake_score.kind", "fake_score.updates", "vsd.weight", "discriminator.weight",
     "run.seed",
 )  # fmt: skip
+SCORED_WITHIN_S = 6 * 3600.0  # pictures that the driver has, for which nobody waits but the summary
 DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
 
 
@@ -118,7 +119,8 @@ class RunRecord:
         def failed(metric: str, reason: str) -> None:
             screen.say(f"metric    {metric} of {what} failed, and is left out: {reason}")
 
-        return RunScorers(self.config.evaluation, device, failed)
+        scope = self.runs[0] if self.runs else ""
+        return RunScorers(self.config.evaluation, device, failed, scope=scope or "", within_s=SCORED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""

@@ -48,7 +48,8 @@ class Observer:
         self._told_of_cuts = False
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
         evaluation, networks = config.evaluation, distiller.networks
-        self.scores = RunScorers(evaluation, networks.device, self._tell_of_failure)
+        scope = next(iter(stage.runs), None) or ""
+        self.scores = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
 
         def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
             fixed = FixedPrompts(prompts, count, seed)

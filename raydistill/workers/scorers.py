@@ -22,6 +22,7 @@ from raydistill.evaluation.png_scorer import Columns, PngScorer
 from raydistill.evaluation.recipes import Recipe, recipe_of
 from raydistill.pictures.files import png_bytes
 from raydistill.pictures.grids import to_pil
+from raydistill.teachers.placement import Need
 
 # all metrics of an evaluation end within command.WITHIN_S: other workers wait for rank 0, and torch gives up after 1800 s
 TRIES = 3  # failures in a row after which a metric is left out until the stage starts again
@@ -37,12 +38,21 @@ class RunScorers:
         device: of the trainer that computes where no actors are asked for; None: this process is no trainer, and
             actors compute in any case.
         failed: is told metric and reason, once a metric.
+        scope: of `evaluation.gpus_per_scorer`'s actors: equal ones share them, as a driver and its trainers do.
+        within_s: of one call.
     """
 
     def __init__(
-        self, evaluation: EvaluationConfig, device: torch.device | None, failed: Callable[[str, str], None]
+        self,
+        evaluation: EvaluationConfig,
+        device: torch.device | None,
+        failed: Callable[[str, str], None],
+        *,
+        scope: str = "",
+        within_s: float = WITHIN_S,
     ) -> None:
-        self.evaluation, self._failed = evaluation, failed
+        self.evaluation, self._failed, self._within_s = evaluation, failed, within_s
+        self._scope = scope if evaluation.gpus_per_scorer is not None else None
         self._here = device if evaluation.gpus_per_scorer is None else None
         self._metrics = [text for text in evaluation.measured if text != "judge"]
         self._failures = dict.fromkeys(self._metrics, 0)  # in a row
@@ -61,16 +71,20 @@ class RunScorers:
             return {}
         files, columns = [png_bytes(to_pil(picture), compress_level=1) for picture in pictures], {}
         started = {metric: self._try(metric, lambda m=metric: self._begin(m, files, captions)) for metric in wanted}
-        deadline = time.monotonic() + WITHIN_S
+        deadline = time.monotonic() + self._within_s
         for metric, compute in started.items():
             if compute is not None:
                 columns |= self._try(metric, lambda c=compute: _checked(c(deadline), len(files))) or {}
         return columns
 
+    def start(self) -> None:
+        """Begin the actors that others share, so that they last as long as this process."""
+        for metric in self._metrics if self._scope is not None else ():
+            self._try(metric, lambda m=metric: self._scorers.setdefault(m, self._scorer(m)))
+
     def close(self) -> None:
-        """End the actors."""
-        while self._scorers:
-            self._scorers.popitem()[1].close()
+        """End the actors that this process has begun."""
+        self._scorers.clear()
 
     def _begin(self, metric: str, files: Sequence[bytes], captions: Sequence[str]) -> Compute:
         """All actors begin before the first is waited for."""
@@ -82,7 +96,7 @@ class RunScorers:
         found = metrics_of_run(self.evaluation, metric)[0]
         if self._here is not None:
             return _Here(recipe_of(found, "cpu"), self._here)
-        return _Actor(found, metric, self.evaluation)
+        return _Actor(found, metric, self.evaluation, self._scope)
 
     def _try(self, metric: str, work: Callable[[], Any]) -> Any:
         """What the work gives; None where it failed."""
@@ -128,19 +142,17 @@ class _Here:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def close(self) -> None:
-        pass
-
 
 class _Actor:
-    """In an actor, which is kept: its GPU's memory is its own for as long as the stage lasts."""
+    """In an actor, which is kept: its GPU's memory is its own for as long as whoever began it lasts."""
 
-    def __init__(self, metric: Metric, text: str, evaluation: EvaluationConfig) -> None:
+    def __init__(self, metric: Metric, text: str, evaluation: EvaluationConfig, scope: str | None) -> None:
         gpus = evaluation.gpus_per_scorer or 0.0
         recipe = recipe_of(metric, "cuda" if gpus else "cpu")
         self.at_once = recipe.at_once
         options: dict[str, Any] = {"num_cpus": evaluation.cpus_per_scorer, "num_gpus": gpus, "max_restarts": 0}
         options |= {"label_selector": evaluation.node_labels} if evaluation.node_labels else {}
+        options |= {} if scope is None else {"name": f"scorer {scope} {metric.name}", "get_if_exists": True}
         make: Callable[..., Any] = recipe.make
         arguments = recipe.arguments
         if recipe.runtime_env is not None:  # which has no configuration, and gets the paths of this node
@@ -157,14 +169,21 @@ class _Actor:
                 return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
             except GetTimeoutError:
                 raise TimeoutError(
-                    f"no answer within {WITHIN_S:.0f} s: its actor may find no room (evaluation.gpus_per_scorer, "
+                    "no answer in time: its actor may find no room (evaluation.gpus_per_scorer, "
                     "evaluation.cpus_per_scorer, evaluation.node_labels), or its environment is being built"
                 ) from None
 
         return compute
 
-    def close(self) -> None:
-        ray.kill(self.actor)
+
+def scorer_needs(evaluation: EvaluationConfig) -> list[Need]:
+    """The actors of a run's metrics, where it asks for any."""
+    count = len([text for text in evaluation.measured if text != "judge"])
+    if evaluation.gpus_per_scorer is None or not count:
+        return []
+    keys = "evaluation.metrics, evaluation.cpus_per_scorer or evaluation.gpus_per_scorer"
+    amounts = {"CPU": evaluation.cpus_per_scorer, "GPU": evaluation.gpus_per_scorer}
+    return [Need("scorers", count, amounts, keys, evaluation.node_labels)]
 
 
 def _made_there(evaluation: EvaluationConfig, text: str, device: str) -> Any:
