@@ -103,9 +103,8 @@ class RunScorers:
         try:
             done = work()
         except Exception as error:  # noqa: BLE001 (programs and packages of others have their own)
-            if isinstance(error, RayError) and not isinstance(
-                error, RayTaskError
-            ):  # the next evaluation starts another
+            lost = isinstance(error, RayError) and not isinstance(error, RayTaskError)
+            if lost:  # the next evaluation starts another
                 self._scorers.pop(metric, None)
             self._failures[metric] += 1
             if metric not in self._told:
@@ -160,12 +159,15 @@ class _Actor:
         else:
             make, arguments = _made_there, {"evaluation": evaluation, "text": text, "device": "cuda" if gpus else "cpu"}
         self.actor: ActorHandle = ray.remote(PngScorer).options(**options).remote(make, arguments)
+        self.placed = self.actor.__ray_ready__.remote()
 
     def begin(self, files: Sequence[bytes], captions: Sequence[str], batch_size: int) -> Compute:
         answer = self.actor.score.remote(files, list(captions), len(files) if self.at_once else batch_size)
 
         def compute(deadline: float) -> Columns:
             try:
+                left = max(0.0, deadline - time.monotonic())
+                ray.get(self.placed, timeout=min(left, WITHIN_S))  # however long the work may take
                 return ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
             except GetTimeoutError:
                 raise TimeoutError(
