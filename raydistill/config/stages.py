@@ -117,6 +117,11 @@ class DistillConfig(Section):
     stop_on_collapse: bool = free(
         False, description="end the distillation at a collapse alarm, and export the best student so far"
     )
+    stop_on_plateau: Few | None = free(
+        None,
+        description="end the distillation when evaluation.metric has not risen by more than its standard error in so many "
+        "evaluations, and export the best student; null: never",
+    )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 
     @model_validator(mode="after")
@@ -220,14 +225,74 @@ class PromptsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    prompts: str = Field("shapes:heldout.txt", description="held-out prompts (same formats as prompts.path)")
+    prompts: str | None = Field(
+        "shapes:heldout.txt",
+        description="held-out prompts (same formats as prompts.path); null: evaluation.holdout splits them off",
+    )
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the prompts of prompts.path that is held out, by a hash of their text, where "
+        "evaluation.prompts is null; a run learns from the others alone",
+    )
     count: Count = Field(512, description="pictures of the final evaluations")
     periodic_count: Count = Field(256, description="pictures of the evaluations during training")
     batch_size: Batch = Field(64, description="pictures at once")
     seed: Seed = Field(1234, description="seed of the fixed noise")
-    metric: str = Field("mean", description="metric by which the best checkpoint is kept")
-    judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
+    metric: str = Field(
+        "mean",
+        description="metric that keeps the best checkpoint, raises the alarm and ends at a plateau: mean, all or an attribute "
+        "of the judge, or one of evaluation.metrics",
+    )
+    metrics: list[str] = Field(
+        ["judge"],
+        description="what is measured: judge (where evaluation.judge names one), clipscore, pickscore, hpsv2, hpsv3, "
+        "imagereward, or command:NAME=PROGRAM",
+    )
+    judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: none")
+    weights: dict[str, str] = free(
+        {},
+        description="weights of metrics by name (clipscore, pickscore, …): a folder, a file or org/name of the hub; "
+        "else their authors' from the hub",
+    )
+    gpus_per_scorer: Gpus | None = free(
+        None,
+        description="Ray GPUs of each metric's actor, which lasts as long as the training (0: it runs on a CPU); null: the "
+        "first trainer computes them between two updates, and has their weights on its GPU for that time",
+    )
+    cpus_per_scorer: Cpus = free(0.25, description="Ray CPUs each of these actors reserves")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
     grid: Few = free(32, description="pictures in a sample grid")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _dotted(cls, weights: Any) -> Any:
+        """`evaluation.weights.hpsv3.base=PLACE` names hpsv3.base."""
+        if not isinstance(weights, dict):
+            return weights
+        inner = {
+            f"{name}.{part}": v
+            for name, value in weights.items()
+            if isinstance(value, dict)
+            for part, v in value.items()
+        }
+        return {name: value for name, value in weights.items() if not isinstance(value, dict)} | inner
+
+    @property
+    def measured(self) -> list[str]:
+        """`metrics` without a judge that there is none of."""
+        return [metric for metric in self.metrics if metric != "judge" or self.judge is not None]
+
+    @property
+    def judged(self) -> bool:
+        return "judge" in self.measured
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> EvaluationConfig:
+        if self.prompts is None and self.holdout is None:
+            raise ValueError("prompts=null: name a file of held-out prompts, or set holdout to a share of prompts.path")
+        if self.prompts is not None and self.holdout is not None:
+            raise ValueError(f"holdout={self.holdout:g}: prompts names held-out prompts already; set prompts=null")
+        return self
 
 
 class TrackingConfig(Section):

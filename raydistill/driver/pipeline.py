@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from raydistill.background import in_background
@@ -48,15 +49,18 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     if trains_bridge(config) or not draws(config) or other_drawer(config):  # the teachers are not held meanwhile
         sets = make_sets(record)
         bridge = train_bridge_on(record, sets[0]) if trains_bridge(config) else bridge
-    with teacher_service(record, config, service) as ready:  # teachers start while the trainers do
-        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready))
+    scores = record.scores("the teacher's pictures")
+    # teachers start while the trainers do
+    with contextlib.closing(scores), teacher_service(record, config, service) as ready:
+        scores.start()
+        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scores))
         if sets is None:
             ready.result()
             sets = make_sets(record, TeacherClient(service, config.teachers))
         pairs, real = sets
         inputs = {"bridge": str(resolve(bridge)) if bridge else None, "real": real, "pairs": pairs}
-        scores = service if config.vsd.weight > 0 else None
-        results["distill"] = distillation(record, "distill", config, **inputs, service=scores, needs=[ready, pictures])
+        scoring = service if config.vsd.weight > 0 else None
+        results["distill"] = distillation(record, "distill", config, **inputs, service=scoring, needs=[ready, pictures])
         if "no_vsd" in config.controls:
             control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = distillation(record, "no_vsd", control, **inputs)

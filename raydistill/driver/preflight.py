@@ -27,7 +27,8 @@ from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError
-from raydistill.shapes.captions import ATTRIBUTES, parse
+from raydistill.evaluation.metrics import check_chosen, metrics_of_run
+from raydistill.shapes.captions import parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
@@ -81,9 +82,9 @@ def check_inputs(config: Config) -> Inputs:
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
     prompts, held_out = training_prompts(config), held_out_prompts(config)
-    _check_disjoint("prompts.path", prompts.prompts, held_out)
-    if config.evaluation.judge is not None:
-        _check_judged(config, prompts, held_out)
+    if config.evaluation.holdout is None:
+        _check_disjoint("prompts.path", prompts.prompts, held_out)
+    _check_metrics(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
@@ -291,11 +292,14 @@ def _check_fake_score(config: Config, teacher: Space) -> None:
     truncate(teacher, empty_part(teacher, teacher.network_name), config.fake_score)
 
 
-def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
-    """The judge can read every prompt that it will be asked about, and answers the metric that is asked for."""
-    metrics = ("mean", "all", *ATTRIBUTES)
-    if config.evaluation.metric not in metrics:
-        raise InputError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
+def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+    """What is measured can be, and is what students are compared by; the judge can read every prompt."""
+    check_chosen(config.evaluation)
+    metrics_of_run(config.evaluation)
+    if not config.evaluation.measured and config.distill.stop_on_plateau is not None:
+        raise InputError("distill.stop_on_plateau: nothing is measured: evaluation.metrics names no metric")
+    if not config.evaluation.judged:
+        return
     for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
         for row, prompt in zip(some.ids, some.prompts, strict=True):
             try:
@@ -310,7 +314,8 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
     common = set(held_out.prompts).intersection(training)
     if common:
+        where = f"the held-out part of {held_out.report.source}" if held_out.report.held_out else "evaluation.prompts"
         raise InputError(
-            f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
+            f"{key}: {len(common)} prompts are also in {where} (for example {min(common)!r}); "
             "held-out prompts must occur in no training set"
         )

@@ -25,6 +25,7 @@ from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
 from raydistill.tracking.screen import screen
 from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
+from raydistill.workers.scorers import scorer_needs
 
 
 def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[Need]]:
@@ -42,9 +43,9 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         yield [*drawers, *actor_needs(config.synthesis, True)]
     beside = stream_needs(config.synthesis, config.distill.fewest) if streams_bridge(config) else []
     if roles is None:
-        yield [*ranks, worker_need(config), encoder_need(config)]
+        yield [*ranks, worker_need(config), encoder_need(config), *scorer_needs(config.evaluation)]
         if beside:
-            yield [*ranks, worker_need(config), *beside]
+            yield [worker_need(config), *beside]
     elif trains_bridge(config) and "Bridge training" in roles:
         yield [worker_need(config), *beside]
 

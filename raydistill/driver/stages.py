@@ -19,7 +19,7 @@ from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.preflight import Inputs, open_drawer
 from raydistill.driver.run_record import RunRecord
-from raydistill.evaluation.evaluator import FixedPrompts, draw_teacher
+from raydistill.evaluation.evaluator import FixedPrompts, Scores, draw_teacher
 from raydistill.pictures.files import save_pictures
 from raydistill.spaces.distilled import drawing
 from raydistill.storage.atomic import read_json, replace_text
@@ -64,8 +64,10 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
             registry.release(name)
 
 
-def draw_teacher_pictures(record: RunRecord, service: str, teachers: Future[None]) -> dict[str, float]:
-    """The teacher's row of the table; drawn once a run, when its teachers are ready."""
+def draw_teacher_pictures(
+    record: RunRecord, service: str, teachers: Future[None], scores: Scores | None = None
+) -> dict[str, float]:
+    """The teacher's row of the table; drawn once a run, when its teachers are ready. `scores`: as in `draw_teacher`."""
     config, folder = record.config, record.run.path
     if (folder / "teacher.json").is_file():
         return read_json(folder / "teacher.json", "remove it, and the teacher is drawn again")
@@ -74,7 +76,8 @@ def draw_teacher_pictures(record: RunRecord, service: str, teachers: Future[None
         space = record.inputs.teacher
         fixed = FixedPrompts(record.inputs.held_out, config.evaluation.count, config.evaluation.seed)
         client = TeacherClient(service, config.teachers)
-        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance_scale(config, space))
+        guidance = guidance_scale(config, space)
+        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scores)
         save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
         replace_text(folder / "teacher.json", json.dumps(table))
     return table

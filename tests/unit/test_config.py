@@ -123,7 +123,7 @@ DECISIVE = {
     "vsd": "shift t_max t_min weight",
     "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
-    "evaluation": "batch_size count judge metric periodic_count prompts seed",
+    "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
 }
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from hollow_folders import write_model
+from tiny_clip import write_clip
 
 from raydistill.bridge.model import doublings
 from raydistill.config.reading import CONFIGS, draws_pairs, draws_samples, flatten, load, stages_of
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.room import needs
+from raydistill.evaluation.metrics import check_chosen
+from raydistill.evaluation.rewards import WEIGHTS as WEIGHTS_OF
 from raydistill.planning.memory import check_launch
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import hub_models
@@ -75,6 +78,19 @@ def test_a_pair_has_the_hyperparameters_of_the_paper(teacher, student):
     assert config.distill.batch_size == (16 if teacher == "flux2_klein" else 32)
     assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
     assert (config.student.unet is None) == student.endswith("_raw")
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_knows_whether_its_student_gets_better(teacher, student):
+    """By metrics without packages of their own, which the trainers compute; their weights are of the hub."""
+    evaluation = load(CONFIGS / f"{teacher}_{student}.yaml").evaluation
+    assert evaluation.measured == ["clipscore", "pickscore"]
+    assert evaluation.metric == "pickscore"
+    assert evaluation.gpus_per_scorer is None
+    check_chosen(evaluation)
+    needed = {weights.option: weights.repo for name in evaluation.measured for weights in WEIGHTS_OF[name]}
+    assert evaluation.weights == needed
+    assert all(map(is_hub_id, needed.values()))
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
@@ -209,6 +225,11 @@ def _with_folders(name, model_folder, tmp_path, *more):
     (tmp_path / "heldout.txt").write_text("a blue square\n")
     here = [f"student.model={student}", f"teacher.model={teacher}", f"storage={tmp_path}"]
     here += [f"prompts.path={tmp_path / 'prompts.txt'}", f"evaluation.prompts={tmp_path / 'heldout.txt'}"]
+    clip = tmp_path / "clip"
+    if not clip.exists():
+        clip.mkdir()
+        write_clip(clip)
+    here += [f"evaluation.weights={{clipscore: {clip}, pickscore: {clip}, pickscore.processor: {clip}}}"]
     here += [f"student.unet={student / 'unet'}"] if config.student.unet else []
     return load(CONFIGS / f"{name}.yaml", [*here, *more])
 
