@@ -236,10 +236,8 @@ def test_price_is_hours_times_gpus_times_rate(config, large):
         rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
         # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4, which are not there while the Bridge is trained
         rented = [4 * -(-p.gpus.get("L40S", 0) // 4) * rates["L40S"] for p in parts]
-        nodes = [
-            p.gpus.get("H100", 0) * rates["H100"] + node + chosen.plan.head_price
-            for p, node in zip(parts, rented, strict=True)
-        ]
+        head = chosen.plan.head_price
+        nodes = [p.gpus.get("H100", 0) * rates["H100"] + one + head for p, one in zip(parts, rented, strict=True)]
         expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
         assert price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
 
@@ -313,9 +311,9 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
 
 def test_a_step_distilled_teacher_is_said_before_anything_is_rented(config, large):
     distilled = dataclasses.replace(large, network=dataclasses.replace(large.network, own_steps=4))
-    labels = ("fits", "watch", "money", "savings", "speeds", "needs", "terms")
-    assert "step-distilled and gives no scores" in said(distilled, settings(config, *RENTED), *labels)["watch"]
-    assert "step-distilled" not in verdict(large, settings(config, *RENTED), read_gpus())
+    told, other = (verdict(one, settings(config, *RENTED), read_gpus()) for one in (distilled, large))
+    assert "teacher.model is step-distilled" in told
+    assert "step-distilled" not in other
 
 
 def test_a_run_without_gpus_says_so(config, large):
