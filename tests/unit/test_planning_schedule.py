@@ -51,19 +51,18 @@ def priced(config, **plan):
 @pytest.fixture(scope="module")
 def large(counts):
     """Counts in which every part weighs something: numbers of the order of FLUX.1."""
-    trainer = counts.trainer
     network = dataclasses.replace(
         counts.network,
         parameters=12_000_000_000,
         score=dataclasses.replace(counts.network.score, flops=3e14, flops_32=3e14),
     )
     works = {
-        name: dataclasses.replace(getattr(trainer, name), flops=flops, flops_32=flops)
+        name: dataclasses.replace(getattr(counts.trainer, name), flops=flops, flops_32=flops)
         for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
     }
     return dataclasses.replace(
         counts,
-        trainer=dataclasses.replace(trainer, **works),
+        trainer=dataclasses.replace(counts.trainer, **works),
         network=network,
         drawer=network,
         text=text_of(1.0),
