@@ -20,5 +20,6 @@ SECTIONS = {
     "realsize": "one step of SD 1.5 with its Bridge at real size on the CPU",
     "gpu": "real sizes on a GPU: score forwards, a student step and its memory, what the Bridge adds to a picture",
     "quality": "what quality costs: teacher forwards until the student is nearly as good, by fake score, k and GAN",
+    "pairs": "how many pairs a Bridge needs, and of what: its fidelity, and its student's accuracy",
     "chaos": "a run that goes on while its processes are killed, against the same run left alone",
 }

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from raydistill.benchmark import speeds
 from raydistill.benchmark.measure import interleaved, markdown, milliseconds, option
 from raydistill.benchmark.models import random_conditioning, random_weights, score_inputs, zero3_group
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import CONFIGS, load
 from raydistill.planning.counting import empty_bridge
+from raydistill.planning.counts import Cost
 from raydistill.planning.meter import Meter, counted
 from raydistill.precision import autocast
 from raydistill.spaces import Space, load_space
@@ -44,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--repeats", 5, "forwards that are timed")
     option(parser, "--no-compile", False, "leave torch.compile out")
     option(parser, "--dry-run", False, "tiny sizes on the CPU, to see that it runs")
+    option(parser, "--kind", "", "name of the GPU in gpus.yaml; found by the driver's name where it is left out")
+    option(parser, "--speeds", "", "file of the planner (plan.measured) for the speeds; its own where it is left out")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,11 +63,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "zero3": _zero3(device),
         "student": _student_step(arguments, device),
         "bridges": _bridges(arguments, device),
+        "encoders": speeds.encoders(
+            "shapes:sd3" if arguments.dry_run else TEACHERS[0],
+            lambda call: _seconds(call, arguments.repeats, device),
+            device,
+        ),
         "scores": [row for teacher in teachers for row in _scores(teacher, arguments, device)],
     }
     for row in result["scores"]:
         row["of_peak"] = row["tflops"] / result["matrix_tflops"]
-    return result
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "a CPU"
+    return result | {"speeds": speeds.keep(arguments, name, result)}
 
 
 def _seconds(action: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -140,7 +150,8 @@ def _student_step(arguments: argparse.Namespace, device: torch.device) -> dict[s
     print(f"student + Bridge, {STEP_SAMPLES} samples …", flush=True)
     row: dict[str, Any] = {"batch": STEP_SAMPLES}
     with counted() as meter:
-        row["counted_bytes"] = _peak_of_second(meter, _step_of_student(arguments, torch.device("meta")))
+        cost = _second(meter, _step_of_student(arguments, torch.device("meta")))
+    row |= {"counted_bytes": cost.peak, "flops": cost.flops, "flops_32": cost.flops_32}
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -150,14 +161,14 @@ def _student_step(arguments: argparse.Namespace, device: torch.device) -> dict[s
         torch.cuda.empty_cache()
     else:
         with Meter(device.type) as meter:
-            row["peak_bytes"] = _peak_of_second(meter, _step_of_student(arguments, device))
+            row["peak_bytes"] = _second(meter, _step_of_student(arguments, device)).peak
     return row
 
 
-def _peak_of_second(meter: Meter, step: Callable[[], None]) -> int:
-    """Most live bytes in a step's second call: the first makes the optimizer's state."""
+def _second(meter: Meter, step: Callable[[], None]) -> Cost:
+    """What a step's second call does: the first makes the optimizer's state."""
     step()
-    return meter.count(step).peak
+    return meter.count(step)
 
 
 def _bridges(arguments: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
@@ -225,6 +236,7 @@ def table(result: dict[str, Any]) -> str:
         f"peak memory of that step: counted {counted_bytes / 1e9:.3g} GB, measured {peak / 1e9:.3g} GB, "
         f"measured / counted {peak / counted_bytes:.3f}",
         "added to a picture: Bridge + teacher's decoder - student's decoder, in bfloat16, batch 1",
+        speeds.line(result["speeds"]),
         "ZeRO-3: " + ", ".join(f"{key} {value}" for key, value in result["zero3"].items()),
         f"torch {result['torch']}; medians of {result['repeats']}; random weights",
     ]

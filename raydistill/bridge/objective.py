@@ -6,6 +6,7 @@ anchor, by a distillation that trains the Bridge along.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,27 +19,29 @@ from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.config.networks import BridgeConfig
 from raydistill.config.schema import Config
-from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import Pairs, PairSet, split
+from raydistill.data.encode import PromptTable, TextEncoder
+from raydistill.data.pairs import Pairs, PairSet, open_pairs, split
 from raydistill.diffusion.noise import normal
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
+from raydistill.spaces.base import Conditioning, Space
 from raydistill.storage.resolve import resolve
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
 
 
-class Objective:
-    """alpha L1 + beta attention fidelity of a Bridge, on batches of a pair set.
+Captions = Callable[[Sequence[str]], Conditioning]  # the teacher's conditioning of a batch of prompts
+
+
+class Losses:
+    """alpha L1 + beta attention fidelity of a Bridge, on batches of pairs, wherever they come from.
 
     Args:
-        pairs: latents of the same pictures in both spaces.
         settings: the `bridge` section of the configuration.
-        seed: of noise, rows, order and the split into training and held-out pairs.
+        seed: of noise and rows.
         rank, world_size: this worker among all; a step's batch is divided evenly between them.
         probe: the teacher's attention; None trains on L1 alone.
-        captions: the teacher's conditioning of every prompt, for the probe.
-        split_seed: of the split alone, where runs of several seeds must hold out the same pairs.
+        captions: gives the teacher's conditioning of a batch's prompts, for the probe.
 
     Raises:
         ValueError: the batch cannot be divided, or probe and weight disagree.
@@ -46,7 +49,6 @@ class Objective:
 
     def __init__(
         self,
-        pairs: PairSet,
         settings: BridgeConfig,
         *,
         seed: int,
@@ -54,27 +56,24 @@ class Objective:
         rank: int = 0,
         world_size: int = 1,
         probe: AttentionProbe | None = None,
-        captions: PromptTable | None = None,
-        split_seed: int | None = None,
+        captions: Captions | None = None,
     ) -> None:
         if settings.batch_size % world_size:
             raise ValueError(f"bridge.batch_size ({settings.batch_size}) must be a multiple of {world_size} workers")
         if settings.attention.weight > 0 and (probe is None or captions is None):
             raise ValueError("bridge.attention.weight is above 0: the trainer needs an attention probe and captions")
-        self.pairs, self.settings, self.seed, self.device = pairs, settings, seed, torch.device(device)
+        self.settings, self.seed, self.device = settings, seed, torch.device(device)
         self.rank, self.world_size = rank, world_size
         self.probe, self.captions = probe, captions
-        self.training_ids, self.held_out_ids = split(
-            pairs, settings.validation_share, seed if split_seed is None else split_seed
-        )
-        self._order = lru_cache(maxsize=2)(lambda epoch: pairs.order(self.training_ids, seed, epoch))
 
-    def batch(self, step: int) -> Pairs:
-        """This worker's share of step `step` (from 0). Epochs follow each other without a gap."""
-        share = self.settings.batch_size // self.world_size
-        first = step * self.settings.batch_size + self.rank * share
-        epochs, offsets = np.divmod(np.arange(first, first + share), len(self.training_ids))
-        return self.pairs.rows([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+    @property
+    def share(self) -> int:
+        """Pairs of a step that are this worker's."""
+        return self.settings.batch_size // self.world_size
+
+    def held_out(self, most: int, size: int) -> Iterator[Pairs]:
+        """At most `most` pairs that are never trained on, `size` at a time."""
+        raise NotImplementedError
 
     def __call__(self, bridge: nn.Module, batch: Pairs, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss and its parts (see `bridge_loss`) of step `step`, as float32 scalars with gradients.
@@ -96,6 +95,55 @@ class Objective:
             return bridge_loss(bridge(z_student), z_teacher, weight, **teacher_inputs)
 
 
+class Objective(Losses):
+    """The losses on a stored set of pairs, in an order that follows from (seed, step).
+
+    Args:
+        pairs: latents of the same pictures in both spaces.
+        settings: the `bridge` section of the configuration.
+        seed: of noise, rows, order and the split into training and held-out pairs.
+        split_seed: of the split alone, where runs of several seeds must hold out the same pairs.
+        rest: as of `Losses`, and so are the errors.
+    """
+
+    def __init__(
+        self, pairs: PairSet, settings: BridgeConfig, *, seed: int, split_seed: int | None = None, **rest: Any
+    ) -> None:
+        super().__init__(settings, seed=seed, **rest)
+        self.pairs = pairs
+        self.training_ids, self.held_out_ids = split(
+            pairs, settings.validation_share, seed if split_seed is None else split_seed
+        )
+        self._order = lru_cache(maxsize=2)(lambda epoch: pairs.order(self.training_ids, seed, epoch))
+
+    def batch(self, step: int) -> Pairs:
+        """This worker's share of step `step` (from 0). Epochs follow each other without a gap."""
+        first = step * self.settings.batch_size + self.rank * self.share
+        epochs, offsets = np.divmod(np.arange(first, first + self.share), len(self.training_ids))
+        return self.pairs.rows([self._order(int(e))[o] for e, o in zip(epochs, offsets, strict=True)])
+
+    def held_out(self, most: int, size: int) -> Iterator[Pairs]:
+        ids = self.held_out_ids
+        # of all kinds: rows may be sorted
+        ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), most)).astype(int)]
+        for start in range(0, len(ids), size):
+            yield self.pairs.rows(ids[start : start + size])
+
+
+class StreamedObjective(Losses):
+    """The losses on pairs that are encoded while training goes on.
+
+    Attributes:
+        kept: pairs that are never trained on; None: nobody has given this worker any.
+    """
+
+    kept: Pairs | None = None
+
+    def held_out(self, most: int, size: int) -> Iterator[Pairs]:
+        for start in range(0, min(most, len(self.kept)), size):
+            yield self.kept.rows(start, min(start + size, most))
+
+
 def build_objective(
     config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", **share: int | None
 ) -> Objective:
@@ -108,14 +156,35 @@ def build_objective(
         InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = PairSet(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    pairs = open_pairs(resolve(str(pairs_folder)), teacher, student)
     probe = captions = None
     if config.bridge.attention.weight > 0:
-        network = teacher.load_network(getattr(torch, config.teachers.dtype))
-        probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
+        probe = _probe(config, teacher, device)
         dtype = getattr(torch, config.prompts.encoder_dtype)
         captions = PromptTable(teacher, sorted(set(pairs.prompts())), dtype, device, max_bytes=TABLE_BYTES)
-        if config.bridge.gradient_checkpointing:
-            probe.network.enable_gradient_checkpointing()
     settings, seed = config.bridge, config.run.seed
     return Objective(pairs, settings, seed=seed, device=device, probe=probe, captions=captions, **share)
+
+
+def build_streamed(config: Config, device: torch.device | str = "cpu", **share: int) -> StreamedObjective:
+    """The losses on pairs of a stream, whose captions nobody knows beforehand: the text encoders stay.
+
+    Args:
+        share: rank and world_size, as of `Losses`.
+    """
+    probe = captions = None
+    if config.bridge.attention.weight > 0:
+        teacher = load_space(resolve(config.teacher.model))
+        probe = _probe(config, teacher, device)
+        captions = TextEncoder(teacher, getattr(torch, config.prompts.encoder_dtype), device).encode
+    return StreamedObjective(
+        config.bridge, seed=config.run.seed, device=device, probe=probe, captions=captions, **share
+    )
+
+
+def _probe(config: Config, teacher: Space, device: torch.device | str) -> AttentionProbe:
+    network = teacher.load_network(getattr(torch, config.teachers.dtype))
+    probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
+    if config.bridge.gradient_checkpointing:
+        probe.network.enable_gradient_checkpointing()
+    return probe

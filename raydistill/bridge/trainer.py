@@ -19,7 +19,7 @@ from torch import nn
 
 from raydistill.bridge.losses import latent_l1
 from raydistill.bridge.model import Bridge
-from raydistill.bridge.objective import Objective, build_objective
+from raydistill.bridge.objective import Losses, build_objective, build_streamed
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.errors import NonFiniteError
@@ -44,7 +44,7 @@ class BridgeTrainer:
         ValueError: the Bridge has nothing to train.
     """
 
-    def __init__(self, bridge: Bridge, objective: Objective) -> None:
+    def __init__(self, bridge: Bridge, objective: Losses) -> None:
         if not bridge.trainable_parameters():
             raise ValueError("bridge.projector identity has nothing to train")
         self.objective, self.settings, self.device = objective, objective.settings, objective.device
@@ -109,15 +109,11 @@ class BridgeTrainer:
         teacher = self.bridge.teacher
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
-        ids = self.objective.held_out_ids
-        # of all kinds: rows may be sorted
-        ids = ids[np.linspace(0, len(ids) - 1, min(len(ids), VALIDATION_PAIRS)).astype(int)]
         size = teacher.vae_batch(DECODE_BATCH)
         scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None
         self.bridge.eval()
-        for start in range(0, len(ids), size):
-            batch = self.objective.pairs.rows(ids[start : start + size])
+        for batch in self.objective.held_out(VALIDATION_PAIRS, size):
             z_teacher = batch.z_teacher.to(self.device).float()
             z_hat = self.bridge(batch.z_student.to(self.device).float())
             true, made = teacher.decode(self._vae, z_teacher), teacher.decode(self._vae, z_hat)
@@ -150,13 +146,18 @@ def _comparison(true: torch.Tensor, made: torch.Tensor, prompts: Sequence[str]) 
 
 
 def build_trainer(
-    config: Config, pairs_folder: str | Path, device: torch.device | str = "cpu", **share: int | None
+    config: Config, pairs_folder: str | Path | None, device: torch.device | str = "cpu", **share: int | None
 ) -> BridgeTrainer:
-    """The trainer that a configuration describes; also for use without Ray. Arguments and errors as `build_objective`."""
+    """The trainer that a configuration describes; also for use without Ray. Arguments and errors as `build_objective`.
+
+    Without a folder its pairs come from a stream: `build_streamed`.
+    """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         bridge = Bridge.create(student, teacher, config.bridge)
     if config.bridge.gradient_checkpointing:
         bridge.projector.gradient_checkpointing = True  # read by SwinIR; the small projectors have no use for it
+    if pairs_folder is None:
+        return BridgeTrainer(bridge, build_streamed(config, device, **share))
     return BridgeTrainer(bridge, build_objective(config, pairs_folder, device, **share))

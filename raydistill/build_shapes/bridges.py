@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from raydistill.bridge.trainer import build_trainer
@@ -13,9 +13,10 @@ from raydistill.build_shapes.frame import Build
 from raydistill.build_shapes.starts import training_prompts
 from raydistill.config.reading import CONFIGS, load, validate
 from raydistill.data.local_teacher import LocalTeacher
-from raydistill.data.pairs import PairSet, existing_shards, write_pairs
+from raydistill.data.pairs import Pairs, PairSet, existing_shards, write_pairs
 from raydistill.data.synthesis import Recipe, synthesise
 from raydistill.data.vae import PairEncoder, resized
+from raydistill.pictures.augment import MOTTLE, REGIONS, TURN, blended, recoloured
 from raydistill.shapes.captions import single_scenes
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import replacing
@@ -48,7 +49,8 @@ def build_samples(build: Build, name: str) -> None:
     pairs = PairSet(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
     rows = pairs.rows(range(SHIPPED_SAMPLES))
     write_pairs(
-        build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student
+        build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student,
+        vaes={role: next(iter(found)) for role, found in pairs.vaes.items()},
     )  # fmt: skip
 
 
@@ -58,47 +60,57 @@ def vary(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     A student under training draws such pictures, and a Bridge that has never seen them would change their colours, so
     that the teacher judges other pictures than the student's.
     """
-    count, pixels = len(images), images.shape[-1]
+    count = len(images)
 
-    def smooth(channels: int, cells: int) -> torch.Tensor:
-        coarse = torch.randn(count, channels, cells, cells, generator=generator)
-        return F.interpolate(coarse, size=(pixels, pixels), mode="bicubic")
+    def noise(channels: int, cells: int) -> torch.Tensor:
+        return torch.randn(count, channels, cells, cells, generator=generator)
 
     other = images[torch.randperm(count, generator=generator)]
-    share = torch.sigmoid(3 * smooth(1, 3) + 2 * torch.randn(count, 1, 1, 1, generator=generator))
-    blended = torch.lerp(images, other, share)
-    turn = torch.eye(3) + 0.5 * torch.randn(count, 3, 3, generator=generator) * torch.rand(
-        count, 1, 1, generator=generator
-    )
-    mottle = 0.15 * smooth(3, 8) * torch.rand(count, 1, 1, 1, generator=generator)
-    return (torch.einsum("bij,bjhw->bihw", turn, blended) + mottle).clamp(-1, 1)
+    images = blended(images, other, noise(1, REGIONS), noise(1, 1))
+    turn = TURN * torch.randn(count, 3, 3, generator=generator) * torch.rand(count, 1, 1, generator=generator)
+    return recoloured(images, turn, noise(3, MOTTLE), torch.rand(count, 1, 1, 1, generator=generator))
 
 
 @torch.no_grad()
+def varied_pairs(
+    encoder: PairEncoder, vaes: tuple[nn.Module, nn.Module], rows: Pairs, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
+    """Pairs for a Bridge from N teacher samples: the first N // 4 as they are; N * 9 // 16 - N // 4 varied pictures; then
+    what the student's VAE draws from latents that no encoder gave, as a student under training makes them.
+
+    Args:
+        vaes: the teacher's and the student's, on the CPU.
+
+    Returns:
+        z_teacher, z_student and previews, N of each.
+    """
+    (teacher, student), (teacher_vae, student_vae), count = (encoder.teacher, encoder.student), vaes, len(rows)
+    images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_teacher.split(32)])
+    plain, pictures, beside = images.tensor_split([count // 4, count * 9 // 16])
+    z_teacher, z_student, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
+    latents = rows.z_student[-len(beside) :].float()
+    other = latents[torch.randperm(len(latents), generator=generator)]
+    share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
+    drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
+    z_beside, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
+    return torch.cat([z_teacher, z_beside]), torch.cat([z_student, latents]), pngs + beside_pngs
+
+
 def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> None:
-    """Pairs for the Bridge: a quarter teacher samples; then varied pictures; then what the student's VAE draws from
-    latents that no encoder gave, as a student under training makes them."""
+    """The shipped Bridge's pairs, see `varied_pairs`."""
     teacher, student = load_space(build.weights / name), load_space(build.weights / "sd15")
     sampled = max(64, round(1024 * min(1.0, build.scale)))
     samples = PairSet(_synthesise(build, name, build.work / f"pairs_{name}", sampled, build.seed + 1))
-    encoder, teacher_vae, student_vae = PairEncoder(teacher, student), teacher.load_vae(), student.load_vae()
+    encoder, vaes = PairEncoder(teacher, student), (teacher.load_vae(), student.load_vae())
     shard = 512
     for index in tqdm(range(-(-count // shard)), desc="varied pairs", disable=None):
         if index in existing_shards(folder):
             continue
         generator = torch.Generator().manual_seed(build.seed * 1_000_003 + index)
         rows = samples.rows(torch.randint(len(samples), (shard,), generator=generator).tolist())
-        images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_teacher.split(32)])
-        plain, pictures, beside = images.tensor_split([shard // 4, shard * 9 // 16])
-        z_teacher, z_student, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
-        latents = rows.z_student[-len(beside) :].float()
-        other = latents[torch.randperm(len(latents), generator=generator)]
-        share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
-        drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
-        z_beside, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
-        z_teacher, z_student = torch.cat([z_teacher, z_beside]), torch.cat([z_student, latents])
+        z_teacher, z_student, pngs = varied_pairs(encoder, vaes, rows, generator)
         write_pairs(
             folder,
             index,
@@ -107,7 +119,7 @@ def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> Non
             seeds=[build.seed] * shard,
             z_teacher=z_teacher,
             z_student=z_student,
-            previews=pngs + beside_pngs,
+            previews=pngs,
         )
 
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from raydistill.driver.job import Job, run_job
 
-JOB = Job(run="raydistill.driver.pipeline:distil", result="summary.json", extends=True)
+JOB = Job(
+    run="raydistill.driver.pipeline:distil",
+    result="summary.json",
+    check="raydistill.driver.preflight:check_distillation",
+    extends=True,
+)
 
 
 def main() -> int:

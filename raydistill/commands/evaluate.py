@@ -6,8 +6,8 @@ further seeds, or a seeded part of them) with noise that depends on seed and pro
 Ray Data stream; a job that was stopped goes on where it was when the same command is given again, and another metric can
 be added afterwards without drawing again.
 
-Metrics: judge (the shapes world's attributes, all of them, relation of two objects), clipscore, frechet (distance of the
-judge's features to --reference), fid, hpsv3, hpsv2 (version 2.1, times 100), imagereward, and command:NAME=PROGRAM, a scorer of
+Metrics: judge (the shapes world's attributes, all of them, relation of two objects), clipscore, pickscore, frechet (distance
+of the judge's features to --reference), fid, hpsv3, hpsv2 (version 2.1, times 100), imagereward, and command:NAME=PROGRAM, a scorer of
 your own (DPG-Bench, MPS; raydistill/evaluation/command.py says what it reads and writes). fid and the rewards run in
 environments of their own, which Ray builds with pip at first use. Weights are found in the hub's cache or fetched; --weights names
 copies.
@@ -60,7 +60,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--start-timestep", type=count(1), metavar="T", help="of --unet (default: what the checkpoint says)")
     add("--reference", type=Path, metavar="FOLDER", help="pictures, or an earlier evaluation, for frechet and fid")
     add("--weights", nargs="+", default=[], metavar="NAME=PLACE", help="weights of a metric: file, folder or hub id "
-        "(clipscore, hpsv3, hpsv3.base, hpsv2, imagereward, imagereward.config, imagereward.tokenizer, fid)")
+        "(clipscore, pickscore, pickscore.processor, hpsv3, hpsv3.base, hpsv2, imagereward, imagereward.config, imagereward.tokenizer, fid)")
     add("--judge", default="shapes:judge", help="judge of judge and frechet (default: shapes:judge)")
     add("--out", type=path_argument, metavar="DIR",
         help="folder (default: <storage>/evaluations/<model>-<prompts>-<hash>)")

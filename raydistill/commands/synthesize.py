@@ -9,7 +9,7 @@ from raydistill.driver.job import Job, run_job
 STAGES = "raydistill.driver.single_stages"
 UNUSED = {  # of other stages: what they name need not fit this teacher
     "bridge": {"checkpoint": None, "pairs": None},
-    "discriminator": {"real_data": None},
+    "discriminator": {"real_data": None, "real_source": "pairs"},
     "student": {"unet": None},
     "evaluation": {"judge": None},
 }
@@ -20,7 +20,7 @@ JOB = Job(
     result="pairs/summary.json",
     changes=UNUSED,
     check=f"{STAGES}:check_pairs_folder",
-    roles=["teacher rank", "synthesis, prompts", "synthesis, pictures"],
+    roles=["teacher rank", "drawer rank", "synthesis, prompts", "synthesis, pictures"],
     stages=("synthesis",),
 )
 

@@ -21,7 +21,7 @@ def main() -> int:
         run, result, check = "ablate_bridge", "ablation.json", "check_ablation"
     else:
         run, result, check = "bridge_only", "bridge/bridge.json", "check_trainable"
-    roles = ["teacher rank", "synthesis, prompts", "synthesis, pictures", "Bridge training"]
+    roles = ["teacher rank", "drawer rank", "synthesis, prompts", "synthesis, pictures", "Bridge training"]
     job = Job(
         run=f"{STAGES}:{run}",
         result=result,

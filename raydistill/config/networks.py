@@ -124,6 +124,12 @@ class BridgeConfig(Section):
     heads: Few = Field(6, description="SwinIR attention heads")
     window: Few = Field(8, description="SwinIR window")
     attention: AttentionConfig = AttentionConfig()
+    source: Literal["stored", "stream"] = Field(
+        "stored",
+        description="stored: train on bridge.pairs, or on pairs made before; stream: on the pictures of synthesis.images, "
+        "which both VAEs encode beside training; nothing is stored",
+    )
+    shuffle: Count = Field(1024, description="of a stream: pictures that each worker reads ahead and mixes")
     pairs: str | None = Field(
         None, description="parquet of (prompt, z_T, z_S) pairs to train on; null: synthesise `synthesis.count` of them"
     )
@@ -176,6 +182,11 @@ class DiscriminatorConfig(Section):
     )
     real_data: str | None = Field(
         "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
+    )
+    real_source: Literal["pairs", "samples"] = Field(
+        "pairs",
+        description="what serves where real_data is null: the run's pairs, or `synthesis.count` pictures that are drawn "
+        "for it, also where synthesis.images or bridge.pairs gives the pairs",
     )
     real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
 

@@ -20,12 +20,12 @@ from pydantic.fields import FieldInfo
 
 from raydistill.config.keys import Free, Origin, Section
 from raydistill.config.schema import Config
-from raydistill.config.stages import trains_bridge
+from raydistill.config.stages import streams_bridge, trains_bridge
 from raydistill.config.yaml_text import MOST_CHARACTERS, MOST_LEVELS, TOO_DEEP, dump, parse
 from raydistill.errors import InputError, mask
 
 CONTROLS = ("no_vsd", "shared_space")  # distillations that a run is compared with
-STAGES = ("synthesis", "bridge", "distill", *CONTROLS)
+STAGES = ("synthesis", "samples", "bridge", "distill", *CONTROLS)
 _PACKAGE = Path(__file__).resolve().parents[1]
 # In a wheel they lie in the package (setup.py), in a checkout beside it.
 CONFIGS = next(folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir())
@@ -251,17 +251,42 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def _lacks_reals(config: Config) -> bool:
+    return config.discriminator.weight > 0 and config.discriminator.real_data is None
+
+
 def needs_pairs(config: Config) -> bool:
     """Whether a run has a use for pairs, or teacher samples, that it does not find elsewhere than in `bridge.pairs`."""
-    gan = config.discriminator.weight > 0 and config.discriminator.real_data is None
-    return trains_bridge(config) or config.bridge.trainable or gan
+    gan = _lacks_reals(config) and config.discriminator.real_source == "pairs"
+    stored = trains_bridge(config) and not streams_bridge(config)
+    return stored or config.bridge.trainable or gan
+
+
+def draws_pairs(config: Config) -> bool:
+    """Whether the run's own pairs are of pictures that a model draws, and not of real images."""
+    return needs_pairs(config) and config.bridge.pairs is None and config.synthesis.images is None
+
+
+def draws_samples(config: Config) -> bool:
+    """Whether pictures are drawn for the discriminator alone: the run's pairs are of other pictures, or it needs none."""
+    return _lacks_reals(config) and config.discriminator.real_source == "samples" and not draws_pairs(config)
+
+
+def draws(config: Config) -> bool:
+    """Whether a run draws pictures, for whatever use."""
+    return draws_pairs(config) or draws_samples(config)
+
+
+def other_drawer(config: Config) -> bool:
+    """Whether another model than the teacher draws them."""
+    return config.synthesis.teacher not in (None, config.teacher.model)
 
 
 def stages_of(config: Config) -> list[str]:
     """The stages of a whole run, in their order."""
-    pairs = ["synthesis"] if needs_pairs(config) and config.bridge.pairs is None else []
     return [
-        *pairs,
+        *(["synthesis"] if needs_pairs(config) and config.bridge.pairs is None else []),
+        *(["samples"] if draws_samples(config) else []),
         *(["bridge"] if trains_bridge(config) else []),
         "distill",
         *(name for name in CONTROLS if name in config.controls),
@@ -279,6 +304,15 @@ def changed(config: Config, changes: Mapping[str, Mapping[str, Any]]) -> Config:
     for section, values in changes.items():
         tree[section] |= values
     return validate(tree).of(config.origin)
+
+
+def drawing_config(config: Config) -> Config:
+    """The configuration with the model that draws pictures as its teacher, on a service of its own."""
+    if not other_drawer(config):
+        return config
+    shards = config.synthesis.shards or config.teachers.shards
+    model = {"model": config.synthesis.teacher, "guidance_scale": None}
+    return changed(config, {"teacher": model, "teachers": {"shards": shards, "service": None}})
 
 
 def mathematical(config: Config) -> dict[str, Any]:

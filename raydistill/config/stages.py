@@ -21,6 +21,7 @@ from raydistill.config.keys import (
     Seed,
     free,
 )
+from raydistill.diffusion import guidance
 
 if TYPE_CHECKING:
     from raydistill.config.schema import Config
@@ -31,6 +32,11 @@ RESERVED = re.compile(r"mlflow\.db.*|mlartifacts|downloads", re.IGNORECASE)  # i
 def trains_bridge(config: Config) -> bool:
     """Whether a run begins by training its Bridge."""
     return config.bridge.checkpoint is None and config.bridge.projector != "identity"
+
+
+def streams_bridge(config: Config) -> bool:
+    """Whether it trains its Bridge on pictures that are encoded meanwhile, not on stored pairs."""
+    return trains_bridge(config) and config.bridge.source == "stream"
 
 
 class RunConfig(Section):
@@ -60,6 +66,12 @@ class DistillConfig(Section):
         None,
         description="on GPUs, what trainers compute in float32 rounds its factors to TF32: several times as fast; null: "
         "torch's default, which is convolutions alone",
+    )
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="updates over which the learning rates of all networks grow from 0 to their values; 0: none",
     )
     micro_batches: Few = Field(
         1,
@@ -105,6 +117,11 @@ class DistillConfig(Section):
     stop_on_collapse: bool = free(
         False, description="end the distillation at a collapse alarm, and export the best student so far"
     )
+    stop_on_plateau: Few | None = free(
+        None,
+        description="end the distillation when evaluation.metric has not risen by more than its standard error in so many "
+        "evaluations, and export the best student; null: never",
+    )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 
     @model_validator(mode="after")
@@ -120,19 +137,43 @@ class DistillConfig(Section):
 
 
 Posterior = Literal["mean", "sample"]
+LatentDtype = Literal["float16", "bfloat16"]
 
 
 class SynthesisConfig(Section):
     count: Count = Field(2048, description="teacher-sampled pictures to make")
+    teacher: str | None = Field(
+        None,
+        description="model that draws them instead of teacher.model: a cheaper one with the same VAE, such as a "
+        "step-distilled one; null: teacher.model",
+    )
+    sampling_steps: Few | None = Field(
+        None, description="steps of a drawn picture; null: a step-distilled model's own, else teacher.sampling_steps"
+    )
+    guidance_scale: Annotated[float, Field(ge=0, le=guidance.MOST)] | None = Field(
+        None,
+        description="guidance of drawn pictures; 0 to 1: none; null: teacher.guidance_scale, of synthesis.teacher its "
+        "family's default, of a step-distilled model none",
+    )
+    shards: Few | None = Field(None, description="ranks per replica of synthesis.teacher; null: teachers.shards")
     batch_size: Batch = Field(64, description="pictures per request")
     shard_size: Count = Field(256, description="rows per parquet file")
     posterior: Posterior = Field(
         "mean", description="what a VAE's latents are: its posterior's mean, or a sample of it"
     )
+    dtype: LatentDtype = Field(
+        "float16",
+        description="of the latents; bfloat16 has float32's range, 8 instead of 11 binary digits, and takes a fifth less room",
+    )
+    augment_share: Fraction = Field(
+        0.0,
+        description="share of the pictures that are blended and recoloured before both VAEs encode them: a Bridge meets "
+        "such pictures while the student learns. Such rows are for a Bridge, never the discriminator's real data",
+    )
     images: str | None = Field(
         None,
         description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "
-        "s3://, gs://, hf://datasets/org/name/…; null: sample",
+        "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge is trained on them",
     )
     image_count: Count | None = Field(None, description="how many of these; null: all")
     min_pixels: int = Field(0, ge=0, le=65_536, description="images whose smaller side has fewer pixels are left out")
@@ -153,7 +194,8 @@ class SynthesisConfig(Section):
     )
     encoders: Few = free(
         1,
-        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs",
+        description="actors of each stage: those that encode prompts and ask the teachers, and those that hold the VAEs; with "
+        "bridge.source=stream, of each worker",
     )
     cpus_per_encoder: Cpus = free(0.2, description="Ray CPUs each of these actors reserves")
     gpus_per_encoder: Gpus = free(0, description="Ray GPUs each of these actors reserves; 0: they run on the CPU")
@@ -183,14 +225,74 @@ class PromptsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    prompts: str = Field("shapes:heldout.txt", description="held-out prompts (same formats as prompts.path)")
+    prompts: str | None = Field(
+        "shapes:heldout.txt",
+        description="held-out prompts (same formats as prompts.path); null: evaluation.holdout splits them off",
+    )
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the prompts of prompts.path that is held out, by a hash of their text, where "
+        "evaluation.prompts is null; a run learns from the others alone",
+    )
     count: Count = Field(512, description="pictures of the final evaluations")
     periodic_count: Count = Field(256, description="pictures of the evaluations during training")
     batch_size: Batch = Field(64, description="pictures at once")
     seed: Seed = Field(1234, description="seed of the fixed noise")
-    metric: str = Field("mean", description="metric by which the best checkpoint is kept")
-    judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
+    metric: str = Field(
+        "mean",
+        description="metric that keeps the best checkpoint, raises the alarm and ends at a plateau: mean, all or an attribute "
+        "of the judge, or one of evaluation.metrics",
+    )
+    metrics: list[str] = Field(
+        ["judge"],
+        description="what is measured: judge (where evaluation.judge names one), clipscore, pickscore, hpsv2, hpsv3, "
+        "imagereward, or command:NAME=PROGRAM",
+    )
+    judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: none")
+    weights: dict[str, str] = free(
+        {},
+        description="weights of metrics by name (clipscore, pickscore, …): a folder, a file or org/name of the hub; "
+        "else their authors' from the hub",
+    )
+    gpus_per_scorer: Gpus | None = free(
+        None,
+        description="Ray GPUs of each metric's actor, which lasts as long as the training (0: it runs on a CPU); null: the "
+        "first trainer computes them between two updates, and has their weights on its GPU for that time",
+    )
+    cpus_per_scorer: Cpus = free(0.25, description="Ray CPUs each of these actors reserves")
+    node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
     grid: Few = free(32, description="pictures in a sample grid")
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _dotted(cls, weights: Any) -> Any:
+        """`evaluation.weights.hpsv3.base=PLACE` names hpsv3.base."""
+        if not isinstance(weights, dict):
+            return weights
+        inner = {
+            f"{name}.{part}": v
+            for name, value in weights.items()
+            if isinstance(value, dict)
+            for part, v in value.items()
+        }
+        return {name: value for name, value in weights.items() if not isinstance(value, dict)} | inner
+
+    @property
+    def measured(self) -> list[str]:
+        """`metrics` without a judge that there is none of."""
+        return [metric for metric in self.metrics if metric != "judge" or self.judge is not None]
+
+    @property
+    def judged(self) -> bool:
+        return "judge" in self.measured
+
+    @model_validator(mode="after")
+    def _held_out_once(self) -> EvaluationConfig:
+        if self.prompts is None and self.holdout is None:
+            raise ValueError("prompts=null: name a file of held-out prompts, or set holdout to a share of prompts.path")
+        if self.prompts is not None and self.holdout is not None:
+            raise ValueError(f"holdout={self.holdout:g}: prompts names held-out prompts already; set prompts=null")
+        return self
 
 
 class TrackingConfig(Section):
@@ -212,7 +314,15 @@ class PlanConfig(Section):
     encoder_gpu: str | None = Field(
         None, description="kind of GPU of the text encoders and of synthesis' actors; null: plan.teacher_gpu"
     )
-    efficiency: Fraction = Field(0.4, gt=0, description="share of a GPU's peak arithmetic that the networks reach")
+    efficiency: Annotated[Fraction, Field(gt=0)] | None = Field(
+        None,
+        description="share of a GPU's peak arithmetic that all networks reach; null: by kind and role, as "
+        "raydistill/planning/gpus.yaml and plan.measured say",
+    )
+    measured: str | None = Field(
+        None,
+        description="YAML file of shares that `jobs/benchmark.py gpu` has measured; null: the one in the cache, if there is",
+    )
     reserve: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of GPU memory kept free (CUDA context, fragmentation, kernels' workspace)"
     )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from raydistill.data.bits import to_numpy, to_torch
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.spaces.text_lengths import are_cut
@@ -202,18 +203,8 @@ class PromptEncoder:
         for role, encoder in self.encoders.items():
             columns[CUT] |= encoder.are_cut(prompts)
             for name, value in encoder.encode(prompts).items():
-                columns[f"{role}.{name}"] = _to_numpy(value)
+                columns[f"{role}.{name}"] = to_numpy(value)
         return columns
-
-
-def _to_numpy(value: torch.Tensor) -> np.ndarray:
-    return (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def _to_torch(column: np.ndarray) -> torch.Tensor:
-    # what Ray hands out lies read-only in the object store, and torch has no read-only tensors
-    value = torch.from_numpy(column if column.flags.writeable else column.copy())
-    return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
 
 
 def conditioning(batch: Mapping[str, Any], role: str) -> Conditioning:
@@ -223,9 +214,7 @@ def conditioning(batch: Mapping[str, Any], role: str) -> Conditioning:
         KeyError: the batch has no columns of this role.
     """
     found = {
-        name.removeprefix(f"{role}."): _to_torch(column)
-        for name, column in batch.items()
-        if name.startswith(f"{role}.")
+        name.removeprefix(f"{role}."): to_torch(column) for name, column in batch.items() if name.startswith(f"{role}.")
     }
     if not found:
         raise KeyError(f"no conditioning of {role!r} in the batch; its columns are {', '.join(batch)}")

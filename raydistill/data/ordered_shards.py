@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raydistill.data.bits import to_torch
 from raydistill.data.pairs import about_shard, existing_shards, write_pairs
 from raydistill.data.shards import Batch, Failure, begin_set, too_many_failures, write_failures
 from raydistill.errors import InputError, StageFailed
@@ -37,7 +38,7 @@ class OrderedWriter:
         folder: of the set.
         limit: rows in all, failed ones among them; None: as many as there are.
         shard_size: rows per file.
-        seed, teacher, max_failed_rows, settings, notes: as of `PairWriter`.
+        seed, teacher, max_failed_rows, settings, vaes, notes: as of `PairWriter`.
         shards: of the pictures.
 
     Attributes:
@@ -61,9 +62,10 @@ class OrderedWriter:
         max_failed_rows: int,
         settings: Mapping[str, Any],
         notes: Mapping[str, Any],
+        vaes: Mapping[str, str] | None = None,
     ) -> None:
         self.folder, self.limit, self.shard_size, self.shards = to_place(str(folder)), limit, shard_size, shards
-        self.seed, self.teacher, self.max_failed_rows = seed, teacher, max_failed_rows
+        self.seed, self.teacher, self.max_failed_rows, self.vaes = seed, teacher, max_failed_rows, vaes
         begin_set(self.folder, settings, notes)
         self.failures: list[Failure] = []
         self.done, self.cursor, self.left_out, self._next_shard, self._ended = 0, (0, 0), 0, 0, False
@@ -156,7 +158,7 @@ class OrderedWriter:
 
         def latents(name: str) -> torch.Tensor:
             values = np.stack(self._open[name])
-            return torch.from_numpy(values[good])
+            return to_torch(values[good])
 
         file = write_pairs(
             self.folder,
@@ -176,6 +178,7 @@ class OrderedWriter:
                 "left_out": self.left_out,
                 "end": end,
             },
+            vaes=self.vaes,
         )
         self._next_shard += 1
         self._open = {name: [] for name in COLUMNS}

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from raydistill.config.schema import Config
+from raydistill.data.holdout import Side
 from raydistill.data.prompt_rows import BadRow, checked, rows_of_all
 from raydistill.data.texts import Numbers, Texts, permutation, repeated
 from raydistill.errors import InputError
@@ -32,12 +33,14 @@ MAX_CHARACTERS = 2000  # of a prompt, where nothing else is said
 
 @dataclass
 class PromptReport:
-    """Counts of one file: rows = good + all bad ones."""
+    """Counts of one file: rows = good + aside + all bad ones."""
 
     source: str
     rows: int = 0
     good: int = 0
     duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
+    aside: int = 0  # prompts of the other side (`holdout`)
+    held_out: bool = False  # the good ones are the held-out side
     hidden: int = 0  # lines that bad rows cover beside their first: quoted text, or rows behind a stray quotation mark
     bad: dict[str, int] = field(default_factory=dict)  # kind -> rows
     first_bad: dict[str, list[int]] = field(default_factory=dict)  # kind -> its first row numbers
@@ -54,6 +57,8 @@ class PromptReport:
         text = f"{self.source}: {self.good} prompts of {self.rows} rows"
         if self.duplicates:
             text += f", {self.duplicates} repeated"
+        if self.aside:
+            text += f"; {self.aside} are {'to train on' if self.held_out else 'held out'}"
         return text + ("; bad rows: " + self.bad_rows() if self.bad else "")
 
     def bad_rows(self) -> str:
@@ -120,18 +125,23 @@ def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def training_prompts(config: Config) -> PromptSet:
     """The prompts that a run learns from. Raises InputError."""
-    return _configured(config, config.prompts.path)
+    share = config.evaluation.holdout
+    return _configured(config, config.prompts.path, None if share is None else Side(share, held_out=False))
 
 
 def held_out_prompts(config: Config) -> PromptSet:
     """The prompts that a run is judged on, read by the same rules. Raises InputError."""
-    return _configured(config, config.evaluation.prompts)
+    evaluation = config.evaluation
+    if evaluation.holdout is not None:
+        return _configured(config, config.prompts.path, Side(evaluation.holdout, held_out=True))
+    assert evaluation.prompts is not None  # the schema wants one of the two
+    return _configured(config, evaluation.prompts)
 
 
-def _configured(config: Config, path: str) -> PromptSet:
+def _configured(config: Config, path: str, side: Side | None = None) -> PromptSet:
     rules = config.prompts
     found = fetch_all(expand(path)) if is_pattern(path) else resolve(path)
-    return read_prompts(found, rules.column, rules.on_bad_row, rules.max_characters, source=path)
+    return read_prompts(found, rules.column, rules.on_bad_row, rules.max_characters, side, source=path)
 
 
 def read_prompts(
@@ -139,6 +149,7 @@ def read_prompts(
     column: str | Sequence[str] = "prompt",
     on_bad_row: Literal["skip", "fail"] = "skip",
     max_characters: int = MAX_CHARACTERS,
+    side: Side | None = None,
     source: str | None = None,
 ) -> PromptSet:
     """Read a prompt file or folder; surrounding white space is dropped, repeated prompts are kept.
@@ -150,16 +161,17 @@ def read_prompts(
         column: column or key of the prompt, or several, of which the first that is there counts; not used for .txt.
         on_bad_row: leave bad rows out and count them, or refuse the file at the first one.
         max_characters: longer prompts are bad rows.
+        side: of a file that is split, whose prompts alone are read; they keep their row numbers.
         source: what messages call several files.
 
     Raises:
-        InputError: no such file, not readable, unknown suffix, missing column, no usable row, no room for temporary
-            files, or (on_bad_row="fail") a bad row.
+        InputError: no such file, not readable, unknown suffix, missing column, no usable row, too few
+            prompts on the side, no room for temporary files, or (on_bad_row="fail") a bad row.
     """
     several = not isinstance(path, str | Path)
     files = list(map(Path, path)) if several else [Path(path)]
     path = (source or f"{files[0]}, …") if several else files[0]
-    report = PromptReport(str(path))
+    report = PromptReport(str(path), held_out=side is not None and side.held_out)
     ids, hashes = Numbers(), Numbers()
 
     def usable() -> Iterator[str]:
@@ -172,6 +184,9 @@ def read_prompts(
                     raise InputError(f"{path}, {row.name or f'row {row.number}'}: {bad}") from None
                 report.add_bad(str(bad), row.number, row.name)
                 report.hidden += row.lines - 1
+                continue
+            if side is not None and not side.has(prompt):
+                report.aside += 1
                 continue
             ids.append(row.number)
             hashes.append(hash(prompt))
@@ -188,6 +203,8 @@ def read_prompts(
         ) from error
     if not report.rows:
         raise InputError(f"{path}: the file has no rows")
+    if side is not None and report.good + report.aside:
+        side.check(str(path), report.good - report.duplicates, report.aside)
     if not len(prompts):
         raise InputError(f"{path}: no usable prompt in {report.rows} rows: {report.bad_rows()}")
     return PromptSet(prompts, rows, report)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray.data
 from ray.util.debug import log_once
+
+from raydistill.data.stage_error import StageError
+from raydistill.teachers.request import TeacherError
 
 MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
 
@@ -24,6 +31,30 @@ def dataset_of(rows: list[dict[str, Any]], in_order: bool = False) -> ray.data.D
     data.context.print_on_execution_start = False
     data.context.issue_detectors_config.detectors = []
     return data
+
+
+def telling(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Raise StageError from whatever `call` raises."""
+
+    @functools.wraps(call)
+    def told(*arguments: Any, **keywords: Any) -> Any:
+        with _as_stage_error():
+            return call(*arguments, **keywords)
+
+    @functools.wraps(call)
+    def told_of_each(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+        with _as_stage_error():
+            yield from call(*arguments, **keywords)
+
+    return told_of_each if inspect.isgeneratorfunction(call) else told
+
+
+@contextlib.contextmanager
+def _as_stage_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StageError(str(error), type(error).__name__, of_teacher=isinstance(error, TeacherError)) from error
 
 
 def _quiet() -> None:

@@ -3,7 +3,7 @@
 Rows come in any order; a shard is written in one move once its last row is here. A row that failed is recorded in its
 shard, so the two can never disagree, and in failures.jsonl, which is written anew from the shards.
 
-Shapes: B rows, C×H×W normalised latents, float16.
+Shapes: B rows, C×H×W normalised latents, float16, or bfloat16 as uint16.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 
+from raydistill.data.bits import to_torch
 from raydistill.data.pairs import about_shard, existing_shards, write_pairs
 from raydistill.errors import InputError, StageFailed
 from raydistill.storage.atomic import remove_abandoned, replace_text
@@ -24,9 +24,13 @@ from raydistill.storage.resolve import to_place
 
 SETTINGS_FILE, FAILURES_FILE = "synthesis.json", "failures.jsonl"
 
+# Settings that sets begun by earlier versions do not name, and what those had; None: nobody knows, whatever it is now.
+SINCE = {"text_dtype": "float32", "dtype": "float16", "augment_share": 0.0, "teacher_vae": None, "student_vae": None}
+LONGEST = 60  # characters of a setting in a message
+
 Batch = dict[str, np.ndarray]
-# Columns of encoded rows: row int64 [B]; z_T, z_S [B, C, H, W] float16; preview (PNG bytes) and failure (why there is
-# no such row, or "") as objects [B].
+# Columns of encoded rows: row int64 [B]; z_T, z_S [B, C, H, W] float16, or bfloat16 as uint16; preview (PNG bytes) and failure (why
+# there is no such row, or "") as objects [B].
 
 
 @dataclass(frozen=True, order=True)
@@ -86,6 +90,7 @@ class PairWriter:
         teacher: (name, revision) of the model whose VAE encodes z_T; two columns.
         max_failed_rows: how many rows may fail in the whole set.
         settings: what decides the rows. Rows of other settings are never mixed into a folder.
+        vaes: sha256 of the VAEs that encode, by role, which every shard then names.
         notes: what is known besides, as of whose pictures they are.
 
     Raises:
@@ -103,10 +108,12 @@ class PairWriter:
         teacher: tuple[str, str],
         max_failed_rows: int,
         settings: Mapping[str, Any],
+        vaes: Mapping[str, str] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.count, self.shard_size = to_place(str(folder)), count, shard_size
         self.at, self.seed, self.teacher, self.max_failed_rows = at, seed, teacher, max_failed_rows
+        self.vaes = vaes
         begin_set(self.folder, settings, notes or {})
         self.failures: list[Failure] = []
         self._open = {}  # shards that are to be made
@@ -194,8 +201,8 @@ class PairWriter:
             prompts=prompts,
             prompt_ids=ids,
             seeds=[self.seed] * len(good),
-            z_teacher=torch.from_numpy(kept["z_T"]),
-            z_student=torch.from_numpy(kept["z_S"]),
+            z_teacher=to_torch(kept["z_T"]),
+            z_student=to_torch(kept["z_S"]),
             previews=kept["preview"].tolist(),
             rows=good,
             teacher=self.teacher,
@@ -203,6 +210,7 @@ class PairWriter:
                 "rows": shard.stop - shard.start,
                 "failed": [asdict(failure) for failure in sorted(shard.failures)],
             },
+            vaes=self.vaes,
         )
         del self._open[index]
         if failed:
@@ -244,6 +252,28 @@ def too_many_failures(folder: Place, failures: Sequence[Failure], most: int) -> 
     )
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def changed_share(folder: str | Place) -> float:
+    """Share of a set's pictures that were changed before they were encoded (`synthesis.augment_share`).
+
+    0 where nothing says so: sets of other writers have no file of settings.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = to_place(str(folder)) / SETTINGS_FILE
+    if not file.is_file():
+        return 0.0
+    try:
+        return float(dict(json.loads(file.read_text(encoding="utf-8"))).get("augment_share", 0.0))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{file}: cannot be read, so nobody knows what its pictures are ({error})") from None
+
+
 def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
     """Refuse to mix two kinds of rows in one folder.
 
@@ -261,10 +291,13 @@ def check_settings(folder: str | Place, settings: Mapping[str, Any]) -> None:
             f"{folder}: holds shards, but {file.name}, which says how they were made, cannot be read ({error}); "
             "use another folder, or name this one in bridge.pairs if its pairs are complete"
         ) from None
-    if "text_dtype" in settings:
-        found.setdefault("text_dtype", "float32")  # of sets that were begun before it was a setting
+    for key, value in SINCE.items():
+        if key in settings:
+            found.setdefault(key, settings[key] if value is None else value)
     changed = [
-        f"{key} was {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
+        f"{key} was {_short(found.get(key))}, now {_short(settings[key])}"
+        for key in settings
+        if found.get(key) != settings[key]
     ]
     if changed:
         raise InputError(f"{folder}: holds rows of other settings ({'; '.join(changed)}); use another folder")

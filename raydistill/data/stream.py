@@ -154,11 +154,11 @@ def _slots(first: int, stop: int, in_flight_bytes: int) -> ray.data.Dataset:
     slots = dataset_of([{"slot": slot} for slot in range(first, stop)], in_order=True)
     options = slots.context.execution_options
     options.resource_limits = options.resource_limits.copy(object_store_memory=in_flight_bytes)
-    slots.context.custom_execution_callback_classes = [_Unhurried]
+    slots.context.custom_execution_callback_classes = [Unhurried]
     return slots
 
 
-class _Unhurried(ExecutionCallback):
+class Unhurried(ExecutionCallback):
     """Slows the executor's loop down while nobody waits for it.
 
     Ray Data's executor runs in a thread of the process that consumes, and its loop spins without a pause while the

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from raydistill.config.stages import Posterior
+from raydistill.config.stages import LatentDtype, Posterior
+from raydistill.data.bits import to_numpy
 from raydistill.data.encode import TextEncoder
 from raydistill.data.images import BadImage, ImageSet, decoded
 from raydistill.data.ordered_shards import OrderedWriter
@@ -35,6 +36,7 @@ from raydistill.data.vae import PairEncoder
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
+from raydistill.spaces.held import vae_fingerprint
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 
@@ -69,8 +71,11 @@ class Recipe:
         batch_size, shard_size: rows per request, and per file.
         seed: of the order of prompts, the noise, and the posterior's samples.
         posterior: what a VAE's latents are.
-        steps, guidance_scale: of the teacher's sampling; real images need none.
-        text_dtype: of the text encoders, and of the conditioning that the teacher gets.
+        augment_share: of the pictures, which are blended and recoloured before both VAEs encode them.
+        steps, guidance_scale: of the drawer's sampling; real images need none.
+        text_dtype: of the text encoders, and of the conditioning that the drawer gets.
+        dtype: of the latents that are kept.
+        drawer: another model with the teacher's VAE, which draws the pictures; None: the teacher does.
         filters: what of a stream is left out.
         licence: of real images, as it is to stand beside the set.
     """
@@ -83,16 +88,28 @@ class Recipe:
     shard_size: int
     seed: int
     posterior: Posterior = "mean"
+    augment_share: float = 0.0
     steps: int = 1
     guidance_scale: float = 1.0
     text_dtype: str = "float32"
+    dtype: LatentDtype = "float16"
+    drawer: Space | None = None
     filters: Filters = Filters()
     licence: str | None = None
 
     @property
+    def vaes(self) -> dict[str, str]:
+        """sha256 of the VAEs that encode, by role."""
+        return {"teacher": vae_fingerprint(self.teacher), "student": vae_fingerprint(self.student)}
+
+    @property
     def samples(self) -> bool:
-        """Whether a teacher draws the pictures."""
+        """Whether a model draws the pictures."""
         return isinstance(self.source, PromptSet)
+
+    @property
+    def drawn_by(self) -> Space:
+        return self.drawer or self.teacher
 
     def writer(self, folder: str | Place, max_failed_rows: int) -> PairWriter | OrderedWriter:
         """Open the set in a folder. Errors as in `PairWriter`."""
@@ -102,6 +119,7 @@ class Recipe:
             "teacher": identify(self.teacher.folder),
             "max_failed_rows": max_failed_rows,
             "settings": self.settings(),
+            "vaes": self.vaes,
             "notes": {} if self.samples else {"pictures": self.source.source, "licence": self.licence},
         }
         if isinstance(self.source, Pictures):
@@ -109,7 +127,10 @@ class Recipe:
         return PairWriter(folder, count=self.count, at=functools.partial(self.source.at, self.seed), **common)
 
     def encoder(self, device: str) -> PairEncoder:
-        return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed)
+        dtype, share = getattr(torch, self.dtype), self.augment_share
+        return PairEncoder(
+            self.teacher, self.student, device, self.posterior, self.seed, dtype=dtype, augment_share=share
+        )
 
     def settings(self) -> dict[str, Any]:
         """The recipe as plain values, for a file beside the set."""
@@ -120,6 +141,7 @@ class Recipe:
                 "steps": self.steps,
                 "guidance_scale": self.guidance_scale,
                 "text_dtype": self.text_dtype,
+                "drawer": self.drawer and [self.drawer.pipeline_class, identify(self.drawer.folder)[1]],
             }
         else:
             source = {"images": self.source.fingerprint}
@@ -130,9 +152,12 @@ class Recipe:
             "teacher_revision": identify(self.teacher.folder)[1],
             "student": [self.student.pipeline_class, *self.student.latent_shape],
             "student_vae_revision": identify(Path(self.student.folder, "vae"))[1],
+            **{f"{role}_vae": sha256 for role, sha256 in self.vaes.items()},
             **source,
             "shard_size": self.shard_size,
             "posterior": self.posterior,
+            "dtype": self.dtype,
+            "augment_share": self.augment_share,
             "seed": self.seed,
         }
 
@@ -167,11 +192,11 @@ class AskedRows:
 
 
 class TeacherAsker:
-    """Asks a teacher for the pictures of a request's rows; holds the teacher's text encoders, on `device`."""
+    """Asks a teacher for the pictures of a request's rows; holds its text encoders, on `device`."""
 
     def __init__(self, client: Sampler, recipe: Recipe, device: str = "cpu") -> None:
         self.client, self.recipe = client, recipe
-        self._text = TextEncoder(recipe.teacher, getattr(torch, recipe.text_dtype), device)
+        self._text = TextEncoder(recipe.drawn_by, getattr(torch, recipe.text_dtype), device)
         self._empty = self._text.encode_unconditional()
 
     def ask(self, request: Request) -> AskedRows:
@@ -269,18 +294,19 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
         failure = np.where((failure == "") & ~finite.cpu().numpy(), "the decoded picture is not finite", failure)
         pictures[~finite] = 0
     z_teacher, z_student, pngs = encoder.encode(pictures, batch["row"])
-    columns = {}
+    columns = {"row": batch["row"]}
     for name, latents in (("z_T", z_teacher), ("z_S", z_student)):
-        columns[name] = latents.half()
-        finite = torch.isfinite(columns[name]).flatten(1).all(1)
-        failure = np.where((failure == "") & ~finite.numpy(), f"{name} is not finite in float16", failure)
-        columns[name][~finite] = 0
-    preview = np.empty(len(pngs), dtype=object)
-    preview[:] = pngs
+        kept = latents.to(encoder.dtype)
+        finite = torch.isfinite(kept).flatten(1).all(1)
+        reason = f"{name} is not finite in {str(encoder.dtype).removeprefix('torch.')}"
+        failure = np.where((failure == "") & ~finite.numpy(), reason, failure)
+        kept[~finite] = 0
+        columns[name] = to_numpy(kept)
+    if encoder.with_previews:
+        columns["preview"] = np.empty(len(pngs), dtype=object)
+        columns["preview"][:] = pngs
     told = {name: batch[name] for name in OF_STREAM if name in batch}
-    return {name: value.numpy() for name, value in columns.items()} | {
-        "row": batch["row"], "preview": preview, "failure": failure, **told,
-    }  # fmt: skip
+    return columns | {"failure": failure, **told}
 
 
 def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:

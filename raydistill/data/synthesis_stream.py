@@ -12,9 +12,7 @@ number, so that changes none of them.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import inspect
 import logging
 import math
 import threading
@@ -22,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
 
 import ray
 import ray.data
@@ -33,7 +30,7 @@ from raydistill.config.stages import SynthesisConfig
 from raydistill.data.ordered_shards import OrderedWriter
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
 from raydistill.data.picture_stream import decoded_stream
-from raydistill.data.ray_data import dataset_of
+from raydistill.data.ray_data import dataset_of, telling
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
@@ -94,30 +91,6 @@ def synthesise_on_ray(
 # -- the stages -----------------------------------------------------------------------------------------
 
 
-def _telling(call: Callable[..., Batch]) -> Callable[..., Batch]:
-    """Raise StageError from whatever `call` raises."""
-
-    @functools.wraps(call)
-    def told(*arguments: Any, **keywords: Any) -> Batch:
-        with _as_stage_error():
-            return call(*arguments, **keywords)
-
-    @functools.wraps(call)
-    def told_of_each(*arguments: Any, **keywords: Any) -> Iterator[Batch]:
-        with _as_stage_error():
-            yield from call(*arguments, **keywords)
-
-    return told_of_each if inspect.isgeneratorfunction(call) else told
-
-
-@contextlib.contextmanager
-def _as_stage_error() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise StageError(str(error), type(error).__name__, of_teacher=isinstance(error, TeacherError)) from error
-
-
 @functools.lru_cache(maxsize=2)
 def _fetch(recipe: ray.ObjectRef) -> Recipe:
     """One copy per process."""
@@ -139,7 +112,7 @@ class _Asker:
     def _asker(self) -> TeacherAsker:
         return self._load()
 
-    @_telling
+    @telling
     def __call__(self, requests: Batch) -> Batch:
         with self._alone:
             asked = self._asker.ask(_request(requests))
@@ -157,12 +130,12 @@ class _Encoder:
     def _encoder(self) -> PairEncoder:
         return self._load()
 
-    @_telling
+    @telling
     def __call__(self, batch: Batch) -> Batch:
         return encode_rows(self._encoder, batch)
 
 
-@_telling
+@telling
 def _read_images(requests: Batch, recipe: ray.ObjectRef) -> Batch:
     told = _fetch(recipe)
     return load_rows(told.source, _request(requests), told.teacher.resolution)
@@ -184,7 +157,7 @@ def _encoded(
     actor = {"recipe": told, "device": device, "threads": settings.threads_per_encoder}
     one_by_one = {"batch_size": 1, "batch_format": "numpy"}
     if isinstance(writer, OrderedWriter):
-        pictures = decoded_stream(told, recipe, writer.cursor, settings, _telling)
+        pictures = decoded_stream(told, recipe, writer.cursor, settings, telling)
     elif recipe.samples:
         rows = _dataset(list(writer.requests(recipe.batch_size)))
         # Pictures leave an actor with their request, also where a block has several: many hours of teachers would be held back.

@@ -18,6 +18,7 @@ from torch import nn
 
 from raydistill.config.stages import Posterior
 from raydistill.diffusion.noise import normal
+from raydistill.pictures.augment import augmented
 from raydistill.pictures.files import png_bytes
 from raydistill.spaces.base import Space
 
@@ -56,14 +57,27 @@ class PairEncoder:
 
     Args:
         posterior: take the mean of each VAE's posterior, or a sample of it.
-        seed: of those samples; row i's is drawn for (seed, i).
+        seed: of those samples, and of changed pictures; row i's are drawn for (seed, i).
+        dtype: of latents that are kept.
+        with_previews: make small pictures as well.
+        augment_share: of the pictures that are blended and recoloured before they are encoded.
     """
 
     def __init__(
-        self, teacher: Space, student: Space, device: str = "cpu", posterior: Posterior = "mean", seed: int = 0
+        self,
+        teacher: Space,
+        student: Space,
+        device: str = "cpu",
+        posterior: Posterior = "mean",
+        seed: int = 0,
+        *,
+        dtype: torch.dtype = torch.float16,
+        with_previews: bool = True,
+        augment_share: float = 0.0,
     ) -> None:
         self.teacher, self.student, self.device = teacher, student, device
-        self.posterior, self.seed = posterior, seed
+        self.posterior, self.seed, self.dtype, self.with_previews = posterior, seed, dtype, with_previews
+        self.augment_share = augment_share
         self._teacher_vae = teacher.load_vae().to(device)
         self._student_vae = student.load_vae().to(device)
 
@@ -78,15 +92,19 @@ class PairEncoder:
     def encode(
         self, pictures: torch.Tensor, rows: Sequence[int] | np.ndarray | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, list[bytes]]:
-        """Pictures at the teacher's resolution -> z_T and z_S on the CPU, float32, and B PNGs.
+        """Pictures at the teacher's resolution -> z_T and z_S on the CPU, float32, and B PNGs of what was encoded, if any.
 
-        `rows`: B positions in the set, needed when the posterior is sampled.
+        `rows`: B positions in the set, needed when the posterior is sampled or pictures are changed.
         """
         pictures = pictures.to(self.device)
+        if self.augment_share > 0:
+            if rows is None:
+                raise ValueError("a picture is changed for a row of the set: rows must be given")
+            pictures = augmented(pictures, self.seed, rows, self.augment_share)
         small = resized(pictures, self.student.resolution)
         z_teacher = self._latents(self.teacher, self._teacher_vae, pictures, rows, "posterior_T")
         z_student = self._latents(self.student, self._student_vae, small, rows, "posterior_S")
-        return z_teacher, z_student, previews(pictures)
+        return z_teacher, z_student, previews(pictures) if self.with_previews else []
 
     def _latents(
         self,

@@ -48,10 +48,23 @@ class Gradients:
     Args:
         mean_parts: micro-batches of a worker, on average over all workers.
         average: mean of tensors over the workers.
+        warmup: student updates over which the learning rates grow; 0: they are what they are from the first one.
     """
 
-    def __init__(self, optimizers: dict[str, AdamW], mean_parts: float, average: Average = alone) -> None:
-        self.optimizers, self.mean_parts, self.average = optimizers, mean_parts, average
+    def __init__(
+        self, optimizers: dict[str, AdamW], mean_parts: float, average: Average = alone, warmup: int = 0
+    ) -> None:
+        self.optimizers, self.mean_parts, self.average, self.warmup = optimizers, mean_parts, average, warmup
+        self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+
+    def warm_up(self, updates: int) -> None:
+        """Set the learning rates of the update that follows `updates` of the student; a function of nothing else."""
+        if not self.warmup:
+            return
+        share = min(1.0, (updates + 1) / self.warmup)
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = share * self._rates[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those of one optimizer."""

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import PairSet
+from raydistill.data.pairs import open_pairs
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.distillation.losses import require_finite
@@ -64,7 +64,7 @@ def load_real(
         dtype: of the text encoders and of the conditioning.
         device: where they run, before anything else is there.
     """
-    pairs = PairSet(folder, z_teacher_shape=teacher_space.latent_shape)
+    pairs = open_pairs(folder, teacher_space)
     pairs = pairs.rows(range(min(count, len(pairs))))
     table = PromptTable(teacher_space, pairs.prompts, dtype, device)
     return Real(pairs.z_teacher, table.columns, table.rows(pairs.prompts))

@@ -73,7 +73,9 @@ class Distiller:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
-        self.gradients = Gradients(optimizers_of(networks, config), mean_parts or batches.parts, average)
+        self.gradients = Gradients(
+            optimizers_of(networks, config), mean_parts or batches.parts, average, config.distill.warmup_steps
+        )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
@@ -108,6 +110,7 @@ class Distiller:
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started, config = time.perf_counter(), self.config
+        self.gradients.warm_up(self.updates)
         batches = self.batches.next()
         rows = [self._fake_gradients(batch) for batch in batches]
         if not self._shapes_features:
@@ -174,6 +177,7 @@ class Distiller:
             scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
         """
         started, waited = time.perf_counter(), 0.0
+        self.gradients.warm_up(self.updates)
         answers = None if scores is None else iter(scores)
         pairs = None if self.anchor is None else self.anchor.batch(self.updates)
         rows = []

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydistill.config.reading import get
+from raydistill.config.reading import draws, get
 from raydistill.config.schema import Config
 from raydistill.data import pairs
 from raydistill.data.synthesis import fingerprint_of
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError
+from raydistill.evaluation.metrics import metrics_of_run
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.fingerprint import fingerprint
@@ -31,9 +32,10 @@ from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
 from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
-PIPELINES = ("student.model", "teacher.model")
+PIPELINES = ("student.model", "teacher.model", "synthesis.teacher")
 MODELS = (*PIPELINES, "student.unet", "bridge.checkpoint", "evaluation.judge")
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
+WEIGHTS = "evaluation.weights."  # begins the keys of weights of metrics
 PAIRS = ("bridge.pairs", "discriminator.real_data")
 
 
@@ -55,7 +57,7 @@ def bind(config: Config, run: RunFolder, inputs: Inputs) -> Binding:
     if kept is None:
         found = {about.get("run") for _, about in _checkpoints(run)}
         return Binding((uuid.uuid4().hex, *sorted(found, key=str)), now)
-    changed = [f"{key} ({get(config, key)})" for key, value in now.items() if kept.inputs.get(key, value) != value]
+    changed = [f"{key} ({_named(config, key)})" for key, value in now.items() if kept.inputs.get(key, value) != value]
     if changed:
         raise InputError(
             f"run.name={run.name}: {', '.join(changed)}: not the same content as when the run began, which would change its "
@@ -96,8 +98,20 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     found = {"prompts.path": fingerprint_of(inputs.prompts), "evaluation.prompts": fingerprint_of(inputs.held_out)}
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
-    named = {key: get(config, key) for key in (*MODELS, *PAIRS)}
-    return found | {key: _fingerprint(key, resolve(value)) for key, value in named.items() if value is not None}
+    named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
+    places = {key: resolve(value) for key, value in named.items() if value is not None}
+    for metric in metrics_of_run(config.evaluation):
+        places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}
+    return found | {key: _fingerprint(key, place) for key, place in places.items()}
+
+
+def _named(config: Config, key: str) -> str:
+    """What the configuration names there."""
+    if key.startswith(WEIGHTS):
+        return config.evaluation.weights.get(key.removeprefix(WEIGHTS), "its authors'")
+    if key == "evaluation.prompts" and config.evaluation.holdout is not None:
+        return f"{config.evaluation.holdout:g} of {config.prompts.path}"
+    return str(get(config, key))
 
 
 def _fingerprint(key: str, path: Path) -> str:

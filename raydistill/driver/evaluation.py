@@ -26,9 +26,10 @@ from raydistill.evaluation.command import run_command
 from raydistill.evaluation.evaluation import Evaluation
 from raydistill.evaluation.folder import DRAW, PICTURES, BatchActor, EvaluationFolder
 from raydistill.evaluation.metrics import SET_METRICS, Metric, pictures_in
+from raydistill.evaluation.recipes import recipe_of
 from raydistill.evaluation.results import collect, finish
-from raydistill.evaluation.rewards import REWARDS, inception_fid, runtime_env
-from raydistill.evaluation.scorers import ClipScorer, Drawing, JudgeScorer, judge_frechet
+from raydistill.evaluation.rewards import inception_fid, runtime_env
+from raydistill.evaluation.scorers import Drawing, judge_frechet
 from raydistill.teachers import placement
 
 log = logging.getLogger(__name__)
@@ -91,17 +92,17 @@ def pools_of(evaluation: Evaluation) -> list[ActorPool]:
     drawing = {"subject": evaluation.subject, "dtype": resources.dtype} | common
     pools = [ActorPool(metric=DRAW, make=Drawing, arguments=drawing, actors=resources.actors, gpus=resources.gpus)]
     for metric in evaluation.metrics:
-        name = metric.name
-        if name == "judge":
-            arguments = {"folder": metric.weights["judge"], "threads": resources.threads}
-            pools.append(ActorPool(metric=name, make=JudgeScorer, arguments=arguments))
-        elif name == "clipscore":
-            arguments = {"folder": metric.weights["clipscore"]} | common
-            pools.append(ActorPool(metric=name, make=ClipScorer, arguments=arguments, gpus=resources.gpus))
-        elif name in REWARDS:
-            arguments, own = {"weights": metric.weights, "device": resources.device}, runtime_env(name)
+        if not metric.command and metric.name not in SET_METRICS:
+            recipe = recipe_of(metric, resources.device, resources.threads)
+            gpus = 0.0 if metric.name == "judge" else resources.gpus
             pools.append(
-                ActorPool(metric=name, make=REWARDS[name], arguments=arguments, runtime_env=own, gpus=resources.gpus)
+                ActorPool(
+                    metric=metric.name,
+                    make=recipe.make,
+                    arguments=recipe.arguments,
+                    runtime_env=recipe.runtime_env,
+                    gpus=gpus,
+                )
             )
     return pools
 

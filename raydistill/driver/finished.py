@@ -16,7 +16,7 @@ def additions(run: RunFolder, config: Config) -> list[str]:
     """What a finished distillation still lacks of what is asked for, for people: more updates, another control.
 
     Raises:
-        InputError: it asks for fewer updates, or for more although a collapse ended the run.
+        InputError: it asks for fewer updates, or for more although a collapse or a plateau ended the run.
     """
     before = saved_config(run)
     if before is None:
@@ -32,7 +32,7 @@ def additions(run: RunFolder, config: Config) -> list[str]:
         stopped = read_json(run.path / SUMMARY, "restore it, or use another run.name").get("stopped", {})
         if "distill" in stopped:
             raise InputError(
-                f"run.name={run.name} was ended by a collapse ({stopped['distill']}), so distill.steps={asked} does not "
+                f"run.name={run.name} was ended early ({stopped['distill']}), so distill.steps={asked} does not "
                 "extend it: use another run.name"
             )
         found.append(f"distill.steps {steps} -> {asked}")

@@ -63,6 +63,11 @@ def log_student(uri: str, run_id: str, folder: Place, metric: str | None, regist
     return True
 
 
+def has_score(config: Config, summary: dict[str, Any]) -> bool:
+    """Whether the exported student has a number by which it is compared with others."""
+    return config.evaluation.metric in summary.get("student_after", {})
+
+
 def log_of_run(config: Config, run: RunFolder, uri: str, run_id: str, measured: bool) -> None:
     """Log a run's student as the configuration says, and keep in run.json whether MLflow has refused it."""
     metric = f"{AFTER}{config.evaluation.metric}" if measured else None
@@ -75,7 +80,7 @@ def log_if_refused(config: Config, run: RunFolder) -> None:
     """A finished run's student, where MLflow did not take it when the run ended."""
     kept = run.recall()
     if kept.get(REFUSED):
-        measured = bool(read_json(run.path / SUMMARY, "restore it, or use another run.name").get("student_after"))
+        measured = has_score(config, read_json(run.path / SUMMARY, "restore it, or use another run.name"))
         log_of_run(config, run, tracking_uri(config, run.storage), kept["mlflow"]["pipeline"], measured)
 
 

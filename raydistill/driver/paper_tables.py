@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raydistill.config.reading import CONFIGS, changed, read_yaml, validate
 from raydistill.config.schema import Config
 from raydistill.distillation.networks import load_unet
@@ -198,9 +200,11 @@ def merge(student: str, seed: int, members: Sequence[Cell], record: RunRecord) -
             space = check_inputs(config).student
             evaluation = config.evaluation
             fixed = FixedPrompts(inputs.held_out, evaluation.count, evaluation.seed)
-            evaluator = StudentEvaluator(space, fixed, evaluation, "cpu")
+            scores = record.scores(name, torch.device("cpu"))
+            evaluator = StudentEvaluator(space, fixed, evaluation, "cpu", scores)
             pictures = evaluator.draw(load_unet(space, str(folder / "export")), config.student.start_timestep)
             accuracy = evaluator.accuracy(pictures)
+            scores.close()
             save_pictures(folder / "after.safetensors", pictures[: evaluation.grid])
             run_id = record.stage_run(config, name)
             tracker = Tracker(record.uri, run_id)

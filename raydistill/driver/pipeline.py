@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from raydistill.background import in_background
-from raydistill.config.reading import changed, needs_pairs, trains_bridge
+from raydistill.config.reading import changed, draws, other_drawer, trains_bridge
 from raydistill.config.schema import Config
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
@@ -13,12 +14,14 @@ from raydistill.driver.run_record import RunRecord, open_record
 from raydistill.driver.stages import (
     distillation,
     draw_teacher_pictures,
-    make_pairs,
+    make_sets,
+    service_of,
     teacher_service,
     train_bridge_on,
 )
 from raydistill.driver.summary import summarise
 from raydistill.storage.resolve import resolve
+from raydistill.teachers.client import TeacherClient
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
@@ -40,23 +43,24 @@ def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = 
 def _with_teacher(record: RunRecord) -> dict[str, Any]:
     """Every stage that the teacher serves, by name; and its own row of the table."""
     config = record.config
-    service = config.teachers.service or f"teacher-{record.run.name}"
+    service = service_of(config, record.run.name)
     results: dict[str, Any] = {}
-    with teacher_service(record, config, service) as ready:  # teachers start while the trainers do
-        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready))
-        pairs = None
-        if needs_pairs(config):
+    bridge, sets = config.bridge.checkpoint, None
+    if trains_bridge(config) or not draws(config) or other_drawer(config):  # the teachers are not held meanwhile
+        sets = make_sets(record)
+        bridge = train_bridge_on(record, sets[0]) if trains_bridge(config) else bridge
+    scores = record.scores("the teacher's pictures")
+    # teachers start while the trainers do
+    with contextlib.closing(scores), teacher_service(record, config, service) as ready:
+        scores.start()
+        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scores))
+        if sets is None:
             ready.result()
-            pairs = make_pairs(record, service)
-        bridge = train_bridge_on(record, pairs) if trains_bridge(config) else config.bridge.checkpoint
-        real = config.discriminator.real_data
-        inputs = {
-            "bridge": str(resolve(bridge)) if bridge else None,
-            "real": str(resolve(real)) if real else pairs,
-            "pairs": pairs,
-        }
-        scores = service if config.vsd.weight > 0 else None
-        results["distill"] = distillation(record, "distill", config, **inputs, service=scores, needs=[ready, pictures])
+            sets = make_sets(record, TeacherClient(service, config.teachers))
+        pairs, real = sets
+        inputs = {"bridge": str(resolve(bridge)) if bridge else None, "real": real, "pairs": pairs}
+        scoring = service if config.vsd.weight > 0 else None
+        results["distill"] = distillation(record, "distill", config, **inputs, service=scoring, needs=[ready, pictures])
         if "no_vsd" in config.controls:
             control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = distillation(record, "no_vsd", control, **inputs)

@@ -9,19 +9,31 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
-from raydistill.config.reading import trains_bridge
+from raydistill.config.reading import (
+    draws,
+    draws_samples,
+    get,
+    needs_pairs,
+    other_drawer,
+    streams_bridge,
+    trains_bridge,
+)
 from raydistill.config.schema import Config
 from raydistill.data.images import ImageSet
-from raydistill.data.pairs import PairSet
-from raydistill.data.pictures import Pictures, is_stream, open_source
+from raydistill.data.pairs import PairSet, open_pairs
+from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
-from raydistill.shapes.captions import ATTRIBUTES, parse
+from raydistill.evaluation.metrics import check_chosen, metrics_of_run
+from raydistill.shapes.captions import parse
 from raydistill.spaces import check_everywhere, load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
+from raydistill.spaces.distilled import check_scores, drawing
+from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.storage.place import Place, Remote
@@ -39,6 +51,7 @@ class Inputs:
     held_out: PromptSet
     notes: tuple[str, ...] = ()  # lines that the job prints first
     images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
+    drawer: Space | None = None  # what draws pictures, when it is not the teacher
 
 
 def check_inputs(config: Config) -> Inputs:
@@ -49,6 +62,7 @@ def check_inputs(config: Config) -> Inputs:
             "student.model",
             "student.unet",
             "teacher.model",
+            *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
             "bridge.pairs",
             "discriminator.real_data",
@@ -63,25 +77,91 @@ def check_inputs(config: Config) -> Inputs:
     teacher = load_space(resolve(config.teacher.model))
     check_everywhere(teacher)
     check_folder(teacher)
+    drawer = open_drawer(config, teacher) if draws(config) else None
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, teacher)
     prompts, held_out = training_prompts(config), held_out_prompts(config)
-    _check_disjoint("prompts.path", prompts.prompts, held_out)
-    if config.evaluation.judge is not None:
-        _check_judged(config, prompts, held_out)
+    if config.evaluation.holdout is None:
+        _check_disjoint("prompts.path", prompts.prompts, held_out)
+    _check_metrics(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = PairSet(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
+        pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
-        pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)
+        pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-    images = None if config.synthesis.images is None else _opened_images(config)
+    if streams_bridge(config):
+        images = _open_stream(config)
+    else:
+        images = None if config.synthesis.images is None else _opened_images(config)
     if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images)
+    return Inputs(student, teacher, prompts, held_out, notes, images, drawer)
+
+
+def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
+    try:
+        return open_pairs(resolve(get(config, key)), teacher, student)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def _open_stream(config: Config) -> Pictures:
+    """The pictures that the Bridge is trained on as they come. Lists them, and fetches none."""
+    bridge, synthesis = config.bridge, config.synthesis
+    unfit = {
+        "bridge.pairs": (bridge.pairs is not None, "the Bridge reads synthesis.images, and no pairs; set it to null"),
+        "bridge.trainable": (bridge.trainable, "its anchor needs stored pairs; use bridge.source=stored"),
+        "discriminator.real_source=pairs": (
+            needs_pairs(config),
+            "no pairs are stored; set discriminator.real_source=samples, or name discriminator.real_data",
+        ),
+        "synthesis.images": (synthesis.images is None, "it names no pictures"),
+        "synthesis.augment_share": (synthesis.augment_share > 0, "pictures are encoded as they are; set it to 0"),
+        "synthesis.image_count": (synthesis.image_count is not None, "a stream reads all of them; set it to null"),
+    }
+    for key, (is_wrong, why) in unfit.items():
+        if is_wrong:
+            raise InputError(f"{key}: with bridge.source=stream {why}")
+    try:
+        return open_pictures(synthesis.images, synthesis.image_column, synthesis.caption_column)
+    except (InputError, OSError) as error:
+        raise InputError(f"synthesis.images: {error}") from None
+
+
+def open_drawer(config: Config, teacher: Space) -> Space | None:
+    """The Space of synthesis.teacher; None: the teacher draws.
+
+    Raises:
+        InputError: the model cannot be used, or has other latents than the teacher.
+    """
+    if not other_drawer(config):
+        return None
+    model = config.synthesis.teacher
+    drawer = load_space(resolve(model))
+    check_everywhere(drawer)
+    check_folder(drawer)
+    sizes = ["x".join(map(str, space.latent_shape)) for space in (drawer, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"synthesis.teacher: {model} has latents of {sizes[0]}, but teacher.model={config.teacher.model} of {sizes[1]}"
+        )
+    if not has_vae(drawer, vae_fingerprint(teacher)):
+        raise InputError(
+            f"synthesis.teacher: {model} has another VAE than teacher.model={config.teacher.model} (their weights or their "
+            "scaling differ), so its latents are no latents of the teacher"
+        )
+    drawing(config, drawer)
+    return drawer
+
+
+def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
+    """Raises InputError where the teacher cannot give scores, or the discriminator's real data are changed pictures."""
+    check_scores(config, inputs.teacher)
+    check_real_data(config)
 
 
 def _opened_images(config: Config) -> ImageSet | Pictures:
@@ -98,6 +178,28 @@ def _opened_images(config: Config) -> ImageSet | Pictures:
         raise InputError(f"synthesis.images: {error}") from None
     except OSError as error:
         raise InputError(f"synthesis.images: {synthesis.images}: {reason(error)}") from error
+
+
+def check_real_data(config: Config) -> None:
+    """The discriminator's real data are pictures as they are: changed ones would teach the student their colours.
+
+    Raises:
+        InputError: they would be pairs of which some are changed.
+    """
+    if config.discriminator.weight == 0 or draws_samples(config):
+        return
+    key, folder = "discriminator.real_data", config.discriminator.real_data
+    if folder is None:
+        key, folder = "bridge.pairs", config.bridge.pairs
+    if folder is None:
+        key, share = "synthesis.augment_share", config.synthesis.augment_share
+    else:
+        share = changed_share(resolve(folder))
+    if share > 0:
+        raise InputError(
+            f"{key}: {share:.0%} of these pictures are blended and recoloured, and the discriminator would take them as "
+            "real; name teacher samples in discriminator.real_data, or set discriminator.weight=0"
+        )
 
 
 def _check_student(config: Config, space: Space) -> tuple[str, ...]:
@@ -192,11 +294,14 @@ def _check_fake_score(config: Config, teacher: Space) -> None:
     truncate(teacher, empty_part(teacher, teacher.network_name), config.fake_score)
 
 
-def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
-    """The judge can read every prompt that it will be asked about, and answers the metric that is asked for."""
-    metrics = ("mean", "all", *ATTRIBUTES)
-    if config.evaluation.metric not in metrics:
-        raise InputError(f"evaluation.metric: the judge gives {', '.join(metrics)}; not {config.evaluation.metric!r}")
+def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:
+    """What is measured can be, and is what students are compared by; the judge can read every prompt."""
+    check_chosen(config.evaluation)
+    metrics_of_run(config.evaluation)
+    if not config.evaluation.measured and config.distill.stop_on_plateau is not None:
+        raise InputError("distill.stop_on_plateau: nothing is measured: evaluation.metrics names no metric")
+    if not config.evaluation.judged:
+        return
     for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
         for row, prompt in zip(some.ids, some.prompts, strict=True):
             try:
@@ -211,7 +316,8 @@ def _check_judged(config: Config, prompts: PromptSet, held_out: PromptSet) -> No
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
     common = set(held_out.prompts).intersection(training)
     if common:
+        where = f"the held-out part of {held_out.report.source}" if held_out.report.held_out else "evaluation.prompts"
         raise InputError(
-            f"{key}: {len(common)} prompts are also in evaluation.prompts (for example {min(common)!r}); "
+            f"{key}: {len(common)} prompts are also in {where} (for example {min(common)!r}); "
             "held-out prompts must occur in no training set"
         )

@@ -9,14 +9,24 @@ from collections.abc import Iterator, Sequence
 import torch
 from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
 
-from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.reading import (
+    drawing_config,
+    draws_pairs,
+    draws_samples,
+    needs_pairs,
+    other_drawer,
+    streams_bridge,
+    trains_bridge,
+)
 from raydistill.config.schema import Config
+from raydistill.data.pair_stream import stream_needs
 from raydistill.data.pictures import is_stream
 from raydistill.data.synthesis_stream import actor_needs
 from raydistill.errors import InputError
 from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_present, labelled_nodes, lacking
 from raydistill.tracking.screen import screen
 from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
+from raydistill.workers.scorers import scorer_needs
 
 
 def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[Need]]:
@@ -26,16 +36,22 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
         roles: of `planning.memory.ROLES`, those that this job runs; None: all.
     """
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
+    drawers = [rank_need(drawing_config(config), config.teachers.replicas)] if other_drawer(config) else ranks
     if config.bridge.pairs is None and needs_pairs(config):
-        sampled = config.synthesis.images is None
+        sampled = draws_pairs(config)
         yield [
-            *(ranks if sampled else []),
+            *(drawers if sampled else []),
             *actor_needs(config.synthesis, sampled, streamed=is_stream(config.synthesis)),
         ]
+    if roles is None and draws_samples(config):
+        yield [*drawers, *actor_needs(config.synthesis, True)]
+    beside = stream_needs(config.synthesis, config.distill.fewest) if streams_bridge(config) else []
     if roles is None:
-        yield [*ranks, worker_need(config), encoder_need(config)]
+        yield [*ranks, worker_need(config), encoder_need(config), *scorer_needs(config.evaluation)]
+        if beside:
+            yield [worker_need(config), *beside]
     elif trains_bridge(config) and "Bridge training" in roles:
-        yield [worker_need(config)]
+        yield [worker_need(config), *beside]
 
 
 def this_machine() -> dict[str, float] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydistill.config.reading import changed, get, mathematical, to_yaml
+from raydistill.config.reading import changed, draws, get, mathematical, to_yaml
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
 from raydistill.storage import hub
@@ -79,7 +79,9 @@ def pin_models(config: Config, run: RunFolder) -> Config:
     models = {}
     for key in HUB_KEYS:
         value = get(config, key)
-        if hub.is_hub_id(value) and not local_path(value).exists():
+        if key == "synthesis.teacher" and not draws(config):
+            continue
+        if value is not None and hub.is_hub_id(value) and not local_path(value).exists():
             try:
                 models[key] = hub.pinned(value)
             except InputError as error:
@@ -90,6 +92,7 @@ def pin_models(config: Config, run: RunFolder) -> Config:
 def _of_revisions(config: Config, saved: Config) -> Config:
     """Hub models whose revision is left open, at the revision that the saved configuration names."""
     models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
+    models = {key: both for key, both in models.items() if None not in both}
     same = {key: before for key, (now, before) in models.items() if hub.same_but_for_revision(now, before)}
     return _with_models(config, same)
 

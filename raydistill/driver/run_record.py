@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from ray.exceptions import RayError
 
 from raydistill.config.command_line import shown_command
@@ -28,6 +29,7 @@ from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
 from raydistill.tracking.store import FAILURE, TrackingAway, TrackingError, open_run, run_tags, tracking_uri, ui_lines
 from raydistill.tracking.tracker import Tracker
+from raydistill.workers.scorers import RunScorers
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
 
 T = TypeVar("T")
@@ -36,6 +38,7 @@ PARAMS = (  # by which people compare runs; what was typed comes on top, and con
     "distill.steps", "distill.batch_size", "fake_score.kind", "fake_score.updates", "vsd.weight", "discriminator.weight",
     "run.seed",
 )  # fmt: skip
+SCORED_WITHIN_S = 6 * 3600.0  # pictures that the driver has, for which nobody waits but the summary
 DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
 
 
@@ -106,11 +109,20 @@ class RunRecord:
             tracker.dataset(context, source, self._fingerprints.get(key, ""), rows)
         tracker.close(DESCRIBED_WITHIN_S)
 
-    def describe_pairs(self, folder: Place) -> None:
+    def describe_pairs(self, folder: Place, context: str = "pairs") -> None:
         """The set of pairs that the run itself has made, which is whole."""
         tracker = Tracker(self.uri, self.parent)
-        tracker.dataset("pairs", str(folder), fingerprint(folder), count_rows(folder))
+        tracker.dataset(context, str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
+
+    def scores(self, what: str, device: torch.device | None = None) -> RunScorers:
+        """What scores pictures that the driver has; a metric that fails is said. `device`: as in `RunScorers`."""
+
+        def failed(metric: str, reason: str) -> None:
+            screen.say(f"metric    {metric} of {what} failed, and is left out: {reason}")
+
+        scope = self.runs[0] if self.runs else ""
+        return RunScorers(self.config.evaluation, device, failed, scope=scope or "", within_s=SCORED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""

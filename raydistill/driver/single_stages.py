@@ -9,7 +9,7 @@ import ray
 from tqdm import tqdm
 
 from raydistill.bridge.model import read_description
-from raydistill.config.reading import validate
+from raydistill.config.reading import streams_bridge, validate
 from raydistill.config.schema import Config
 from raydistill.data.pairs import count_rows, covered_rows
 from raydistill.data.shards import FAILURES_FILE, check_settings
@@ -30,7 +30,8 @@ PAIRS_SUMMARY = f"{PAIRS_FOLDER}/summary.json"  # of a run; it is written when t
 def bridge_only(config: Config, run: RunFolder, inputs: Inputs) -> str:
     """Pairs and the Bridge, nothing else; returns the Bridge's folder. Raises StageFailed."""
     with open_record(config, run, inputs) as record:
-        folder = train_bridge_on(record, make_pairs_alone(record))
+        pairs = None if streams_bridge(config) else make_pairs_alone(record)
+        folder = train_bridge_on(record, pairs)
         tracker = Tracker(record.uri, record.parent)
         metrics = dict(read_description(resolve(folder))["metrics"])
         tracker.metrics(metrics, int(metrics.pop("step", config.bridge.steps)))
@@ -49,6 +50,8 @@ def check_trainable(config: Config, run: RunFolder, inputs: Inputs) -> None:
 def check_ablation(config: Config, run: RunFolder, inputs: Inputs) -> None:
     """Raises InputError where a variant cannot be built for this pair of spaces."""
     require_folder(run.storage, "--ablate")
+    if config.bridge.source == "stream":
+        raise InputError("bridge.source=stream: --ablate trains its variants on stored pairs; use bridge.source=stored")
     cells(config, inputs.student, inputs.teacher)
 
 

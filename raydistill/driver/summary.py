@@ -8,17 +8,15 @@ from typing import Any
 import torch
 
 from raydistill.config.command_line import shown_command
-from raydistill.driver.logged_model import log_of_run
+from raydistill.driver.logged_model import has_score, log_of_run
 from raydistill.driver.run_record import RunRecord
-from raydistill.evaluation.evaluator import FixedPrompts
+from raydistill.evaluation.evaluator import FixedPrompts, judge_of
 from raydistill.evaluation.summary import markdown, table, write_summary
 from raydistill.export.pipeline import HOW_TO_DRAW
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
-from raydistill.shapes.judge import Judge
 from raydistill.storage.atomic import move_folder, replacing
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import resolve
 from raydistill.tracking.screen import duration, screen
 from raydistill.tracking.tracker import Tracker
 
@@ -38,7 +36,7 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     stage = record.run.path / "distill"
     if (stage / "export").is_dir():
         move_folder(stage / "export", record.run.path / "export")
-    log_of_run(record.config, record.run, record.uri, record.parent, bool(rows))
+    log_of_run(record.config, record.run, record.uri, record.parent, has_score(record.config, summary))
     write_summary(record.run.path / "summary.json", summary)
     _show(record, results, summary, rows)
     return summary
@@ -50,10 +48,10 @@ def _pictures(record: RunRecord, summary: dict[str, Any]) -> Place:
     rows = kept_pictures(run.path, [name for name in NAMES if name in record.config.controls])
     captions = FixedPrompts(record.inputs.held_out, len(rows["before"]), evaluation.seed).captions
     title, right = f"{run.name}: {record.config.teacher.model} to {record.config.student.model}", None
-    if evaluation.judge is not None:
-        judge = Judge.load(resolve(evaluation.judge))
+    if (judge := judge_of(evaluation)) is not None:
         right = {label: judge.right(images, captions) for label, images in rows.items()}
-        before, after = (summary[f"student_{when}"][evaluation.metric] for when in ("before", "after"))
+    before, after = (summary.get(f"student_{when}", {}).get(evaluation.metric) for when in ("before", "after"))
+    if before is not None and after is not None:
         title += f", {evaluation.metric} {before:.3f} before, {after:.3f} after, of {evaluation.count} pictures"
     sheet = before_after(rows, captions, title=title, right=right)
     with replacing(file := run.path / "grids" / "before_after.png") as fresh:
@@ -75,7 +73,7 @@ def kept_pictures(folder: Place, controls: Sequence[str] = ()) -> dict[str, torc
 
 
 def _summary(record: RunRecord, results: Results) -> dict[str, Any]:
-    """Without a judge there are no tables in it."""
+    """Without a metric there are no tables in it."""
     main = results["distill"]
     stopped = {name: results[name]["stopped"] for name in ("distill", *NAMES) if name in results}
     tables = {"student_before": main["before"], "student_after": main["after"], "teacher": results["teacher"]}
@@ -99,14 +97,23 @@ def _log(record: RunRecord, summary: dict[str, Any], pictures: Place, rows: Mapp
     tracker.artifact(pictures)
     tracker.artifact(record.run.path / "config.yaml")
     shown = f"![before and after](get-artifact?path={pictures.name}&run_uuid={record.parent})"
-    tracker.note("\n\n".join([shown, *([markdown(rows)] if rows else []), f"`{shown_command(record.config)}`"]))
+    tracker.note(
+        "\n\n".join(
+            [
+                shown,
+                *([markdown(rows, record.config.evaluation.metric)] if rows else []),
+                f"`{shown_command(record.config)}`",
+            ]
+        )
+    )
     tracker.close()
 
 
 def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: dict[str, dict[str, float]]) -> None:
     run = record.run
     if rows:
-        screen.show(table(rows, title=f"{run.name}: held-out prompts"), width=80)
+        first = record.config.evaluation.metric
+        screen.show(table(rows, title=f"{run.name}: held-out prompts", first=first), width=80)
     screen.say("stages    " + ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.seconds.items()))
     for name, reason in summary["stopped"].items():
         steps, best = (results[name][key] for key in ("steps", "best_step"))

@@ -26,6 +26,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from raydistill.storage.json_lines import lines_of
 PREFIX = "command:"
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 LAST_LINES = 5  # of what a failed program printed
+WITHIN_S = 900.0  # for all pictures of an evaluation of a run, whose trainers wait
 
 
 def parse_command(text: str) -> tuple[str, list[str]]:
@@ -56,11 +59,14 @@ def parse_command(text: str) -> tuple[str, list[str]]:
     return name, words
 
 
-def run_command(path: str, batch_size: int, name: str, words: list[str], directory: str) -> None:
+def run_command(
+    path: str, batch_size: int, name: str, words: list[str], directory: str, within_s: float | None = None
+) -> None:
     """Ask the program for every picture that has no score yet, and write the metric's scores.
 
     Args:
         path, batch_size: of the `EvaluationFolder`.
+        within_s: after which the program is ended; None: it may take as long as it will.
 
     Raises:
         InputError: it failed, or its answer is wrong; what it answered rightly before is kept.
@@ -73,11 +79,14 @@ def run_command(path: str, batch_size: int, name: str, words: list[str], directo
     if rest:
         replace_text(request, "".join(json.dumps(_asked(folder, p), ensure_ascii=False) + "\n" for p in rest))
         replace_text(answer, "".join(json.dumps(known[index]) + "\n" for index in sorted(known)))
-        done = subprocess.run(
-            [*words, str(request), str(answer)],
-            cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace",
-        )  # fmt: skip
+        try:
+            done = subprocess.run(
+                [*words, str(request), str(answer)],
+                cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", timeout=within_s,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise InputError(f"{name}: {shlex.join(words)} did not end within {within_s:.0f} s") from None
         if done.returncode:
             said = " | ".join(done.stdout.strip().splitlines()[-LAST_LINES:]) or "nothing"
             raise InputError(f"{name}: {shlex.join(words)} ended with code {done.returncode} and said: {said}")
@@ -91,6 +100,23 @@ def run_command(path: str, batch_size: int, name: str, words: list[str], directo
     for batch in folder.batches:
         rows = [_columns(known[picture.index], name) for picture in folder.batch(batch)]
         folder.write(name, batch, {column: [row.get(column) for row in rows] for column in names})
+
+
+class CommandScorer:
+    """The program as a scorer of picture files, for whoever waits for its numbers."""
+
+    def __init__(self, name: str, words: Sequence[str], within_s: float = WITHIN_S) -> None:
+        self.name, self.words, self.within_s = name, list(words), within_s
+
+    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float | None]]:
+        """Raises InputError, as `run_command`."""
+        pictures = [Picture(index, index, prompt, 0) for index, prompt in enumerate(prompts)]
+        with tempfile.TemporaryDirectory() as place:
+            folder = EvaluationFolder.create(Path(place), pictures, {"batch_size": len(pictures)})
+            for picture, file in zip(pictures, files, strict=True):
+                folder.file_of(picture).symlink_to(file)
+            run_command(place, len(pictures), self.name, self.words, str(Path.cwd()), self.within_s)
+            return folder.read(self.name)
 
 
 def _asked(folder: EvaluationFolder, picture: Picture) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluation of one-step students and multi-step teachers: fixed prompts, fixed noise, the judge's table.
+"""Evaluation of one-step students and multi-step teachers: fixed prompts, fixed noise, a table of means.
 
 Shapes: N pictures [N, 3, S, S] in [-1, 1].
 """
@@ -6,7 +6,10 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1].
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +21,8 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
-from raydistill.shapes.judge import Judge
+from raydistill.evaluation.png_scorer import Columns
+from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.storage.resolve import resolve
@@ -50,14 +54,66 @@ class FixedPrompts:
             yield start, start + len(part), part
 
 
+Scores = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a set of pictures.
+
+    Attributes:
+        table: mean of each column, over the pictures that have a number.
+        spread: standard deviation of its numbers.
+        noise: standard error of the mean.
+    """
+
+    table: dict[str, float] = field(default_factory=dict)
+    spread: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+    def with_columns(self, columns: Mapping[str, Sequence[float | None]]) -> Measured:
+        """With these besides; columns without any number are left out."""
+        table, spread, noise = dict(self.table), dict(self.spread), dict(self.noise)
+        for name, values in columns.items():
+            if numbers := [value for value in values if value is not None]:
+                table.setdefault(name, math.fsum(numbers) / len(numbers))
+                spread[name] = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+                noise[name] = spread[name] / math.sqrt(len(numbers))
+        return Measured(table, spread, noise)
+
+
+def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scores: Scores | None) -> Measured:
+    """By the judge and by other metrics, where there are any."""
+    found = Measured()
+    if judge is not None:
+        judged = judge.score(pictures, captions)
+        columns = {name: values.tolist() for name, values in columns_of(judged).items()}
+        found = Measured(table_of(judged)).with_columns(columns)
+    return found if scores is None else found.with_columns(scores(pictures, captions))
+
+
+def judge_of(config: EvaluationConfig) -> Judge | None:
+    """None: the configuration asks for none."""
+    return Judge.load(resolve(config.judge)) if config.judge is not None and config.judged else None
+
+
 class StudentEvaluator:
     """Draws one-step pictures of a fixed set and has them judged."""
 
-    def __init__(self, space: Space, fixed: FixedPrompts, config: EvaluationConfig, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        space: Space,
+        fixed: FixedPrompts,
+        config: EvaluationConfig,
+        device: torch.device | str,
+        scores: Scores | None = None,
+    ) -> None:
+        """`scores`: of the metrics beside the judge; None: they are left out."""
+        self.scores = scores
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
         self.table = PromptTable(space, fixed.captions)
         self.vae = space.load_vae().to(device)
-        self.judge = Judge.load(resolve(config.judge)) if config.judge else None
+        self.judge = judge_of(config)
 
     @torch.no_grad()
     def draw(self, unet: nn.Module, start_timestep: int) -> torch.Tensor:
@@ -70,20 +126,29 @@ class StudentEvaluator:
             pictures.append(self.space.decode(self.vae, latents).cpu())
         return torch.cat(pictures)
 
+    def measured(self, pictures: torch.Tensor) -> Measured:
+        """Empty where nothing is measured."""
+        return measure(pictures, self.fixed.captions, self.judge, self.scores)
+
     def accuracy(self, pictures: torch.Tensor) -> dict[str, float]:
-        """The judge's table; empty without a judge."""
-        return self.judge.accuracy(pictures, self.fixed.captions) if self.judge else {}
+        """The table of means."""
+        return self.measured(pictures).table
 
 
 @torch.no_grad()
 def draw_teacher(
-    generate: Callable[..., Any], space: Space, fixed: FixedPrompts, config: Config, guidance_scale: float
+    generate: Callable[..., Any],
+    space: Space,
+    fixed: FixedPrompts,
+    config: Config,
+    guidance_scale: float,
+    scores: Scores | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """(pictures [N, 3, S, S], the judge's table), by `TeacherClient.generate`. Two requests are under way at any time.
+    """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
-    Without a judge only those are drawn that the grid shows.
+    Without a metric only those are drawn that the grid shows.
     """
-    if config.evaluation.judge is None:
+    if not config.evaluation.measured:
         fixed = fixed.first(config.evaluation.grid)
     table = PromptTable(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
     empty = space.unconditional(table([""]))
@@ -100,5 +165,4 @@ def draw_teacher(
             images.append(space.decode(vae, latents))
             bar.update(len(images), len(batches))
     images = torch.cat(images)
-    judge = Judge.load(resolve(config.evaluation.judge)) if config.evaluation.judge else None
-    return images, judge.accuracy(images, fixed.captions) if judge else {}
+    return images, measure(images, fixed.captions, judge_of(config.evaluation), scores).table

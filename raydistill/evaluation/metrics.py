@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.stages import EvaluationConfig
 from raydistill.errors import InputError
 from raydistill.evaluation.command import PREFIX, parse_command
 from raydistill.evaluation.folder import DRAW, PICTURES, SETTINGS_FILE
-from raydistill.evaluation.weights import find_weights
+from raydistill.evaluation.rewards import ENVIRONMENTS, WEIGHTS
+from raydistill.evaluation.weights import OPTION, find_weights
 from raydistill.export.sampling import SHEETS
 from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import parse
+from raydistill.shapes.judge import COLUMNS as OF_JUDGE
 from raydistill.storage.resolve import resolve
 
-PICTURE_METRICS = ("judge", "clipscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
+PICTURE_METRICS = ("judge", "clipscore", "pickscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
 SET_METRICS = ("frechet", "fid")  # of all pictures, against --reference
+# The parts of CLIP models -> groups of files, of which each must be there.
+_NETWORK = (("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),)
+_TOKENIZER = (("tokenizer.json", "vocab.json"),)
+CLIPS = {
+    "clipscore": {"clipscore": (*_NETWORK, *_TOKENIZER)},
+    "pickscore": {"pickscore": _NETWORK, "pickscore.processor": _TOKENIZER},
+}
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -35,7 +46,24 @@ class Metric:
         return {"weights": self.weights} | ({"command": list(self.command)} if self.command else {})
 
 
-def find_metrics(texts: list[str], named: dict[str, str], pictures: Sequence[Picture], judge: str) -> list[Metric]:
+@dataclass(frozen=True)
+class Naming:
+    """How people name metrics and weights, for messages."""
+
+    metrics: str = "--metrics"
+    weights: str = OPTION
+
+
+IN_A_RUN = Naming("evaluation.metrics", "evaluation.weights.")
+
+
+def find_metrics(
+    texts: Sequence[str],
+    named: Mapping[str, str],
+    pictures: Sequence[Picture],
+    judge: str,
+    naming: Naming = Naming(),  # noqa: B008 (it is frozen)
+) -> list[Metric]:
     """The metrics of --metrics, with weights found.
 
     Raises:
@@ -45,8 +73,8 @@ def find_metrics(texts: list[str], named: dict[str, str], pictures: Sequence[Pic
     for text in texts:
         if text.startswith(PREFIX):
             name, words = parse_command(text)
-            if name in (*PICTURE_METRICS, *SET_METRICS, DRAW):
-                raise InputError(f"--metrics {text}: {name} is a metric already; give the program another name")
+            if name in (*PICTURE_METRICS, *SET_METRICS, *OF_JUDGE, DRAW):
+                raise InputError(f"{naming.metrics} {text}: {name} is a metric already; give the program another name")
             metric = Metric(name, {}, tuple(words))
         elif text in ("judge", "frechet"):
             folder = resolve(judge)
@@ -54,16 +82,75 @@ def find_metrics(texts: list[str], named: dict[str, str], pictures: Sequence[Pic
                 raise InputError(f"--judge {judge}: no judge (judge.safetensors)")
             metric = Metric(text, {"judge": str(folder.resolve())})
         elif text in (*PICTURE_METRICS, *SET_METRICS):
-            metric = Metric(text, find_weights(text, named))
+            metric = Metric(text, find_weights(text, named, naming.weights))
+            for option in CLIPS.get(text, {}):
+                _check_clip(f"{naming.weights}{option}", Path(metric.weights[option]), CLIPS[text][option])
         else:
             known = ", ".join((*PICTURE_METRICS, *SET_METRICS, "command:NAME=PROGRAM"))
-            raise InputError(f"--metrics {text}: unknown; metrics: {known}")
+            raise InputError(f"{naming.metrics} {text}: unknown; metrics: {known}")
         if metric.name in metrics:
-            raise InputError(f"--metrics: {metric.name} is named twice")
+            raise InputError(f"{naming.metrics}: {metric.name} is named twice")
         metrics[metric.name] = metric
     if "judge" in metrics:
         _check_judged(pictures)
     return list(metrics.values())
+
+
+def _check_clip(named: str, folder: Path, needed: Sequence[Sequence[str]]) -> None:
+    """Raises InputError where a folder is no CLIP model of transformers, or lacks a file."""
+    try:
+        kind = json.loads((folder / "config.json").read_bytes()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != "clip":
+        found = "no config.json that names a model" if kind is None else f"model_type {kind!r}"
+        raise InputError(f"{named}={folder}: not a CLIP model of transformers ({found})")
+    for names in needed:
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{named}={folder}: has no {' or '.join(names)}")
+
+
+# -- metrics of a run -------------------------------------------------------------------------------------
+
+
+def metrics_of_run(evaluation: EvaluationConfig, only: str | None = None) -> list[Metric]:
+    """What a run measures beside the judge, with weights found.
+
+    Args:
+        only: this one of `evaluation.metrics`; None: all.
+
+    Raises:
+        InputError: an unknown metric, weights that are not to be had, or what a run cannot measure.
+    """
+    options = [weights.option for needed in WEIGHTS.values() for weights in needed]
+    if unknown := [name for name in evaluation.weights if name not in options]:
+        raise InputError(f"evaluation.weights.{unknown[0]}: no metric has such weights; names: {', '.join(options)}")
+    texts = [text for text in evaluation.metrics if text != "judge" and only in (None, text)]
+    for text in texts:
+        if text in SET_METRICS:
+            raise InputError(
+                f"evaluation.metrics {text}: it compares whole sets of pictures, many more than a run draws; "
+                "jobs/evaluate.py measures it of a finished run"
+            )
+        if text in ENVIRONMENTS and evaluation.gpus_per_scorer is None:
+            raise InputError(
+                f"evaluation.metrics {text}: it needs an environment of its own, which is no trainer's: set "
+                "evaluation.gpus_per_scorer to the GPUs of its actor (0: it runs on a CPU)"
+            )
+    return find_metrics(texts, evaluation.weights, (), "", IN_A_RUN)
+
+
+def check_chosen(evaluation: EvaluationConfig) -> None:
+    """Raises InputError where `evaluation.metric` names nothing that the run measures."""
+    named = {text: parse_command(text)[0] if text.startswith(PREFIX) else text for text in evaluation.measured}
+    columns = [name for text, name in named.items() if text != "judge"]
+    several = tuple(f"{name}." for text, name in named.items() if text.startswith(PREFIX))  # of one program
+    metric, of_judge = evaluation.metric, OF_JUDGE if evaluation.judged else ()
+    if not named or metric in (*of_judge, *columns) or metric.startswith(several):
+        return
+    given = [f"the judge gives {', '.join(of_judge)}"] if of_judge else []
+    given += [f"evaluation.metrics gives {', '.join(columns)}"] if columns else []
+    raise InputError(f"evaluation.metric: {'; '.join(given)}; not {metric!r}")
 
 
 def _check_judged(pictures: Sequence[Picture]) -> None:

@@ -58,6 +58,11 @@ class Weights:
 
 WEIGHTS: dict[str, tuple[Weights, ...]] = {
     "clipscore": (Weights("clipscore", "openai/clip-vit-large-patch14", None, "1.7 GB"),),
+    "pickscore": (
+        Weights("pickscore", "yuvalkirstain/PickScore_v1", None, "about 4 GB"),
+        Weights("pickscore.processor", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None,
+                "a few files; no weights are read"),
+    ),
     "hpsv3": (
         Weights("hpsv3", "MizzenAI/HPSv3", "HPSv3.safetensors", "about 17 GB"),
         Weights("hpsv3.base", "Qwen/Qwen2-VL-7B-Instruct", None, "about 17 GB"),
@@ -74,7 +79,7 @@ WEIGHTS: dict[str, tuple[Weights, ...]] = {
                 "weights-inception-2015-12-05-6726825d.pth"),
     ),
 }  # fmt: skip
-TOKENIZER_ONLY = {"imagereward.tokenizer"}
+TOKENIZER_ONLY = {"imagereward.tokenizer", "pickscore.processor"}
 
 
 def runtime_env(metric: str) -> dict:

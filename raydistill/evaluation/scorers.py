@@ -1,4 +1,5 @@
-"""Metrics that need nothing beyond this project's own packages: the shapes world's judge, its Fréchet distance, CLIPScore.
+"""Metrics that need nothing beyond this project's own packages: the shapes world's judge, its Fréchet distance, CLIPScore,
+PickScore.
 
 A scorer takes picture files and prompts and returns columns of one number a picture.
 """
@@ -17,8 +18,7 @@ from raydistill.evaluation.subject import Subject, load_painter
 from raydistill.pictures.files import load_image, save_png
 from raydistill.pictures.grids import to_pil
 from raydistill.pictures.picture import Picture
-from raydistill.shapes.captions import ATTRIBUTES
-from raydistill.shapes.judge import Judge
+from raydistill.shapes.judge import Judge, columns_of
 from raydistill.storage.staging import on_this_machine
 
 
@@ -49,36 +49,44 @@ class JudgeScorer:
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
         images = torch.stack([load_image(file) for file in files])
-        scores = self.judge.score(images, prompts)
-        table = torch.stack([scores[name] for name in ATTRIBUTES])
-        columns = {"mean": table.mean(0), "all": (table.amin(0) > 0.999).float(), **scores}
+        columns = columns_of(self.judge.score(images, prompts))
         columns["relation"] = self.judge.relation(images, prompts)
         return {name: values.tolist() for name, values in columns.items()}
 
 
-class ClipScorer:
-    """CLIPScore (Hessel et al. 2021): 100 · max(cos(image features, text features), 0), the scale of torchmetrics.
+class _Clip:
+    """A CLIP model's view of pictures and texts, in float32. Texts are cut at the model's length."""
 
-    The paper's own scale is 2.5 instead of 100, with "A photo depicts" before the text; neither is used here.
-    Texts are cut at the model's length.
-    """
-
-    def __init__(self, folder: str, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, folder: str, processor: str | None = None, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        """
+        Args:
+            folder: of the model.
+            processor: folder of tokenizer and picture processor; None: the model's.
+        """
         _limit(threads)
-        self.device = torch.device(device)
-        self.model = CLIPModel.from_pretrained(folder).eval().to(self.device)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        around = processor or folder
+        self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(around)
         self.length = self.model.config.text_config.max_position_embeddings
-        if Path(folder, "preprocessor_config.json").is_file():
-            self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        if Path(around, "preprocessor_config.json").is_file():
+            self.processor = CLIPImageProcessorPil.from_pretrained(around)
         else:
             size = self.model.config.vision_config.image_size
             self.processor = CLIPImageProcessorPil(
                 size={"shortest_edge": size}, crop_size={"height": size, "width": size}
             )
+        self.to(device)
+
+    def to(self, device: str | torch.device) -> None:
+        """Where it computes from now on."""
+        self.device = torch.device(device)
+        self.model.to(self.device)
 
     @torch.no_grad()
-    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
+    def cosines(self, files: Sequence[str], prompts: Sequence[str]) -> torch.Tensor:
+        """Cosine [B] of each picture's features and its prompt's."""
         # one by one: the files may differ in size
         pixels = [self.processor(Image.open(file), return_tensors="pt")["pixel_values"] for file in files]
         tokens = self.tokenizer(
@@ -89,8 +97,27 @@ class ClipScorer:
             input_ids=tokens["input_ids"],
             attention_mask=tokens["attention_mask"],
         )
-        cosine = F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
-        return {"clipscore": (100 * cosine.clamp_min(0)).tolist()}
+        return F.cosine_similarity(out.image_embeds.float(), out.text_embeds.float())
+
+
+class ClipScorer(_Clip):
+    """CLIPScore (Hessel et al. 2021): 100 · max(cos(image features, text features), 0), the scale of torchmetrics.
+
+    The paper's own scale is 2.5 instead of 100, with "A photo depicts" before the text; neither is used here.
+    """
+
+    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
+        return {"clipscore": (100 * self.cosines(files, prompts).clamp_min(0)).tolist()}
+
+
+class PickScorer(_Clip):
+    """PickScore (Kirstain et al. 2023): a CLIP-H trained on people's choices; its logit scale (100) times the cosine.
+
+    About 20. Of two pictures of a prompt that differ by 1, it expects people to choose the better one in 73 % of cases.
+    """
+
+    def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
+        return {"pickscore": (self.model.logit_scale.exp() * self.cosines(files, prompts)).tolist()}
 
 
 def frechet_distance(features: torch.Tensor, reference: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from raydistill.config.schema import Config
 from raydistill.data.shards import notes_of
-from raydistill.spaces import find_family
+from raydistill.spaces import find_family, hub_models
 from raydistill.spaces.hub_model import Licence
 from raydistill.storage.resolve import resolve
 
@@ -53,7 +53,7 @@ def licence_of(model: str, pipeline_class: str) -> Licence:
         return _EMBEDDED
     family = find_family(pipeline_class)
     siblings = {} if family is None else family.hub_models
-    known = siblings.get(model.partition("@")[0])
+    known = hub_models().get(model.partition("@")[0])
     if known is not None:
         return known.licence
     others = ", ".join(f"{name} ({one.licence.name})" for name, one in siblings.items())
@@ -61,13 +61,14 @@ def licence_of(model: str, pipeline_class: str) -> Licence:
 
 
 def student_licences(
-    teacher: str, teacher_class: str, student: str, student_class: str, unet: str | None
+    teacher: str, teacher_class: str, student: str, student_class: str, unet: str | None, drawer: str | None = None
 ) -> list[tuple[str, str, Licence]]:
-    """Whose terms a student inherits: (role, model, terms) of teacher, base and start.
+    """Whose terms a student inherits: (role, model, terms) of teacher, base and start, and of who drew its pictures.
 
     Args:
         teacher, student: `teacher.model`, `student.model`, with the diffusers classes of their folders.
         unet: `student.unet`, which tells no terms; None: the student starts from its own model's UNet.
+        drawer: `synthesis.teacher`; None: no other model than the teacher drew pictures.
     """
     rows = [
         ("Teacher", teacher, licence_of(teacher, teacher_class)),
@@ -75,4 +76,6 @@ def student_licences(
     ]
     if unet is not None:
         rows.append(("Student start", unet, _EMBEDDED if unet.startswith("shapes:") else _START))
+    if drawer is not None:
+        rows.append(("Pictures drawn by", drawer, licence_of(drawer, "")))
     return rows

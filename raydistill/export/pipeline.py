@@ -34,12 +34,13 @@ class ModelCard:
     config_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None  # student.unet; None: the base's own UNet
+    drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
     pictures: Sequence[tuple[str, str | None]] = ()  # sets of real pictures that it learned from: source and licence
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licences = student_licences(
-            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start
+            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start, self.drawer
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}

@@ -27,9 +27,9 @@ def save_png(file: Path, picture: Image.Image, facts: Mapping[str, str]) -> None
         picture.save(fresh, format="PNG", pnginfo=entries)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(picture: Image.Image, compress_level: int = 6) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    picture.save(buffer, format="PNG", compress_level=compress_level)
     return buffer.getvalue()
 
 

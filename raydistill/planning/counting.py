@@ -21,6 +21,7 @@ from raydistill.bridge.model import Bridge, read_description
 from raydistill.bridge.objective import Objective
 from raydistill.bridge.trainer import DECODE_BATCH, BridgeTrainer
 from raydistill.config.networks import BridgeConfig
+from raydistill.config.reading import other_drawer
 from raydistill.config.schema import Config
 from raydistill.data.encode import CHUNK
 from raydistill.data.pairs import Pairs
@@ -49,6 +50,7 @@ from raydistill.planning.counts import (
 from raydistill.planning.meter import Meter, counted
 from raydistill.spaces import hub_models, meta
 from raydistill.spaces.base import Space
+from raydistill.spaces.distilled import drawing_guidance, own_steps
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
 
@@ -291,9 +293,14 @@ def count_models(config: Config, student: Space, teacher: Space) -> Models:
     latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
     part, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
     models = config.teacher.model, config.student.model
-    terms = student_licences(models[0], teacher.pipeline_class, models[1], student.pipeline_class, config.student.unet)
+    drawer = config.synthesis.teacher if other_drawer(config) else None
+    terms = student_licences(
+        models[0], teacher.pipeline_class, models[1], student.pipeline_class, config.student.unet, drawer
+    )
     known = hub_models()
-    gated = {name for name in models if (hub := known.get(name.partition("@")[0])) is not None and hub.gated}
+    gated = {
+        name for name in (*models, drawer or "") if (hub := known.get(name.partition("@")[0])) is not None and hub.gated
+    }
     return Models(
         student=student.pipeline_class,
         teacher=teacher.pipeline_class,
@@ -316,10 +323,16 @@ def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
         return count_trainer(config, student, teacher, it.batch, begins)
     begins("")
     if it.kind == "teacher":
-        return count_teacher(config, teacher, guidance_scale(config, teacher))
+        own = own_steps(teacher, config.teacher.model)
+        return replace(count_teacher(config, teacher, guidance_scale(config, teacher)), own_steps=own)
+    if it.kind == "drawer":
+        drawer = meta.open_space(config.synthesis.teacher) if other_drawer(config) else teacher
+        own = own_steps(drawer, config.synthesis.teacher or config.teacher.model)
+        return replace(count_teacher(config, drawer, drawing_guidance(config, drawer)), own_steps=own)
     if it.kind == "bridge":
         return count_bridge(config, student, teacher, max(1, config.bridge.batch_size // config.distill.fewest))
     if it.kind == "text":
+        spaces |= {"drawer": meta.open_space(config.synthesis.teacher)} if other_drawer(config) else {}
         return {f"{role} {part}": one for role, space in spaces.items() for part, one in count_text(space).items()}
     if it.kind == "vae":
         return {role: count_vae(space) for role, space in spaces.items()}

@@ -5,11 +5,11 @@ Bytes, FLOPs, and the public facts of the models. counting.py counts them, kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raydistill.config.reading import needs_pairs, trains_bridge
+from raydistill.config.reading import draws, needs_pairs, other_drawer, trains_bridge
 from raydistill.config.schema import Config
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number, by the configuration's names
@@ -67,6 +67,7 @@ class Teacher:
     samples: int
     score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
+    own_steps: int | None = None  # of a picture, for a step-distilled model
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Counts:
     small_trainer: Trainer  # at `small_batch` samples
     recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
     network: Teacher
+    drawer: Teacher  # what draws pictures
     bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
     text: dict[str, Text]  # "role part"
     vae: dict[str, Vae]  # by role
@@ -149,18 +151,28 @@ class Counts:
 
     @property
     def text_flops(self) -> float:
-        """One prompt through all text encoders."""
-        return sum(encoder.prompt.flops for encoder in self.text.values())
+        """One prompt through the text encoders of student and teacher."""
+        return sum(encoder.prompt.flops for name, encoder in self.text.items() if not name.startswith("drawer "))
+
+    def drawer_text(self) -> dict[str, Text]:
+        """The text encoders of what draws pictures."""
+        return drawer_text(self.text)
 
 
-def synthesises(config: Config) -> bool:
-    """Whether a run makes pairs."""
+def drawer_text(text: Mapping[str, Text]) -> dict[str, Text]:
+    """Of all text encoders, those of what draws pictures: the drawer's own, else the teacher's."""
+    own = {name: one for name, one in text.items() if name.startswith("drawer ")}
+    return own or {name: one for name, one in text.items() if name.startswith("teacher ")}
+
+
+def makes_pairs(config: Config) -> bool:
+    """Whether a run makes pairs, of pictures that are drawn or of real images."""
     return config.bridge.pairs is None and needs_pairs(config)
 
 
-def samples(config: Config) -> bool:
-    """Whether it makes them from the teacher's samples, not from real images."""
-    return synthesises(config) and config.synthesis.images is None
+def synthesises(config: Config) -> bool:
+    """Whether a run makes any set."""
+    return makes_pairs(config) or draws(config)
 
 
 def pairs_made(config: Config) -> int:
@@ -179,7 +191,7 @@ class Wanted:
     """One thing to count.
 
     Args:
-        kind: trainer, teacher, bridge, text, vae or models.
+        kind: trainer, teacher, drawer, bridge, text, vae or models.
         batch: samples of a trainer's step.
     """
 
@@ -189,7 +201,16 @@ class Wanted:
 
 
 GROWTH = ("small_trainer", "recomputing")  # how a trainer's memory grows; no check that it fits needs them
-FIELDS = ("trainer", *GROWTH, "network", "bridge", "text", "vae", "models")  # of Counts, those that are counted
+FIELDS = (
+    "trainer",
+    *GROWTH,
+    "network",
+    "drawer",
+    "bridge",
+    "text",
+    "vae",
+    "models",
+)  # of Counts, those that are counted
 
 
 def wanted(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Wanted]:
@@ -203,12 +224,16 @@ def wanted(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Wanted]:
         "small_trainer": Wanted("trainer", config, small_batch(config)),
         "recomputing": Wanted("trainer", changed(config, gradient_checkpointing=True), batch),
         "network": Wanted("teacher", config),
+        "drawer": Wanted("drawer", config),
         "bridge": Wanted("bridge", config),
         "text": Wanted("text", config),
         "vae": Wanted("vae", config),
         "models": Wanted("models", config),
     }
-    needless = {"bridge": not trains_bridge(config), "recomputing": config.distill.gradient_checkpointing}
+    alike = not other_drawer(config) and config.synthesis.guidance_scale is None
+    needless = {
+        "bridge": not trains_bridge(config), "recomputing": config.distill.gradient_checkpointing, "drawer": alike,
+    }  # fmt: skip
     return {name: it for name, it in every.items() if name in fields and not needless.get(name)}
 
 
@@ -220,5 +245,5 @@ def small_batch(config: Config) -> int:
 
 def as_counts(config: Config, found: dict[str, Any]) -> Counts:
     """Args: found: every field that `wanted` names."""
-    rest = {"bridge": None, "recomputing": found["trainer"]}
+    rest = {"bridge": None, "recomputing": found["trainer"], "drawer": found["network"]}
     return Counts(batch=config.distill.batch_size, small_batch=small_batch(config), **rest | found)

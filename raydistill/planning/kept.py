@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 import raydistill
-from raydistill.config.reading import flatten
+from raydistill.config.reading import flatten, other_drawer
 from raydistill.config.schema import Config
 from raydistill.errors import InputError
 from raydistill.planning import counts
@@ -39,21 +39,24 @@ READ = {  # keys that a count reads, and sections of which it reads any
         "run.seed", "student", "teacher", "teachers.dtype", "bridge", "fake_score", "discriminator", "vsd", "distill",
     ),
     "teacher": ("student.model", "teacher", "teachers.slice", "teachers.dtype"),
+    "drawer": (
+        "student.model", "teacher", "teachers.slice", "teachers.dtype", "synthesis.teacher", "synthesis.guidance_scale",
+    ),
     "bridge": (
         "student.model", "teacher.model", "teachers.dtype", "bridge", "bridge.steps", "bridge.lr", "distill",
         "prompts.encoder_dtype",
     ),
-    "text": ("student.model", "teacher.model"),
+    "text": ("student.model", "teacher.model", "synthesis.teacher"),
     "vae": ("student.model", "teacher.model"),
     "models": (
         "student.model", "student.unet", "teacher", "distill.batch_size", "distill.micro_batches",
-        "prompts.encoder_dtype",
+        "prompts.encoder_dtype", "synthesis.teacher",
     ),
 }  # fmt: skip
 UNREAD = frozenset(  # of the sections, what people vary in plans and no count reads that does not name it
     {
-        "teacher.sampling_steps", "bridge.pairs", "bridge.steps", "bridge.lr", "discriminator.real_data",
-        "discriminator.real_count", "distill.steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
+        "teacher.sampling_steps", "bridge.pairs", "bridge.source", "bridge.shuffle", "bridge.steps", "bridge.lr", "discriminator.real_data",
+        "discriminator.real_count", "discriminator.real_source", "distill.steps", "distill.warmup_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
         "distill.evaluate_every", "distill.max_failures", "distill.gpus_per_worker", "distill.cpus_per_worker",
         "distill.threads", "distill.node_labels",
     }
@@ -61,6 +64,7 @@ UNREAD = frozenset(  # of the sections, what people vary in plans and no count r
 TYPES = {
     "trainer": TypeAdapter(counts.Trainer),
     "teacher": TypeAdapter(counts.Teacher),
+    "drawer": TypeAdapter(counts.Teacher),
     "bridge": TypeAdapter(counts.BridgeTraining),
     "text": TypeAdapter(dict[str, counts.Text]),
     "vae": TypeAdapter(dict[str, counts.Vae]),
@@ -72,6 +76,7 @@ NAMES = {  # what is shown while a field is counted
     "small_trainer": "a trainer of fewer samples",
     "recomputing": "a trainer that recomputes",
     "network": "the teacher",
+    "drawer": "what draws pictures",
     "bridge": "the Bridge's training",
     "text": "text encoders",
     "vae": "VAEs",
@@ -153,10 +158,11 @@ def _file(it: Wanted, around: dict[str, Any] | None) -> Path | None:
     if around is None:
         return None
     config, bridge = it.config, it.config.bridge.checkpoint
+    drawers = [config.synthesis.teacher] if it.kind in ("drawer", "text", "models") and other_drawer(config) else []
     told = {
         "count": [it.kind, it.batch],
         "configuration": {key: value for key, value in flatten(config).items() if reads(it.kind, key)},
-        "models": [_model(model) for model in (config.student.model, config.teacher.model)],
+        "models": [_model(model) for model in (config.student.model, config.teacher.model, *drawers)],
         "bridge": _folder_of(bridge, "bridge.json") if bridge and it.kind in ("trainer", "bridge") else None,
         **around,
     }

@@ -10,10 +10,20 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from raydistill.config.reading import get, trains_bridge
+from raydistill.config.reading import drawing_config, draws, get, other_drawer, trains_bridge
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
-from raydistill.planning.counts import GROWTH, ITEMSIZE, Counts, Weights, pairs_made, samples, small_batch, synthesises
+from raydistill.planning.counts import (
+    GROWTH,
+    ITEMSIZE,
+    Counts,
+    Weights,
+    drawer_text,
+    pairs_made,
+    small_batch,
+    synthesises,
+)
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.kept import find_counts
 
@@ -36,9 +46,12 @@ class Fit:
         return self.needs <= self.has
 
 
-def teacher_bytes(counts: Any, config: Config, shards: int) -> int:
-    """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations."""
-    network = counts.network
+def teacher_bytes(counts: Any, config: Config, shards: int, drawer: bool = False) -> int:
+    """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations.
+
+    `drawer`: of what draws pictures, instead of the teacher.
+    """
+    network = counts.drawer if drawer else counts.network
     element = ITEMSIZE[config.teachers.dtype]
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
@@ -85,13 +98,24 @@ def encoder_gpu(config: Config) -> str:
 
 ROLES = {
     "teacher rank": Role(
-        "teachers.gpus_per_rank", "network", lambda c: c.plan.teacher_gpu, lambda c: c.vsd.weight > 0 or samples(c)
+        "teachers.gpus_per_rank",
+        "network",
+        lambda c: c.plan.teacher_gpu,
+        lambda c: c.vsd.weight > 0 or (draws(c) and not other_drawer(c)),
+    ),
+    "drawer rank": Role(
+        "teachers.gpus_per_rank",
+        "drawer",
+        lambda c: c.plan.teacher_gpu,
+        lambda c: draws(c) and other_drawer(c),
     ),
     "trainer": Role("distill.gpus_per_worker", "trainer", lambda c: c.plan.trainer_gpu, lambda c: True),
     "Bridge training": Role("distill.gpus_per_worker", "bridge", lambda c: c.plan.trainer_gpu, trains_bridge),
     "text encoder": Role("prompts.gpus_per_encoder", "text", encoder_gpu, lambda c: True),
-    "synthesis, prompts": Role("synthesis.gpus_per_encoder", "text", encoder_gpu, samples),
-    "synthesis, pictures": Role("synthesis.gpus_per_encoder", "vae", encoder_gpu, synthesises),
+    "synthesis, prompts": Role("synthesis.gpus_per_encoder", "text", encoder_gpu, draws),
+    "synthesis, pictures": Role(
+        "synthesis.gpus_per_encoder", "vae", encoder_gpu, lambda c: synthesises(c) or streams_bridge(c)
+    ),
 }
 
 
@@ -105,7 +129,7 @@ def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
     """Every role on the kind of GPU that it is planned for; those that ask for none are left out, but for the networks that
     train and teach.
     """
-    always = ("teacher rank", "trainer", "Bridge training")
+    always = ("teacher rank", "drawer rank", "trainer", "Bridge training")
     roles = {role: it for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)}
     kinds = {role: it.kind(config) for role, it in roles.items()}
     return [_fit(role, counts, config, kind, _has(config, role, gpus[kind])) for role, kind in kinds.items()]
@@ -115,12 +139,14 @@ def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
     """Args: counts: a Counts, or anything with those of its fields that the role needs."""
     if role == "trainer":
         return _fit_trainer(counts, config, gpu, has)
-    if role == "teacher rank":
-        least = next((s for s in SHARDS if teacher_bytes(counts, config, s) <= has), None)
+    if role in ("teacher rank", "drawer rank"):
+        draw = role == "drawer rank"
+        least = next((s for s in SHARDS if teacher_bytes(counts, config, s, draw) <= has), None)
         advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
         if least:
-            advice = f"teachers.shards={least} is enough"
-        return Fit(role, gpu, teacher_bytes(counts, config, config.teachers.shards), has, advice)
+            advice = f"{'synthesis' if draw else 'teachers'}.shards={least} is enough"
+        shards = drawing_config(config).teachers.shards if draw else config.teachers.shards
+        return Fit(role, gpu, teacher_bytes(counts, config, shards, draw), has, advice)
     if role == "Bridge training":
         needs = counts.bridge.peak
         return Fit(role, gpu, needs, has, _bridge_advice(config, fits=needs <= has))
@@ -136,7 +162,8 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
         pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
         held = 4 * sum(vae.parameters for vae in vaes) + pictures
         return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
-    texts = {name: t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")}
+    own = {name: t for name, t in counts.text.items() if not name.startswith("drawer ")}
+    texts = own if role == "text encoder" else drawer_text(counts.text)
     size = {name: _element(name, config) for name in texts}
     chunk = next(iter(texts.values())).chunk
     prompts = min(chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
@@ -146,7 +173,7 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
 
 def _element(name: str, config: Config) -> int:
     """Bytes of a number of a text encoder: the student's are float32 (see `workers.parts.batches_after`)."""
-    return ITEMSIZE[config.prompts.encoder_dtype if name.startswith("teacher") else "float32"]
+    return ITEMSIZE["float32" if name.startswith("student") else config.prompts.encoder_dtype]
 
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
@@ -201,11 +228,13 @@ def _bridge_advice(config: Config, fits: bool) -> str:
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
-    encoders = sum(_element(name, config) * encoder.parameters for name, encoder in counts.text.items())
+    own = {name: one for name, one in counts.text.items() if not name.startswith("drawer ")}
+    encoders = sum(_element(name, config) * encoder.parameters for name, encoder in own.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
     if config.discriminator.weight > 0 and config.discriminator.real_data is None:
-        held["real samples"] = min(pairs_made(config), config.discriminator.real_count) * counts.models.real_row_bytes
+        made = config.synthesis.count if draws(config) else pairs_made(config)
+        held["real samples"] = min(made, config.discriminator.real_count) * counts.models.real_row_bytes
     return held
 
 
@@ -225,6 +254,8 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
         InputError: a role does not fit and plan.launch is refuse; names key and remedy. Also what `count_run` raises.
     """
     used = [role for role in roles or ROLES if get(config, ROLES[role].key) > 0 and ROLES[role].used(config)]
+    if roles is not None and (other_drawer(config) or not draws(config)):  # no distillation, whose teachers score
+        used = [role for role in used if role != "teacher rank"]
     if not used or config.plan.launch == "ignore":
         return []
     gpus, found = known_gpus(config), find_counts(config, [ROLES[role].counted for role in used])

@@ -9,19 +9,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from raydistill.config.reading import draws_pairs
 from raydistill.config.schema import Config
-from raydistill.planning.counts import ITEMSIZE, Counts
+from raydistill.config.stages import streams_bridge
+from raydistill.planning.counts import ITEMSIZE, Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
 from raydistill.planning.memory import encoder_gpu, host_bytes, memory, trainer_remedies
 from raydistill.planning.schedule import (
+    bridge_schedule,
     gather_seconds,
     phases,
+    picture_seconds,
     price,
     replicas,
     schedule,
     shared_gather_seconds,
 )
-from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, wrapped
+from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, speeds, wrapped
 
 PAPER_HOURS = "64 GPU-hours for the Bridge, 160 for 3,000 student updates (8 H100, teachers in the trainers' processes)"
 
@@ -36,7 +40,7 @@ def details(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         _step(counts, config, gpus),
         _run(counts, config, gpus),
         _kinds(counts, config, gpus),
-        _assumptions(config),
+        _assumptions(config, gpus),
     )
     return "\n\n".join(sections)
 
@@ -146,7 +150,7 @@ def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         lines.append(
             f"ZeRO-3: a rank receives {_amount(network.parameters * element * (1 - 1 / shards), 'B')} a forward, "
             f"{gather_seconds(counts, config, gpu, shards):.3f} s beside "
-            f"{gpu.seconds(network.score, config.plan.efficiency):.3f} s of arithmetic on {config.plan.teacher_gpu}"
+            f"{gpu.seconds(network.score, gpu.share('teacher', config)):.3f} s of arithmetic on {config.plan.teacher_gpu}"
         )
     if config.fake_score.shard and config.distill.workers > 1:
         seconds = shared_gather_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
@@ -232,6 +236,7 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
         f"the paper's own: {PAPER_HOURS}",
     ]
     timing = schedule(counts, config, gpus)
+    lines += _pictures(counts, config, gpus)
     if timing.text >= timing.work + timing.wait:
         hours = config.distill.steps * (timing.work + timing.wait) / 3600
         lines.append(f"distillation would take {hours:.2f} h if its text encoders kept up")
@@ -242,6 +247,23 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             *map(_line, lines),
         )
     )
+
+
+def _pictures(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[str]:
+    """What the VAE encoders give, and what is taken of it."""
+    synthesis, streams = config.synthesis, streams_bridge(config)
+    if not (streams or makes_pairs(config)):
+        return []
+    actors = synthesis.encoders * (config.distill.fewest if streams else 1)
+    on = f"{synthesis.gpus_per_encoder:g} {encoder_gpu(config)}" if synthesis.gpus_per_encoder else "CPUs"
+    if not streams:
+        rate = 1 / picture_seconds(counts, config, gpus, drawn=draws_pairs(config))
+        return [f"both VAEs: {rate:.3g} pictures a second, on {actors} actors of {on} each"]
+    bridge = bridge_schedule(counts, config, gpus)
+    return [
+        f"both VAEs: {bridge.given:.3g} pictures a second, on {actors} actors of {on} each, beside the Bridge's training, "
+        f"which could take {bridge.taken:.3g}"
+    ]
 
 
 def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
@@ -266,7 +288,7 @@ def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     )
 
 
-def _assumptions(config: Config) -> str:
+def _assumptions(config: Config, gpus: dict[str, Gpu]) -> str:
     plan = config.plan
     return "\n".join(
         (
@@ -278,7 +300,7 @@ def _assumptions(config: Config) -> str:
             ),
             wrapped(
                 "",
-                f"Modelled, not measured: seconds at plan.efficiency={plan.efficiency:g} of a data-sheet peak, "
+                f"Modelled: seconds at a share of the data sheet's peak, {speeds(config, gpus)}; "
                 f"plan.cpu_gflops={plan.cpu_gflops:g} of a CPU thread, {plan.network_gbits:g} Gbit/s between nodes, "
                 f"plan.reserve={plan.reserve:g} of the memory for everything that is no tensor.",
                 0,

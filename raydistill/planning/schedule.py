@@ -1,6 +1,6 @@
 """Seconds, GPU-hours and price of a run, modelled from what was counted and from the table of GPUs.
 
-Seconds are FLOPs / (peak · plan.efficiency), never below the time of the bytes that must move. Not in it: start-up,
+Seconds are FLOPs / (peak · share of it, by kind of GPU and role), never below the time of the bytes that must move. Not in it: start-up,
 evaluation, controls, loading, stragglers.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from raydistill.config.reading import drawing_config, draws_pairs, draws_samples
 from raydistill.config.schema import Config
-from raydistill.planning.counts import ITEMSIZE, Counts, Weights, pairs_made, samples, synthesises
+from raydistill.config.stages import streams_bridge
+from raydistill.planning.counts import ITEMSIZE, Counts, Weights, makes_pairs, pairs_made
 from raydistill.planning.gpus import Gpu
 from raydistill.planning.memory import ROLES, encoder_gpu
 
@@ -80,15 +82,15 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
     """One micro-batch on one replica: equally many forwards on every rank, and the way there and back."""
     network, plan = counts.network, config.plan
     rounds = -(-counts.batch // config.distill.micro_batches // (network.samples * shards))
-    compute = gpu.seconds(network.score, plan.efficiency)
+    compute = gpu.seconds(network.score, gpu.share("teacher", config))
     moved = counts.models.request_bytes + counts.models.answer_bytes
     return rounds * max(compute, gather_seconds(counts, config, gpu, shards)) + moved / (1e9 * plan.network_gbits / 8)
 
 
-def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
+def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int, drawer: bool = False) -> float:
     """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
-    element = ITEMSIZE[config.teachers.dtype]
-    return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
+    element, network = ITEMSIZE[config.teachers.dtype], counts.drawer if drawer else counts.network
+    return network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 
 
 def text_rate(config: Config, gpus: dict[str, Gpu]) -> float:
@@ -96,7 +98,8 @@ def text_rate(config: Config, gpus: dict[str, Gpu]) -> float:
     plan, prompts = config.plan, config.prompts
     if not prompts.gpus_per_encoder:
         return prompts.encoders * prompts.threads_per_encoder * 1e9 * plan.cpu_gflops
-    whole = gpus[encoder_gpu(config)].flops_per_s(prompts.encoder_dtype, plan.efficiency)
+    gpu = gpus[encoder_gpu(config)]
+    whole = gpu.flops_per_s(prompts.encoder_dtype, gpu.share("text", config))
     return prompts.encoders * min(1.0, prompts.gpus_per_encoder) * whole
 
 
@@ -105,7 +108,8 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     plan, trainer, distill, workers = config.plan, counts.trainer, config.distill, config.distill.workers
     gpu, teacher_gpu, updates = gpus[plan.trainer_gpu], gpus[plan.teacher_gpu], config.fake_score.updates
     make, fake, student = (
-        gpu.seconds(work, plan.efficiency, bool(distill.tf32)) for work in (trainer.make, trainer.fake, trainer.student)
+        gpu.seconds(work, gpu.share("trainer", config), bool(distill.tf32))
+        for work in (trainer.make, trainer.fake, trainer.student)
     )
     gathered = distill.micro_batches * shared_gather_seconds(trainer.weights, gpu, config)
     gan = config.discriminator.weight > 0
@@ -163,66 +167,124 @@ def _held(*groups: tuple[str, float]) -> dict[str, float]:
 
 
 def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
-    """The run in order. The teacher service is there from the first phase to the last, if it is needed at all."""
+    """The run in order. What draws pictures is there while they are drawn, the teachers while they score.
+
+    A teacher that draws, in a run whose Bridge is not trained, goes on with scoring.
+    """
     plan, timing, distill = config.plan, schedule(counts, config, gpus), config.distill
-    a_replica = config.teachers.shards * config.teachers.gpus_per_rank
-    uses_teachers = ROLES["teacher rank"].used(config)
-
-    def teachers(ongoing: int) -> tuple[str, float]:
-        return plan.teacher_gpu, replicas(config, ongoing) * a_replica * uses_teachers
-
     trainers = plan.trainer_gpu, distill.workers * distill.gpus_per_worker
     result = []
-    if synthesises(config):
-        actors = config.synthesis.encoders * (2 if samples(config) else 1)
-        hours, bound = _synthesis(counts, config, gpus)
-        held = _held((encoder_gpu(config), actors * config.synthesis.gpus_per_encoder), teachers(_asked(config)))
-        result.append(Phase("synthesis", hours, held, bound))
-    if counts.bridge is not None:
-        one = gpus[plan.trainer_gpu].seconds(counts.bridge.step, plan.efficiency, bool(distill.tf32))
-        seconds = config.bridge.steps * one
-        held = _held((trainers[0], distill.fewest * distill.gpus_per_worker), teachers(0))
-        result.append(Phase("Bridge training", seconds / 3600, held, "trainers"))
+    if makes_pairs(config):
+        result.append(_set("synthesis", counts, config, gpus, drawn=draws_pairs(config)))
+    if draws_samples(config):
+        result.append(_set("samples", counts, config, gpus, drawn=True))
+    if (bridge := bridge_schedule(counts, config, gpus)) is not None:
+        encoders = distill.fewest * config.synthesis.encoders * config.synthesis.gpus_per_encoder
+        held = _held(
+            (trainers[0], distill.fewest * distill.gpus_per_worker),
+            (encoder_gpu(config), encoders if streams_bridge(config) else 0),
+        )
+        bound = "VAE encoders" if bridge.encoders > bridge.trainers else "trainers"
+        result.append(Phase("Bridge training", config.bridge.steps * bridge.step / 3600, held, bound))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
     texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
-    held = _held(trainers, teachers(0), texts)
+    scoring = config if ROLES["teacher rank"].used(config) else None
+    held = _held(trainers, (plan.teacher_gpu, 0 if scoring is None else _ranks(scoring)), texts)
     result.append(Phase("distillation", distill.steps * timing.step / 3600, held, bound))
     return result
 
 
-def _asked(config: Config) -> int:
-    """Requests for samples that are under way during synthesis."""
-    return config.synthesis.encoders * config.synthesis.in_flight if samples(config) else 0
+def _ranks(config: Config, ongoing: int = 0) -> float:
+    """GPUs of the service while so many requests are under way."""
+    return replicas(config, ongoing) * config.teachers.shards * config.teachers.gpus_per_rank
 
 
-def _synthesis(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> tuple[float, str]:
-    """Hours, and what decides them: teachers, VAEs and text encoders work side by side."""
-    plan, synthesis, teachers = config.plan, config.synthesis, config.teachers
-    gpu, share = gpus[encoder_gpu(config)], min(1.0, synthesis.gpus_per_encoder)
+def _set(name: str, counts: Counts, config: Config, gpus: dict[str, Gpu], *, drawn: bool) -> Phase:
+    """A set of pairs: hours, and what decides them. What draws, VAEs and text encoders work side by side."""
+    synthesis, asked = config.synthesis, config.synthesis.encoders * config.synthesis.in_flight
+    kind, gpu = encoder_gpu(config), gpus[encoder_gpu(config)]
+    seconds = {"VAEs": picture_seconds(counts, config, gpus, drawn=drawn)}
+    held = [(kind, synthesis.encoders * (2 if drawn else 1) * synthesis.gpus_per_encoder)]
+    if drawn:
+        drawers, network, teacher_gpu = drawing_config(config), counts.drawer, gpus[config.plan.teacher_gpu]
+        ranks = min(replicas(drawers, asked), asked) * drawers.teachers.shards
+        forward = max(
+            teacher_gpu.seconds(network.score, teacher_gpu.share("teacher", config)),
+            gather_seconds(counts, drawers, teacher_gpu, drawers.teachers.shards, drawer=True),
+        )
+        steps = synthesis.sampling_steps or network.own_steps or config.teacher.sampling_steps
+        seconds["teachers"] = steps * forward / network.samples / ranks
+        float32 = config.prompts.encoder_dtype == "float32"
+        text = sum(encoder.prompt.flops for encoder in counts.drawer_text().values())
+        tflops = gpu.fp32_tflops if float32 else gpu.bf16_tflops
+        seconds["text encoders"] = _on_encoders("text", text, tflops, config, gpu)
+        held.append((config.plan.teacher_gpu, _ranks(drawers, asked)))
+    bound = max(seconds, key=seconds.get)
+    rows = config.synthesis.count if drawn else pairs_made(config)
+    return Phase(name, rows * seconds[bound] / 3600, _held(*held), bound)
 
-    def on_encoders(flops: float, tflops: float) -> float:
-        rate = share * 1e12 * plan.efficiency * tflops
-        return flops / (synthesis.encoders * (rate or 1e9 * plan.cpu_gflops * synthesis.threads_per_encoder))
 
-    drawn, vae_T, vae_S = samples(config), counts.vae["teacher"], counts.vae["student"]
+def _on_encoders(role: str, flops: float, tflops: float, config: Config, gpu: Gpu) -> float:
+    """Seconds of so many operations on `synthesis.encoders` actors."""
+    synthesis = config.synthesis
+    rate = min(1.0, synthesis.gpus_per_encoder) * 1e12 * gpu.share(role, config) * tflops
+    return flops / (synthesis.encoders * (rate or 1e9 * config.plan.cpu_gflops * synthesis.threads_per_encoder))
+
+
+def picture_seconds(counts: Counts, config: Config, gpus: dict[str, Gpu], *, drawn: bool = False) -> float:
+    """Seconds in which `synthesis.encoders` actors encode one picture with both VAEs; one that is drawn is decoded first."""
+    vae_T, vae_S, gpu = counts.vae["teacher"], counts.vae["student"], gpus[encoder_gpu(config)]
     picture = vae_T.encode.flops / vae_T.batch + vae_S.encode.flops / vae_S.batch
     picture += vae_T.decode.flops / vae_T.batch if drawn else 0
-    seconds = {"VAEs": on_encoders(picture, gpu.float32(tf32=True))}  # float32, whose convolutions torch runs in TF32
-    if drawn:
-        teacher_gpu = gpus[plan.teacher_gpu]
-        ranks = min(replicas(config, _asked(config)), _asked(config)) * teachers.shards
-        forward = max(
-            teacher_gpu.seconds(counts.network.score, plan.efficiency),
-            gather_seconds(counts, config, teacher_gpu, teachers.shards),
-        )
-        text = sum(encoder.prompt.flops for name, encoder in counts.text.items() if name.startswith("teacher"))
-        seconds["teachers"] = config.teacher.sampling_steps * forward / counts.network.samples / ranks
-        seconds["text encoders"] = on_encoders(
-            text, gpu.fp32_tflops if config.prompts.encoder_dtype == "float32" else gpu.bf16_tflops
-        )
-    bound = max(seconds, key=seconds.get)
-    return pairs_made(config) * seconds[bound] / 3600, bound
+    # in float32, whose convolutions torch runs in TF32
+    return _on_encoders("vae", picture, gpu.float32(tf32=True), config, gpu)
+
+
+@dataclass(frozen=True)
+class BridgeSchedule:
+    """Seconds of one step of the Bridge's training.
+
+    Attributes:
+        trainers: that its networks take.
+        encoders: that the VAEs take to encode its pictures, beside the trainers; 0 where pairs are stored.
+        batch: pictures of a step.
+        actors: that encode, of each worker.
+    """
+
+    trainers: float
+    encoders: float
+    batch: int
+    actors: int
+
+    @property
+    def step(self) -> float:
+        return max(self.trainers, self.encoders)
+
+    @property
+    def taken(self) -> float:
+        """Pictures a second that the trainers could take."""
+        return self.batch / self.trainers
+
+    @property
+    def given(self) -> float:
+        """Pictures a second that the encoders could give."""
+        return self.batch / self.encoders
+
+    @property
+    def enough(self) -> int:
+        """Actors of each worker from which on the trainers never wait."""
+        return math.ceil(self.actors * self.encoders / self.trainers)
+
+
+def bridge_schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> BridgeSchedule | None:
+    """None: no Bridge is trained."""
+    if counts.bridge is None:
+        return None
+    gpu, batch, actors = gpus[config.plan.trainer_gpu], config.bridge.batch_size, config.synthesis.encoders
+    trainers = gpu.seconds(counts.bridge.step, gpu.share("trainer", config), bool(config.distill.tf32))
+    picture = picture_seconds(counts, config, gpus) if streams_bridge(config) else 0.0
+    return BridgeSchedule(trainers, batch * picture / config.distill.fewest, batch, actors)
 
 
 def rented(gpu: Gpu, count: float) -> int:

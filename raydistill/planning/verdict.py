@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from raydistill.config.reading import flatten, get, needs_pairs
+from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
-from raydistill.planning.counts import Counts, pairs_made, synthesises
+from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import ROLES, memory
-from raydistill.planning.schedule import Phase, Schedule, asked_at_once, phases, price, rented, replicas, schedule
+from raydistill.planning.memory import ROLES, encoder_gpu, memory
+from raydistill.planning.schedule import (
+    Phase,
+    Schedule,
+    asked_at_once,
+    bridge_schedule,
+    phases,
+    price,
+    rented,
+    replicas,
+    schedule,
+)
 from raydistill.storage.globs import expand, is_pattern
 from raydistill.storage.hub import is_hub_id
 from raydistill.storage.place import is_uri
@@ -23,9 +35,14 @@ WIDTH = 80  # columns of all that a plan prints
 LABEL = 10  # columns of what stands before a line
 FEWER_PAIRS = 100_000
 WORTH_SAYING = 0.98  # of the price; what saves less is not said
-WHO = {"trainer": "trainers", "Bridge training": "trainers", "teacher rank": "teachers"}  # all others encode
+WHO = {
+    "trainer": "trainers",
+    "Bridge training": "trainers",
+    "teacher rank": "teachers",
+    "drawer rank": "drawers",
+}  # all others encode
 PATHS = (
-    "student.model", "student.unet", "teacher.model", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
+    "student.model", "student.unet", "teacher.model", "synthesis.teacher", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
     "synthesis.images", "prompts.path", "evaluation.prompts", "evaluation.judge",
 )  # fmt: skip
 
@@ -51,9 +68,10 @@ def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     rents = any(part.gpus for part in parts)
     lines = {
         "fits": _fits(counts, config, gpus, parts),
-        "watch": "; ".join(_watch(counts, config, timing)) if rents else "",
+        "watch": "; ".join(_watch(counts, config, gpus, timing)) if rents else "",
         "money": _money(config, gpus, parts) if rents else "no GPU is rented",
         "savings": _saved(counts, config, gpus) if rents else "",
+        "speeds": speeds(config, gpus) if rents else "",
         "needs": _needs(counts, config),
         "terms": _terms(counts),
     }
@@ -66,7 +84,7 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     if not any(part.gpus for part in parts):
         return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
     nodes = "; ".join(
-        f"{rented(gpus[kind], count)} {kind} ({', '.join(dict.fromkeys(who))})"
+        f"{_nodes(gpus[kind], kind, count)} ({', '.join(dict.fromkeys(who))})"
         for kind, (count, who) in _held(config, parts).items()
     )
     total, market = price(parts, config, gpus), "spot" if config.plan.spot else "on-demand"
@@ -81,6 +99,12 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phas
     others = [kind for kind in gpus if all_fits(counts, on_one_kind(config, kind), gpus)]
     helps = f"All of it fits {', '.join(others)}" if others else "No kind of GPU that is known holds all of it"
     return f"NO. {'. '.join(lacking)}. {helps}. It would be {run}"
+
+
+def _nodes(gpu: Gpu, kind: str, count: float) -> str:
+    """GPUs that are rented for so many; where more than half of them idle, also how many are used."""
+    whole, used = rented(gpu, count), math.ceil(count)
+    return f"{whole} {kind}" if 2 * used >= whole else f"{used} of the {whole} {kind} of whole nodes"
 
 
 def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
@@ -107,8 +131,16 @@ def _time(hours: float) -> str:
     )
 
 
-def _watch(counts: Counts, config: Config, timing: Schedule) -> Iterator[str]:
-    """What slows the run down for no use."""
+def _watch(counts: Counts, config: Config, gpus: dict[str, Gpu], timing: Schedule) -> Iterator[str]:
+    """What slows the run down for no use, or keeps it from beginning."""
+    if counts.network.own_steps is not None and config.vsd.weight > 0:
+        yield "teacher.model is step-distilled and gives no scores: name it in synthesis.teacher, and its base there"
+    bridge = bridge_schedule(counts, config, gpus)
+    if bridge is not None and bridge.encoders > bridge.trainers:
+        yield (
+            f"the Bridge's trainers wait for pictures: they take {bridge.taken:.3g} a second, the VAE encoders give "
+            f"{bridge.given:.3g} (raise synthesis.encoders, from {bridge.enough} a worker on they do not wait)"
+        )
     if timing.text >= timing.work + timing.wait:
         yield "the trainers wait for the text encoders (raise prompts.encoders or prompts.gpus_per_encoder)"
     elif config.vsd.weight > 0 and timing.replicas_needed is None:
@@ -136,6 +168,22 @@ def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
         f"decided by {part.bound})"
         for part in parts
     )
+
+
+def speeds(config: Config, gpus: dict[str, Gpu]) -> str:
+    """The share of the peak that each role is planned with, and where it comes from."""
+    plan, lines = config.plan, []
+    kinds = {
+        "teacher": plan.teacher_gpu,
+        "trainer": plan.trainer_gpu,
+        "text": encoder_gpu(config),
+        "vae": encoder_gpu(config),
+    }
+    names = {"teacher": "teachers", "trainer": "trainers", "text": "text encoders", "vae": "VAEs"}
+    for role, kind in kinds.items():
+        speed = gpus[kind].of(role, config)
+        lines.append(f"{names[role]} {speed.share:.0%} on {kind} ({speed.source})")
+    return ", ".join(lines)
 
 
 # -- savings ----------------------------------------------------------------------------------------------
@@ -169,13 +217,18 @@ def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[
 def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[tuple[str, Config]]:
     """Settings that may save, whatever they save."""
     timing = schedule(counts, config, gpus)
-    if synthesises(config):
+    if makes_pairs(config):
         yield "bridge.pairs=… (pairs that you have)", _with(config, "bridge", pairs="…")
-        if (made := pairs_made(config)) > FEWER_PAIRS:
-            key = "count" if config.synthesis.images is None else "image_count"
-            yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
+    if draws_pairs(config):
+        yield "synthesis.images=… (pictures that you have)", _with(config, "synthesis", images="…")
+    if makes_pairs(config) and (made := pairs_made(config)) > FEWER_PAIRS:
+        key = "count" if config.synthesis.images is None else "image_count"
+        yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
     if not config.plan.spot:
         yield "plan.spot=true", _with(config, "plan", spot=True)
+    bridge = bridge_schedule(counts, config, gpus)
+    if bridge is not None and bridge.encoders > bridge.trainers and config.synthesis.gpus_per_encoder:
+        yield f"synthesis.encoders={bridge.enough}", _with(config, "synthesis", encoders=bridge.enough)
     needed, fixed = timing.replicas_needed, config.teachers.max_replicas is None
     if needed and fixed and needed != min(replicas(config), asked_at_once(config)):
         yield f"teachers.replicas={needed}", _with(config, "teachers", replicas=needed)
@@ -231,8 +284,12 @@ def _is_here(value: str) -> bool:
 
 def _used(config: Config, key: str) -> bool:
     """Whether a run reads what this key names."""
+    if key == "synthesis.teacher":
+        return draws(config) and other_drawer(config)
     if key == "discriminator.real_data":
         return config.discriminator.weight > 0
+    if key == "synthesis.images" and streams_bridge(config):
+        return True
     return key not in ("bridge.pairs", "synthesis.images") or needs_pairs(config)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from raydistill.shapes.captions import ATTRIBUTES, BACKGROUNDS, COLORS, POSITIONS, SHAPES, SIZES, Scene, parse
 
+COLUMNS = ("mean", "all", *ATTRIBUTES)  # of the judge's table
 _HEADS = {"shape": 1 + len(SHAPES), "color": len(COLORS), "size": len(SIZES)}
 RESOLUTION = 64
 
@@ -129,9 +130,7 @@ class Judge(nn.Module):
 
     def accuracy(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
         """Mean accuracy per attribute, their mean under `mean`, and `all` (every attribute right)."""
-        scores = self.score(images, captions)
-        table = {name: float(scores[name].mean()) for name in ATTRIBUTES}
-        return table | {"mean": sum(table.values()) / len(table), "all": float(_all_right(scores).float().mean())}
+        return table_of(self.score(images, captions))
 
     def right(self, images: torch.Tensor, captions: Sequence[str]) -> list[bool]:
         """Whether every attribute of a picture is right."""
@@ -149,6 +148,18 @@ class Judge(nn.Module):
         judge = cls(**json.loads((folder / "config.json").read_text()))
         judge.load_state_dict({k: v.float() for k, v in load_file(folder / "judge.safetensors").items()})
         return judge.eval().requires_grad_(False)
+
+
+def table_of(scores: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The table of `Judge.accuracy`, of what `Judge.score` gives."""
+    table = {name: float(scores[name].mean()) for name in ATTRIBUTES}
+    return table | {"mean": sum(table.values()) / len(table), "all": float(_all_right(scores).float().mean())}
+
+
+def columns_of(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The columns of that table, one number a picture, each [B]."""
+    table = torch.stack([scores[name] for name in ATTRIBUTES])
+    return {"mean": table.mean(0), "all": _all_right(scores).float(), **scores}
 
 
 def _all_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:

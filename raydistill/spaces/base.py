@@ -32,6 +32,7 @@ from raydistill.spaces.hub_model import HubModel
 from raydistill.spaces.settings import Settings, built, diffusers_class
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # schedulers of models that consistency distillation has made
 MOST_TIMESTEPS = 100_000  # of a training schedule; schedulers hold numbers for each
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # conditioning: name -> shape of one sample, dtype
 
@@ -145,6 +146,19 @@ class Space(LatentSpace):
     default_guidance_scale: ClassVar[float]
     default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
     attention_reader: ClassVar[AttentionReader | None] = None  # None: a Bridge trains without attention fidelity
+
+    @property
+    def distilled_sign(self) -> str | None:
+        """What of the configuration files says that the model is step-distilled (`spaces.distilled`); None: they do not.
+
+        Of every family, latent consistency models: their scheduler, or a UNet that takes its guidance scale as an input.
+        """
+        schedule, network = self.part_config("scheduler"), self.part_config(self.network_name)
+        if schedule["_class_name"] in CONSISTENCY:
+            return f"{schedule['_class_name']} in {schedule.file}"
+        if network.get("time_cond_proj_dim") is not None:
+            return f"time_cond_proj_dim in {network.file}"
+        return None
 
     # -- text --------------------------------------------------------------------------------------
     @abstractmethod

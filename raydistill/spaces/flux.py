@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -43,7 +43,7 @@ class FluxSpace(FlowSpace):
         "black-forest-labs/FLUX.1-dev": HubModel(
             Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL), "flux1-dev", gated=True
         ),
-        "black-forest-labs/FLUX.1-schnell": HubModel(APACHE),
+        "black-forest-labs/FLUX.1-schnell": HubModel(APACHE, "flux1-schnell", distilled_steps=4),
     }
     lora_targets = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD, "proj_mlp", "proj_out")
     default_guidance_scale = 3.5
@@ -51,7 +51,6 @@ class FluxSpace(FlowSpace):
     attention_reader = AttentionReader(
         cut=first_blocks(block_lists, "attn"), watch=watch_rotary_norms, image_tokens=patches
     )
-    tokens_asked = {"tokenizer_2": 512}
     unused_parts = {"image_encoder": None, "feature_extractor": None}
 
     @cached_property
@@ -59,6 +58,22 @@ class FluxSpace(FlowSpace):
         channels = self.part_config("transformer").whole("in_channels") // 4
         side = self.pixels_of_vae // self.downscale
         return channels, side, side
+
+    @property
+    def distilled_sign(self) -> str | None:
+        """[schnell] has no guidance input and samples on the plain schedule; both at once are its own."""
+        network, schedule = self.part_config("transformer"), self.part_config("scheduler")
+        plain = not schedule.get("use_dynamic_shifting") and schedule.get("shift") == 1.0
+        if network["guidance_embeds"] or not plain:
+            return super().distilled_sign
+        return (
+            f"guidance_embeds=false, and in {schedule.file} shift=1 without use_dynamic_shifting, as FLUX.1 [schnell]"
+        )
+
+    @cached_property
+    def tokens_asked(self) -> Mapping[str, int]:
+        """[schnell] was made with shorter texts of T5 than [dev]."""
+        return {"tokenizer_2": 256 if self.distilled_sign else 512}
 
     @cached_property
     def embeds_guidance(self) -> bool:

@@ -29,11 +29,7 @@ def position_ids(frames: int, height: int, width: int, length: int, device: torc
 
 
 class Flux2KleinSpace(FlowSpace):
-    """FLUX.2 [klein] base teachers, with true CFG.
-
-    Raises:
-        InputError: the folder holds a step-distilled [klein]: it samples in four steps, but gives no scores.
-    """
+    """FLUX.2 [klein]: base models with true CFG, and the step-distilled ones, which draw without guidance."""
 
     pipeline_class = "Flux2KleinPipeline"
     hub_models = {
@@ -41,19 +37,19 @@ class Flux2KleinSpace(FlowSpace):
         "black-forest-labs/FLUX.2-klein-base-9B": HubModel(
             Licence("FLUX Non-Commercial License", "other", NON_COMMERCIAL)
         ),
+        "black-forest-labs/FLUX.2-klein-4B": HubModel(APACHE, "flux2-klein-4b", distilled_steps=4),
+        "black-forest-labs/FLUX.2-klein-9B": HubModel(
+            Licence("FLUX Non-Commercial License", "other", NON_COMMERCIAL), distilled_steps=4
+        ),
     }
     default_guidance_scale = 4.0
     default_shift = 3.0  # SD 3's: the pipeline's fit, for 50 steps, puts 41 % of the times above 0.9
     block_lists, attention_reader = FluxSpace.block_lists, FluxSpace.attention_reader
     tokens_asked = {"tokenizer": 512}
 
-    def __init__(self, folder: str | Path) -> None:
-        super().__init__(folder)
-        if self.index.get("is_distilled"):
-            raise InputError(
-                f"{folder}: is step-distilled (is_distilled in model_index.json); a teacher must be a base model, "
-                "for example FLUX.2-klein-base-4B"
-            )
+    @property
+    def distilled_sign(self) -> str | None:
+        return f"is_distilled=true in {self.index.file}" if self.index.get("is_distilled") else super().distilled_sign
 
     @cached_property
     def lora_targets(self) -> tuple[str, ...]:

@@ -24,11 +24,13 @@ class HubModel:
         sizes: its configuration files (`published.write_folder`): a file of `spaces/published` by its name, or the path
             of another. None: planning needs the model's own files in the hub's cache.
         gated: the hub gives its files to those alone who have accepted the licence.
+        distilled_steps: of a step-distilled model, the evaluations that its page draws a picture with; None: it is none.
     """
 
     licence: Licence
     sizes: str | Path | None = None
     gated: bool = False
+    distilled_steps: int | None = None
 
 
 APACHE = Licence("Apache License 2.0", "apache-2.0", "Permissive; keep the notices.")

@@ -46,6 +46,9 @@ class StableDiffusion3Space(FlowSpace):
     hub_models = {
         "stabilityai/stable-diffusion-3.5-medium": HubModel(STABILITY, "sd3.5-medium", gated=True),
         "stabilityai/stable-diffusion-3.5-large": HubModel(STABILITY, "sd3.5-large", gated=True),
+        "stabilityai/stable-diffusion-3.5-large-turbo": HubModel(
+            STABILITY, "sd3.5-large", gated=True, distilled_steps=4
+        ),
     }
     lora_targets = (
         *JOINT_ATTENTION,

@@ -22,6 +22,15 @@ class SDXLSpace(StableDiffusionSpace):
     network_settings = {"addition_embed_type": "text_time"}
 
     @property
+    def distilled_sign(self) -> str | None:
+        """SDXL-Turbo is published with a scheduler that adds noise at every step, on trailing timesteps."""
+        schedule = self.part_config("scheduler")
+        ancestral = schedule["_class_name"] == "EulerAncestralDiscreteScheduler"
+        if ancestral and schedule.get("timestep_spacing") == "trailing":
+            return f"EulerAncestralDiscreteScheduler with trailing timesteps in {schedule.file}, as SDXL-Turbo"
+        return super().distilled_sign
+
+    @property
     def pooled_width(self) -> int:
         """Channels of the pooled text embedding that the UNet was made for."""
         config = self.network_config

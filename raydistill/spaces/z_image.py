@@ -34,12 +34,12 @@ def watch_turned(attention: nn.Module, sink: Sink) -> None:
 
 
 class ZImageSpace(FlowSpace):
-    """Z-Image teachers, with true CFG. Z-Image-Turbo has the same layout but is step-distilled: it gives no scores."""
+    """Z-Image, with true CFG. Z-Image-Turbo has the same layout but is step-distilled: it draws, and gives no scores."""
 
     pipeline_class = "ZImagePipeline"
     hub_models = {
         "Tongyi-MAI/Z-Image": HubModel(APACHE, "z-image"),
-        "Tongyi-MAI/Z-Image-Turbo": HubModel(APACHE),
+        "Tongyi-MAI/Z-Image-Turbo": HubModel(APACHE, "z-image-turbo", distilled_steps=8),
     }
     lora_targets = (
         "attention.to_q",
@@ -56,6 +56,13 @@ class ZImageSpace(FlowSpace):
         cut=first_blocks(block_lists, "attention"), watch=watch_turned, image_tokens=patches, image_first=True
     )
     tokens_asked = {"tokenizer": 512}
+
+    @property
+    def distilled_sign(self) -> str | None:
+        """The two are published with other shifts of the schedule: 6 of Z-Image, 3 of Z-Image-Turbo."""
+        schedule = self.part_config("scheduler")
+        turbo = not schedule.get("use_dynamic_shifting") and schedule.get("shift") == 3.0
+        return f"shift=3 in {schedule.file}, as Z-Image-Turbo" if turbo else super().distilled_sign
 
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from raydistill.storage.staging import fetch, on_this_machine
 
 SHAPES_PREFIX = "shapes:"
 PATTERN_KEYS = ("prompts.path", "evaluation.prompts")  # may name several files
-HUB_KEYS = ("student.model", "teacher.model")  # may name a model of the Hugging Face hub
+HUB_KEYS = ("student.model", "teacher.model", "synthesis.teacher")  # may name a model of the Hugging Face hub
 
 
 # -- outputs ----------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 def _of_hub(config: Config, key: str) -> bool:
     value = get(config, key)
-    return key in HUB_KEYS and is_hub_id(value) and not local_path(value).exists()
+    return key in HUB_KEYS and value is not None and is_hub_id(value) and not local_path(value).exists()
 
 
 def _check_path(key: str, value: str | None) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,9 @@ from raydistill.bridge.model import doublings, read_description
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.data.pairs import Pairs, PairSet
+from raydistill.data.pair_stream import stream_needs
+from raydistill.data.pairs import Pairs, open_pairs
+from raydistill.data.pictures import Pictures
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
@@ -28,6 +29,7 @@ from raydistill.storage.resolve import resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.adoption import Runs, mark
+from raydistill.workers.bridge_feed import Feed, Stored, Streamed
 from raydistill.workers.checkpoint import save_state
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 BRIDGE_FOLDER, CHECKPOINTS = "bridge", "bridge-checkpoints"  # of a run
 LOG_EVERY = 10
-CURVES = "curves"
+CURVES, CURSORS = "curves", "cursors"
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,13 @@ class TrainedBridge:
 def train_bridge(
     config: Config,
     run_dir: str | Place,
-    pairs_folder: str | Path,
+    pairs_folder: str | Path | None = None,
     tracking_uri: str | None = None,
     tracking_run: str | None = None,
     runs: Runs = (),
+    *,
+    pictures: Pictures | None = None,
+    held_out: Collection[str] = (),
 ) -> TrainedBridge:
     """Train the Bridge of the configured student and teacher, or go on from this folder's last checkpoint.
 
@@ -62,9 +67,11 @@ def train_bridge(
 
     Args:
         run_dir: absolute folder on storage that every node sees, or a URI; the result is `run_dir/bridge`.
-        pairs_folder: parquet shards of pairs, on such storage too.
+        pairs_folder: parquet shards of pairs, on such storage too; None with pictures.
         tracking_uri, tracking_run: MLflow run that receives metrics and pictures; None: no logging.
         runs: ids of the run, its own first; its checkpoints bear one of them.
+        pictures: are encoded beside training instead (`bridge.source=stream`).
+        held_out: prompts whose pictures are left out of those.
 
     Raises:
         InputError: the pair of spaces or the pairs cannot be used (before anything starts).
@@ -73,7 +80,8 @@ def train_bridge(
     run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
     progress = run_dir / "bridge-progress.json"
-    settings = {"config": config.model_dump(), "pairs": str(pairs_folder), "progress": str(progress)}
+    settings = {"config": config.model_dump(), "pairs": pairs_folder and str(pairs_folder), "progress": str(progress)}
+    settings |= {"pictures": pictures, "held_out": frozenset(held_out)}
     settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run, "runs": runs}
     with ProgressWatcher(progress, "bridge"):
         result = train(
@@ -85,15 +93,17 @@ def train_bridge(
             checkpoints=CHECKPOINTS,
             steps=config.bridge.steps,
             encoders=False,  # captions are encoded in the workers
+            beside=[] if pictures is None else stream_needs(config.synthesis, config.distill.fewest),
         )
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
 
 
-def _check(config: Config, pairs_folder: str | Path) -> None:
+def _check(config: Config, pairs_folder: str | Path | None) -> None:
     """Refuse what no worker could train on, before any is started."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     doublings(student, teacher)
-    PairSet(resolve(str(pairs_folder)), teacher.latent_shape, student.latent_shape)
+    if pairs_folder is not None:
+        open_pairs(resolve(str(pairs_folder)), teacher, student)
     if config.bridge.projector == "identity":
         raise StageFailed("bridge.projector identity has nothing to train")
 
@@ -160,41 +170,59 @@ def _train(settings: dict[str, Any]) -> None:
     allow_tf32(config.distill.tf32)
     trainer = build_trainer(config, settings["pairs"], worker.device, rank=worker.rank, world_size=worker.world)
     curves: dict[int, dict[str, float]] = {}
+    cursors: list[dict[str, int]] | None = None
     if (found := newest_state("bridge", worker, progress.parent / CHECKPOINTS, runs)) is not None:
         trainer.load_state_dict(found.state)
-        curves = found.state.get(CURVES, curves)
+        curves, cursors = found.state.get(CURVES, curves), found.state.get(CURSORS)
     tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
     log = MetricLog(progress.parent, *tracking, curves)
     last = config.bridge.steps
-    started, first = time.monotonic(), trainer.step_count
+    feed: Feed = Stored(trainer.objective)
+    if settings["pictures"] is not None and trainer.step_count < last:
+        feed = Streamed(config, trainer.objective, settings["pictures"], settings["held_out"], cursors)
+    started, first, waited = 0.0, trainer.step_count, 0.0
     try:
-        for batch in _batches(trainer, first, last):
+        for batch, seconds in _timed(feed.batches(first, last)):
+            if trainer.step_count == first:  # the time in which a stream begins is no part of its pace
+                started = time.monotonic()
+            else:
+                waited += seconds
             losses = trainer.step(batch)
             step = trainer.step_count
             if step % LOG_EVERY == 0 or step == last:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
-                log.metrics(losses | {"throughput/pairs_per_s": rate}, step)
+                seen = feed.metrics(worker) | {
+                    "throughput/pairs_per_s": rate,
+                    "time/wait_pairs": waited / (step - first),
+                }
+                log.metrics(losses | seen, step)
                 if worker.rank == 0:
                     shown = {"loss": losses["loss/bridge"], "pairs/s": rate}
                     write_progress(progress, step=step, total=last, **shown)
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER, runs)
+                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER, runs, feed.cursors(worker))
     finally:
+        feed.close()
         log.close()
 
 
-def _batches(trainer: BridgeTrainer, first: int, stop: int) -> Iterator[Pairs]:
-    """Batches of steps first … stop - 1; the next one is read while the last one is trained on."""
-    with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(trainer.objective.batch, first) if first < stop else None
-        for step in range(first, stop):
-            batch = ahead.result()
-            ahead = reader.submit(trainer.objective.batch, step + 1) if step + 1 < stop else None
-            yield batch
+def _timed(batches: Iterator[Pairs]) -> Iterator[tuple[Pairs, float]]:
+    """Batches, and how many seconds each was waited for."""
+    while True:
+        began = time.monotonic()
+        if (batch := next(batches, None)) is None:
+            return
+        yield batch, time.monotonic() - began
 
 
-def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs) -> None:
-    """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge."""
+def _checkpoint(
+    trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs, cursors: list[dict[str, int]] | None
+) -> None:
+    """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge.
+
+    Args:
+        cursors: where each worker goes on in its stream; None: pairs are stored.
+    """
     if trainer.objective.rank:
         ray.train.report({})
         return
@@ -204,6 +232,7 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs
     log.image(picture, "reconstruction", step)
     with scratch(stage) as folder:
         trainer.bridge.save(folder / BRIDGE_FOLDER, metrics | {"step": step})
-        save_state(folder, trainer.state_dict() | {CURVES: log.curves}, {"step": step} | mark(runs))
+        state = trainer.state_dict() | {CURVES: log.curves} | ({CURSORS: cursors} if cursors else {})
+        save_state(folder, state, {"step": step} | mark(runs))
         lease.check(stage)
         ray.train.report(metrics | {"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))

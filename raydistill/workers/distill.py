@@ -148,9 +148,9 @@ class DistillationRun:
         self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:
-        """None are left where a collapse has ended the stage before."""
-        stopped = self.config.distill.stop_on_collapse and self.standing.stopped
-        return range(self.standing.step + 1, self.standing.step + 1 if stopped else self.config.distill.steps + 1)
+        """None are left where a collapse or a plateau has ended the stage before."""
+        ended = self.standing.ended(self.config.distill)
+        return range(self.standing.step + 1, self.standing.step + 1 if ended else self.config.distill.steps + 1)
 
     def begin(self) -> None:
         """Look at the start, or catch up with what was logged; then wait until the teachers are there."""
@@ -177,17 +177,18 @@ class DistillationRun:
         """What rank 0 sees counts for all, so that all end after the same step.
 
         Returns:
-            Whether the run was asked to leave; `standing.stopped` says whether a collapse ends it.
+            Whether the run was asked to leave; `standing.stopped` says whether a collapse or a plateau ends it.
         """
-        mine = (None, False)
+        mine, distill = (None, False), self.config.distill
         if self.observer:
-            collapse = self.standing.collapse if self.config.distill.stop_on_collapse else None
-            mine = (collapse, step < self.config.distill.steps and stop_requested(self.stage.path()))
+            ends = self.standing.collapse if distill.stop_on_collapse else None
+            ends = ends or (self.standing.plateau if distill.stop_on_plateau else None)
+            mine = (ends, step < distill.steps and stop_requested(self.stage.path()))
         self.standing.stopped, self._leaves = self.worker.from_rank_0(mine)
         return self._leaves
 
     def checkpoint_is_due(self, leave: bool) -> bool:
-        """Every `checkpoint_every`, at the last step, after a collapse, before leaving."""
+        """Every `checkpoint_every`, at the last step, where the stage ends early, before leaving."""
         step, distill = self.standing.step, self.config.distill
         return step % distill.checkpoint_every == 0 or step == distill.steps or bool(self.standing.stopped) or leave
 
@@ -222,5 +223,7 @@ class DistillationRun:
 
     def close(self, within_s: float) -> None:
         """Send what waits for MLflow; a run that was asked to leave waits for it `within_s` seconds at most."""
+        if self.observer:
+            self.observer.close()
         if self.tracker:
             self.tracker.close(within_s if self._leaves else 60.0)

@@ -8,28 +8,32 @@ from typing import Any
 
 import torch
 
-from raydistill.config.reading import config_hash
+from raydistill.config.reading import config_hash, draws, other_drawer
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.updates import Distiller
-from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.evaluation.evaluator import FixedPrompts, Measured, StudentEvaluator
 from raydistill.export.licences import picture_sets
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
+from raydistill.shapes.judge import COLUMNS as OF_JUDGE
 from raydistill.storage.atomic import read_json, replace_text, writing
 from raydistill.storage.place import Place
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.adoption import load, mark
 from raydistill.workers.checkpoint import CheckpointError, save_state
+from raydistill.workers.scorers import RunScorers
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
 FIRST = "0-overview"
 SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
-FALL = 0.1  # of the periodic evaluation below its best: a collapse
+# What the periodic evaluation falls below its best in a collapse: of the judge's shares, and of other metrics in standard
+# deviations of single pictures (half of one is about 0.1 of the judge's mean as well).
+FALL, FALL_IN_SPREADS = 0.1, 0.5
 BEST = "best"  # folder of a stage
 
 
@@ -45,18 +49,24 @@ class Observer:
         self._told_of_cuts = False
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
         evaluation, networks = config.evaluation, distiller.networks
+        scope = next(iter(stage.runs), None) or ""
+        self.scores = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
 
         def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
             fixed = FixedPrompts(prompts, count, seed)
-            return StudentEvaluator(networks.student_space, fixed, evaluation, networks.device)
+            return StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scores)
 
         self.final = evaluator(held_out_prompts(config), evaluation.count, evaluation.seed)
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
         self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
 
-    def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, dict[str, float]]:
+    def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, Measured]:
         pictures = evaluator.draw(self.distiller.networks.evaluated, self.config.student.start_timestep)
-        return pictures, evaluator.accuracy(pictures)
+        return pictures, evaluator.measured(pictures)
+
+    def _tell_of_failure(self, metric: str, reason: str) -> None:
+        print(f"{self.stage.name}: metric {metric} failed, and the run goes on without it: {reason}", flush=True)
+        self.tracker.tags({f"metric_failed.{metric.partition('=')[0].replace(':', '.')}": reason})
 
     # -- at the start --------------------------------------------------------------------------------
     def before(self) -> None:
@@ -68,9 +78,9 @@ class Observer:
         started = time.monotonic()
         self._final_evaluation("before", 0)
         self.standing.final_s = time.monotonic() - started
-        score, table = self._periodic_evaluation(0)
-        self.standing.score = score or 0.0
-        self.tracker.metrics(table, 0)
+        measured = self._periodic_evaluation(0)
+        self.standing.score = measured.table.get(self.config.evaluation.metric, 0.0)
+        self.tracker.metrics(_named(measured), 0)
         # for a run that collapses before its first evaluation, which is better than this
         self.best.keep(0, self.standing.score)
 
@@ -89,9 +99,9 @@ class Observer:
         drifted = self.distiller.alarm.reason
         self._alarm(step, drifted)
         if step % distill.evaluate_every == 0 or step == distill.steps:
-            score, table = self._periodic_evaluation(step)
-            metrics |= table
-            self._compare(step, score, drifted)
+            measured = self._periodic_evaluation(step)
+            metrics |= _named(measured)
+            self._compare(step, measured, drifted)
         metrics |= self._headline(metrics)
         self.tracker.metrics(metrics, step)
         shown = {name.removeprefix("loss/"): float(metrics[name]) for name in SHOWN_LOSSES if name in metrics}
@@ -128,33 +138,58 @@ class Observer:
             self.tracker.tags({"collapse_alarm": message})
         self.standing.collapse = None if reason is None else self.standing.collapse or f"step {step}: {reason}"
 
-    def _compare(self, step: int, score: float | None, drifted: str | None) -> None:
-        """Alarm where the evaluation falls well below its best; keep the best student.
+    def _compare(self, step: int, measured: Measured, drifted: str | None) -> None:
+        """Alarm where the evaluation falls well below its best, notice a plateau; keep the best student.
 
-        Without a judge (score None) the last student counts as the best, unless its latents have drifted away.
+        Without a metric the last student counts as the best, unless its latents have drifted away. So it does where
+        the metric has failed at all evaluations so far; one that fails later leaves the best as it is.
         """
-        standing = self.standing
+        standing, metric = self.standing, self.config.evaluation.metric
+        score = measured.table.get(metric)
+        if score is None and self.config.evaluation.measured:
+            if standing.best == float("-inf") and drifted is None:
+                self.best.keep(step, standing.score)
+            return
         standing.score = float(step) if score is None else score
-        if score is not None and score < standing.best - FALL:
-            self._alarm(step, f"evaluation fell to {score:.3f} from {standing.best:.3f}")
+        if score is not None:
+            fall = FALL if metric in OF_JUDGE else FALL_IN_SPREADS * measured.spread[metric]
+            if score < standing.best - fall:
+                self._alarm(step, f"evaluation fell to {score:.3f} from {standing.best:.3f}")
+            self._look_for_plateau(step, score, measured.noise[metric])
         if (score is not None or drifted is None) and standing.score > standing.best:
             standing.best = standing.score
             self.best.keep(step, standing.score)
 
+    def _look_for_plateau(self, step: int, score: float, noise: float) -> None:
+        """Say that the score no longer rises, where that ends the stage."""
+        standing, allowed = self.standing, self.config.distill.stop_on_plateau
+        standing.observe(score, noise)
+        if allowed is None or standing.flat < allowed:
+            standing.plateau = None
+            return
+        metric = self.config.evaluation.metric
+        standing.plateau = (
+            f"step {step}: {metric} has not risen above {standing.peak:.3f} by its noise ({noise:.3f}) in {standing.flat} "
+            "evaluations"
+        )
+        print(f"{self.stage.name}: plateau: {standing.plateau}", flush=True)
+        self.tracker.tags({"plateau": standing.plateau})
+
     # -- evaluations ---------------------------------------------------------------------------------
-    def _periodic_evaluation(self, step: int) -> tuple[float | None, dict[str, float]]:
-        """(what students are compared by, metrics) of the student on training prompts, whose pictures are logged."""
-        pictures, table = self._evaluate(self.periodic)
+    def _periodic_evaluation(self, step: int) -> Measured:
+        """Of the student on training prompts; its pictures are logged."""
+        pictures, measured = self._evaluate(self.periodic)
         count = self.config.evaluation.grid
         self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
         metric = self.config.evaluation.metric
-        score = table[metric] if table else None
+        score = measured.table.get(metric)
         self._measured = {} if score is None else {f"{metric}@{step}": score}
-        return score, {f"eval/periodic_{key}": value for key, value in table.items()}
+        return measured
 
     def _final_evaluation(self, name: str, step: int) -> dict[str, float]:
-        """The judge's table of the student on held-out prompts; pictures and table are kept as `name` and logged."""
-        pictures, table = self._evaluate(self.final)
+        """The table of the student on held-out prompts; pictures and table are kept as `name` and logged."""
+        pictures, measured = self._evaluate(self.final)
+        table = measured.table
         count = self.config.evaluation.grid
         save_pictures(self.stage.path(f"{name}.safetensors"), pictures[:count])
         replace_text(self.stage.path(f"{name}.json"), json.dumps(table))
@@ -178,19 +213,26 @@ class Observer:
             "after": table,
             "steps": standing.step,
             "best_step": best_step,
-            "stopped": standing.stopped if self.config.distill.stop_on_collapse else None,
+            "stopped": standing.ended(self.config.distill),
         }
         replace_text(self.stage.path("result.json"), json.dumps(result, indent=1))
 
     def _compare_with_start(self, table: dict[str, Any], before: dict[str, Any]) -> None:
         """Say where the student has become worse."""
         metric = self.config.evaluation.metric
-        if table and table[metric] < before[metric]:
+        if metric in table and metric in before and table[metric] < before[metric]:
             worse = (
                 f"eval/{metric} on held-out prompts is {table[metric]:.3f}, and was {before[metric]:.3f} at the start"
             )
             print(f"{self.stage.name}: the student is worse than before: {worse}", flush=True)
             self.tracker.tags({"worse_than_start": worse})
+
+    def close(self) -> None:
+        self.scores.close()
+
+
+def _named(measured: Measured) -> dict[str, float]:
+    return {f"eval/periodic_{key}": value for key, value in measured.table.items()}
 
 
 class BestStudent:
@@ -226,6 +268,7 @@ class BestStudent:
             config_hash=config_hash(config),
             metrics=table,
             start=config.student.unet,
+            drawer=config.synthesis.teacher if draws(config) and other_drawer(config) else None,
             pictures=picture_sets(config),
         )
 

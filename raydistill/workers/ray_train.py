@@ -51,6 +51,7 @@ def train(
     elastic: bool = False,
     service: str | None = None,
     encoders: bool = True,
+    beside: Sequence[placement.Need] = (),
     needs: Sequence[Future[Any]] = (),
 ) -> ray.train.Result:
     """Have the workers of the `distill` section run `body(settings)`, from the last checkpoint to the end.
@@ -62,7 +63,7 @@ def train(
         checkpoints: name of its folder of checkpoints.
         steps: of the whole stage.
         elastic: between `distill.min_workers` and `distill.workers` of them; else as many as there are at any time.
-        service, encoders: as in `wait_for_room`.
+        service, encoders, beside: as in `wait_for_room`.
         needs: what runs beside it; the first failure there ends the wait, and is raised.
 
     Raises:
@@ -72,7 +73,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     forget_fatal_error(folder)
-    wait_for_room(config, service, encoders)
+    wait_for_room(config, service, encoders, beside)
     distill = config.distill
     workers: Any = distill.fewest
     settings = settings | {"lease": lease_of(folder)}
@@ -124,12 +125,15 @@ def resume(stage: str, folder: Place, runs: Runs, steps: int) -> None:
         screen.say(f"{screen.numbered(stage)}: resumes at update {step} of {steps}")
 
 
-def wait_for_room(config: Config, service: str | None = None, encoders: bool = True) -> None:
+def wait_for_room(
+    config: Config, service: str | None = None, encoders: bool = True, beside: Sequence[placement.Need] = ()
+) -> None:
     """Wait until there is room for the fewest workers that will do.
 
     Args:
         service: of teachers that this run starts meanwhile: room for those that are not placed yet is not the workers'.
         encoders: the workers' text encoders need room as well.
+        beside: what else does.
 
     Raises:
         StageFailed: there is still none, and no node can be added; Ray Train would wait for ever.
@@ -139,7 +143,7 @@ def wait_for_room(config: Config, service: str | None = None, encoders: bool = T
         replicas = config.teachers.replicas
         placed = sum(state == "CREATED" for state in placement.groups(service)) if service else replicas
         texts = [encoder_need(config)] if encoders else []
-        return [rank_need(config, max(0, replicas - placed)), worker_need(config), *texts]
+        return [rank_need(config, max(0, replicas - placed)), worker_need(config), *texts, *beside]
 
     placement.wait_for_room(needs)
 
@@ -277,6 +281,14 @@ class Worker:
         context = ray.train.get_context()
         device = get_device() if config.distill.gpus_per_worker else torch.device("cpu")
         return cls(context.get_world_rank(), context.get_world_size(), device)
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What every worker gives, by rank, on every worker."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        torch.distributed.all_gather_object(values, value)
+        return values
 
     def from_rank_0(self, value: Any) -> Any:
         """What rank 0 gives, on every worker."""

@@ -7,6 +7,7 @@ import operator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from raydistill.config.stages import DistillConfig
 from raydistill.storage.atomic import read_json
 from raydistill.storage.lease import Lease
 from raydistill.storage.place import Place
@@ -46,18 +47,33 @@ class Standing:
     score: float = 0.0  # of the last evaluation
     stopped: str | None = None  # the collapse that ended the stage
     collapse: str | None = None  # the alarm, while it lasts
+    plateau: str | None = None  # why the score counts as one that no longer rises
+    peak: float | None = None  # score that has last risen by more than its noise
+    flat: int = 0  # evaluations since
     final_s: float = 0.0  # that the evaluation of the start took, and the one at the end will; 0: not known
 
     @classmethod
     def of(cls, about: dict[str, Any]) -> Standing:
         """Of a checkpoint, which an earlier version may have written."""
-        lasting = {name: about.get(name) for name in ("stopped", "collapse")}
-        return cls(
-            step=about["step"], best=about["best"], score=about["score"], final_s=about.get("final_s", 0.0), **lasting
-        )
+        lasting = {name: about.get(name) for name in ("stopped", "collapse", "plateau", "peak")}
+        later = {name: about[name] for name in ("final_s", "flat") if name in about}
+        return cls(step=about["step"], best=about["best"], score=about["score"], **lasting, **later)
+
+    def observe(self, score: float, noise: float) -> None:
+        """Count the evaluations since the score has last risen by more than its standard error."""
+        if self.peak is None or score > self.peak + noise:
+            self.peak, self.flat = score, 0
+        else:
+            self.flat += 1
+
+    def ended(self, distill: DistillConfig) -> str | None:
+        """Why the stage has ended early, where the configuration lets it."""
+        if self.stopped is None or self.stopped != self.plateau:
+            return self.stopped if distill.stop_on_collapse else None
+        return self.stopped if distill.stop_on_plateau is not None and self.flat >= distill.stop_on_plateau else None
 
     def about(self, mlflow_run: str, runs: Runs = ()) -> dict[str, Any]:
         known = asdict(self)
-        if not self.final_s:  # as in checkpoints of earlier versions
-            del known["final_s"]
+        later = {"final_s": 0.0, "plateau": None, "peak": None, "flat": 0}  # as in checkpoints of earlier versions
+        known = {name: value for name, value in known.items() if name not in later or value != later[name]}
         return known | {"mlflow_run": mlflow_run} | mark(runs)

@@ -71,9 +71,11 @@ def test_the_gpu_section_compares_with_the_paper_and_the_plan():
     result = {"scores": [], "zero3": {}, "matrix_tflops": 1.0, "torch": "2", "repeats": 1, "dry_run": True}
     seconds = {"bridge_s": 0.004, "teacher_decoder_s": 0.005, "student_decoder_s": 0.002, "added_s": 0.007}
     result |= {"student": step | {"counted_bytes": 2e9, "peak_bytes": 3e9}, "bridges": [bridge | seconds]}
+    result["speeds"] = {"kind": "H100", "shares": {"teacher": 0.3}, "file": "speeds.yaml"}
     text = gpu_section.table(result)
     assert "| SD 3.5 | 4 ms | 5 ms | 2 ms | +7 ms | +7.45 ms |" in text
     assert "counted 2 GB, measured 3 GB, measured / counted 1.500" in text
+    assert "of the data sheet's peak of H100: teacher 30.0%; the planner reads speeds.yaml" in text
 
 
 def test_a_real_size_step_changes_the_student_through_the_bridge(run_script, here, tmp_path):

@@ -20,6 +20,7 @@ from raydistill.distillation.networks import load_unet
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
 from raydistill.errors import NonFiniteError
+from raydistill.evaluation.evaluator import Measured
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.teachers.request import NonFiniteScores
@@ -298,3 +299,71 @@ def test_a_student_that_ends_below_its_start_is_said_to_be_worse(observe, tmp_pa
     said = f"eval/mean on held-out prompts is {after['mean']:.3f}, and was {before['mean']:.3f} at the start"
     assert observer.tracker.tagged == [{"worse_than_start": said}]
     assert said in capsys.readouterr().out
+
+
+# -- other metrics ------------------------------------------------------------------------------------------
+
+
+def measured_as(observer, values):
+    """The observer measures these: (mean, spread, noise) of clipscore, evaluation by evaluation; None: the metric failed."""
+    coming = iter(values)
+
+    def evaluate(evaluator):
+        found = next(coming)
+        table = [{}] * 3 if found is None else [{"clipscore": value} for value in found]
+        return torch.zeros(4, 3, 8, 8), Measured(*table)
+
+    observer._evaluate = evaluate
+
+
+CLIP = ("evaluation.metrics=[clipscore]", "evaluation.metric=clipscore", "distill.drift_limit=null")
+
+
+def watch(observer, steps):
+    for step in steps:
+        observer.after_step(step, 1, {"time/step": 1.0})
+
+
+def test_the_chosen_metric_keeps_the_best_and_a_fall_of_half_its_spread_raises_the_alarm(observe, tmp_path):
+    _, observer = observe(*CLIP)
+    measured_as(observer, [(29, 3, 0.2), (30, 3, 0.2), (28.6, 3, 0.2), (28.4, 3, 0.2)])
+    watch(observer, (2, 4, 6))
+    assert load_state(tmp_path / "best")[1] == {"step": 4, "score": 30}
+    assert observer.standing.collapse is None
+    observer._compare(8, observer._periodic_evaluation(8), None)
+    assert observer.standing.collapse == "step 8: evaluation fell to 28.400 from 30.000"
+    assert observer.tracker.values["0-overview/score", 6] == 28.6
+
+
+def test_a_plateau_ends_the_stage_as_a_collapse_does_and_exports_the_best(observe, tmp_path, capsys):
+    _, observer = observe(*CLIP, "distill.stop_on_plateau=2")
+    small_rises = [(29, 3, 0.5), (29.3, 3, 0.5), (29.6, 3, 0.5), (29.7, 3, 0.5), (30.05, 3, 0.5)]
+    measured_as(observer, [*small_rises, (29.9, 3, 0.5)])
+    distill, standing = observer.config.distill, observer.standing
+    watch(observer, (2, 4))  # 29.3 is no rise yet
+    kept = Standing.of(standing.about("run"))  # what a resume reads
+    assert kept == standing
+    assert (kept.peak, kept.flat) == (29, 1)
+    watch(observer, (6,))  # 29.6 is more than 0.5 above 29
+    assert (standing.peak, standing.flat, standing.plateau) == (29.6, 0, None)
+    for step in (8, 10):
+        observer._compare(step, observer._periodic_evaluation(step), None)
+    told = "step 10: clipscore has not risen above 29.600 by its noise (0.500) in 2 evaluations"
+    assert standing.plateau == told
+    assert f"plateau: {told}" in capsys.readouterr().out
+    standing.step, standing.stopped = 10, standing.plateau
+    (tmp_path / "before.json").write_text('{"clipscore": 28.0}')
+    observer.finish()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["stopped"], result["best_step"], result["steps"]) == (told, 10, 10)
+    assert standing.ended(distill.model_copy(update={"stop_on_plateau": 3})) is None  # a resume that waits longer
+    assert standing.ended(distill.model_copy(update={"stop_on_plateau": None, "stop_on_collapse": True})) is None
+
+
+def test_a_metric_that_fails_keeps_the_best_as_it_is_and_the_last_where_there_is_none(observe, tmp_path):
+    _, observer = observe(*CLIP)
+    measured_as(observer, [None, (25, 3, 0.2), None])
+    watch(observer, (2,))
+    assert load_state(tmp_path / "best")[1]["step"] == 2
+    watch(observer, (4, 6))
+    assert load_state(tmp_path / "best")[1] == {"step": 4, "score": 25}

@@ -196,4 +196,4 @@ def test_a_finished_run_says_what_to_do_for_a_changed_key(finished, tmp_path):
     file.write_text('{"steps": 40, "stopped": {"distill": "step 40: drift"}}')
     code, _, error = finished("distill.steps=90")
     assert code == 2
-    assert "was ended by a collapse (step 40: drift), so distill.steps=90 does not extend it" in error
+    assert "was ended early (step 40: drift), so distill.steps=90 does not extend it" in error

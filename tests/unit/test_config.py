@@ -115,14 +115,15 @@ DECISIVE = {
     "teachers": "dtype shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
     "attention.temperature attention.weight batch_size checkpoint depths embed_dim heads lr lr_decay micro_batches "
-    "mixed_precision pairs prior projector steps trainable trainable_lr validation_share window",
-    "synthesis": "batch_size caption_column count image_column image_count images min_pixels posterior shard_size threads_per_encoder",
+    "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",
+    "synthesis": "augment_share batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
+    "sampling_steps shard_size shards teacher threads_per_encoder",
     "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
-    "discriminator": "depth_fraction fake_weight lr real_count real_data weight width",
+    "discriminator": "depth_fraction fake_weight lr real_count real_data real_source weight width",
     "vsd": "shift t_max t_min weight",
-    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads workers",
+    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
-    "evaluation": "batch_size count judge metric periodic_count prompts seed",
+    "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
 }
 
 

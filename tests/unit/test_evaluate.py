@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 import torch
 from evaluation_folders import folder_of, items_of
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from tiny_clip import write_clip
+from transformers import CLIPImageProcessorPil
 
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.evaluation.folder import EvaluationFolder
 from raydistill.evaluation.promptsets import open_prompts
 from raydistill.evaluation.results import ALL, mean_table
-from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, frechet_distance, judge_frechet
+from raydistill.evaluation.scorers import ClipScorer, JudgeScorer, PickScorer, frechet_distance, judge_frechet
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.pictures.files import load_image, save_png
 from raydistill.pictures.grids import to_pil
 from raydistill.pictures.picture import Picture
-from raydistill.shapes import WEIGHTS, miniatures
+from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import Scene, evaluation_captions, parse
 from raydistill.shapes.judge import Judge
 from raydistill.shapes.render import render
@@ -125,20 +126,7 @@ def test_judge_columns_are_the_judges_own_table(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    """A CLIP model of random weights."""
-    tokenizer = miniatures.clip_tokenizer()
-    text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "max_position_embeddings": 24, "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 24, "patch_size": 8, "initializer_factor": 8.0}  # fmt: skip
-    torch.manual_seed(1)
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_folder):
@@ -164,6 +152,33 @@ def test_clipscore_is_a_hundred_cosines_of_clips_own_features(tmp_path, clip_fol
         wanted.append(float(100 * (x @ y / x.norm() / y.norm()).clamp_min(0)))
     assert max(wanted) > 1
     assert scorer([str(f) for f in files], captions)["clipscore"] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_pickscore_is_what_its_model_card_computes(tmp_path, clip_folder):
+    """Softmax over its scores of two pictures gives the card's probabilities."""
+    from PIL import Image
+    from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    images = torch.rand(2, 3, 44, 99, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    folder = folder_of(tmp_path, items_of([SINGLE, SINGLE]), images)
+    files = sorted((folder / "pictures").iterdir())
+    bare = tmp_path / "pick"  # as it is published: without tokenizer and processor
+    CLIPModel.from_pretrained(clip_folder).save_pretrained(bare)
+    scores = PickScorer(str(bare), str(clip_folder))([str(file) for file in files], [SINGLE, SINGLE])["pickscore"]
+
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    processor = CLIPProcessor(
+        CLIPImageProcessorPil.from_pretrained(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    )
+    told = {"padding": True, "truncation": True, "max_length": 24, "return_tensors": "pt"}
+    pixels = processor(images=[Image.open(file) for file in files], return_tensors="pt")
+    with torch.no_grad():
+        image = model.visual_projection(model.vision_model(**pixels).pooler_output)
+        text = model.text_projection(model.text_model(**processor(text=SINGLE, **told)).pooler_output)
+    image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
+    wanted = model.logit_scale.exp() * (text @ image.T)[0]
+    assert scores == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert abs(scores[0] - scores[1]) > 1e-3
 
 
 # -- prompt sets ------------------------------------------------------------------------------------------

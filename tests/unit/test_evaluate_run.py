@@ -244,7 +244,7 @@ START = ("shapes:sd15", "--unet", "shapes:sd15-onestep", "--start-timestep", 999
         ([*START, "--metrics", "frechet"], "needs --reference FOLDER"),
         ([*START, "--reference", "."], "--reference belongs to"),
         ([*START, "--metrics", "frechet", "--reference", "tests"], "at least two pictures"),
-        ([*START, "--weights", "hpsv5=x"], "write NAME=PLACE; names: clipscore, hpsv3"),
+        ([*START, "--weights", "hpsv5=x"], "write NAME=PLACE; names: clipscore, pickscore"),
         ([*START, "--judge", "shapes:flux"], "--judge shapes:flux: no judge"),
         ([*START, "--count", 0], "a whole number of at least 1"),
         ([*START, "--out", "tests"], "exists and is no evaluation's folder"),

@@ -122,7 +122,10 @@ def test_failed_write_leaves_the_old_shard_and_no_rubbish(tmp_path, monkeypatch)
     ("change", "said"),
     [
         ({"z_T": None}, "column z_T is missing"),
-        ({"z_S": pa.array([[0.0]] * 2)}, "column z_S must be a fixed-shape tensor of float16, not list"),
+        (
+            {"z_S": pa.array([[0.0]] * 2)},
+            "column z_S must be a fixed-shape tensor of float16, or of uint16 for bfloat16, not list",
+        ),
         (
             {"z_S": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((2, 1, 3, 3), "f2"))},
             r"z_S has shape \(1, 3, 3\)",

@@ -189,7 +189,7 @@ def test_teachers_are_planned_as_the_service_scales_them(counts):
     parts = {phase.name: phase.gpus for phase in phases(counts, config, read_gpus())}
     assert [replicas(config, ongoing) for ongoing in (0, 4, 5, 16, 100)] == [1, 1, 2, 4, 6]
     assert parts["synthesis"] == {"H100": 4}, "16 requests of the one actor that asks"
-    assert parts["Bridge training"] == {"H100": 8 + 1}
+    assert parts["Bridge training"] == {"H100": 8}, "no teacher is held meanwhile"
     assert parts["distillation"] == {"H100": 8 + 1}, "trainers ask in bursts: no more is counted on than is kept"
 
 
@@ -209,6 +209,33 @@ def test_real_images_ask_no_teacher(counts):
     roles = ROLES
     assert not roles["teacher rank"].used(load(overrides=[*settings, "synthesis.images=/pictures"]))
     assert roles["teacher rank"].used(load(overrides=settings))
+
+
+def test_images_are_for_the_bridge_and_a_sibling_s_few_pictures_for_the_discriminator(counts):
+    heavy = dataclasses.replace(counts.network.score, flops=1e15, flops_32=0.0)
+    counts = dataclasses.replace(counts, drawer=dataclasses.replace(counts.network, score=heavy, own_steps=4))
+    settings = [
+        *GPUS, "bridge.checkpoint=null", "bridge.pairs=null", "synthesis.images=/pictures", "synthesis.image_count=3000",
+        "synthesis.count=64", "discriminator.real_data=null", "discriminator.real_source=samples",
+        "synthesis.teacher=shapes:sd3", "synthesis.shards=2", "distill.workers=8",
+    ]  # fmt: skip
+
+    def parts(*more):
+        return {phase.name: phase for phase in phases(counts, load(overrides=[*settings, *more]), read_gpus())}
+
+    found = parts()
+    assert {name: part.gpus for name, part in found.items()} == {
+        "synthesis": {}, "samples": {"H100": 2}, "Bridge training": {"H100": 8}, "distillation": {"H100": 8 + 1},
+    }  # fmt: skip
+    assert found["samples"].bound == "teachers"
+    assert parts("synthesis.sampling_steps=8")["samples"].hours == pytest.approx(2 * found["samples"].hours)
+    assert parts("synthesis.count=128")["samples"].hours == pytest.approx(2 * found["samples"].hours)
+    assert parts("synthesis.image_count=6000")["synthesis"].hours == pytest.approx(2 * found["synthesis"].hours)
+    used = {role for role, it in ROLES.items() if it.used(load(overrides=settings))}
+    assert {"drawer rank", "teacher rank"} <= used
+    own = load(overrides=[*settings[:-3], "vsd.weight=0"])
+    assert not ROLES["drawer rank"].used(own)
+    assert ROLES["teacher rank"].used(own)
 
 
 def test_shared_copies_are_gathered_once_a_pass_and_part(counts):

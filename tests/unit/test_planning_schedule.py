@@ -20,7 +20,7 @@ from raydistill.planning.counts import Cost, Text, Wanted, changed, wanted
 from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import SHARDS, teacher_bytes, trainer_bytes, trainer_remedies
 from raydistill.planning.report import details
-from raydistill.planning.schedule import phases, price, request_seconds, schedule
+from raydistill.planning.schedule import bridge_schedule, phases, price, request_seconds, schedule
 from raydistill.planning.verdict import savings, verdict
 from raydistill.spaces.meta import open_space
 
@@ -51,17 +51,20 @@ def priced(config, **plan):
 @pytest.fixture(scope="module")
 def large(counts):
     """Counts in which every part weighs something: numbers of the order of FLUX.1."""
-    trainer, network = counts.trainer, counts.network
+    network = dataclasses.replace(
+        counts.network,
+        parameters=12_000_000_000,
+        score=dataclasses.replace(counts.network.score, flops=3e14, flops_32=3e14),
+    )
     works = {
-        name: dataclasses.replace(getattr(trainer, name), flops=flops, flops_32=flops)
+        name: dataclasses.replace(getattr(counts.trainer, name), flops=flops, flops_32=flops)
         for name, flops in (("make", 4e13), ("fake", 2e14), ("student", 3e14))
     }
     return dataclasses.replace(
         counts,
-        trainer=dataclasses.replace(trainer, **works),
-        network=dataclasses.replace(
-            network, parameters=12_000_000_000, score=dataclasses.replace(network.score, flops=3e14, flops_32=3e14)
-        ),
+        trainer=dataclasses.replace(counts.trainer, **works),
+        network=network,
+        drawer=network,
         text=text_of(1.0),
     )
 
@@ -114,6 +117,51 @@ def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float
     plain, low, partly = (gpu.seconds(Cost(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
     assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
     assert partly == pytest.approx((plain + low) / 2)
+
+
+def test_a_streamed_bridge_is_as_fast_as_the_slower_of_trainers_and_vae_encoders(config, large):
+    """256 pictures of 1 TFLOP a step, beside 40 TFLOP of the trainers', all in float32: the VAEs decide, until there are more."""
+    gpus, one = read_gpus(), Cost(1e12, 0, 1e12)
+    vae = {role: dataclasses.replace(it, batch=1, encode=one) for role, it in large.vae.items()}
+    counted = dataclasses.replace(large, vae=vae, bridge=dataclasses.replace(large.bridge, step=Cost(4e13, 0, 4e13)))
+    common = [*RENTED, "plan.efficiency=0.5", "bridge.batch_size=256", "bridge.steps=1000", "distill.workers=2"]
+    stream = [*common, "bridge.source=stream", "synthesis.images=/pictures", "synthesis.gpus_per_encoder=1"]
+
+    def planned(*overrides):
+        told = load(overrides=[*stream, *overrides])
+        bridge = bridge_schedule(counted, told, gpus)
+        part = next(part for part in phases(counted, told, gpus) if part.name == "Bridge training")
+        return told, bridge, part
+
+    told, bridge, part = planned()
+    h100, l40s = gpus["H100"], gpus["L40S"]
+    assert bridge.trainers == pytest.approx(4e13 / (0.5e12 * h100.fp32_tflops))
+    assert bridge.encoders == pytest.approx(
+        256 * 2e12 / 2 / (0.5e12 * l40s.float32(tf32=True))
+    )  # of both VAEs, on 2 actors
+    assert (part.hours, part.bound) == (pytest.approx(1000 * bridge.encoders / 3600), "VAE encoders")
+    assert part.gpus == {"H100": 2, "L40S": 2}
+    assert [part.name for part in phases(counted, told, gpus)] == [
+        "Bridge training",
+        "distillation",
+    ]  # nothing is stored
+    assert f"from {bridge.enough} a worker on" in " ".join(verdict(counted, told, gpus).split())
+    enough = planned(f"synthesis.encoders={bridge.enough}")
+    assert enough[2].bound == "trainers"
+    assert planned(f"synthesis.encoders={bridge.enough - 1}")[2].bound == "VAE encoders"
+    assert "wait for pictures" not in verdict(counted, enough[0], gpus)
+    text = " ".join(details(counted, told, gpus).split())
+    assert f"both VAEs: {256 / bridge.encoders:.3g} pictures a second, on 2 actors of 1 L40S each, beside" in text
+
+    stored = load(
+        overrides=[*common, "synthesis.images=/pictures", "synthesis.gpus_per_encoder=1", "synthesis.count=900"]
+    )
+    assert bridge_schedule(counted, stored, gpus).encoders == 0
+    made = phases(counted, stored, gpus)[0]
+    assert made.hours * 3600 == pytest.approx(900 * 2e12 / (0.5e12 * l40s.float32(tf32=True)))
+    assert f"both VAEs: {900 / 3600 / made.hours:.3g} pictures a second, on 1 actors" in " ".join(
+        details(counted, stored, gpus).split()
+    )
 
 
 def test_from_the_named_number_of_replicas_on_trainers_never_wait(config, large):
@@ -185,8 +233,10 @@ def test_price_is_hours_times_gpus_times_rate(config, large):
     assert distillation.hours == pytest.approx(chosen.distill.steps * schedule(large, chosen, gpus).step / 3600)
     for spot in (True, False):
         rates = {kind: gpu.spot_price if spot else gpu.price for kind, gpu in gpus.items()}
-        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4; the trainers are not there while pairs are made
-        nodes = [p.gpus.get("H100", 0) * rates["H100"] + 8 * rates["L40S"] + chosen.plan.head_price for p in parts]
+        # 3 replicas of 2 ranks hold 6 GPUs: two nodes of 4, which are not there while the Bridge is trained
+        rented = [4 * -(-p.gpus.get("L40S", 0) // 4) * rates["L40S"] for p in parts]
+        head = chosen.plan.head_price
+        nodes = [p.gpus.get("H100", 0) * rates["H100"] + one + head for p, one in zip(parts, rented, strict=True)]
         expected = sum(p.hours * node for p, node in zip(parts, nodes, strict=True))
         assert price(parts, priced(chosen, spot=spot), gpus) == pytest.approx(expected)
 
@@ -241,7 +291,7 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
     chosen, gpus = settings(config, *RENTED, "teachers.replicas=3"), read_gpus()
     parts = phases(large, chosen, gpus)
     total, hours = price(parts, chosen, gpus), sum(part.hours for part in parts)
-    lines = said(large, chosen, "fits", "watch", "money", "savings", "needs", "terms")
+    lines = said(large, chosen, "fits", "watch", "money", "savings", "speeds", "needs", "terms")
     # 3 replicas of 2 ranks: two nodes of 4
     assert lines["fits"].startswith(f"yes, on 8 H100 (trainers); 8 L40S (teachers): {hours:.1f} h")
     assert lines["fits"].endswith(f"${total:,.0f} at spot prices")
@@ -258,6 +308,13 @@ def test_the_verdict_says_on_what_how_long_and_for_how_much(config, large):
     assert f"teachers.replicas={needed} on they do not" in lines["watch"]
 
 
+def test_a_step_distilled_teacher_is_said_before_anything_is_rented(config, large):
+    distilled = dataclasses.replace(large, network=dataclasses.replace(large.network, own_steps=4))
+    told, other = (verdict(one, settings(config, *RENTED), read_gpus()) for one in (distilled, large))
+    assert "teacher.model is step-distilled" in told
+    assert "step-distilled" not in other
+
+
 def test_a_run_without_gpus_says_so(config, large):
     fast = dataclasses.replace(large, network=dataclasses.replace(large.network, score=Cost(1.0, 0)))
     lines = said(fast, settings(config), "fits", "money", "needs", "terms")
@@ -266,7 +323,7 @@ def test_a_run_without_gpus_says_so(config, large):
 
 
 def test_what_does_not_fit_comes_first_with_what_would(config, large):
-    lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "needs", "terms")  # fmt: skip
+    lines = said(large, settings(config, *RENTED, "plan.teacher_gpu=4090"), "fits", "watch", "money", "savings", "speeds", "needs", "terms")  # fmt: skip
     assert lines["fits"].startswith("NO. teacher rank: needs ")
     assert (
         "gets 21.6 of a 4090; teachers.shards=4 is enough. All of it fits H100, H200, A100-80, L40S." in lines["fits"]
@@ -286,6 +343,7 @@ def test_what_would_save_most_is_what_the_plan_of_that_would_say(config, large):
     for change, told in (
         ("synthesis.count=100000 (of 2,000,000)", "synthesis.count=100000"),
         ("bridge.pairs=… (pairs that you have)", "bridge.pairs=/mine"),
+        ("synthesis.images=… (pictures that you have)", "synthesis.images=/mine"),
         ("plan.spot=true", "plan.spot=true"),
     ):
         other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", told)
@@ -307,7 +365,7 @@ def test_a_cheaper_kind_of_gpu_is_named_where_all_of_it_fits(config, large):
 def test_files_weights_tokens_and_terms_of_a_real_pair_are_named(name, large):
     config = load(name)
     counts = dataclasses.replace(large, models=count(Wanted("models", config)))
-    lines = said(counts, config, *(["fits", "watch", "money", "savings", "needs", "terms"]))
+    lines = said(counts, config, *(["fits", "watch", "money", "savings", "speeds", "needs", "terms"]))
     gated = name != "sdxl_sd15"
     needs = lines["needs"]
     assert f"{config.student.unet} (student.unet)" in needs.partition("not on this machine: ")[2]
@@ -360,7 +418,7 @@ def test_the_job_counts_once_and_prints_every_section_when_asked(counts):
     again = plan(*settings)
     assert again.stdout.splitlines() == [first, *(line for line in lines if line not in counting)]
     full = plan(*settings, "--full")
-    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled, not measured"):
+    for title in ("PARAMETERS", "MEMORY", "TRAFFIC", "ONE STUDENT UPDATE", "THE RUN", "Modelled: seconds"):
         assert title in full.stdout
     assert re.search(rf"^  teacher +{counts.network.parameters:,}$", full.stdout, re.MULTILINE)
     for phase in ("synthesis", "Bridge training", "distillation"):

@@ -12,7 +12,7 @@ import yaml
 
 from raydistill.config.reading import load
 from raydistill.data.pairs import write_pairs
-from raydistill.driver.preflight import check_inputs
+from raydistill.driver.preflight import check_inputs, check_real_data
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
@@ -168,6 +168,30 @@ def test_pairs_of_the_bridge_must_hold_out_the_held_out_prompts_and_be_of_these_
     with pytest.raises(InputError, match="z_T"):
         check_inputs(configure(pair_set(tmp_path / "foreign", CAPTION, ((4, 16, 16), (4, 8, 8)))))
     check_inputs(configure(pair_set(tmp_path / "good", CAPTION), store))
+
+
+def test_changed_pictures_are_no_real_data_of_the_discriminator(configure, tmp_path):
+    """They may be named for a Bridge, and made where no discriminator takes them."""
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    (folder / "synthesis.json").write_text('{"augment_share": 0.25}')
+
+    def check(*overrides):
+        check_real_data(configure(*overrides))
+
+    own = ("bridge.checkpoint=null", "synthesis.augment_share=0.5")
+    check()
+    check(*own)  # the real data are those of the package
+    check(f"bridge.pairs={folder}", "bridge.checkpoint=null")
+    check(f"discriminator.real_data={folder}", "discriminator.weight=0")
+    with pytest.raises(InputError, match=r"^synthesis\.augment_share: 50% of these pictures are blended"):
+        check(*own, "discriminator.real_data=null")
+    for key, named in (("discriminator.real_data", []), ("bridge.pairs", ["discriminator.real_data=null"])):
+        with pytest.raises(InputError, match=rf"^{key}: 25% of these pictures are blended"):
+            check(*named, f"{key}={folder}")
+    (folder / "synthesis.json").write_text("{")
+    with pytest.raises(InputError, match=r"synthesis\.json: cannot be read"):
+        check(f"discriminator.real_data={folder}")
 
 
 @pytest.mark.parametrize("trained", ["bridge.checkpoint=null", "bridge.trainable=true"])

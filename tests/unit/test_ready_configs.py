@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 from hollow_folders import write_model
+from tiny_clip import write_clip
 
 from raydistill.bridge.model import doublings
-from raydistill.config.reading import CONFIGS, flatten, load
+from raydistill.config.reading import CONFIGS, draws_pairs, draws_samples, flatten, load, stages_of
 from raydistill.driver.preflight import check_inputs
+from raydistill.driver.room import needs
+from raydistill.evaluation.metrics import check_chosen
+from raydistill.evaluation.rewards import WEIGHTS as WEIGHTS_OF
 from raydistill.planning.memory import check_launch
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import hub_models
@@ -77,6 +81,19 @@ def test_a_pair_has_the_hyperparameters_of_the_paper(teacher, student):
 
 
 @pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_a_pair_knows_whether_its_student_gets_better(teacher, student):
+    """By metrics without packages of their own, which the trainers compute; their weights are of the hub."""
+    evaluation = load(CONFIGS / f"{teacher}_{student}.yaml").evaluation
+    assert evaluation.measured == ["clipscore", "pickscore"]
+    assert evaluation.metric == "pickscore"
+    assert evaluation.gpus_per_scorer is None
+    check_chosen(evaluation)
+    needed = {weights.option: weights.repo for name in evaluation.measured for weights in WEIGHTS_OF[name]}
+    assert evaluation.weights == needed
+    assert all(map(is_hub_id, needed.values()))
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
 def test_the_models_of_a_pair_fit_each_other(teacher, student):
     config = load(CONFIGS / f"{teacher}_{student}.yaml")
     channels, prediction = TEACHERS[teacher]
@@ -104,11 +121,76 @@ def test_a_pair_needs_nothing_of_the_miniature_world(teacher, student):
 PARTS = [file for kind in ("teachers", "students") for file in sorted((CONFIGS / kind).glob("*.yaml"))]
 
 
-@pytest.mark.parametrize("file", [CONFIGS / "paper.yaml", *PARTS], ids=lambda f: f.stem)
+RECIPES = [CONFIGS / f"{name}.yaml" for name in ("paper", "fast", "first")]
+FAST = sorted(CONFIGS.glob("*_fast.yaml"))
+FIRST = sorted(CONFIGS.glob("*_first.yaml"))
+
+
+@pytest.mark.parametrize("file", [*RECIPES, *PARTS, *FAST, *FIRST], ids=lambda f: f.stem)
 def test_every_value_is_explained_on_its_line(file):
     lines = [line for line in file.read_text().splitlines() if re.match(r"\s*\w+:\s+[^#\s]", line)]
     assert lines
-    assert [line for line in lines if " # " not in line] == []
+    assert [line for line in lines if " # " not in line and not line.startswith("extends:")] == []
+
+
+# -- the fast recipe, and the rehearsal ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("teacher", "student"), PAIRS)
+def test_any_pair_by_the_fast_recipe_differs_from_the_paper_s_in_what_costs(teacher, student, tmp_path):
+    parts = [f"teachers/{teacher}.yaml", f"students/{student}.yaml"]
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"extends": ["fast.yaml", *parts]}))
+    fast, paper = load(own), load(CONFIGS / f"{teacher}_{student}.yaml")
+    assert stages_of(fast) == ["synthesis", "samples", "bridge", "distill"]
+    assert (draws_pairs(fast), draws_samples(fast)) == (False, True)
+    assert 200_000 <= fast.synthesis.image_count <= 400_000
+    assert fast.distill.warmup_steps > 0
+    now, before = flatten(fast), flatten(paper)
+    assert {key for key in now if now[key] != before[key]} - CHEAPER == set()
+    same = {
+        "student.lr",
+        "fake_score.lr",
+        "discriminator.lr",
+        "vsd.weight",
+        "discriminator.weight",
+        "distill.batch_size",
+    }
+    assert all(now[key] == before[key] for key in same)
+
+
+CHEAPER = {
+    "bridge.steps", "synthesis.images", "synthesis.image_count", "synthesis.min_pixels", "synthesis.count",
+    "synthesis.encoders", "synthesis.in_flight", "fake_score.updates", "discriminator.real_source", "distill.steps",
+    "distill.warmup_steps",
+}  # fmt: skip
+
+
+def test_the_ready_fast_pairs_are_compositions_of_parts():
+    names = {file.stem.removesuffix("_fast") for file in FAST}
+    assert {"sd35_medium_sd15", "flux1_dev_sd15", "sdxl_sd15"} <= names <= {f"{t}_{s}" for t, s in PAIRS}
+    for file in FAST:
+        teacher, student = file.stem.removesuffix("_fast").rsplit("_sd", 1)
+        tree = yaml.safe_load(file.read_text())
+        assert tree["extends"] == ["fast.yaml", f"teachers/{teacher}.yaml", f"students/sd{student}.yaml"]
+        assert tree.keys() <= {"extends", "synthesis", "teachers"}
+
+
+@pytest.mark.parametrize("file", FIRST, ids=lambda f: f.stem)
+def test_a_rehearsal_has_every_stage_on_one_gpu(file):
+    config = load(file)
+    assert stages_of(config) == ["synthesis", "samples", "bridge", "distill"]
+    assert (config.synthesis.image_count, config.distill.steps, config.distill.workers) == (200, 50, 1)
+    drawing = config.teachers.gpus_per_rank + 2 * config.synthesis.gpus_per_encoder
+    training = config.distill.gpus_per_worker + config.teachers.gpus_per_rank + config.prompts.gpus_per_encoder
+    assert max(drawing, training) <= 1
+    assert config.teachers.replicas * config.teachers.shards == 1
+    labels = (config.teachers, config.synthesis, config.distill, config.prompts)
+    assert [section.node_labels for section in labels] == [{}] * 4
+    needed = [sum(need.count * need.amounts["CPU"] for need in together) for together in needs(config)]
+    assert max(needed) <= 8
+    assert config.bridge.batch_size % config.bridge.micro_batches == 0
+    assert config.distill.batch_size % config.distill.micro_batches == 0
 
 
 @pytest.mark.parametrize("teacher", ["flux", "sd3", "sdxl"])
@@ -143,6 +225,11 @@ def _with_folders(name, model_folder, tmp_path, *more):
     (tmp_path / "heldout.txt").write_text("a blue square\n")
     here = [f"student.model={student}", f"teacher.model={teacher}", f"storage={tmp_path}"]
     here += [f"prompts.path={tmp_path / 'prompts.txt'}", f"evaluation.prompts={tmp_path / 'heldout.txt'}"]
+    clip = tmp_path / "clip"
+    if not clip.exists():
+        clip.mkdir()
+        write_clip(clip)
+    here += [f"evaluation.weights={{clipscore: {clip}, pickscore: {clip}, pickscore.processor: {clip}}}"]
     here += [f"student.unet={student / 'unet'}"] if config.student.unet else []
     return load(CONFIGS / f"{name}.yaml", [*here, *more])
 
@@ -174,7 +261,7 @@ def test_parts_of_one_kind_decide_the_same_keys():
         for key, value in tree.items():
             yield from keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
 
-    more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
+    more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}, "pixart_sigma": {"teachers.dtype"}}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches", "fake_score.shard"}  # for its size
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}

@@ -285,12 +285,6 @@ def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
     assert space.default_shift > 1.2
 
 
-def test_a_step_distilled_klein_is_no_teacher(tmp_path):
-    folder = save_flux2(tmp_path / "distilled", is_distilled=True)
-    with pytest.raises(InputError, match="step-distilled.*FLUX.2-klein-base-4B"):
-        load_space(folder)
-
-
 def test_missing_statistics_of_flux2_are_named(tmp_path):
     folder = save_flux2(tmp_path / "torn")
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()

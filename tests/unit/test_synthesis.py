@@ -18,14 +18,18 @@ from pair_sets import load_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from raydistill.config.reading import load
 from raydistill.data import synthesis
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import PairSet, existing_shards, shard_file
 from raydistill.data.prompts import PromptSet
+from raydistill.data.shards import Request, changed_share
 from raydistill.data.synthesis import AskedRows, Recipe, TeacherAsker, encode_rows
 from raydistill.data.vae import PairEncoder, resized
-from raydistill.diffusion.noise import normal
+from raydistill.diffusion.noise import normal, uniform
+from raydistill.driver.stages import recipe_of
 from raydistill.errors import InputError, StageFailed
+from raydistill.pictures.augment import augmented
 from raydistill.spaces import load_space
 from raydistill.storage.fingerprint import identify
 
@@ -212,6 +216,72 @@ def test_posterior_samples_are_the_rows_own_draws_around_the_mean(spaces):
     assert torch.equal(again[0], z_teacher[1])
     with pytest.raises(ValueError, match="rows must be given"):
         encoder.encode(pictures)
+
+
+# -- changed pictures ---------------------------------------------------------------------------------------
+
+
+CHANGED = SETTINGS | {"augment_share": 0.5}
+
+
+@pytest.fixture(scope="module")
+def changed(local, spaces, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("changed")
+    synthesise(local, *spaces, PROMPTS, folder, count=7, **CHANGED)
+    return load_pairs(folder)
+
+
+def test_both_latents_of_a_changed_row_are_of_the_changed_picture_and_other_rows_stay(changed, whole, spaces, local):
+    teacher, student = spaces
+    rows = uniform(5, range(7), "augment").numpy() < 0.5
+    assert 0 < rows.sum() < 7
+    differs = [not torch.equal(a, b) for a, b in zip(changed.z_teacher, whole.z_teacher, strict=True)]
+    assert differs == rows.tolist()
+    assert (changed.prompts, changed.prompt_ids.tolist()) == (whole.prompts, whole.prompt_ids.tolist())
+    told = recipe(spaces, 7)
+    batches = [TeacherAsker(local, told).ask(Request(first, 1)).result() for first in np.flatnonzero(rows).tolist()]
+    pictures = PairEncoder(*spaces).decode(torch.from_numpy(np.concatenate([batch["latents"] for batch in batches])))
+    pictures = augmented(pictures, 5, np.flatnonzero(rows), 1.0)
+    with torch.no_grad():
+        z_teacher = teacher.encode(teacher.load_vae(), pictures)
+        z_student = student.encode(student.load_vae(), resized(pictures, 32))
+    torch.testing.assert_close(changed.z_teacher[rows].float(), z_teacher, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(changed.z_student[rows].float(), z_student, rtol=2e-3, atol=2e-3)
+
+
+def test_changed_rows_survive_an_interruption_and_are_not_mixed_with_others(changed, spaces, local, tmp_path):
+    settings = CHANGED | {"shard_size": 2}
+    with pytest.raises(ConnectionError):
+        synthesise(StopsAfter(local, 3), *spaces, PROMPTS, tmp_path, count=7, **settings)
+    assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **settings) == 5
+    assert same(load_pairs(tmp_path), changed)
+    assert json.loads((tmp_path / "synthesis.json").read_text())["augment_share"] == changed_share(tmp_path) == 0.5
+    with pytest.raises(InputError, match="augment_share was 0.5, now 0.0"):
+        synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **settings | {"augment_share": 0.0})
+
+
+def test_a_set_that_was_begun_before_pictures_could_be_changed_goes_on_unchanged(spaces, local, tmp_path):
+    synthesise(local, *spaces, PROMPTS, tmp_path, count=4, **SETTINGS)
+    file = tmp_path / "synthesis.json"
+    written = json.loads(file.read_text())
+    assert written.pop("augment_share") == 0.0
+    file.write_text(json.dumps(written))
+    assert changed_share(tmp_path) == 0.0
+    with pytest.raises(InputError, match="augment_share was 0.0, now 0.5"):
+        synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **CHANGED)
+    assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS) == 3
+
+
+def test_a_jobs_pairs_are_changed_as_configured(spaces):
+    inputs = SimpleNamespace(teacher=spaces[0], student=spaces[1], prompts=PROMPTS, images=None)
+    for overrides, share in (([], 0.0), (["synthesis.augment_share=0.25"], 0.25)):
+        told = recipe_of(load(overrides=overrides), inputs)
+        assert told.settings()["augment_share"] == told.encoder("cpu").augment_share == share
+
+
+def test_a_picture_is_changed_for_a_row(spaces):
+    with pytest.raises(ValueError, match="rows must be given"):
+        PairEncoder(*spaces, augment_share=0.1).encode(torch.zeros(1, 3, 64, 64))
 
 
 # -- order of arrival ---------------------------------------------------------------------------------------

@@ -145,8 +145,10 @@ def test_overlap_changes_no_bit(spaces, tables):
     assert not torch.equal(flat(overlapped.networks.student), flat(other.networks.student))
 
 
-def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
-    config = configuration(fake_score__updates=1, student__ema_decay=0.9)
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables, warmup):
+    """With learning rates that grow as well, of which the resume falls into the middle."""
+    config = configuration(fake_score__updates=1, student__ema_decay=0.9, distill__warmup_steps=warmup)
     whole = run(config, spaces, tables, steps=3)
     first = run(config, spaces, tables, steps=2)
     state = copy.deepcopy(first.state_dict())
@@ -158,6 +160,25 @@ def test_a_restored_run_goes_on_with_the_same_bits(spaces, tables):
     assert torch.equal(flat(whole.networks.student), flat(resumed.networks.student))
     assert torch.equal(flat(whole.networks.ema), flat(resumed.networks.ema))
     assert torch.equal(flat(whole.networks.discriminator), flat(resumed.networks.discriminator))
+
+
+def rates(distiller):
+    return {name: one.param_groups[0]["lr"] for name, one in distiller.gradients.optimizers.items()}
+
+
+def test_all_learning_rates_grow_over_the_warm_up_in_every_update_alike(spaces, tables):
+    full = {"student": 1e-3, "fake": 1e-3, "discriminator": 1e-2}
+    warm = make_distiller(configuration(fake_score__updates=2, distill__warmup_steps=2), spaces, tables)
+    for share in (0.5, 1.0, 1.0):
+        run(configuration(fake_score__updates=2), spaces, tables, steps=1, distiller=warm)
+        assert rates(warm) == pytest.approx({name: share * rate for name, rate in full.items()})
+    plain = run(configuration(fake_score__updates=1), spaces, tables, steps=1)
+    assert rates(plain) == full
+    first = [
+        run(configuration(fake_score__updates=1, distill__warmup_steps=n), spaces, tables, steps=1) for n in (0, 1)
+    ]
+    assert torch.equal(*(flat(one.networks.student) for one in first))  # a warm-up of one update is none
+    assert torch.equal(flat(plain.networks.student), flat(first[0].networks.student))
 
 
 @pytest.mark.parametrize("ema_decay", [0.6, 0.999])

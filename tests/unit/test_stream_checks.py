@@ -1,0 +1,106 @@
+"""What is checked before a Bridge is trained on a stream of pictures, and what the run is then made of."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from raydistill.config.reading import load, needs_pairs, stages_of
+from raydistill.data.pictures import Pictures
+from raydistill.driver import binding, room
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.run_folder import open_run_folder
+from raydistill.driver.single_stages import check_ablation
+from raydistill.errors import InputError
+from raydistill.planning.memory import ROLES
+
+
+@pytest.fixture(autouse=True)
+def _own_tracking(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> str:
+    return f"tracking.uri=sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def configure(tmp_path, store, folder):
+    def configure(*overrides: str):
+        stream = ["bridge.checkpoint=null", "bridge.source=stream", f"synthesis.images={folder}"]
+        return load(overrides=[f"storage={tmp_path / 'storage'}", store, *stream, *overrides])
+
+    return configure
+
+
+def test_a_streamed_bridge_stores_no_pairs(configure):
+    config = configure()
+    assert not needs_pairs(config)
+    assert stages_of(config)[:2] == ["bridge", "distill"]
+    drawn = configure("discriminator.real_data=null", "discriminator.real_source=samples")
+    assert stages_of(drawn)[:3] == ["samples", "bridge", "distill"]
+    assert stages_of(load(overrides=["bridge.source=stream"]))[0] == "distill"  # a finished Bridge reads nothing
+    inputs = check_inputs(config)
+    assert isinstance(inputs.images, Pictures)
+    assert len(inputs.images.shards) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("bridge.pairs=shapes:samples/flux", r"^bridge\.pairs: with bridge\.source=stream .*null"),
+        ("bridge.trainable=true", r"^bridge\.trainable: with bridge\.source=stream its anchor needs stored pairs"),
+        ("discriminator.real_data=null", r"^discriminator\.real_source=pairs: .*discriminator\.real_source=samples"),
+        ("synthesis.images=null", r"^synthesis\.images: with bridge\.source=stream it names no pictures"),
+        ("synthesis.image_count=7", r"^synthesis\.image_count: with bridge\.source=stream a stream reads all of them"),
+        ("synthesis.images=/nowhere/*.tar", r"^synthesis\.images: /nowhere/\*\.tar"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_by_key(configure, change, said):
+    with pytest.raises(InputError, match=said):
+        check_inputs(configure(change))
+
+
+def test_variants_are_trained_on_stored_pairs_alone(configure):
+    config = configure()
+    with pytest.raises(InputError, match=r"^bridge\.source=stream: --ablate trains its variants on stored pairs"):
+        check_ablation(config, open_run_folder(config), check_inputs(config))
+
+
+def test_a_run_is_bound_to_its_pictures(configure, folder):
+    config = configure("run.name=mine")
+    run = open_run_folder(config)
+    run.path.mkdir(parents=True)
+    binding.keep(binding.bind(config, run, check_inputs(config)), run)
+    binding.bind(config, run, check_inputs(config))
+    Image.new("RGB", (9, 9)).save(folder / "3.png")
+    with pytest.raises(InputError, match=r"synthesis\.images .*: not the same content as when the run began"):
+        binding.bind(config, run, check_inputs(config))
+
+
+def test_encoders_and_readers_of_every_worker_need_room_beside_the_trainers(configure):
+    config = configure(
+        "distill.workers=3", "synthesis.encoders=2", "synthesis.gpus_per_encoder=0.5", "bridge.batch_size=6"
+    )
+    alone = list(room.needs(config, ["Bridge training"]))
+    whole = list(room.needs(config))
+    assert [need.what for need in alone[0]] == ["train workers", "the encoders of pictures", "the readers of pictures"]
+    assert [need.what for need in whole[-1]][0] == "teacher ranks"
+    encoders, readers = alone[0][1:]
+    assert (encoders.count, encoders.amounts) == (6, {"CPU": 0.2, "GPU": 0.5})
+    assert (readers.count, readers.amounts) == (6, {"CPU": 0.2})
+    assert ROLES["synthesis, pictures"].used(config)
+    with pytest.raises(
+        InputError, match=r"the encoders of pictures cannot be placed: asked for 6 of 0\.2 CPU \+ 0\.5 GPU"
+    ):
+        room._check(config, ["Bridge training"], [({}, {"CPU": 64.0, "GPU": 2.0})], "this machine")
