@@ -39,6 +39,7 @@ from raydistill.storage.resolve import to_place
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
 READERS, END_BYTES = 32, 1 << 16  # of `fingerprint`: threads, and bytes at the end of a shard
+ROW_GROUP = 64  # rows of a shard that are read together: random access within a window costs few bytes
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 
 
@@ -166,7 +167,7 @@ def write_pairs(
         table = table.replace_schema_metadata({ABOUT: json.dumps(about, sort_keys=True)})
     file = shard_file(folder, shard_index)
     with replacing(file) as fresh:
-        pq.write_table(table, fresh, compression="zstd")
+        pq.write_table(table, fresh, compression="zstd", row_group_size=ROW_GROUP)
     return file
 
 
@@ -229,6 +230,23 @@ def _open(file: Place) -> pq.ParquetFile:
         raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
+def read_latents(file: Place, group: int) -> torch.Tensor:
+    """Teacher latents [N, C, H, W] of a row group, as they are stored.
+
+    Raises:
+        OSError: the store does not answer; unlike `InputError`, this may be gone at the next attempt.
+    """
+    with pq.ParquetFile(**_where(file), pre_buffer=True) as parquet:
+        table = parquet.read_row_group(group, columns=["prompt", "prompt_id", "seed", *LATENT_COLUMNS])
+    return PairSet._pairs(np.arange(len(table)), table).z_teacher
+
+
+def read_captions(file: Place, group: int) -> list[str]:
+    """Captions of a row group. Raises as `read_latents`."""
+    with pq.ParquetFile(**_where(file)) as parquet:
+        return parquet.read_row_group(group, columns=["prompt"])["prompt"].to_pylist()
+
+
 class PairSet:
     """All shards of a folder as one sequence of rows, read shard by shard when needed.
 
@@ -237,30 +255,34 @@ class PairSet:
         z_teacher_shape, z_student_shape: C, H, W each latent must have, or None for any (but the same in all shards).
         cached_shards: shards kept in memory; also the window within which `order` mixes rows.
 
+    Attributes:
+        groups: rows of each row group of each file.
+
     Raises:
         InputError: no shards, or one with a missing column or another shape; names file and column.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         z_teacher_shape: tuple[int, int, int] | None = None,
         z_student_shape: tuple[int, int, int] | None = None,
         cached_shards: int = 16,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = to_place(str(folder))
         self.files = [shard_file(folder, index) for index in existing_shards(folder)]
         if not self.files:
             raise InputError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
         expected: dict[str, tuple[int, ...] | None] = {"z_T": z_teacher_shape, "z_S": z_student_shape}
-        lengths = [self._check(file, expected) for file in self.files]
+        self.groups = [self._check(file, expected) for file in self.files]
         self.shapes = expected
         self.cached_shards = cached_shards
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._starts = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self.groups])])
         self._shard = lru_cache(maxsize=cached_shards)(self._read)
 
     @staticmethod
-    def _check(file: Path, expected: dict[str, tuple[int, ...] | None]) -> int:
+    def _check(file: Place, expected: dict[str, tuple[int, ...] | None]) -> list[int]:
+        """Rows of each row group of a shard whose columns are as they should be."""
         parquet = _open(file)
         schema = parquet.schema_arrow
         missing = [c for c in ("prompt", "prompt_id", "seed", *LATENT_COLUMNS) if c not in schema.names]
@@ -275,17 +297,17 @@ class PairSet:
                 expected[column] = shape
             elif shape != tuple(expected[column]):
                 raise InputError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
-        return parquet.metadata.num_rows
+        return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def _read(self, shard: int) -> pa.Table:
-        return without_views(pq.read_table(self.files[shard])).combine_chunks()
+        return without_views(pq.read_table(**_where(self.files[shard]))).combine_chunks()
 
     def _column(self, name: str) -> list:
         """One small column of all rows."""
-        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+        return [value for file in self.files for value in pq.read_table(**_where(file), columns=[name])[name].to_pylist()]
 
     def prompts(self) -> list[str]:
         """The prompts of all rows."""
