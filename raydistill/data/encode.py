@@ -204,7 +204,11 @@ class PromptEncoder:
         columns = dict(batch) | {CUT: np.zeros(len(prompts), dtype=bool)}
         reals = batch.get(REAL, columns[CUT])
         for role, encoder in self.encoders.items():
-            read = prompts if role == "teacher" else ["" if real else text for text, real in zip(prompts, reals, strict=True)]
+            read = (
+                prompts
+                if role == "teacher"
+                else ["" if real else text for text, real in zip(prompts, reals, strict=True)]
+            )
             columns[CUT] |= encoder.are_cut(read)
             for name, value in encoder.encode(read).items():
                 columns[f"{role}.{name}"] = _to_numpy(value)

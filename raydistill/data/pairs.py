@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -307,7 +306,9 @@ class PairSet:
 
     def _column(self, name: str) -> list:
         """One small column of all rows."""
-        return [value for file in self.files for value in pq.read_table(**_where(file), columns=[name])[name].to_pylist()]
+        return [
+            value for file in self.files for value in pq.read_table(**_where(file), columns=[name])[name].to_pylist()
+        ]
 
     def prompts(self) -> list[str]:
         """The prompts of all rows."""

@@ -169,7 +169,9 @@ class RealSet:
         InputError: as `PairSet`.
     """
 
-    def __init__(self, folder: str | Place, shape: tuple[int, int, int], count: int | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self, folder: str | Place, shape: tuple[int, int, int], count: int | None = None, lanes: int = 1
+    ) -> None:
         pairs = PairSet(folder, z_teacher_shape=shape)
         sizes = [(file, group, size) for file, own in enumerate(pairs.groups) for group, size in enumerate(own) if size]
         ends = np.cumsum([size for _, _, size in sizes])

@@ -58,8 +58,8 @@ def _fetch(stored: ray.ObjectRef) -> Any:
 
 
 @dataclass(frozen=True)
-class StreamedReals:
-    """Teacher samples whose captions ride in the stream.
+class RealCaptions:
+    """Captions of teacher samples, in the order in which the discriminator sees these.
 
     Attributes:
         samples: the set.
@@ -84,7 +84,7 @@ class _Reader:
     def __init__(self, prompts: ray.ObjectRef, reals: ray.ObjectRef | None, seed: int, rows: range, size: int) -> None:
         self.prompts, self.reals, self.seed, self.rows, self.slot_size = prompts, reals, seed, rows, size
 
-    def __call__(self, slots: Batch) -> Batch:
+    def read(self, slots: Batch) -> Batch:
         parts = [self._rows(*slot) for slot in zip(slots["slot"].tolist(), slots["real"].tolist(), strict=True)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -104,7 +104,7 @@ def conditioned_batches(
     stop: int,
     rows: range,
     slot_size: int,
-    reals: StreamedReals | None = None,
+    reals: RealCaptions | None = None,
     dtype: str | Mapping[str, str] = "float32",
     chunk: int = CHUNK,
     encoders: int = 1,
@@ -155,7 +155,7 @@ def conditioned_batches(
     share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder, "label_selector": node_labels or None}
     conditioned = (
         _slots(_read_in_order(first, stop, reals), in_flight_bytes)
-        .map_batches(reader.__call__, batch_size=None, batch_format="numpy", **share)  # fused into the encoders
+        .map_batches(reader.read, batch_size=None, batch_format="numpy", **share)  # fused into the encoders
         .map_batches(
             PromptEncoder,
             fn_constructor_kwargs=encoder,
@@ -194,7 +194,7 @@ class Early(Iterator[Batch]):
             self._batches.close()
 
 
-def _read_in_order(first: int, stop: int, reals: StreamedReals | None) -> Iterator[dict[str, Any]]:
+def _read_in_order(first: int, stop: int, reals: RealCaptions | None) -> Iterator[dict[str, Any]]:
     """Slots of prompts, and behind each of the fake score's the slot of its teacher samples."""
     for slot in range(first, stop):
         yield {"slot": slot, REAL: False}
