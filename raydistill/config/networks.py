@@ -177,7 +177,9 @@ class DiscriminatorConfig(Section):
     real_data: str | None = Field(
         "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
     )
-    real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
+    real_count: Count | None = Field(
+        4096, description="of these, how many (the first) are read, again and again; null: the whole set"
+    )
 
 
 class VsdConfig(Section):

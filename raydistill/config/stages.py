@@ -181,6 +181,13 @@ class EvaluationConfig(Section):
     metric: str = Field("mean", description="metric by which the best checkpoint is kept")
     judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: pictures only")
     grid: Few = free(32, description="pictures in a sample grid")
+    scores_grid: int = free(
+        4,
+        ge=0,
+        le=64,
+        description="prompts of which the periodic evaluation shows the student's picture, and the x0 estimates that teacher "
+        "and fake score make of it with noise; decoded by the teacher's VAE; 0: none",
+    )
 
 
 class TrackingConfig(Section):

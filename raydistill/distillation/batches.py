@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from raydistill.background import in_background
+from raydistill.config.schema import Config
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.data.reals import Grouped, RealOrder, RealSet
@@ -125,6 +126,29 @@ class StreamedReals:
         metrics = {"time/data": self._waited, "data/real_groups": float(reads - self._reads)}
         self._waited, self._reads = 0.0, reads
         return metrics
+
+
+class RealFeed:
+    """Teacher samples, each in its turn.
+
+    Args:
+        config: decides the order.
+        reals: where they come from.
+    """
+
+    def __init__(self, config: Config, reals: Reals) -> None:
+        self.reals, self.order = reals, RealOrder.of(config, reals)
+        self._position = 0
+
+    def of(self, sample_ids: torch.Tensor) -> tuple[torch.Tensor, Conditioning]:
+        """Those that the fake score's update of these sample ids [B] sees, see `Reals.take`."""
+        positions = self.order.positions(sample_ids)
+        self._position = int(positions[-1])
+        return self.reals.take(self.order.rows(positions))
+
+    def pop_metrics(self) -> dict[str, float]:
+        """data/real_epoch: how often this worker has read its share of the set. And those of `Reals`."""
+        return self.reals.pop_metrics() | {"data/real_epoch": self.order.epoch(self._position)}
 
 
 @dataclass(kw_only=True)

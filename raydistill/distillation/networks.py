@@ -24,6 +24,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
 from raydistill.data.reals import RealSet
+from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.distillation.losses import require_finite
@@ -170,6 +171,13 @@ class Networks:
         with self._autocast():
             prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
         return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+
+    @torch.no_grad()
+    def x0_fake(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The fake score's x0 estimate [B, C, H, W] at x_t, with its newest weights."""
+        x_t, t_B = x_t.to(self.device), t_B.to(self.device)
+        prediction, _ = self.fake_score(x_t, t_B, conditioning)
+        return to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's features [B, D, h, w] alone; later blocks do not run."""

@@ -25,10 +25,9 @@ import torch.nn.functional as F
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
-from raydistill.data.reals import RealOrder
 from raydistill.diffusion.noise import normal
-from raydistill.diffusion.path import add_noise, target, to_x0
-from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, Reals
+from raydistill.diffusion.path import add_noise, target
+from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
 from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
 from raydistill.distillation.losses import (
@@ -81,17 +80,13 @@ class Distiller:
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
-        self.order = None if real is None else RealOrder.of(config, real)
-        self.watch = Watch(CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE)))
+        self.feed = None if real is None else RealFeed(config, real)
+        self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
+        self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
         self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
-
-    @property
-    def alarm(self) -> CollapseAlarm:
-        """On the student's latents."""
-        return self.watch.alarm
 
     # -- make ----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -156,9 +151,7 @@ class Distiller:
         """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
         ids = batch.sample_ids
         with torch.no_grad():
-            positions = self.order.positions(ids)
-            latents, conditioning = self.real.take(self.order.rows(positions))
-            self.metrics["data/real_epoch"] = self.order.epoch(int(positions[-1]))
+            latents, conditioning = self.feed.of(ids)
             latents = require_finite(latents.to(self.networks.device), "the teacher samples of discriminator.real_data")
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
@@ -214,7 +207,8 @@ class Distiller:
         x = self.networks.x(made.noise, made.student_conditioning)
         loss = x.new_zeros(())
         if x0_real is not None:
-            g = vsd_gradient(x, x0_real.to(x.device), self._x0_fake(made))
+            x0_fake = self.networks.x0_fake(made.x_t, made.t_B, made.teacher_conditioning)
+            g = vsd_gradient(x, x0_real.to(x.device), x0_fake)
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
@@ -233,19 +227,12 @@ class Distiller:
         self.gradients.accumulate(loss, *names)
         return row
 
-    @torch.no_grad()
-    def _x0_fake(self, made: Made) -> torch.Tensor:
-        """The fake score's x0 estimate at the x_t that the teachers saw, with its newest weights."""
-        x_t, t_B = made.x_t.to(self.networks.device), made.t_B.to(self.networks.device)
-        prediction, _ = self.networks.fake_score(x_t, t_B, made.teacher_conditioning)
-        return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
-
     # -- metrics and state ---------------------------------------------------------------------------
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
         metrics, self.metrics = self.metrics, defaultdict(float)
-        for source in (self.batches, self.real):
-            for name, value in (source.pop_metrics() if source is not None else {}).items():
+        for source in (self.batches, self.feed):
+            for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value
         return dict(metrics)
 
