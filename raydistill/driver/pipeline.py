@@ -18,7 +18,7 @@ from raydistill.driver.stages import (
     train_bridge_on,
 )
 from raydistill.driver.summary import summarise
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
         real = config.discriminator.real_data
         inputs = {
             "bridge": str(resolve(bridge)) if bridge else None,
-            "real": str(resolve(real)) if real else pairs,
+            "real": str(input_place(real)) if real else pairs,
             "pairs": pairs,
         }
         scores = service if config.vsd.weight > 0 else None

@@ -23,8 +23,8 @@ from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
-from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import check_paths, check_storage, resolve
+from raydistill.storage.place import Place, Remote, is_uri
+from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
 
 
@@ -50,7 +50,7 @@ def check_inputs(config: Config) -> Inputs:
             "teacher.model",
             "bridge.checkpoint",
             "bridge.pairs",
-            "discriminator.real_data",
+            *([] if is_uri(config.discriminator.real_data or "") else ["discriminator.real_data"]),  # nothing is staged
             "synthesis.images",
             "prompts.path",
             "evaluation.prompts",
@@ -71,7 +71,7 @@ def check_inputs(config: Config) -> Inputs:
     if config.evaluation.judge is not None:
         _check_judged(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
-        pairs = PairSet(resolve(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
+        pairs = PairSet(input_place(config.discriminator.real_data), z_teacher_shape=teacher.latent_shape)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
     if config.bridge.pairs is not None:
         pairs = PairSet(resolve(config.bridge.pairs), teacher.latent_shape, student.latent_shape)

@@ -198,10 +198,11 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     encoders = size * sum(encoder.parameters for encoder in counts.text.values())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
-    if config.discriminator.weight > 0 and config.discriminator.real_data is None:
-        held["real samples"] = (
-            min(config.synthesis.count, config.discriminator.real_count) * counts.models.real_row_bytes
-        )
+    if config.discriminator.weight > 0:
+        counted = [config.discriminator.real_count] if config.discriminator.real_count else []
+        counted += [config.synthesis.count] if config.discriminator.real_data is None else []
+        models = counts.models
+        held["real samples"] = min([models.real_window_bytes, *(count * models.real_row_bytes for count in counted)])
     return held
 
 

@@ -29,7 +29,7 @@ from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.adoption import Found
 from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.observer import Observer
-from raydistill.workers.parts import Teachers, batches_after, load_distiller
+from raydistill.workers.parts import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
@@ -99,8 +99,9 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     torch.set_num_threads(config.distill.threads)
     found = newest_state(stage.name, worker, stage.path(CHECKPOINTS), stage.runs)
     first = found.about["step"] if found else 0
-    batches = Early(batches_after(config, worker, first))  # encoders start while networks load
-    distiller, teachers = load_distiller(stage, config, worker, batches)
+    reals = open_reals(stage, config, worker)
+    batches = Early(batches_after(config, worker, first, reals))  # encoders start while networks load
+    distiller, teachers = load_distiller(stage, config, worker, batches, reals)
     run = DistillationRun(stage, config, worker, distiller, teachers, found)
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if worker.rank == 0 else None
     try:

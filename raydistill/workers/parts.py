@@ -13,14 +13,15 @@ from raydistill.bridge.objective import build_objective
 from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
-from raydistill.data.stream import conditioned_batches, own_rows
-from raydistill.distillation.batches import Made
+from raydistill.data.reals import RealOrder, RealSet
+from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows
+from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
-from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.networks import guidance_scale, load_unet
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.precision import allow_tf32
 from raydistill.spaces import Conditioning, load_space
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 from raydistill.teachers import registry
 from raydistill.teachers.client import PendingScores, TeacherClient
 from raydistill.teachers.request import ScoreRequest
@@ -30,7 +31,25 @@ from raydistill.workers.stage import Stage
 LOOK_EVERY_S = 0.2
 
 
-def batches_after(config: Config, worker: Worker, first: int) -> Any:
+def own_part(config: Config, worker: Worker) -> range:
+    """Rows of every slot that a worker reads."""
+    distill = config.distill
+    parts, part_size = distill.workers * distill.micro_batches, distill.batch_size // distill.micro_batches
+    return own_rows(worker.rank, worker.world, parts, part_size)
+
+
+def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | None:
+    """The teacher samples that a worker streams; None: it needs none."""
+    if not stage.real or not config.discriminator.weight:
+        return None
+    rows, size = own_part(config, worker), config.distill.batch_size
+    lanes = (rows.stop - 1) // size - rows.start // size + 1
+    shape = load_space(resolve(config.teacher.model)).latent_shape
+    samples = RealSet(input_place(stage.real), shape, config.discriminator.real_count, lanes)
+    return RealCaptions(samples, RealOrder.of(config, samples))
+
+
+def batches_after(config: Config, worker: Worker, first: int, reals: RealCaptions | None = None) -> Any:
     """Conditioned batches of the updates after `first`; a generator."""
     distill, prompts = config.distill, config.prompts
     per_step = 1 + config.fake_score.updates
@@ -40,13 +59,9 @@ def batches_after(config: Config, worker: Worker, first: int) -> Any:
         seed=config.run.seed,
         first=first * per_step,
         stop=distill.steps * per_step,
-        rows=own_rows(
-            worker.rank,
-            worker.world,
-            distill.workers * distill.micro_batches,
-            distill.batch_size // distill.micro_batches,
-        ),
+        rows=own_part(config, worker),
         slot_size=distill.workers * distill.batch_size,
+        reals=reals,
         dtype=prompts.encoder_dtype,
         encoders=prompts.encoders,
         cpus_per_encoder=prompts.cpus_per_encoder,
@@ -57,10 +72,18 @@ def batches_after(config: Config, worker: Worker, first: int) -> Any:
 
 
 def load_distiller(
-    stage: Stage, config: Config, worker: Worker, source: Iterator[dict[str, Any]]
+    stage: Stage,
+    config: Config,
+    worker: Worker,
+    source: Iterator[dict[str, Any]],
+    reals: RealCaptions | None = None,
 ) -> tuple[Distiller, Teachers | None]:
-    """Load every network of a worker and connect it to its teachers."""
-    device, gan = worker.device, config.discriminator
+    """Load every network of a worker and connect it to its teachers.
+
+    Args:
+        source, reals: what `batches_after` gives, and was given.
+    """
+    device = worker.device
     allow_tf32(config.distill.tf32)
     student_space = load_space(resolve(config.student.model))
     teacher_space = load_space(resolve(config.teacher.model))
@@ -69,10 +92,8 @@ def load_distiller(
         bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
-    encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
+    encoding = getattr(torch, config.prompts.encoder_dtype)  # texts first: the device is still empty
     empty = TextEncoder(teacher_space, encoding, device).encode_unconditional() if stage.service else None
-    if stage.real and gan.weight > 0:
-        real = load_real(resolve(stage.real), teacher_space, gan.real_count, encoding, device)
     anchor = None
     if config.bridge.trainable:
         anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
@@ -85,7 +106,7 @@ def load_distiller(
         bridge=bridge,
         fake_network=teacher_space.load_network(),
         source=source,
-        real=real,
+        real=StreamedReals(source, reals.samples, reals.order) if reals else None,
         anchor=anchor,
         device=device,
         mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
