@@ -10,7 +10,6 @@ import json
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from raydistill.config.reading import get
 from raydistill.config.schema import Config

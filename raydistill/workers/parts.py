@@ -19,6 +19,7 @@ from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale, load_unet
 from raydistill.distillation.updates import Distiller, build_distiller
+from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.precision import allow_tf32
 from raydistill.spaces import Conditioning, load_space
 from raydistill.storage.resolve import input_place, resolve
@@ -93,7 +94,10 @@ def load_distiller(
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
     encoding = getattr(torch, config.prompts.encoder_dtype)  # texts first: the device is still empty
-    empty = TextEncoder(teacher_space, encoding, device).encode_unconditional() if stage.service else None
+    text = TextEncoder(teacher_space, encoding, device) if stage.service else None
+    empty = text.encode_unconditional() if text else None
+    shown = text.encode(shown_prompts(config).captions) if text and asks_for_pictures(config, worker) else None
+    del text
     anchor = None
     if config.bridge.trainable:
         anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
@@ -117,14 +121,36 @@ def load_distiller(
     if empty is None:
         return distiller, None
     client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
-    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space))
+    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space), shown)
+
+
+def asks_for_pictures(config: Config, worker: Worker) -> bool:
+    """Whether a worker shows what the scores make of the student's pictures (`evaluation.scores_grid`)."""
+    return config.evaluation.scores_grid > 0 and worker.rank == 0
+
+
+def shown_prompts(config: Config) -> FixedPrompts:
+    """Prompts of these pictures: the first of the periodic evaluation."""
+    evaluation = config.evaluation
+    return FixedPrompts(training_prompts(config), evaluation.scores_grid, evaluation.seed + 1)
 
 
 class Teachers:
-    """A worker's way to its teachers: `schedule.Submit`, and how busy they are."""
+    """A worker's way to its teachers: `schedule.Submit`, and how busy they are.
 
-    def __init__(self, client: TeacherClient, unconditional: Conditioning, guidance_scale: float) -> None:
+    Attributes:
+        shown: conditioning of `shown_prompts`; None: this worker shows nothing.
+    """
+
+    def __init__(
+        self,
+        client: TeacherClient,
+        unconditional: Conditioning,
+        guidance_scale: float,
+        shown: Conditioning | None = None,
+    ) -> None:
         self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
+        self.shown = shown
 
     def __call__(self, made: Made) -> PendingScores:
         conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
