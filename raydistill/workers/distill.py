@@ -6,7 +6,6 @@ the same code with another configuration.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -147,8 +146,9 @@ class DistillationRun:
         self._leaves = False
         self.tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if worker.rank == 0 else None
         shown = teachers.shown if teachers else None
-        observer = functools.partial(Observer, stage, config, distiller, shown=shown)
-        self.observer = observer(self.tracker, self.standing) if self.tracker else None
+        self.observer = (
+            Observer(stage, config, distiller, self.tracker, self.standing, shown=shown) if self.tracker else None
+        )
         self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:

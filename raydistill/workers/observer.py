@@ -51,11 +51,11 @@ class Observer:
         tracker: Tracker,
         standing: Standing,
         *,
-        shown: Conditioning | None = None,
+        shown: tuple[FixedPrompts, Conditioning] | None = None,
     ) -> None:
         """
         Args:
-            shown: the teacher's conditioning of the first prompts of the periodic evaluation, see `ScorePictures`.
+            shown: prompts of the periodic evaluation and the teacher's conditioning of them, for `ScorePictures`.
         """
         self.stage, self.config, self.distiller = stage, config, distiller
         self.tracker, self.standing = tracker, standing
@@ -72,10 +72,9 @@ class Observer:
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
         self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
 
-        self.scores = None if shown is None else self._score_pictures(shown)
+        self.scores = None if shown is None else self._score_pictures(*shown)
 
-    def _score_pictures(self, teacher: Conditioning) -> ScorePictures:
-        fixed = self.periodic.fixed.first(self.config.evaluation.scores_grid)
+    def _score_pictures(self, fixed: FixedPrompts, teacher: Conditioning) -> ScorePictures:
         student = self.periodic.table(fixed.captions)
         return ScorePictures(self.config, self.distiller.networks, fixed, student=student, teacher=teacher)
 

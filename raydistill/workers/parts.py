@@ -96,7 +96,10 @@ def load_distiller(
     encoding = getattr(torch, config.prompts.encoder_dtype)  # texts first: the device is still empty
     text = TextEncoder(teacher_space, encoding, device) if stage.service else None
     empty = text.encode_unconditional() if text else None
-    shown = text.encode(shown_prompts(config).captions) if text and asks_for_pictures(config, worker) else None
+    shown = None
+    if text and config.evaluation.scores_grid and worker.rank == 0:
+        prompts = shown_prompts(config)
+        shown = prompts, text.encode(prompts.captions)
     del text
     anchor = None
     if config.bridge.trainable:
@@ -124,22 +127,18 @@ def load_distiller(
     return distiller, Teachers(client, empty, guidance_scale(config, teacher_space), shown)
 
 
-def asks_for_pictures(config: Config, worker: Worker) -> bool:
-    """Whether a worker shows what the scores make of the student's pictures (`evaluation.scores_grid`)."""
-    return config.evaluation.scores_grid > 0 and worker.rank == 0
-
-
 def shown_prompts(config: Config) -> FixedPrompts:
-    """Prompts of these pictures: the first of the periodic evaluation."""
+    """Those whose pictures show what the scores make of them: the first of the periodic evaluation."""
     evaluation = config.evaluation
-    return FixedPrompts(training_prompts(config), evaluation.scores_grid, evaluation.seed + 1)
+    count = min(evaluation.scores_grid, evaluation.periodic_count)
+    return FixedPrompts(training_prompts(config), count, evaluation.seed + 1)
 
 
 class Teachers:
     """A worker's way to its teachers: `schedule.Submit`, and how busy they are.
 
     Attributes:
-        shown: conditioning of `shown_prompts`; None: this worker shows nothing.
+        shown: `shown_prompts` and their conditioning; None: this worker shows nothing.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class Teachers:
         client: TeacherClient,
         unconditional: Conditioning,
         guidance_scale: float,
-        shown: Conditioning | None = None,
+        shown: tuple[FixedPrompts, Conditioning] | None = None,
     ) -> None:
         self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
         self.shown = shown
