@@ -165,7 +165,10 @@ class PromptsConfig(Section):
     on_bad_row: Literal["skip", "fail"] = Field("skip", description="blank, oversized and undecodable rows")
     max_characters: Count = Field(2000, description="longer prompts are bad rows")
     encoders: Few = free(1, description="actors per worker that hold the text encoders")
-    encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the text encoders")
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of the teacher's text encoders; the student's are float32, as its only evaluation is exact",
+    )
     cpus_per_encoder: Cpus = free(0.1, description="Ray CPUs each of these actors reserves")
     gpus_per_encoder: Gpus = Field(0, description="Ray GPUs each of these actors reserves; 0: CPU")
     threads_per_encoder: Few = Field(1, description="CPU threads of each of these actors")

@@ -136,10 +136,17 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
         pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
         held = 4 * sum(vae.parameters for vae in vaes) + pictures
         return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
-    size = ITEMSIZE[config.prompts.encoder_dtype]
-    texts = [t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")]
-    prompts = min(texts[0].chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
-    return size * (sum(text.parameters for text in texts) + prompts * max(text.prompt.peak for text in texts) / 4)
+    texts = {name: t for name, t in counts.text.items() if role == "text encoder" or name.startswith("teacher")}
+    size = {name: _element(name, config) for name in texts}
+    chunk = next(iter(texts.values())).chunk
+    prompts = min(chunk, config.distill.batch_size if role == "text encoder" else config.synthesis.batch_size)
+    weights = sum(size[name] * text.parameters for name, text in texts.items())
+    return weights + prompts * max(size[name] * text.prompt.peak / 4 for name, text in texts.items())
+
+
+def _element(name: str, config: Config) -> int:
+    """Bytes of a number of a text encoder: the student's are float32 (see `workers.parts.batches_after`)."""
+    return ITEMSIZE[config.prompts.encoder_dtype if name.startswith("teacher") else "float32"]
 
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
@@ -194,8 +201,7 @@ def _bridge_advice(config: Config, fits: bool) -> str:
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     """Main memory of one trainer, by what fills it: its text encoders on CPUs, and the discriminator's teacher samples."""
-    size = ITEMSIZE[config.prompts.encoder_dtype]
-    encoders = size * sum(encoder.parameters for encoder in counts.text.values())
+    encoders = sum(_element(name, config) * encoder.parameters for name, encoder in counts.text.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
     if config.discriminator.weight > 0:

@@ -43,6 +43,9 @@ class Flux2KleinSpace(FlowSpace):
         ),
     }
     default_guidance_scale = 4.0
+    default_shift = (
+        3.0  # as of SD 3 and FLUX.1: the pipeline's fit for 50 steps is 7.56, with 41 % of the times above 0.9
+    )
     block_lists, attention_reader = FluxSpace.block_lists, FluxSpace.attention_reader
     tokens_asked = {"tokenizer": 512}
 

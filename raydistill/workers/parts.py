@@ -63,7 +63,7 @@ def batches_after(config: Config, worker: Worker, first: int, reals: RealCaption
         rows=own_part(config, worker),
         slot_size=distill.workers * distill.batch_size,
         reals=reals,
-        dtype=prompts.encoder_dtype,
+        dtype={"student": "float32", "teacher": prompts.encoder_dtype},
         encoders=prompts.encoders,
         cpus_per_encoder=prompts.cpus_per_encoder,
         gpus_per_encoder=prompts.gpus_per_encoder,

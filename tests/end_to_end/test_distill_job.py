@@ -269,7 +269,7 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
     assert steps[-1] == 1, "by a successor of the worker that found the disk full before its first step"
     client = client_of(mlflow_server.uri)
     ids = json.loads((tmp_path / "struck" / "run.json").read_text())["mlflow"]
-    assert {client.get_run(ids[stage]).info.status for stage in ("pipeline", "distill")} == {"KILLED"}
+    assert client.get_run(ids["pipeline"]).info.status == "KILLED"
 
     with started(tmp_path, tmp_path, "run.name=struck", f"tracking.uri={mlflow_server.uri}") as job:
         job.until(lambda: job.processes("ray::MapWorker"), pause=0.1)

@@ -142,6 +142,7 @@ def test_captions_of_teacher_samples_ride_along_each_position_once_also_after_a_
     assert sorted(seen) == list(range(2 * 8, 8 * 8)), "eight samples of each of two updates of the fake score"
 
 
+@pytest.mark.full
 def test_closing_ends_the_encoders(stream):
     earlier = encoders()
     batches = stream(0, 1000)
