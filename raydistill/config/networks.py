@@ -188,7 +188,9 @@ class DiscriminatorConfig(Section):
         description="what serves where real_data is null: the run's pairs, or `synthesis.count` pictures that are drawn "
         "for it, also where synthesis.images or bridge.pairs gives the pairs",
     )
-    real_count: Count = Field(4096, description="of these, how many (the first) each worker keeps in memory")
+    real_count: Count | None = Field(
+        4096, description="of these, how many (the first) are read, again and again; null: the whole set"
+    )
 
 
 class VsdConfig(Section):

@@ -262,6 +262,13 @@ class EvaluationConfig(Section):
     cpus_per_scorer: Cpus = free(0.25, description="Ray CPUs each of these actors reserves")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
     grid: Few = free(32, description="pictures in a sample grid")
+    scores_grid: int = free(
+        4,
+        ge=0,
+        le=64,
+        description="prompts of which the periodic evaluation shows the student's picture, and the x0 estimates that teacher "
+        "and fake score make of it with noise; decoded by the teacher's VAE; 0: none",
+    )
 
     @field_validator("weights", mode="before")
     @classmethod

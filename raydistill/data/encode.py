@@ -2,8 +2,8 @@
 
 The two round differently in the last bits: `PromptTable` encodes batches as they are, `TextEncoder` fills them up.
 
-Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), cut (bool: longer than a
-role's text encoders read), and one "role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such
+Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), real (bool: the caption of a
+teacher sample, which no student reads), cut (bool: longer than a role's text encoders read), and one "role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such
 tensors travel as uint16.
 """
 
@@ -26,7 +26,7 @@ from raydistill.spaces.base import Conditioning, Space
 from raydistill.spaces.text_lengths import are_cut
 
 CACHE_BYTES = 256 << 20  # encoded prompts each text encoder keeps
-CUT = "cut"
+CUT, REAL = "cut", "real"
 CHUNK = 16  # prompts per forward of a `TextEncoder`
 TABLE_BATCH = 64  # prompts per forward of a `PromptTable`
 
@@ -197,12 +197,21 @@ class PromptEncoder:
             self.encoders[role] = shared[key]
 
     def __call__(self, batch: Batch) -> Batch:
-        """Batch with a "prompt" column -> the same with "role.name" columns."""
+        """Batch with a "prompt" column -> the same with "role.name" columns.
+
+        Of a teacher sample the student's are those of the empty prompt: it costs nothing, and rows stay alike.
+        """
         prompts = [str(prompt) for prompt in batch["prompt"]]
         columns = dict(batch) | {CUT: np.zeros(len(prompts), dtype=bool)}
+        reals = batch.get(REAL, columns[CUT])
         for role, encoder in self.encoders.items():
-            columns[CUT] |= encoder.are_cut(prompts)
-            for name, value in encoder.encode(prompts).items():
+            read = (
+                prompts
+                if role == "teacher"
+                else ["" if real else text for text, real in zip(prompts, reals, strict=True)]
+            )
+            columns[CUT] |= encoder.are_cut(read)
+            for name, value in encoder.encode(read).items():
                 columns[f"{role}.{name}"] = to_numpy(value)
         return columns
 

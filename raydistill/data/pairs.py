@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +42,7 @@ from raydistill.storage.resolve import to_place
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
 READERS, END_BYTES = 32, 1 << 16  # of `fingerprint`: threads, and bytes at the end of a shard
+ROW_GROUP = 64  # rows of a shard that are read together: random access within a window costs few bytes
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 VAES = b"raydistill.vaes"  # and under which it says whose latents it holds: JSON, role -> sha256 of the VAE
 STORED = {pa.float16(): torch.float16, pa.uint16(): torch.bfloat16}  # numbers of a latent column
@@ -192,7 +192,7 @@ def write_pairs(
     table = table.replace_schema_metadata(said or None)
     file = shard_file(folder, shard_index)
     with replacing(file) as fresh:
-        pq.write_table(table, fresh, compression="zstd", **_encodings(table))
+        pq.write_table(table, fresh, compression="zstd", row_group_size=ROW_GROUP, **_encodings(table))
     return file
 
 
@@ -270,6 +270,23 @@ def _open(file: Place) -> pq.ParquetFile:
         raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
+def read_latents(file: Place, group: int) -> torch.Tensor:
+    """Teacher latents [N, C, H, W] of a row group, as they are stored.
+
+    Raises:
+        OSError: the store does not answer; unlike `InputError`, this may be gone at the next attempt.
+    """
+    with pq.ParquetFile(**_where(file), pre_buffer=True) as parquet:
+        table = parquet.read_row_group(group, columns=["prompt", "prompt_id", "seed", *LATENT_COLUMNS])
+    return PairSet._pairs(np.arange(len(table)), table).z_teacher
+
+
+def read_captions(file: Place, group: int) -> list[str]:
+    """Captions of a row group. Raises as `read_latents`."""
+    with pq.ParquetFile(**_where(file)) as parquet:
+        return parquet.read_row_group(group, columns=["prompt"])["prompt"].to_pylist()
+
+
 class PairSet:
     """All shards of a folder as one sequence of rows, read shard by shard when needed.
 
@@ -280,6 +297,7 @@ class PairSet:
 
     Attributes:
         vaes: role -> sha256 of each VAE that encoded some of it -> the first shard that says so.
+        groups: rows of each row group of each file.
 
     Raises:
         InputError: no shards, or one with a missing column, another shape or another kind of number; names file and
@@ -288,25 +306,26 @@ class PairSet:
 
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Place,
         z_teacher_shape: tuple[int, int, int] | None = None,
         z_student_shape: tuple[int, int, int] | None = None,
         cached_shards: int = 16,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = to_place(str(folder))
         self.files = [shard_file(folder, index) for index in existing_shards(folder)]
         if not self.files:
             raise InputError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
         expected: dict[str, tuple[int, ...] | None] = {"z_T": z_teacher_shape, "z_S": z_student_shape}
         self.vaes: dict[str, dict[str, Place]] = {}
         self._numbers: set[pa.DataType] = set()
-        lengths = [self._check(file, expected) for file in self.files]
+        self.groups = [self._check(file, expected) for file in self.files]
         self.shapes = expected
         self.cached_shards = cached_shards
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._starts = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self.groups])])
         self._shard = lru_cache(maxsize=cached_shards)(self._read)
 
-    def _check(self, file: Place, expected: dict[str, tuple[int, ...] | None]) -> int:
+    def _check(self, file: Place, expected: dict[str, tuple[int, ...] | None]) -> list[int]:
+        """Rows of each row group of a shard whose columns are as they should be."""
         parquet = _open(file)
         schema = parquet.schema_arrow
         missing = [c for c in ("prompt", "prompt_id", "seed", *LATENT_COLUMNS) if c not in schema.names]
@@ -328,17 +347,19 @@ class PairSet:
                 raise InputError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
         for role, sha256 in json.loads((parquet.metadata.metadata or {}).get(VAES, "{}")).items():
             self.vaes.setdefault(role, {}).setdefault(sha256, file)
-        return parquet.metadata.num_rows
+        return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def _read(self, shard: int) -> pa.Table:
-        return without_views(pq.read_table(self.files[shard])).combine_chunks()
+        return without_views(pq.read_table(**_where(self.files[shard]))).combine_chunks()
 
     def _column(self, name: str) -> list:
         """One small column of all rows."""
-        return [value for file in self.files for value in pq.read_table(file, columns=[name])[name].to_pylist()]
+        return [
+            value for file in self.files for value in pq.read_table(**_where(file), columns=[name])[name].to_pylist()
+        ]
 
     def prompts(self) -> list[str]:
         """The prompts of all rows."""
@@ -393,7 +414,7 @@ class PairSet:
         return ids[np.lexsort((draws, windows))]
 
 
-def open_pairs(folder: str | Path, teacher: Space, student: Space | None = None) -> PairSet:
+def open_pairs(folder: str | Place, teacher: Space, student: Space | None = None) -> PairSet:
     """The pairs of these spaces; where no student is given, of the teacher's side alone.
 
     A set that says by which VAEs it was encoded is for those. Sets of earlier versions, and other people's, need not

@@ -8,14 +8,18 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from raydistill.background import in_background
+from raydistill.config.schema import Config
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
+from raydistill.data.reals import Grouped, RealOrder, RealSet
 from raydistill.diffusion.noise import normal, uniform
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.spaces import Conditioning
@@ -23,17 +27,128 @@ from raydistill.spaces import Conditioning
 T_MIN, T_MAX = 1e-3, 1 - 1e-3  # the whole range of t but its ill-conditioned ends
 
 
+class Reals(Grouped, Protocol):
+    """Teacher samples for the discriminator."""
+
+    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+        """Latents [B, C, H, W] float32 and the conditioning of these rows' own captions."""
+        ...
+
+    def first(self, count: int) -> torch.Tensor:
+        """Latents of the first `count` samples, or of all."""
+        ...
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Metrics since the last call."""
+        ...
+
+
 @dataclass
 class Real:
-    """Teacher samples for the discriminator: normalised latents and their own captions' conditioning."""
+    """Teacher samples that all lie in memory: normalised latents and their own captions' conditioning."""
 
     latents: torch.Tensor  # [N, C, H, W]
     table: Conditioning  # one row per distinct caption
     rows: torch.Tensor  # [N] row of each sample's caption
+    groups: np.ndarray | None = None  # `starts` of the set that they are of; None: they are one group
 
-    def take(self, pick: torch.Tensor) -> tuple[torch.Tensor, Conditioning]:
-        """Latents [B, C, H, W] float32 and conditioning of the samples `pick` [B]."""
+    @property
+    def starts(self) -> np.ndarray:
+        """See `data.reals.Grouped`."""
+        return np.array([0, len(self.rows)]) if self.groups is None else self.groups
+
+    @property
+    def row_bytes(self) -> int:
+        """See `data.reals.Grouped`."""
+        return 2 * self.latents[0].numel()
+
+    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+        """See `Reals`."""
+        pick = torch.as_tensor(rows)
         return self.latents[pick].float(), {name: value[self.rows[pick]] for name, value in self.table.items()}
+
+    def first(self, count: int) -> torch.Tensor:
+        """See `Reals`."""
+        return self.latents[:count]
+
+    def pop_metrics(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+class StreamedReals:
+    """Teacher samples whose captions come with the stream of prompts, and whose latents are read from storage.
+
+    The latents of the next update are read in a thread meanwhile.
+
+    Args:
+        source: conditioned batches, which `Batches` reads too: a slot of the fake score, then its teacher samples.
+        samples: the set.
+        order: in which the stream reads it.
+    """
+
+    def __init__(self, source: Iterator[dict[str, Any]], samples: RealSet, order: RealOrder) -> None:
+        self.source, self.samples, self.order = source, samples, order
+        self.starts, self.row_bytes = samples.starts, samples.row_bytes
+        self._left: tuple[np.ndarray, torch.Tensor, Conditioning] | None = None  # rows of a batch not taken yet
+        self._ahead: tuple[np.ndarray, Future[torch.Tensor]] | None = None
+        self._waited, self._reads = 0.0, 0
+
+    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+        """See `Reals`. Raises RuntimeError where the stream brings others than are asked for."""
+        had, latents, conditioning = self._left or self._next()
+        count = len(rows)
+        if not np.array_equal(had[:count], rows):
+            raise RuntimeError(f"the stream brings teacher samples {had[:count]}, and the update asks for {rows}")
+        left = {name: value[count:] for name, value in conditioning.items()}
+        self._left = (had[count:], latents[count:], left) if len(had) > count else None
+        return latents[:count].float(), {name: value[:count] for name, value in conditioning.items()}
+
+    def _next(self) -> tuple[np.ndarray, torch.Tensor, Conditioning]:
+        started = time.perf_counter()
+        batch = next(self.source)
+        rows = np.asarray(batch["prompt_id"])
+        expected, reading = self._ahead or (None, None)
+        read = reading.result() if reading is not None else None  # before another read begins
+        latents = read if read is not None and np.array_equal(rows, expected) else self.samples.latents(rows)
+        following = self.order.rows(np.asarray(batch["sample_id"]) + self.order.slot_size)
+        self._ahead = following, in_background(lambda: self.samples.latents(following))
+        self._waited += time.perf_counter() - started
+        return rows, latents, columns_of(batch, "teacher")
+
+    def first(self, count: int) -> torch.Tensor:
+        """See `Reals`."""
+        return self.samples.first(count)
+
+    def pop_metrics(self) -> dict[str, float]:
+        """time/data (seconds), and data/real_groups: row groups of the set that were read."""
+        reads = self.samples.reads
+        metrics = {"time/data": self._waited, "data/real_groups": float(reads - self._reads)}
+        self._waited, self._reads = 0.0, reads
+        return metrics
+
+
+class RealFeed:
+    """Teacher samples, each in its turn.
+
+    Args:
+        config: decides the order.
+        reals: where they come from.
+    """
+
+    def __init__(self, config: Config, reals: Reals) -> None:
+        self.reals, self.order = reals, RealOrder.of(config, reals)
+        self._position = 0
+
+    def of(self, sample_ids: torch.Tensor) -> tuple[torch.Tensor, Conditioning]:
+        """Those that the fake score's update of these sample ids [B] sees, see `Reals.take`."""
+        positions = self.order.positions(sample_ids)
+        self._position = int(positions[-1])
+        return self.reals.take(self.order.rows(positions))
+
+    def pop_metrics(self) -> dict[str, float]:
+        """data/real_epoch: how often this worker has read its share of the set. And those of `Reals`."""
+        return self.reals.pop_metrics() | {"data/real_epoch": self.order.epoch(self._position)}
 
 
 @dataclass(kw_only=True)

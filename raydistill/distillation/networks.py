@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
-from raydistill.data.pairs import open_pairs
+from raydistill.data.reals import RealSet
+from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.distillation.losses import require_finite
@@ -54,20 +55,22 @@ def load_unet(space: Space, checkpoint: str | None) -> nn.Module:
 def load_real(
     folder: Path,
     teacher_space: Space,
-    count: int,
+    count: int | None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Real:
-    """The first `count` teacher samples, in memory, with the conditioning of their own captions.
+    """The first `count` teacher samples, or all, in memory, with the conditioning of their own captions.
+
+    A run streams them instead, in the same order.
 
     Args:
         dtype: of the text encoders and of the conditioning.
         device: where they run, before anything else is there.
     """
-    pairs = open_pairs(folder, teacher_space)
-    pairs = pairs.rows(range(min(count, len(pairs))))
-    table = PromptTable(teacher_space, pairs.prompts, dtype, device)
-    return Real(pairs.z_teacher, table.columns, table.rows(pairs.prompts))
+    samples = RealSet(folder, teacher_space.latent_shape, count)
+    captions = samples.captions(range(len(samples)))
+    table = PromptTable(teacher_space, captions, dtype, device)
+    return Real(samples.first(len(samples)), table.columns, table.rows(captions), samples.starts)
 
 
 class Networks:
@@ -87,18 +90,13 @@ class Networks:
         student: nn.Module,
         bridge: Bridge,
         fake_network: nn.Module,
-        real: Real | None = None,
         device: torch.device | str = "cpu",
         mesh: DeviceMesh | None = None,
     ) -> None:
         """
         Args:
             fake_network: the teacher's, of its own copy: it is changed in place.
-            real: teacher samples, needed where `discriminator.weight` is above 0.
             mesh: of the workers that share one frozen copy of the teacher (`fake_score.shard`); None: each has its own.
-
-        Raises:
-            ValueError: there is a GAN, but no teacher samples.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device = torch.device(device)
@@ -112,7 +110,7 @@ class Networks:
         self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
-        self.discriminator = self._new_discriminator(real) if config.discriminator.weight > 0 else None
+        self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
 
     def _recompute_activations(self) -> None:
         """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
@@ -120,15 +118,17 @@ class Networks:
         self.fake.network.enable_gradient_checkpointing()
         self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 
-    def _new_discriminator(self, real: Real | None) -> Discriminator:
+    def _new_discriminator(self) -> Discriminator:
         """A fresh head, as wide as the fake score's features are."""
-        if real is None:
-            raise ValueError("discriminator.weight is above 0, but there are no real data")
-        latents, conditioning = real.take(torch.zeros(1, dtype=torch.long))
-        t_B = torch.full((1,), 0.5, device=self.device)
+        space, device = self.teacher_space, self.device
+        conditioning = {
+            name: torch.zeros(1, *shape, dtype=kind, device=device)
+            for name, (shape, kind) in space.conditioning_layout.items()
+        }
+        latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
         with torch.no_grad():
-            features = self.fake.features(latents.to(self.device), t_B, self.on_device(conditioning))
-        return Discriminator(features.shape[1], self.config.discriminator.width).to(self.device)
+            features = self.fake.features(latents, t_B, self.on_device(conditioning))
+        return Discriminator(features.shape[1], self.config.discriminator.width).to(device)
 
     # -- forward passes ----------------------------------------------------------------------------
     def on_device(self, conditioning: Conditioning) -> Conditioning:
@@ -146,15 +146,23 @@ class Networks:
         """Whether mixed precision includes the student: not where its x0 multiplies a prediction's rounding too much."""
         return x0_gain(self.student_space, self.config.student.start_timestep) <= MAX_GAIN
 
-    def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The student's picture in teacher space: B(z_student) [B, C, H, W] float32, of noise [B, c, h, w]."""
+    def z_student(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The student's latents: its x0 [B, c, h, w], of noise of this shape."""
         start = self.config.student.start_timestep
         noise, conditioning = noise.to(self.device), self.on_device(conditioning)
         with self._autocast(self.student_in_bfloat16):
             z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
+        return require_finite(z_student, "the student's x0")
+
+    def bridged(self, z_student: torch.Tensor) -> torch.Tensor:
+        """Latents of the student in teacher space: B(z_student) [B, C, H, W] float32."""
         with self._autocast():
-            x = self.bridge(require_finite(z_student, "the student's x0"))
+            x = self.bridge(z_student)
         return require_finite(x.float(), "the Bridge's output")
+
+    def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The student's picture in teacher space [B, C, H, W] float32, of noise [B, c, h, w]."""
+        return self.bridged(self.z_student(noise, conditioning))
 
     def fake_score(
         self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
@@ -163,6 +171,13 @@ class Networks:
         with self._autocast():
             prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
         return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+
+    @torch.no_grad()
+    def x0_fake(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The fake score's x0 estimate [B, C, H, W] at x_t, with its newest weights."""
+        x_t, t_B = x_t.to(self.device), t_B.to(self.device)
+        prediction, _ = self.fake_score(x_t, t_B, conditioning)
+        return to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's features [B, D, h, w] alone; later blocks do not run."""

@@ -26,8 +26,8 @@ from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.noise import normal
-from raydistill.diffusion.path import add_noise, target, to_x0
-from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, Real
+from raydistill.diffusion.path import add_noise, target
+from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
 from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
 from raydistill.distillation.losses import (
@@ -39,6 +39,7 @@ from raydistill.distillation.losses import (
     vsd_loss,
 )
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.watch import REFERENCE, Watch
 
 Row = dict[str, torch.Tensor]  # scalars of one micro-batch
 
@@ -52,7 +53,7 @@ class Distiller:
     """One worker's updates of its networks.
 
     Args:
-        real: teacher samples, which the networks' discriminator was made for.
+        real: teacher samples, needed where there is a discriminator.
         anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         average: mean of tensors over the workers.
         mean_parts: micro-batches of a worker, on average over all workers; None: as many as this one has.
@@ -64,13 +65,15 @@ class Distiller:
         networks: Networks,
         batches: Batches,
         *,
-        real: Real | None = None,
+        real: Reals | None = None,
         anchor: Objective | None = None,
         average: Average = alone,
         mean_parts: float | None = None,
     ) -> None:
         if config.bridge.trainable and anchor is None:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
+        if networks.discriminator is not None and real is None:
+            raise ValueError("discriminator.weight is above 0, but there are no real data")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
         self.gradients = Gradients(
@@ -79,7 +82,9 @@ class Distiller:
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
-        self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.latents)
+        self.feed = None if real is None else RealFeed(config, real)
+        self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
+        self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
@@ -90,13 +95,14 @@ class Distiller:
     def make(self) -> Iterator[Made]:
         """The next student batch, noised in teacher space, micro-batch by micro-batch; the teachers score its x_t."""
         started, vsd = time.perf_counter(), self.config.vsd
-        self.alarm.begin()
+        self.watch.begin()
         for batch in self.batches.next():
             ids, noise = batch.sample_ids, self._xi(batch)
-            x = self.networks.x(noise, batch.student_conditioning)
+            z_student = self.networks.z_student(noise, batch.student_conditioning)
+            x = self.networks.bridged(z_student)
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
-            self.alarm.add(x)
+            self.watch.made(z_student, x)
             self.metrics["time/make"] += time.perf_counter() - started
             yield Made(**vars(batch), noise=noise, x_t=x_t.cpu(), t_B=t_B.cpu())
             started = time.perf_counter()
@@ -115,6 +121,7 @@ class Distiller:
         rows = [self._fake_gradients(batch) for batch in batches]
         if not self._shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
+        self.watch.faked([row["fake"] for row in rows])
         self.metrics["loss/fake"] = mean_of(rows)["fake"]
         if self.networks.discriminator is not None:
             for row, batch in zip(rows, batches, strict=True):
@@ -147,8 +154,7 @@ class Distiller:
         """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
         ids = batch.sample_ids
         with torch.no_grad():
-            pick = (self.draws.uniform(ids, "real_pick").cpu() * len(self.real.rows)).long()
-            latents, conditioning = self.real.take(pick)
+            latents, conditioning = self.feed.of(ids)
             latents = require_finite(latents.to(self.networks.device), "the teacher samples of discriminator.real_data")
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
@@ -195,7 +201,7 @@ class Distiller:
         norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
         self.metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
         self.networks.update_ema(self.updates)
-        self.metrics |= self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
+        self.metrics |= self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
         self.updates += 1
         self.metrics["time/student"] += time.perf_counter() - started - waited
 
@@ -205,7 +211,8 @@ class Distiller:
         x = self.networks.x(made.noise, made.student_conditioning)
         loss = x.new_zeros(())
         if x0_real is not None:
-            g = vsd_gradient(x, x0_real.to(x.device), self._x0_fake(made))
+            x0_fake = self.networks.x0_fake(made.x_t, made.t_B, made.teacher_conditioning)
+            g = vsd_gradient(x, x0_real.to(x.device), x0_fake)
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
@@ -224,28 +231,24 @@ class Distiller:
         self.gradients.accumulate(loss, *names)
         return row
 
-    @torch.no_grad()
-    def _x0_fake(self, made: Made) -> torch.Tensor:
-        """The fake score's x0 estimate at the x_t that the teachers saw, with its newest weights."""
-        x_t, t_B = made.x_t.to(self.networks.device), made.t_B.to(self.networks.device)
-        prediction, _ = self.networks.fake_score(x_t, t_B, made.teacher_conditioning)
-        return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
-
     # -- metrics and state ---------------------------------------------------------------------------
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
-        metrics, self.metrics = self.metrics | self.batches.pop_metrics(), defaultdict(float)
+        metrics, self.metrics = self.metrics, defaultdict(float)
+        for source in (self.batches, self.feed):
+            for name, value in source.pop_metrics().items() if source else ():
+                metrics[name] += value
         return dict(metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs besides the step."""
-        own = {"updates": self.updates, "guard": self.alarm.state_dict()}
+        own = {"updates": self.updates, "guard": self.watch.state_dict()}
         return own | self.networks.state_dict() | self.gradients.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.updates = state["updates"]
         if "guard" in state:  # checkpoints of versions before 0.2 have none: the average begins anew
-            self.alarm.load_state_dict(state["guard"])
+            self.watch.load_state_dict(state["guard"])
         self.networks.load_state_dict(state)
         self.gradients.load_state_dict(state)
 
@@ -254,7 +257,7 @@ def build_distiller(
     config: Config,
     *,
     source: Iterator[dict[str, Any]],
-    real: Real | None = None,
+    real: Reals | None = None,
     anchor: Objective | None = None,
     average: Average = alone,
     parts: int | None = None,
@@ -267,5 +270,5 @@ def build_distiller(
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
     batches = Batches(source, parts or config.distill.micro_batches)
-    own = Networks(config, real=real, **networks)
+    own = Networks(config, **networks)
     return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)

@@ -24,7 +24,7 @@ from raydistill.spaces import load_space
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.fingerprint import fingerprint
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 from raydistill.workers.adoption import ForeignCheckpoint, Runs, checkpoint_folders, require_ours
 from raydistill.workers.bridge import CHECKPOINTS as OF_BRIDGE
 from raydistill.workers.checkpoint import CheckpointError, about_of
@@ -37,6 +37,7 @@ MODELS = (*PIPELINES, "student.unet", "bridge.checkpoint", "evaluation.judge")
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 WEIGHTS = "evaluation.weights."  # begins the keys of weights of metrics
 PAIRS = ("bridge.pairs", "discriminator.real_data")
+READ_IN_PARTS = ("discriminator.real_data",)  # staged nowhere
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
     named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
-    places = {key: resolve(value) for key, value in named.items() if value is not None}
+    places = {
+        key: input_place(value) if key in READ_IN_PARTS else resolve(value) for key, value in named.items() if value
+    }
     for metric in metrics_of_run(config.evaluation):
         places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}
     return found | {key: _fingerprint(key, place) for key, place in places.items()}
@@ -114,7 +117,7 @@ def _named(config: Config, key: str) -> str:
     return str(get(config, key))
 
 
-def _fingerprint(key: str, path: Path) -> str:
+def _fingerprint(key: str, path: Place) -> str:
     """Of a model or a set of pairs. Raises InputError with the key."""
     try:
         if key in PAIRS:

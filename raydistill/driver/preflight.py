@@ -36,8 +36,8 @@ from raydistill.spaces.distilled import check_scores, drawing
 from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
-from raydistill.storage.place import Place, Remote
-from raydistill.storage.resolve import check_paths, check_storage, resolve
+from raydistill.storage.place import Place, Remote, is_uri
+from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
 
 
@@ -65,7 +65,7 @@ def check_inputs(config: Config) -> Inputs:
             *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
             "bridge.pairs",
-            "discriminator.real_data",
+            *([] if is_uri(config.discriminator.real_data or "") else ["discriminator.real_data"]),  # nothing is staged
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -104,7 +104,9 @@ def check_inputs(config: Config) -> Inputs:
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
     try:
-        return open_pairs(resolve(get(config, key)), teacher, student)
+        named = get(config, key)
+        place = input_place(named) if key == "discriminator.real_data" else resolve(named)
+        return open_pairs(place, teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
 
@@ -194,7 +196,7 @@ def check_real_data(config: Config) -> None:
     if folder is None:
         key, share = "synthesis.augment_share", config.synthesis.augment_share
     else:
-        share = changed_share(resolve(folder))
+        share = changed_share(input_place(folder))
     if share > 0:
         raise InputError(
             f"{key}: {share:.0%} of these pictures are blended and recoloured, and the discriminator would take them as "

@@ -23,7 +23,7 @@ from raydistill.evaluation.evaluator import FixedPrompts, Scores, draw_teacher
 from raydistill.pictures.files import save_pictures
 from raydistill.spaces.distilled import drawing
 from raydistill.storage.atomic import read_json, replace_text
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 from raydistill.teachers import registry
 from raydistill.teachers.client import TeacherClient
 from raydistill.tracking.progress import ProgressWatcher
@@ -121,7 +121,7 @@ def make_sets(record: RunRecord, client: TeacherClient | None = None) -> tuple[s
         named = config.bridge.pairs
         pairs = str(resolve(named)) if named else _made(record, "synthesis", PAIRS_FOLDER, recipe, client)
     if real is not None:
-        return pairs, str(resolve(real))
+        return pairs, str(input_place(real))
     if draws_samples(config):
         recipe = recipe_of(config, record.inputs, drawn=True)
         return pairs, _made(record, "samples", SAMPLES_FOLDER, recipe, client)

@@ -9,7 +9,7 @@ from raydistill.config.schema import Config
 from raydistill.data.shards import notes_of
 from raydistill.spaces import find_family, hub_models
 from raydistill.spaces.hub_model import Licence
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place
 
 _EMBEDDED = Licence("the project's own licence", "other", "No third-party weights.")
 _LOOK_UP = "Look up the terms of this model before sharing anything."
@@ -29,7 +29,7 @@ def picture_sets(config: Config) -> list[tuple[str, str | None]]:
     """(source, licence) of the real pictures that a run learns from: those it encodes, and those in sets of pairs that it is given."""
     found = [] if config.synthesis.images is None else [(config.synthesis.images, config.synthesis.licence)]
     for folder in (config.bridge.pairs, config.discriminator.real_data):
-        notes = {} if folder is None else notes_of(resolve(folder))
+        notes = {} if folder is None else notes_of(input_place(folder))
         if notes.get("pictures"):
             found.append((str(notes["pictures"]), notes.get("licence")))
     return list(dict.fromkeys(found))

@@ -25,6 +25,7 @@ from raydistill.config.reading import other_drawer
 from raydistill.config.schema import Config
 from raydistill.data.encode import CHUNK
 from raydistill.data.pairs import Pairs
+from raydistill.data.reals import most_bytes
 from raydistill.data.vae import VAE_BATCH
 from raydistill.diffusion.guidance import is_guided
 from raydistill.distillation.batches import Real
@@ -307,7 +308,8 @@ def count_models(config: Config, student: Space, teacher: Space) -> Models:
         terms=[Terms(role, model, it.name, it.terms, model in gated) for role, model, it in terms],
         request_bytes=request_bytes(teacher, part, guided, encoding),
         answer_bytes=part * latents,
-        real_row_bytes=latents + conditioning_bytes(teacher, encoding),
+        real_row_bytes=latents // 2,
+        real_window_bytes=most_bytes(latents // 2),
     )
 
 

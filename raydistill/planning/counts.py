@@ -127,7 +127,8 @@ class Models:
     terms: list[Terms]
     request_bytes: int
     answer_bytes: int
-    real_row_bytes: int  # one teacher sample in a worker's memory: latents and conditioning
+    real_row_bytes: int  # one teacher sample in a worker's memory: latents in 16 bits
+    real_window_bytes: int  # most that a worker holds of them
 
 
 # -- all of a run ------------------------------------------------------------------------------------------
@@ -157,6 +158,13 @@ class Counts:
     def drawer_text(self) -> dict[str, Text]:
         """The text encoders of what draws pictures."""
         return drawer_text(self.text)
+
+    def texts_of_update(self, config: Config) -> float:
+        """FLOPs of one worker's prompts, and with a GAN of as many captions as the fake score has prompts, for the teacher."""
+        updates = config.fake_score.updates
+        teacher = sum(encoder.prompt.flops for name, encoder in self.text.items() if name.startswith("teacher"))
+        captions = updates * teacher if config.discriminator.weight > 0 else 0.0
+        return self.batch * ((1 + updates) * self.text_flops + captions)
 
 
 def drawer_text(text: Mapping[str, Text]) -> dict[str, Text]:

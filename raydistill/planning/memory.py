@@ -232,9 +232,12 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     encoders = sum(_element(name, config) * encoder.parameters for name, encoder in own.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
     held = {"text encoders": encoders}
-    if config.discriminator.weight > 0 and config.discriminator.real_data is None:
-        made = config.synthesis.count if draws(config) else pairs_made(config)
-        held["real samples"] = min(made, config.discriminator.real_count) * counts.models.real_row_bytes
+    if config.discriminator.weight > 0:
+        counted = [config.discriminator.real_count] if config.discriminator.real_count else []
+        if config.discriminator.real_data is None:
+            counted.append(config.synthesis.count if draws(config) else pairs_made(config))
+        models = counts.models
+        held["real samples"] = min([models.real_window_bytes, *(count * models.real_row_bytes for count in counted)])
     return held
 
 

@@ -171,7 +171,7 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     timing, trainer, network = schedule(counts, config, gpus), counts.trainer, counts.network
     k, workers, trainer_gpu = timing.updates, config.distill.workers, gpus[config.plan.trainer_gpu]
     score = network.score.flops / network.samples * counts.batch
-    text = (1 + k) * counts.batch * counts.text_flops
+    text = counts.texts_of_update(config)
     works = ((trainer.make, 1), (trainer.fake, k), (trainer.student, 1))
     whole, high = (sum(times * getattr(work, name) for work, times in works) for name in ("flops", "flops_32"))
     tf32, high = bool(config.distill.tf32), high / whole

@@ -122,7 +122,6 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     requests, at_once = workers * distill.micro_batches, asked_at_once(config)
     rounds = [-(-requests // count) for count in range(1, at_once + 1)]
     needed = next((r for r, n in enumerate(rounds, 1) if n * one <= updates * fake), None)
-    prompts = (1 + updates) * counts.batch
     used = min(replicas(config), at_once)
     return Schedule(
         make=make,
@@ -130,7 +129,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
         updates=updates,
         student=student,
         teacher=rounds[used - 1] * one if used else 0.0,
-        text=prompts * counts.text_flops / text_rate(config, gpus),
+        text=counts.texts_of_update(config) / text_rate(config, gpus),
         overlap=config.distill.overlap,
         replicas_needed=needed,
     )

@@ -94,6 +94,11 @@ def resolve(path: str) -> Path:
     return on_this_node(path) if is_hub_id(path) else on_this_machine(found)
 
 
+def input_place(path: str) -> Place:
+    """An input that is read part by part: a bucket's place as it is, of which nothing is staged, or `resolve`."""
+    return to_place(path) if is_uri(path) else resolve(path)
+
+
 def check_paths(config: Config, keys: Sequence[str]) -> None:
     """Every named path must exist; models of the hub and URIs are fetched.
 

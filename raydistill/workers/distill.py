@@ -28,8 +28,8 @@ from raydistill.tracking.progress import ProgressWatcher
 from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.adoption import Found
 from raydistill.workers.checkpoint import require_room, save_state
-from raydistill.workers.observer import Observer
-from raydistill.workers.parts import Teachers, batches_after, load_distiller
+from raydistill.workers.observer import Observer, evaluation_is_due
+from raydistill.workers.parts import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
@@ -99,8 +99,9 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     torch.set_num_threads(config.distill.threads)
     found = newest_state(stage.name, worker, stage.path(CHECKPOINTS), stage.runs)
     first = found.about["step"] if found else 0
-    batches = Early(batches_after(config, worker, first))  # encoders start while networks load
-    distiller, teachers = load_distiller(stage, config, worker, batches)
+    reals = open_reals(stage, config, worker)
+    batches = Early(batches_after(config, worker, first, reals))  # encoders start while networks load
+    distiller, teachers = load_distiller(stage, config, worker, batches, reals)
     run = DistillationRun(stage, config, worker, distiller, teachers, found)
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if worker.rank == 0 else None
     try:
@@ -144,7 +145,10 @@ class DistillationRun:
             self.standing = Standing.of(found.about)
         self._leaves = False
         self.tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if worker.rank == 0 else None
-        self.observer = Observer(stage, config, distiller, self.tracker, self.standing) if self.tracker else None
+        shown = teachers.shown if teachers else None
+        self.observer = (
+            Observer(stage, config, distiller, self.tracker, self.standing, shown=shown) if self.tracker else None
+        )
         self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:
@@ -171,7 +175,24 @@ class DistillationRun:
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         if self.observer:
             self.observer.after_step(step, self.worker.world, metrics)
+        self._show_scores(step)
         self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
+
+    def _show_scores(self, step: int) -> None:
+        """At an evaluation, pictures of what teacher and fake score make of the student's.
+
+        Where workers share one fake score, all compute its part: each holds a piece of every block.
+        """
+        config, networks = self.config, self.distiller.networks
+        if not (self.teachers and config.evaluation.scores_grid and evaluation_is_due(config, step)):
+            return
+        parts = self.observer.score_pictures.make() if self.observer else []
+        if config.fake_score.shard:
+            parts = self.worker.from_rank_0(parts)
+        fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
+        if self.observer:
+            real = [self.teachers(part).result() for _, part in parts]
+            self.observer.show_scores(step, [torch.cat(one).cpu() for one in ([x for x, _ in parts], real, fake)])
 
     def agree(self, step: int) -> bool:
         """What rank 0 sees counts for all, so that all end after the same step.

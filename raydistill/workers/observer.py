@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompt
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.updates import Distiller
 from raydistill.evaluation.evaluator import FixedPrompts, Measured, StudentEvaluator
+from raydistill.evaluation.score_pictures import ScorePictures
 from raydistill.export.licences import picture_sets
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
 from raydistill.shapes.judge import COLUMNS as OF_JUDGE
+from raydistill.spaces.base import Conditioning
 from raydistill.storage.atomic import read_json, replace_text, writing
 from raydistill.storage.place import Place
 from raydistill.tracking.progress import write_progress
@@ -37,12 +40,28 @@ FALL, FALL_IN_SPREADS = 0.1, 0.5
 BEST = "best"  # folder of a stage
 
 
+def evaluation_is_due(config: Config, step: int) -> bool:
+    """Whether the student is evaluated after this update."""
+    return step % config.distill.evaluate_every == 0 or step == config.distill.steps
+
+
 class Observer:
     """Evaluates, keeps the best student, and logs; changes no number of the training."""
 
     def __init__(
-        self, stage: Stage, config: Config, distiller: Distiller, tracker: Tracker, standing: Standing
+        self,
+        stage: Stage,
+        config: Config,
+        distiller: Distiller,
+        tracker: Tracker,
+        standing: Standing,
+        *,
+        shown: tuple[FixedPrompts, Conditioning] | None = None,
     ) -> None:
+        """
+        Args:
+            shown: prompts of the periodic evaluation and the teacher's conditioning of them, for `ScorePictures`.
+        """
         self.stage, self.config, self.distiller = stage, config, distiller
         self.tracker, self.standing = tracker, standing
         self.best = BestStudent(stage, config, distiller.networks)
@@ -59,6 +78,12 @@ class Observer:
         self.final = evaluator(held_out_prompts(config), evaluation.count, evaluation.seed)
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
         self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
+
+        self.score_pictures = None if shown is None else self._score_pictures(*shown)
+
+    def _score_pictures(self, fixed: FixedPrompts, teacher: Conditioning) -> ScorePictures:
+        student = self.periodic.table(fixed.captions)
+        return ScorePictures(self.config, self.distiller.networks, fixed, student=student, teacher=teacher)
 
     def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, Measured]:
         pictures = evaluator.draw(self.distiller.networks.evaluated, self.config.student.start_timestep)
@@ -98,7 +123,7 @@ class Observer:
         self._tell_of_cuts(step, metrics)
         drifted = self.distiller.alarm.reason
         self._alarm(step, drifted)
-        if step % distill.evaluate_every == 0 or step == distill.steps:
+        if evaluation_is_due(self.config, step):
             measured = self._periodic_evaluation(step)
             metrics |= _named(measured)
             self._compare(step, measured, drifted)
@@ -174,6 +199,10 @@ class Observer:
         )
         print(f"{self.stage.name}: plateau: {standing.plateau}", flush=True)
         self.tracker.tags({"plateau": standing.plateau})
+
+    def show_scores(self, step: int, latents: Sequence[torch.Tensor]) -> None:
+        """Log what the student drew and what the scores made of it: [N, C, H, W] of each row of `ScorePictures.picture`."""
+        self.tracker.image(self.score_pictures.picture(latents, step), "scores", step)
 
     # -- evaluations ---------------------------------------------------------------------------------
     def _periodic_evaluation(self, step: int) -> Measured:

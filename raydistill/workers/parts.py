@@ -13,14 +13,16 @@ from raydistill.bridge.objective import build_objective
 from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
-from raydistill.data.stream import conditioned_batches, own_rows
-from raydistill.distillation.batches import Made
+from raydistill.data.reals import RealOrder, RealSet
+from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows
+from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
-from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.networks import guidance_scale, load_unet
 from raydistill.distillation.updates import Distiller, build_distiller
+from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.precision import allow_tf32
 from raydistill.spaces import Conditioning, load_space
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 from raydistill.teachers import registry
 from raydistill.teachers.client import PendingScores, TeacherClient
 from raydistill.teachers.request import ScoreRequest
@@ -30,7 +32,25 @@ from raydistill.workers.stage import Stage
 LOOK_EVERY_S = 0.2
 
 
-def batches_after(config: Config, worker: Worker, first: int) -> Any:
+def own_part(config: Config, worker: Worker) -> range:
+    """Rows of every slot that a worker reads."""
+    distill = config.distill
+    parts, part_size = distill.workers * distill.micro_batches, distill.batch_size // distill.micro_batches
+    return own_rows(worker.rank, worker.world, parts, part_size)
+
+
+def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | None:
+    """The teacher samples that a worker streams; None: it needs none."""
+    if not stage.real or not config.discriminator.weight:
+        return None
+    rows, size = own_part(config, worker), config.distill.batch_size
+    lanes = (rows.stop - 1) // size - rows.start // size + 1
+    shape = load_space(resolve(config.teacher.model)).latent_shape
+    samples = RealSet(input_place(stage.real), shape, config.discriminator.real_count, lanes)
+    return RealCaptions(samples, RealOrder.of(config, samples))
+
+
+def batches_after(config: Config, worker: Worker, first: int, reals: RealCaptions | None = None) -> Any:
     """Conditioned batches of the updates after `first`; a generator."""
     distill, prompts = config.distill, config.prompts
     per_step = 1 + config.fake_score.updates
@@ -40,13 +60,9 @@ def batches_after(config: Config, worker: Worker, first: int) -> Any:
         seed=config.run.seed,
         first=first * per_step,
         stop=distill.steps * per_step,
-        rows=own_rows(
-            worker.rank,
-            worker.world,
-            distill.workers * distill.micro_batches,
-            distill.batch_size // distill.micro_batches,
-        ),
+        rows=own_part(config, worker),
         slot_size=distill.workers * distill.batch_size,
+        reals=reals,
         dtype={"student": "float32", "teacher": prompts.encoder_dtype},
         encoders=prompts.encoders,
         cpus_per_encoder=prompts.cpus_per_encoder,
@@ -57,10 +73,18 @@ def batches_after(config: Config, worker: Worker, first: int) -> Any:
 
 
 def load_distiller(
-    stage: Stage, config: Config, worker: Worker, source: Iterator[dict[str, Any]]
+    stage: Stage,
+    config: Config,
+    worker: Worker,
+    source: Iterator[dict[str, Any]],
+    reals: RealCaptions | None = None,
 ) -> tuple[Distiller, Teachers | None]:
-    """Load every network of a worker and connect it to its teachers."""
-    device, gan = worker.device, config.discriminator
+    """Load every network of a worker and connect it to its teachers.
+
+    Args:
+        source, reals: what `batches_after` gives, and was given.
+    """
+    device = worker.device
     allow_tf32(config.distill.tf32)
     student_space = load_space(resolve(config.student.model))
     teacher_space = load_space(resolve(config.teacher.model))
@@ -69,10 +93,14 @@ def load_distiller(
         bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
     else:
         bridge = Bridge.create(student_space, teacher_space, config.bridge)
-    encoding, real = getattr(torch, config.prompts.encoder_dtype), None  # texts first: the device is still empty
-    empty = TextEncoder(teacher_space, encoding, device).encode_unconditional() if stage.service else None
-    if stage.real and gan.weight > 0:
-        real = load_real(resolve(stage.real), teacher_space, gan.real_count, encoding, device)
+    encoding = getattr(torch, config.prompts.encoder_dtype)  # texts first: the device is still empty
+    text = TextEncoder(teacher_space, encoding, device) if stage.service else None
+    empty = text.encode_unconditional() if text else None
+    shown = None
+    if text and config.evaluation.scores_grid and worker.rank == 0:
+        prompts = shown_prompts(config)
+        shown = prompts, text.encode(prompts.captions)
+    del text
     anchor = None
     if config.bridge.trainable:
         anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
@@ -85,7 +113,7 @@ def load_distiller(
         bridge=bridge,
         fake_network=teacher_space.load_network(),
         source=source,
-        real=real,
+        real=StreamedReals(source, reals.samples, reals.order) if reals else None,
         anchor=anchor,
         device=device,
         mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
@@ -96,14 +124,32 @@ def load_distiller(
     if empty is None:
         return distiller, None
     client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
-    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space))
+    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space), shown)
+
+
+def shown_prompts(config: Config) -> FixedPrompts:
+    """Those whose pictures show what the scores make of them: the first of the periodic evaluation."""
+    evaluation = config.evaluation
+    count = min(evaluation.scores_grid, evaluation.periodic_count)
+    return FixedPrompts(training_prompts(config), count, evaluation.seed + 1)
 
 
 class Teachers:
-    """A worker's way to its teachers: `schedule.Submit`, and how busy they are."""
+    """A worker's way to its teachers: `schedule.Submit`, and how busy they are.
 
-    def __init__(self, client: TeacherClient, unconditional: Conditioning, guidance_scale: float) -> None:
+    Attributes:
+        shown: `shown_prompts` and their conditioning; None: this worker shows nothing.
+    """
+
+    def __init__(
+        self,
+        client: TeacherClient,
+        unconditional: Conditioning,
+        guidance_scale: float,
+        shown: tuple[FixedPrompts, Conditioning] | None = None,
+    ) -> None:
         self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
+        self.shown = shown
 
     def __call__(self, made: Made) -> PendingScores:
         conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}

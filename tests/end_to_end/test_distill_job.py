@@ -54,6 +54,9 @@ def test_a_run_leaves_summary_pictures_export_and_an_mlflow_run(finished):
         "loss/vsd",
         "loss/fake",
         "loss/gan",
+        "student/latent_std",
+        "fake/lag",
+        "data/real_epoch",
         "eval/mean",
         "time/wait_teacher",
     } <= logged.keys()
@@ -79,7 +82,7 @@ def test_mlflow_shows_what_people_compare(finished):
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"before_after.png", "config.yaml", "pictures"} <= files
     pictures = {file.path for file in client.list_artifacts(run.info.run_id, "pictures")}
-    assert pictures == {"pictures/samples.png", "pictures/periodic.png"}
+    assert pictures == {"pictures/samples.png", "pictures/periodic.png", "pictures/scores.png"}
     inputs = {given.tags[0].value: given.dataset for given in run.inputs.dataset_inputs}
     assert inputs["training"].digest != inputs["evaluation"].digest
     assert json.loads(inputs["training"].profile)["num_rows"] > json.loads(inputs["evaluation"].profile)["num_rows"] > 0

@@ -2,6 +2,7 @@
 
 import json
 
+import mlflow
 import numpy as np
 import pytest
 import torch
@@ -44,6 +45,7 @@ def test_two_workers_train_the_student_and_both_controls(both):
         assert {"mean", "size", "color", "shape", "position", "background"} <= table.keys()
         assert all(0 <= value <= 1 for value in table.values())
     parent, children = mlflow_runs(storage, "both")
+    client = mlflow.MlflowClient(f"sqlite:///{storage}/mlflow.db")
     assert children.keys() == {"synthesis", "bridge", "distill", "no_vsd", "shared_space"}
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
     losses = {stage: {key for key in run.data.metrics if key.startswith("loss/")} for stage, run in children.items()}
@@ -62,6 +64,10 @@ def test_two_workers_train_the_student_and_both_controls(both):
         assert children[name].data.tags["collapse_alarm"].startswith(f"step {last}: the latents' drift from ")
         assert summary["stopped"][name] == children[name].data.tags["collapse_alarm"]
         assert f"stopped   {name} after {last} of 3 updates" in text
+        shown = {file.path for file in client.list_artifacts(children[name].info.run_id, "pictures")}
+        assert ("pictures/scores.png" in shown) == (name != "no_vsd"), (
+            "the workers share the fake score that draws them"
+        )
     assert (summary["steps"], summary["best_step"]) == (1, 1)
     # one update of two batches, each of four samples from each worker
     assert np.sort(consumed_by_all(storage / "both" / "distill")).tolist() == list(range(2 * 2 * 4))

@@ -10,11 +10,13 @@ import psutil
 import pytest
 import ray
 import torch
+from pair_sets import write_upscaled
 
 from raydistill.data import ray_data
 from raydistill.data.encode import TextEncoder, conditioning
 from raydistill.data.prompts import PromptSet
-from raydistill.data.stream import conditioned_batches, own_rows, slot_positions
+from raydistill.data.reals import RealOrder, RealSet
+from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows, slot_positions
 from raydistill.spaces import load_space
 
 PROMPTS = PromptSet([f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")])
@@ -103,6 +105,41 @@ def test_resume_from_any_slot_gives_the_same_batches(stream, expected):
     assert len(rest) == 3
     for slot, batch in enumerate(rest, start=3):
         check(batch, slot, 0, expected)
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """Captions of 24 teacher samples, read by two workers with two updates of the fake score each."""
+    samples = RealSet(write_upscaled(tmp_path_factory.mktemp("samples")), (8, 16, 16))
+    settings = {"window": 1, "seed": SEED, "lanes": WORLD, "size": BATCH, "fakes": 2}
+    return RealCaptions(samples, RealOrder(samples.starts, **settings))
+
+
+def test_captions_of_teacher_samples_ride_along_each_position_once_also_after_a_resume(
+    stream, captions, expected, folders
+):
+    """Updates 1 to 3; the last one by one worker alone. Behind each of the fake score's slots come its teacher samples."""
+    per_update, everybody = 3, range(WORLD * BATCH)
+    two = [list(stream(per_update, 3 * per_update, rank, reals=captions)) for rank in range(WORLD)]
+    one = list(stream(3 * per_update, 4 * per_update, rows=everybody, reals=captions))
+    texts = TextEncoder(load_space(folders["teacher"])).encode(captions.samples.captions(range(24)))
+    seen: list[int] = []  # positions
+    for rank, batches in [*enumerate(two), (None, one)]:
+        assert [bool(batch["real"].all()) for batch in batches] == [False, False, True, False, True] * (
+            len(batches) // 5
+        )
+        prompts = [batch for batch in batches if not batch["real"].any()]
+        for slot, batch in enumerate(prompts, start=3 * per_update if rank is None else per_update):
+            if rank is not None:
+                check(batch, slot, rank, expected)
+        for batch in (batch for batch in batches if batch["real"].all()):
+            rows = captions.order.rows(batch["sample_id"])
+            assert batch["prompt_id"].tolist() == rows.tolist()
+            assert list(batch["prompt"]) == captions.samples.captions(rows)
+            for name, value in conditioning(batch, "teacher").items():
+                assert torch.equal(value, texts[name][rows])
+            seen += batch["sample_id"].tolist()
+    assert sorted(seen) == list(range(2 * 8, 8 * 8)), "eight samples of each of two updates of the fake score"
 
 
 @pytest.mark.full

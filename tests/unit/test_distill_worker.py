@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError
 
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
+from raydistill.data.stream import slot_positions
 from raydistill.errors import NonFiniteError, RunLost
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.lease import LEASE_FILE, Lease, holding
@@ -91,7 +92,7 @@ def damage(folder):
     (folder / "state.pt").write_bytes(content)
 
 
-def batches(config, worker, first):
+def batches(config, worker, first, reals=None):
     """As `parts.batches_after`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
     from raydistill.data.encode import TextEncoder
     from raydistill.spaces import load_space
@@ -102,17 +103,23 @@ def batches(config, worker, first):
         role: TextEncoder(load_space(resolve(model))).encode(captions) for role, model in models.items()
     }  # fmt: skip
 
-    def batch(slot):
-        ids = [
-            (slot * worker.world + worker.rank) * config.distill.batch_size + i
-            for i in range(config.distill.batch_size)
-        ]
+    def columns(ids):
         rows = [i % 8 for i in ids]
-        return {"sample_id": ids} | {
+        return {
             f"{role}.{name}": value[rows].numpy() for role, table in tables.items() for name, value in table.items()
         }
 
-    return (batch(slot) for slot in itertools.count(first * (1 + config.fake_score.updates)))
+    def read():
+        own, size = parts.own_part(config, worker), config.distill.workers * config.distill.batch_size
+        for slot in itertools.count(first * (1 + config.fake_score.updates)):
+            ids = slot_positions(slot, own, size)
+            yield {"sample_id": ids} | columns(ids)
+            if reals is not None and (fake := reals.order.slot(slot)) is not None:
+                positions = slot_positions(fake, own, size)
+                samples = reals.order.rows(positions)
+                yield {"sample_id": positions, "prompt_id": samples} | columns(samples)
+
+    return read()
 
 
 def work(rank, settings, world, port):

@@ -1,0 +1,110 @@
+"""Pictures that tell: what the student draws, and what teacher and fake score make of it with the same noise.
+
+The student learns from the difference of the two x0 estimates. So they show what the teacher would change, and whether
+the fake score knows what the student draws. Nothing here changes a number of the training.
+
+Shapes: N pictures of fixed prompts; B samples of C×H×W teacher latents, c×h×w student latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from raydistill.config.schema import Config
+from raydistill.diffusion.noise import normal
+from raydistill.diffusion.path import add_noise
+from raydistill.diffusion.timesteps import sample_t
+from raydistill.distillation.batches import Made
+from raydistill.distillation.networks import Networks
+from raydistill.evaluation.evaluator import FixedPrompts
+from raydistill.pictures.grids import before_after
+from raydistill.spaces.base import Conditioning
+
+CELL = 256  # pixels; larger pictures are shrunk to it
+ROWS = ("student", "teacher's x0", "fake score's x0")
+
+
+class ScorePictures:
+    """The same few prompts, noises and times at every evaluation.
+
+    Args:
+        fixed: prompts and noise of the N pictures, the first of the periodic evaluation.
+        student, teacher: their conditioning, [N, …] each.
+    """
+
+    def __init__(
+        self, config: Config, networks: Networks, fixed: FixedPrompts, *, student: Conditioning, teacher: Conditioning
+    ) -> None:
+        self.config, self.networks, self.fixed = config, networks, fixed
+        self.student, self.teacher = student, teacher
+        self._vae: torch.nn.Module | None = None
+        self._device = networks.device  # that decodes
+
+    @property
+    def t_B(self) -> torch.Tensor:
+        """Times of the N pictures: evenly over those at which teachers score, from the least noise to the most."""
+        count, vsd = len(self.fixed.captions), self.config.vsd
+        shift = self.networks.teacher_space.default_shift if vsd.shift is None else vsd.shift
+        return sample_t((torch.arange(count) + 0.5) / count, vsd.t_min, vsd.t_max, shift)
+
+    @torch.no_grad()
+    def make(self) -> list[tuple[torch.Tensor, Made]]:
+        """(x, what the scores see) of the student as it trains now, in parts as large as micro-batches, in main memory."""
+        networks, distill, parts = self.networks, self.config.distill, []
+        size = distill.batch_size // distill.micro_batches
+        for start in range(0, len(self.fixed.captions), size):
+            rows = slice(start, min(start + size, len(self.fixed.captions)))
+            student, teacher = ({name: v[rows] for name, v in it.items()} for it in (self.student, self.teacher))
+            noise = self.fixed.noise(networks.student_space, rows.start, rows.stop)
+            x, t_B = networks.x(noise, student), self.t_B[rows]
+            eps = normal(self.fixed.seed, range(rows.start, rows.stop), x.shape[1:], "scores_grid")
+            x_t = add_noise(networks.teacher_space.path, x, eps.to(x.device), t_B.to(x.device))
+            made = Made(
+                sample_ids=torch.arange(rows.start, rows.stop),
+                student_conditioning=student,
+                teacher_conditioning=teacher,
+                noise=noise,
+                x_t=x_t.cpu(),
+                t_B=t_B,
+            )
+            parts.append((x.cpu(), made))
+        return parts
+
+    def picture(self, latents: Sequence[torch.Tensor], step: int) -> Image.Image:
+        """One column a prompt, one row each of `latents` [N, C, H, W]: x, the teacher's x0, the fake score's."""
+        rows = dict(zip(ROWS, map(self._decoded, latents), strict=True))
+        captions = [f"t = {t:.2f}: {text}" for t, text in zip(self.t_B.tolist(), self.fixed.captions, strict=True)]
+        return before_after(rows, captions, title=f"Update {step}: x, and its estimates at the same noised latent")
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [N, 3, S, S] on the CPU, one decoded at a time; what is not finite is black."""
+        space = self.networks.teacher_space
+        if self._vae is None:
+            self._vae = space.load_vae()
+
+        def decode() -> list[torch.Tensor]:
+            vae = self._vae.to(self._device)
+            return [space.decode_each(vae, one.to(self._device)).cpu() for one in latents.split(1)]
+
+        pictures = self._on_what_fits(decode)
+        images = torch.cat(pictures).nan_to_num(-1.0)
+        return images if images.shape[-1] <= CELL else interpolate(images, size=(CELL, CELL), mode="area")
+
+    @torch.no_grad()
+    def _on_what_fits(self, decode: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Beside what training keeps on the GPU; from the first time that this has no room, on the CPU."""
+        try:
+            return decode()
+        except torch.OutOfMemoryError:
+            print(
+                "evaluation.scores_grid: the teacher's VAE has no room on the GPU; pictures are decoded on the CPU",
+                flush=True,
+            )
+            self._device = torch.device("cpu")
+        finally:
+            self._vae.to("cpu")
+        return decode()
