@@ -26,7 +26,7 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.pairs import PairSet
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
-from raydistill.distillation.losses import require_finite
+from raydistill.distillation.finite import Finite
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.one_step import one_step_x0, x0_gain
@@ -74,6 +74,7 @@ class Networks:
     """Student, Bridge, fake score and discriminator of one worker, on its device.
 
     Attributes:
+        finite: what the networks answered, to be looked at.
         ema: moving average of the student (`student.ema_decay`); None: none.
         discriminator: None without a GAN.
     """
@@ -101,7 +102,7 @@ class Networks:
             ValueError: there is a GAN, but no teacher samples.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
-        self.device = torch.device(device)
+        self.device, self.finite = torch.device(device), Finite()
         torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
         self.student = student.to(device).eval().requires_grad_(True)
         self.bridge = bridge.to(device).eval().requires_grad_(False)
@@ -153,8 +154,8 @@ class Networks:
         with self._autocast(self.student_in_bfloat16):
             z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
         with self._autocast():
-            x = self.bridge(require_finite(z_student, "the student's x0"))
-        return require_finite(x.float(), "the Bridge's output")
+            x = self.bridge(self.finite.note(z_student, "the student's x0"))
+        return self.finite.note(x.float(), "the Bridge's output")
 
     def fake_score(
         self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
@@ -162,7 +163,7 @@ class Networks:
         """The fake score's native prediction [B, C, H, W] and its features [B, D, h, w]."""
         with self._autocast():
             prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
-        return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+        return self.finite.note(prediction, "the fake score, which starts as the teacher's copy"), features
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's features [B, D, h, w] alone; later blocks do not run."""
@@ -171,7 +172,7 @@ class Networks:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """What the discriminator says of features."""
-        return self.discriminator(require_finite(features, "the fake score's features"))
+        return self.discriminator(self.finite.note(features, "the fake score's features"))
 
     # -- state -------------------------------------------------------------------------------------
     @property

@@ -34,7 +34,6 @@ from raydistill.distillation.losses import (
     fake_logits_loss,
     generator_loss,
     real_logits_loss,
-    require_finite,
     vsd_gradient,
     vsd_loss,
 )
@@ -43,9 +42,9 @@ from raydistill.distillation.networks import Networks
 Row = dict[str, torch.Tensor]  # scalars of one micro-batch
 
 
-def mean_of(rows: Sequence[Row]) -> dict[str, float]:
-    """Mean of each scalar over the micro-batches."""
-    return {name: torch.stack([row[name].detach() for row in rows]).mean().item() for name in rows[0]}
+def mean_of(rows: Sequence[Row]) -> Row:
+    """Mean of each scalar over the micro-batches, on their device."""
+    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
 
 
 class Distiller:
@@ -73,12 +72,14 @@ class Distiller:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
-        self.gradients = Gradients(optimizers_of(networks, config), mean_parts or batches.parts, average)
+        self.finite = networks.finite
+        self.gradients = Gradients(optimizers_of(networks, config), mean_parts or batches.parts, self.finite, average)
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.latents)
         self.metrics: dict[str, float] = defaultdict(float)
+        self._unread: Row = {}  # metrics that are still on the device
         self.updates = 0  # of the student
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
         self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
@@ -95,8 +96,9 @@ class Distiller:
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
             self.alarm.add(x)
+            x_t, t_B = self.finite.look(x_t, t_B)  # before the teachers see it
             self.metrics["time/make"] += time.perf_counter() - started
-            yield Made(**vars(batch), noise=noise, x_t=x_t.cpu(), t_B=t_B.cpu())
+            yield Made(**vars(batch), noise=noise, x_t=x_t, t_B=t_B)
             started = time.perf_counter()
 
     def _xi(self, batch: MicroBatch) -> torch.Tensor:
@@ -112,7 +114,7 @@ class Distiller:
         rows = [self._fake_gradients(batch) for batch in batches]
         if not self._shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
-        self.metrics["loss/fake"] = mean_of(rows)["fake"]
+        self._unread["loss/fake"] = mean_of(rows)["fake"]
         if self.networks.discriminator is not None:
             for row, batch in zip(rows, batches, strict=True):
                 self._real_gradients(row, batch)
@@ -120,7 +122,7 @@ class Distiller:
                 self.gradients.step(fake=config.fake_score.max_grad_norm)
             self.gradients.step(discriminator=config.student.max_grad_norm)
             mean = mean_of(rows)
-            self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
+            self._unread |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
         self.metrics["time/fake"] += time.perf_counter() - started
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
@@ -146,7 +148,9 @@ class Distiller:
         with torch.no_grad():
             pick = (self.draws.uniform(ids, "real_pick").cpu() * len(self.real.rows)).long()
             latents, conditioning = self.real.take(pick)
-            latents = require_finite(latents.to(self.networks.device), "the teacher samples of discriminator.real_data")
+            latents = self.finite.note(
+                latents.to(self.networks.device), "the teacher samples of discriminator.real_data"
+            )
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
         with torch.set_grad_enabled(self._shapes_features):
@@ -183,15 +187,16 @@ class Distiller:
             waited += time.perf_counter() - waiting
             own = None if pairs is None else pairs.part(index, len(made))
             rows.append(self._student_gradients(part, x0_real, own))
-        self.metrics |= mean_of(rows)
+        self._unread |= mean_of(rows)
+        names = ["student"] if self.anchor is None else ["student", "bridge"]
+        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
+        self._unread |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
+        self.networks.update_ema(self.updates)
+        moments = self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
+        self.metrics |= self.alarm.observe(*self._read(moments))
         if answers is not None:
             self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
             self.metrics["time/wait_teacher"] += waited
-        names = ["student"] if self.anchor is None else ["student", "bridge"]
-        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
-        self.metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
-        self.networks.update_ema(self.updates)
-        self.metrics |= self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
         self.updates += 1
         self.metrics["time/student"] += time.perf_counter() - started - waited
 
@@ -201,20 +206,22 @@ class Distiller:
         x = self.networks.x(made.noise, made.student_conditioning)
         loss = x.new_zeros(())
         if x0_real is not None:
-            g = vsd_gradient(x, x0_real.to(x.device), self._x0_fake(made))
+            x0_real = self.finite.note(x0_real.to(x.device), "the teacher's score")
+            x0_fake = self.finite.note(self._x0_fake(made), "the fake score")
+            g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
-            loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
+            loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
             ids = made.sample_ids
             t_B = self.draws.t(ids, "gan_t")
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
             logits = self.networks.logits(self.networks.features(x_t, t_B, made.teacher_conditioning))
             row["loss/gan"] = generator_loss(logits)
-            loss = loss + config.discriminator.weight * require_finite(row["loss/gan"], "the GAN loss")
+            loss = loss + config.discriminator.weight * self.finite.note(row["loss/gan"], "the GAN loss")
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
-            loss = loss + config.bridge.anchor_weight * require_finite(own, "the Bridge's own loss")
+            loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
             row |= {f"bridge/{name}": value for name, value in losses.items()}
             names.append("bridge")
         self.gradients.accumulate(loss, *names)
@@ -228,8 +235,23 @@ class Distiller:
         return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
 
     # -- metrics and state ---------------------------------------------------------------------------
+    def _read(self, *values: torch.Tensor) -> list[torch.Tensor]:
+        """Metrics that are on the device, and `values`, by one wait; returns `values` on the CPU.
+
+        Raises:
+            NonFiniteError: an update has left weights that are not finite.
+        """
+        names, scalars = list(self._unread), list(self._unread.values())
+        packed = [torch.stack([scalar.float() for scalar in scalars])] if scalars else []
+        self._unread = {}
+        rest = self.finite.look(*values, *packed)
+        if packed:
+            self.metrics |= dict(zip(names, rest.pop().tolist(), strict=True))
+        return rest
+
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
+        self._read()
         metrics, self.metrics = self.metrics | self.batches.pop_metrics(), defaultdict(float)
         return dict(metrics)
 

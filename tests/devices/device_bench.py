@@ -69,7 +69,10 @@ class Bench:
         self.folder = folder
         self.teacher = load_space(SAVE[family](folder / family))
         self.student = self._student()
-        encoders = {"student": TextEncoder(self.student, torch.bfloat16), "teacher": TextEncoder(self.teacher, torch.bfloat16)}
+        encoders = {
+            "student": TextEncoder(self.student, torch.bfloat16),
+            "teacher": TextEncoder(self.teacher, torch.bfloat16),
+        }
         self.tables = {role: encoder.encode(CAPTIONS) for role, encoder in encoders.items()}
         self.empty = encoders["teacher"].encode_unconditional()
         self.scale = self.teacher.default_guidance_scale

@@ -62,7 +62,9 @@ def rank_of(bench: Bench, engine: Any) -> TeacherRank:
 
 def _ask(bench: Bench, rank: TeacherRank, samples: bool) -> None:
     if samples:
-        answer = rank.sample(GenerateRequest(bench.latents(), bench.tables["teacher"], bench.empty, 2, bench.scale).payload())
+        answer = rank.sample(
+            GenerateRequest(bench.latents(), bench.tables["teacher"], bench.empty, 2, bench.scale).payload()
+        )
     else:
         t_B = torch.tensor([0.1, 0.4, 0.6, 0.9])
         answer = rank.predict_x0(
@@ -193,7 +195,13 @@ def update_shard(bench: Bench, mode: PretendedTensors) -> None:
 
 def _fake_group(world: int) -> None:
     """A process group of which this is rank 0."""
-    os.environ |= {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    os.environ |= {
+        "RANK": "0",
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1",
+    }
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())

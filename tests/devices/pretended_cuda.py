@@ -1,7 +1,7 @@
 """A torch without CUDA that takes the device cuda:0 for one that is there. For processes of their own (`device_cells.py`).
 
-    load()              before torch is imported: the guard of pretended_cuda.cpp, built at first use
-    replace_functions() after everything is imported: what torch.cuda would ask a driver
+load()              before torch is imported: the guard of pretended_cuda.cpp, built at first use
+replace_functions() after everything is imported: what torch.cuda would ask a driver
 """
 
 from __future__ import annotations

@@ -20,7 +20,12 @@ from typing import Any
 import torch
 from pretended_cuda import Stream
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import raydistill
@@ -285,7 +290,9 @@ class PretendedTensors(TorchDispatchMode):
             return
         for fake, value in zip(fakes, values, strict=True):
             if (fake.shape, fake.dtype) != (value.shape, value.dtype) and func not in OWN_DTYPES:
-                self.notes.wrong[f"{func}: {tuple(fake.shape)} {fake.dtype}, not {tuple(value.shape)} {value.dtype}"] += 1
+                self.notes.wrong[
+                    f"{func}: {tuple(fake.shape)} {fake.dtype}, not {tuple(value.shape)} {value.dtype}"
+                ] += 1
                 fake.__dict__.pop("shadow", None)
             else:
                 fake.shadow = value
