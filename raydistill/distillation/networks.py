@@ -32,6 +32,7 @@ from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.one_step import one_step_x0, x0_gain
 from raydistill.spaces.published_students import load_student
 from raydistill.storage.resolve import resolve
+from raydistill.transfer import upload
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
@@ -135,7 +136,7 @@ class Networks:
     def on_device(self, conditioning: Conditioning) -> Conditioning:
         """Real numbers in float32 as the networks' weights are: text encoders may have had another dtype."""
         return {
-            name: value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+            name: upload(value, self.device).to(torch.float32 if value.is_floating_point() else value.dtype)
             for name, value in conditioning.items()
         }
 
@@ -150,7 +151,7 @@ class Networks:
     def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The student's picture in teacher space: B(z_student) [B, C, H, W] float32, of noise [B, c, h, w]."""
         start = self.config.student.start_timestep
-        noise, conditioning = noise.to(self.device), self.on_device(conditioning)
+        noise, conditioning = upload(noise, self.device), self.on_device(conditioning)
         with self._autocast(self.student_in_bfloat16):
             z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
         with self._autocast():

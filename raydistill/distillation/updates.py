@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
-from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target, to_x0
 from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, Real
 from raydistill.distillation.collapse import CollapseAlarm
@@ -38,6 +37,7 @@ from raydistill.distillation.losses import (
     vsd_loss,
 )
 from raydistill.distillation.networks import Networks
+from raydistill.transfer import upload
 
 Row = dict[str, torch.Tensor]  # scalars of one micro-batch
 
@@ -96,15 +96,14 @@ class Distiller:
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
             self.alarm.add(x)
-            x_t, t_B = self.finite.look(x_t, t_B)  # before the teachers see it
+            sent = self.finite.look(x_t, t_B)  # before the teachers see it
             self.metrics["time/make"] += time.perf_counter() - started
-            yield Made(**vars(batch), noise=noise, x_t=x_t, t_B=t_B)
+            yield Made(**vars(batch), noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
             started = time.perf_counter()
 
     def _xi(self, batch: MicroBatch) -> torch.Tensor:
-        """The student's noise [B, c, h, w], in main memory."""
-        shape = self.networks.student_space.latent_shape
-        return normal(self.config.run.seed, batch.sample_ids, shape, "latents")
+        """The student's noise [B, c, h, w]."""
+        return self.draws.normal(batch.sample_ids, self.networks.student_space.latent_shape, "latents")
 
     # -- fake update ---------------------------------------------------------------------------------
     def fake_update(self) -> None:
@@ -132,7 +131,7 @@ class Distiller:
             x = self.networks.x(self._xi(batch), batch.student_conditioning)
             eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
             x_t = add_noise(self.path, x, eps, t_B)
-        prediction, features = self.networks.fake_score(x_t, t_B, batch.teacher_conditioning)
+        prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
         loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
         row = {"fake": loss}
         if self.networks.discriminator is not None:
@@ -146,10 +145,9 @@ class Distiller:
         """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
         ids = batch.sample_ids
         with torch.no_grad():
-            pick = (self.draws.uniform(ids, "real_pick").cpu() * len(self.real.rows)).long()
-            latents, conditioning = self.real.take(pick)
+            latents, conditioning = self.real.take(self.draws.picks(ids, "real_pick", len(self.real.rows)))
             latents = self.finite.note(
-                latents.to(self.networks.device), "the teacher samples of discriminator.real_data"
+                upload(latents, self.networks.device), "the teacher samples of discriminator.real_data"
             )
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
@@ -206,7 +204,7 @@ class Distiller:
         x = self.networks.x(made.noise, made.student_conditioning)
         loss = x.new_zeros(())
         if x0_real is not None:
-            x0_real = self.finite.note(x0_real.to(x.device), "the teacher's score")
+            x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
             x0_fake = self.finite.note(self._x0_fake(made), "the fake score")
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
@@ -215,7 +213,7 @@ class Distiller:
             ids = made.sample_ids
             t_B = self.draws.t(ids, "gan_t")
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
-            logits = self.networks.logits(self.networks.features(x_t, t_B, made.teacher_conditioning))
+            logits = self.networks.logits(self.networks.features(x_t, t_B, made.fake_conditioning))
             row["loss/gan"] = generator_loss(logits)
             loss = loss + config.discriminator.weight * self.finite.note(row["loss/gan"], "the GAN loss")
         names = ["student"]
@@ -230,8 +228,8 @@ class Distiller:
     @torch.no_grad()
     def _x0_fake(self, made: Made) -> torch.Tensor:
         """The fake score's x0 estimate at the x_t that the teachers saw, with its newest weights."""
-        x_t, t_B = made.x_t.to(self.networks.device), made.t_B.to(self.networks.device)
-        prediction, _ = self.networks.fake_score(x_t, t_B, made.teacher_conditioning)
+        x_t, t_B = made.held
+        prediction, _ = self.networks.fake_score(x_t, t_B, made.fake_conditioning)
         return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
 
     # -- metrics and state ---------------------------------------------------------------------------
@@ -284,6 +282,6 @@ def build_distiller(
     Args:
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
-    batches = Batches(source, parts or config.distill.micro_batches)
+    batches = Batches(source, parts or config.distill.micro_batches, networks.get("device", "cpu"))
     own = Networks(config, real=real, **networks)
     return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)
