@@ -17,8 +17,6 @@ from pathlib import Path
 
 import pretended_cuda
 
-SHADOWS = 1 << 22  # elements: of tiny models everything has its numbers
-
 
 def imports() -> None:
     """Before the pretence: libraries look for CUDA when they are imported."""
@@ -48,7 +46,7 @@ def begin() -> None:
 def run(cells: list[str], folder: Path) -> list[dict]:
     import pretended_attention
     from device_bench import FAMILIES, Bench
-    from device_roles import ROLES
+    from device_roles import NUMBERS, ROLES
     from pretended_tensors import Notes, PretendedTensors
 
     notes = Notes()
@@ -59,8 +57,10 @@ def run(cells: list[str], folder: Path) -> list[dict]:
         started = time.process_time()
         if family not in benches:
             benches[family] = Bench(family, folder / family)
-        told = {"family": family, "role": role, "error": None}
-        mode = PretendedTensors(SHADOWS)
+        columns = benches[family].batches(1)
+        row = {name: column.nbytes for name, column in next(columns).items() if name != "sample_id"}
+        told = {"family": family, "role": role, "error": None, "conditioning": row}  # bytes of a sample's
+        mode = PretendedTensors(ROLES[role] in NUMBERS)
         notes = mode.notes
         try:
             with mode:

@@ -40,6 +40,47 @@ def answered(made: Made) -> Any:
     return type("Scores", (), {"result": lambda _: scores, "ready": lambda _: True})()
 
 
+# -- the device itself --------------------------------------------------------------------------------------------
+
+
+def _refused(compute: Callable[[], Any]) -> bool:
+    try:
+        compute()
+    except RuntimeError:
+        return True
+    return False
+
+
+def rules(bench: Bench, mode: PretendedTensors) -> None:
+    """What the other roles rely on."""
+    here, there, notes = torch.ones(4, 8), torch.ones(4, 8, device=CUDA), mode.notes
+    index, mask = torch.tensor([0, 1]), torch.ones(4, dtype=torch.bool)
+    assert _refused(lambda: here + there)
+    assert _refused(lambda: torch.cat([here, there]))
+    assert _refused(lambda: torch.nn.functional.linear(there, here))
+    assert _refused(lambda: here[index.to(CUDA)])
+    assert _refused(lambda: torch.nn.functional.scaled_dot_product_attention(here, there, there))
+    assert (there + 1).device == CUDA
+    assert (there.to(torch.bfloat16) @ there.T.to(torch.bfloat16)).dtype == torch.bfloat16
+    notes.__init__()
+    there.cpu(), there.sum().item(), there[mask.to(CUDA)], here.to(CUDA), there[index]
+    assert sum(notes.waits.values()) == 6  # of two uploads, mask and index, too
+    notes.__init__()
+    pinned = here.pin_memory()
+    assert pinned.is_pinned()
+    assert not here.is_pinned()
+    pinned.to(CUDA, non_blocking=True)
+    torch.empty(4, 8, pin_memory=True).copy_(there, non_blocking=True)
+    assert sum(notes.waits.values()) == 0
+    here.to(CUDA, non_blocking=True)  # of pageable memory
+    torch.cuda.synchronize()
+    assert sum(notes.waits.values()) == 2
+    assert sum(copies.nbytes for copies in notes.uploads.values()) == 2 * here.nbytes
+    numbers = torch.tensor([3, 1, 2], device=CUDA)
+    assert numbers.tolist() == [3, 1, 2]  # integers keep their numbers
+    assert numbers.argsort().cpu().tolist() == [1, 2, 0]
+
+
 # -- text, teachers, VAE, evaluation --------------------------------------------------------------------------
 
 
@@ -88,7 +129,6 @@ def zero3(bench: Bench, mode: PretendedTensors) -> None:
 
     from raydistill.teachers import zero3  # as deepspeed
 
-    mode.largest = 0  # what the other rank would send is not known
     world = 2
     _fake_group(world)
     deepspeed.comm.comm.cdb = None
@@ -146,8 +186,8 @@ def _update(worker: Distiller) -> Distiller:
 
 
 def update(bench: Bench, mode: PretendedTensors) -> None:
-    """LoRA, two parts; the student is in bfloat16 too. The second update is what is noted: the first fills optimizers."""
-    worker = _update(bench.distiller("student.start_timestep=625"))
+    """LoRA, two parts, one update of the fake score; the student is in bfloat16 too. The update alone is noted."""
+    worker = bench.distiller("student.start_timestep=625", "fake_score.updates=1")
     mode.notes.__init__()
     _update(worker)
 
@@ -177,7 +217,6 @@ def update_float32(bench: Bench, mode: PretendedTensors) -> None:
 
 def update_shard(bench: Bench, mode: PretendedTensors) -> None:
     """FSDP2 of the frozen copy among eight workers, whose collectives move nothing."""
-    mode.largest = 0
     _fake_group(8)
     partition, plain = fake_score._partition, fake_score.FakeScore.to
     fake_score.FakeScore.to = _moved  # FSDP2 and `Module.to` swap what a parameter holds, which fakes do not follow
@@ -236,22 +275,33 @@ def resume(bench: Bench, mode: PretendedTensors) -> None:
 
 
 def bridge(bench: Bench, mode: PretendedTensors) -> None:
-    """Two steps of a Bridge, its validation between them, and a resume. The last step is what is noted."""
+    """A Bridge's step in two parts, which is what is noted."""
     config = bench.config("bridge.micro_batches=2", "bridge.gradient_checkpointing=true", "bridge.mixed_precision=true")
     objective = build_objective(config, bench.pairs, CUDA)
     trainer = BridgeTrainer(Bridge.create(bench.student, bench.teacher, config.bridge), objective)
-    losses = trainer.step(objective.batch(0))
+    batch = objective.batch(0)
+    mode.notes.__init__()
+    losses = trainer.step(batch)
     assert {"loss/bridge", "loss/attention", "loss/latent_l1"} <= losses.keys()
+
+
+def bridge_resumed(bench: Bench, mode: PretendedTensors) -> None:
+    """A validation, and a step after a resume."""
+    config = bench.config("bridge.mixed_precision=true", "bridge.projector=unet")
+    objective = build_objective(config, bench.pairs, CUDA)
+    trainer = BridgeTrainer(Bridge.create(bench.student, bench.teacher, config.bridge), objective)
+    trainer.step(objective.batch(0))
     trainer.validation()
     trainer.load_state_dict(_read_back(trainer.state_dict()))
-    mode.notes.__init__()
     trainer.step(objective.batch(1))
 
 
 ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
-        text, score, sample, zero3, vae, evaluation, update, update_full, update_truncated, update_joint,
+        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_truncated, update_joint,
         update_float32, update_shard, resume, bridge,
+        bridge_resumed,
     )
 }  # fmt: skip
+NUMBERS = {text, score, sample, vae, evaluation, update_float32, bridge_resumed}  # what is not finite would be seen

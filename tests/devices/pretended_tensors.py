@@ -1,8 +1,9 @@
-"""Tensors of cuda:0 that have shapes and dtypes, and small ones their numbers; what a GPU would feel is written down.
+"""Tensors of cuda:0 that have shapes and dtypes, and some their numbers; what a GPU would feel is written down.
 
 FakeTensorMode carries them: its kernels check shapes and dtypes, and an operator refuses operands of two devices, as CUDA
-does. What is not on cuda stays a real tensor of the CPU. A small tensor has a shadow, its real value, which the CPU computes
-beside it. So checks, sorting and masks see what they would see.
+does. What is not on cuda stays a real tensor of the CPU. Integers and truth values have a shadow, their real value, which
+the CPU computes beside them, and where it is asked for so have real numbers. Lengths and masks are then what they would be.
+An unknown number reads as 1 where one is asked for, and as 0 in a copy.
 
 What is counted follows torch's own rules for copies. A copy waits for the device unless it is `non_blocking` and its
 side in main memory is pinned.
@@ -10,6 +11,7 @@ side in main memory is pinned.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
 from collections import Counter
@@ -33,10 +35,12 @@ import raydistill
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 OWN = f"{Path(raydistill.__file__).parent}/"
+TOOLS = {f"{OWN}transfer.py", f"{OWN}distillation/finite.py"}
 LIBRARIES = ("/diffusers/", "/transformers/", "/peft/", "/deepspeed/")
 BY_INDEX = {aten.index.Tensor, aten._unsafe_index.Tensor}
 BY_INDEX |= {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 BY_VALUE = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default}
+LARGEST = 1 << 22  # elements of a shadow
 OWN_DTYPES = {aten.native_layer_norm.default, aten.native_group_norm.default}  # of their statistics, on CUDA float32
 
 
@@ -44,11 +48,11 @@ OWN_DTYPES = {aten.native_layer_norm.default, aten.native_group_norm.default}  #
 
 
 def place() -> str:
-    """The innermost function of raydistill on the stack; where there is none, of a library."""
+    """The innermost function of raydistill on the stack that is no tool of copies; where there is none, of a library."""
     frame, library = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN):
+        if name.startswith(OWN) and name not in TOOLS:
             return f"{name.removeprefix(OWN)}:{frame.f_code.co_name}"
         if library is None and any(part in name for part in LIBRARIES):
             library = f"{name.rsplit('site-packages/', 1)[-1]}:{frame.f_code.co_name}"
@@ -155,12 +159,12 @@ class PretendedTensors(TorchDispatchMode):
     """Sends what touches cuda through FakeTensorMode.
 
     Args:
-        largest: elements of a tensor that has a shadow, at most; 0: none has one.
+        numbers: real numbers have shadows too; twice as slow, and a finiteness check sees them.
     """
 
-    def __init__(self, largest: int) -> None:
+    def __init__(self, numbers: bool) -> None:
         super().__init__()
-        self.largest, self.notes = largest, Notes()
+        self.numbers, self.notes = numbers, Notes()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self._pinned: set[int] = set()  # storages
 
@@ -270,20 +274,20 @@ class PretendedTensors(TorchDispatchMode):
         """A tensor of the CPU as one of the device."""
         with self.fakes:
             fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
-        if value.numel() <= self.largest:
+        if self._shadows([fake]):
             fake.shadow = value
         return fake
+
+    def _shadows(self, fakes: list[torch.Tensor]) -> bool:
+        """Whether these results of an operator may have shadows."""
+        return all((self.numbers or not x.is_floating_point()) and x.numel() <= LARGEST for x in fakes)
 
     def _cast_shadows(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         fakes = [x for x in tensors_in(result) if isinstance(x, FakeTensor)]
         values = None
-        if fakes and sum(x.numel() for x in fakes) <= self.largest:
-            try:
+        if fakes and self._shadows(fakes):
+            with contextlib.suppress(_Unknown, NotImplementedError):  # or the CPU has no such kernel
                 values = tensors_in(func(*on_cpu(args), **on_cpu(kwargs)))
-            except _Unknown:
-                values = None
-            except NotImplementedError:  # the CPU has no such kernel
-                values = None
         if values is None or len(values) != len(fakes):
             for fake in fakes:
                 fake.__dict__.pop("shadow", None)
@@ -295,4 +299,9 @@ class PretendedTensors(TorchDispatchMode):
                 ] += 1
                 fake.__dict__.pop("shadow", None)
             else:
-                fake.shadow = value
+                fake.shadow = value if fake.stride() == value.stride() else _laid_out(value, fake)
+
+
+def _laid_out(value: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """CUDA's kernels may answer in another layout than the CPU's."""
+    return torch.empty_strided(fake.shape, fake.stride(), dtype=value.dtype).copy_(value)
