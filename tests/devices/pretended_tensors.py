@@ -52,7 +52,7 @@ def place() -> str:
     frame, library = sys._getframe(1), None
     while frame is not None:
         name = frame.f_code.co_filename
-        if name.startswith(OWN) and name not in TOOLS:
+        if name.startswith(OWN) and name not in TOOLS and not frame.f_code.co_name.startswith("<"):
             return f"{name.removeprefix(OWN)}:{frame.f_code.co_name}"
         if library is None and any(part in name for part in LIBRARIES):
             library = f"{name.rsplit('site-packages/', 1)[-1]}:{frame.f_code.co_name}"
@@ -202,7 +202,8 @@ class PretendedTensors(TorchDispatchMode):
             with self.fakes:
                 result = func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException):
-            self.notes.waited("shape")
+            if func not in BY_INDEX:  # of a mask, it is noted
+                self.notes.waited("shape")
             return self._by_value(func, args, kwargs)
         self._cast_shadows(func, args, kwargs, result)
         return result
