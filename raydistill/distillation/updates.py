@@ -37,14 +37,8 @@ from raydistill.distillation.losses import (
     vsd_loss,
 )
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.transfer import upload
-
-Row = dict[str, torch.Tensor]  # scalars of one micro-batch
-
-
-def mean_of(rows: Sequence[Row]) -> Row:
-    """Mean of each scalar over the micro-batches, on their device."""
-    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
 
 
 class Distiller:
@@ -72,14 +66,13 @@ class Distiller:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
-        self.finite = networks.finite
+        self.finite, self.readings = networks.finite, Readings(networks.finite)
         self.gradients = Gradients(optimizers_of(networks, config), mean_parts or batches.parts, self.finite, average)
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.latents)
         self.metrics: dict[str, float] = defaultdict(float)
-        self._unread: Row = {}  # metrics that are still on the device
         self.updates = 0  # of the student
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
         self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
@@ -113,7 +106,7 @@ class Distiller:
         rows = [self._fake_gradients(batch) for batch in batches]
         if not self._shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
-        self._unread["loss/fake"] = mean_of(rows)["fake"]
+        self.readings.add({"loss/fake": mean_of(rows)["fake"]})
         if self.networks.discriminator is not None:
             for row, batch in zip(rows, batches, strict=True):
                 self._real_gradients(row, batch)
@@ -121,7 +114,7 @@ class Distiller:
                 self.gradients.step(fake=config.fake_score.max_grad_norm)
             self.gradients.step(discriminator=config.student.max_grad_norm)
             mean = mean_of(rows)
-            self._unread |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
+            self.readings.add({"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]})
         self.metrics["time/fake"] += time.perf_counter() - started
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
@@ -146,9 +139,8 @@ class Distiller:
         ids = batch.sample_ids
         with torch.no_grad():
             latents, conditioning = self.real.take(self.draws.picks(ids, "real_pick", len(self.real.rows)))
-            latents = self.finite.note(
-                upload(latents, self.networks.device), "the teacher samples of discriminator.real_data"
-            )
+            latents = upload(latents, self.networks.device)
+            self.finite.note(latents, "the teacher samples of discriminator.real_data")
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
         with torch.set_grad_enabled(self._shapes_features):
@@ -185,13 +177,13 @@ class Distiller:
             waited += time.perf_counter() - waiting
             own = None if pairs is None else pairs.part(index, len(made))
             rows.append(self._student_gradients(part, x0_real, own))
-        self._unread |= mean_of(rows)
-        names = ["student"] if self.anchor is None else ["student", "bridge"]
+        self.readings.add(mean_of(rows))
+        names = ("student",) if self.anchor is None else ("student", "bridge")
         norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
-        self._unread |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
+        self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
         self.networks.update_ema(self.updates)
-        moments = self.alarm.of_update(self.gradients.mean_parts, self.gradients.average)
-        self.metrics |= self.alarm.observe(*self._read(moments))
+        read, (moments,) = self.readings.read(self.alarm.of_update(self.gradients.mean_parts, self.gradients.average))
+        self.metrics |= read | self.alarm.observe(moments)
         if answers is not None:
             self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
             self.metrics["time/wait_teacher"] += waited
@@ -205,8 +197,7 @@ class Distiller:
         loss = x.new_zeros(())
         if x0_real is not None:
             x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
-            x0_fake = self.finite.note(self._x0_fake(made), "the fake score")
-            g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
+            g = self.finite.note(vsd_gradient(x, x0_real, self._x0_fake(made)), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
@@ -230,27 +221,13 @@ class Distiller:
         """The fake score's x0 estimate at the x_t that the teachers saw, with its newest weights."""
         x_t, t_B = made.held
         prediction, _ = self.networks.fake_score(x_t, t_B, made.fake_conditioning)
-        return to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B)
+        return self.finite.note(to_x0(self.path, self.teacher_space.prediction, x_t, prediction, t_B), "the fake score")
 
     # -- metrics and state ---------------------------------------------------------------------------
-    def _read(self, *values: torch.Tensor) -> list[torch.Tensor]:
-        """Metrics that are on the device, and `values`, by one wait; returns `values` on the CPU.
-
-        Raises:
-            NonFiniteError: an update has left weights that are not finite.
-        """
-        names, scalars = list(self._unread), list(self._unread.values())
-        packed = [torch.stack([scalar.float() for scalar in scalars])] if scalars else []
-        self._unread = {}
-        rest = self.finite.look(*values, *packed)
-        if packed:
-            self.metrics |= dict(zip(names, rest.pop().tolist(), strict=True))
-        return rest
-
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
-        self._read()
-        metrics, self.metrics = self.metrics | self.batches.pop_metrics(), defaultdict(float)
+        read = self.readings.read()[0] | self.batches.pop_metrics()
+        metrics, self.metrics = self.metrics | read, defaultdict(float)
         return dict(metrics)
 
     def state_dict(self) -> dict[str, Any]:

@@ -304,4 +304,13 @@ ROLES: dict[str, Role] = {
         bridge_resumed,
     )
 }  # fmt: skip
-NUMBERS = {rules, text, score, sample, vae, evaluation, update_float32, bridge_resumed}  # what is not finite would be seen
+NUMBERS = {
+    rules,
+    text,
+    score,
+    sample,
+    vae,
+    evaluation,
+    update_float32,
+    bridge_resumed,
+}  # what is not finite would be seen

@@ -36,7 +36,7 @@ def test_an_update_waits_for_its_device_once_a_phase(cells):
     assert check(cells["flux2", "update"])["waits"] == {
         "distillation/updates.py:make": PARTS,
         "distillation/gradients.py:step": 2 * FAKE_UPDATES + 1,  # fake score and discriminator, then the student
-        "distillation/updates.py:_read": 1,
+        "distillation/readings.py:read": 1,
     }
 
 
