@@ -146,6 +146,7 @@ def replace_functions() -> None:
     cuda.synchronize = lambda device=None: Stream.waited("synchronize")
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.Stream, cuda.Event, cuda._initialized = Stream, Event, True
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: None
     torch.version.cuda = "13.0"
     FakeTensorMode.avoid_device_init = property(lambda self: True)  # of the library that is not there
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") goes through modes then

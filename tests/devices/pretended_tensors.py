@@ -35,7 +35,7 @@ import raydistill
 aten = torch.ops.aten
 CUDA = torch.device("cuda:0")
 OWN = f"{Path(raydistill.__file__).parent}/"
-TOOLS = {f"{OWN}transfer.py", f"{OWN}distillation/finite.py"}
+TOOLS = {f"{OWN}{name}.py" for name in ("transfer", "distillation/finite", "planning/meter")}
 LIBRARIES = ("/diffusers/", "/transformers/", "/peft/", "/deepspeed/")
 BY_INDEX = {aten.index.Tensor, aten._unsafe_index.Tensor}
 BY_INDEX |= {aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
@@ -264,18 +264,22 @@ class PretendedTensors(TorchDispatchMode):
 
     # -- values -------------------------------------------------------------------------------------------------
     def _by_value(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator whose result's shape depends on numbers: those of a mask, or of all operands."""
+        known = func not in BY_INDEX or shadow(args[0]) is not None
+        if not known:
+            args = (torch.zeros(args[0].shape, dtype=args[0].dtype), *args[1:])
         try:
             result = func(*on_cpu(args), **on_cpu(kwargs))
         except _Unknown:
             raise RuntimeError(f"{func} at {place()}: its shape depends on numbers that are not known") from None
-        moved = [self.on_cuda(value) for value in tensors_in(result)]
+        moved = [self.on_cuda(value, known) for value in tensors_in(result)]
         return moved[0] if isinstance(result, torch.Tensor) else type(result)(moved)
 
-    def on_cuda(self, value: torch.Tensor) -> torch.Tensor:
-        """A tensor of the CPU as one of the device."""
+    def on_cuda(self, value: torch.Tensor, known: bool) -> torch.Tensor:
+        """A tensor of the device, as one of the CPU is; `known`: with its numbers."""
         with self.fakes:
             fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
-        if self._shadows([fake]):
+        if known and self._shadows([fake]):
             fake.shadow = value
         return fake
 
