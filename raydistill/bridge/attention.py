@@ -20,6 +20,7 @@ from raydistill.precision import autocast
 from raydistill.spaces.attention_readers import AttentionReader, Recording
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.spaces.folder import cast
+from raydistill.transfer import upload
 
 RowSampler = Callable[[int, int], torch.Tensor]  # (layer, image tokens) -> indices [R] of query rows
 NORMALISATION_EPS = 1e-6
@@ -125,6 +126,6 @@ class AttentionProbe:
         result = []
         for layer in self.layers:
             q, k = recordings.pop(layer).image_part(tokens, self.reader.image_first)
-            q = q[:, rows(layer, q.shape[1]).to(q.device)]
+            q = q[:, upload(rows(layer, q.shape[1]), q.device)]
             result.append(log_probabilities(q, k, self.temperature, self.normalize))
         return result

@@ -26,6 +26,7 @@ from raydistill.precision import autocast
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.storage.resolve import resolve
+from raydistill.transfer import upload
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
 
@@ -80,15 +81,15 @@ class Losses:
 
         With `bridge.mixed_precision` the networks run in bfloat16 where that is safe; weights and losses stay float32.
         """
-        z_student, z_teacher = batch.z_student.to(self.device).float(), batch.z_teacher.to(self.device).float()
+        z_student, z_teacher = (upload(z, self.device).float() for z in (batch.z_student, batch.z_teacher))
         weight = self.settings.attention.weight
         teacher_inputs: dict[str, Any] = {}
         if weight > 0:
             noise = normal(self.seed, batch.ids, z_teacher.shape[1:], "bridge_noise", step)
             teacher_inputs = {
                 "probe": self.probe,
-                "noise": noise.to(self.device),
-                "conditioning": {k: v.to(self.device) for k, v in self.captions(batch.prompts).items()},
+                "noise": upload(noise, self.device),
+                "conditioning": {k: upload(v, self.device) for k, v in self.captions(batch.prompts).items()},
                 "rows": sample_rows(self.seed, step, self.settings.attention.rows),
             }
         with autocast(self.device, self.settings.mixed_precision):

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raydistill.transfer import upload
+
 
 def relative_position_index(window: int) -> torch.Tensor:
     """[N, N]: for query i and key j, the row of the bias table that belongs to their offset."""
@@ -57,13 +59,28 @@ def window_mask(
     rows, columns = (_region_labels(size, window, s) for size, s in zip((height, width), shifts, strict=True))
     labels = rows[:, None] * 2 + columns[None, :]
     labels[(rows < 0)[:, None] | (columns < 0)[None, :]] = -1
-    labels_WN = partition(labels.to(device)[None, :, :, None], window)[0, ..., 0]
+    labels_WN = partition(upload(labels, device)[None, :, :, None], window)[0, ..., 0]
     return labels_WN[:, :, None] == labels_WN[:, None, :]
 
 
 def shifts_of(height: int, width: int, window: int) -> tuple[int, int]:
     """Shift of the odd layers; an axis that fits into one window is not shifted."""
     return tuple(0 if size <= window else window // 2 for size in (height, width))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' / sqrt(d) + bias) v of q, k, v [B, W·h, N, d] and bias [1, W·h, N, N]."""
+    return padded_attention(q, k, v, bias) if q.is_cuda else F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def padded_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The same with heads filled up with zeros to a multiple of 8.
+
+    CUDA's memory-efficient kernel, the one that takes a bias, asks for that. The other one would store all attention maps.
+    """
+    width = q.shape[-1]
+    filled = [F.pad(x, (0, -width % 8)) for x in (q, k, v)]
+    return F.scaled_dot_product_attention(*filled, attn_mask=bias, scale=width**-0.5)[..., :width]
 
 
 class WindowAttention(nn.Module):
@@ -88,7 +105,7 @@ class WindowAttention(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
             for part in self.qkv(windows).chunk(3, dim=-1)
         )
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(windows.shape[1], mask_WNN).to(q.dtype))
+        attended = attend(q, k, v, self._bias(windows.shape[1], mask_WNN).to(q.dtype))
         attended = attended.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)
         x = merge(self.proj(attended), height + bottom, width + right, self.window).roll(shifts, dims=(1, 2))
         return x[:, :height, :width]

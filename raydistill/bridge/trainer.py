@@ -27,6 +27,7 @@ from raydistill.pictures.fidelity import l1, psnr, ssim
 from raydistill.pictures.grids import grid
 from raydistill.spaces import load_space
 from raydistill.storage.resolve import resolve
+from raydistill.transfer import download
 
 VALIDATION_PAIRS = 256  # pictures that are decoded at most; more would not change the second digit
 DECODE_BATCH = 16  # at most, see Space.vae_batch
@@ -77,26 +78,33 @@ class BridgeTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         count = self.settings.micro_batches
         rows = [self._accumulate(batch.part(i, count), last=i == count - 1) for i in range(count)]
-        values = {name: sum(row[name] for row in rows) / count for name in rows[0]}
         gradients = [p.grad for p in self.bridge.trainable_parameters() if p.grad is not None]
-        if not torch.nn.utils.get_total_norm(gradients).isfinite():  # of all workers' mean: all see the same
-            raise NonFiniteError(f"step {self.step_count}: the gradient is not finite; a lower bridge.lr may help")
+        values = self._finite(rows, torch.nn.utils.get_total_norm(gradients))
         self.optimizer.step()
         self.step_count += 1
-        return values
+        return {name: sum(row[name] for row in values) / count for name in values[0]}
 
-    def _accumulate(self, part: Pairs, last: bool) -> dict[str, float]:
-        """Add a part's share of the mean gradient; the workers' are averaged after the last."""
+    def _accumulate(self, part: Pairs, last: bool) -> dict[str, torch.Tensor]:
+        """Add a part's share of the mean gradient; the workers' are averaged after the last. Returns its losses."""
         alone = self.module.no_sync if self.module is not self.bridge and not last else contextlib.nullcontext
         with alone():
             loss, parts = self.objective(self.module, part, self.step_count)
-            values = {f"loss/{name}": float(value.detach()) for name, value in (("bridge", loss), *parts.items())}
-            wrong = [name for name, value in values.items() if not np.isfinite(value)]
-            if wrong:
-                raise NonFiniteError(
-                    f"step {self.step_count}: {', '.join(wrong)} is not finite; a lower bridge.lr may help"
-                )
             (loss / self.settings.micro_batches).backward()
+        return {f"loss/{name}": value.detach() for name, value in (("bridge", loss), *parts.items())}
+
+    def _finite(self, rows: Sequence[dict[str, torch.Tensor]], norm: torch.Tensor) -> list[dict[str, float]]:
+        """The losses of each part, by one wait for the device; `norm`: of the gradient, the mean of all workers.
+
+        Raises:
+            NonFiniteError: names the losses of the first part that has one, else the gradient.
+        """
+        scalars = [value.float() for row in rows for value in row.values()]
+        numbers = iter(download([torch.stack([*scalars, norm])])[0].tolist())
+        values = [{name: next(numbers) for name in row} for row in rows]
+        wrong = next(filter(None, ([name for name, v in row.items() if not np.isfinite(v)] for row in values)), [])
+        wrong = ", ".join(wrong) or ("" if np.isfinite(next(numbers)) else "the gradient")
+        if wrong:
+            raise NonFiniteError(f"step {self.step_count}: {wrong} is not finite; a lower bridge.lr may help")
         return values
 
     # -- validation --------------------------------------------------------------------------------

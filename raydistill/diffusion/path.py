@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from raydistill.transfer import upload
+
 Prediction = Literal["epsilon", "v_prediction", "velocity"]
 
 
@@ -64,7 +66,7 @@ class DiscretePath:
         return timestep / (self.num_train_timesteps - 1)
 
     def alpha_sigma(self, t_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        alphas_cumprod = self.alphas_cumprod.to(t_B.device)[self.timestep(t_B)]
+        alphas_cumprod = upload(self.alphas_cumprod, t_B.device)[self.timestep(t_B)]
         return alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float()
 
 

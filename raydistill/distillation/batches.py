@@ -1,6 +1,9 @@
 """What a worker's updates are fed with: its share of the prompts in micro-batches, teacher samples, random numbers.
 
-Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents. All but `Draws` is in main memory.
+A worker's device gets a batch's conditioning once, and keeps it for the length of an update. Noise comes part by part, so
+that the device computes with one part's while the next part's is drawn.
+
+Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from raydistill.data.reals import Grouped, RealOrder, RealSet
 from raydistill.diffusion.noise import normal, uniform
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.spaces import Conditioning
+from raydistill.transfer import upload
 
 T_MIN, T_MAX = 1e-3, 1 - 1e-3  # the whole range of t but its ill-conditioned ends
 
@@ -153,20 +157,22 @@ class RealFeed:
 
 @dataclass(kw_only=True)
 class MicroBatch:
-    """An equal part of a worker's batch."""
+    """An equal part of a worker's batch. `teacher_conditioning` is in main memory; the rest is on the device."""
 
-    sample_ids: torch.Tensor  # [B] int64
+    sample_ids: torch.Tensor  # [B] int64, in main memory
     student_conditioning: Conditioning
-    teacher_conditioning: Conditioning
+    teacher_conditioning: Conditioning  # as it is sent to the teachers
+    fake_conditioning: Conditioning  # the same for the fake score
 
 
 @dataclass(kw_only=True)
 class Made(MicroBatch):
-    """A micro-batch of the student before its update: what the teachers get to see."""
+    """A micro-batch of the student before its update: what the teachers get to see, and what stays on the device."""
 
     noise: torch.Tensor  # [B, c, h, w]
-    x_t: torch.Tensor  # [B, C, H, W]
-    t_B: torch.Tensor
+    x_t: torch.Tensor  # [B, C, H, W] in main memory
+    t_B: torch.Tensor  # in main memory
+    held: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
 
 
 @dataclass(frozen=True)
@@ -185,11 +191,11 @@ class Draws:
 
     def normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
         """N(0, I), [B, *shape] float32."""
-        return normal(self.seed, ids, shape, purpose).to(self.device)
+        return upload(normal(self.seed, ids, shape, purpose), self.device)
 
     def uniform(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
         """U[0, 1), [B] float32."""
-        return uniform(self.seed, ids, purpose).to(self.device)
+        return upload(uniform(self.seed, ids, purpose), self.device)
 
     def t(self, ids: torch.Tensor, purpose: str, t_min: float = T_MIN, t_max: float = T_MAX) -> torch.Tensor:
         """Shifted diffusion times in [t_min, t_max], [B]."""
@@ -202,10 +208,11 @@ class Batches:
     Attributes:
         source: conditioned batches (`data.encode.conditioned_batches`).
         parts: equal micro-batches that each of them is cut into.
+        device: of the worker's networks.
     """
 
-    def __init__(self, source: Iterator[dict[str, Any]], parts: int) -> None:
-        self.source, self.parts = source, parts
+    def __init__(self, source: Iterator[dict[str, Any]], parts: int, device: torch.device | str = "cpu") -> None:
+        self.source, self.parts, self.device = source, parts, torch.device(device)
         self._consumed: list[list[int]] = []
         self._metrics: dict[str, float] = defaultdict(float)
 
@@ -222,11 +229,13 @@ class Batches:
             raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts")
         size = len(ids) // self.parts
         student, teacher = (columns_of(batch, role) for role in ("student", "teacher"))
+        held, fake = ({name: upload(value, self.device) for name, value in it.items()} for it in (student, teacher))
         return [
             MicroBatch(
                 sample_ids=ids[rows],
-                student_conditioning={name: value[rows] for name, value in student.items()},
+                student_conditioning={name: value[rows] for name, value in held.items()},
                 teacher_conditioning={name: value[rows] for name, value in teacher.items()},
+                fake_conditioning={name: value[rows] for name, value in fake.items()},
             )
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]

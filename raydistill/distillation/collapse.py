@@ -66,8 +66,8 @@ class CollapseAlarm:
 
     def of_update(
         self, mean_parts: float, average: Callable[[list[torch.Tensor]], None] = lambda tensors: None
-    ) -> dict[str, float]:
-        """The metrics of the update whose batch was added.
+    ) -> torch.Tensor:
+        """`moments` of the update whose batch was added, [2, C] on its device.
 
         Args:
             mean_parts: parts of a worker, on average over all workers.
@@ -75,7 +75,7 @@ class CollapseAlarm:
         """
         total = torch.stack(self._moments).sum(0) / mean_parts
         average([total])
-        return self.observe(total.cpu())
+        return total
 
     def observe(self, m: torch.Tensor) -> dict[str, float]:
         """Take one update's `moments` and return its metrics."""

@@ -15,10 +15,12 @@ from torch import nn
 from torch.optim import AdamW
 
 from raydistill.config.schema import Config
-from raydistill.distillation.losses import require_finite
+from raydistill.distillation.finite import Finite
 from raydistill.distillation.networks import Networks
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
+
+OTHERS = "another worker's part of the"  # of a mean over workers, where this one's own part is finite
 
 
 def alone(gradients: list[torch.Tensor]) -> None:
@@ -47,14 +49,22 @@ class Gradients:
 
     Args:
         mean_parts: micro-batches of a worker, on average over all workers.
+        finite: looked at before every step.
         average: mean of tensors over the workers.
         warmup: student updates over which the learning rates grow; 0: they are what they are from the first one.
     """
 
     def __init__(
-        self, optimizers: dict[str, AdamW], mean_parts: float, average: Average = alone, warmup: int = 0
+        self,
+        optimizers: dict[str, AdamW],
+        mean_parts: float,
+        finite: Finite,
+        average: Average = alone,
+        *,
+        warmup: int = 0,
     ) -> None:
-        self.optimizers, self.mean_parts, self.average, self.warmup = optimizers, mean_parts, average, warmup
+        self.optimizers, self.mean_parts, self.finite = optimizers, mean_parts, finite
+        self.average, self.warmup = average, warmup
         self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
 
     def warm_up(self, updates: int) -> None:
@@ -76,34 +86,39 @@ class Gradients:
         Args:
             keep: the graph, for another loss that shares it.
         """
-        require_finite(loss, f"the {' and '.join(names)} loss")
+        self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
         torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
 
-    def step(self, **max_norms: float) -> dict[str, float]:
-        """Average the gradients over workers, clip them and step the named optimizers.
+    def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
+        """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.
 
         Returns:
-            Each one's gradient norm before clipping.
+            Each one's gradient norm before clipping, on the device.
 
         Raises:
-            NonFiniteError: of a gradient, before anything has changed; of weights after their update.
+            NonFiniteError: of a gradient, or of what it was computed from, before anything has changed. Weights that an
+                update leaves not finite are noted: the next look names them.
         """
         groups = {name: self.parameters(name) for name in max_norms}
         parameters = [p for group in groups.values() for p in group]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.average is not alone:  # the mean of all workers does not say whose part it was
+            for name, group in groups.items():
+                self.finite.note(nn.utils.get_total_norm([p.grad for p in group]), f"the {name} gradient")
         self.average([p.grad for p in parameters])
         norms = {name: nn.utils.clip_grad_norm_(group, max_norms[name]) for name, group in groups.items()}
-        for name, norm in norms.items():  # before any step: a bad gradient must change nothing
-            require_finite(norm, f"the {name} gradient")
+        for name, norm in norms.items():
+            self.finite.note(norm, f"the {name} gradient" if self.average is alone else f"{OTHERS} {name} gradient")
+        self.finite.look()  # before any step: a bad gradient must change nothing
         for name, group in groups.items():
             self.optimizers[name].step()
             self.optimizers[name].zero_grad(set_to_none=True)
             with torch.no_grad():
-                require_finite(nn.utils.get_total_norm(group), f"the {name} weights after their update")
-        return {name: norm.item() for name, norm in norms.items()}
+                self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
+        return norms
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}}

@@ -27,12 +27,13 @@ from raydistill.data.reals import RealSet
 from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
-from raydistill.distillation.losses import require_finite
+from raydistill.distillation.finite import Finite
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.one_step import one_step_x0, x0_gain
 from raydistill.spaces.published_students import load_student
 from raydistill.storage.resolve import resolve
+from raydistill.transfer import upload
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
@@ -77,6 +78,7 @@ class Networks:
     """Student, Bridge, fake score and discriminator of one worker, on its device.
 
     Attributes:
+        finite: what the networks answered, to be looked at.
         ema: moving average of the student (`student.ema_decay`); None: none.
         discriminator: None without a GAN.
     """
@@ -99,7 +101,7 @@ class Networks:
             mesh: of the workers that share one frozen copy of the teacher (`fake_score.shard`); None: each has its own.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
-        self.device = torch.device(device)
+        self.device, self.finite = torch.device(device), Finite()
         torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
         self.student = student.to(device).eval().requires_grad_(True)
         self.bridge = bridge.to(device).eval().requires_grad_(False)
@@ -134,7 +136,7 @@ class Networks:
     def on_device(self, conditioning: Conditioning) -> Conditioning:
         """Real numbers in float32 as the networks' weights are: text encoders may have had another dtype."""
         return {
-            name: value.to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
+            name: upload(value, self.device).to(torch.float32 if value.is_floating_point() else value.dtype)
             for name, value in conditioning.items()
         }
 
@@ -149,16 +151,16 @@ class Networks:
     def z_student(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The student's latents: its x0 [B, c, h, w], of noise of this shape."""
         start = self.config.student.start_timestep
-        noise, conditioning = noise.to(self.device), self.on_device(conditioning)
+        noise, conditioning = upload(noise, self.device), self.on_device(conditioning)
         with self._autocast(self.student_in_bfloat16):
             z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
-        return require_finite(z_student, "the student's x0")
+        return self.finite.note(z_student, "the student's x0")
 
     def bridged(self, z_student: torch.Tensor) -> torch.Tensor:
         """Latents of the student in teacher space: B(z_student) [B, C, H, W] float32."""
         with self._autocast():
             x = self.bridge(z_student)
-        return require_finite(x.float(), "the Bridge's output")
+        return self.finite.note(x.float(), "the Bridge's output")
 
     def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The student's picture in teacher space [B, C, H, W] float32, of noise [B, c, h, w]."""
@@ -170,14 +172,15 @@ class Networks:
         """The fake score's native prediction [B, C, H, W] and its features [B, D, h, w]."""
         with self._autocast():
             prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
-        return require_finite(prediction, "the fake score, which starts as the teacher's copy"), features
+        return self.finite.note(prediction, "the fake score, which starts as the teacher's copy"), features
 
     @torch.no_grad()
     def x0_fake(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's x0 estimate [B, C, H, W] at x_t, with its newest weights."""
-        x_t, t_B = x_t.to(self.device), t_B.to(self.device)
+        x_t, t_B = upload(x_t, self.device), upload(t_B, self.device)
         prediction, _ = self.fake_score(x_t, t_B, conditioning)
-        return to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
+        x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
+        return self.finite.note(x0, "the fake score")
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's features [B, D, h, w] alone; later blocks do not run."""
@@ -186,7 +189,7 @@ class Networks:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """What the discriminator says of features."""
-        return self.discriminator(require_finite(features, "the fake score's features"))
+        return self.discriminator(self.finite.note(features, "the fake score's features"))
 
     # -- state -------------------------------------------------------------------------------------
     @property

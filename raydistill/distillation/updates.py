@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
-from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise, target
 from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
@@ -34,19 +33,13 @@ from raydistill.distillation.losses import (
     fake_logits_loss,
     generator_loss,
     real_logits_loss,
-    require_finite,
     vsd_gradient,
     vsd_loss,
 )
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.distillation.watch import REFERENCE, Watch
-
-Row = dict[str, torch.Tensor]  # scalars of one micro-batch
-
-
-def mean_of(rows: Sequence[Row]) -> dict[str, float]:
-    """Mean of each scalar over the micro-batches."""
-    return {name: torch.stack([row[name].detach() for row in rows]).mean().item() for name in rows[0]}
+from raydistill.transfer import upload
 
 
 class Distiller:
@@ -76,8 +69,13 @@ class Distiller:
             raise ValueError("discriminator.weight is above 0, but there are no real data")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
+        self.finite, self.readings = networks.finite, Readings(networks.finite)
         self.gradients = Gradients(
-            optimizers_of(networks, config), mean_parts or batches.parts, average, config.distill.warmup_steps
+            optimizers_of(networks, config),
+            mean_parts or batches.parts,
+            self.finite,
+            average,
+            warmup=config.distill.warmup_steps,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -103,14 +101,14 @@ class Distiller:
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
             self.watch.made(z_student, x)
+            sent = self.finite.look(x_t, t_B)  # before the teachers see it
             self.metrics["time/make"] += time.perf_counter() - started
-            yield Made(**vars(batch), noise=noise, x_t=x_t.cpu(), t_B=t_B.cpu())
+            yield Made(**vars(batch), noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
             started = time.perf_counter()
 
     def _xi(self, batch: MicroBatch) -> torch.Tensor:
-        """The student's noise [B, c, h, w], in main memory."""
-        shape = self.networks.student_space.latent_shape
-        return normal(self.config.run.seed, batch.sample_ids, shape, "latents")
+        """The student's noise [B, c, h, w]."""
+        return self.draws.normal(batch.sample_ids, self.networks.student_space.latent_shape, "latents")
 
     # -- fake update ---------------------------------------------------------------------------------
     def fake_update(self) -> None:
@@ -122,7 +120,7 @@ class Distiller:
         if not self._shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
         self.watch.faked([row["fake"] for row in rows])
-        self.metrics["loss/fake"] = mean_of(rows)["fake"]
+        self.readings.add({"loss/fake": mean_of(rows)["fake"]})
         if self.networks.discriminator is not None:
             for row, batch in zip(rows, batches, strict=True):
                 self._real_gradients(row, batch)
@@ -130,7 +128,7 @@ class Distiller:
                 self.gradients.step(fake=config.fake_score.max_grad_norm)
             self.gradients.step(discriminator=config.student.max_grad_norm)
             mean = mean_of(rows)
-            self.metrics |= {"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]}
+            self.readings.add({"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]})
         self.metrics["time/fake"] += time.perf_counter() - started
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
@@ -140,7 +138,7 @@ class Distiller:
             x = self.networks.x(self._xi(batch), batch.student_conditioning)
             eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
             x_t = add_noise(self.path, x, eps, t_B)
-        prediction, features = self.networks.fake_score(x_t, t_B, batch.teacher_conditioning)
+        prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
         loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
         row = {"fake": loss}
         if self.networks.discriminator is not None:
@@ -155,7 +153,8 @@ class Distiller:
         ids = batch.sample_ids
         with torch.no_grad():
             latents, conditioning = self.feed.of(ids)
-            latents = require_finite(latents.to(self.networks.device), "the teacher samples of discriminator.real_data")
+            latents = upload(latents, self.networks.device)
+            self.finite.note(latents, "the teacher samples of discriminator.real_data")
             t_B = self.draws.t(ids, "real_t")
             x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
         with torch.set_grad_enabled(self._shapes_features):
@@ -193,15 +192,17 @@ class Distiller:
             waited += time.perf_counter() - waiting
             own = None if pairs is None else pairs.part(index, len(made))
             rows.append(self._student_gradients(part, x0_real, own))
-        self.metrics |= mean_of(rows)
+        self.readings.add(mean_of(rows))
+        names = ("student",) if self.anchor is None else ("student", "bridge")
+        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
+        self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
+        self.networks.update_ema(self.updates)
+        seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
+        read, numbers = self.readings.read(*seen)
+        self.metrics |= read | self.watch.observe(*numbers)
         if answers is not None:
             self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
             self.metrics["time/wait_teacher"] += waited
-        names = ["student"] if self.anchor is None else ["student", "bridge"]
-        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
-        self.metrics |= {f"{name}/grad_norm": norm for name, norm in norms.items()}
-        self.networks.update_ema(self.updates)
-        self.metrics |= self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
         self.updates += 1
         self.metrics["time/student"] += time.perf_counter() - started - waited
 
@@ -211,21 +212,22 @@ class Distiller:
         x = self.networks.x(made.noise, made.student_conditioning)
         loss = x.new_zeros(())
         if x0_real is not None:
-            x0_fake = self.networks.x0_fake(made.x_t, made.t_B, made.teacher_conditioning)
-            g = vsd_gradient(x, x0_real.to(x.device), x0_fake)
+            x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
+            x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
+            g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
-            loss = loss + config.vsd.weight * require_finite(row["loss/vsd"], "the VSD loss")
+            loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
             ids = made.sample_ids
             t_B = self.draws.t(ids, "gan_t")
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
-            logits = self.networks.logits(self.networks.features(x_t, t_B, made.teacher_conditioning))
+            logits = self.networks.logits(self.networks.features(x_t, t_B, made.fake_conditioning))
             row["loss/gan"] = generator_loss(logits)
-            loss = loss + config.discriminator.weight * require_finite(row["loss/gan"], "the GAN loss")
+            loss = loss + config.discriminator.weight * self.finite.note(row["loss/gan"], "the GAN loss")
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
-            loss = loss + config.bridge.anchor_weight * require_finite(own, "the Bridge's own loss")
+            loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
             row |= {f"bridge/{name}": value for name, value in losses.items()}
             names.append("bridge")
         self.gradients.accumulate(loss, *names)
@@ -234,7 +236,9 @@ class Distiller:
     # -- metrics and state ---------------------------------------------------------------------------
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
-        metrics, self.metrics = self.metrics, defaultdict(float)
+        read, metrics = self.readings.read()[0], self.metrics
+        self.metrics = defaultdict(float)
+        metrics |= read
         for source in (self.batches, self.feed):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value
@@ -269,6 +273,6 @@ def build_distiller(
     Args:
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
-    batches = Batches(source, parts or config.distill.micro_batches)
+    batches = Batches(source, parts or config.distill.micro_batches, networks.get("device", "cpu"))
     own = Networks(config, **networks)
     return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)

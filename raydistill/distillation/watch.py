@@ -78,16 +78,26 @@ class Watch:
         """Losses of a fake update's parts."""
         self._losses.append(torch.stack([loss.detach().double() for loss in losses]).sum())
 
-    def of_update(self, mean_parts: float, average: Average = lambda tensors: None) -> dict[str, float]:
-        """The metrics of the update that was begun last.
+    def of_update(self, mean_parts: float, average: Average = lambda tensors: None) -> list[torch.Tensor]:
+        """What `observe` takes of the update that was begun last, on its device. It waits for nothing.
 
         Args:
             mean_parts: parts of a worker, on average over all workers.
             average: mean of tensors over the workers, in place.
         """
-        metrics = self.alarm.of_update(mean_parts, average)
+        moments = self.alarm.of_update(mean_parts, average)
         numbers = torch.cat([torch.stack(self._latents).sum(0), *(loss[None] for loss in self._losses)]) / mean_parts
         average([numbers])
+        return [moments, numbers]
+
+    def observe(self, moments: torch.Tensor, numbers: torch.Tensor) -> dict[str, float]:
+        """Take an update's figures, on the CPU, and return its metrics.
+
+        Args:
+            moments: see `collapse.moments`.
+            numbers: mean and mean square of the student's latents, and the loss of each fake update; float64 [2 + k].
+        """
+        metrics = self.alarm.observe(moments)
         mean, square, *losses = numbers.tolist()
         metrics |= {"student/latent_mean": mean, "student/latent_std": math.sqrt(max(0.0, square - mean * mean))}
         return metrics | ({"fake/lag": self.lag.observe(losses)} if losses else {})

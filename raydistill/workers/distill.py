@@ -19,6 +19,7 @@ import torch
 from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
+from raydistill.distillation.gradients import OTHERS
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
 from raydistill.errors import NonFiniteError
@@ -235,6 +236,8 @@ class DistillationRun:
 
     def note_non_finite(self, error: NonFiniteError) -> None:
         """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""
+        if error.message.startswith(OTHERS):
+            return  # that worker names what it was
         lease.check(self.stage.path())
         tracker = Tracker(self.stage.mlflow_uri, self.stage.mlflow_run)
         step = self.standing.step + 1

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from raydistill.bridge.swinir import SwinIR, WindowAttention, shifts_of, window_mask
+from raydistill.bridge.swinir import SwinIR, WindowAttention, attend, padded_attention, shifts_of, window_mask
 
 
 def naive_attention(module: WindowAttention, x_BHWC: torch.Tensor, shift: int) -> torch.Tensor:
@@ -49,6 +49,23 @@ def test_window_attention_equals_a_loop_over_tokens(height, width, shifted):
         computed = module(x, shifts, window_mask(height, width, 4, shifts, x.device))
         expected = naive_attention(module, x, 2 if shifted else 0)
     assert torch.allclose(computed, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [6, 8, 20])
+def test_heads_filled_up_for_a_gpu_attend_as_they_are(width):
+    """Values and gradients, also those of the bias; some of it is a mask."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 6, 16, width, generator=generator, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 6, 16, 16, generator=generator)
+    bias[:, :2, :8, 8:] = bias[:, :2, 8:, :8] = float("-inf")
+    bias.requires_grad_(True)
+    found = []
+    for function in (attend, padded_attention):
+        attended = function(q, k, v, bias)
+        assert attended.shape == q.shape
+        found.append([attended, *torch.autograd.grad(attended.sin().sum(), (q, k, v, bias))])
+    for computed, expected in zip(*found, strict=True):
+        torch.testing.assert_close(computed, expected, rtol=0, atol=1e-6)
 
 
 def test_size_of_the_paper():

@@ -15,7 +15,7 @@ from raydistill.config.reading import load
 from raydistill.data.pairs import PairSet
 from raydistill.distillation.batches import Real
 from raydistill.distillation.collapse import CollapseAlarm, drift, mean_and_std, moments
-from raydistill.distillation.losses import require_finite
+from raydistill.distillation.finite import Finite
 from raydistill.distillation.networks import load_unet
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
@@ -198,8 +198,10 @@ def test_a_teachers_score_that_is_not_finite_changes_no_weight(build):
 
 
 def test_errors_of_values_keep_their_count_between_processes():
+    finite = Finite()
+    finite.note(torch.tensor([1.0, float("nan"), float("inf")]), "x")
     with pytest.raises(NonFiniteError) as caught:
-        require_finite(torch.tensor([1.0, float("nan"), float("inf")]), "x")
+        finite.look()
     for error, count in ((caught.value, 2), (NonFiniteScores("teacher: NaN", 3), 3)):
         copied = pickle.loads(pickle.dumps(error))
         assert (str(copied), copied.count, type(copied)) == (str(error), count, type(error))

@@ -23,6 +23,7 @@ from ray.exceptions import RayActorError
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
 from raydistill.data.stream import slot_positions
+from raydistill.distillation.gradients import OTHERS
 from raydistill.errors import NonFiniteError, RunLost
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.lease import LEASE_FILE, Lease, holding
@@ -229,6 +230,13 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_
     assert data.tags["non_finite"].endswith(f", worker 0: {caught.value}")
     assert data.metrics["guard/non_finite"] == caught.value.count >= 1
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_worker_whose_own_part_was_finite_leaves_the_naming_to_the_one_whose_was_not():
+    run = object.__new__(distill.DistillationRun)  # without a stage, to whose run it could write
+    run.note_non_finite(NonFiniteError(f"{OTHERS} fake gradient: not finite in samples [0] of 1"))
+    with pytest.raises(AttributeError):
+        run.note_non_finite(NonFiniteError("the fake gradient: not finite in samples [0] of 1"))
 
 
 @pytest.mark.full

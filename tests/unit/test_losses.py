@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from raydistill.distillation.finite import Finite
 from raydistill.distillation.losses import (
     fake_logits_loss,
     generator_loss,
     real_logits_loss,
-    require_finite,
     vsd_gradient,
     vsd_loss,
 )
@@ -42,11 +42,34 @@ def test_gan_losses_equal_their_closed_forms():
     assert fake_logits_loss(fake).item() == pytest.approx(log(torch.exp(fake)).mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(("which", "name"), [(1, "teacher's score"), (2, "fake score")])
-def test_a_score_that_is_not_finite_names_its_source_and_sample(which, name):
-    values = tensors()
-    values[which][2, 0, 0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=rf"{name}: not finite in samples \[2\]"):
-        vsd_gradient(*values)
-    with pytest.raises(NonFiniteError, match="the loss"):
-        require_finite(torch.tensor(float("inf")), "the loss")
+def test_a_look_names_the_first_value_that_was_not_finite_and_its_samples():
+    values, finite = tensors(), Finite()
+    values[1][2, 0, 0, 0] = float("nan")
+    values[2][0, 1, 3, 3] = float("inf")
+    for value, name in zip(values, ("x", "the teacher's score", "the fake score"), strict=True):
+        assert finite.note(value, name) is value
+    with pytest.raises(NonFiniteError, match=r"^the teacher's score: not finite in samples \[2\] of 3$") as caught:
+        finite.look()
+    assert caught.value.count == 1
+    finite.look()  # what was looked at is forgotten
+    finite.note(torch.tensor(float("-inf")), "the loss")
+    with pytest.raises(NonFiniteError, match=r"^the loss: not finite in samples \[0\] of 1$"):
+        finite.look()
+
+
+def test_a_look_gives_what_is_wanted_in_main_memory():
+    x, real, _ = tensors()
+    finite = Finite()
+    assert finite.look() == []
+    finite.note(x, "x")
+    copies = finite.look(x, real)
+    assert all(map(torch.equal, copies, (x, real)))
+    finite.note(x.requires_grad_(True) * 1, "x")  # with a graph
+    assert torch.equal(finite.look(x.detach())[0], x)
+
+
+def test_vsd_gradient_is_not_finite_where_a_score_is_not():
+    x, real, fake = tensors()
+    fake[2, 0, 0, 0] = float("nan")
+    finite = vsd_gradient(x, real, fake).isfinite().flatten(1).all(1)
+    assert finite.tolist() == [True, True, False]

@@ -1,0 +1,37 @@
+"""Ready pairs at their published sizes on a device that is not there: nothing is computed, everything has its shape."""
+
+from __future__ import annotations
+
+import pytest
+from device_lane import check, needs_a_compiler, run_cells
+
+pytestmark = [needs_a_compiler, pytest.mark.full, pytest.mark.timeout(1800)]
+
+PAIRS = ("sd35_medium_sd15", "flux1_dev_sd15", "sdxl_sd15")
+ROLES = ("update", "score", "vae")
+CELLS = [(pair, role) for pair in PAIRS for role in ROLES]
+WHOLE_ON_80_GB = ("sd35_medium_sd15", "sdxl_sd15")  # FLUX.1's fake score is partitioned
+
+
+@pytest.fixture(scope="module")
+def cells_of(tmp_path_factory):
+    """`cells_of(pair)` -> its cells; one process a pair."""
+    done = {}
+
+    def run(pair):
+        if pair not in done:
+            wanted = [cell for cell in CELLS if cell[0] == pair]
+            done[pair] = run_cells(tmp_path_factory.mktemp(pair), wanted, "device_real_sizes.py")
+        return done[pair]
+
+    return run
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=":".join)
+def test_a_role_of_a_ready_pair_runs_on_its_device_at_its_real_size(cells_of, cell):
+    told = cells_of(cell[0])[cell]
+    notes = check(told)
+    assert told["peak_gib"] > 0.5
+    if cell[1] == "update":
+        assert [kernel for kernel in notes["kernels"] if ": math" in kernel] == []
+        assert told["peak_gib"] < 75 or cell[0] not in WHOLE_ON_80_GB
