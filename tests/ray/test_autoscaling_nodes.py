@@ -17,8 +17,8 @@ import pytest
 import ray
 import torch
 from ray import serve
-
 from raydistill.config.networks import TeacherServiceConfig
+
 from raydistill.spaces import load_space
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import ray
 import torch
+from raydistill.config.networks import TeacherServiceConfig
 
 from raydistill.benchmark import service
 from raydistill.benchmark.idle import IdleRank, idle_service
-from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.request import ScoreRequest
 from raydistill.teachers.shard import actor
 

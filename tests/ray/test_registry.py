@@ -13,9 +13,9 @@ import time
 import pytest
 import ray
 import torch
+from raydistill.config.networks import TeacherServiceConfig
 
 from raydistill.background import in_background
-from raydistill.config.networks import TeacherServiceConfig
 from raydistill.spaces import load_space
 from raydistill.teachers import registry, service
 from raydistill.teachers.client import PendingScores, TeacherClient

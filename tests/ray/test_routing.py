@@ -6,9 +6,9 @@ import time
 
 import pytest
 import ray
+from raydistill.config.networks import TeacherServiceConfig
 
 from raydistill.benchmark.idle import idle_service, request_of
-from raydistill.config.networks import TeacherServiceConfig
 
 pytestmark = pytest.mark.timeout(300)
 CONFIG = TeacherServiceConfig(shards=1, cpus_per_rank=0.1, start_timeout_s=200)

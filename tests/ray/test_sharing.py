@@ -9,9 +9,9 @@ import time
 
 import pytest
 import ray
+from raydistill.config.networks import TeacherServiceConfig
 
 from raydistill.benchmark.idle import idle_service, request_of
-from raydistill.config.networks import TeacherServiceConfig
 
 pytestmark = pytest.mark.timeout(300)
 CONFIG = TeacherServiceConfig(shards=2, cpus_per_rank=0.1, start_timeout_s=200, request_timeout_s=8.0, retry_for_s=8.0)

@@ -23,10 +23,10 @@ import ray
 import torch
 from pair_sets import load_pairs
 from PIL import Image
-from safetensors.torch import load_file, save_file
-
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.config.stages import SynthesisConfig
+from safetensors.torch import load_file, save_file
+
 from raydistill.data import ray_data, synthesis_stream
 from raydistill.data.images import open_images
 from raydistill.data.local_teacher import LocalTeacher

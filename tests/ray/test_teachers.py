@@ -12,8 +12,8 @@ import pytest
 import ray
 import torch
 from ray.util.placement_group import placement_group_table
-
 from raydistill.config.networks import TeacherServiceConfig
+
 from raydistill.spaces import load_space
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient

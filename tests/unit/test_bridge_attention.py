@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from raydistill.config.networks import AttentionConfig
 from torch import nn
 
 from raydistill.bridge.attention import AttentionProbe, log_probabilities, sample_rows, spaced
 from raydistill.bridge.losses import attention_fidelity, bridge_loss, latent_l1
-from raydistill.config.networks import AttentionConfig
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.flux import FluxSpace

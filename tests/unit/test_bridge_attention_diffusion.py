@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from raydistill.config.networks import AttentionConfig
 from test_bridge_attention import inputs_of
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config.networks import AttentionConfig
 from raydistill.spaces import load_space
 
 FAMILIES = ["sdxl", "kolors", "pixart"]

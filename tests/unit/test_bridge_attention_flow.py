@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from raydistill.config.networks import AttentionConfig
 from test_bridge_attention import inputs_of, standardised_log_softmax
 from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, SAVE, sd3_transformer
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
-from raydistill.config.networks import AttentionConfig
 from raydistill.spaces import load_space
 
 TOKENS = 16  # of the image: 4×4 patches

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
+from raydistill.config.networks import BridgeConfig as Settings
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge, SpatialPrior, doublings, vae_fingerprint
-from raydistill.config.networks import BridgeConfig as Settings
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 

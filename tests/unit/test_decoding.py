@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from raydistill.config.networks import BridgeConfig
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge
-from raydistill.config.networks import BridgeConfig
 from raydistill.config.reading import CONFIGS, load
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import encode_rows

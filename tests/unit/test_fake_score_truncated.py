@@ -11,11 +11,11 @@ import pytest
 import tiny_diffusion_pipelines
 import tiny_flow_pipelines
 import torch
+from raydistill.config.networks import FakeScoreConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from raydistill.bridge.model import Bridge
-from raydistill.config.networks import FakeScoreConfig
 from raydistill.config.reading import load
 from raydistill.data.encode import TextEncoder
 from raydistill.distillation.batches import Real

@@ -13,12 +13,12 @@ import pytest
 import torch
 from aura_flow_family import AuraFlowSpace
 from pair_sets import load_pairs
+from raydistill.config.networks import AttentionConfig
 from test_bridge_attention import inputs_of
 from tiny_aura_flow import CHANNELS, PIXELS, SIDE, install, save_aura_flow
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.trainer import build_trainer
-from raydistill.config.networks import AttentionConfig
 from raydistill.config.reading import load
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from raydistill.config.networks import BridgeConfig
 from safetensors.torch import load_file, save_file
 
 from raydistill.bridge.model import Bridge, check_pair
-from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.export.merge import merge_students, open_sources
 from raydistill.export.pipeline import ModelCard, export_student

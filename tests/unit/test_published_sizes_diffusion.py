@@ -11,8 +11,8 @@ import diffusers
 import pytest
 import torch
 from lanes import full_but
-
 from raydistill.config.networks import FakeScoreConfig
+
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.spaces import load_space
 from raydistill.spaces.published import write_folder

@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from lanes import full_but
-
 from raydistill.config.networks import FakeScoreConfig
+
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.spaces import load_space
 from raydistill.spaces.published import write_folder

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from raydistill.config.networks import TeacherServiceConfig
 
 from raydistill.benchmark.idle import IdleRank
-from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import (
     GenerateRequest,

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
-
 from raydistill.config.networks import TeacherServiceConfig
+
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.routing import LeastBusyRouter
 

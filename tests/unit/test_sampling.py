@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from raydistill.config.networks import BridgeConfig
 
 from raydistill.bridge.model import Bridge
-from raydistill.config.networks import BridgeConfig
 from raydistill.config.reading import load, to_yaml
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal

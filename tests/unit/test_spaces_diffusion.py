@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny_diffusion_pipelines as tiny
 import torch
-
 from raydistill.config.networks import FakeScoreConfig
+
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
 from raydistill.diffusion.path import add_noise
 from raydistill.distillation.fake_score import Discriminator, FakeScore

@@ -10,9 +10,9 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from raydistill.config.networks import FakeScoreConfig
 from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
 
-from raydistill.config.networks import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.path import to_x0
 from raydistill.diffusion.timesteps import shift

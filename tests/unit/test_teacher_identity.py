@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-
 from raydistill.config.networks import TeacherServiceConfig
+
 from raydistill.storage.fingerprint import fingerprint
 from raydistill.teachers.registry import differences, identify
 

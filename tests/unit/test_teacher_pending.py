@@ -9,8 +9,8 @@ import pytest
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError
-
 from raydistill.config.networks import TeacherServiceConfig
+
 from raydistill.teachers import pending as pending_module
 from raydistill.teachers.client import PendingScores, TeacherClient
 from raydistill.teachers.request import TeacherError
