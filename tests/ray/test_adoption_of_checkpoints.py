@@ -19,6 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 RUNS = ("mine",)
 
 
+@pytest.mark.full  # the short lane has tests/unit/test_adoption.py
 def test_a_checkpoint_that_was_written_and_not_reported_is_adopted_at_once(ray_cluster, tmp_path):
     def body(settings):
         """Dies between writing and reporting the second checkpoint, beside one that is not whole."""

@@ -105,6 +105,7 @@ def test_resume_from_any_slot_gives_the_same_batches(stream, expected):
         check(batch, slot, 0, expected)
 
 
+@pytest.mark.full
 def test_closing_ends_the_encoders(stream):
     earlier = encoders()
     batches = stream(0, 1000)

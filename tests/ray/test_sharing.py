@@ -81,6 +81,7 @@ def test_a_queue_longer_than_request_timeout_is_answered_to_its_end_and_what_is_
     assert requests(client) - before == 12
 
 
+@pytest.mark.full
 def test_a_greedy_run_costs_another_one_turn_and_its_crash_nothing(idle, greedy):
     client = idle.client()
     before, ranks = requests(client), pids(client)

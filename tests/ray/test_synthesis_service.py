@@ -248,6 +248,7 @@ def test_a_teacher_that_stays_away_ends_the_set(ray_cluster, spaces, prompts, tm
         synthesise_on_ray(recipe(spaces, prompts, count=1), tmp_path, SynthesisConfig(), away)
 
 
+@pytest.mark.full
 def test_an_incomplete_model_folder_is_named(ray_cluster, spaces, flux_folder, tmp_path):
     shutil.copytree(flux_folder, tmp_path / "model")
     (tmp_path / "model" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
