@@ -48,6 +48,8 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
         with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher")):
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
+        if config.teachers.quantize != "none":
+            record.describe_teachers(TeacherClient(name, config.teachers).describe())
 
     teachers = in_background(start)
     try:

@@ -67,6 +67,7 @@ class Teacher:
     samples: int
     score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
+    large_linear: int = 0  # elements of the linear layers that teachers.quantize takes
 
 
 @dataclass(frozen=True)

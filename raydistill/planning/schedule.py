@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from raydistill.config.schema import Config
 from raydistill.planning.counts import ITEMSIZE, Counts, Weights, samples, synthesises
 from raydistill.planning.gpus import Gpu
-from raydistill.planning.memory import ROLES, encoder_gpu
+from raydistill.planning.memory import ROLES, encoder_gpu, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,9 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
 
 
 def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> float:
-    """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
+    """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing. None of a whole one."""
+    if is_whole(counts, config, gpu):
+        return 0.0
     element = ITEMSIZE[config.teachers.dtype]
     return counts.network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 

@@ -1,4 +1,4 @@
-"""A replica of the teacher service: the coordinator of one ZeRO-3 group, as a Ray Serve deployment.
+"""A replica of the teacher service: the coordinator of its ranks, as a Ray Serve deployment.
 
 A replica is one placement group: this coordinator and `shards` ranks. The coordinator never reads the tensors of a
 request. It passes their reference to every rank, and joins the answers.
@@ -48,7 +48,7 @@ LATENCY_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
     logging_config={"log_level": "WARNING", "enable_access_log": False},
 )
 class TeacherReplica:
-    """Coordinator of one ZeRO-3 group. The loss of one rank ends the whole group, and Serve starts another replica."""
+    """Coordinator of its ranks, a ZeRO-3 group or whole teachers side by side. The loss of one rank ends the whole group, and Serve starts another replica."""
 
     rank_actor = actor(TeacherRank)
 
@@ -77,12 +77,11 @@ class TeacherReplica:
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
-            ).remote(rank, config.shards, name)
+            ).remote(rank, config.shards, name, config.plain)
             for rank in range(config.shards)
         ]
-        address = await self._ranks[0].open_store.remote()
-        load = (model_folder, config.dtype, config.slice, config.threads_per_rank, address)
-        await asyncio.gather(*(rank.load.remote(*load) for rank in self._ranks))
+        address = None if config.plain else await self._ranks[0].open_store.remote()
+        await asyncio.gather(*(rank.load.remote(model_folder, config, address) for rank in self._ranks))
 
     async def predict_x0(self, payload: list[ray.ObjectRef], place: float | None = None) -> Answer:
         """x0 estimates [B, C, H, W] float32.
