@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.fair_queue import FairQueue
-from raydistill.teachers.request import Answer, ReplicaBroken, RequestTooLong, TeacherError, one_line
+from raydistill.teachers.request import Answer, RankBroken, ReplicaBroken, RequestTooLong, TeacherError, one_line
 from raydistill.teachers.routing import LeastBusyRouter
 from raydistill.teachers.shard import TeacherRank, actor
 from raydistill.teachers.utilisation import Meter, Utilisation
@@ -213,13 +213,13 @@ class TeacherReplica:
 def _is_the_requests_fault(errors: list[BaseException | None]) -> bool:
     """Whether every rank refused the request, or could not fetch or read it.
 
-    What fails in a rank is a TeacherError; any other error of a task is one of what it was given.
+    What fails in a rank is a TeacherError, or RankBroken; any other error of a task is one of what it was given.
     """
     return all(isinstance(error, TeacherError) or _is_lost(error) or _is_unreadable(error) for error in errors)
 
 
 def _is_unreadable(error: BaseException | None) -> bool:
-    return isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
+    return isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | RankBroken)
 
 
 def _is_lost(error: BaseException | None) -> bool:

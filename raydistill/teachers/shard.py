@@ -22,11 +22,20 @@ import ray
 
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.imports import left_out
-from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, check_payload, rows_from_wire
+from raydistill.teachers.request import (
+    Memory,
+    Payload,
+    RankBroken,
+    TeacherError,
+    Wire,
+    check_payload,
+    rows_from_wire,
+)
 
 if TYPE_CHECKING:
     import torch
 
+    from raydistill.teachers.plain import Whole
     from raydistill.teachers.zero3 import Partitioned
 
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
@@ -77,19 +86,23 @@ class TeacherRank:
         # Imported here because they import torch.
         import torch
 
+        from raydistill.device_memory import naming_out_of_memory, part
         from raydistill.spaces import load_space
 
         torch.set_num_threads(config.threads_per_rank)
         self.device = torch.device("cuda:0" if os.environ["DS_ACCELERATOR"] == "cuda" else "cpu")
         self.dtype, self.slice_size = getattr(torch, config.dtype), config.slice
         self.space = load_space(model_folder)
-        if address is None:
-            from raydistill.teachers.plain import Whole
-
-            self.teacher = Whole(self.space, config, self.device)
-        else:
-            self.teacher = self._join(config, *address)
+        self._role = f"teacher rank {self.rank} of {self.world} on node {self.facts['node']}"
+        self._remedies = remedies(config)
+        with naming_out_of_memory(self._role, self._remedies), part("loading the teacher"):
+            self.teacher = self._whole(config) if address is None else self._join(config, *address)
         self.facts |= self.teacher.facts() | {"load_s": time.monotonic() - started}
+
+    def _whole(self, config: TeacherServiceConfig) -> Whole:
+        from raydistill.teachers.plain import Whole  # it imports torch
+
+        return Whole(self.space, config, self.device)
 
     def _join(self, config: TeacherServiceConfig, host: str, port: int) -> Partitioned:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
@@ -117,8 +130,10 @@ class TeacherRank:
         return self._slices(payload, self._sample_rows)
 
     def _slices(self, payload: Payload, forward: Forward) -> np.ndarray:
-        """Run `forward` on each slice of this rank. Raises TeacherError."""
+        """Run `forward` on each slice of this rank. Raises TeacherError, or RankBroken where the device has failed."""
         import torch
+
+        from raydistill.device_memory import out_of_memory  # it imports torch
 
         batch, size = len(payload["latents"]), self.slice_size
         rounds = -(-batch // (size * self.world))
@@ -135,6 +150,11 @@ class TeacherRank:
                     rows = np.minimum(np.arange(start, start + size), batch - 1)
                     wanted = answer[start - first : start - first + size]
                     wanted.copy_(forward(payload, rows)[: len(wanted)])
+        except torch.AcceleratorError as error:  # its context is lost: every later call would fail as well
+            raise RankBroken(f"{self.facts['node']}: {type(error).__name__}: {error}") from None
+        except torch.OutOfMemoryError as error:
+            at = f"a request of {batch} samples in slices of {size}"
+            raise TeacherError(out_of_memory(error, self._role, self._remedies, at)) from None
         except Exception as error:
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
@@ -175,6 +195,16 @@ class TeacherRank:
     def _load(self, name: str, wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of one array, on the device. On the CPU, the next slice overwrites this memory."""
         return rows_from_wire(wire, rows, dtype, self.memory, name).to(self.device)
+
+
+def remedies(config: TeacherServiceConfig) -> list[str]:
+    """Settings with which a rank needs less memory."""
+    found = [f"teachers.slice={max(1, config.slice // 2)}"] if config.slice > 1 else []
+    if config.dtype == "float32":
+        found.append("teachers.dtype=bfloat16")
+    if config.plain and config.quantize == "none" and not config.compile:
+        found.append("teachers.backend=zero3 with more teachers.shards")
+    return found if config.plain else [*found, f"teachers.shards={2 * config.shards}"]
 
 
 def actor(rank: type[TeacherRank]) -> Any:

@@ -18,6 +18,7 @@ from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs, PairSet
+from raydistill.device_memory import naming_out_of_memory, part
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
@@ -30,6 +31,7 @@ from raydistill.tracking.tracker import Tracker
 from raydistill.workers.adoption import Runs, mark
 from raydistill.workers.checkpoint import save_state
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
+from raydistill.workers.remedies import bridge_remedies
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 BRIDGE_FOLDER, CHECKPOINTS = "bridge", "bridge-checkpoints"  # of a run
 LOG_EVERY = 10
 CURVES = "curves"
+PROGRESS = "bridge-progress.json"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def train_bridge(
     """
     run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
-    progress = run_dir / "bridge-progress.json"
+    progress = run_dir / PROGRESS
     settings = {"config": config.model_dump(), "pairs": str(pairs_folder), "progress": str(progress)}
     settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run, "runs": runs}
     with ProgressWatcher(progress, "bridge"):
@@ -84,6 +87,7 @@ def train_bridge(
             folder=run_dir,
             checkpoints=CHECKPOINTS,
             steps=config.bridge.steps,
+            progress=PROGRESS,
             encoders=False,  # captions are encoded in the workers
         )
     return _collect(result.checkpoint, run_dir / BRIDGE_FOLDER)
@@ -154,7 +158,13 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any]) -> None:
-    config, progress, runs = validate(settings["config"]), to_place(settings["progress"]), settings["runs"]
+    config = validate(settings["config"])
+    with naming_out_of_memory("Bridge training", bridge_remedies(config)):
+        _train_with(config, settings)
+
+
+def _train_with(config: Config, settings: dict[str, Any]) -> None:
+    progress, runs = to_place(settings["progress"]), settings["runs"]
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
@@ -169,7 +179,8 @@ def _train(settings: dict[str, Any]) -> None:
     started, first = time.monotonic(), trainer.step_count
     try:
         for batch in _batches(trainer, first, last):
-            losses = trainer.step(batch)
+            with part("a step"):
+                losses = trainer.step(batch)
             step = trainer.step_count
             if step % LOG_EVERY == 0 or step == last:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
@@ -199,7 +210,8 @@ def _checkpoint(trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs
         ray.train.report({})
         return
     step = trainer.step_count
-    metrics, picture = trainer.validation()
+    with part("its validation"):
+        metrics, picture = trainer.validation()
     log.metrics(metrics, step)
     log.image(picture, "reconstruction", step)
     with scratch(stage) as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "raydistill"
-ROOT = {"__init__", "errors", "background", "precision", "imports"}  # small tools, which know nothing above them
+ROOT = {"__init__", "errors", "background", "precision", "imports", "device_memory"}  # small tools, which know nothing above them
 LAYERS = (  # rooms of one line do not know each other; a room knows those of the lines above it
     {"diffusion", "shapes"},
     {"config"},
