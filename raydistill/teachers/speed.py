@@ -5,11 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
 from raydistill.config.networks import TeacherServiceConfig
@@ -177,14 +182,8 @@ def measured_quantise(space: Space, network: nn.Module, config: TeacherServiceCo
         InputError: it is below teachers.quantize_cosine; see also `quantise`.
     """
     batch = FixedBatch(space, config.slice, getattr(torch, config.dtype), device)
-    if device.type != "cpu":
-        from accelerate import cpu_offload  # the full weights pass the device one layer at a time
-        from accelerate.hooks import remove_hook_from_submodules
-
-        cpu_offload(network, execution_device=device)
-    unguided, guided = batch.scores(network, 1.0), batch.scores(network, space.default_guidance_scale)
-    if device.type != "cpu":
-        remove_hook_from_submodules(network)
+    with contextlib.nullcontext() if device.type == "cpu" else passing(network, device):
+        unguided, guided = batch.scores(network, 1.0), batch.scores(network, space.default_guidance_scale)
     quantise(network, config.quantize, device)
     cast(network, None, device)
     after = batch.scores(network, space.default_guidance_scale)
@@ -196,6 +195,16 @@ def measured_quantise(space: Space, network: nn.Module, config: TeacherServiceCo
             f"teachers.quantize_cosine={config.quantize_cosine:g}; use none, or lower the limit"
         )
     return cosine
+
+
+@contextmanager
+def passing(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """In the block the network's weights stay on the CPU, and pass the device one layer at a time."""
+    cpu_offload(network, execution_device=device)
+    try:
+        yield
+    finally:
+        remove_hook_from_submodules(network)
 
 
 class FixedBatch:

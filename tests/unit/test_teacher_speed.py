@@ -16,6 +16,9 @@ from raydistill.teachers import speed
 from raydistill.teachers.plain import Whole
 
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(
+    importlib.util.find_spec("torchao") is None, reason="torchao is not installed: pip install 'raydistill[quantize]'"
+)
 
 
 def config(**keys):
@@ -41,6 +44,8 @@ def cosine(one, other):
 
 
 def test_what_cannot_work_is_refused_before_a_launch(flux, unet, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("torch" if name == "torchao" else name))
     for keys, said in (
         ({"attention": "cudnn"}, r"teachers\.attention=cudnn needs GPUs: set teachers\.gpus_per_rank"),
         ({"attention": "sage", "gpus_per_rank": 1}, r"teachers\.attention=sage: the package sageattention is not"),
@@ -53,7 +58,6 @@ def test_what_cannot_work_is_refused_before_a_launch(flux, unet, monkeypatch):
         speed.check(config(attention="math"), unet)
     with pytest.raises(InputError, match="no linear layer in the blocks of .* multiples of 16; use none"):
         speed.check(config(quantize="int8"), unet)
-    found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchao" else found(name))
     with pytest.raises(InputError, match=r"torchao is not installed: pip install 'raydistill\[quantize\]'"):
         speed.check(config(quantize="int8"), flux)
@@ -82,6 +86,7 @@ def test_another_kernel_computes_the_same_attention_and_a_network_that_takes_non
         Whole(unet, config(attention="math"), CPU)
 
 
+@needs_torchao
 def test_a_teacher_in_8_bits_keeps_the_direction_of_its_gradients_and_says_how_well(flux):
     whole, small = Whole(flux, config(), CPU), Whole(flux, config(quantize="int8"), CPU)
     layers = speed.quantised_layers(whole.network)
@@ -98,11 +103,24 @@ def test_a_teacher_in_8_bits_keeps_the_direction_of_its_gradients_and_says_how_w
     assert "quantize_cosine" not in whole.facts()
 
 
+@needs_torchao
 def test_a_quantised_teacher_that_is_too_far_off_does_not_start(flux):
     with pytest.raises(
         InputError, match=r"cosine to the unquantised one is 0\.\d+, below teachers\.quantize_cosine=1;"
     ):
         Whole(flux, config(quantize="int8", quantize_cosine=1.0), CPU)
+
+
+def test_weights_that_pass_layer_by_layer_give_the_same_scores_and_are_as_they_were(flux, unet):
+    """As a GPU gets them while its teacher's unquantised scores are computed."""
+    for space in (flux, unet):
+        network, batch = space.load_network(), speed.FixedBatch(space, 2, torch.float32, CPU)
+        expected, before = batch.scores(network, 3.0), {k: v.clone() for k, v in network.state_dict().items()}
+        with speed.passing(network, CPU):
+            assert all(parameter.is_meta for parameter in network.parameters())
+            assert torch.equal(batch.scores(network, 3.0), expected)
+        assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+        assert torch.equal(batch.scores(network, 3.0), expected)
 
 
 def test_the_planner_counts_8_bit_weights_as_such(flux):
