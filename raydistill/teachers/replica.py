@@ -191,8 +191,9 @@ class TeacherReplica:
             lost = f"the request was lost with the process that sent it{details}"
             raise TeacherError(lost if _is_lost(first) else str(getattr(first, "cause", first)))
         elif first is not None:
-            died = any(isinstance(error, RayActorError) for error in errors)
-            self._give_up(f"{'a rank died' if died else 'ranks failed differently'}{details}")
+            kinds = {RayActorError: "a rank died", RankBroken: "a rank's device failed"}
+            why = [text for kind, text in kinds.items() if any(isinstance(error, kind) for error in errors)]
+            self._give_up(f"{(why or ['ranks failed differently'])[0]}{details}")
 
     def _give_up(self, reason: str) -> None:
         """Mark the replica broken and end its ranks. The next health check fails, and Serve replaces the replica."""

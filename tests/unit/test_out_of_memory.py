@@ -11,12 +11,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.config.reading import load
 from raydistill.device_memory import naming_out_of_memory
 from raydistill.distillation.schedule import distillation_step
 from raydistill.errors import OutOfMemory
+from raydistill.teachers.replica import _is_the_requests_fault
 from raydistill.teachers.request import Memory, RankBroken, TeacherError
 from raydistill.teachers.shard import TeacherRank, remedies
 from raydistill.workers.ray_train import fatal_error, is_fatal, recording_fatal_errors
@@ -90,5 +92,12 @@ def test_a_rank_whose_device_failed_says_that_it_was_not_the_request(rank):
     def broken(*_):
         raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 
-    with pytest.raises(RankBroken, match=r"10\.0\.0\.7: AcceleratorError: CUDA error: uncorrectable ECC"):
+    with pytest.raises(RankBroken, match=r"10\.0\.0\.7: AcceleratorError: CUDA error: uncorrectable ECC") as raised:
         rank._slices({"latents": np.zeros((3, 4, 8, 8), np.float32)}, broken)
+
+    def arrived(error):
+        """As the coordinator gets it from Ray."""
+        return RayTaskError("predict_x0", str(error), error).as_instanceof_cause()
+
+    assert not _is_the_requests_fault([arrived(raised.value)])
+    assert _is_the_requests_fault([arrived(TeacherError("of the request"))])
