@@ -116,7 +116,9 @@ class TeacherRank:
 
     @ray.method(concurrency_group="health")
     def describe(self) -> dict[str, Any]:
-        """rank, pid, node, numel (that this rank holds), full_numel (of the network), load_s. Also serves as the ping."""
+        """rank, pid, node, numel (that this rank holds), full_numel (of the network), load_s; of a quantised
+        network `quantize_cosine`. Also serves as the ping.
+        """
         return self.facts
 
     def predict_x0(self, payload: Payload) -> np.ndarray:
