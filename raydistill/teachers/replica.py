@@ -77,7 +77,7 @@ class TeacherReplica:
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
-            ).remote(rank, config.shards, name, config.plain)
+            ).remote(rank, config.shards, name, config)
             for rank in range(config.shards)
         ]
         address = None if config.plain else await self._ranks[0].open_store.remote()

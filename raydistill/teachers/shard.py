@@ -44,21 +44,24 @@ Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> 
 class TeacherRank:
     """Rank `rank` of `world`. It answers pings while it computes."""
 
-    def __init__(self, rank: int, world: int, replica: str = "", plain: bool = False) -> None:
-        """Args: replica: what logs call the group. plain: this rank will hold the whole teacher."""
+    def __init__(self, rank: int, world: int, replica: str = "", config: TeacherServiceConfig | None = None) -> None:
+        """Args: replica: what logs call the group. config: with which `load` will be called; None: the defaults."""
+        config = config or TeacherServiceConfig()
         self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
         # Imported here, all ranks import at the same time; in `load`, they would wait for rank 0 first. A rank runs one
-        # network. Without text encoders and LoRAs, diffusers imports most of a second faster.
-        with left_out("transformers", "peft"):
+        # network. Without text encoders and LoRAs, diffusers imports most of a second faster. Its pipeline classes, which
+        # say what a batch of conditioning looks like, are missing then.
+        makes_a_batch = config.compile or config.quantize != "none"
+        with left_out(*(() if makes_a_batch else ("transformers", "peft"))):
             import diffusers.models.modeling_utils  # noqa: F401 (all networks import it)
 
             import raydistill.spaces
 
-            if plain:
+            if config.plain:
                 import raydistill.teachers.plain  # noqa: F401
             else:
                 import raydistill.teachers.zero3  # noqa: F401
