@@ -36,7 +36,7 @@ class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
     def __init__(
-        self, rank: int, world: int, replica: str = "", plain: bool = False
+        self, rank: int, world: int, replica: str = "", config: TeacherServiceConfig | None = None
     ) -> None:  # without the imports of a network
         self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         self.facts = {"rank": rank, "pid": os.getpid(), "requests": 0}
