@@ -21,6 +21,10 @@ class RunLost(Exception):
     """Another job has taken this one's run over. Nothing more may be written to the run."""
 
 
+class OutOfMemory(RuntimeError):
+    """A device is full. The message names role, part of the work, and settings that need less."""
+
+
 class NonFiniteError(FloatingPointError):
     """A value that must be finite is not. The message names where it arose.
 

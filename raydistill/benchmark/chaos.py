@@ -100,7 +100,8 @@ def _overrides(world: World, storage: Path, name: str, steps: int) -> list[str]:
     return [
         f"storage={storage}", f"run.name={name}", f"tracking.uri={world.server.uri}", f"distill.steps={steps}",
         "distill.batch_size=2", "distill.checkpoint_every=2", f"distill.evaluate_every={max(2, steps // 4)}",
-        f"distill.workers={WORKERS}", f"teachers.replicas={WORKERS}", "distill.max_failures=-1", "distill.cpus_per_worker=0.3", f"distill.node_labels={labels}",
+        f"distill.workers={WORKERS}", f"teachers.replicas={WORKERS}", "distill.max_failures=-1",
+        "distill.max_failures_without_progress=-1", "distill.cpus_per_worker=0.3", f"distill.node_labels={labels}",
         "fake_score.updates=1", "discriminator.real_count=32", "evaluation.count=8", "evaluation.periodic_count=8",
         "evaluation.grid=4", "teacher.sampling_steps=2", "teachers.shards=2", "teachers.slice=1",
         f"teachers.node_labels={labels}", "controls=[]",

@@ -35,15 +35,17 @@ SETTINGS = "model_index.json"  # where the service expects a model's folder to b
 class IdleRank(TeacherRank):
     """Sleeps for the seconds that the service's folder names at that moment."""
 
-    def __init__(self, rank: int, world: int, replica: str = "") -> None:  # without the imports of a network
+    def __init__(
+        self, rank: int, world: int, replica: str = "", config: TeacherServiceConfig | None = None
+    ) -> None:  # without the imports of a network
         self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         self.facts = {"rank": rank, "pid": os.getpid(), "requests": 0}
 
     def open_store(self) -> tuple[str, int]:
         return "", 0
 
-    def load(self, model_folder: str, dtype: str, slice_size: int, threads: int, address: tuple[str, int]) -> None:
-        self.file, self.dtype_name, self.slice_size = Path(model_folder, SETTINGS), dtype, slice_size
+    def load(self, model_folder: str, config: TeacherServiceConfig, address: tuple[str, int] | None) -> None:
+        self.file, self.dtype_name, self.slice_size = Path(model_folder, SETTINGS), config.dtype, config.slice
 
     def recover(self) -> None:
         """Nothing is gathered, and ranks never meet."""

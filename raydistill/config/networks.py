@@ -57,6 +57,9 @@ class TeacherConfig(Section):
     sampling_steps: Few = Field(16, description="steps when the teacher generates pictures")
 
 
+Attention = Literal["auto", "native", "math", "cudnn", "flash", "flash3", "sage", "xformers"]
+
+
 class TeacherServiceConfig(Section):
     replicas: Few = free(1, description="replicas of the teacher service that it starts with")
     min_replicas: Few | None = free(None, description="fewest replicas when it autoscales; null: teachers.replicas")
@@ -66,7 +69,29 @@ class TeacherServiceConfig(Section):
     target_ongoing_requests: Positive = free(2, description="requests per replica that autoscaling aims at")
     upscale_delay_s: Seconds = free(30, description="how long more requests must last before replicas are added")
     downscale_delay_s: Seconds = free(600, description="how long fewer must last before replicas are removed")
-    shards: Few = Field(2, description="ranks per replica; each holds 1/shards of the teacher's parameters (ZeRO-3)")
+    shards: Few = Field(
+        2, description="ranks per replica; with zero3 each holds 1/shards of the teacher's parameters, with plain all"
+    )
+    backend: Literal["auto", "zero3", "plain"] = Field(
+        "auto",
+        description="zero3: the ranks share the teacher's parameters; plain: each rank holds the whole teacher; same "
+        "scores; auto: plain where ranks ask for GPUs and the planner says that the teacher fits one, else zero3",
+    )
+    compile: bool = Field(
+        False, description="compile the teacher's repeated blocks (plain only): faster, other scores in the last digits"
+    )
+    attention: Attention = Field(
+        "auto",
+        description="what computes the teacher's attention (diffusers' backends); auto: as the model has it; native, math, "
+        "cudnn: of torch; flash, flash3, sage, xformers: of packages",
+    )
+    quantize: Literal["none", "fp8", "int8"] = Field(
+        "none", description="the teacher's large linear layers compute in 8 bits (torchao; plain only)"
+    )
+    quantize_cosine: Fraction = free(
+        0.98,
+        description="smallest cosine of quantised against unquantised scores on a fixed batch; below it no service starts",
+    )
     slice: Batch = Field(8, description="samples per forward and rank; requests are cut into equal slices")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
     cpus_per_rank: Cpus = free(0.2, description="Ray CPUs each rank reserves")
@@ -90,6 +115,9 @@ class TeacherServiceConfig(Section):
     @model_validator(mode="after")
     def _bounds(self) -> TeacherServiceConfig:
         fewest, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
+        for key, value in (("compile", self.compile), ("quantize", self.quantize != "none")):
+            if value and self.backend == "zero3":
+                raise ValueError(f"{key} needs whole networks: teachers.backend=plain, or auto, not zero3")
         if self.max_replicas is None and self.min_replicas is not None:
             raise ValueError("min_replicas needs max_replicas: without it the number of replicas is fixed")
         if not fewest <= self.replicas <= most:
@@ -97,6 +125,15 @@ class TeacherServiceConfig(Section):
                 f"min_replicas ({fewest}) <= replicas ({self.replicas}) <= max_replicas ({most}) does not hold"
             )
         return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether every rank holds the whole teacher. Where auto is not decided (`driver.backend`), it must need to."""
+        return self.backend == "plain" or (self.backend == "auto" and (self.compile or self.quantize != "none"))
+
+    @property
+    def decided_backend(self) -> Literal["zero3", "plain"]:
+        return "plain" if self.plain else "zero3"
 
 
 class AttentionConfig(Section):

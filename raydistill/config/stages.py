@@ -100,6 +100,13 @@ class DistillConfig(Section):
     max_failures: int = free(
         3, ge=-1, le=1_000_000_000, description="worker failures survived before giving up; -1: any number"
     )
+    max_failures_without_progress: int = free(
+        4,
+        ge=-1,
+        le=1_000_000_000,
+        description="worker failures in a row, without an update that was not done before, after which the run ends with "
+        "reason and node, whatever max_failures says; lost nodes do not count; -1 and 0: any number",
+    )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
     )

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from raydistill.device_memory import part
 from raydistill.distillation.batches import Made
 from raydistill.distillation.updates import Distiller
 
@@ -71,15 +72,18 @@ def distillation_step(distiller: Distiller, submit: Submit | None, fake_updates:
     started = time.perf_counter()
     requests = Requests(submit, distiller.config.distill.in_flight) if submit is not None else None
     parts = []
-    for made in distiller.make():
-        parts.append(made)
-        if requests is not None:
-            requests.add(made)
-            if overlap:
-                requests.send()
+    with part("the student's next batch"):
+        for made in distiller.make():
+            parts.append(made)
+            if requests is not None:
+                requests.add(made)
+                if overlap:
+                    requests.send()
     for _ in range(fake_updates):
-        distiller.fake_update()
+        with part("the fake score's update"):
+            distiller.fake_update()
         if requests is not None and overlap:
             requests.send()
-    distiller.student_update(parts, requests)
+    with part("the student's update"):
+        distiller.student_update(parts, requests)
     distiller.metrics["time/step"] = time.perf_counter() - started

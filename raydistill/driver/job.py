@@ -99,17 +99,21 @@ def prepare(job: Job, config: Config) -> Prepared:
     _introduce(config, folder, job.stages)
     # Loaded now that people know what is under way: torch, diffusers and Ray take seconds.
     from raydistill.driver import room
+    from raydistill.driver.backend import decided
     from raydistill.driver.binding import bind
     from raydistill.driver.preflight import check_inputs
+    from raydistill.teachers import speed
 
     room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
     config = pin_models(config, folder)
     inputs = check_inputs(config)
+    config = decided(config, folder, job.roles)
     binding = bind(config, folder, inputs)
     if job.check is not None:
         _loaded(job.check)(config, folder, inputs)
     _loaded(job.run)
     notes = [f"run {folder.name} was finished, and is extended: {', '.join(extended)}"] if extended else []
+    notes += speed.check(config.teachers, inputs.teacher)
     return Prepared(config, folder, inputs, binding, tuple(extended), (*notes, *_check_gpus(config, job.roles)))
 
 

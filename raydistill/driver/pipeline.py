@@ -84,5 +84,6 @@ def shared_space(config: Config) -> Config:
             "bridge": {"checkpoint": None, "projector": "identity", "trainable": False},
             "discriminator": {"weight": 0.0, "real_data": None},
             "vsd": {"shift": None},
+            "teachers": {"compile": False, "attention": "auto", "quantize": "none"},  # chosen for another network
         },
     )

@@ -52,7 +52,7 @@ def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
     with as_storage_error(storage):
         run.recall()
     if (saved := saved_config(run)) is not None:
-        before, now_ = mathematical(saved), mathematical(_of_revisions(config, saved))
+        before, now_ = mathematical(with_backend(saved, saved)), mathematical(_as_begun(config, saved))
         others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if others:
             finished = result is not None and (run.path / result).is_file()
@@ -87,6 +87,18 @@ def pin_models(config: Config, run: RunFolder) -> Config:
             except InputError as error:
                 raise InputError(f"{key}: {error}") from None
     return _with_models(config, models)
+
+
+def _as_begun(config: Config, saved: Config) -> Config:
+    """What the configuration leaves to the driver, as the driver decided when the run began."""
+    return with_backend(_of_revisions(config, saved), saved)
+
+
+def with_backend(config: Config, saved: Config) -> Config:
+    """With teachers.backend=auto, the backend that a saved configuration names. One of before the key is of zero3."""
+    if config.teachers.backend != "auto":
+        return config
+    return changed(config, {"teachers": {"backend": saved.teachers.decided_backend}})
 
 
 def _of_revisions(config: Config, saved: Config) -> Config:

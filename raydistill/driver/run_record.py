@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from ray.exceptions import RayError
@@ -44,8 +44,9 @@ DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
 
 def _facts(config: Config) -> dict[str, object]:
     """Tags that say what a run is, beside `run_tags`."""
-    file = config.origin.file
-    return {"steps": config.distill.steps} | ({} if file is None else {"recipe": Path(file).stem})
+    file, teachers = config.origin.file, config.teachers
+    how = {f"teachers.{key}": getattr(teachers, key) for key in ("backend", "compile", "attention", "quantize")}
+    return {"steps": config.distill.steps} | how | ({} if file is None else {"recipe": Path(file).stem})
 
 
 class RunRecord:
@@ -124,6 +125,23 @@ class RunRecord:
 
         scope = self.runs[0] if self.runs else ""
         return RunScorers(self.config.evaluation, device, failed, scope=scope or "", within_s=SCORED_WITHIN_S)
+
+    def describe_teachers(self, ranks: Sequence[dict[str, Any]]) -> None:
+        """How near the scores of quantised teachers are to those of whole precision, before anything uses them.
+
+        Args:
+            ranks: facts about those of a replica, see `TeacherRank.describe`.
+        """
+        found = [rank["quantize_cosine"] for rank in ranks if "quantize_cosine" in rank]
+        if not found:
+            return
+        kind, limit = self.config.teachers.quantize, self.config.teachers.quantize_cosine
+        screen.say(
+            f"teachers  {kind}: the VSD gradient's cosine to the unquantised one is {min(found):.4f} (at least {limit:g})"
+        )
+        tracker = Tracker(self.uri, self.parent)
+        tracker.metrics({"teachers/quantize_cosine": min(found)}, 0)
+        tracker.close(DESCRIBED_WITHIN_S)
 
     def stage_run(self, config: Config, stage: str, name: str | None = None) -> str:
         """`name`: what the UI shows after the run's own name; the stage where None."""

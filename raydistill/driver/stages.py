@@ -46,13 +46,16 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
 
     Its failure is a TeacherStartError; a block that needs teachers, or waits for what does, must look at it.
     """
-    given_up = threading.Event()
+    given_up, begun = threading.Event(), threading.Event()
 
     def start() -> None:
         how = registry.attach if name == config.teachers.service else registry.start
         with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher")):
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
+        begun.set()
+        if config.teachers.quantize != "none":
+            record.describe_teachers(TeacherClient(name, config.teachers).describe())
 
     teachers = in_background(start)
     try:
@@ -60,7 +63,7 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
     finally:
         given_up.set()
         wait([teachers])
-        if teachers.exception() is None:
+        if begun.is_set():
             registry.release(name)
 
 

@@ -54,6 +54,7 @@ from raydistill.spaces.base import Space
 from raydistill.spaces.distilled import drawing_guidance, own_steps
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
 from raydistill.storage.resolve import local_path
+from raydistill.teachers.speed import quantised_layers
 
 # -- parts of a run ---------------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
             samples=samples,
             score=replace(score, peak=score.peak - before),
             evaluations=rows[0] // samples,
+            large_linear=sum(layer.weight.numel() for layer in quantised_layers(network).values()),
         )
 
 

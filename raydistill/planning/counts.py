@@ -68,6 +68,7 @@ class Teacher:
     score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
     own_steps: int | None = None  # of a picture, for a step-distilled model
+    large_linear: int = 0  # elements of the linear layers that teachers.quantize takes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 from raydistill.config.reading import drawing_config, draws, get, other_drawer, trains_bridge
 from raydistill.config.schema import Config
@@ -56,6 +56,21 @@ def teacher_bytes(counts: Any, config: Config, shards: int, drawer: bool = False
     gathered = 0 if shards == 1 else min(network.parameters, network.piece + PREFETCHED)
     elements = -(-network.parameters // shards) + gathered + network.buffers
     return elements * element + network.score.peak
+
+
+def whole_bytes(counts: Any, config: Config, drawer: bool = False) -> int:
+    """Most bytes of tensors on a rank that holds all of the teacher: weights, 8-bit ones as such, and activations."""
+    network, element = counts.drawer if drawer else counts.network, ITEMSIZE[config.teachers.dtype]
+    small = network.large_linear if config.teachers.quantize != "none" else 0
+    return (network.parameters - small + network.buffers) * element + small + network.score.peak
+
+
+def is_whole(counts: Any, config: Config, gpu: Gpu, drawer: bool = False) -> bool:
+    """Whether ranks on this kind of GPU hold the whole teacher; with teachers.backend=auto, where it fits."""
+    teachers = config.teachers
+    if teachers.backend != "auto" or teachers.plain or teachers.gpus_per_rank == 0:
+        return teachers.plain
+    return whole_bytes(counts, config, drawer) <= _has(config, "teacher rank", gpu)
 
 
 def trainer_bytes(counts: Counts, batch: int) -> float:
@@ -132,27 +147,41 @@ def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
     always = ("teacher rank", "drawer rank", "trainer", "Bridge training")
     roles = {role: it for role, it in ROLES.items() if it.used(config) and (role in always or get(config, it.key) > 0)}
     kinds = {role: it.kind(config) for role, it in roles.items()}
-    return [_fit(role, counts, config, kind, _has(config, role, gpus[kind])) for role, kind in kinds.items()]
+    return [_fit(role, counts, config, kind, gpus[kind]) for role, kind in kinds.items()]
 
 
-def _fit(role: str, counts: Any, config: Config, gpu: str, has: float) -> Fit:
+def _fit(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
     """Args: counts: a Counts, or anything with those of its fields that the role needs."""
+    has = _has(config, role, gpu)
     if role == "trainer":
-        return _fit_trainer(counts, config, gpu, has)
+        return _fit_trainer(counts, config, kind, has)
     if role in ("teacher rank", "drawer rank"):
-        draw = role == "drawer rank"
-        least = next((s for s in SHARDS if teacher_bytes(counts, config, s, draw) <= has), None)
-        advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
-        if least:
-            advice = f"{'synthesis' if draw else 'teachers'}.shards={least} is enough"
-        shards = drawing_config(config).teachers.shards if draw else config.teachers.shards
-        return Fit(role, gpu, teacher_bytes(counts, config, shards, draw), has, advice)
+        return _fit_rank(role, counts, config, kind, gpu)
     if role == "Bridge training":
         needs = counts.bridge.peak
-        return Fit(role, gpu, needs, has, _bridge_advice(config, fits=needs <= has))
+        return Fit(role, kind, needs, has, _bridge_advice(config, fits=needs <= has))
     needs = encoder_bytes(counts, config, role)
     key = ROLES[role].key
-    return Fit(role, gpu, needs, has, f"with {key}={get(config, key):g}" if needs <= has else f"raise {key}")
+    return Fit(role, kind, needs, has, f"with {key}={get(config, key):g}" if needs <= has else f"raise {key}")
+
+
+def _fit_rank(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
+    drawer, has = role == "drawer rank", _has(config, role, gpu)
+    least = next((s for s in SHARDS if teacher_bytes(counts, config, s, drawer) <= has), None)
+    advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
+    if least:
+        advice = f"{'synthesis' if drawer else 'teachers'}.shards={least} is enough"
+    if not is_whole(counts, config, gpu, drawer):
+        shards = (drawing_config(config) if drawer else config).teachers.shards
+        return Fit(role, kind, teacher_bytes(counts, config, shards, drawer), has, advice)
+    needs = whole_bytes(counts, config, drawer)
+    if needs <= has:
+        advice = "with teachers.backend=plain"
+    elif config.teachers.compile or config.teachers.quantize != "none":
+        advice = "lower teachers.slice, or do without teachers.compile and teachers.quantize, which need it whole"
+    elif least:
+        advice = f"teachers.backend=zero3 with {advice}"
+    return Fit(role, kind, needs, has, advice)
 
 
 def encoder_bytes(counts: Any, config: Config, role: str) -> float:
@@ -244,6 +273,12 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
 # -- before a launch --------------------------------------------------------------------------------------
 
 
+def decided_backend(config: Config) -> Literal["zero3", "plain"]:
+    """What teachers.backend=auto is on the kind of GPU that is planned. Raises InputError: see `check_launch`."""
+    gpus, counts = known_gpus(config), SimpleNamespace(**find_counts(config, ["network"]))
+    return "plain" if is_whole(counts, config, gpus[config.plan.teacher_gpu]) else "zero3"
+
+
 def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str]:
     """See before a launch that every role fits the GPUs it asks for; counts nothing where none are asked for.
 
@@ -269,7 +304,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
         has = _has(config, role, gpus[kind])
         if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
             counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, GROWTH))
-        fit = _fit(role, counts, config, kind, has)
+        fit = _fit(role, counts, config, kind, gpus[kind])
         text = (
             f"{role}: needs {fit.needs / GIB:.1f} GiB of tensors, {key}={get(config, key):g} {kind} has "
             f"{fit.has / GIB:.1f}"

@@ -14,7 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
 from raydistill.planning.counts import ITEMSIZE, Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import encoder_gpu, host_bytes, memory, trainer_remedies
+from raydistill.planning.memory import encoder_gpu, host_bytes, is_whole, memory, trainer_remedies
 from raydistill.planning.schedule import (
     bridge_schedule,
     gather_seconds,
@@ -122,13 +122,21 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
                 f"samples at once; weights in float32, forward passes in {'bfloat16' if distill.mixed_precision else 'float32'}"
             ),
             _line(
-                f"teacher rank: {config.teachers.shards} shard(s) in {config.teachers.dtype}, activations of "
+                f"teacher rank: {_held_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
                 f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}"
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
             _line(f"host memory of one trainer: {host}"),
         )
     )
+
+
+def _held_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    teachers = config.teachers
+    if not is_whole(counts, config, gpus[config.plan.teacher_gpu]):
+        return f"{teachers.shards} shard(s)"
+    small = "" if teachers.quantize == "none" else f", its blocks' linear layers in {teachers.quantize}, the rest"
+    return f"the whole network, on each of {teachers.shards} rank(s) a replica{small}"
 
 
 def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
@@ -145,7 +153,7 @@ def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             f"ITS {size} SAMPLES ARE FILLED UP TO {rows} with repeats: {shards} rank(s) take slices of "
             f"{network.samples}. Lower teachers.slice, or distill.micro_batches"
         )
-    if shards > 1:
+    if shards > 1 and not is_whole(counts, config, gpu):
         element = ITEMSIZE[config.teachers.dtype]
         lines.append(
             f"ZeRO-3: a rank receives {_amount(network.parameters * element * (1 - 1 / shards), 'B')} a forward, "

@@ -14,7 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
 from raydistill.planning.counts import ITEMSIZE, Counts, Weights, makes_pairs, pairs_made
 from raydistill.planning.gpus import Gpu
-from raydistill.planning.memory import ROLES, encoder_gpu
+from raydistill.planning.memory import ROLES, encoder_gpu, is_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,9 @@ def request_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int) -> fl
 
 
 def gather_seconds(counts: Counts, config: Config, gpu: Gpu, shards: int, drawer: bool = False) -> float:
-    """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing."""
+    """Seconds in which a rank receives the rest of the network, once a forward; overlaps with computing. None of a whole one."""
+    if is_whole(counts, config, gpu, drawer):
+        return 0.0
     element, network = ITEMSIZE[config.teachers.dtype], counts.drawer if drawer else counts.network
     return network.parameters * element * (1 - 1 / shards) / _link(gpu, shards, config)
 

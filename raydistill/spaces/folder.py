@@ -197,23 +197,29 @@ class ModelFolder:
         return min((limit for limit in limits if limit < 10**9), default=math.inf)
 
     # -- networks ----------------------------------------------------------------------------------
-    def load_part(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def load_part(self, name: str, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> nn.Module:
         """One network of the folder, frozen and in evaluation mode. Safetensors only.
+
+        Args:
+            device: weights go there one by one, without a copy of all on the CPU; None: the CPU.
 
         Raises:
             InputError: the part is missing or damaged, or weights are not in its files.
         """
         module_class, folder = diffusers_class(self.part_config(name)), Path(self.folder, name)
         kind = variant(folder, NETWORK_WEIGHTS)
+        where = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
         with reading(folder), without_bars():
             module, told = module_class.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True
+                folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True, **where
             )
         check_loaded(folder, told)
         return module.eval().requires_grad_(False)
 
-    def load_network(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return self.load_part(self.network_name, dtype)
+    def load_network(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> nn.Module:
+        """As `load_part`."""
+        where = {} if device is None else {"device": device}
+        return self.load_part(self.network_name, dtype, **where)
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The VAE in `dtype`; in float32 instead of float16 where its `force_upcast` says that it overflows there.

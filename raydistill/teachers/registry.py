@@ -39,8 +39,10 @@ LOOK_EVERY_S = 2.0  # how often it looks for crashed users
 IDLE_S = 5.0  # how long it stays without a service
 RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
 LAUNCH, TAKE_OVER, WAIT = "launch", "take over", "wait"  # what a driver does that starts a service
-SETTINGS_OF_SCORES = ("dtype", "slice", "shards", "threads_per_rank")  # they decide the bits of an answer
-SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}  # they do not change the service itself
+# They decide the bits of an answer.
+SETTINGS_OF_SCORES = ("dtype", "slice", "shards", "threads_per_rank", "backend", "compile", "attention", "quantize")
+# They do not change the service itself.
+SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}
 
 
 # -- what drivers and their workers call ------------------------------------------------------------------
@@ -351,7 +353,7 @@ def identify(model_folder: str, config: TeacherServiceConfig) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "fingerprint": fingerprint(folder, load_space(folder).unused_parts),
-        "config": config.model_dump(exclude=SETTINGS_OF_CLIENTS),
+        "config": config.model_dump(exclude=SETTINGS_OF_CLIENTS) | {"backend": config.decided_backend},
         "version": raydistill.__version__,
     }
 

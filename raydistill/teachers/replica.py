@@ -1,4 +1,4 @@
-"""A replica of the teacher service: the coordinator of one ZeRO-3 group, as a Ray Serve deployment.
+"""A replica of the teacher service: the coordinator of its ranks, as a Ray Serve deployment.
 
 A replica is one placement group: this coordinator and `shards` ranks. The coordinator never reads the tensors of a
 request. It passes their reference to every rank, and joins the answers.
@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.teachers.fair_queue import FairQueue
-from raydistill.teachers.request import Answer, ReplicaBroken, RequestTooLong, TeacherError, one_line
+from raydistill.teachers.request import Answer, RankBroken, ReplicaBroken, RequestTooLong, TeacherError, one_line
 from raydistill.teachers.routing import LeastBusyRouter
 from raydistill.teachers.shard import TeacherRank, actor
 from raydistill.teachers.utilisation import Meter, Utilisation
@@ -48,7 +48,7 @@ LATENCY_BOUNDARIES_S = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300]
     logging_config={"log_level": "WARNING", "enable_access_log": False},
 )
 class TeacherReplica:
-    """Coordinator of one ZeRO-3 group. The loss of one rank ends the whole group, and Serve starts another replica."""
+    """Coordinator of its ranks, a ZeRO-3 group or whole teachers side by side. The loss of one rank ends the whole group, and Serve starts another replica."""
 
     rank_actor = actor(TeacherRank)
 
@@ -77,12 +77,11 @@ class TeacherReplica:
                 num_gpus=config.gpus_per_rank,
                 runtime_env={"env_vars": environment},
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
-            ).remote(rank, config.shards, name)
+            ).remote(rank, config.shards, name, config)
             for rank in range(config.shards)
         ]
-        address = await self._ranks[0].open_store.remote()
-        load = (model_folder, config.dtype, config.slice, config.threads_per_rank, address)
-        await asyncio.gather(*(rank.load.remote(*load) for rank in self._ranks))
+        address = None if config.plain else await self._ranks[0].open_store.remote()
+        await asyncio.gather(*(rank.load.remote(model_folder, config, address) for rank in self._ranks))
 
     async def predict_x0(self, payload: list[ray.ObjectRef], place: float | None = None) -> Answer:
         """x0 estimates [B, C, H, W] float32.
@@ -192,8 +191,9 @@ class TeacherReplica:
             lost = f"the request was lost with the process that sent it{details}"
             raise TeacherError(lost if _is_lost(first) else str(getattr(first, "cause", first)))
         elif first is not None:
-            died = any(isinstance(error, RayActorError) for error in errors)
-            self._give_up(f"{'a rank died' if died else 'ranks failed differently'}{details}")
+            kinds = {RayActorError: "a rank died", RankBroken: "a rank's device failed"}
+            why = [text for kind, text in kinds.items() if any(isinstance(error, kind) for error in errors)]
+            self._give_up(f"{(why or ['ranks failed differently'])[0]}{details}")
 
     def _give_up(self, reason: str) -> None:
         """Mark the replica broken and end its ranks. The next health check fails, and Serve replaces the replica."""
@@ -214,13 +214,13 @@ class TeacherReplica:
 def _is_the_requests_fault(errors: list[BaseException | None]) -> bool:
     """Whether every rank refused the request, or could not fetch or read it.
 
-    What fails in a rank is a TeacherError; any other error of a task is one of what it was given.
+    What fails in a rank is a TeacherError, or RankBroken; any other error of a task is one of what it was given.
     """
     return all(isinstance(error, TeacherError) or _is_lost(error) or _is_unreadable(error) for error in errors)
 
 
 def _is_unreadable(error: BaseException | None) -> bool:
-    return isinstance(error, RayTaskError) and not isinstance(error.cause, RayError)
+    return isinstance(error, RayTaskError) and not isinstance(error.cause, RayError | RankBroken)
 
 
 def _is_lost(error: BaseException | None) -> bool:

@@ -53,6 +53,10 @@ class ReplicaBroken(RuntimeError):
     """This replica lost a rank, and Serve is about to replace it. Another replica gives the same answer."""
 
 
+class RankBroken(RuntimeError):
+    """The device of a rank failed, and its process is of no use any more. The request is not at fault."""
+
+
 class RequestTooLong(ReplicaBroken):
     """The ranks worked on this request for longer than `teachers.request_timeout_s`. Serve is about to replace the replica."""
 

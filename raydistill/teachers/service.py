@@ -1,4 +1,4 @@
-"""Start, watch and stop a teacher service: a Ray Serve application whose replicas are ZeRO-3 groups (`replica.py`)."""
+"""Start, watch and stop a teacher service: a Ray Serve application of replicas (`replica.py`)."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: 
     """
     if not Path(model_folder, "model_index.json").is_file():
         raise TeacherStartError(f"teacher {name}: {model_folder} is not a diffusers folder (no model_index.json)")
-    if config.shards > 1 and config.gpus_per_rank != int(config.gpus_per_rank):
+    if config.shards > 1 and not config.plain and config.gpus_per_rank != int(config.gpus_per_rank):
         raise TeacherStartError(f"teachers.gpus_per_rank={config.gpus_per_rank}: NCCL needs a whole GPU for each rank")
     if not placement.fits(config) and not placement.autoscaler_present():
         raise TeacherStartError(f"teacher {name} cannot be placed: {placement.requested_against_available(config)}")

@@ -1,6 +1,7 @@
-"""One rank of a ZeRO-3 group, as a Ray actor.
+"""One rank of a replica, as a Ray actor: with its part of the teacher (zero3.py), or with all of it (plain.py).
 
-All ranks of a group must receive the same requests in the same order: a forward on one rank waits for the others.
+All ranks of a ZeRO-3 group must receive the same requests in the same order: a forward on one rank waits for the others.
+Ranks with whole teachers are treated alike, so that a request has the same answer and the same errors from either kind.
 A request is cut into slices of `teachers.slice` samples. Repeats of the last sample fill the last slice, and whole slices
 for ranks that have none of their own. So every rank runs equally many forwards of one size. The bits of a sample then
 depend on its request alone.
@@ -19,11 +20,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.imports import left_out
-from raydistill.teachers.request import Memory, Payload, TeacherError, Wire, check_payload, rows_from_wire
+from raydistill.teachers.request import (
+    Memory,
+    Payload,
+    RankBroken,
+    TeacherError,
+    Wire,
+    check_payload,
+    rows_from_wire,
+)
 
 if TYPE_CHECKING:
     import torch
+
+    from raydistill.teachers.plain import Whole
+    from raydistill.teachers.zero3 import Partitioned
 
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
@@ -31,20 +44,27 @@ Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> 
 class TeacherRank:
     """Rank `rank` of `world`. It answers pings while it computes."""
 
-    def __init__(self, rank: int, world: int, replica: str = "") -> None:
-        """`replica`: what logs call the group."""
+    def __init__(self, rank: int, world: int, replica: str = "", config: TeacherServiceConfig | None = None) -> None:
+        """Args: replica: what logs call the group. config: with which `load` will be called; None: the defaults."""
+        config = config or TeacherServiceConfig()
         self.rank, self.world, self.replica, self.memory = rank, world, replica, Memory()
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ["LOCAL_RANK"] = "0"  # Ray shows each rank its own GPU only
         # DeepSpeed still calls it by its old name.
         warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
         # Imported here, all ranks import at the same time; in `load`, they would wait for rank 0 first. A rank runs one
-        # network. Without text encoders and LoRAs, diffusers imports most of a second faster.
-        with left_out("transformers", "peft"):
+        # network. Without text encoders and LoRAs, diffusers imports most of a second faster. Its pipeline classes, which
+        # say what a batch of conditioning looks like, are missing then.
+        makes_a_batch = config.compile or config.quantize != "none"
+        with left_out(*(() if makes_a_batch else ("transformers", "peft"))):
             import diffusers.models.modeling_utils  # noqa: F401 (all networks import it)
 
             import raydistill.spaces
-            import raydistill.teachers.zero3  # noqa: F401
+
+            if config.plain:
+                import raydistill.teachers.plain  # noqa: F401
+            else:
+                import raydistill.teachers.zero3  # noqa: F401
 
         self.facts: dict[str, Any] = {"rank": rank, "pid": os.getpid(), "node": ray.util.get_node_ip_address()}
 
@@ -60,34 +80,48 @@ class TeacherRank:
         self.store = TCPStore(host, 0, self.world, is_master=True, wait_for_workers=False)
         return host, self.store.port
 
-    def load(self, model_folder: str, dtype: str, slice_size: int, threads: int, address: tuple[str, int]) -> None:
-        """Join the group and load this rank's part of the network. Raises InputError on every rank alike."""
+    def load(self, model_folder: str, config: TeacherServiceConfig, address: tuple[str, int] | None) -> None:
+        """Load the network, or join the group that meets at `address` and load this rank's part.
+
+        Raises InputError, on every rank alike.
+        """
         started = time.monotonic()
-        host, port = address
-        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         # Imported here because they import torch.
         import torch
+
+        from raydistill.device_memory import naming_out_of_memory, part
+        from raydistill.spaces import load_space
+
+        torch.set_num_threads(config.threads_per_rank)
+        self.device = torch.device("cuda:0" if os.environ["DS_ACCELERATOR"] == "cuda" else "cpu")
+        self.dtype, self.slice_size = getattr(torch, config.dtype), config.slice
+        self.space = load_space(model_folder)
+        self._role = f"teacher rank {self.rank} of {self.world} on node {self.facts['node']}"
+        self._remedies = remedies(config)
+        with naming_out_of_memory(self._role, self._remedies), part("loading the teacher"):
+            self.teacher = self._whole(config) if address is None else self._join(config, *address)
+        self.facts |= self.teacher.facts() | {"load_s": time.monotonic() - started}
+
+    def _whole(self, config: TeacherServiceConfig) -> Whole:
+        from raydistill.teachers.plain import Whole  # it imports torch
+
+        return Whole(self.space, config, self.device)
+
+    def _join(self, config: TeacherServiceConfig, host: str, port: int) -> Partitioned:
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
         from torch.distributed import TCPStore
 
-        from raydistill.spaces import load_space
-        from raydistill.teachers import zero3
+        from raydistill.teachers import zero3  # DeepSpeed reads the environment when it is imported
 
-        torch.set_num_threads(threads)
-        self.device = torch.device("cuda:0" if os.environ["DS_ACCELERATOR"] == "cuda" else "cpu")
         store = self.store if self.rank == 0 else TCPStore(host, port, self.world, is_master=False)
         zero3.init_process_group(self.rank, self.world, store, self.device)
-        self.dtype, self.slice_size = getattr(torch, dtype), slice_size
-        self.space = load_space(model_folder)
-        self.engine = zero3.load_partitioned(self.space, self.dtype, self.device, self.rank, self.world)
-        self.facts |= {
-            "numel": zero3.partition_numel(self.engine),
-            "full_numel": zero3.full_numel(self.engine),
-            "load_s": time.monotonic() - started,
-        }
+        return zero3.Partitioned(self.space, config, self.device, self.rank, self.world)
 
     @ray.method(concurrency_group="health")
     def describe(self) -> dict[str, Any]:
-        """rank, pid, node, numel (of this rank's partition), full_numel (of the network), load_s. Also serves as the ping."""
+        """rank, pid, node, numel (that this rank holds), full_numel (of the network), load_s; of a quantised
+        network `quantize_cosine`. Also serves as the ping.
+        """
         return self.facts
 
     def predict_x0(self, payload: Payload) -> np.ndarray:
@@ -101,8 +135,10 @@ class TeacherRank:
         return self._slices(payload, self._sample_rows)
 
     def _slices(self, payload: Payload, forward: Forward) -> np.ndarray:
-        """Run `forward` on each slice of this rank. Raises TeacherError."""
+        """Run `forward` on each slice of this rank. Raises TeacherError, or RankBroken where the device has failed."""
         import torch
+
+        from raydistill.device_memory import out_of_memory  # it imports torch
 
         batch, size = len(payload["latents"]), self.slice_size
         rounds = -(-batch // (size * self.world))
@@ -119,34 +155,36 @@ class TeacherRank:
                     rows = np.minimum(np.arange(start, start + size), batch - 1)
                     wanted = answer[start - first : start - first + size]
                     wanted.copy_(forward(payload, rows)[: len(wanted)])
+        except torch.AcceleratorError as error:  # its context is lost: every later call would fail as well
+            raise RankBroken(f"{self.facts['node']}: {type(error).__name__}: {error}") from None
+        except torch.OutOfMemoryError as error:
+            at = f"a request of {batch} samples in slices of {size}"
+            raise TeacherError(out_of_memory(error, self._role, self._remedies, at)) from None
         except Exception as error:
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
         return answer.numpy()
 
     def recover(self) -> None:
-        """After a forward failed on every rank: free the parameters it left gathered, and wait for the other ranks.
+        """After a forward failed on every rank: make ready for the next one.
 
         The coordinator calls this once all ranks have reported. A rank that fails must not call it: the others may still
         be inside a forward, and both sides would wait for each other.
         """
-        import torch
-
-        from raydistill.teachers import zero3
-
-        zero3.release(self.engine)
-        torch.distributed.barrier()
+        self.teacher.recover()
 
     def _predict_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
         x_t, t_B = (self._load(name, payload[name], rows) for name in ("latents", "t"))
         conditioning, unconditional = self._conditioning(payload, rows)
-        return self.space.predict_x0(self.engine, x_t, t_B, conditioning, unconditional, payload["guidance_scale"])
+        return self.space.predict_x0(
+            self.teacher.network, x_t, t_B, conditioning, unconditional, payload["guidance_scale"]
+        )
 
     def _sample_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
         noise = self._load("latents", payload["latents"], rows)
         conditioning, unconditional = self._conditioning(payload, rows)
         steps, guidance_scale = payload["steps"], payload["guidance_scale"]
-        return self.space.sample(self.engine, noise, conditioning, unconditional, steps, guidance_scale)
+        return self.space.sample(self.teacher.network, noise, conditioning, unconditional, steps, guidance_scale)
 
     def _conditioning(
         self, payload: Payload, rows: np.ndarray
@@ -162,6 +200,16 @@ class TeacherRank:
     def _load(self, name: str, wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of one array, on the device. On the CPU, the next slice overwrites this memory."""
         return rows_from_wire(wire, rows, dtype, self.memory, name).to(self.device)
+
+
+def remedies(config: TeacherServiceConfig) -> list[str]:
+    """Settings with which a rank needs less memory."""
+    found = [f"teachers.slice={max(1, config.slice // 2)}"] if config.slice > 1 else []
+    if config.dtype == "float32":
+        found.append("teachers.dtype=bfloat16")
+    if config.plain and config.quantize == "none" and not config.compile:
+        found.append("teachers.backend=zero3 with more teachers.shards")
+    return found if config.plain else [*found, f"teachers.shards={2 * config.shards}"]
 
 
 def actor(rank: type[TeacherRank]) -> Any:

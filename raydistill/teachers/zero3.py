@@ -16,12 +16,14 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.errors import InputError
 from raydistill.imports import left_out
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import NETWORK_WEIGHTS, weight_files
 from raydistill.spaces.settings import diffusers_class
 from raydistill.spaces.weights import Located, locate, misfits
+from raydistill.teachers.speed import set_attention
 
 with left_out("mlflow"):  # DeepSpeed imports it for the logs of its autotuner, which is not used
     import deepspeed
@@ -85,6 +87,28 @@ def load_partitioned(space: Space, dtype: torch.dtype, device: torch.device, ran
     engine, *_ = deepspeed.initialize(model=network, config=_deepspeed_config(dtype, numel), dist_init_required=False)
     engine.eval()
     return engine
+
+
+class Partitioned:
+    """A teacher in parts, as a rank holds it: see `plain.Whole` for the other kind.
+
+    Attributes:
+        network: to be called like the network, by all ranks alike.
+    """
+
+    def __init__(self, space: Space, config: TeacherServiceConfig, device: torch.device, rank: int, world: int) -> None:
+        """Raises InputError: see `load_partitioned`; or this node lacks what teachers.attention needs."""
+        self.network = load_partitioned(space, getattr(torch, config.dtype), device, rank, world)
+        set_attention(self.network.module, config)
+
+    def facts(self) -> dict[str, int]:
+        """numel: elements that this rank holds; full_numel: of the network."""
+        return {"numel": partition_numel(self.network), "full_numel": full_numel(self.network)}
+
+    def recover(self) -> None:
+        """After a forward failed on every rank: free the parameters it left gathered, and wait for the other ranks."""
+        release(self.network)
+        torch.distributed.barrier()
 
 
 def partition_numel(engine: Any) -> int:

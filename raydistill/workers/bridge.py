@@ -19,6 +19,7 @@ from raydistill.config.schema import Config
 from raydistill.data.pair_stream import stream_needs
 from raydistill.data.pairs import Pairs, open_pairs
 from raydistill.data.pictures import Pictures
+from raydistill.device_memory import naming_out_of_memory, part
 from raydistill.errors import StageFailed
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
@@ -32,6 +33,7 @@ from raydistill.workers.adoption import Runs, mark
 from raydistill.workers.bridge_feed import Feed, Stored, Streamed
 from raydistill.workers.checkpoint import save_state
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
+from raydistill.workers.remedies import bridge_remedies
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 BRIDGE_FOLDER, CHECKPOINTS = "bridge", "bridge-checkpoints"  # of a run
 LOG_EVERY = 10
 CURVES, CURSORS = "curves", "cursors"
+PROGRESS = "bridge-progress.json"
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def train_bridge(
     """
     run_dir = to_place(str(run_dir))
     _check(config, pairs_folder)
-    progress = run_dir / "bridge-progress.json"
+    progress = run_dir / PROGRESS
     settings = {"config": config.model_dump(), "pairs": pairs_folder and str(pairs_folder), "progress": str(progress)}
     settings |= {"pictures": pictures, "held_out": frozenset(held_out)}
     settings |= {"tracking_uri": tracking_uri, "tracking_run": tracking_run, "runs": runs}
@@ -92,6 +95,7 @@ def train_bridge(
             folder=run_dir,
             checkpoints=CHECKPOINTS,
             steps=config.bridge.steps,
+            progress=PROGRESS,
             encoders=False,  # captions are encoded in the workers
             beside=[] if pictures is None else stream_needs(config.synthesis, config.distill.fewest),
         )
@@ -164,7 +168,13 @@ def train_worker(settings: dict[str, Any]) -> None:
 
 
 def _train(settings: dict[str, Any]) -> None:
-    config, progress, runs = validate(settings["config"]), to_place(settings["progress"]), settings["runs"]
+    config = validate(settings["config"])
+    with naming_out_of_memory("Bridge training", bridge_remedies(config)):
+        _train_with(config, settings)
+
+
+def _train_with(config: Config, settings: dict[str, Any]) -> None:
+    progress, runs = to_place(settings["progress"]), settings["runs"]
     worker = Worker.current(config)
     torch.set_num_threads(config.distill.threads)
     allow_tf32(config.distill.tf32)
@@ -187,7 +197,8 @@ def _train(settings: dict[str, Any]) -> None:
                 started = time.monotonic()
             else:
                 waited += seconds
-            losses = trainer.step(batch)
+            with part("a step"):
+                losses = trainer.step(batch)
             step = trainer.step_count
             if step % LOG_EVERY == 0 or step == last:
                 rate = (step - first) * config.bridge.batch_size / (time.monotonic() - started)
@@ -227,7 +238,8 @@ def _checkpoint(
         ray.train.report({})
         return
     step = trainer.step_count
-    metrics, picture = trainer.validation()
+    with part("its validation"):
+        metrics, picture = trainer.validation()
     log.metrics(metrics, step)
     log.image(picture, "reconstruction", step)
     with scratch(stage) as folder:

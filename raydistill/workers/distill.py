@@ -19,6 +19,7 @@ import torch
 from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
+from raydistill.device_memory import naming_out_of_memory, part
 from raydistill.distillation.gradients import OTHERS
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
@@ -32,6 +33,7 @@ from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.observer import Observer, evaluation_is_due
 from raydistill.workers.parts import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
+from raydistill.workers.remedies import trainer_remedies
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import open_log
 from raydistill.workers.stop_signal import TRACKING_WITHIN_S, acknowledge_stop, draining, stop_requested
@@ -77,7 +79,7 @@ def train_worker(settings: dict[str, Any]) -> None:
 def distil(stage: Stage) -> None:
     """One worker's part of the stage, from the newest checkpoint to the end, or to a stop."""
     config = validate(stage.config)
-    with _opened(stage, config) as run:
+    with naming_out_of_memory("trainer", trainer_remedies(config)), _opened(stage, config) as run:
         run.begin()
         for step in run.remaining_steps():
             distillation_step(run.distiller, run.teachers, config.fake_score.updates, config.distill.overlap)
@@ -102,7 +104,8 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     first = found.about["step"] if found else 0
     reals = open_reals(stage, config, worker)
     batches = Early(batches_after(config, worker, first, reals))  # encoders start while networks load
-    distiller, teachers = load_distiller(stage, config, worker, batches, reals)
+    with part("loading its networks"):
+        distiller, teachers = load_distiller(stage, config, worker, batches, reals)
     run = DistillationRun(stage, config, worker, distiller, teachers, found)
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if worker.rank == 0 else None
     try:
@@ -175,8 +178,10 @@ class DistillationRun:
         self.standing.step = step
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         if self.observer:
-            self.observer.after_step(step, self.worker.world, metrics)
-        self._show_scores(step)
+            with part("an evaluation"):
+                self.observer.after_step(step, self.worker.world, metrics)
+        with part("pictures of the scores"):
+            self._show_scores(step)
         self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
 
     def _show_scores(self, step: int) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from raydistill.background import in_background, result_of
 from raydistill.config.schema import Config
-from raydistill.errors import RunLost, StageFailed
+from raydistill.errors import OutOfMemory, RunLost, StageFailed
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.lease import Lease, check, holding, lease_of
 from raydistill.storage.place import Place, for_ray_train
@@ -29,11 +29,11 @@ from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavai
 from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
+from raydistill.workers.no_progress import FATAL_FILE, NoProgress, name_node
 
 log = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 60.0  # between a lost controller and the next
-FATAL_FILE = "fatal.txt"
 
 
 # -- the driver -------------------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ def train(
     folder: Place,
     checkpoints: str,
     steps: int,
+    progress: str = "progress.json",
     elastic: bool = False,
     service: str | None = None,
     encoders: bool = True,
@@ -62,13 +63,14 @@ def train(
         folder: of the stage, on storage that every node sees.
         checkpoints: name of its folder of checkpoints.
         steps: of the whole stage.
+        progress: name of its file of progress, in which steps are seen to be done.
         elastic: between `distill.min_workers` and `distill.workers` of them; else as many as there are at any time.
         service, encoders, beside: as in `wait_for_room`.
         needs: what runs beside it; the first failure there ends the wait, and is raised.
 
     Raises:
-        StageFailed: the workers failed more often than `distill.max_failures`, or for a reason that a restart
-            cannot mend.
+        StageFailed: the workers failed more often than `distill.max_failures`, `distill.max_failures_without_progress`
+            times in a row in the same place, or for a reason that a restart cannot mend.
         RunLost: another job has taken the run over.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,9 @@ def train(
     settings = settings | {"lease": lease_of(folder)}
     if elastic:
         workers = distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers)
+
+    limit = distill.max_failures_without_progress
+    watch = NoProgress(name, str(folder), progress, limit, settings["lease"])
 
     def trainer() -> TorchTrainer:
         resources = {"CPU": distill.cpus_per_worker}
@@ -99,6 +104,7 @@ def train(
                 logging_config=LoggingConfig(log_level="WARNING"),
                 failure_config=FailureConfig(max_failures=distill.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
+                callbacks=[watch],
             ),
         )
 
@@ -265,6 +271,7 @@ def _run(folder: Place, name: str, body: Callable[[], None]) -> None:
             with contextlib.suppress(OSError):
                 check(folder)  # then nothing has failed
             print(f"{name}: a worker failed: {type(error).__name__}: {error}", flush=True)
+            name_node(error)
             raise
 
 
@@ -354,6 +361,7 @@ def is_fatal(error: BaseException) -> bool:
         ArithmeticError,
         LookupError,
         torch.OutOfMemoryError,
+        OutOfMemory,
         CheckpointError,
         TeacherError,
     )

@@ -65,13 +65,23 @@ def placement_groups(name: str) -> list[dict]:
     return [group for group in groups if f"::{name}#" in group["name"] and group["state"] != "REMOVED"]
 
 
-@pytest.fixture(scope="module")
-def flux(ray_cluster, flux_folder):
+@pytest.fixture(scope="module", params=["zero3", pytest.param("plain", marks=pytest.mark.full)])
+def flux(request, ray_cluster, flux_folder):
     """(client, space, dense network) of a running FLUX service."""
-    service.start(str(flux_folder), CONFIG, "teacher-flux")
+    config = CONFIG.model_copy(update={"backend": request.param})
+    service.start(str(flux_folder), config, "teacher-flux")
     space = load_space(flux_folder)
-    yield TeacherClient("teacher-flux", CONFIG), space, space.load_network()
+    yield TeacherClient("teacher-flux", config), space, space.load_network()
     service.stop("teacher-flux")
+
+
+@pytest.fixture(scope="module")
+def plain(ray_cluster, flux_folder):
+    """A client of the same teacher, whole on each of two ranks."""
+    config = CONFIG.model_copy(update={"backend": "plain"})
+    service.start(str(flux_folder), config, "teacher-plain")
+    yield TeacherClient("teacher-plain", config)
+    service.stop("teacher-plain")
 
 
 @pytest.mark.parametrize(("batch", "guidance_scale"), [(1, 1.0), (7, 3.0), (16, 3.0)])
@@ -99,8 +109,21 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(flux):
     assert torch.equal(client.submit(whole).result()[4:], client.submit(part).result())
 
 
+@pytest.mark.parametrize(("batch", "guidance_scale"), [(1, 1.0), (7, 3.0), (16, 3.0)])
+def test_whole_teachers_give_the_bits_of_shared_ones(flux, plain, batch, guidance_scale):
+    client, space, network = flux
+    request = make_request("flux", space, batch, guidance_scale)
+    assert torch.equal(plain.submit(request).result(), client.submit(request).result())
+    arguments = (request.x_t, request.conditioning, request.unconditional, 3, 2.5)
+    assert torch.equal(plain.generate(*arguments).result(), client.generate(*arguments).result())
+    total = sum(parameter.numel() for parameter in network.parameters())
+    assert [rank["numel"] for rank in plain.describe()] == [total, total]
+
+
 def test_each_rank_holds_its_share(flux):
     client, _, network = flux
+    if client.config.plain:
+        pytest.skip("each rank holds all of it: seen above")
     ranks = client.describe()
     total = sum(parameter.numel() for parameter in network.parameters())
     assert [rank["rank"] for rank in ranks] == [0, 1]
@@ -259,7 +282,14 @@ def test_killed_rank_loses_no_request_and_changes_no_bit(flux):
     after = {rank["pid"] for rank in client.describe()}
     assert not before & after
     assert not any(process_lives(pid) for pid in before)
-    assert len(placement_groups("teacher-flux")) == 1
+    assert len(placement_groups(client.name)) == 1
+
+
+@pytest.mark.full
+def test_killed_rank_of_a_whole_teacher_loses_no_request_and_changes_no_bit(flux, plain):
+    """The other rank could work on; the replica is replaced whole all the same, as every replica is."""
+    _, space, _ = flux
+    test_killed_rank_loses_no_request_and_changes_no_bit((plain, space, None))
 
 
 @pytest.mark.full

@@ -112,7 +112,7 @@ DECISIVE = {
     "run": "seed",
     "student": "ema_decay lr max_grad_norm model start_timestep unet",
     "teacher": "guidance_scale model sampling_steps",
-    "teachers": "dtype shards slice threads_per_rank",
+    "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
     "attention.temperature attention.weight batch_size checkpoint depths embed_dim heads lr lr_decay micro_batches "
     "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",

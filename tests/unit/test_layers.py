@@ -15,6 +15,7 @@ ROOT = {
     "precision",
     "imports",
     "transfer",
+    "device_memory",
 }  # small tools, which know nothing above them
 LAYERS = (  # rooms of one line do not know each other; a room knows those of the lines above it
     {"diffusion", "shapes"},

@@ -1,0 +1,32 @@
+"""Which keys give a worker more room on its device, without counting: those of the planner's advice that are not taken yet."""
+
+from __future__ import annotations
+
+from raydistill.config.schema import Config
+
+
+def more_parts(batch: int, parts: int) -> int | None:
+    """The next number of equal parts of a batch; None: each part is one sample."""
+    return next((count for count in range(parts + 1, batch + 1) if batch % count == 0), None)
+
+
+def trainer_remedies(config: Config) -> list[str]:
+    """For a worker that distils."""
+    distill = config.distill
+    found = [] if distill.gradient_checkpointing else ["distill.gradient_checkpointing=true"]
+    if parts := more_parts(distill.batch_size, distill.micro_batches):
+        found.insert(0, f"distill.micro_batches={parts}")
+    if config.fake_score.kind == "lora" and not config.fake_score.shard and distill.workers > 1:
+        found.append("fake_score.shard=true")
+    if distill.batch_size > 1:
+        found.append("a smaller distill.batch_size")
+    return found
+
+
+def bridge_remedies(config: Config) -> list[str]:
+    """For a worker that trains the Bridge."""
+    bridge = config.bridge
+    found = [] if bridge.gradient_checkpointing else ["bridge.gradient_checkpointing=true"]
+    if parts := more_parts(bridge.batch_size // config.distill.fewest, bridge.micro_batches):
+        found.insert(0, f"bridge.micro_batches={parts}")
+    return [*found, "a smaller bridge.batch_size or bridge.attention.depth_fraction"]
