@@ -20,8 +20,9 @@ from raydistill.bridge.losses import bridge_loss
 from raydistill.config.networks import BridgeConfig
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable, TextEncoder
-from raydistill.data.pairs import Pairs, PairSet, open_pairs, split
-from raydistill.diffusion.noise import normal
+from raydistill.data.pairs import Pairs, PairSet, open_pairs
+from raydistill.diffusion.noise import normal, uniform
+from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
@@ -143,6 +144,28 @@ class StreamedObjective(Losses):
     def held_out(self, most: int, size: int) -> Iterator[Pairs]:
         for start in range(0, min(most, len(self.kept)), size):
             yield self.kept.rows(start, min(start + size, most))
+
+
+def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training, held-out) positions, ascending. No prompt is in both, also where a text stands on several lines.
+
+    Sets with fewer distinct prompts than 1 / share (all captions empty, say) are split by row instead.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
+    if len(pairs) < 2:
+        raise InputError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
+    first: dict[str, int] = {}  # id of each text
+    ids = [first.setdefault(text, i) for text, i in zip(pairs.prompts(), pairs.prompt_ids().tolist(), strict=True)]
+    _, group = np.unique(ids, return_inverse=True)
+    if group.max() + 1 < 1 / share:
+        group = np.arange(len(pairs))
+    count = int(group.max()) + 1
+    held_out = max(1, min(count - 1, round(share * count)))
+    rank = uniform(seed, [0], "pair_split", shape=(count,))[0].numpy().argsort(kind="stable").argsort()
+    is_held_out = rank[group] < held_out
+    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def build_objective(

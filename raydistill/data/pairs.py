@@ -432,25 +432,3 @@ def open_pairs(folder: str | Place, teacher: Space, student: Space | None = None
                     f"{space.folder} ({vae_fingerprint(space)[:12]}…); make pairs for it with jobs/synthesize.py"
                 )
     return pairs
-
-
-def split(pairs: PairSet, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training, held-out) positions, ascending. No prompt is in both, also where a text stands on several lines.
-
-    Sets with fewer distinct prompts than 1 / share (all captions empty, say) are split by row instead.
-
-    Raises:
-        InputError: fewer than two rows.
-    """
-    if len(pairs) < 2:
-        raise InputError(f"{pairs.folder}: {len(pairs)} pair cannot be split into training and held-out ones")
-    first: dict[str, int] = {}  # id of each text
-    ids = [first.setdefault(text, i) for text, i in zip(pairs.prompts(), pairs.prompt_ids().tolist(), strict=True)]
-    _, group = np.unique(ids, return_inverse=True)
-    if group.max() + 1 < 1 / share:
-        group = np.arange(len(pairs))
-    count = int(group.max()) + 1
-    held_out = max(1, min(count - 1, round(share * count)))
-    rank = uniform(seed, [0], "pair_split", shape=(count,))[0].numpy().argsort(kind="stable").argsort()
-    is_held_out = rank[group] < held_out
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+from raydistill.config.reading import load
+from raydistill.data.prompts import PromptSet
+from raydistill.data.vae import PairEncoder
+from raydistill.driver.stages import recipe_of
 from raydistill.pictures.augment import MOTTLE, REGIONS, augmented, blended, recoloured, view
 from raydistill.shapes.captions import single_scenes
 from raydistill.shapes.render import render
+from raydistill.spaces import load_space
 
 ROWS = np.arange(100, 140)
 
@@ -97,3 +104,25 @@ def test_wrong_shares_and_rows_are_refused(pictures):
             augmented(pictures, 0, ROWS, share)
     with pytest.raises(ValueError, match="40 pictures need as many rows, not 3"):
         augmented(pictures, 0, [1, 2, 3], 0.5)
+
+
+# -- in a set of pairs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spaces(flux_folder, sd_folder):
+    return load_space(flux_folder), load_space(sd_folder)
+
+
+def test_a_jobs_pairs_are_changed_as_configured(spaces):
+    inputs = SimpleNamespace(
+        teacher=spaces[0], student=spaces[1], prompts=PromptSet(["a red circle"], ids=[3]), images=None
+    )
+    for overrides, share in (([], 0.0), (["synthesis.augment_share=0.25"], 0.25)):
+        told = recipe_of(load(overrides=overrides), inputs)
+        assert told.settings()["augment_share"] == told.encoder("cpu").augment_share == share
+
+
+def test_a_picture_is_changed_for_a_row(spaces):
+    with pytest.raises(ValueError, match="rows must be given"):
+        PairEncoder(*spaces, augment_share=0.1).encode(torch.zeros(1, 3, 64, 64))

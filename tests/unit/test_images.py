@@ -17,6 +17,7 @@ from PIL import Image
 from raydistill.data.images import BadImage, open_images
 from raydistill.data.pairs import existing_shards
 from raydistill.data.synthesis import Recipe, synthesise
+from raydistill.data.vae import resized
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
@@ -288,3 +289,10 @@ def test_a_folder_is_known_by_its_weights_and_configuration_not_by_where_it_came
     data[-1] ^= 1
     weights.write_bytes(data)
     assert identify(tmp_path / "copy")[1] != revision
+
+
+def test_resizing_averages_instead_of_skipping_pixels():
+    stripes = torch.ones(1, 3, 64, 64)
+    stripes[..., ::2] = -1
+    assert resized(stripes, 32).abs().max() < 0.2  # nearest or plain bilinear sampling would alias
+    assert resized(stripes, 64) is stripes

@@ -16,13 +16,13 @@ import torch
 from pair_sets import load_pairs
 from PIL import Image
 
+from raydistill.bridge.objective import split
 from raydistill.data.pairs import (
     PairSet,
     about_shard,
     captioned_previews,
     existing_shards,
     shard_file,
-    split,
     write_pairs,
 )
 from raydistill.errors import InputError

@@ -18,7 +18,6 @@ from pair_sets import load_pairs
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from raydistill.config.reading import load
 from raydistill.data import synthesis
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import PairSet, existing_shards, shard_file
@@ -27,7 +26,6 @@ from raydistill.data.shards import Request, changed_share
 from raydistill.data.synthesis import AskedRows, Recipe, TeacherAsker, encode_rows
 from raydistill.data.vae import PairEncoder, resized
 from raydistill.diffusion.noise import normal, uniform
-from raydistill.driver.stages import recipe_of
 from raydistill.errors import InputError, StageFailed
 from raydistill.pictures.augment import augmented
 from raydistill.spaces import load_space
@@ -272,18 +270,6 @@ def test_a_set_that_was_begun_before_pictures_could_be_changed_goes_on_unchanged
     assert synthesise(local, *spaces, PROMPTS, tmp_path, count=7, **SETTINGS) == 3
 
 
-def test_a_jobs_pairs_are_changed_as_configured(spaces):
-    inputs = SimpleNamespace(teacher=spaces[0], student=spaces[1], prompts=PROMPTS, images=None)
-    for overrides, share in (([], 0.0), (["synthesis.augment_share=0.25"], 0.25)):
-        told = recipe_of(load(overrides=overrides), inputs)
-        assert told.settings()["augment_share"] == told.encoder("cpu").augment_share == share
-
-
-def test_a_picture_is_changed_for_a_row(spaces):
-    with pytest.raises(ValueError, match="rows must be given"):
-        PairEncoder(*spaces, augment_share=0.1).encode(torch.zeros(1, 3, 64, 64))
-
-
 # -- order of arrival ---------------------------------------------------------------------------------------
 
 
@@ -455,13 +441,3 @@ def test_rows_of_a_retrained_teacher_are_not_mixed(spaces, local, flux_folder, t
     other = load_space(tmp_path / "retrained")
     with pytest.raises(InputError, match="teacher_revision was"):
         synthesise(local, other, spaces[1], PROMPTS, tmp_path / "set", count=7, **SETTINGS)
-
-
-# -- pictures -----------------------------------------------------------------------------------------------
-
-
-def test_resizing_averages_instead_of_skipping_pixels():
-    stripes = torch.ones(1, 3, 64, 64)
-    stripes[..., ::2] = -1
-    assert resized(stripes, 32).abs().max() < 0.2  # nearest or plain bilinear sampling would alias
-    assert resized(stripes, 64) is stripes
