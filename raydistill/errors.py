@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
@@ -76,11 +76,23 @@ def reason(error: BaseException, *uris: str) -> str:
         for known in {uri, unquote(uri)}:
             text = text.replace(known, _mask_uri(known))
         user, secrets = _secrets(uri)
-        for secret in secrets:
-            text = text.replace(secret, MASK)
+        text = _without(text, secrets)
         if len(user) >= SHORTEST:  # may be a token; as a word of its own: `postgres` is a common name
             text = re.sub(rf"(?<!\w){re.escape(user)}(?!\w)", MASK, text)
     return _mask_text(" ".join(text.split()) or type(error).__name__)[:300]
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    """A text in which every letter of a secret is masked: two that overlap are masked together, in whatever order."""
+    hidden = bytearray(len(text))
+    for secret in secrets:
+        for found in re.finditer(f"(?={re.escape(secret)})", text):
+            hidden[found.start() : found.start() + len(secret)] = b"\1" * len(secret)
+    shown, end = [], 0
+    for run in re.finditer(b"\1+", hidden):
+        shown += [text[end : run.start()], MASK]
+        end = run.end()
+    return "".join([*shown, text[end:]])
 
 
 def _parts(uri: str) -> tuple[str, str, str]:
@@ -121,11 +133,8 @@ def _mask_text(text: str) -> str:
     return _QUERY_VALUE.sub(rf"\1{MASK}", text)
 
 
-def _secrets(uri: str) -> tuple[str, list[str]]:
-    """What of a URI no message may show: the user's name, and the rest in every form in which a library may write it.
-
-    The longest come first.
-    """
+def _secrets(uri: str) -> tuple[str, set[str]]:
+    """What of a URI no message may show: the user's name, and the rest in every form in which a library may write it."""
     userinfo, _, query = _parts(uri)
     parts = {*re.split(r"[?&;#]", query), *re.split(r"[&;]", query)}  # a value may hold ? and #
     found = {userinfo} | {part.partition("=")[2] if "=" in part else part for part in parts}
@@ -135,7 +144,7 @@ def _secrets(uri: str) -> tuple[str, list[str]]:
     found |= {secret for value in {*found, query} for secret in _nested(value)}
     forms = {form(secret) for secret in found for form in (str, unquote, unquote_plus, quote, quote_plus)}
     forms |= {repr(form)[1:-1] for form in forms}
-    return user, sorted((form for form in forms if len(form) >= SHORTEST), key=len, reverse=True)
+    return user, {form for form in forms if len(form) >= SHORTEST}
 
 
 def _nested(value: str) -> set[str]:

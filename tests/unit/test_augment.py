@@ -116,7 +116,7 @@ def spaces(flux_folder, sd_folder):
 
 def test_a_jobs_pairs_are_changed_as_configured(spaces):
     inputs = SimpleNamespace(
-        teacher=spaces[0], student=spaces[1], prompts=PromptSet(["a red circle"], ids=[3]), images=None
+        teacher=spaces[0], student=spaces[1], prompts=PromptSet(["a red circle"], ids=[3]), images=None, drawer=None
     )
     for overrides, share in (([], 0.0), (["synthesis.augment_share=0.25"], 0.25)):
         told = recipe_of(load(overrides=overrides), inputs)

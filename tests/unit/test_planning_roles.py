@@ -125,7 +125,7 @@ def test_every_role_of_a_ready_pair_can_be_checked_before_its_launch(teacher, sh
     """With the networks' real widths, and few of their blocks: what is missing to count them would be missing here."""
     config = load(CONFIGS / f"{teacher}_sd15.yaml", ["bridge.depths=[1]", "bridge.attention.depth_fraction=0.1"])
     lines = check_launch(config)
-    assert [line.split(": ")[1] for line in lines] == list(ROLES)
+    assert [line.split(": ")[1] for line in lines] == [role for role in ROLES if role != "drawer rank"]
 
 
 @pytest.mark.full

@@ -95,7 +95,8 @@ def test_encoders_and_readers_of_every_worker_need_room_beside_the_trainers(conf
     alone = list(room.needs(config, ["Bridge training"]))
     whole = list(room.needs(config))
     assert [need.what for need in alone[0]] == ["train workers", "the encoders of pictures", "the readers of pictures"]
-    assert [need.what for need in whole[-1]][0] == "teacher ranks"
+    assert [need.what for need in whole[0]][0] == "teacher ranks"
+    assert [need.what for need in whole[-1]] == [need.what for need in alone[0]], "before the teachers start"
     encoders, readers = alone[0][1:]
     assert (encoders.count, encoders.amounts) == (6, {"CPU": 0.2, "GPU": 0.5})
     assert (readers.count, readers.amounts) == (6, {"CPU": 0.2})
