@@ -63,13 +63,16 @@ class ScorePictures:
             x, t_B = networks.x(noise, student), self.t_B[rows]
             eps = normal(self.fixed.seed, range(rows.start, rows.stop), x.shape[1:], "scores_grid")
             x_t = add_noise(networks.teacher_space.path, x, eps.to(x.device), t_B.to(x.device))
+            seen = (x_t.cpu(), t_B)
             made = Made(
                 sample_ids=torch.arange(rows.start, rows.stop),
                 student_conditioning=student,
                 teacher_conditioning=teacher,
+                fake_conditioning=teacher,
                 noise=noise,
-                x_t=x_t.cpu(),
+                x_t=seen[0],
                 t_B=t_B,
+                held=seen,  # in main memory too, for it goes to other workers
             )
             parts.append((x.cpu(), made))
         return parts

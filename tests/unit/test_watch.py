@@ -21,7 +21,7 @@ def watched(parts, mean_parts, average=lambda tensors: None):
         watch.made(Z[2 * part : 2 * part + 2], X[2 * part : 2 * part + 2])
     for losses in LOSSES:
         watch.faked([losses[part] for part in parts])
-    return watch.of_update(mean_parts, average)
+    return watch.observe(*watch.of_update(mean_parts, average))
 
 
 def test_figures_of_parts_are_those_of_the_batch():
