@@ -18,7 +18,7 @@ from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load
 from raydistill.config.schema import Config
-from raydistill.data.encode import TextEncoder, _to_numpy
+from raydistill.data.encode import TextEncoder, to_numpy
 from raydistill.data.pairs import write_pairs
 from raydistill.distillation.batches import Real
 from raydistill.distillation.updates import Distiller, build_distiller
@@ -115,7 +115,7 @@ class Bench:
         for slot in itertools.count():
             rows = [i % len(CAPTIONS) for i in range(size)]
             yield {"sample_id": list(range(slot * size, (slot + 1) * size))} | {
-                f"{role}.{name}": _to_numpy(value[rows])
+                f"{role}.{name}": to_numpy(value[rows])
                 for role, table in self.tables.items()
                 for name, value in table.items()
             }

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device_cells
@@ -50,7 +51,7 @@ def update(pair: Pair, meter: Any) -> None:
     from device_roles import answered
     from pretended_tensors import CUDA
 
-    from raydistill.data.encode import _to_numpy
+    from raydistill.data.bits import to_numpy
     from raydistill.distillation.batches import Real
     from raydistill.distillation.schedule import distillation_step
     from raydistill.distillation.updates import build_distiller
@@ -58,7 +59,7 @@ def update(pair: Pair, meter: Any) -> None:
 
     config, size = pair.config, pair.config.distill.batch_size
     columns = {
-        f"{role}.{name}": _to_numpy(value)
+        f"{role}.{name}": to_numpy(value)
         for role, space in (("student", pair.student), ("teacher", pair.teacher))
         for name, value in pair.conditioning(space, size).items()
     }
@@ -93,8 +94,9 @@ def score(pair: Pair, meter: Any) -> None:
     rank = object.__new__(TeacherRank)
     rank.rank, rank.world, rank.memory, rank.device = 0, 1, Memory(), CUDA
     rank.dtype, rank.slice_size, rank.space = dtype, count, pair.teacher
-    rank.engine = pair.teacher.load_network(dtype).to(CUDA)
-    meter.hold(rank.engine)
+    network = pair.teacher.load_network(dtype).to(CUDA)
+    rank.teacher = SimpleNamespace(network=network)  # as `plain.Whole` holds it
+    meter.hold(network)
     latents, t_B = torch.zeros(count, *pair.teacher.latent_shape), torch.full((count,), 0.5)
     conditioning, empty = pair.conditioning(pair.teacher, count), pair.conditioning(pair.teacher, 1)
     scale = guidance_scale(pair.config, pair.teacher)

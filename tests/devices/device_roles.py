@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
 from raydistill.bridge.trainer import BridgeTrainer
+from raydistill.config.networks import TeacherServiceConfig
 from raydistill.data.encode import PromptEncoder, PromptTable
 from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder
@@ -93,12 +95,20 @@ def text(bench: Bench, mode: PretendedTensors) -> None:
     assert PromptTable(bench.teacher, CAPTIONS, torch.bfloat16, CUDA).columns is not None
 
 
-def rank_of(bench: Bench, engine: Any) -> TeacherRank:
-    """One rank with its network; the rest of `TeacherRank.load` is about the group."""
+TEACHERS = TeacherServiceConfig(dtype="bfloat16", slice=2)
+
+
+def rank_of(bench: Bench, teacher: Any) -> TeacherRank:
+    """One rank with its teacher; the rest of `TeacherRank.load` is about the group."""
     rank = object.__new__(TeacherRank)
     rank.rank, rank.world, rank.memory, rank.device = 0, 1, Memory(), CUDA
-    rank.dtype, rank.slice_size, rank.space, rank.engine = torch.bfloat16, 2, bench.teacher, engine
+    rank.dtype, rank.slice_size, rank.space, rank.teacher = torch.bfloat16, 2, bench.teacher, teacher
     return rank
+
+
+def _whole(bench: Bench) -> Any:
+    """As `plain.Whole` holds it; the pretended device cannot be loaded onto without main memory in between."""
+    return SimpleNamespace(network=bench.teacher.load_network(torch.bfloat16).to(CUDA))
 
 
 def _ask(bench: Bench, rank: TeacherRank, samples: bool) -> None:
@@ -115,11 +125,11 @@ def _ask(bench: Bench, rank: TeacherRank, samples: bool) -> None:
 
 
 def score(bench: Bench, mode: PretendedTensors) -> None:
-    _ask(bench, rank_of(bench, bench.teacher.load_network(torch.bfloat16).to(CUDA)), samples=False)
+    _ask(bench, rank_of(bench, _whole(bench)), samples=False)
 
 
 def sample(bench: Bench, mode: PretendedTensors) -> None:
-    _ask(bench, rank_of(bench, bench.teacher.load_network(torch.bfloat16).to(CUDA)), samples=True)
+    _ask(bench, rank_of(bench, _whole(bench)), samples=True)
 
 
 def zero3(bench: Bench, mode: PretendedTensors) -> None:
@@ -135,14 +145,14 @@ def zero3(bench: Bench, mode: PretendedTensors) -> None:
     partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda ints: None  # of ranks that are not there
     torch.Tensor.record_stream = lambda self, stream: None
     zero3.init_process_group(0, world, None, CUDA)
-    rank = rank_of(bench, zero3.load_partitioned(bench.teacher, torch.bfloat16, CUDA, 0, world))
+    rank = rank_of(bench, zero3.Partitioned(bench.teacher, TEACHERS, CUDA, 0, world))
     rank.world = world
-    held = [p.ds_tensor for p in rank.engine.parameters()]
+    held = [p.ds_tensor for p in rank.teacher.network.parameters()]
     assert {(p.device, p.dtype) for p in held} == {(CUDA, torch.bfloat16)}
-    assert {b.device for b in rank.engine.buffers()} <= {CUDA}
+    assert {b.device for b in rank.teacher.network.buffers()} <= {CUDA}
     _ask(bench, rank, samples=False)
     _ask(bench, rank, samples=True)
-    zero3.release(rank.engine)
+    zero3.release(rank.teacher.network)
 
 
 def vae(bench: Bench, mode: PretendedTensors) -> None:

@@ -55,7 +55,7 @@ def test_help_is_wrapped_and_begins_with_the_common_keys(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     text = help_text("One line.\n\nAnother, " + "long " * 40, "raydistill distill", load())
     assert max(map(len, text.splitlines())) <= columns
-    order = [match[1] for match in re.finditer(r"^  ([a-z0-9_.]+) \(", text, re.MULTILINE)]
+    order = [match[1] for match in re.finditer(r"^  ([a-z0-9_.]+)(?: \(|$)", text, re.MULTILINE)]
     assert tuple(order[:10]) == COMMON
     assert sorted(order) == sorted(key for key, *_ in fields())
     sections = [key.partition(".")[0] for key in order[10:]]
@@ -71,7 +71,7 @@ def test_help_of_a_section_or_a_key(topic, shown, capsys):
         from_command_line("Purpose.", ["--help", topic])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert re.findall(r"^  ([a-z0-9_.]+) \(", text, re.MULTILINE) == shown
+    assert re.findall(r"^  ([a-z0-9_.]+)(?: \(|$)", text, re.MULTILINE) == shown
     assert "Purpose" not in text
 
 
