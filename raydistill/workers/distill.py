@@ -197,7 +197,7 @@ class DistillationRun:
         with networks.finite.aside():  # the next update would be blamed for what is not finite here
             fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
         if self.observer:
-            real = [self.teachers(part).result() for _, part in parts]
+            real = [self.teachers(part).result(check_finite=False) for _, part in parts]  # a picture is black then
             self.observer.show_scores(step, [torch.cat(one).cpu() for one in ([x for x, _ in parts], real, fake)])
 
     def agree(self, step: int) -> bool:
