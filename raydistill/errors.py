@@ -31,11 +31,12 @@ class NonFiniteError(FloatingPointError):
     Attributes:
         count: samples in which it is not finite.
         rows: their places in the batch, where known.
+        elsewhere: whether it was met in a mean over workers: another one may name it better.
     """
 
-    def __init__(self, message: str, count: int = 1, rows: Sequence[int] = ()) -> None:
-        super().__init__(message, count, rows)
-        self.message, self.count, self.rows = message, count, rows
+    def __init__(self, message: str, count: int = 1, rows: Sequence[int] = (), elsewhere: bool = False) -> None:
+        super().__init__(message, count, rows, elsewhere)
+        self.message, self.count, self.rows, self.elsewhere = message, count, rows, elsewhere
 
     def __str__(self) -> str:
         return self.message

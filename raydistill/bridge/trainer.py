@@ -104,7 +104,10 @@ class BridgeTrainer:
         wrong = next(filter(None, ([name for name, v in row.items() if not np.isfinite(v)] for row in values)), [])
         wrong = ", ".join(wrong) or ("" if np.isfinite(next(numbers)) else "the gradient")
         if wrong:
-            raise NonFiniteError(f"step {self.step_count}: {wrong} is not finite; a lower bridge.lr may help")
+            raise NonFiniteError(
+                f"step {self.step_count}: {wrong} is not finite; a lower bridge.lr may help",
+                elsewhere=wrong == "the gradient" and self.objective.world_size > 1,
+            )
         return values
 
     # -- validation --------------------------------------------------------------------------------

@@ -196,6 +196,11 @@ class FakeScoreConfig(Section):
         description="lora: every worker holds 1/distill.workers of the frozen copy's blocks and gathers them one by one "
         "(FSDP2): less memory, the same numbers up to rounding, more communication",
     )
+    base_dtype: Literal["float32", "bfloat16"] = free(
+        "float32",
+        description="lora with distill.mixed_precision: how the frozen copy's linear layers and convolutions are kept; "
+        "bfloat16: half the memory, the same numbers, for autocast rounds them so anyway",
+    )
     first_blocks: Few | None = Field(
         None, description="blocks that a truncated network keeps at its input; null: a quarter of them, rounded up"
     )

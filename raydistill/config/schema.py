@@ -74,6 +74,13 @@ class Config(Section):
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
         if self.fake_score.shard and self.fake_score.kind != "lora":
             raise ValueError(f"fake_score.shard: nothing of kind={self.fake_score.kind} is frozen; use kind=lora")
+        if self.fake_score.base_dtype != "float32" and self.fake_score.kind != "lora":
+            raise ValueError(f"fake_score.base_dtype: nothing of kind={self.fake_score.kind} is frozen; use float32")
+        if self.fake_score.base_dtype != "float32" and not self.distill.mixed_precision:
+            raise ValueError(
+                f"fake_score.base_dtype={self.fake_score.base_dtype} gives the same numbers under autocast alone: set "
+                "distill.mixed_precision=true, or use float32"
+            )
         if self.fake_score.shard and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with fake_score.shard the number of workers is fixed")
         if self.bridge.trainable and self.distill.fewest < self.distill.workers:

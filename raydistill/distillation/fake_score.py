@@ -46,6 +46,18 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
         raise InputError(f"fake_score.kind=truncated: {error}; {remedy}") from None
 
 
+def _round(network: nn.Module, dtype: torch.dtype) -> None:
+    """Keep frozen weights of linear layers and convolutions as autocast would round them for each forward pass.
+
+    What autocast leaves in float32, norms for example, stays as it is; so does what is trained.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
+
+
 def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
     """Leave this worker its share of the parts' frozen parameters, on the mesh's device; what is trained stays whole."""
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
@@ -80,7 +92,11 @@ class FakeScore(nn.Module):
         if config.kind == "lora":
             network.requires_grad_(False)
             lora = LoraConfig(r=config.rank, lora_alpha=config.rank, target_modules=list(space.lora_targets))
-            network = inject_adapter_in_model(lora, network)
+            network = inject_adapter_in_model(
+                lora, network
+            )  # in the dtype of what it adapts, so before that is rounded
+            if config.base_dtype != "float32":
+                _round(network, getattr(torch, config.base_dtype))
             if mesh is not None:
                 _partition(space.large_parts(network), mesh)
         else:

@@ -8,6 +8,9 @@ Shapes: B samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from raydistill.errors import NonFiniteError
@@ -18,14 +21,27 @@ class Finite:
     """The values of one worker that were noted since the last look, in their order."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[str, torch.Tensor]] = []  # source, [B] bool: samples that are not finite
+        self._noted: list[tuple[str, bool, torch.Tensor]] = []  # source, elsewhere, [B]: samples that are not finite
 
-    def note(self, value: torch.Tensor, source: str) -> torch.Tensor:
-        """Return `value` [B, …] or a scalar; `look` will say so where it is not finite."""
+    def note(self, value: torch.Tensor, source: str, elsewhere: bool = False) -> torch.Tensor:
+        """Return `value` [B, …] or a scalar; `look` will say so where it is not finite.
+
+        Args:
+            elsewhere: see `NonFiniteError`.
+        """
         flat = value.detach()
         flat = flat.reshape(len(flat), -1) if flat.ndim else flat.reshape(1, 1)
-        self._noted.append((source, ~torch.isfinite(flat).all(1)))
+        self._noted.append((source, elsewhere, ~torch.isfinite(flat).all(1)))
         return value
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In the block nothing is noted: what is computed there is shown, and nothing is stepped on because of it."""
+        kept = list(self._noted)
+        try:
+            yield
+        finally:
+            self._noted = kept
 
     def look(self, *values: torch.Tensor) -> list[torch.Tensor]:
         """Wait for the device, once.
@@ -40,14 +56,15 @@ class Finite:
             NonFiniteError: names the first source that was not finite, and the samples concerned.
         """
         noted, self._noted = self._noted, []
-        flags = [torch.cat([bad for _, bad in noted])] if noted else []
+        flags = [torch.cat([bad for *_, bad in noted])] if noted else []
         copies = download([*values, *flags])
         if noted and (bad := copies.pop()).any():
-            parts = bad.split([len(part) for _, part in noted])
-            raise _error(*next((source, part) for (source, _), part in zip(noted, parts, strict=True) if part.any()))
+            parts = bad.split([len(part) for *_, part in noted])
+            raise _error(*next((*of, part) for (*of, _), part in zip(noted, parts, strict=True) if part.any()))
         return copies
 
 
-def _error(source: str, bad: torch.Tensor) -> NonFiniteError:
+def _error(source: str, elsewhere: bool, bad: torch.Tensor) -> NonFiniteError:
     rows = bad.nonzero().flatten().tolist()
-    return NonFiniteError(f"{source}: not finite in samples {rows[:8]} of {len(bad)}", len(rows))
+    message = f"{source}: not finite in samples {rows[:8]} of {len(bad)}"
+    return NonFiniteError(message, len(rows), rows, elsewhere)

@@ -110,8 +110,9 @@ class Gradients:
                 self.finite.note(nn.utils.get_total_norm([p.grad for p in group]), f"the {name} gradient")
         self.average([p.grad for p in parameters])
         norms = {name: nn.utils.clip_grad_norm_(group, max_norms[name]) for name, group in groups.items()}
+        of_all = self.average is not alone
         for name, norm in norms.items():
-            self.finite.note(norm, f"the {name} gradient" if self.average is alone else f"{OTHERS} {name} gradient")
+            self.finite.note(norm, f"{OTHERS if of_all else 'the'} {name} gradient", elsewhere=of_all)
         self.finite.look()  # before any step: a bad gradient must change nothing
         for name, group in groups.items():
             self.optimizers[name].step()

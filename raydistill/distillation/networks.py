@@ -128,7 +128,7 @@ class Networks:
             for name, (shape, kind) in space.conditioning_layout.items()
         }
         latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             features = self.fake.features(latents, t_B, self.on_device(conditioning))
         return Discriminator(features.shape[1], self.config.discriminator.width).to(device)
 

@@ -60,7 +60,8 @@ class ScorePictures:
             rows = slice(start, min(start + size, len(self.fixed.captions)))
             student, teacher = ({name: v[rows] for name, v in it.items()} for it in (self.student, self.teacher))
             noise = self.fixed.noise(networks.student_space, rows.start, rows.stop)
-            x, t_B = networks.x(noise, student), self.t_B[rows]
+            with networks.finite.aside():  # the next update would be blamed for what is not finite here
+                x, t_B = networks.x(noise, student), self.t_B[rows]
             eps = normal(self.fixed.seed, range(rows.start, rows.stop), x.shape[1:], "scores_grid")
             x_t = add_noise(networks.teacher_space.path, x, eps.to(x.device), t_B.to(x.device))
             seen = (x_t.cpu(), t_B)

@@ -20,7 +20,6 @@ from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
 from raydistill.device_memory import naming_out_of_memory, part
-from raydistill.distillation.gradients import OTHERS
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
 from raydistill.errors import NonFiniteError
@@ -195,9 +194,10 @@ class DistillationRun:
         parts = self.observer.score_pictures.make() if self.observer else []
         if config.fake_score.shard:
             parts = self.worker.from_rank_0(parts)
-        fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
+        with networks.finite.aside():  # the next update would be blamed for what is not finite here
+            fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
         if self.observer:
-            real = [self.teachers(part).result() for _, part in parts]
+            real = [self.teachers(part).result(check_finite=False) for _, part in parts]  # a picture is black then
             self.observer.show_scores(step, [torch.cat(one).cpu() for one in ([x for x, _ in parts], real, fake)])
 
     def agree(self, step: int) -> bool:
@@ -241,7 +241,7 @@ class DistillationRun:
 
     def note_non_finite(self, error: NonFiniteError) -> None:
         """Name and count what was not finite in the stage's run, whichever worker met it; it ends the stage."""
-        if error.message.startswith(OTHERS):
+        if error.elsewhere:
             return  # that worker names what it was
         lease.check(self.stage.path())
         tracker = Tracker(self.stage.mlflow_uri, self.stage.mlflow_run)

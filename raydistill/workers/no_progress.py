@@ -20,6 +20,7 @@ from raydistill.storage.lease import Lease, check, holding
 from raydistill.storage.resolve import to_place
 
 FATAL_FILE = "fatal.txt"  # of a stage's folder: workers that find it end at once, and the driver reads the reason
+ELSEWHERE_FILE = "fatal-elsewhere.txt"  # the same, of workers that met what another one can name better
 ON_NODE = "on node "  # what a note of an error begins with
 NODE_DIED = "node has died"  # what Ray says of an actor that was lost with its node
 

@@ -29,7 +29,7 @@ from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavai
 from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
-from raydistill.workers.no_progress import FATAL_FILE, NoProgress, name_node
+from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NoProgress, name_node
 
 log = logging.getLogger(__name__)
 
@@ -370,21 +370,26 @@ def is_fatal(error: BaseException) -> bool:
 
 @contextmanager
 def recording_fatal_errors(folder: Place) -> Iterator[None]:
-    """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts."""
+    """Around a worker's body: a lasting error is raised, and kept in the folder for the driver and for restarts.
+
+    Where several workers meet one value, the name of the worker whose it was counts, whoever writes last.
+    """
     try:
         yield
     except Exception as error:
         if is_fatal(error):
-            replace_text(folder / FATAL_FILE, f"{type(error).__name__}: {error}")
+            file = ELSEWHERE_FILE if getattr(error, "elsewhere", False) else FATAL_FILE
+            replace_text(folder / file, f"{type(error).__name__}: {error}")
         raise
 
 
 def fatal_error(folder: Place) -> str | None:
     """The lasting error of an earlier attempt, if there was one."""
-    file = folder / FATAL_FILE
-    return file.read_bytes().decode(errors="replace") if file.is_file() else None
+    files = (folder / name for name in (FATAL_FILE, ELSEWHERE_FILE))
+    return next((file.read_bytes().decode(errors="replace") for file in files if file.is_file()), None)
 
 
 def forget_fatal_error(folder: Place) -> None:
     """Whoever starts again has mended it."""
-    (folder / FATAL_FILE).unlink(missing_ok=True)
+    for name in (FATAL_FILE, ELSEWHERE_FILE):
+        (folder / name).unlink(missing_ok=True)

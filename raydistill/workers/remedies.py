@@ -16,6 +16,8 @@ def trainer_remedies(config: Config) -> list[str]:
     found = [] if distill.gradient_checkpointing else ["distill.gradient_checkpointing=true"]
     if parts := more_parts(distill.batch_size, distill.micro_batches):
         found.insert(0, f"distill.micro_batches={parts}")
+    if config.fake_score.kind == "lora" and distill.mixed_precision and config.fake_score.base_dtype == "float32":
+        found.append("fake_score.base_dtype=bfloat16")
     if config.fake_score.kind == "lora" and not config.fake_score.shard and distill.workers > 1:
         found.append("fake_score.shard=true")
     if distill.batch_size > 1:

@@ -233,6 +233,7 @@ def update_shard(bench: Bench, mode: PretendedTensors) -> None:
     fake_score._partition = lambda parts, mesh: partition([_moved(part) for part in parts], mesh)
     try:
         settings = ("fake_score.shard=true", "distill.workers=8", "distill.gradient_checkpointing=true")
+        settings += ("fake_score.base_dtype=bfloat16",)
         worker = bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
     finally:
         fake_score._partition, fake_score.FakeScore.to = partition, plain

@@ -199,12 +199,13 @@ def test_a_teachers_score_that_is_not_finite_changes_no_weight(build):
 
 def test_errors_of_values_keep_their_count_between_processes():
     finite = Finite()
-    finite.note(torch.tensor([1.0, float("nan"), float("inf")]), "x")
+    finite.note(torch.tensor([1.0, float("nan"), float("inf")]), "x", elsewhere=True)
     with pytest.raises(NonFiniteError) as caught:
         finite.look()
-    for error, count in ((caught.value, 2), (NonFiniteScores("teacher: NaN", 3), 3)):
+    for error, count, rows in ((caught.value, 2, [1, 2]), (NonFiniteScores("teacher: NaN", 3), 3, ())):
         copied = pickle.loads(pickle.dumps(error))
-        assert (str(copied), copied.count, type(copied)) == (str(error), count, type(error))
+        assert (str(copied), copied.count, copied.rows, type(copied)) == (str(error), count, rows, type(error))
+        assert copied.elsewhere is error.elsewhere is (error is caught.value)
 
 
 # -- what is kept -------------------------------------------------------------------------------------------

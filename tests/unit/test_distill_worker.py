@@ -234,7 +234,7 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_
 
 def test_a_worker_whose_own_part_was_finite_leaves_the_naming_to_the_one_whose_was_not():
     run = object.__new__(distill.DistillationRun)  # without a stage, to whose run it could write
-    run.note_non_finite(NonFiniteError(f"{OTHERS} fake gradient: not finite in samples [0] of 1"))
+    run.note_non_finite(NonFiniteError(f"{OTHERS} fake gradient: not finite in samples [0] of 1", elsewhere=True))
     with pytest.raises(AttributeError):
         run.note_non_finite(NonFiniteError("the fake gradient: not finite in samples [0] of 1"))
 

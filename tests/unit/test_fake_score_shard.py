@@ -100,6 +100,9 @@ def worker(rank: int, folders, overrides, results) -> None:
     [
         ("flux", ()),
         pytest.param("sdxl", ("distill.gradient_checkpointing=true",), marks=pytest.mark.full),
+        pytest.param(
+            "flux", ("distill.mixed_precision=true", "fake_score.base_dtype=bfloat16"), marks=pytest.mark.full
+        ),
     ],
 )
 def test_a_shared_copy_gives_the_numbers_of_a_whole_one(

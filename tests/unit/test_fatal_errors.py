@@ -43,3 +43,20 @@ def test_what_may_come_back_is_left_to_ray(error, tmp_path):
     with pytest.raises(type(error)):
         worker()
     assert fatal_error(tmp_path) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["named first", "named last"])
+def test_the_worker_whose_value_it_was_is_believed_whoever_writes_last(order, tmp_path):
+    errors = (
+        NonFiniteError("the fake score: not finite"),
+        NonFiniteError("another worker's part of the fake gradient: not finite", elsewhere=True),
+    )
+    for index in order:
+        with pytest.raises(NonFiniteError), recording_fatal_errors(tmp_path):
+            raise errors[index]
+    assert fatal_error(tmp_path) == "NonFiniteError: the fake score: not finite"
+    forget_fatal_error(tmp_path)
+    assert fatal_error(tmp_path) is None
+    with pytest.raises(NonFiniteError), recording_fatal_errors(tmp_path):
+        raise errors[1]
+    assert fatal_error(tmp_path) == f"NonFiniteError: {errors[1]}", "every part was finite, and the mean is not"

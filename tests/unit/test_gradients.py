@@ -35,13 +35,15 @@ def test_another_workers_gradient_is_told_from_this_ones(build):
     gradients, networks, parameters = build(spoilt_by_another)
     before = [p.clone() for p in parameters]
     gradients.accumulate(networks["fake"](torch.ones(4, 3)).sum(), "fake")
-    with pytest.raises(NonFiniteError, match=f"^{OTHERS} fake gradient"):
+    with pytest.raises(NonFiniteError, match=f"^{OTHERS} fake gradient") as caught:
         gradients.step(fake=1.0)
+    assert caught.value.elsewhere
     assert all(map(torch.equal, before, parameters))
     gradients, networks, _ = build(spoilt_by_another)
     gradients.accumulate(networks["fake"](torch.full((4, 3), float("inf"))).sum(), "fake")
-    with pytest.raises(NonFiniteError, match="^the fake loss"):
+    with pytest.raises(NonFiniteError, match="^the fake loss") as caught:
         gradients.step(fake=1.0)
+    assert not caught.value.elsewhere
 
 
 def test_what_came_first_is_named_although_it_is_looked_at_later(build):

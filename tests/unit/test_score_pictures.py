@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.score_pictures import ROWS, ScorePictures
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
+from raydistill.workers.distill import DistillationRun
 
 CAPTIONS = [f"a {color} circle" for color in ("red", "green", "blue")]
 
@@ -117,6 +119,21 @@ def test_they_are_the_same_at_every_evaluation_and_change_no_number(build):
     for part in ("student", "fake"):
         for name, value in trained[0][part].items():
             assert torch.equal(value, trained[1][part][name]), name
+
+
+def test_no_update_is_blamed_for_what_is_not_finite_in_a_picture(built):
+    """They are shown, black where they must be, and the notes of the updates are as they were."""
+    distiller, scores, pictures = built
+    run, shown = object.__new__(DistillationRun), []
+    run.config, run.distiller, run.teachers = distiller.config, distiller, scores
+    run.observer = SimpleNamespace(score_pictures=pictures, show_scores=lambda step, rows: shown.append(rows))
+    for network in (distiller.networks.student, distiller.networks.fake.network):
+        next(network.parameters()).data.fill_(float("nan"))
+    distiller.finite.note(torch.ones(1), "what an update has noted")
+    run._show_scores(distiller.config.distill.steps)
+    assert shown
+    assert not shown[0][2].isfinite().all()
+    assert distiller.finite.look() == []
 
 
 def test_a_gpu_without_room_leaves_the_decoding_to_the_processor(built, capsys, monkeypatch):
