@@ -269,6 +269,13 @@ class EvaluationConfig(Section):
     cpus_per_scorer: Cpus = free(0.25, description="Ray CPUs each of these actors reserves")
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold these actors; none: any node")
     grid: Few = free(32, description="pictures in a sample grid")
+    consistency_count: int = free(
+        16,
+        ge=0,
+        le=256,
+        description="pictures of the periodic evaluation whose latents are also read by the Bridge and decoded by the "
+        "teacher's VAE: bridge/consistency_psnr says how much that differs from what ships; 0: none",
+    )
     scores_grid: int = free(
         4,
         ge=0,

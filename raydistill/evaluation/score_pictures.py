@@ -8,11 +8,10 @@ Shapes: N pictures of fixed prompts; B samples of C×H×W teacher latents, c×h�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch.nn.functional import interpolate
 
 from raydistill.config.schema import Config
 from raydistill.diffusion.noise import normal
@@ -20,6 +19,7 @@ from raydistill.diffusion.path import add_noise
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.distillation.batches import Made
 from raydistill.distillation.networks import Networks
+from raydistill.evaluation.consistency import TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.pictures.grids import before_after
 from raydistill.spaces.base import Conditioning
@@ -33,16 +33,22 @@ class ScorePictures:
 
     Args:
         fixed: prompts and noise of the N pictures, the first of the periodic evaluation.
+        decoder: draws what the latents stand for.
         student, teacher: their conditioning, [N, …] each.
     """
 
     def __init__(
-        self, config: Config, networks: Networks, fixed: FixedPrompts, *, student: Conditioning, teacher: Conditioning
+        self,
+        config: Config,
+        networks: Networks,
+        fixed: FixedPrompts,
+        decoder: TeacherDecoder,
+        *,
+        student: Conditioning,
+        teacher: Conditioning,
     ) -> None:
-        self.config, self.networks, self.fixed = config, networks, fixed
+        self.config, self.networks, self.fixed, self.decoder = config, networks, fixed, decoder
         self.student, self.teacher = student, teacher
-        self._vae: torch.nn.Module | None = None
-        self._device = networks.device  # that decodes
 
     @property
     def t_B(self) -> torch.Tensor:
@@ -80,35 +86,6 @@ class ScorePictures:
 
     def picture(self, latents: Sequence[torch.Tensor], step: int) -> Image.Image:
         """One column a prompt, one row each of `latents` [N, C, H, W]: x, the teacher's x0, the fake score's."""
-        rows = dict(zip(ROWS, map(self._decoded, latents), strict=True))
+        rows = dict(zip(ROWS, (self.decoder(one, CELL) for one in latents), strict=True))
         captions = [f"t = {t:.2f}: {text}" for t, text in zip(self.t_B.tolist(), self.fixed.captions, strict=True)]
         return before_after(rows, captions, title=f"Update {step}: x, and its estimates at the same noised latent")
-
-    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pictures [N, 3, S, S] on the CPU, one decoded at a time; what is not finite is black."""
-        space = self.networks.teacher_space
-        if self._vae is None:
-            self._vae = space.load_vae()
-
-        def decode() -> list[torch.Tensor]:
-            vae = self._vae.to(self._device)
-            return [space.decode_each(vae, one.to(self._device)).cpu() for one in latents.split(1)]
-
-        pictures = self._on_what_fits(decode)
-        images = torch.cat(pictures).nan_to_num(-1.0)
-        return images if images.shape[-1] <= CELL else interpolate(images, size=(CELL, CELL), mode="area")
-
-    @torch.no_grad()
-    def _on_what_fits(self, decode: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
-        """Beside what training keeps on the GPU; from the first time that this has no room, on the CPU."""
-        try:
-            return decode()
-        except torch.OutOfMemoryError:
-            print(
-                "evaluation.scores_grid: the teacher's VAE has no room on the GPU; pictures are decoded on the CPU",
-                flush=True,
-            )
-            self._device = torch.device("cpu")
-        finally:
-            self._vae.to("cpu")
-        return decode()

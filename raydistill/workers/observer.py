@@ -14,6 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.updates import Distiller
+from raydistill.evaluation.consistency import FALL_DB, Consistency, TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts, Measured, StudentEvaluator
 from raydistill.evaluation.score_pictures import ScorePictures
 from raydistill.export.licences import picture_sets
@@ -38,6 +39,7 @@ SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
 # deviations of single pictures (half of one is about 0.1 of the judge's mean as well).
 FALL, FALL_IN_SPREADS = 0.1, 0.5
 BEST = "best"  # folder of a stage
+CONSISTENCY = "bridge/consistency_psnr"
 
 
 def evaluation_is_due(config: Config, step: int) -> bool:
@@ -65,7 +67,7 @@ class Observer:
         self.stage, self.config, self.distiller = stage, config, distiller
         self.tracker, self.standing = tracker, standing
         self.best = BestStudent(stage, config, distiller.networks)
-        self._told_of_cuts = False
+        self._told_of_cuts = self._told_of_consistency = False
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
         evaluation, networks = config.evaluation, distiller.networks
         scope = next(iter(stage.runs), None) or ""
@@ -79,11 +81,15 @@ class Observer:
         # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
         self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
 
-        self.score_pictures = None if shown is None else self._score_pictures(*shown)
-
-    def _score_pictures(self, fixed: FixedPrompts, teacher: Conditioning) -> ScorePictures:
-        student = self.periodic.table(fixed.captions)
-        return ScorePictures(self.config, self.distiller.networks, fixed, student=student, teacher=teacher)
+        decoder = TeacherDecoder(networks.teacher_space, networks.device)
+        self.consistency = Consistency(
+            networks, self.periodic, decoder, min(evaluation.consistency_count, evaluation.periodic_count)
+        )
+        self.score_pictures = None
+        if shown is not None:
+            fixed, teacher = shown
+            student = self.periodic.table(fixed.captions)
+            self.score_pictures = ScorePictures(config, networks, fixed, decoder, student=student, teacher=teacher)
 
     def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, Measured]:
         pictures = evaluator.draw(self.distiller.networks.evaluated, self.config.student.start_timestep)
@@ -105,7 +111,7 @@ class Observer:
         self.standing.final_s = time.monotonic() - started
         measured = self._periodic_evaluation(0)
         self.standing.score = measured.table.get(self.config.evaluation.metric, 0.0)
-        self.tracker.metrics(_named(measured), 0)
+        self.tracker.metrics(_named(measured) | self._consistency(0), 0)
         # for a run that collapses before its first evaluation, which is better than this
         self.best.keep(0, self.standing.score)
 
@@ -125,7 +131,7 @@ class Observer:
         self._alarm(step, drifted)
         if evaluation_is_due(self.config, step):
             measured = self._periodic_evaluation(step)
-            metrics |= _named(measured)
+            metrics |= _named(measured) | self._consistency(step)
             self._compare(step, measured, drifted)
         metrics |= self._headline(metrics)
         self.tracker.metrics(metrics, step)
@@ -214,6 +220,23 @@ class Observer:
         score = measured.table.get(metric)
         self._measured = {} if score is None else {f"{metric}@{step}": score}
         return measured
+
+    def _consistency(self, step: int) -> dict[str, float]:
+        """How much the student's picture is the one that the teacher sees; said once where that falls far."""
+        if not self.consistency.fixed.captions:
+            return {}
+        found = self.consistency.psnr(self.config.student.start_timestep)
+        best = self.standing.consistency
+        self.standing.consistency = found if best is None else max(best, found)
+        if found < self.standing.consistency - FALL_DB and not self._told_of_consistency:
+            self._told_of_consistency = True
+            message = (
+                f"step {step}: bridge/consistency_psnr fell to {found:.1f} dB from {best:.1f}: the student's own decoder "
+                "draws another picture than the one that the teacher sees"
+            )
+            print(f"consistency alarm: {message}", flush=True)
+            self.tracker.tags({"consistency_alarm": message})
+        return {CONSISTENCY: found}
 
     def _final_evaluation(self, name: str, step: int) -> dict[str, float]:
         """The table of the student on held-out prompts; pictures and table are kept as `name` and logged."""

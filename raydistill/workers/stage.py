@@ -50,12 +50,13 @@ class Standing:
     plateau: str | None = None  # why the score counts as one that no longer rises
     peak: float | None = None  # score that has last risen by more than its noise
     flat: int = 0  # evaluations since
+    consistency: float | None = None  # the highest bridge/consistency_psnr so far, dB
     final_s: float = 0.0  # that the evaluation of the start took, and the one at the end will; 0: not known
 
     @classmethod
     def of(cls, about: dict[str, Any]) -> Standing:
         """Of a checkpoint, which an earlier version may have written."""
-        lasting = {name: about.get(name) for name in ("stopped", "collapse", "plateau", "peak")}
+        lasting = {name: about.get(name) for name in ("stopped", "collapse", "plateau", "peak", "consistency")}
         later = {name: about[name] for name in ("final_s", "flat") if name in about}
         return cls(step=about["step"], best=about["best"], score=about["score"], **lasting, **later)
 
@@ -74,6 +75,12 @@ class Standing:
 
     def about(self, mlflow_run: str, runs: Runs = ()) -> dict[str, Any]:
         known = asdict(self)
-        later = {"final_s": 0.0, "plateau": None, "peak": None, "flat": 0}  # as in checkpoints of earlier versions
+        later = {
+            "final_s": 0.0,
+            "plateau": None,
+            "peak": None,
+            "flat": 0,
+            "consistency": None,
+        }  # as in checkpoints of earlier versions
         known = {name: value for name, value in known.items() if name not in later or value != later[name]}
         return known | {"mlflow_run": mlflow_run} | mark(runs)

@@ -16,6 +16,7 @@ from raydistill.distillation.local import LocalScores
 from raydistill.distillation.networks import load_unet
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
+from raydistill.evaluation.consistency import TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.evaluation.score_pictures import ROWS, ScorePictures
 from raydistill.shapes import WEIGHTS
@@ -69,7 +70,10 @@ def build_one(student, teacher, tables):
     scores = LocalScores(teacher, teacher.load_network(), tables[1]([""]), 3.0)
     fixed = FixedPrompts(PromptSet(CAPTIONS), 3, seed=5)
     conditioning = [table(fixed.captions) for table in tables]
-    pictures = ScorePictures(config, distiller.networks, fixed, student=conditioning[0], teacher=conditioning[1])
+    decoder = TeacherDecoder(teacher, distiller.networks.device)
+    pictures = ScorePictures(
+        config, distiller.networks, fixed, decoder, student=conditioning[0], teacher=conditioning[1]
+    )
     return distiller, scores, pictures
 
 
@@ -102,7 +106,7 @@ def test_the_pictures_are_drawn_in_columns_with_their_times(built):
     sheet = pictures.picture(rows_of(pictures, scores, distiller.networks), step=7)
     assert sheet.width > 3 * 128
     assert sheet.height > len(ROWS) * 128
-    assert next(pictures._vae.parameters()).device.type == "cpu", "it waits in main memory"
+    assert next(pictures.decoder._vae.parameters()).device.type == "cpu", "it waits in main memory"
 
 
 def test_they_are_the_same_at_every_evaluation_and_change_no_number(build):
@@ -148,8 +152,8 @@ def test_a_gpu_without_room_leaves_the_decoding_to_the_processor(built, capsys, 
 
     monkeypatch.setattr(space, "decode_each", full_at_first)
     latents = torch.zeros(3, *space.latent_shape)
-    assert pictures._decoded(latents).shape == (3, 3, space.resolution, space.resolution)
+    assert pictures.decoder(latents).shape == (3, 3, space.resolution, space.resolution)
     assert asked == [1] * 5
-    assert "evaluation.scores_grid: the teacher's VAE has no room on the GPU" in capsys.readouterr().out
-    pictures._decoded(latents)
+    assert "evaluation: the teacher's VAE has no room on the GPU" in capsys.readouterr().out
+    pictures.decoder(latents)
     assert capsys.readouterr().out == ""
