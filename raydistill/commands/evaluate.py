@@ -120,14 +120,14 @@ def prepare_evaluation(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
     """The checked evaluation, and MLflow's URI. Raises ValueError or TrackingError; starts nothing."""
     # once the command line is known to be right: torch, Ray and mlflow take seconds
     from raydistill.driver.evaluation import check_room, pools_of
-    from raydistill.driver.room import this_machine
+    from raydistill.driver.room import MACHINE, this_machine
     from raydistill.evaluation.mlflow_log import store_of
     from raydistill.tracking.store import prepare
 
     evaluation = evaluation_of(arguments)
     uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
     if (have := this_machine()) is not None:
-        check_room(pools_of(evaluation), have)
+        check_room(pools_of(evaluation), [({}, have)], MACHINE)
     prepare(uri)  # last: it makes the store
     return evaluation, uri
 
@@ -137,16 +137,13 @@ def carry_out_evaluation(
 ) -> tuple[dict[str, dict[str, float]], str, str | None]:
     """(table of means, MLflow run, the run above it or None). Raises InputError, StageFailed or TrackingError."""
     # Ray, once everything is checked
-    from tqdm import tqdm
-
-    # likewise
     from raydistill.driver.cluster import connected
     from raydistill.driver.evaluation import run_evaluation
     from raydistill.evaluation.mlflow_log import log_results
+    from raydistill.tracking.screen import screen
 
-    pictures = len(evaluation.pictures)
-    with connected(), tqdm(total=pictures, desc="evaluate", unit="picture", disable=None) as bar:
-        table = run_evaluation(evaluation, bar.update)
+    with connected(), screen.count("evaluate", len(evaluation.pictures), "picture") as done:
+        table = run_evaluation(evaluation, done)
     return table, *log_results(evaluation, table, uri, arguments.experiment, arguments.storage)
 
 

@@ -2,6 +2,7 @@
 
 Ray hands every line of a cluster's processes, and its own messages, to one function of the driver, `print_to_stdstream`.
 That function is private. Where a release of Ray has another, Ray's own printing stays as it is.
+What the C++ side writes in the driver's own process never passes there: `native_lines` hears it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray._private import worker as ray_worker
 
+from raydistill.driver.native_lines import native_lines
 from raydistill.tracking.screen import screen
 
 HOOK = "print_to_stdstream"
@@ -89,12 +91,13 @@ class _Shown:
 def worker_lines() -> Iterator[None]:
     """Show them this way for the length of the block; `ray.init` must come inside."""
     theirs = getattr(ray_worker, HOOK, None)
-    if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
-        screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
-        yield
-        return
-    setattr(ray_worker, HOOK, _Shown())
-    try:
-        yield
-    finally:
-        setattr(ray_worker, HOOK, theirs)
+    with native_lines(_told):
+        if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
+            screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
+            yield
+            return
+        setattr(ray_worker, HOOK, _Shown())
+        try:
+            yield
+        finally:
+            setattr(ray_worker, HOOK, theirs)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -139,6 +139,21 @@ class Screen:
             yield bar
         finally:
             bar.close()
+
+    @contextmanager
+    def count(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A bar of work that is not a stage; what is yielded is called with how much more is done."""
+        pace, done = Pace(), 0
+
+        def more(amount: int) -> None:
+            nonlocal done
+            done += amount
+            pace.see(done, time.monotonic())
+            left = pace.left(total)
+            bar.update(done, total, left="" if left is None else f"{duration(left)} left")
+
+        with self.bar(name, unit) as bar:
+            yield more
 
     def _add(self, name: str, total: int) -> TaskID:
         with self._lock:
