@@ -99,14 +99,19 @@ class Screen:
         return f"{self.stages.index(stage) + 1}/{len(self.stages)} {stage}" if stage in self.stages else stage
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Say when a stage begins, and when it ends how long it took."""
+    def stage(self, name: str, words: Callable[[BaseException], str] = lambda _: "failed after") -> Iterator[None]:
+        """Say when a stage begins, and when it ends how long it took.
+
+        Args:
+            words: what the screen says of a stage that ends with this, before the time.
+        """
         self.say(self.numbered(name))
-        started = time.monotonic()
-        ended = "failed after"
+        started, ended = time.monotonic(), "done in"
         try:
             yield
-            ended = "done in"
+        except BaseException as error:
+            ended = words(error)
+            raise
         finally:
             self.say(f"{self.numbered(name)}: {ended} {duration(time.monotonic() - started)}")
 

@@ -133,6 +133,15 @@ def test_stages_have_numbers_and_end_with_their_time(capsys):
     assert lines == ["1/2 distill", "1/2 distill: done in 0 s", "2/2 no_vsd", "2/2 no_vsd: failed after 0 s"]
 
 
+def test_work_that_is_no_stage_has_a_bar_with_its_time_left(capsys):
+    with Screen().count("evaluate", 3, "picture") as done:
+        done(1)
+        time.sleep(0.05)
+        done(2)
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["evaluate: picture 1/3", "evaluate: picture 3/3, 0 s left"]
+
+
 PROGRAM = """
 from raydistill.tracking.screen import screen
 with screen.bar("distill") as bar:
