@@ -163,9 +163,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return report_error(error)
     title, pictures = evaluation.subject.title, len(evaluation.pictures)
-    print(
-        f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}", flush=True
-    )
+    screen.say(f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}")
     try:
         table, run_id, parent = carry_out_evaluation(evaluation, uri, arguments)
     except InputError as error:  # the cluster could never place it
@@ -175,13 +173,14 @@ def main() -> int:
         return 1
     shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
     screen.show(shown, width=160)
-    print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
+    screen.say(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
     try:
         page = ui_lines(uri, run_id)
     except TrackingAway:  # since the results were logged
         page = [ui_command(uri)]
-    print("\n".join([f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else ""), *page]))
+    screen.say(f"run       {run_id}" + (f", nested in {parent}" if parent else ""))
+    screen.say("\n".join(f"{name:<9} {line}" for name, line in zip(["MLflow", ""], page, strict=False)))
     made_by = evaluation.subject.run_id
     if made_by and parent is None:
-        print(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
+        screen.say(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
     return 0
