@@ -31,10 +31,14 @@ OF_RAY = re.compile(
 )
 NATIVE = re.compile(r"^\[[^\]]* ([IWECF]) \d+ \d+\] (?:\([^)]*\) )?\S+\.(?:cc|h):\d+: ?")  # prefix of Ray's C++ side
 SHORT_OF = re.compile(r"\b(memory|OOM|disk|space)\b", re.IGNORECASE)  # why a node ends workers, or keeps no more data
+NONE_KILLED = re.compile(
+    r"^0 Workers \(tasks / actors\) killed due to memory pressure"
+)  # once a minute where actors were ended
 NARRATION = re.compile(
     r"infinite retries remaining"  # an actor that was ended on purpose
     r"|^INFO \d{4}-\d\d-\d\d .* -- "  # Serve
     r"|__ray_tqdm_magic_token__"
+    r"|^Refer to the documentation on how to address the out of memory issue"  # follows that, whatever the number
 )
 
 
@@ -63,7 +67,11 @@ def _told(line: str) -> str:
     if prefix is None:
         return line
     text = line[prefix.end() :]
-    return text if prefix[1] in "CF" or (prefix[1] in "WE" and SHORT_OF.search(text)) else ""
+    return (
+        text
+        if prefix[1] in "CF" or (prefix[1] in "WE" and SHORT_OF.search(text) and not NONE_KILLED.match(text))
+        else ""
+    )
 
 
 class _Shown:
