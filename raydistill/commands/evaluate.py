@@ -120,14 +120,14 @@ def prepare_evaluation(arguments: argparse.Namespace) -> tuple[Evaluation, str]:
     """The checked evaluation, and MLflow's URI. Raises ValueError or TrackingError; starts nothing."""
     # once the command line is known to be right: torch, Ray and mlflow take seconds
     from raydistill.driver.evaluation import check_room, pools_of
-    from raydistill.driver.room import this_machine
+    from raydistill.driver.room import MACHINE, this_machine
     from raydistill.evaluation.mlflow_log import store_of
     from raydistill.tracking.store import prepare
 
     evaluation = evaluation_of(arguments)
     uri = store_of(arguments.tracking_uri, evaluation.subject, arguments.storage)
     if (have := this_machine()) is not None:
-        check_room(pools_of(evaluation), have)
+        check_room(pools_of(evaluation), [({}, have)], MACHINE)
     prepare(uri)  # last: it makes the store
     return evaluation, uri
 
@@ -137,16 +137,13 @@ def carry_out_evaluation(
 ) -> tuple[dict[str, dict[str, float]], str, str | None]:
     """(table of means, MLflow run, the run above it or None). Raises InputError, StageFailed or TrackingError."""
     # Ray, once everything is checked
-    from tqdm import tqdm
-
-    # likewise
     from raydistill.driver.cluster import connected
     from raydistill.driver.evaluation import run_evaluation
     from raydistill.evaluation.mlflow_log import log_results
+    from raydistill.tracking.screen import screen
 
-    pictures = len(evaluation.pictures)
-    with connected(), tqdm(total=pictures, desc="evaluate", unit="picture", disable=None) as bar:
-        table = run_evaluation(evaluation, bar.update)
+    with connected(), screen.count("evaluate", len(evaluation.pictures), "picture") as done:
+        table = run_evaluation(evaluation, done)
     return table, *log_results(evaluation, table, uri, arguments.experiment, arguments.storage)
 
 
@@ -166,9 +163,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return report_error(error)
     title, pictures = evaluation.subject.title, len(evaluation.pictures)
-    print(
-        f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}", flush=True
-    )
+    screen.say(f"model     {title}\nprompts   {evaluation.prompts.prompts.report}\nfolder    {evaluation.folder}")
     try:
         table, run_id, parent = carry_out_evaluation(evaluation, uri, arguments)
     except InputError as error:  # the cluster could never place it
@@ -178,13 +173,14 @@ def main() -> int:
         return 1
     shown = table_of(table, f"{title}: {pictures} pictures of {evaluation.prompts.name}")
     screen.show(shown, width=160)
-    print(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
+    screen.say(f"scores    {evaluation.folder / 'scores.parquet'}\ngrid      {evaluation.folder / 'grid.png'}")
     try:
         page = ui_lines(uri, run_id)
     except TrackingAway:  # since the results were logged
         page = [ui_command(uri)]
-    print("\n".join([f"mlflow    run {run_id}" + (f", nested in {parent}" if parent else ""), *page]))
+    screen.say(f"run       {run_id}" + (f", nested in {parent}" if parent else ""))
+    screen.say("\n".join(f"{name:<9} {line}" for name, line in zip(["MLflow", ""], page, strict=False)))
     made_by = evaluation.subject.run_id
     if made_by and parent is None:
-        print(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
+        screen.say(f"note      the run that made the model, {made_by}, is not in this store (--tracking-uri)")
     return 0

@@ -10,7 +10,7 @@ a whole set (Fréchet distance, FID) and scorer commands follow when all picture
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 
 from raydistill.data.ray_data import dataset_of
 from raydistill.data.stage_error import StageError
+from raydistill.driver import room
 from raydistill.errors import InputError, StageFailed
 from raydistill.evaluation.command import run_command
 from raydistill.evaluation.evaluation import Evaluation
@@ -112,7 +113,9 @@ def run_stream(
 ) -> None:
     """Run every pool for every batch that it lacks; `done` is called with the pictures of each finished batch.
 
-    Raises StageFailed: an actor failed.
+    Raises:
+        InputError: the actors can never be placed; nodes that are still joining are waited for.
+        StageFailed: an actor failed.
     """
     missing = {pool.metric: set(folder.missing(pool.metric)) for pool in pools}
     batches = sorted(set().union(*missing.values())) if missing else []
@@ -120,7 +123,7 @@ def run_stream(
     if not batches:
         return
     pools = [pool for pool in pools if missing[pool.metric]]
-    check_room(pools, ray.cluster_resources(), placement.autoscaler_present())
+    room.await_nodes(lambda nodes: check_room(pools, nodes, room.CLUSTER))
     rows = dataset_of([{"batch": batch} for batch in batches])
     rows.context.raise_original_map_exception = True  # a StageError
     for pool in pools:
@@ -148,23 +151,24 @@ def run_stream(
         raise _failed(cause if isinstance(cause, StageError) else error) from error
 
 
-def check_room(pools: list[ActorPool], have: Mapping[str, float], grows: bool = False) -> None:
+def check_room(pools: Sequence[ActorPool], nodes: Sequence[room.Node], where: str) -> None:
     """Raises InputError where the actors can never be placed: Ray Data would wait for ever without a word.
 
     Args:
-        have: resources of the cluster, or of this machine.
-        grows: an autoscaler can add nodes.
+        nodes: of the cluster, or this machine, with nothing on them.
+        where: for the message.
     """
-    wanted = {
-        "CPU": sum(pool.actors * pool.cpus for pool in pools),
-        "GPU": sum(pool.actors * (pool.gpus or 0.0) for pool in pools),
-    }
-    for kind, amount in wanted.items():
-        if not grows and amount > have.get(kind, 0.0) + 1e-6:
-            raise InputError(
-                f"the actors need {amount:g} {kind} at once, and there are {have.get(kind, 0.0):g}: lower --actors "
-                "or --gpus, or give the metrics one after the other"
-            )
+    needs = [
+        placement.Need(
+            f"the actors of {pool.metric}",
+            pool.actors,
+            {"CPU": pool.cpus, "GPU": pool.gpus or 0.0},
+            "--actors or --gpus, give the metrics one after the other",
+        )
+        for pool in pools
+    ]
+    if problem := placement.lacking(needs, [(labels, dict(free)) for labels, free in nodes]):
+        raise InputError(f"on {where}, {problem}")
 
 
 def _failed(error: Exception) -> StageFailed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from ray._private.utils import get_num_cpus  # what `ray.init` counts by itself; there is no public name
@@ -27,6 +27,11 @@ from raydistill.teachers.placement import ROOM_PATIENCE_S, Need, autoscaler_pres
 from raydistill.tracking.screen import screen
 from raydistill.workers.ray_train import encoder_need, rank_need, worker_need
 from raydistill.workers.scorers import scorer_needs
+
+Node = tuple[dict[str, str], dict[str, float]]  # labels and resources
+
+MACHINE = "this machine, which has no cluster (RAY_ADDRESS names none)"  # for messages
+CLUSTER = "this cluster, which no autoscaler can add nodes to"
 
 
 def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[Need]]:
@@ -64,7 +69,7 @@ def this_machine() -> dict[str, float] | None:
 def check_machine(config: Config, roles: Sequence[str] | None = None) -> None:
     """Raises InputError where this machine is too small for a run that would start a cluster here; starts nothing."""
     if (have := this_machine()) is not None:
-        _check(config, roles, [({}, have)], "this machine, which has no cluster (RAY_ADDRESS names none)")
+        _check(config, roles, [({}, have)], MACHINE)
 
 
 def check_cluster(config: Config, roles: Sequence[str] | None = None) -> None:
@@ -72,11 +77,20 @@ def check_cluster(config: Config, roles: Sequence[str] | None = None) -> None:
 
     Nodes that are still joining have ROOM_PATIENCE_S for it.
     """
+    await_nodes(lambda nodes: _check(config, roles, nodes, CLUSTER))
+
+
+def await_nodes(check: Callable[[list[Node]], None]) -> None:
+    """Ask again until this cluster's nodes pass; one that can grow is believed.
+
+    Args:
+        check: raises InputError, which is raised here after ROOM_PATIENCE_S. It is given the nodes with nothing on them.
+    """
     deadline, told = time.monotonic() + ROOM_PATIENCE_S, False
     while not autoscaler_present():
         nodes = [(dict(node.get("Labels") or {}), dict(node["Resources"])) for node in labelled_nodes({})]
         try:
-            return _check(config, roles, nodes, "this cluster, which no autoscaler can add nodes to")
+            return check(nodes)
         except InputError:
             if time.monotonic() > deadline:
                 raise
@@ -86,7 +100,7 @@ def check_cluster(config: Config, roles: Sequence[str] | None = None) -> None:
         time.sleep(1)
 
 
-def _check(config: Config, roles: Sequence[str] | None, nodes: list[tuple[dict, dict]], where: str) -> None:
+def _check(config: Config, roles: Sequence[str] | None, nodes: list[Node], where: str) -> None:
     for together in needs(config, roles):
         if problem := lacking(together, [(labels, dict(free)) for labels, free in nodes]):
             raise InputError(f"on {where}, {problem}")

@@ -175,11 +175,21 @@ class RunRecord:
                 time.sleep(min(5.0, left))
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Name a stage on the screen, and measure it."""
+    def timed(self, stage: str, in_vain: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Name a stage on the screen, and measure it.
+
+        Args:
+            in_vain: whether nobody needs the stage any more: one that is given up has not failed.
+        """
+
+        def words(error: BaseException) -> str:
+            if isinstance(error, Stopped):
+                return "stopped after"
+            return "no longer needed, after" if in_vain() else "failed after"
+
         started = time.monotonic()
         try:
-            with screen.stage(stage):
+            with screen.stage(stage, words):
                 yield
         finally:
             with self._lock:

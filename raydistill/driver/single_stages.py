@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import ray
-from tqdm import tqdm
 
 from raydistill.bridge.model import read_description
 from raydistill.config.reading import streams_bridge, validate
@@ -98,7 +97,8 @@ def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dic
             tasks[task.remote(cell, pairs, folder, (record.uri, runs[cell.name]))] = cell
     steps = record.config.bridge.steps
     waiting, failed = list(tasks), {}
-    with tqdm(total=len(planned) * steps, desc="ablation", unit="step", disable=None) as bar:
+    with screen.count("ablation", len(planned) * steps, "step") as more:
+        done = 0
         while waiting:
             ended, waiting = ray.wait(waiting, num_returns=1, timeout=2)
             for reference in ended:
@@ -107,12 +107,12 @@ def _train_cells(record: RunRecord, planned: list[Cell], pairs: str) -> list[dic
                     results[cell.name] = ray.get(reference)
                     metrics = results[cell.name]["metrics"]
                     record.finish(runs[cell.name])
-                    tqdm.write(f"{cell.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+                    screen.say(f"{cell.name}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
                 except ray.exceptions.RayError as error:
                     failed[cell.name] = str(error).strip().splitlines()[-1]
                     record.finish(runs[cell.name], "FAILED")
-            bar.n = steps_done(folder, planned, steps)
-            bar.refresh()
+            before, done = done, steps_done(folder, planned, steps)
+            more(done - before)
     if failed:
         raise StageFailed("; ".join(f"ablation {name}: {text}" for name, text in failed.items()))
     return [results[cell.name] for cell in planned]

@@ -50,7 +50,7 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
 
     def start() -> None:
         how = registry.attach if name == config.teachers.service else registry.start
-        with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher")):
+        with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher"), given_up.is_set):
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
         begun.set()

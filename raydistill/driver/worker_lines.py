@@ -2,6 +2,7 @@
 
 Ray hands every line of a cluster's processes, and its own messages, to one function of the driver, `print_to_stdstream`.
 That function is private. Where a release of Ray has another, Ray's own printing stays as it is.
+What the C++ side writes in the driver's own process never passes there: `native_lines` hears it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import ray
 from ray._private import worker as ray_worker
 
+from raydistill.driver.native_lines import native_lines
 from raydistill.tracking.screen import screen
 
 HOOK = "print_to_stdstream"
@@ -29,10 +31,14 @@ OF_RAY = re.compile(
 )
 NATIVE = re.compile(r"^\[[^\]]* ([IWECF]) \d+ \d+\] (?:\([^)]*\) )?\S+\.(?:cc|h):\d+: ?")  # prefix of Ray's C++ side
 SHORT_OF = re.compile(r"\b(memory|OOM|disk|space)\b", re.IGNORECASE)  # why a node ends workers, or keeps no more data
+NONE_KILLED = re.compile(
+    r"^0 Workers \(tasks / actors\) killed due to memory pressure"
+)  # once a minute where actors were ended
 NARRATION = re.compile(
     r"infinite retries remaining"  # an actor that was ended on purpose
     r"|^INFO \d{4}-\d\d-\d\d .* -- "  # Serve
     r"|__ray_tqdm_magic_token__"
+    r"|^Refer to the documentation on how to address the out of memory issue"  # follows that, whatever the number
 )
 
 
@@ -61,7 +67,11 @@ def _told(line: str) -> str:
     if prefix is None:
         return line
     text = line[prefix.end() :]
-    return text if prefix[1] in "CF" or (prefix[1] in "WE" and SHORT_OF.search(text)) else ""
+    return (
+        text
+        if prefix[1] in "CF" or (prefix[1] in "WE" and SHORT_OF.search(text) and not NONE_KILLED.match(text))
+        else ""
+    )
 
 
 class _Shown:
@@ -89,12 +99,13 @@ class _Shown:
 def worker_lines() -> Iterator[None]:
     """Show them this way for the length of the block; `ray.init` must come inside."""
     theirs = getattr(ray_worker, HOOK, None)
-    if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
-        screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
-        yield
-        return
-    setattr(ray_worker, HOOK, _Shown())
-    try:
-        yield
-    finally:
-        setattr(ray_worker, HOOK, theirs)
+    with native_lines(_told):
+        if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
+            screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
+            yield
+            return
+        setattr(ray_worker, HOOK, _Shown())
+        try:
+            yield
+        finally:
+            setattr(ray_worker, HOOK, theirs)

@@ -55,6 +55,7 @@ class ProgressWatcher:
         with screen.bar(screen.numbered(self.stage), self.unit) as bar:
             while not self._stop.wait(BUCKET_EVERY_S if isinstance(self.file, Remote) else 0.5):
                 self._look(bar, pace)
+            self._look(bar, pace)  # at what was written since
 
     def _look(self, bar: Bar, pace: Pace) -> None:
         try:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -99,14 +99,19 @@ class Screen:
         return f"{self.stages.index(stage) + 1}/{len(self.stages)} {stage}" if stage in self.stages else stage
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Say when a stage begins, and when it ends how long it took."""
+    def stage(self, name: str, words: Callable[[BaseException], str] = lambda _: "failed after") -> Iterator[None]:
+        """Say when a stage begins, and when it ends how long it took.
+
+        Args:
+            words: what the screen says of a stage that ends with this, before the time.
+        """
         self.say(self.numbered(name))
-        started = time.monotonic()
-        ended = "failed after"
+        started, ended = time.monotonic(), "done in"
         try:
             yield
-            ended = "done in"
+        except BaseException as error:
+            ended = words(error)
+            raise
         finally:
             self.say(f"{self.numbered(name)}: {ended} {duration(time.monotonic() - started)}")
 
@@ -139,6 +144,21 @@ class Screen:
             yield bar
         finally:
             bar.close()
+
+    @contextmanager
+    def count(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+        """A bar of work that is not a stage; what is yielded is called with how much more is done."""
+        pace, done = Pace(), 0
+
+        def more(amount: int) -> None:
+            nonlocal done
+            done += amount
+            pace.see(done, time.monotonic())
+            left = pace.left(total)
+            bar.update(done, total, left="" if left is None else f"{duration(left)} left")
+
+        with self.bar(name, unit) as bar:
+            yield more
 
     def _add(self, name: str, total: int) -> TaskID:
         with self._lock:

@@ -111,7 +111,8 @@ class Observer:
         self.standing.final_s = time.monotonic() - started
         measured = self._periodic_evaluation(0)
         self.standing.score = measured.table.get(self.config.evaluation.metric, 0.0)
-        self.tracker.metrics(_named(measured) | self._consistency(0), 0)
+        named = _named(measured) | self._consistency(0)
+        self.tracker.metrics(named | self._headline(named), 0)
         # for a run that collapses before its first evaluation, which is better than this
         self.best.keep(0, self.standing.score)
 

@@ -284,8 +284,9 @@ def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(
     assert observer.standing.collapse.startswith("step 4: evaluation fell to ")
     assert observer.tracker.tagged == [{"collapse_alarm": observer.standing.collapse}]
     assert load_state(tmp_path / "best")[1] == {"step": 2, "score": best}
-    curve = {step for key, step in observer.tracker.values if key == "eval/periodic_mean"}
-    assert curve == {0, 2, 4}  # it begins with the start
+    for name in ("eval/periodic_mean", "0-overview/score"):
+        curve = {step for key, step in observer.tracker.values if key == name}
+        assert curve == {0, 2, 4}  # it begins with the start
 
 
 def test_a_student_that_ends_below_its_start_is_said_to_be_worse(observe, tmp_path, capsys):

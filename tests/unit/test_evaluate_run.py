@@ -361,10 +361,33 @@ def test_stages_that_can_never_be_placed_are_refused():
         stream.ActorPool(metric=name, make=Counting, arguments={}, gpus=gpus)
         for name, gpus in (("draw", 0.5), ("hpsv3", 1.0))
     ]
-    with pytest.raises(InputError, match="need 1.5 GPU at once, and there are 1: lower"):
-        stream.check_room(stages, {"CPU": 8.0, "GPU": 1.0})
-    stream.check_room(stages, {"CPU": 8.0, "GPU": 2.0})
-    stream.check_room(stages, {"CPU": 8.0}, grows=True)
+    with pytest.raises(InputError, match="on here, the actors of hpsv3 cannot be placed: asked for 1 of .* 1 GPU each"):
+        stream.check_room(stages, [({}, {"CPU": 8.0, "GPU": 1.0})], "here")
+    with pytest.raises(InputError, match="actors of hpsv3"):  # no node has room for it, though two together have
+        stream.check_room(stages, [({}, {"CPU": 8.0, "GPU": 0.75})] * 2, "here")
+    stream.check_room(stages, [({}, {"CPU": 8.0, "GPU": 2.0})], "here")
+
+
+def test_an_evaluation_waits_for_nodes_that_are_still_joining(monkeypatch, tmp_path, capsys):
+    from raydistill.driver import evaluation as stream
+    from raydistill.driver import room
+
+    nodes, looks = [{"Resources": {"CPU": 0.1}}, {"Resources": {"CPU": 8.0}}], iter(range(1, 99))
+    monkeypatch.setattr(room, "labelled_nodes", lambda labels: nodes[: next(looks)])
+    monkeypatch.setattr(room, "autoscaler_present", lambda: False)
+
+    class Begun(Exception):
+        """The stream is started."""
+
+    def begin(rows):
+        raise Begun
+
+    monkeypatch.setattr(stream, "dataset_of", begin)
+    folder = EvaluationFolder.create(tmp_path / "e", items_of(["a"]), {"batch_size": 1})
+    with pytest.raises(Begun):
+        stream.run_stream(folder, [stream.ActorPool(metric="draw", make=Counting, arguments={})])
+    assert next(looks) == 3
+    assert "its 1 node(s) are too few" in capsys.readouterr().out
 
 
 def test_one_gpu_of_the_cluster_is_divided_among_the_stages():

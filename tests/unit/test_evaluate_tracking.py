@@ -104,10 +104,11 @@ def test_the_command_ends_with_the_page_of_its_run(plan, tmp_path, monkeypatch, 
     monkeypatch.setattr(evaluate, "carry_out_evaluation", lambda *_: ({"all prompts": {"clipscore": 25.0}}, *logged))
     assert evaluate.main() == 0
     experiment = client_of(uri).get_run(logged[0]).info.experiment_id
-    assert capsys.readouterr().out.splitlines()[-3:] == [
-        f"mlflow    run {logged[0]}",
-        f"mlflow ui --backend-store-uri {uri}",
-        f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning",
+    said = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]  # after the time: this is a log
+    assert said[-3:] == [
+        f"run       {logged[0]}",
+        f"MLflow    mlflow ui --backend-store-uri {uri}",
+        f"          http://127.0.0.1:5000/#/experiments/{experiment}/runs?workflowType=machine_learning",
     ]
 
 

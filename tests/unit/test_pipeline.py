@@ -22,7 +22,7 @@ from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
 from raydistill.driver.run_record import open_record
 from raydistill.errors import InputError, StageFailed
-from raydistill.teachers.request import TeacherUnavailable
+from raydistill.teachers.request import TeacherStartError, TeacherUnavailable
 from raydistill.workers import stop_signal
 
 
@@ -177,6 +177,25 @@ def test_the_time_of_a_stage_that_fails_is_kept_and_added_to(run):
     with open_record(*run) as second, second.timed("bridge"):
         pass
     assert second.seconds["bridge"] >= first.seconds["bridge"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ending", "in_vain", "told"),
+    [
+        (stop_signal.Stopped("asked to leave"), False, "stopped after 0 s"),
+        (TeacherStartError("not needed any more"), True, "no longer needed, after 0 s"),
+        (TeacherStartError("no room"), False, "failed after 0 s"),
+    ],
+    ids=["left", "vain", "failed"],
+)
+def test_a_stage_that_was_asked_to_leave_or_is_in_vain_has_not_failed(run, capsys, ending, in_vain, told):
+    with (
+        pytest.raises((StageFailed, stop_signal.Stopped)),
+        open_record(*run) as record,
+        record.timed("start", lambda: in_vain),
+    ):
+        raise ending
+    assert f"start: {told}" in capsys.readouterr().out
 
 
 def test_a_damaged_note_of_the_run_fails_it_in_its_own_words(run):

@@ -32,6 +32,12 @@ def test_a_line_of_a_log_names_time_stage_step_and_values(tmp_path, capsys):
     assert re.match(r"^\d\d:\d\d:\d\d stage: step 3/10, loss 0.5\n", shown(capsys, tmp_path / "progress.json", [3]))
 
 
+def test_the_last_step_of_a_stage_is_seen_however_soon_it_ends(tmp_path, capsys):
+    with ProgressWatcher(tmp_path / "progress.json", "synthesis", "row"):
+        write_progress(tmp_path / "progress.json", step=32, total=32, failed=0)
+    assert "synthesis: row 32/32, failed 0" in capsys.readouterr().out
+
+
 def test_an_earlier_attempts_file_is_not_taken_for_this_one(tmp_path, capsys):
     file = tmp_path / "progress.json"
     write_progress(file, step=9, total=10, loss=0.5)
@@ -131,6 +137,15 @@ def test_stages_have_numbers_and_end_with_their_time(capsys):
         raise RuntimeError
     lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
     assert lines == ["1/2 distill", "1/2 distill: done in 0 s", "2/2 no_vsd", "2/2 no_vsd: failed after 0 s"]
+
+
+def test_work_that_is_no_stage_has_a_bar_with_its_time_left(capsys):
+    with Screen().count("evaluate", 3, "picture") as done:
+        done(1)
+        time.sleep(0.05)
+        done(2)
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["evaluate: picture 1/3", "evaluate: picture 3/3, 0 s left"]
 
 
 PROGRAM = """

@@ -103,5 +103,6 @@ def test_an_impossible_evaluation_ends_with_two_and_leaves_nothing(two_cores, ru
         "evaluate", "shapes:flux", "--steps", 2, "--count", 2, "--storage", tmp_path, "--gpus", 1
     )
     assert code == 2
-    assert "the actors need 1 GPU at once, and there are 0" in error
+    assert "the actors of draw cannot be placed: asked for 1 of 0.25 CPU + 1 GPU each, room for 0" in error
+    assert "on this machine, which has no cluster" in error
     assert not list(tmp_path.iterdir())

@@ -44,6 +44,15 @@ NARRATION = [
         "lines": ["[2026-11-27 22:13:27,672 I 5 5] (raylet) worker_pool.cc:7: memory of idle workers is fine"],
     },
     {"pid": "raylet", "lines": ["[2026-11-27 22:13:27,672 W 5 5] (raylet) worker_pool.cc:7: a namespace is new"]},
+    {
+        "pid": "raylet",
+        "lines": [
+            "[2026-11-27 22:13:27,672 E 5 5] (raylet) node_manager.cc:3: 0 Workers (tasks / actors) killed due to memory "
+            "pressure (OOM), 2 Workers crashed due to other reasons at node (ID: 0a, IP: 10.0.0.1) over the last time period.",
+            "",
+            "Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/en/latest/x.html.",
+        ],
+    },
     OURS | {"lines": ["", "   "]},
 ]
 
