@@ -305,7 +305,10 @@ class EvaluationConfig(Section):
         if self.prompts is None and self.holdout is None:
             raise ValueError("prompts=null: name a file of held-out prompts, or set holdout to a share of prompts.path")
         if self.prompts is not None and self.holdout is not None:
-            raise ValueError(f"holdout={self.holdout:g}: prompts names held-out prompts already; set prompts=null")
+            raise ValueError(
+                f"holdout={self.holdout:g}, and prompts names held-out prompts already: set evaluation.holdout=null or "
+                "evaluation.prompts=null"
+            )
         return self
 
 
