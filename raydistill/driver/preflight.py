@@ -122,7 +122,6 @@ def _open_stream(config: Config) -> Pictures:
             "no pairs are stored; set discriminator.real_source=samples, or name discriminator.real_data",
         ),
         "synthesis.images": (synthesis.images is None, "it names no pictures"),
-        "synthesis.augment_share": (synthesis.augment_share > 0, "pictures are encoded as they are; set it to 0"),
         "synthesis.image_count": (synthesis.image_count is not None, "a stream reads all of them; set it to null"),
     }
     for key, (is_wrong, why) in unfit.items():

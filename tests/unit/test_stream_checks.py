@@ -50,9 +50,10 @@ def test_a_streamed_bridge_stores_no_pairs(configure):
     drawn = configure("discriminator.real_data=null", "discriminator.real_source=samples")
     assert stages_of(drawn)[:3] == ["samples", "bridge", "distill"]
     assert stages_of(load(overrides=["bridge.source=stream"]))[0] == "distill"  # a finished Bridge reads nothing
-    inputs = check_inputs(config)
-    assert isinstance(inputs.images, Pictures)
-    assert len(inputs.images.shards) == 1
+    for asked in (config, configure("synthesis.augment_share=0.5")):  # a Bridge alone sees such pictures
+        inputs = check_inputs(asked)
+        assert isinstance(inputs.images, Pictures)
+        assert len(inputs.images.shards) == 1
 
 
 @pytest.mark.parametrize(
