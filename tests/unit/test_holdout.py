@@ -89,7 +89,9 @@ def test_a_share_that_leaves_too_few_is_refused_in_one_line(split, tmp_path, lin
 
 
 def test_held_out_prompts_are_named_once():
-    with pytest.raises(InputError, match=r"evaluation: holdout=0\.1, and prompts names .*: set evaluation\.holdout=null or"):
+    with pytest.raises(
+        InputError, match=r"evaluation: holdout=0\.1, and prompts names .*: set evaluation\.holdout=null or"
+    ):
         load(overrides=["evaluation.holdout=0.1"])
     with pytest.raises(InputError, match="evaluation: prompts=null: name a file"):
         load(overrides=["evaluation.prompts=null"])
