@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   raydistill evaluate shapes:sd15 --unet shapes:sd15-onestep --start-timestep 999
   raydistill evaluate shapes:flux --steps 12 --prompts shapes-pairs
   raydistill evaluate mine --metrics judge frechet --reference outputs/evaluations/flux-heldout-0123abcd
+  raydistill evaluate mine --prompts train.parquet --holdout 0.001 --metrics clipscore pickscore
   raydistill evaluate mine --prompts PartiPrompts.tsv --metrics clipscore hpsv2 "command:mps=python score_mps.py"
 """
 
@@ -46,6 +47,8 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("model", metavar="MODEL", help="run's name or folder, diffusers folder, URI of one, or MLflow run id")
     add("--prompts", default="heldout", metavar="FILE|NAME", help="prompt file (txt, csv, tsv, jsonl, parquet, json, or a "
         "folder of json or txt), or a set: heldout, shapes-pairs, parti, hpsv2, hpsv3, imagereward, dpg (default: heldout)")
+    add("--holdout", type=float, metavar="SHARE", help="of --prompts, only the prompts that a run with "
+        "evaluation.holdout=SHARE holds out (default: all)")
     add("--prompt-sets", type=place_argument, metavar="FOLDER",
         help="where the published sets were put (default: <storage>/prompts)")
     add("--column", help="column of the prompt (default: prompt, Prompt or caption)")
@@ -95,8 +98,10 @@ def evaluation_of(arguments: argparse.Namespace) -> Evaluation:
             )
     if given.gpus is not None and given.gpus < 0:
         raise ValueError(f"--gpus {given.gpus}: must not be negative")
+    if given.holdout is not None and not 0 < given.holdout < 1:
+        raise ValueError(f"--holdout {given.holdout:g}: must be above 0 and below 1")
     sets = given.prompt_sets or given.storage / "prompts"
-    prompts = open_prompts(given.prompts, sets, given.column, given.category_column)
+    prompts = open_prompts(given.prompts, sets, given.column, given.category_column, given.holdout)
     asked = given.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")  # for a run id that is not in storage
     subject = find_subject(
         given.model, given.storage, asked, given.steps, given.guidance, given.unet, given.start_timestep

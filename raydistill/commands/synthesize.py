@@ -8,7 +8,7 @@ from raydistill.driver.job import Job, run_job
 
 STAGES = "raydistill.driver.single_stages"
 UNUSED = {  # of other stages: what they name need not fit this teacher
-    "bridge": {"checkpoint": None, "pairs": None},
+    "bridge": {"checkpoint": None, "pairs": None, "source": "stored"},
     "discriminator": {"real_data": None, "real_source": "pairs"},
     "student": {"unet": None},
     "evaluation": {"judge": None},

@@ -166,7 +166,7 @@ class BridgeConfig(Section):
         description="stored: train on bridge.pairs, or on pairs made before; stream: on the pictures of synthesis.images, "
         "which both VAEs encode beside training; nothing is stored",
     )
-    shuffle: Count = Field(1024, description="of a stream: pictures that each worker reads ahead and mixes")
+    shuffle: Count = Field(1024, description="with source=stream: pictures that each worker reads ahead and mixes")
     pairs: str | None = Field(
         None, description="parquet of (prompt, z_T, z_S) pairs to train on; null: synthesise `synthesis.count` of them"
     )
@@ -223,15 +223,16 @@ class DiscriminatorConfig(Section):
         0.5, description="depth of the block whose features are read"
     )
     real_data: str | None = Field(
-        "shapes:samples/flux", description="parquet of teacher samples (prompt, z_T); null: synthesise them"
+        "shapes:samples/flux",
+        description="parquet of teacher samples (prompt, z_T), which the discriminator takes as real; null: the run makes them",
     )
     real_source: Literal["pairs", "samples"] = Field(
         "pairs",
-        description="what serves where real_data is null: the run's pairs, or `synthesis.count` pictures that are drawn "
-        "for it, also where synthesis.images or bridge.pairs gives the pairs",
+        description="where real_data is null: pairs takes those that the Bridge is trained on; samples has synthesis.count "
+        "pictures drawn for the discriminator alone, as where the Bridge's pairs are of real pictures",
     )
     real_count: Count | None = Field(
-        4096, description="of these, how many (the first) are read, again and again; null: the whole set"
+        4096, description="how many of these samples are read, from the first on, again and again; null: the whole set"
     )
 
 

@@ -127,7 +127,7 @@ class DistillConfig(Section):
     stop_on_plateau: Few | None = free(
         None,
         description="end the distillation when evaluation.metric has not risen by more than its standard error in so many "
-        "evaluations, and export the best student; null: never",
+        "evaluations, and export the best student; null: never. A larger number, or null, lets such a run go on",
     )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 
@@ -148,7 +148,7 @@ LatentDtype = Literal["float16", "bfloat16"]
 
 
 class SynthesisConfig(Section):
-    count: Count = Field(2048, description="teacher-sampled pictures to make")
+    count: Count = Field(2048, description="pictures that the teacher, or synthesis.teacher, draws")
     teacher: str | None = Field(
         None,
         description="model that draws them instead of teacher.model: a cheaper one with the same VAE, such as a "
@@ -182,17 +182,26 @@ class SynthesisConfig(Section):
         description="real images that are encoded instead of teacher samples: tars, parquet, tables, folders, patterns, "
         "s3://, gs://, hf://datasets/org/name/…; null: sample. With bridge.source=stream the Bridge is trained on them",
     )
-    image_count: Count | None = Field(None, description="how many of these; null: all")
-    min_pixels: int = Field(0, ge=0, le=65_536, description="images whose smaller side has fewer pixels are left out")
+    image_count: Count | None = Field(None, description="how many pictures of synthesis.images are encoded; null: all")
+    min_pixels: int = Field(
+        0,
+        ge=0,
+        le=65_536,
+        description="pictures of synthesis.images whose smaller side has fewer pixels are left out; 0: none",
+    )
     image_column: str = Field(
-        "image", description="column of images: encoded bytes, a struct with `bytes`, or in a table the path"
+        "image",
+        description="column of synthesis.images: in parquet the encoded picture (bytes, or a struct with `bytes`), in a table "
+        "its path, in a tar the suffix where a sample has several pictures",
     )
     caption_column: str | None = Field(
         None,
-        description="column of captions, or several as `a,b_*`; null: `caption`, and of streamed sets text, prompt and "
-        "caption_* too",
+        description="column or key of captions, or several, as in `a,b_*`, of which each picture gets one; null: caption, "
+        "and of sets that are streamed (tars, tables, patterns, hf://) also text, prompt and caption_*",
     )
-    licence: str | None = free(None, description="name and licence of the images' set, for the student's model card")
+    licence: str | None = free(
+        None, description="name and licence of the set that synthesis.images names, for the student's model card"
+    )
     max_failed_rows: int = free(
         20,
         ge=0,
@@ -238,8 +247,8 @@ class EvaluationConfig(Section):
     )
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="share of the prompts of prompts.path that is held out, by a hash of their text, where "
-        "evaluation.prompts is null; a run learns from the others alone",
+        description="share of prompts.path, such as 0.001, that is held out to judge the student by, where evaluation.prompts "
+        "is null; a hash of a prompt's text decides, and the run learns from the others alone",
     )
     count: Count = Field(512, description="pictures of the final evaluations")
     periodic_count: Count = Field(256, description="pictures of the evaluations during training")
@@ -280,8 +289,8 @@ class EvaluationConfig(Section):
         4,
         ge=0,
         le=64,
-        description="prompts of which the periodic evaluation shows the student's picture, and the x0 estimates that teacher "
-        "and fake score make of it with noise; decoded by the teacher's VAE; 0: none",
+        description="how many prompts the picture `scores` of each evaluation during training has: the student's picture, and "
+        "below it what teacher and fake score (the two whose difference it learns from) make of it with noise; 0: none",
     )
 
     @field_validator("weights", mode="before")
@@ -312,7 +321,10 @@ class EvaluationConfig(Section):
         if self.prompts is None and self.holdout is None:
             raise ValueError("prompts=null: name a file of held-out prompts, or set holdout to a share of prompts.path")
         if self.prompts is not None and self.holdout is not None:
-            raise ValueError(f"holdout={self.holdout:g}: prompts names held-out prompts already; set prompts=null")
+            raise ValueError(
+                f"holdout={self.holdout:g}, and prompts names held-out prompts already: set evaluation.holdout=null or "
+                "evaluation.prompts=null"
+            )
         return self
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from raydistill.data.bits import to_torch
-from raydistill.data.pairs import about_shard, existing_shards, write_pairs
+from raydistill.data.pairs import about_shard, covered_rows, existing_shards, write_pairs
 from raydistill.data.shards import Batch, Failure, begin_set, too_many_failures, write_failures
 from raydistill.errors import InputError, StageFailed
 from raydistill.storage.place import Place
@@ -29,6 +29,18 @@ def caption_id(caption: str, key: int) -> int:
     """The id of a caption: equal ones have equal ids. A picture without one has an id of its own."""
     text = caption or f"\0{key}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 1
+
+
+def fewer_than_asked(folder: str | Place, limit: int | None) -> str | None:
+    """How a whole set falls short of the pictures that were asked for; None: it does not. Raises InputError."""
+    shards, rows = existing_shards(folder), covered_rows(folder)
+    if limit is None or rows >= limit or not shards:
+        return None
+    left_out = about_shard(folder, shards[-1]).get("left_out", 0)
+    return (
+        f"there are {rows:,} pictures, and synthesis.image_count asks for {limit:,}; {left_out:,} were left out (held-out "
+        "captions, synthesis.min_pixels)"
+    )
 
 
 class OrderedWriter:
@@ -130,7 +142,7 @@ class OrderedWriter:
         """
         if self.done == len(self.failures):
             write_failures(self.folder, self.failures)
-            why = f"{len(self.failures)} rows failed, {self.left_out} were left out"
+            why = f"{len(self.failures)} rows failed, {self.left_out} were left out (held-out captions, synthesis.min_pixels)"
             raise StageFailed(f"{self.folder}: no picture could be used: {why}")
         rest = bool(self._open["row"])
         written = [self._write(end=not self.complete)] if rest else []

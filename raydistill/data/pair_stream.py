@@ -30,6 +30,7 @@ import torch
 from ray.data.extensions import ArrowPythonObjectArray
 from ray.exceptions import RayError
 
+from raydistill.config.schema import Config
 from raydistill.config.stages import LatentDtype, Posterior, SynthesisConfig
 from raydistill.data.bits import to_torch
 from raydistill.data.images import BadImage
@@ -42,7 +43,9 @@ from raydistill.data.stream import Unhurried
 from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder
 from raydistill.errors import InputError, StageFailed
+from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
+from raydistill.storage.resolve import resolve
 from raydistill.teachers import placement
 from raydistill.teachers.request import one_line
 
@@ -60,9 +63,22 @@ class Encoding:
     seed: int
     posterior: Posterior
     dtype: LatentDtype
+    augment_share: float = 0.0  # of the pictures, which are changed before both VAEs encode them
+
+    @classmethod
+    def of(cls, config: Config) -> Encoding:
+        synthesis = config.synthesis
+        return cls(
+            teacher=load_space(resolve(config.teacher.model)),
+            student=load_space(resolve(config.student.model)),
+            seed=config.run.seed,
+            posterior=synthesis.posterior,
+            dtype=synthesis.dtype,
+            augment_share=synthesis.augment_share,
+        )
 
     def encoder(self, device: str) -> PairEncoder:
-        kept = {"dtype": getattr(torch, self.dtype), "with_previews": False}
+        kept = {"dtype": getattr(torch, self.dtype), "with_previews": False, "augment_share": self.augment_share}
         return PairEncoder(self.teacher, self.student, device, self.posterior, self.seed, **kept)
 
 

@@ -103,7 +103,7 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     places = {
         key: input_place(value) if key in READ_IN_PARTS else resolve(value) for key, value in named.items() if value
     }
-    for metric in metrics_of_run(config.evaluation):
+    for metric in metrics_of_run(config.evaluation) if inputs.distils else ():
         places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}
     return found | {key: _fingerprint(key, place) for key, place in places.items()}
 

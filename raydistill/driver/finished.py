@@ -15,6 +15,8 @@ SILENT = ("storage", "run.name", "tracking.", "plan.")  # keys that change nothi
 def additions(run: RunFolder, config: Config) -> list[str]:
     """What a finished distillation still lacks of what is asked for, for people: more updates, another control.
 
+    A run that a plateau or a collapse has ended lacks the rest of its updates, where that is to end it no longer.
+
     Raises:
         InputError: it asks for fewer updates, or for more although a collapse or a plateau ended the run.
     """
@@ -27,16 +29,28 @@ def additions(run: RunFolder, config: Config) -> list[str]:
             f"run.name={run.name} is finished after {steps} updates, and distill.steps={asked} asks for fewer: use "
             "another run.name"
         )
-    found = []
-    if asked > steps:
+    found, lifted = [f"distill.steps {steps} -> {asked}"] if asked > steps else [], _lifted(before, config)
+    if found or lifted:
         stopped = read_json(run.path / SUMMARY, "restore it, or use another run.name").get("stopped", {})
         if "distill" in stopped:
+            found += lifted
+        if "distill" in stopped and not lifted:
             raise InputError(
                 f"run.name={run.name} was ended early ({stopped['distill']}), so distill.steps={asked} does not "
-                "extend it: use another run.name"
+                "extend it: set distill.stop_on_plateau=null or distill.stop_on_collapse=false, or use another run.name"
             )
-        found.append(f"distill.steps {steps} -> {asked}")
     return found + [f"control {name}" for name in config.controls if name not in before.controls]
+
+
+def _lifted(before: Config, config: Config) -> list[str]:
+    """Keys that ended a run early and allow more now, as « key before -> now »."""
+    was, now = before.distill, config.distill
+    looser = {
+        "stop_on_plateau": was.stop_on_plateau is not None
+        and (now.stop_on_plateau is None or now.stop_on_plateau > was.stop_on_plateau),
+        "stop_on_collapse": was.stop_on_collapse and not now.stop_on_collapse,
+    }
+    return [f"distill.{key} {getattr(was, key)} -> {getattr(now, key)}" for key, is_so in looser.items() if is_so]
 
 
 def unused(run: RunFolder, config: Config) -> list[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydistill.config.command_line import from_command_line
-from raydistill.config.reading import STAGES, changed, stages_of
+from raydistill.config.reading import STAGES, changed, stages_of, streams_bridge
 from raydistill.config.schema import Config
 from raydistill.driver import finished
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder, pin_models
@@ -106,7 +106,7 @@ def prepare(job: Job, config: Config) -> Prepared:
 
     room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
     config = pin_models(config, folder)
-    inputs = check_inputs(config)
+    inputs = check_inputs(config, distils="distill" in job.stages)
     config = decided(config, folder, job.roles)
     binding = bind(config, folder, inputs)
     if job.check is not None:
@@ -191,7 +191,8 @@ def run_job(purpose: str, job: Job, arguments: Sequence[str] | None = None) -> i
 
 def _introduce(config: Config, folder: RunFolder, stages: Sequence[str]) -> None:
     """What the job is about, before the checks that take long."""
-    planned = [name for name in stages_of(config) if name in stages]
+    streamed = streams_bridge(config) and "distill" not in stages  # pairs would be the discriminator's alone
+    planned = [name for name in stages_of(config) if name in stages and not (streamed and name == "synthesis")]
     screen.plan(planned)
     screen.say(f"run {folder.name}: {config.teacher.model} → {config.student.model}")
     screen.say(f"folder    {folder.path}")

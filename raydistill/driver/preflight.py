@@ -52,10 +52,15 @@ class Inputs:
     notes: tuple[str, ...] = ()  # lines that the job prints first
     images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
     drawer: Space | None = None  # what draws pictures, when it is not the teacher
+    distils: bool = True  # as `check_inputs` was told
 
 
-def check_inputs(config: Config) -> Inputs:
-    """Open everything the configuration names. Raises an error naming key, file or row; starts nothing."""
+def check_inputs(config: Config, distils: bool = True) -> Inputs:
+    """Open everything the configuration names. Raises an error naming key, file or row; starts nothing.
+
+    Args:
+        distils: a student is trained and measured; False: the job makes pairs or a Bridge, and ends there.
+    """
     check_paths(
         config,
         [
@@ -84,7 +89,8 @@ def check_inputs(config: Config) -> Inputs:
     prompts, held_out = training_prompts(config), held_out_prompts(config)
     if config.evaluation.holdout is None:
         _check_disjoint("prompts.path", prompts.prompts, held_out)
-    _check_metrics(config, prompts, held_out)
+    if distils:
+        _check_metrics(config, prompts, held_out)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
@@ -92,14 +98,14 @@ def check_inputs(config: Config) -> Inputs:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
     if streams_bridge(config):
-        images = _open_stream(config)
+        images = _open_stream(config, distils)
     else:
         images = None if config.synthesis.images is None else _opened_images(config)
     if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images, drawer)
+    return Inputs(student, teacher, prompts, held_out, notes, images, drawer, distils)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
@@ -111,18 +117,17 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         raise InputError(f"{key}: {error}") from None
 
 
-def _open_stream(config: Config) -> Pictures:
+def _open_stream(config: Config, distils: bool) -> Pictures:
     """The pictures that the Bridge is trained on as they come. Lists them, and fetches none."""
     bridge, synthesis = config.bridge, config.synthesis
     unfit = {
         "bridge.pairs": (bridge.pairs is not None, "the Bridge reads synthesis.images, and no pairs; set it to null"),
-        "bridge.trainable": (bridge.trainable, "its anchor needs stored pairs; use bridge.source=stored"),
+        "bridge.trainable": (distils and bridge.trainable, "its anchor needs stored pairs; use bridge.source=stored"),
         "discriminator.real_source=pairs": (
-            needs_pairs(config),
+            distils and needs_pairs(config),
             "no pairs are stored; set discriminator.real_source=samples, or name discriminator.real_data",
         ),
         "synthesis.images": (synthesis.images is None, "it names no pictures"),
-        "synthesis.augment_share": (synthesis.augment_share > 0, "pictures are encoded as they are; set it to 0"),
         "synthesis.image_count": (synthesis.image_count is not None, "a stream reads all of them; set it to null"),
     }
     for key, (is_wrong, why) in unfit.items():

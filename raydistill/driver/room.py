@@ -42,7 +42,8 @@ def needs(config: Config, roles: Sequence[str] | None = None) -> Iterator[list[N
     """
     ranks = [] if config.teachers.service else [rank_need(config, config.teachers.replicas)]
     drawers = [rank_need(drawing_config(config), config.teachers.replicas)] if other_drawer(config) else ranks
-    if config.bridge.pairs is None and needs_pairs(config):
+    alone = roles is not None and streams_bridge(config)  # of a Bridge, whose discriminator is another job's
+    if config.bridge.pairs is None and needs_pairs(config) and not alone:
         sampled = draws_pairs(config)
         yield [
             *(drawers if sampled else []),

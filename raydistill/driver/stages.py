@@ -12,6 +12,7 @@ from typing import Any
 from raydistill.background import in_background
 from raydistill.config.reading import drawing_config, draws_samples, needs_pairs, other_drawer, streams_bridge
 from raydistill.config.schema import Config
+from raydistill.data.ordered_shards import fewer_than_asked
 from raydistill.data.pairs import covered_rows
 from raydistill.data.pictures import Filters, Pictures
 from raydistill.data.synthesis import Recipe
@@ -146,6 +147,8 @@ def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: Teac
             with ProgressWatcher(progress, stage, "row"):
                 synthesise_on_ray(recipe, folder, config.synthesis, client if recipe.samples else None, log)
             log.finish(folder, covered_rows(folder))
+            if not recipe.samples and (told := fewer_than_asked(folder, recipe.count)) is not None:
+                screen.say(f"{stage}: {told}")
         finally:
             tracker.close()
         record.finish(run_id)

@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from raydistill.data.holdout import Side
 from raydistill.data.prompt_rows import BadRow, checked, rows_of
 from raydistill.data.prompts import MAX_CHARACTERS, PromptSet, read_prompts
 from raydistill.errors import InputError
@@ -56,7 +57,11 @@ class CategorisedPrompts:
 
 
 def open_prompts(
-    name: str, sets: Place, column: str | None = None, category_column: str | None = None
+    name: str,
+    sets: Place,
+    column: str | None = None,
+    category_column: str | None = None,
+    holdout: float | None = None,
 ) -> CategorisedPrompts:
     """The prompts that `name` names: a file, a folder of them, an embedded set, or a published one.
 
@@ -66,11 +71,15 @@ def open_prompts(
         sets: folder where the published sets were put.
         column: of the prompt; None: prompt, Prompt or caption.
         category_column: of the category; None: category or Category, where the file has it.
+        holdout: only the prompts that a run with this `evaluation.holdout` holds out; None: all.
 
     Raises:
         InputError: no such set, or one that cannot be used.
     """
+    side = None if holdout is None else Side(holdout, held_out=True)
     if name == PAIRS:
+        if side is not None:
+            raise InputError(f"--holdout belongs to a file of training prompts (--prompts FILE), not to {PAIRS}")
         return CategorisedPrompts(name, PromptSet(_held_out_pairs(PAIRS_COUNT)), {})
     path = local_path(EMBEDDED.get(name, name))
     if name in PUBLISHED and not path.exists():
@@ -83,7 +92,8 @@ def open_prompts(
         known = ", ".join([*EMBEDDED, PAIRS, *PUBLISHED])
         raise InputError(f"{path}: no such file, and no set of that name; sets: {known}")
     title = name if name in PUBLISHED or name in EMBEDDED else path.resolve().stem
-    return CategorisedPrompts(title, _read(path, column), _categories(path, category_column))
+    title += "" if side is None else "-heldout"
+    return CategorisedPrompts(title, _read(path, column, side), _categories(path, category_column))
 
 
 def _held_out_pairs(count: int) -> list[str]:
@@ -94,11 +104,14 @@ def _held_out_pairs(count: int) -> list[str]:
     return list(captions)
 
 
-def _read(path: Path, column: str | None) -> PromptSet:
+def _read(path: Path, column: str | None, side: Side | None = None) -> PromptSet:
     try:
-        return read_prompts(path, column or PROMPT_COLUMNS)
+        return read_prompts(path, column or PROMPT_COLUMNS, side=side)
     except InputError as error:
-        raise InputError(str(error).replace("(prompts.column)", "(--column)")) from None
+        text = str(error).replace("(prompts.column)", "(--column)")
+        for key, option in (("evaluation.holdout=", "--holdout "), ("evaluation.prompts", "--prompts")):
+            text = text.replace(key, option)
+        raise InputError(text) from None
 
 
 def _categories(path: Path, column: str | None) -> dict[int, str]:

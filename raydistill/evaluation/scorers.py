@@ -67,7 +67,7 @@ class _Clip:
         """
         _limit(threads)
         around = processor or folder
-        self.model = CLIPModel.from_pretrained(folder).eval().requires_grad_(False)
+        self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(around)
         self.length = self.model.config.text_config.max_position_embeddings
         if Path(around, "preprocessor_config.json").is_file():

@@ -263,6 +263,13 @@ def _needs(counts: Counts, config: Config) -> str:
             hub.append(f"{value}{' (gated)' if value in gated else ''}")
         else:
             away.append(f"{value} ({key})")
+    for name, place in config.evaluation.weights.items():
+        if name.partition(".")[0] not in config.evaluation.measured:
+            continue
+        if is_hub_id(place) and not local_path(place).exists():
+            hub.append(f"{place} (evaluation.metrics)")
+        else:
+            (here if _is_here(place) else away).append(f"{place} (evaluation.weights.{name})")
     found = [", ".join(here)] if here else []
     found += [f"not on this machine: {', '.join(away)}"] if away else []
     found += [f"from the hub: {', '.join(hub)}"] if hub else []

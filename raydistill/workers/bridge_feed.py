@@ -16,8 +16,6 @@ from raydistill.data.pair_stream import Encoding, StreamedPairs, encoded_chunks,
 from raydistill.data.pairs import Pairs
 from raydistill.data.picture_order import PictureOrder
 from raydistill.data.pictures import Filters, Pictures
-from raydistill.spaces import load_space
-from raydistill.storage.resolve import resolve
 from raydistill.workers.ray_train import Worker
 
 
@@ -87,16 +85,9 @@ class Streamed:
             window=bridge.shuffle,
             filters=Filters(min_pixels=synthesis.min_pixels, captions=frozenset(held_out)),
         )
-        encoding = Encoding(
-            teacher=load_space(resolve(config.teacher.model)),
-            student=load_space(resolve(config.student.model)),
-            seed=seed,
-            posterior=synthesis.posterior,
-            dtype=synthesis.dtype,
-        )
         state = cursors[objective.rank] if cursors else None
         validation = VALIDATION_PAIRS if objective.rank == 0 else 0
-        self._chunks = encoded_chunks(order, encoding, synthesis, position_of(state), validation)
+        self._chunks = encoded_chunks(order, Encoding.of(config), synthesis, position_of(state), validation)
         self._pairs = StreamedPairs(self._chunks, seed=seed, max_failed_rows=synthesis.max_failed_rows, state=state)
         self._objective, self._validates = objective, bool(validation)
 

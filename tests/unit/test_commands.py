@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 
@@ -14,7 +15,9 @@ from raydistill.commands.distill import JOB
 from raydistill.config.command_line import from_command_line
 from raydistill.config.key_help import COMMON, help_text
 from raydistill.config.reading import CONFIGS, fields, find_config, load, shipped
+from raydistill.driver.finished import additions, reopen
 from raydistill.driver.job import run_job
+from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.storage.resolve import check_paths
 
@@ -196,4 +199,25 @@ def test_a_finished_run_says_what_to_do_for_a_changed_key(finished, tmp_path):
     file.write_text('{"steps": 40, "stopped": {"distill": "step 40: drift"}}')
     code, _, error = finished("distill.steps=90")
     assert code == 2
-    assert "was ended early (step 40: drift), so distill.steps=90 does not extend it" in error
+    assert "was ended early (step 40: drift), so distill.steps=90 does not extend it: set distill.stop_on_plat" in error
+
+
+def test_a_run_that_was_ended_early_goes_on_where_that_is_to_end_it_no_longer(tmp_path):
+    given = [f"storage={tmp_path}", "run.name=mine", "distill.steps=60"]
+    asked = {"stop_on_plateau": ("4", "null", "6", "3"), "stop_on_collapse": ("true", "false", "false", "true")}
+    for key, (before, *looser, same) in asked.items():
+        config = load(overrides=[*given, f"distill.{key}={before}"])
+        run = open_run_folder(config)
+        create_run_folder(run, config)
+        (run.path / "distill").mkdir(exist_ok=True)
+        (run.path / "distill" / "result.json").write_text('{"steps": 40}')
+        for told in ({}, {"distill": "step 40: it rises no longer"}):
+            (run.path / "summary.json").write_text(json.dumps({"steps": 40, "stopped": told}))
+            assert additions(run, config) == []
+            assert additions(run, load(overrides=[*given, f"distill.{key}={same}"])) == []
+            for value in looser:
+                found = additions(run, load(overrides=[*given, f"distill.{key}={value}"]))
+                assert len(found) == bool(told)
+                assert all(one.startswith(f"distill.{key} ") for one in found)
+        reopen(run, load(overrides=[*given, f"distill.{key}={looser[0]}"]))
+        assert not (run.path / "distill" / "result.json").exists()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from evaluation_folders import folder_of, items_of
 from tiny_clip import write_clip
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, CLIPModel
 
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
@@ -179,6 +179,14 @@ def test_pickscore_is_what_its_model_card_computes(tmp_path, clip_folder):
     wanted = model.logit_scale.exp() * (text @ image.T)[0]
     assert scores == pytest.approx(wanted.tolist(), abs=1e-4)
     assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_a_clip_model_that_is_stored_in_half_precision_computes_in_float32(clip_folder, tmp_path):
+    CLIPModel.from_pretrained(clip_folder).half().save_pretrained(tmp_path / "half")
+    scorer = PickScorer(str(tmp_path / "half"), str(clip_folder))
+    assert {value.dtype for value in scorer.model.parameters()} == {torch.float32}
+    save_png(tmp_path / "one.png", to_pil(torch.zeros(3, 24, 24)), {})
+    assert scorer([str(tmp_path / "one.png")], [SINGLE])["pickscore"][0] != 0
 
 
 # -- prompt sets ------------------------------------------------------------------------------------------

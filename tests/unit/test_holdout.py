@@ -7,6 +7,7 @@ import shutil
 import pytest
 from torch import zeros
 
+from raydistill.commands.evaluate import arguments_of, evaluation_of
 from raydistill.config.reading import load
 from raydistill.data.holdout import is_held_out
 from raydistill.data.pairs import write_pairs
@@ -15,6 +16,7 @@ from raydistill.data.synthesis import fingerprint_of
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.stages import recipe_of
 from raydistill.errors import InputError
+from raydistill.evaluation.promptsets import open_prompts
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 
@@ -87,12 +89,29 @@ def test_a_share_that_leaves_too_few_is_refused_in_one_line(split, tmp_path, lin
 
 
 def test_held_out_prompts_are_named_once():
-    with pytest.raises(InputError, match=r"evaluation: holdout=0\.1: prompts names held-out prompts already"):
+    with pytest.raises(
+        InputError, match=r"evaluation: holdout=0\.1, and prompts names .*: set evaluation\.holdout=null or"
+    ):
         load(overrides=["evaluation.holdout=0.1"])
     with pytest.raises(InputError, match="evaluation: prompts=null: name a file"):
         load(overrides=["evaluation.prompts=null"])
     with pytest.raises(InputError, match=r"evaluation\.holdout: .*less than 1"):
         load(overrides=["evaluation.holdout=1", "evaluation.prompts=null"])
+
+
+def test_an_evaluation_of_a_finished_run_reads_the_prompts_that_the_run_held_out(split, tmp_path):
+    config = split(LINES, 0.1)
+    _, held = both(config)
+    found = open_prompts(config.prompts.path, tmp_path, holdout=0.1)
+    assert (list(found.prompts.prompts), found.prompts.ids.tolist()) == (list(held.prompts), held.ids.tolist())
+    assert found.name == "prompts-heldout"
+    assert len(open_prompts(config.prompts.path, tmp_path).prompts) == len(LINES)
+    with pytest.raises(InputError, match=r"^--holdout 0\.001: of 2000 prompts of .*prompts\.txt, \d are held out"):
+        open_prompts(config.prompts.path, tmp_path, holdout=0.001)
+    with pytest.raises(InputError, match="--holdout belongs to a file of training prompts"):
+        open_prompts("shapes-pairs", tmp_path, holdout=0.1)
+    with pytest.raises(ValueError, match=r"--holdout 1: must be above 0 and below 1"):
+        evaluation_of(arguments_of(["shapes:sd15", "--prompts", config.prompts.path, "--holdout", "1"]))
 
 
 def test_synthesis_draws_no_prompt_that_is_held_out_and_pairs_with_one_are_refused(split, tmp_path):

@@ -140,7 +140,11 @@ def streamed(order, encoding, state=None, validation=0, size=4, limit=0):
     return StreamedPairs(chunks, seed=3, max_failed_rows=limit, state=state)
 
 
-def test_pairs_are_those_of_a_stored_set(tmp_path, spaces, encoding):
+@pytest.mark.parametrize("changed", [0.0, 0.5])
+def test_pairs_are_those_of_a_stored_set(tmp_path, spaces, changed):
+    asked = ["run.seed=3", "synthesis.posterior=sample", f"synthesis.augment_share={changed}"]
+    asked += [f"teacher.model={spaces[0].folder}", f"student.model={spaces[1].folder}"]
+    encoding = Encoding.of(load(overrides=asked))
     (tmp_path / "folder").mkdir()
     for number in range(6):
         (tmp_path / "folder" / f"{number}.png").write_bytes(png(number))
@@ -155,6 +159,7 @@ def test_pairs_are_those_of_a_stored_set(tmp_path, spaces, encoding):
         shard_size=6,
         seed=3,
         posterior="sample",
+        augment_share=changed,
     )
     synthesis.synthesise(recipe, tmp_path / "pairs")
     stored = load_pairs(tmp_path / "pairs")

@@ -10,7 +10,7 @@ from pair_sets import load_pairs
 from picture_sets import png, write_tar, write_tars
 
 from raydistill.config.reading import load
-from raydistill.data.ordered_shards import OrderedWriter, caption_id
+from raydistill.data.ordered_shards import OrderedWriter, caption_id, fewer_than_asked
 from raydistill.data.pairs import existing_shards
 from raydistill.data.pictures import Filters, open_pictures
 from raydistill.data.prompts import PromptSet
@@ -130,7 +130,9 @@ def test_a_run_takes_bound_filters_and_licence_from_its_configuration(spaces, ta
 
 
 def test_a_set_of_which_nothing_can_be_used_fails(spaces, tars, tmp_path):
-    with pytest.raises(StageFailed, match="no picture could be used: 0 rows failed, 15 were left out"):
+    with pytest.raises(
+        StageFailed, match="no picture could be used: 0 rows failed, 15 were left out \\(held-out captions, synth"
+    ):
         synthesise(recipe(spaces, tars, filters=Filters(min_pixels=65)), tmp_path)
 
 
@@ -153,3 +155,12 @@ def test_progress_expects_what_the_shards_so_far_lead_to_expect(spaces, tars, tm
         writer.add(batch | told)
         counts.append(writer.count)
     assert all(done < count <= 10 for done, count in enumerate(counts, start=1))
+
+
+def test_a_set_that_ends_before_the_pictures_that_were_asked_for_says_so(spaces, tars, tmp_path):
+    gone = frozenset(row.caption for row in list(open_pictures(str(tars)).rows(5))[:4])
+    synthesise(recipe(spaces, tars, count=12, filters=Filters(captions=gone)), tmp_path)
+    told = fewer_than_asked(tmp_path, 12)
+    assert told.startswith("there are 11 pictures, and synthesis.image_count asks for 12; 4 were left out")
+    assert fewer_than_asked(tmp_path, 11) is None
+    assert fewer_than_asked(tmp_path, None) is None

@@ -367,10 +367,10 @@ def test_files_weights_tokens_and_terms_of_a_real_pair_are_named(name, large):
     counts = dataclasses.replace(large, models=count(Wanted("models", config)))
     lines = said(counts, config, *(["fits", "watch", "money", "savings", "speeds", "needs", "terms"]))
     gated = name != "sdxl_sd15"
-    needs = lines["needs"]
-    assert f"{config.student.unet} (student.unet)" in needs.partition("not on this machine: ")[2]
+    assert f"{config.student.unet} (student.unet)" in (needs := lines["needs"]).partition("not on this machine: ")[2]
     assert f"{config.prompts.path} (prompts.path)" in needs
     assert f"{config.teacher.model}{' (gated)' if gated else ''}" in needs.partition("from the hub: ")[2]
+    assert "yuvalkirstain/PickScore_v1 (evaluation.metrics)" in needs.partition("from the hub: ")[2]
     assert ("HF_TOKEN" in needs) == gated
     assert "shapes:" not in needs
     for terms in counts.models.terms:

@@ -146,6 +146,9 @@ def test_any_pair_by_the_fast_recipe_differs_from_the_paper_s_in_what_costs(teac
     assert (draws_pairs(fast), draws_samples(fast)) == (False, True)
     assert 200_000 <= fast.synthesis.image_count <= 400_000
     assert fast.distill.warmup_steps > 0
+    assert (fast.evaluation.prompts, fast.evaluation.holdout) == (None, 0.001), "one file of prompts is enough"
+    evaluations = fast.distill.steps // fast.distill.evaluate_every
+    assert 2 <= fast.distill.stop_on_plateau < evaluations, "it ends where the score no longer rises"
     now, before = flatten(fast), flatten(paper)
     assert {key for key in now if now[key] != before[key]} - CHEAPER == set()
     same = {
@@ -160,9 +163,9 @@ def test_any_pair_by_the_fast_recipe_differs_from_the_paper_s_in_what_costs(teac
 
 
 CHEAPER = {
-    "bridge.steps", "synthesis.images", "synthesis.image_count", "synthesis.min_pixels", "synthesis.count",
+    "bridge.steps", "synthesis.images", "synthesis.image_count", "synthesis.min_pixels", "synthesis.count", "synthesis.max_failed_rows",
     "synthesis.encoders", "synthesis.in_flight", "fake_score.updates", "discriminator.real_source", "distill.steps",
-    "distill.warmup_steps",
+    "distill.warmup_steps", "distill.stop_on_plateau", "evaluation.prompts", "evaluation.holdout",
 }  # fmt: skip
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from raydistill.config.reading import load, needs_pairs, stages_of
+from raydistill.commands.synthesize import JOB
+from raydistill.config.reading import changed, load, needs_pairs, stages_of
 from raydistill.data.pictures import Pictures
 from raydistill.driver import binding, room
+from raydistill.driver.job import _introduce
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import open_run_folder
 from raydistill.driver.single_stages import check_ablation
@@ -50,9 +52,10 @@ def test_a_streamed_bridge_stores_no_pairs(configure):
     drawn = configure("discriminator.real_data=null", "discriminator.real_source=samples")
     assert stages_of(drawn)[:3] == ["samples", "bridge", "distill"]
     assert stages_of(load(overrides=["bridge.source=stream"]))[0] == "distill"  # a finished Bridge reads nothing
-    inputs = check_inputs(config)
-    assert isinstance(inputs.images, Pictures)
-    assert len(inputs.images.shards) == 1
+    for asked in (config, configure("synthesis.augment_share=0.5")):  # a Bridge alone sees such pictures
+        inputs = check_inputs(asked)
+        assert isinstance(inputs.images, Pictures)
+        assert len(inputs.images.shards) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,28 @@ def test_a_streamed_bridge_stores_no_pairs(configure):
 def test_what_a_stream_cannot_do_is_refused_by_key(configure, change, said):
     with pytest.raises(InputError, match=said):
         check_inputs(configure(change))
+
+
+OF_A_STUDENT = ("discriminator.real_data=null", "bridge.trainable=true", "evaluation.metrics=[judge,clipscore]")
+
+
+def test_a_job_that_trains_the_bridge_alone_needs_no_reals_and_no_metrics(configure, capsys):
+    config = configure(*OF_A_STUDENT, "evaluation.weights.clipscore=/nowhere", "run.name=alone")
+    inputs = check_inputs(config, distils=False)
+    assert isinstance(inputs.images, Pictures)
+    assert not [key for key in binding.bind(config, open_run_folder(config), inputs).inputs if "weights" in key]
+    roles = ["teacher rank", "synthesis, pictures", "Bridge training"]
+    assert len(list(room.needs(config, roles))) == 1
+    _introduce(config, open_run_folder(config), ("synthesis", "bridge"))
+    assert "synthesis" not in capsys.readouterr().out
+    with pytest.raises(InputError, match="evaluation.weights.clipscore"):
+        check_inputs(config)
+
+
+def test_pairs_are_made_whatever_a_configuration_says_of_its_bridge_s_source(configure):
+    config = changed(configure("synthesis.images=null", "discriminator.real_data=null"), JOB.changes)
+    assert stages_of(config)[0] == "synthesis"
+    assert check_inputs(config, distils=False).images is None
 
 
 def test_variants_are_trained_on_stored_pairs_alone(configure):
