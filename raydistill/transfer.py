@@ -20,14 +20,14 @@ def upload(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def download(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """`values` in main memory, after one wait for all that their device has been given."""
-    copies, waits = [], False
+    copies, devices = [], set()
     for value in values:
         if value.device.type != "cuda":
             copies.append(value.cpu())
             continue
         copy = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         copies.append(copy.copy_(value.detach(), non_blocking=True))
-        waits = True
-    if waits:
-        torch.cuda.current_stream().synchronize()
+        devices.add(value.device)
+    for device in devices:  # which need not be the current one
+        torch.cuda.current_stream(device).synchronize()
     return copies

@@ -198,7 +198,7 @@ class FakeScoreConfig(Section):
     )
     base_dtype: Literal["float32", "bfloat16"] = free(
         "float32",
-        description="lora with distill.mixed_precision: how the frozen copy's linear layers and convolutions are kept; "
+        description="of lora, with distill.mixed_precision: how the frozen copy's linear layers and convolutions are kept; "
         "bfloat16: half the memory, the same numbers, for autocast rounds them so anyway",
     )
     first_blocks: Few | None = Field(

@@ -74,9 +74,8 @@ class Config(Section):
             raise ValueError("vsd.weight and discriminator.weight are both 0: nothing would teach the student")
         if self.fake_score.shard and self.fake_score.kind != "lora":
             raise ValueError(f"fake_score.shard: nothing of kind={self.fake_score.kind} is frozen; use kind=lora")
-        if self.fake_score.base_dtype != "float32" and self.fake_score.kind != "lora":
-            raise ValueError(f"fake_score.base_dtype: nothing of kind={self.fake_score.kind} is frozen; use float32")
-        if self.fake_score.base_dtype != "float32" and not self.distill.mixed_precision:
+        narrow = self.fake_score.kind == "lora" and self.fake_score.base_dtype != "float32"
+        if narrow and not self.distill.mixed_precision:
             raise ValueError(
                 f"fake_score.base_dtype={self.fake_score.base_dtype} gives the same numbers under autocast alone: set "
                 "distill.mixed_precision=true, or use float32"

@@ -15,6 +15,7 @@ from raydistill.config.keys import (
     Fraction,
     Gpus,
     NonNegative,
+    Patience,
     Positive,
     Seconds,
     Section,
@@ -106,6 +107,10 @@ class DistillConfig(Section):
         le=1_000_000_000,
         description="worker failures in a row, without an update that was not done before, after which the run ends with "
         "reason and node, whatever max_failures says; lost nodes do not count; -1 and 0: any number",
+    )
+    collective_timeout_s: Patience = free(
+        1800,
+        description="longest time that workers wait for each other before the attempt fails; rank 0's evaluation is part of it",
     )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"

@@ -206,8 +206,7 @@ class Networks:
             return
         decay = min(self.config.student.ema_decay, (updates + 1) / (updates + 10))
         with torch.no_grad():
-            for mean, new in zip(self.ema.parameters(), self.student.parameters(), strict=True):
-                mean.lerp_(new, 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.student.parameters()), 1 - decay)
 
     def best_state(self) -> dict[str, Any]:
         """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""

@@ -15,7 +15,7 @@ from typing import Any
 import ray.train
 import torch
 from ray.train import CheckpointConfig, CheckpointUploadMode, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from raydistill.background import in_background, result_of
@@ -91,6 +91,7 @@ def train(
         return TorchTrainer(
             body,
             train_loop_config=settings,
+            torch_config=TorchConfig(timeout_s=max(1, round(distill.collective_timeout_s))),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 elastic_resize_monitor_interval_s=distill.resize_after_s,
