@@ -251,8 +251,7 @@ def test_faults_of_every_part_and_ctrl_c_change_no_number(finished, tmp_path, ml
         job.until(lambda: job.processes("ray::MapWorker"), pause=0.1)
         job.processes("ray::MapWorker")[0].kill()
         job.until(lambda: "a worker failed: OSError: " in job.text(), pause=0.1)
-        (folder / "before.json").unlink()
-        job.until((folder / "before.json").is_file)  # by its successor
+        job.until((folder / "best" / "state.pt").is_file)  # by its successor
         job.until(lambda: " teacher evaluation\n" in job.text())  # the first step comes next
         (replica,) = job.processes("ray::ServeReplica")
         ranks = {process.pid for process in job.processes("ray::TeacherRank")}
