@@ -5,7 +5,12 @@ Weights, losses and updates are float32 in either case.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
+
+# Under autocast RMS norms get bfloat16 values and float32 weights, as they should: torch says that it uses no fused kernel.
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight", category=UserWarning)
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
