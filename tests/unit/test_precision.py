@@ -6,12 +6,11 @@ import subprocess
 import sys
 
 NORM = """
-import torch, raydistill.precision
-value = torch.ones(2, 8, dtype=torch.bfloat16, device="meta")
-torch.nn.functional.rms_norm(value, (8,), torch.ones(8, device="meta"))
+import torch
+torch.nn.RMSNorm(8, eps=1e-6)(torch.ones(2, 8, dtype=torch.bfloat16))
 """
 
 
 def test_a_norm_with_weights_in_float32_warns_of_nothing():
-    done = subprocess.run([sys.executable, "-c", NORM], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"import raydistill.precision{NORM}"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
