@@ -282,7 +282,9 @@ def test_a_judged_student_whose_score_falls_raises_the_alarm_and_the_best_stays(
         parameter.data.zero_()
     observer.after_step(4, 1, {"time/step": 1.0})
     assert observer.standing.collapse.startswith("step 4: evaluation fell to ")
-    assert observer.tracker.tagged == [{"collapse_alarm": observer.standing.collapse}]
+    consistency, collapse = observer.tracker.tagged  # its picture is no longer the one that the teacher sees
+    assert consistency["consistency_alarm"].startswith("step 4: bridge/consistency_psnr fell to ")
+    assert collapse == {"collapse_alarm": observer.standing.collapse}
     assert load_state(tmp_path / "best")[1] == {"step": 2, "score": best}
     for name in ("eval/periodic_mean", "0-overview/score"):
         curve = {step for key, step in observer.tracker.values if key == name}
