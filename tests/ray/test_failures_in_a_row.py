@@ -15,6 +15,7 @@ from raydistill.workers.ray_train import run_body, train
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.full
 def test_an_error_that_stays_ends_a_stage_that_may_fail_any_number_of_times(ray_cluster, tmp_path):
     """Its workers get one update further once, and then never again."""
 

@@ -88,6 +88,7 @@ def test_callers_in_lockstep_with_places_of_their_own_do_not_meet(idle):
         assert requests(idle.client()) == [answered + 1] * REPLICAS
 
 
+@pytest.mark.full
 def test_a_replica_that_dies_costs_no_request(idle):
     client = idle.client()
     pending = [client.submit(request_of(1000)) for _ in range(2 * REPLICAS)]

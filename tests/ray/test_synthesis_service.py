@@ -219,6 +219,7 @@ def test_a_failing_row_is_recorded(whole, client, spaces, prompts, flux_folder, 
     assert pairs.prompts == [complete.prompts[row] for row in left]
 
 
+@pytest.mark.full
 def test_real_images_become_pairs_without_a_service(ray_cluster, spaces, tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -355,6 +355,7 @@ def test_absent_service_is_given_up_by_name_without_asking_for_retry_for_s(ray_c
     assert client.repeated <= 2
 
 
+@pytest.mark.full
 def test_a_service_that_is_taken_down_is_given_up_by_the_clients_that_used_it(ray_cluster, sd_folder):
     space = load_space(sd_folder)
     request = make_request("sd", space, 3)
