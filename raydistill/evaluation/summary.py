@@ -14,14 +14,23 @@ from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 
+WIDTH = 80  # characters of a table
+
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, first: str = "mean") -> Table:
     """Who (student before, student after, teacher, controls) × metric; `first` leads, then order of appearance.
 
-    A value that a row lacks shows as –.
+    A value that a row lacks shows as –. Where the metrics are too many for `WIDTH`, they are the rows.
     """
     columns = _columns(rows, first)
     result = Table(title=title, box=None, title_justify="left", padding=(0, 2, 0, 0), pad_edge=False)
+    if max(map(len, rows), default=0) + sum(max(len(name), 5) + 2 for name in columns) > WIDTH:
+        for name in ("", *rows):
+            result.add_column(name, justify="right" if name else "left", no_wrap=not name)
+        for name in columns:
+            cells = [_cells(scores, [name])[0] for scores in rows.values()]
+            result.add_row(name, *cells, style="bold" if name == first else None)
+        return result
     result.add_column("", no_wrap=True)
     for name in columns:
         result.add_column(name, justify="right", style="bold" if name == first else None)

@@ -55,5 +55,5 @@ def test_images_serve_the_bridge_and_a_sibling_s_samples_the_discriminator(tmp_p
     (folder / "summary.json").unlink()  # as if the driver had been lost at the very end
     code, text = job_of(tmp_path, *command)
     assert code == 0, text
-    assert "start teacher-draws" not in text
+    assert "start teacher-draws: done" not in text
     assert (folder / "summary.json").is_file()

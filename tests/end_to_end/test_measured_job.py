@@ -41,8 +41,9 @@ def test_a_run_by_clipscore_and_a_program_of_trainers_and_of_actors(tmp_path):
     columns = {"mean", "all", "size", "color", "shape", "position", "background", "clipscore", "length"}
     for who in ("student_before", "student_after", "teacher"):
         assert set(summary[who]) == columns
-    header = next(line for line in text.splitlines() if "background" in line)
-    assert header.split()[0] == "clipscore"  # leads the table
+    named = [line.split()[0] for line in text.splitlines() if line.split()[:1] and line.split()[0] in columns]
+    assert named[0] == "clipscore", "it leads the table, whose rows are the metrics"
+    assert set(named) == columns
     for prefix in ("eval/periodic_", "eval/", "student_after/"):
         assert columns <= metrics_of(tmp_path, "trainers", prefix)
     parent, _ = mlflow_runs(tmp_path, "trainers")
