@@ -24,12 +24,12 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     """
     columns = _columns(rows, first)
     result = Table(title=title, box=None, title_justify="left", padding=(0, 2, 0, 0), pad_edge=False)
-    if max(map(len, rows), default=0) + sum(max(len(name), 5) + 2 for name in columns) > WIDTH:
+    cells = {name: [_cells(scores, [name])[0] for scores in rows.values()] for name in columns}
+    if max(map(len, rows), default=0) + sum(2 + max(map(len, [name, *cells[name]])) for name in columns) > WIDTH:
         for name in ("", *rows):
             result.add_column(name, justify="right" if name else "left", no_wrap=not name)
         for name in columns:
-            cells = [_cells(scores, [name])[0] for scores in rows.values()]
-            result.add_row(name, *cells, style="bold" if name == first else None)
+            result.add_row(name, *cells[name], style="bold" if name == first else None)
         return result
     result.add_column("", no_wrap=True)
     for name in columns:

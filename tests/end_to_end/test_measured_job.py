@@ -52,7 +52,12 @@ def test_a_run_by_clipscore_and_a_program_of_trainers_and_of_actors(tmp_path):
     champion = client.get_model_version_by_alias("measured", "champion")
     assert champion.tags == {"metric": "student_after/clipscore", "score": repr(summary["student_after"]["clipscore"])}
 
-    more = ["evaluation.gpus_per_scorer=0", "evaluation.prompts=null", "evaluation.holdout=0.05"]
+    more = [
+        "evaluation.gpus_per_scorer=0",
+        "evaluation.prompts=null",
+        "evaluation.holdout=0.05",
+        "discriminator.weight=0",
+    ]
     code, text = job_of(tmp_path, "run.name=actors", *settings, *more, "distill.steps=4", "distill.stop_on_plateau=1")
     assert code == 0, text
     assert "are held out" in text
