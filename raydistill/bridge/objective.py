@@ -6,6 +6,7 @@ anchor, by a distillation that trains the Bridge along.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,7 @@ TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
 Captions = Callable[[Sequence[str]], Conditioning]  # the teacher's conditioning of a batch of prompts
 
 
-class Losses:
+class Losses(ABC):
     """alpha L1 + beta attention fidelity of a Bridge, on batches of pairs, wherever they come from.
 
     Args:
@@ -73,9 +74,9 @@ class Losses:
         """Pairs of a step that are this worker's."""
         return self.settings.batch_size // self.world_size
 
+    @abstractmethod
     def held_out(self, most: int, size: int) -> Iterator[Pairs]:
         """At most `most` pairs that are never trained on, `size` at a time."""
-        raise NotImplementedError
 
     def __call__(self, bridge: nn.Module, batch: Pairs, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Total loss and its parts (see `bridge_loss`) of step `step`, as float32 scalars with gradients.
