@@ -131,8 +131,9 @@ class DistillConfig(Section):
     )
     stop_on_plateau: Few | None = free(
         None,
-        description="end the distillation when evaluation.metric has not risen by more than its standard error in so many "
-        "evaluations, and export the best student; null: never. A larger number, or null, lets such a run go on",
+        description="end the distillation when evaluation.metric has not risen in so many evaluations by more than "
+        "the standard error of its rise, picture by picture, and export the best student; null: never. A larger number, "
+        "or null, lets such a run go on",
     )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 

@@ -64,22 +64,22 @@ class Measured:
     Attributes:
         table: mean of each column, over the pictures that have a number.
         spread: standard deviation of its numbers.
-        noise: standard error of the mean.
+        each: the numbers themselves, picture by picture; None: the metric has none for it.
     """
 
     table: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
-    noise: dict[str, float] = field(default_factory=dict)
+    each: dict[str, list[float | None]] = field(default_factory=dict)
 
     def with_columns(self, columns: Mapping[str, Sequence[float | None]]) -> Measured:
         """With these besides; columns without any number are left out."""
-        table, spread, noise = dict(self.table), dict(self.spread), dict(self.noise)
+        table, spread, each = dict(self.table), dict(self.spread), dict(self.each)
         for name, values in columns.items():
             if numbers := [value for value in values if value is not None]:
                 table.setdefault(name, math.fsum(numbers) / len(numbers))
                 spread[name] = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
-                noise[name] = spread[name] / math.sqrt(len(numbers))
-        return Measured(table, spread, noise)
+                each[name] = list(values)
+        return Measured(table, spread, each)
 
 
 def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scores: Scores | None) -> Measured:

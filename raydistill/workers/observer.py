@@ -187,15 +187,15 @@ class Observer:
             fall = FALL if metric in OF_JUDGE else FALL_IN_SPREADS * measured.spread[metric]
             if score < standing.best - fall:
                 self._alarm(step, f"evaluation fell to {score:.3f} from {standing.best:.3f}")
-            self._look_for_plateau(step, score, measured.noise[metric])
+            self._look_for_plateau(step, measured.each[metric])
         if (score is not None or drifted is None) and standing.score > standing.best:
             standing.best = standing.score
             self.best.keep(step, standing.score)
 
-    def _look_for_plateau(self, step: int, score: float, noise: float) -> None:
+    def _look_for_plateau(self, step: int, scores: list[float | None]) -> None:
         """Say that the score no longer rises, where that ends the stage."""
         standing, allowed = self.standing, self.config.distill.stop_on_plateau
-        standing.observe(score, noise)
+        noise = standing.observe(scores)
         if allowed is None or standing.flat < allowed:
             standing.plateau = None
             return

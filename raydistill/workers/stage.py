@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,6 +51,7 @@ class Standing:
     collapse: str | None = None  # the alarm, while it lasts
     plateau: str | None = None  # why the score counts as one that no longer rises
     peak: float | None = None  # score that has last risen by more than its noise
+    peak_scores: list[float | None] | None = None  # of its pictures, one by one
     flat: int = 0  # evaluations since
     consistency: float | None = None  # the highest bridge/consistency_psnr so far, dB
     final_s: float = 0.0  # that the evaluation of the start took, and the one at the end will; 0: not known
@@ -57,15 +60,35 @@ class Standing:
     def of(cls, about: dict[str, Any]) -> Standing:
         """Of a checkpoint, which an earlier version may have written."""
         lasting = {name: about.get(name) for name in ("stopped", "collapse", "plateau", "peak", "consistency")}
-        later = {name: about[name] for name in ("final_s", "flat") if name in about}
+        later = {name: about[name] for name in ("final_s", "flat", "peak_scores") if name in about}
         return cls(step=about["step"], best=about["best"], score=about["score"], **lasting, **later)
 
-    def observe(self, score: float, noise: float) -> None:
-        """Count the evaluations since the score has last risen by more than its standard error."""
-        if self.peak is None or score > self.peak + noise:
-            self.peak, self.flat = score, 0
+    def observe(self, scores: list[float | None]) -> float:
+        """Count the evaluations since the mean score has last risen by more than the standard error of its rise.
+
+        Every evaluation draws the same prompts from the same noise. So the rise is the mean of each picture's own rise,
+        and its error has no part of what makes pictures differ from each other.
+
+        Args:
+            scores: of the pictures of this evaluation; None: the metric has no number for it.
+
+        Returns:
+            The standard error; where the pictures of the peak are not known, that of the mean score.
+        """
+        known = [score for score in scores if score is not None]
+        score = math.fsum(known) / len(known)
+        if self.peak is None:
+            self.peak, self.peak_scores, self.flat = score, scores, 0
+            return 0.0
+        pairs = zip(scores, self.peak_scores or [], strict=False)
+        rises = [now - then for now, then in pairs if now is not None and then is not None]
+        rise, of = (math.fsum(rises) / len(rises), rises) if rises else (score - self.peak, known)
+        noise = statistics.stdev(of) / math.sqrt(len(of)) if len(of) > 1 else 0.0
+        if rise > noise:
+            self.peak, self.peak_scores, self.flat = score, scores, 0
         else:
             self.flat += 1
+        return noise
 
     def ended(self, distill: DistillConfig) -> str | None:
         """Why the stage has ended early, where the configuration lets it."""
@@ -79,6 +102,7 @@ class Standing:
             "final_s": 0.0,
             "plateau": None,
             "peak": None,
+            "peak_scores": None,
             "flat": 0,
             "consistency": None,
         }  # as in checkpoints of earlier versions

@@ -311,13 +311,12 @@ def test_a_student_that_ends_below_its_start_is_said_to_be_worse(observe, tmp_pa
 
 
 def measured_as(observer, values):
-    """The observer measures these: (mean, spread, noise) of clipscore, evaluation by evaluation; None: the metric failed."""
+    """The observer measures these: clipscore of each picture, evaluation by evaluation; None: the metric failed."""
     coming = iter(values)
 
     def evaluate(evaluator):
         found = next(coming)
-        table = [{}] * 3 if found is None else [{"clipscore": value} for value in found]
-        return torch.zeros(4, 3, 8, 8), Measured(*table)
+        return torch.zeros(4, 3, 8, 8), Measured().with_columns({} if found is None else {"clipscore": found})
 
     observer._evaluate = evaluate
 
@@ -332,29 +331,29 @@ def watch(observer, steps):
 
 def test_the_chosen_metric_keeps_the_best_and_a_fall_of_half_its_spread_raises_the_alarm(observe, tmp_path):
     _, observer = observe(*CLIP)
-    measured_as(observer, [(29, 3, 0.2), (30, 3, 0.2), (28.6, 3, 0.2), (28.4, 3, 0.2)])
+    measured_as(observer, [[mean - 3, mean, mean + 3] for mean in (29, 30, 28.6, 28.4)])
     watch(observer, (2, 4, 6))
     assert load_state(tmp_path / "best")[1] == {"step": 4, "score": 30}
     assert observer.standing.collapse is None
     observer._compare(8, observer._periodic_evaluation(8), None)
     assert observer.standing.collapse == "step 8: evaluation fell to 28.400 from 30.000"
-    assert observer.tracker.values["0-overview/score", 6] == 28.6
+    assert observer.tracker.values["0-overview/score", 6] == pytest.approx(28.6)
 
 
 def test_a_plateau_ends_the_stage_as_a_collapse_does_and_exports_the_best(observe, tmp_path, capsys):
     _, observer = observe(*CLIP, "distill.stop_on_plateau=2")
-    small_rises = [(29, 3, 0.5), (29.3, 3, 0.5), (29.6, 3, 0.5), (29.7, 3, 0.5), (30.05, 3, 0.5)]
-    measured_as(observer, [*small_rises, (29.9, 3, 0.5)])
+    first, mixed, risen = [20.0, 30.0, 40.0], [19.0, 30.0, 42.0], [20.5, 30.5, 40.5]
+    measured_as(observer, [first, mixed, risen, [20.0, 31.0, 40.8], [21.0, 30.0, 41.0], risen])
     distill, standing = observer.config.distill, observer.standing
-    watch(observer, (2, 4))  # 29.3 is no rise yet
-    kept = Standing.of(standing.about("run"))  # what a resume reads
+    watch(observer, (2, 4))  # 1/3 higher, but pictures rise by -1, 0 and 2: the error is 0.88
+    kept = Standing.of(json.loads(json.dumps(standing.about("run"))))  # what a resume reads
     assert kept == standing
-    assert (kept.peak, kept.flat) == (29, 1)
-    watch(observer, (6,))  # 29.6 is more than 0.5 above 29
-    assert (standing.peak, standing.flat, standing.plateau) == (29.6, 0, None)
-    for step in (8, 10):
+    assert (kept.peak, kept.peak_scores, kept.flat) == (30, first, 1)
+    watch(observer, (6,))  # every picture by 0.5, which the spread of 10 between pictures does not hide
+    assert (standing.peak, standing.peak_scores, standing.flat, standing.plateau) == (30.5, risen, 0, None)
+    for step in (8, 10):  # by -0.5, 0.5, 0.3 and by 0.5, -0.5, 0.5
         observer._compare(step, observer._periodic_evaluation(step), None)
-    told = "step 10: clipscore has not risen above 29.600 by its noise (0.500) in 2 evaluations"
+    told = "step 10: clipscore has not risen above 30.500 by its noise (0.333) in 2 evaluations"
     assert standing.plateau == told
     assert f"plateau: {told}" in capsys.readouterr().out
     standing.step, standing.stopped = 10, standing.plateau
@@ -366,9 +365,17 @@ def test_a_plateau_ends_the_stage_as_a_collapse_does_and_exports_the_best(observ
     assert standing.ended(distill.model_copy(update={"stop_on_plateau": None, "stop_on_collapse": True})) is None
 
 
+def test_without_the_peaks_pictures_the_rise_is_held_against_the_error_of_the_mean():
+    standing = Standing.of(Standing(peak=30.0, flat=1).about("run"))  # of a checkpoint of an earlier version
+    assert standing.observe([20.5, 30.5, None, 40.5]) == pytest.approx(10 / 3**0.5)
+    assert (standing.peak, standing.flat) == (30.0, 2)
+    assert standing.observe([40.0, 41.0, None, 42.0]) == pytest.approx(1 / 3**0.5)
+    assert (standing.peak, standing.flat, standing.peak_scores) == (41.0, 0, [40.0, 41.0, None, 42.0])
+
+
 def test_a_metric_that_fails_keeps_the_best_as_it_is_and_the_last_where_there_is_none(observe, tmp_path):
     _, observer = observe(*CLIP)
-    measured_as(observer, [None, (25, 3, 0.2), None])
+    measured_as(observer, [None, [24.0, 26.0], None])
     watch(observer, (2,))
     assert load_state(tmp_path / "best")[1]["step"] == 2
     watch(observer, (4, 6))
