@@ -25,6 +25,7 @@ from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_so
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
+from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
 from raydistill.evaluation.metrics import check_chosen, metrics_of_run
@@ -214,6 +215,8 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     last = space.path.num_train_timesteps - 1
     if config.student.start_timestep > last:
         raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
+    if config.student.kind == "lora":
+        adapted(config, space, empty_part(space, space.network_name))  # without weights: it can be, or it cannot
     if config.student.unet is None:
         return ()
     checkpoint = open_student(space, resolve(config.student.unet))
