@@ -33,12 +33,17 @@ class StudentConfig(Section):
         description="one-step start: folder of a diffusers UNet or pipeline, or a UNet state dict (.safetensors, .bin, "
         ".pt, .pth; of several networks its EMA); null: model's own",
     )
+    lora_start: str | None = Field(
+        None,
+        description="LoRA that is merged into this start, such as LCM-LoRA's or Hyper-SD's: a .safetensors file, a folder with "
+        "one, or org/name[@revision][/file.safetensors] of the hub; null: none",
+    )
     start_timestep: int = Field(
         999,
         ge=1,
         le=1_000_000,
-        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's; decides "
-        "also where student.unet names another",
+        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's, of a LoRA "
+        "what its card says; decides also where student.unet names another",
     )
     kind: Literal["full", "lora"] = Field(
         "full",

@@ -44,13 +44,16 @@ def guidance_scale(config: Config, teacher_space: Space) -> float:
     return teacher_space.default_guidance_scale if configured is None else configured
 
 
-def load_unet(space: Space, checkpoint: str | None) -> nn.Module:
+def load_unet(space: Space, checkpoint: str | None, lora: str | None = None) -> nn.Module:
     """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
 
+    Args:
+        lora: is merged into it (`student.lora_start`).
+
     Raises:
-        InputError: the checkpoint is no student of this family, or cannot be read safely.
+        InputError: the checkpoint is no student of this family, the LoRA does not fit, or one cannot be read safely.
     """
-    return load_start(space, checkpoint)
+    return load_start(space, checkpoint, lora)
 
 
 def adapted(config: Config, space: Space, network: nn.Module) -> nn.Module:

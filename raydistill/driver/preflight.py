@@ -37,6 +37,7 @@ from raydistill.spaces.distilled import check_scores, drawing
 from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
+from raydistill.spaces.starts import check_lora
 from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
@@ -67,6 +68,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         [
             "student.model",
             "student.unet",
+            "student.lora_start",
             "teacher.model",
             *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
@@ -217,11 +219,14 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
         raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
     if config.student.kind == "lora":
         adapted(config, space, empty_part(space, space.network_name))  # without weights: it can be, or it cannot
-    if config.student.unet is None:
-        return ()
-    checkpoint = open_student(space, resolve(config.student.unet))
-    conflict = checkpoint.start_conflict(config.student.start_timestep)
-    return (checkpoint.describe(), *([conflict] if conflict else []))
+    notes = []
+    if config.student.unet is not None:
+        checkpoint = open_student(space, resolve(config.student.unet))
+        conflict = checkpoint.start_conflict(config.student.start_timestep)
+        notes += [checkpoint.describe(), *([conflict] if conflict else [])]
+    if config.student.lora_start is not None:
+        notes.append(check_lora(space, config.student.lora_start))
+    return tuple(notes)
 
 
 def _check_bucket(storage: Place) -> None:

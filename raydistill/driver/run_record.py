@@ -34,7 +34,7 @@ from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
 
 T = TypeVar("T")
 PARAMS = (  # by which people compare runs; what was typed comes on top, and config.yaml has them all
-    "teacher.model", "teacher.guidance_scale", "student.model", "student.unet", "student.kind", "student.lr",
+    "teacher.model", "teacher.guidance_scale", "student.model", "student.unet", "student.lora_start", "student.kind", "student.lr",
     "bridge.checkpoint",
     "distill.steps", "distill.batch_size", "fake_score.kind", "fake_score.updates", "vsd.weight", "discriminator.weight",
     "run.seed",

@@ -168,14 +168,14 @@ def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
     shutil.copyfile(export.folder / FOLDER / FILE, folder / FILE)
     shutil.copytree(export.folder / FOLDER / "scheduler", folder / "scheduler")
     config = export.run_config()
-    unet = config.student.unet if config else None
-    apart = difference(space, lambda: load_lora(Path(base.folder), folder, load_start(base, unet)))
+    starts = (config.student.unet, config.student.lora_start) if config else (None, None)
+    apart = difference(space, lambda: load_lora(Path(base.folder), folder, load_start(base, *starts)))
     rank = next(entry.shape[0] for name, entry in read_header(folder / FILE).tensors.items() if "lora_A" in name)
     report = (
         f"rank {rank}, as it was trained, {(folder / FILE).stat().st_size / 2**20:.1f} MiB; one picture differs by "
         f"{apart:.2f} / 255 on average"
     )
-    usage = usage_of(base_name, unet, space.scheduler, start, report)
+    usage = usage_of(base_name, *starts, space.scheduler, start, report)
     (folder / "README.md").write_text(outside_card(Path(space.folder), usage, base_model=base_name), encoding="utf-8")
     return report
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from raydistill.spaces.adapter import lora_state
 from raydistill.spaces.base import Space
+from raydistill.storage.hub import HUB_FILE
 
 FOLDER = "lora"  # of an export
 FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: `load_lora_weights(folder)` finds it
@@ -29,15 +30,22 @@ def write_own_lora(space: Space, network: nn.Module, scheduler: SchedulerMixin, 
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def usage_of(base: str, unet: str | None, scheduler: SchedulerMixin, start: int, report: str = "") -> str:
+def usage_of(
+    base: str, unet: str | None, lora: str | None, scheduler: SchedulerMixin, start: int, report: str = ""
+) -> str:
     """How to load a student's own LoRA.
 
     Args:
-        base, unet: `student.model` and `student.unet`.
+        base, unet, lora: `student.model`, `student.unet` and `student.lora_start`.
         start: timestep.
         report: what was found of it.
     """
     before = "" if unet is None else f"# it was trained on another UNet: put that of {unet} into pipe.unet here\n"
+    if lora is not None:
+        match = None if Path(lora).exists() else HUB_FILE.fullmatch(lora)
+        place = repr(match["repo"] if match else lora)
+        place += f", weight_name={match['file']!r}" if match and match["file"] else ""
+        before += f"pipe.load_lora_weights({place})  # its start\npipe.fuse_lora()\npipe.unload_lora_weights()\n"
     return _USAGE.format(
         base=base,
         report=f": {report}" if report else "",

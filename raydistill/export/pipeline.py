@@ -37,13 +37,20 @@ class ModelCard:
     config_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None  # student.unet; None: the base's own UNet
+    lora_start: str | None = None  # student.lora_start; None: none was merged into it
     drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
     pictures: Sequence[tuple[str, str | None]] = ()  # sets of real pictures that it learned from: source and licence
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licences = student_licences(
-            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start, self.drawer
+            self.teacher,
+            self.teacher_class,
+            self.student,
+            "StableDiffusionPipeline",
+            self.start,
+            self.drawer,
+            self.lora_start,
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
@@ -51,6 +58,7 @@ class ModelCard:
             "Teacher": self.teacher,
             "Student": self.student,
             "Student start": self.start or "the student's own UNet",
+            **({"LoRA merged into it": self.lora_start} if self.lora_start else {}),
             "Student updates": self.steps,
             "Start timestep": start_timestep,
             **({"Pictures": "; ".join(source for source, _ in self.pictures)} if self.pictures else {}),
@@ -211,7 +219,7 @@ def export_student(
         (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
         if has_lora(unet):
-            usage = usage_of(card.student, card.start, scheduler, start_timestep)
+            usage = usage_of(card.student, card.start, card.lora_start, scheduler, start_timestep)
             write_own_lora(space, unet, scheduler, fresh / LORA, usage)
     return folder
 

@@ -302,7 +302,13 @@ def count_models(config: Config, student: Space, teacher: Space) -> Models:
     models = config.teacher.model, config.student.model
     drawer = config.synthesis.teacher if other_drawer(config) else None
     terms = student_licences(
-        models[0], teacher.pipeline_class, models[1], student.pipeline_class, config.student.unet, drawer
+        models[0],
+        teacher.pipeline_class,
+        models[1],
+        student.pipeline_class,
+        config.student.unet,
+        drawer,
+        config.student.lora_start,
     )
     known = hub_models()
     gated = {
