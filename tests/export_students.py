@@ -12,6 +12,8 @@ from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.published_students import load_student
 
+ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}
+
 
 def one_step_of(model: str) -> tuple[Path, Path]:
     """(UNet folder of the base, UNet folder of the one-step student) of sd15 or sd21."""

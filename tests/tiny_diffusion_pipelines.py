@@ -125,20 +125,23 @@ def save_sdxl(folder: Path, **index) -> Path:
     return folder
 
 
-def sd21_unet(latent_side: int) -> UNet2DConditionModel:
+def sd21_unet(latent_side: int, **settings) -> UNet2DConditionModel:
     """Stable Diffusion 2.1's layout: linear projections, a number of heads for each level, none at the last."""
+    defaults = {
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "block_out_channels": (16, 32, 32),
+        "attention_head_dim": (2, 4, 4),  # diffusers' name for the number of heads
+        "use_linear_projection": True,
+    }
     unet = UNet2DConditionModel(
         sample_size=latent_side,
         in_channels=4,
         out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32, 32),
         layers_per_block=1,
-        attention_head_dim=(2, 4, 4),  # diffusers' name for the number of heads
-        use_linear_projection=True,
         cross_attention_dim=miniatures.TEXT_WIDTH,
         norm_num_groups=8,
+        **(defaults | settings),
     )
     for name, parameter in unet.named_parameters():
         if "attn2" in name and name.endswith("weight"):
@@ -146,10 +149,30 @@ def sd21_unet(latent_side: int) -> UNet2DConditionModel:
     return randomised(unet)
 
 
-def save_sd21(folder: Path, prediction_type: str) -> Path:
+# UNets of SD 1.5's layout with blocks left out, as BK-SDM's: fewer layers; no middle block; no deepest level.
+RELATIVES = {
+    "base": {},
+    "small": {"mid_block_type": None},
+    "tiny": {
+        "mid_block_type": None,
+        "block_out_channels": (16, 32),
+        "attention_head_dim": 4,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    },
+}
+
+
+def save_relative(folder: Path, name: str) -> Path:
+    """A StableDiffusionPipeline folder with one of RELATIVES."""
+    sd15 = {"attention_head_dim": 4, "use_linear_projection": False}
+    return save_sd21(folder, "epsilon", **(sd15 | RELATIVES[name]))
+
+
+def save_sd21(folder: Path, prediction_type: str, **settings) -> Path:
     """A StableDiffusionPipeline folder: SD 2.1-base (epsilon, PNDM, 32 px) or SD 2.1 (v-prediction, DDIM, 48 px).
 
-    The pixels stand in the ratio of 512 to 768; schedulers are the published ones.
+    The pixels stand in the ratio of 512 to 768; schedulers are the published ones. `settings` go to the UNet.
     """
     torch.manual_seed(13)
     tokenizer = miniatures.clip_tokenizer()
@@ -166,7 +189,7 @@ def save_sd21(folder: Path, prediction_type: str) -> Path:
         vae=vae(0.18215),
         text_encoder=miniatures.clip_text_encoder(tokenizer).eval(),
         tokenizer=tokenizer,
-        unet=sd21_unet(LATENT_SIDE if is_base else LATENT_SIDE * 3 // 2),
+        unet=sd21_unet(LATENT_SIDE if is_base else LATENT_SIDE * 3 // 2, **settings),
         scheduler=PNDMScheduler(skip_prk_steps=True, **common)
         if is_base
         else DDIMScheduler(clip_sample=False, **common),

@@ -33,18 +33,41 @@ class StudentConfig(Section):
         description="one-step start: folder of a diffusers UNet or pipeline, or a UNet state dict (.safetensors, .bin, "
         ".pt, .pth; of several networks its EMA); null: model's own",
     )
+    lora_start: str | None = Field(
+        None,
+        description="LoRA that is merged into this start, such as LCM-LoRA's or Hyper-SD's: a .safetensors file, a folder with "
+        "one, or org/name[@revision][/file.safetensors] of the hub; null: none",
+    )
     start_timestep: int = Field(
         999,
         ge=1,
         le=1_000_000,
-        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's; decides "
-        "also where student.unet names another",
+        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's, of a LoRA "
+        "what its card says; decides also where student.unet names another",
+    )
+    kind: Literal["full", "lora"] = Field(
+        "full",
+        description="full: the whole UNet is trained; lora: LoRA on its frozen start, exported as a LoRA and, merged, as a "
+        "pipeline",
+    )
+    rank: Few = Field(64, description="LoRA rank of the student")
+    targets: list[str] = Field(
+        [],
+        max_length=100,
+        description="layers that the student's LoRA adapts, by the ends of their names: linear ones and convolutions; none: "
+        "its family's attention and feed-forward layers",
     )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="exponential moving average that is evaluated and exported; null: none"
     )
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+
+    @model_validator(mode="after")
+    def _adapted(self) -> StudentConfig:
+        if self.targets and self.kind == "full":
+            raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
+        return self
 
 
 class TeacherConfig(Section):

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 from raydistill.config.schema import Config
 from raydistill.distillation.finite import Finite
 from raydistill.distillation.networks import Networks
+from raydistill.spaces.adapter import trained
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
@@ -38,7 +39,7 @@ def optimizers_of(networks: Networks, config: Config) -> dict[str, AdamW]:
         return AdamW(parameters, lr=lr, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
 
     found = {
-        "student": adamw(list(networks.student.parameters()), config.student.lr),
+        "student": adamw(list(trained(networks.student).values()), config.student.lr),
         "fake": adamw(list(networks.fake.trainable().values()), config.fake_score.lr),
     }
     if config.bridge.trainable:

@@ -57,7 +57,7 @@ def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
         config,
         student_space=student,
         teacher_space=teacher,
-        student=load_unet(student, config.student.unet),
+        student=load_unet(student, config.student.unet, config.student.lora_start),
         bridge=Bridge.load(resolve(config.bridge.checkpoint), student, teacher),
         fake_network=teacher.load_network(),
         source=local_batches(prompts, tables, config.distill.batch_size, config.run.seed),

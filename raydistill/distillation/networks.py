@@ -11,7 +11,6 @@ Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.distillation.finite import Finite
+from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
+from raydistill.spaces.adapter import add_lora, copy_of, load_own_state, own_state, trained
 from raydistill.spaces.one_step import one_step_x0, x0_gain
-from raydistill.spaces.published_students import load_student
-from raydistill.storage.resolve import resolve
+from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
@@ -44,13 +44,31 @@ def guidance_scale(config: Config, teacher_space: Space) -> float:
     return teacher_space.default_guidance_scale if configured is None else configured
 
 
-def load_unet(space: Space, checkpoint: str | None) -> nn.Module:
+def load_unet(space: Space, checkpoint: str | None, lora: str | None = None) -> nn.Module:
     """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
 
+    Args:
+        lora: is merged into it (`student.lora_start`).
+
     Raises:
-        InputError: the checkpoint is no student of this family, or cannot be read safely.
+        InputError: the checkpoint is no student of this family, the LoRA does not fit, or one cannot be read safely.
     """
-    return space.load_network() if checkpoint is None else load_student(space, resolve(checkpoint))
+    return load_start(space, checkpoint, lora)
+
+
+def adapted(config: Config, space: Space, network: nn.Module) -> nn.Module:
+    """The student as it is trained, made of its start in place: all of it, or a LoRA on it.
+
+    Raises:
+        InputError: `student.targets` names no layer, or one that takes no LoRA.
+    """
+    if config.student.kind == "full":
+        return network.requires_grad_(True)
+    try:
+        add_lora(network, config.student.rank, config.student.targets or space.lora_targets, config.run.seed)
+    except InputError as error:
+        raise InputError(f"student.targets: {error}") from None
+    return network
 
 
 def load_real(
@@ -103,13 +121,13 @@ class Networks:
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device, self.finite = torch.device(device), Finite()
         torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
-        self.student = student.to(device).eval().requires_grad_(True)
+        self.student = adapted(config, student_space, student).to(device).eval()
         self.bridge = bridge.to(device).eval().requires_grad_(False)
         if config.bridge.trainable:
             self.bridge.projector.requires_grad_(True)
         depth = config.discriminator.depth_fraction
         self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depth, mesh).to(device)
-        self.ema = copy.deepcopy(student).requires_grad_(False) if config.student.ema_decay else None
+        self.ema = copy_of(self.student).requires_grad_(False) if config.student.ema_decay else None
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
@@ -206,32 +224,33 @@ class Networks:
             return
         decay = min(self.config.student.ema_decay, (updates + 1) / (updates + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.student.parameters()), 1 - decay)
+            averages, now = (list(trained(network).values()) for network in (self.ema, self.student))
+            torch._foreach_lerp_(averages, now, 1 - decay)
 
     def best_state(self) -> dict[str, Any]:
         """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""
-        state = {"student": self.evaluated.state_dict()}
+        state = {"student": own_state(self.evaluated)}
         return state | ({"bridge": self.bridge.projector.state_dict()} if self.config.bridge.trainable else {})
 
     def load_best_state(self, state: dict[str, Any]) -> None:
-        self.evaluated.load_state_dict(state["student"])
+        load_own_state(self.evaluated, state["student"])
         if self.config.bridge.trainable:
             self.bridge.projector.load_state_dict(state["bridge"])
 
     def state_dict(self) -> dict[str, Any]:
         """All trained weights; frozen ones are not in it."""
         fake = {name: p.detach() for name, p in self.fake.trainable().items()}
-        return {"fake": fake} | {name: module.state_dict() for name, module in self._trained().items()}
+        return {"fake": fake} | {name: own_state(module) for name, module in self._trained().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             for name, parameter in self.fake.trainable().items():
                 parameter.copy_(state["fake"][name])
         for name, module in self._trained().items():
-            module.load_state_dict(state[name])
+            load_own_state(module, state[name])
 
     def _trained(self) -> dict[str, nn.Module]:
-        """By its name in a checkpoint, whatever is kept whole; of the fake score only a part may be trained."""
+        """By its name in a checkpoint, whatever it keeps; of the fake score only a part may be trained."""
         bridge = self.bridge.projector if self.config.bridge.trainable else None
         kept = {"student": self.student, "ema": self.ema, "discriminator": self.discriminator, "bridge": bridge}
         return {name: module for name, module in kept.items() if module is not None}

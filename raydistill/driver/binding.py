@@ -24,7 +24,7 @@ from raydistill.spaces import load_space
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.fingerprint import fingerprint
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import input_place, resolve
+from raydistill.storage.resolve import FILE_KEYS, input_place, resolve, resolve_file
 from raydistill.workers.adoption import ForeignCheckpoint, Runs, checkpoint_folders, require_ours
 from raydistill.workers.bridge import CHECKPOINTS as OF_BRIDGE
 from raydistill.workers.checkpoint import CheckpointError, about_of
@@ -33,7 +33,7 @@ from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
 PIPELINES = ("student.model", "teacher.model", "synthesis.teacher")
-MODELS = (*PIPELINES, "student.unet", "bridge.checkpoint", "evaluation.judge")
+MODELS = (*PIPELINES, "student.unet", *FILE_KEYS, "bridge.checkpoint", "evaluation.judge")
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 WEIGHTS = "evaluation.weights."  # begins the keys of weights of metrics
 PAIRS = ("bridge.pairs", "discriminator.real_data")
@@ -100,9 +100,8 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
     named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
-    places = {
-        key: input_place(value) if key in READ_IN_PARTS else resolve(value) for key, value in named.items() if value
-    }
+    read = dict.fromkeys(READ_IN_PARTS, input_place) | dict.fromkeys(FILE_KEYS, resolve_file)
+    places = {key: read.get(key, resolve)(value) for key, value in named.items() if value}
     for metric in metrics_of_run(config.evaluation) if inputs.distils else ():
         places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}
     return found | {key: _fingerprint(key, place) for key, place in places.items()}

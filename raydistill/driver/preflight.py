@@ -25,6 +25,7 @@ from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_so
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
 from raydistill.distillation.fake_score import truncate
+from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
 from raydistill.evaluation.metrics import check_chosen, metrics_of_run
@@ -36,6 +37,7 @@ from raydistill.spaces.distilled import check_scores, drawing
 from raydistill.spaces.held import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
+from raydistill.spaces.starts import check_lora
 from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
@@ -66,6 +68,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         [
             "student.model",
             "student.unet",
+            "student.lora_start",
             "teacher.model",
             *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
@@ -214,11 +217,16 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     last = space.path.num_train_timesteps - 1
     if config.student.start_timestep > last:
         raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
-    if config.student.unet is None:
-        return ()
-    checkpoint = open_student(space, resolve(config.student.unet))
-    conflict = checkpoint.start_conflict(config.student.start_timestep)
-    return (checkpoint.describe(), *([conflict] if conflict else []))
+    if config.student.kind == "lora":
+        adapted(config, space, empty_part(space, space.network_name))  # without weights: it can be, or it cannot
+    notes = []
+    if config.student.unet is not None:
+        checkpoint = open_student(space, resolve(config.student.unet))
+        conflict = checkpoint.start_conflict(config.student.start_timestep)
+        notes += [checkpoint.describe(), *([conflict] if conflict else [])]
+    if config.student.lora_start is not None:
+        notes.append(check_lora(space, config.student.lora_start))
+    return tuple(notes)
 
 
 def _check_bucket(storage: Place) -> None:

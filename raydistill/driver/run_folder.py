@@ -17,7 +17,7 @@ from raydistill.errors import InputError, mask
 from raydistill.storage import hub
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote, cause
-from raydistill.storage.resolve import HUB_KEYS, check_storage, local_path
+from raydistill.storage.resolve import FILE_KEYS, HUB_KEYS, check_storage, local_path
 from raydistill.storage.run_files import CONFIGURATION, NOTES, config_of, notes_of
 
 
@@ -77,13 +77,14 @@ def pin_models(config: Config, run: RunFolder) -> Config:
     if (saved := saved_config(run)) is not None:
         config = _of_revisions(config, saved)
     models = {}
-    for key in HUB_KEYS:
+    for key in (*HUB_KEYS, *FILE_KEYS):
         value = get(config, key)
         if key == "synthesis.teacher" and not draws(config):
             continue
-        if value is not None and hub.is_hub_id(value) and not local_path(value).exists():
+        of_hub, pinned = (hub.is_hub_file, hub.pinned_file) if key in FILE_KEYS else (hub.is_hub_id, hub.pinned)
+        if value is not None and of_hub(value) and not local_path(value).exists():
             try:
-                models[key] = hub.pinned(value)
+                models[key] = pinned(value)
             except InputError as error:
                 raise InputError(f"{key}: {error}") from None
     return _with_models(config, models)
@@ -103,7 +104,7 @@ def with_backend(config: Config, saved: Config) -> Config:
 
 def _of_revisions(config: Config, saved: Config) -> Config:
     """Hub models whose revision is left open, at the revision that the saved configuration names."""
-    models = {key: (get(config, key), get(saved, key)) for key in HUB_KEYS}
+    models = {key: (get(config, key), get(saved, key)) for key in (*HUB_KEYS, *FILE_KEYS)}
     models = {key: both for key, both in models.items() if None not in both}
     same = {key: before for key, (now, before) in models.items() if hub.same_but_for_revision(now, before)}
     return _with_models(config, same)

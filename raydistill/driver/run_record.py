@@ -34,7 +34,8 @@ from raydistill.workers.stop_signal import TRACKING_WITHIN_S, Stopped
 
 T = TypeVar("T")
 PARAMS = (  # by which people compare runs; what was typed comes on top, and config.yaml has them all
-    "teacher.model", "teacher.guidance_scale", "student.model", "student.unet", "student.lr", "bridge.checkpoint",
+    "teacher.model", "teacher.guidance_scale", "student.model", "student.unet", "student.lora_start", "student.kind", "student.lr",
+    "bridge.checkpoint",
     "distill.steps", "distill.batch_size", "fake_score.kind", "fake_score.updates", "vsd.weight", "discriminator.weight",
     "run.seed",
 )  # fmt: skip
@@ -46,7 +47,11 @@ def _facts(config: Config) -> dict[str, object]:
     """Tags that say what a run is, beside `run_tags`."""
     file, teachers = config.origin.file, config.teachers
     how = {f"teachers.{key}": getattr(teachers, key) for key in ("backend", "compile", "attention", "quantize")}
-    return {"steps": config.distill.steps} | how | ({} if file is None else {"recipe": Path(file).stem})
+    return (
+        {"steps": config.distill.steps, "student.kind": config.student.kind}
+        | how
+        | ({} if file is None else {"recipe": Path(file).stem})
+    )
 
 
 class RunRecord:

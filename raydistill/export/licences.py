@@ -21,6 +21,11 @@ _START = Licence(
     "(both).",
 )
 
+_LORA = Licence(
+    "unknown",
+    "other",
+    "The terms of this LoRA apply too; its page names them. LCM-LoRA is published under CreativeML Open RAIL++-M.",
+)
 
 _PICTURES = "The terms of the set, and of the pictures in it, are those of their authors and collectors."
 
@@ -61,13 +66,20 @@ def licence_of(model: str, pipeline_class: str) -> Licence:
 
 
 def student_licences(
-    teacher: str, teacher_class: str, student: str, student_class: str, unet: str | None, drawer: str | None = None
+    teacher: str,
+    teacher_class: str,
+    student: str,
+    student_class: str,
+    unet: str | None,
+    drawer: str | None = None,
+    lora: str | None = None,
 ) -> list[tuple[str, str, Licence]]:
     """Whose terms a student inherits: (role, model, terms) of teacher, base and start, and of who drew its pictures.
 
     Args:
         teacher, student: `teacher.model`, `student.model`, with the diffusers classes of their folders.
         unet: `student.unet`, which tells no terms; None: the student starts from its own model's UNet.
+        lora: `student.lora_start`, likewise.
         drawer: `synthesis.teacher`; None: no other model than the teacher drew pictures.
     """
     rows = [
@@ -76,6 +88,8 @@ def student_licences(
     ]
     if unet is not None:
         rows.append(("Student start", unet, _EMBEDDED if unet.startswith("shapes:") else _START))
+    if lora is not None:
+        rows.append(("Student start", lora, _LORA))
     if drawer is not None:
         rows.append(("Pictures drawn by", drawer, licence_of(drawer, "")))
     return rows

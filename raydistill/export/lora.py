@@ -23,14 +23,16 @@ from torch import nn
 from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
 from raydistill.export.one_picture import difference, load_float32
+from raydistill.export.own_lora import FILE, FOLDER, usage_of
 from raydistill.export.source import Export, open_one_step
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import load_student
 from raydistill.spaces.settings import diffusers_class, read_settings
+from raydistill.spaces.starts import load_start
+from raydistill.spaces.weights import read_header
 from raydistill.storage.resolve import resolve
 
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name: `load_lora_weights(folder)` finds it
 ADAPTED = (nn.Linear, nn.Conv2d)
 NEAR = 8.0  # 255ths; a picture that differs more is another one to the eye
 
@@ -128,6 +130,8 @@ def write_lora(
 ) -> str:
     """Write the LoRA, the scheduler that it needs and README.md; then draw a picture with base and LoRA.
 
+    A student that was trained as a LoRA gives its own, whatever `energy` says.
+
     Args:
         base, base_name: what `find_base` found, and how people name it.
         energy, done: as of `lora_of`.
@@ -136,6 +140,8 @@ def write_lora(
     Returns one line: ranks, share of the difference, size, and how far the picture is from the export's; then, where
     that is more than `NEAR`, a warning.
     """
+    if (export.folder / FOLDER / FILE).is_file():
+        return _copy_own(export, base, base_name, folder)
     space, start = open_one_step(export)
     lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
     StableDiffusionPipeline.save_lora_weights(
@@ -156,15 +162,34 @@ def write_lora(
     return report
 
 
+def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
+    """As `write_lora`, of a student that was trained as a LoRA: that one, on the run's start."""
+    space, start = open_one_step(export)
+    shutil.copyfile(export.folder / FOLDER / FILE, folder / FILE)
+    shutil.copytree(export.folder / FOLDER / "scheduler", folder / "scheduler")
+    config = export.run_config()
+    starts = (config.student.unet, config.student.lora_start) if config else (None, None)
+    apart = difference(space, lambda: load_lora(Path(base.folder), folder, load_start(base, *starts)))
+    rank = next(entry.shape[0] for name, entry in read_header(folder / FILE).tensors.items() if "lora_A" in name)
+    report = (
+        f"rank {rank}, as it was trained, {(folder / FILE).stat().st_size / 2**20:.1f} MiB; one picture differs by "
+        f"{apart:.2f} / 255 on average"
+    )
+    usage = usage_of(base_name, *starts, space.scheduler, start, report)
+    (folder / "README.md").write_text(outside_card(Path(space.folder), usage, base_model=base_name), encoding="utf-8")
+    return report
+
+
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """The one-step scheduler of a pipeline's or a LoRA's folder."""
     file = folder / "scheduler" / "scheduler_config.json"
     return diffusers_class(read_settings(file)).from_pretrained(folder, subfolder="scheduler")
 
 
-def load_lora(base: Path, folder: Path) -> StableDiffusionPipeline:
-    """Base and LoRA in float32, as the README says."""
+def load_lora(base: Path, folder: Path, unet: nn.Module | None = None) -> StableDiffusionPipeline:
+    """Base and LoRA in float32, as the README says; with the UNet that the LoRA belongs to, where it is not the base's."""
     pipe = load_float32(base)
+    pipe.unet = pipe.unet if unet is None else unet
     pipe.scheduler = load_scheduler(folder)
     pipe.load_lora_weights(folder)
     return pipe

@@ -14,7 +14,10 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNe
 
 from raydistill.errors import InputError
 from raydistill.export.licences import picture_licence, student_licences
+from raydistill.export.own_lora import FOLDER as LORA
+from raydistill.export.own_lora import usage_of, write_own_lora
 from raydistill.export.parts import copy_part, forget_origin, rounded
+from raydistill.spaces.adapter import has_lora, merged_state
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
 from raydistill.storage.atomic import replacing
@@ -34,13 +37,20 @@ class ModelCard:
     config_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     start: str | None = None  # student.unet; None: the base's own UNet
+    lora_start: str | None = None  # student.lora_start; None: none was merged into it
     drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
     pictures: Sequence[tuple[str, str | None]] = ()  # sets of real pictures that it learned from: source and licence
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
         licences = student_licences(
-            self.teacher, self.teacher_class, self.student, "StableDiffusionPipeline", self.start, self.drawer
+            self.teacher,
+            self.teacher_class,
+            self.student,
+            "StableDiffusionPipeline",
+            self.start,
+            self.drawer,
+            self.lora_start,
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
@@ -48,6 +58,7 @@ class ModelCard:
             "Teacher": self.teacher,
             "Student": self.student,
             "Student start": self.start or "the student's own UNet",
+            **({"LoRA merged into it": self.lora_start} if self.lora_start else {}),
             "Student updates": self.steps,
             "Start timestep": start_timestep,
             **({"Pictures": "; ".join(source for source, _ in self.pictures)} if self.pictures else {}),
@@ -168,7 +179,7 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
 
 def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
     """A copy on the CPU in `dtype`; the one that trains stays as it is."""
-    state = rounded(unet.state_dict(), dtype, "the student")
+    state = rounded(merged_state(unet), dtype, "the student")
     copy = cast(UNet2DConditionModel.from_config(unet.config), dtype)
     copy.load_state_dict(state)
     return copy.eval()
@@ -186,7 +197,7 @@ def export_student(
 
     Args:
         space: of the base.
-        unet: the trained student (or its EMA); not changed.
+        unet: the trained student (or its EMA); not changed. Where it has a LoRA, `lora/` holds that, and `unet/` both merged.
         folder: where to write; an earlier export there is replaced once the new one is complete.
         dtype: float16 or float32, of all weights.
 
@@ -207,6 +218,9 @@ def export_student(
         scheduler.save_pretrained(fresh / "scheduler")
         (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
+        if has_lora(unet):
+            usage = usage_of(card.student, card.start, card.lora_start, scheduler, start_timestep)
+            write_own_lora(space, unet, scheduler, fresh / LORA, usage)
     return folder
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from raydistill.bridge.attention import AttentionProbe
 from raydistill.bridge.model import Bridge, read_description
@@ -49,7 +50,7 @@ from raydistill.planning.counts import (
     wanted,
 )
 from raydistill.planning.meter import Meter, counted
-from raydistill.spaces import hub_models, meta
+from raydistill.spaces import adapter, hub_models, meta
 from raydistill.spaces.base import Space
 from raydistill.spaces.distilled import drawing_guidance, own_steps
 from raydistill.spaces.meta import empty_conditioning, empty_text_encoders, nbytes, numel
@@ -138,10 +139,12 @@ def count_trainer(
         make, fake, updated = (replace(w, peak=w.peak + held - b) for w, b in zip(works, before, strict=True))
         trained = list(networks.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
-        ema = [] if networks.ema is None else networks.ema.parameters()
+        learning = list(adapter.trained(networks.student).values())
+        ema = [] if networks.ema is None else adapter.trained(networks.ema).values()
         discriminator = [] if networks.discriminator is None else list(networks.discriminator.parameters())
         weights = Weights(
             student=nbytes(networks.student.parameters()) + nbytes(ema),
+            student_frozen=nbytes(networks.student.parameters()) - nbytes(learning),
             fake_frozen=nbytes(p for p in networks.fake.parameters() if id(p) not in frozen),
             fake_block=max(
                 nbytes(p for p in block.parameters() if id(p) not in frozen)
@@ -156,10 +159,11 @@ def count_trainer(
                 for state in optimizer.state.values()
             ),
         )
-        gradients = {"student": nbytes(networks.student.parameters()), "fake": nbytes(trained)}
+        gradients = {"student": nbytes(learning), "fake": nbytes(trained)}
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
-        return Trainer(weights, held, make, fake, updated, gradients)
+        kept = [value for value in tree_leaves(worker.state_dict()) if isinstance(value, torch.Tensor)]
+        return Trainer(weights, held, make, fake, updated, gradients, nbytes(kept))
 
 
 def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teacher:
@@ -298,7 +302,13 @@ def count_models(config: Config, student: Space, teacher: Space) -> Models:
     models = config.teacher.model, config.student.model
     drawer = config.synthesis.teacher if other_drawer(config) else None
     terms = student_licences(
-        models[0], teacher.pipeline_class, models[1], student.pipeline_class, config.student.unet, drawer
+        models[0],
+        teacher.pipeline_class,
+        models[1],
+        student.pipeline_class,
+        config.student.unet,
+        drawer,
+        config.student.lora_start,
     )
     known = hub_models()
     gated = {

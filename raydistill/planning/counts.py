@@ -33,6 +33,7 @@ class Weights:
     """Bytes of one trainer's state, which it holds between steps."""
 
     student: int  # with its EMA
+    student_frozen: int  # of it, below a LoRA
     fake_frozen: int
     fake_block: int  # of it, its largest block
     fake_trained: int
@@ -51,6 +52,7 @@ class Trainer:
     fake: Cost
     student: Cost
     gradients: dict[str, int]  # bytes that are averaged over the workers, by optimizer
+    checkpoint: int  # bytes of tensors in one
 
     @property
     def peak(self) -> int:

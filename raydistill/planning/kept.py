@@ -49,7 +49,7 @@ READ = {  # keys that a count reads, and sections of which it reads any
     "text": ("student.model", "teacher.model", "synthesis.teacher"),
     "vae": ("student.model", "teacher.model"),
     "models": (
-        "student.model", "student.unet", "teacher", "distill.batch_size", "distill.micro_batches",
+        "student.model", "student.unet", "student.lora_start", "teacher", "distill.batch_size", "distill.micro_batches",
         "prompts.encoder_dtype", "synthesis.teacher",
     ),
 }  # fmt: skip

@@ -75,7 +75,8 @@ def _sizes(counts: Counts, config: Config) -> str:
     network, trainer = counts.network, counts.trainer
     rows = {
         "teacher": network.parameters,
-        "student": trainer.gradients["student"] // 4,
+        "student": (trainer.weights.student_frozen + trainer.gradients["student"]) // 4,
+        **({"trained part of the student": trainer.gradients["student"] // 4} if config.student.kind == "lora" else {}),
         "trained part of the fake score": trainer.gradients["fake"] // 4,
         "Bridge, with its frozen prior": trainer.weights.bridge // 4,
         "discriminator": trainer.weights.discriminator // 4,
@@ -127,6 +128,9 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
             _line(f"host memory of one trainer: {host}"),
+            _line(
+                f"a checkpoint of the distillation: {counts.trainer.checkpoint / GIB:.1f} GiB on the storage; two are kept"
+            ),
         )
     )
 

@@ -26,9 +26,9 @@ from raydistill.planning.schedule import (
     schedule,
 )
 from raydistill.storage.globs import expand, is_pattern
-from raydistill.storage.hub import is_hub_id
+from raydistill.storage.hub import is_hub_file, is_hub_id
 from raydistill.storage.place import is_uri
-from raydistill.storage.resolve import HUB_KEYS, SHAPES_PREFIX, local_path
+from raydistill.storage.resolve import FILE_KEYS, HUB_KEYS, SHAPES_PREFIX, local_path
 from raydistill.tracking.screen import duration
 
 WIDTH = 80  # columns of all that a plan prints
@@ -42,8 +42,8 @@ WHO = {
     "drawer rank": "drawers",
 }  # all others encode
 PATHS = (
-    "student.model", "student.unet", "teacher.model", "synthesis.teacher", "bridge.checkpoint", "bridge.pairs", "discriminator.real_data",
-    "synthesis.images", "prompts.path", "evaluation.prompts", "evaluation.judge",
+    "student.model", "student.unet", "student.lora_start", "teacher.model", "synthesis.teacher", "bridge.checkpoint",
+    "bridge.pairs", "discriminator.real_data", "synthesis.images", "prompts.path", "evaluation.prompts", "evaluation.judge",
 )  # fmt: skip
 
 
@@ -259,7 +259,7 @@ def _needs(counts: Counts, config: Config) -> str:
             continue
         if _is_here(value):
             here.append(f"{value} ({key})")
-        elif key in HUB_KEYS and is_hub_id(value):
+        elif (key in HUB_KEYS and is_hub_id(value)) or (key in FILE_KEYS and is_hub_file(value)):
             hub.append(f"{value}{' (gated)' if value in gated else ''}")
         else:
             away.append(f"{value} ({key})")

@@ -249,7 +249,7 @@ def _choose(tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tu
 
 def _lora(names: Iterable[str]) -> str | None:
     first = next((name for name in names if "lora" in name.lower()), None)
-    return f"holds a LoRA (the first tensor of it is {first}); fuse it into its base model first" if first else None
+    return f"holds a LoRA (the first tensor of it is {first}); name it in student.lora_start" if first else None
 
 
 def _check_tensors(

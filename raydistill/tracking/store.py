@@ -214,7 +214,7 @@ def run_tags(config: Config, stage: str) -> dict[str, str]:
         "git_commit": source_version(),
         "config_hash": config_hash(config),
         "teacher": config.teacher.model,
-        "student": config.student.unet or config.student.model,
+        "student": config.student.lora_start or config.student.unet or config.student.model,
         "stage": stage,
     }
 

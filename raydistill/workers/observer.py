@@ -321,6 +321,7 @@ class BestStudent:
             config_hash=config_hash(config),
             metrics=table,
             start=config.student.unet,
+            lora_start=config.student.lora_start,
             drawer=config.synthesis.teacher if draws(config) and other_drawer(config) else None,
             pictures=picture_sets(config),
         )

@@ -88,7 +88,7 @@ def load_distiller(
     allow_tf32(config.distill.tf32)
     student_space = load_space(resolve(config.student.model))
     teacher_space = load_space(resolve(config.teacher.model))
-    unet = load_unet(student_space, config.student.unet)
+    unet = load_unet(student_space, config.student.unet, config.student.lora_start)
     if stage.bridge:
         bridge = Bridge.load(resolve(stage.bridge), student_space, teacher_space)
     else:

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from raydistill.config.reading import load
 from raydistill.data.prompts import held_out_prompts, training_prompts
@@ -37,7 +38,8 @@ def originals(tmp_path_factory):
             shutil.copytree(WEIGHTS / name, folder / key)
         else:
             shutil.copy(WEIGHTS / name, folder / f"{key}.txt")
-    return {key: next(folder.glob(f"{key}*")) for key in sources}
+    save_file({"unet.conv_in.lora_A.weight": torch.ones(2, 2)}, folder / "student.lora_start.safetensors")
+    return {key: next(folder.glob(f"{key}*")) for key in (*sources, "student.lora_start")}
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def change_prompts(file):
 
 def change_weights(folder):
     """The last byte of a safetensors file, or a whole parquet file."""
-    file = next(file for file in sorted(folder.rglob("*")) if file.suffix in (".safetensors", ".parquet"))
+    file = next(file for file in [folder, *sorted(folder.rglob("*"))] if file.suffix in (".safetensors", ".parquet"))
     if file.suffix == ".parquet":
         shutil.copy(file, file.with_name("pairs-00001.parquet"))
     else:
@@ -94,6 +96,7 @@ CHANGES = [
     ("student.model", change_tokenizer),
     ("teacher.model", change_weights),
     ("student.unet", change_weights),
+    ("student.lora_start", change_weights),
     ("bridge.checkpoint", change_weights),
     ("discriminator.real_data", change_weights),
     ("evaluation.judge", change_weights),

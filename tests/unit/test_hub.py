@@ -17,7 +17,7 @@ from hub_server import HubHandler, serving
 
 from raydistill.config.reading import load
 from raydistill.errors import InputError
-from raydistill.storage.hub import download, is_hub_id
+from raydistill.storage.hub import download, is_hub_file, is_hub_id, same_but_for_revision
 from raydistill.storage.resolve import check_paths, resolve
 
 SHA, LATER = "a" * 40, "b" * 40
@@ -91,6 +91,8 @@ class Hub(HubHandler):
         if name in FILES:
             etag = hashlib.sha1(FILES[name]).hexdigest()
             return self._send(200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=commit)
+        if path.startswith("/org/kolors/resolve/"):
+            return self._send(404, X_Error_Code="EntryNotFound")
         return self._send(404, X_Error_Code="RepoNotFound")
 
     do_HEAD = do_GET
@@ -196,6 +198,38 @@ def test_a_node_with_a_disk_of_its_own_fetches_a_model_once_for_all_its_processe
     Hub.seen.clear()
     assert ask(f"print(resolve('org/kolors@{SHA}'))", hub, tmp_path / "node").returncode == 0
     assert Hub.seen == []
+
+
+def test_one_file_of_a_repository_is_fetched_alone_and_keeps_its_commit(hub, tmp_path):
+    name = "org/kolors/one_file_with_everything.safetensors"
+    code = "from raydistill.storage.hub import pinned_file\nfrom raydistill.storage.resolve import resolve_file\n"
+    code += f"pinned = pinned_file({name!r}); print(pinned, resolve_file(pinned))"
+    first = ask(code, hub, tmp_path)
+    assert first.returncode == 0, first.stderr
+    pinned, file = first.stdout.split()
+    assert pinned == f"org/kolors@{SHA}/one_file_with_everything.safetensors"
+    assert Path(file).read_bytes() == FILES["one_file_with_everything.safetensors"]
+    assert [path.name for path in Path(file).parent.iterdir()] == ["one_file_with_everything.safetensors"]
+    Hub.main, asked = LATER, len(Hub.seen)
+    worker = f"from raydistill.storage.resolve import resolve_file\nprint(resolve_file({pinned!r}))"
+    assert ask(worker, hub, tmp_path).stdout.strip() == file
+    assert len(Hub.seen) == asked
+    lacking = ask("from raydistill.storage.hub import fetch_file\nfetch_file('org/kolors')", hub, tmp_path)
+    assert (
+        lacking.stderr.strip()
+        .splitlines()[-1]
+        .endswith(
+            "InputError: org/kolors: the repository has no pytorch_lora_weights.safetensors; name one, as org/name/file.safetensors"
+        )
+    )
+
+
+def test_a_revision_that_is_left_open_is_that_of_the_same_file_alone():
+    assert same_but_for_revision("org/a/f.safetensors", f"org/a@{SHA}/f.safetensors")
+    assert same_but_for_revision("org/a", f"org/a@{SHA}")
+    assert not same_but_for_revision("org/a/g.safetensors", f"org/a@{SHA}/f.safetensors")
+    assert not same_but_for_revision(f"org/a@{LATER}/f.safetensors", f"org/a@{SHA}/f.safetensors")
+    assert not is_hub_file("org/a/../f.safetensors")
 
 
 def test_a_copy_that_was_left_half_fetched_is_completed(hub, tmp_path):

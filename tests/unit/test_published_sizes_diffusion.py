@@ -19,6 +19,11 @@ from raydistill.spaces.published import write_folder
 
 PUBLISHED = {"sdxl-base": 2.567e9, "kolors": 2.58e9, "pixart-sigma-1024": 0.61e9}  # parameters of the network
 VAE_PARAMETERS = 83.65e6
+RELATIVES = {
+    "bk-sdm-base": 0.58e9,
+    "bk-sdm-small": 0.49e9,
+    "bk-sdm-tiny": 0.33e9,
+}  # of the UNet: BK-SDM's MODEL_CARD.md
 # tokens and widths: both CLIPs of SDXL (768 + 1,280; pooled 1,280), ChatGLM3-6B, T5-XXL
 TEXT = {"sdxl-base": (77, 2048, 1280), "kolors": (256, 4096, 4096), "pixart-sigma-1024": (300, 4096, None)}
 
@@ -42,6 +47,15 @@ def test_parameters_are_the_published_ones(name, tmp_path):
     space = space_of(name, tmp_path)
     assert numel(on_meta(space.network_config)) == pytest.approx(PUBLISHED[name], rel=0.02)
     assert numel(on_meta(space.vae_config)) == pytest.approx(VAE_PARAMETERS, rel=0.02)
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_small_relatives_of_sd15_have_the_published_parameters(name, tmp_path):
+    space = space_of(name, tmp_path)
+    assert space.latent_shape == (4, 64, 64)
+    unet = on_meta(space.network_config)
+    assert numel(unet) == pytest.approx(RELATIVES[name], rel=0.025)
+    assert sum(map(numel, space.large_parts(unet))) > 0.98 * numel(unet)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
