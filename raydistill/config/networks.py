@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -245,6 +246,25 @@ class DiscriminatorConfig(Section):
     depth_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="depth of the block whose features are read"
     )
+    depths: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [],
+        max_length=100,
+        description="increasing depths of several blocks, such as 0.5,0.75,0.99, of the fake score's own; each has a head; "
+        "none: depth_fraction alone",
+    )
+    standardize: bool = Field(
+        False,
+        description="every channel of the features gets the mean 0 and the spread 1 of the teacher samples', measured once: "
+        "for transformers with massive activations",
+    )
+    r1_weight: NonNegative = Field(
+        0.0, description="weight of R1 at the teacher samples, approximated by finite differences; 0: none"
+    )
+    r1_sigma: Positive = Field(
+        0.1,
+        description="noise on the clean latents, of about spread 1, by which R1 is approximated; bfloat16 rounds what 0.01 "
+        "changes in the features",
+    )
     real_data: str | None = Field(
         "shapes:samples/flux",
         description="parquet of teacher samples (prompt, z_T), which the discriminator takes as real; null: the run makes them",
@@ -257,6 +277,17 @@ class DiscriminatorConfig(Section):
     real_count: Count | None = Field(
         4096, description="how many of these samples are read, from the first on, again and again; null: the whole set"
     )
+
+    @model_validator(mode="after")
+    def _increasing(self) -> DiscriminatorConfig:
+        if any(one >= other for one, other in itertools.pairwise(self.depths)):
+            raise ValueError(f"depths ({', '.join(f'{depth:g}' for depth in self.depths)}) must increase")
+        return self
+
+    @property
+    def read_depths(self) -> list[float]:
+        """Of the blocks whose features are read."""
+        return self.depths or [self.depth_fraction]
 
 
 class VsdConfig(Section):

@@ -4,7 +4,7 @@
     full       a copy, all of it trained; starts as the teacher
     truncated  the copy's first and last transformer blocks, all of them trained; must learn to do without the others
 
-Its features at one block also feed the discriminator, a small convolutional head.
+Its features at one block, or at several, also feed the discriminator.
 
 A frozen copy can be shared by all workers (`mesh`): each holds an equal part of every block, and gathers a block for as
 long as it computes with it, forwards and backwards. Blocks are FSDP2 units of their own, without a common root: a pass
@@ -13,7 +13,9 @@ for features alone ends in the middle, and leaves no unit waiting for the others
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +48,22 @@ def truncate(space: Space, network: nn.Module, config: FakeScoreConfig) -> nn.Mo
         raise InputError(f"fake_score.kind=truncated: {error}; {remedy}") from None
 
 
+def feature_blocks(space: Space, network: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
+    """The blocks that the discriminator reads, in the order in which they run.
+
+    Raises:
+        InputError: two of the depths are the same block, as in a network of few blocks.
+    """
+    blocks = space.feature_blocks(network, depths)
+    for place, block in enumerate(blocks[1:], 1):
+        if any(block is other for other in blocks[:place]):
+            raise InputError(
+                f"discriminator.depths: {depths[place - 1]:g} and {depths[place]:g} are the same block of the fake score; "
+                "name fewer depths, or depths that are further apart"
+            )
+    return blocks
+
+
 def _round(network: nn.Module, dtype: torch.dtype) -> None:
     """Keep frozen weights of linear layers and convolutions as autocast would round them for each forward pass.
 
@@ -76,16 +94,17 @@ class FakeScore(nn.Module):
         space: Space,
         network: nn.Module,
         config: FakeScoreConfig,
-        depth_fraction: float,
+        depths: Sequence[float],
         mesh: DeviceMesh | None = None,
     ) -> None:
         """
         Args:
             network: the teacher's, of its own copy: it is changed in place.
+            depths: of the blocks whose features are read, as shares of those that the network has here; increasing.
             mesh: the workers among whom the frozen base is partitioned; None: each has all of it.
 
         Raises:
-            InputError: `config` asks for a truncated network, and this one cannot be cut so.
+            InputError: `config` asks for a truncated network, and this one cannot be cut so; or see `feature_blocks`.
         """
         super().__init__()
         self.space = space
@@ -103,14 +122,16 @@ class FakeScore(nn.Module):
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)
         self.network = network.eval()
-        self._features: Any = None
+        self._features: dict[int, Any] = {}  # what each of the blocks has answered last
         self._stop = False
-        block = space.feature_block(self.network, depth_fraction)
-        block.register_forward_hook(self._keep)
+        blocks = feature_blocks(space, self.network, depths)
+        self._count = len(blocks)
+        for place, block in enumerate(blocks):
+            block.register_forward_hook(functools.partial(self._keep, place))
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._features = output
-        if self._stop:
+    def _keep(self, place: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._features[place] = output
+        if self._stop and place == self._count - 1:
             raise _FeaturesReached
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -119,13 +140,13 @@ class FakeScore(nn.Module):
 
     def forward(
         self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(native prediction [B, C, H, W], features [B, D, h, w]) of one conditional evaluation."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(native prediction [B, C, H, W], features [B, D, h, w] of each depth) of one conditional evaluation."""
         prediction = self.space.predict(self.network, x_t, t_B, conditioning)
         return prediction, self._take(x_t)
 
-    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Features only [B, D, h, w]; the blocks behind the one that gives them do not run."""
+    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> list[torch.Tensor]:
+        """Features only, [B, D, h, w] of each depth; the blocks behind the last one that is read do not run."""
         self._stop = True
         try:
             self.space.predict(self.network, x_t, t_B, conditioning)
@@ -135,28 +156,6 @@ class FakeScore(nn.Module):
             self._stop = False
         raise RuntimeError("the feature block did not run")
 
-    def _take(self, x_t: torch.Tensor) -> torch.Tensor:
-        output, self._features = self._features, None
-        return self.space.feature_map(output, x_t)
-
-
-class Discriminator(nn.Module):
-    """Features [B, D, h, w] -> logits [B, h', w'] (patches), positive for real."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        groups = next(g for g in (8, 4, 2, 1) if width % g == 0)
-        self.layers = nn.Sequential(
-            nn.GroupNorm(1, channels),
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            nn.Conv2d(width, width, 4, stride=2, padding=1),
-            nn.GroupNorm(groups, width),
-            nn.SiLU(),
-            nn.Conv2d(width, 1, 1),
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        # contiguous: torch 2.13 crashes in GroupNorm's backward on the strides of transposed tokens
-        return self.layers(features.float().contiguous())[:, 0]
+    def _take(self, x_t: torch.Tensor) -> list[torch.Tensor]:
+        outputs, self._features = self._features, {}
+        return [self.space.feature_map(outputs[place], x_t) for place in range(self._count)]

@@ -34,3 +34,8 @@ def real_logits_loss(logits_real: torch.Tensor) -> torch.Tensor:
 def fake_logits_loss(logits_fake: torch.Tensor) -> torch.Tensor:
     """The discriminator's loss on the student's samples: softplus(D(fake)); both are added."""
     return F.softplus(logits_fake).mean()
+
+
+def approximate_r1(logits_real: torch.Tensor, logits_near: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Finite differences of R1: mean (D(real) - D(real + sigma n))² / sigma², with n ~ N(0, I) (arXiv 2501.08316)."""
+    return F.mse_loss(logits_real, logits_near) / sigma**2

@@ -11,6 +11,7 @@ Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.reals import RealSet
 from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
-from raydistill.distillation.fake_score import Discriminator, FakeScore
+from raydistill.distillation.discriminator import Discriminator
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.finite import Finite
 from raydistill.errors import InputError
 from raydistill.precision import autocast
@@ -125,8 +127,8 @@ class Networks:
         self.bridge = bridge.to(device).eval().requires_grad_(False)
         if config.bridge.trainable:
             self.bridge.projector.requires_grad_(True)
-        depth = config.discriminator.depth_fraction
-        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depth, mesh).to(device)
+        depths = config.discriminator.read_depths
+        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depths, mesh).to(device)
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.ema_decay else None
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
@@ -139,7 +141,7 @@ class Networks:
         self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 
     def _new_discriminator(self) -> Discriminator:
-        """A fresh head, as wide as the fake score's features are."""
+        """Fresh heads, as wide as the fake score's features are."""
         space, device = self.teacher_space, self.device
         conditioning = {
             name: torch.zeros(1, *shape, dtype=kind, device=device)
@@ -148,7 +150,8 @@ class Networks:
         latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
         with torch.no_grad(), self._autocast():
             features = self.fake.features(latents, t_B, self.on_device(conditioning))
-        return Discriminator(features.shape[1], self.config.discriminator.width).to(device)
+        gan = self.config.discriminator
+        return Discriminator([one.shape[1] for one in features], gan.width, gan.standardize).to(device)
 
     # -- forward passes ----------------------------------------------------------------------------
     def on_device(self, conditioning: Conditioning) -> Conditioning:
@@ -186,8 +189,8 @@ class Networks:
 
     def fake_score(
         self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The fake score's native prediction [B, C, H, W] and its features [B, D, h, w]."""
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The fake score's native prediction [B, C, H, W] and its features [B, D, h, w] of each depth."""
         with self._autocast():
             prediction, features = self.fake(x_t, t_B, self.on_device(conditioning))
         return self.finite.note(prediction, "the fake score, which starts as the teacher's copy"), features
@@ -200,14 +203,14 @@ class Networks:
         x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
         return self.finite.note(x0, "the fake score")
 
-    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The fake score's features [B, D, h, w] alone; later blocks do not run."""
+    def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> list[torch.Tensor]:
+        """The fake score's features [B, D, h, w] of each depth alone; later blocks do not run."""
         with self._autocast():
             return self.fake.features(x_t, t_B, self.on_device(conditioning))
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """What the discriminator says of features."""
-        return self.discriminator(self.finite.note(features, "the fake score's features"))
+    def logits(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """What the discriminator says of the features of each depth."""
+        return self.discriminator([self.finite.note(one, "the fake score's features") for one in features])
 
     # -- state -------------------------------------------------------------------------------------
     @property

@@ -26,20 +26,21 @@ from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.path import add_noise, target
+from raydistill.distillation.adversary import Adversary
 from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
 from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
-from raydistill.distillation.losses import (
-    fake_logits_loss,
-    generator_loss,
-    real_logits_loss,
-    vsd_gradient,
-    vsd_loss,
-)
+from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
+
+NAMES = {  # of metrics of the discriminator
+    "discriminator": "loss/discriminator",
+    "accuracy": "discriminator/accuracy",
+    "r1": "discriminator/r1",
+}
 
 
 class Distiller:
@@ -81,12 +82,12 @@ class Distiller:
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.feed = None if real is None else RealFeed(config, real)
+        gan = networks.discriminator is not None
+        self.adversary = Adversary(networks, self.draws, self.feed, self.gradients) if gan else None
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
-        # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
-        self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
 
     # -- make ----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -113,22 +114,23 @@ class Distiller:
     # -- fake update ---------------------------------------------------------------------------------
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
-        started, config = time.perf_counter(), self.config
+        started, config, adversary = time.perf_counter(), self.config, self.adversary
         self.gradients.warm_up(self.updates)
         batches = self.batches.next()
+        if adversary is not None:
+            adversary.measure(batches)
         rows = [self._fake_gradients(batch) for batch in batches]
-        if not self._shapes_features:
+        if adversary is None or not adversary.shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
         self.watch.faked([row["fake"] for row in rows])
         self.readings.add({"loss/fake": mean_of(rows)["fake"]})
-        if self.networks.discriminator is not None:
+        if adversary is not None:
             for row, batch in zip(rows, batches, strict=True):
-                self._real_gradients(row, batch)
-            if self._shapes_features:
+                adversary.real_gradients(row, batch)
+            if adversary.shapes_features:
                 self.gradients.step(fake=config.fake_score.max_grad_norm)
             self.gradients.step(discriminator=config.student.max_grad_norm)
-            mean = mean_of(rows)
-            self.readings.add({"loss/discriminator": mean["discriminator"], "discriminator/accuracy": mean["accuracy"]})
+            self.readings.add({name: mean for row, mean in mean_of(rows).items() if (name := NAMES.get(row))})
         self.metrics["time/fake"] += time.perf_counter() - started
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
@@ -141,36 +143,10 @@ class Distiller:
         prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
         loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
         row = {"fake": loss}
-        if self.networks.discriminator is not None:
-            logits = self.networks.logits(features if self._shapes_features else features.detach())
-            row |= {"discriminator": fake_logits_loss(logits), "accuracy": (logits < 0).float().mean()}
-            loss = loss + self._head_gradients(row["discriminator"])
+        if self.adversary is not None:
+            loss = loss + self.adversary.fake_gradients(row, features)
         self.gradients.accumulate(loss, "fake")
         return row
-
-    def _real_gradients(self, row: Row, batch: MicroBatch) -> None:
-        """The discriminator's other half: teacher samples with their own captions, noised over the full range of t."""
-        ids = batch.sample_ids
-        with torch.no_grad():
-            latents, conditioning = self.feed.of(ids)
-            latents = upload(latents, self.networks.device)
-            self.finite.note(latents, "the teacher samples of discriminator.real_data")
-            t_B = self.draws.t(ids, "real_t")
-            x_t = add_noise(self.path, latents, self.draws.normal(ids, latents.shape[1:], "real_noise"), t_B)
-        with torch.set_grad_enabled(self._shapes_features):
-            features = self.networks.features(x_t, t_B, conditioning)
-        logits = self.networks.logits(features)
-        loss = real_logits_loss(logits)
-        share = self._head_gradients(loss)
-        if self._shapes_features:
-            self.gradients.accumulate(share, "fake")
-        row["discriminator"] = loss + row["discriminator"]
-        row["accuracy"] = ((logits > 0).float().mean() + row["accuracy"]) / 2
-
-    def _head_gradients(self, loss: torch.Tensor) -> torch.Tensor:
-        """Of the head's own weights; returns the loss's share in the fake score's."""
-        self.gradients.accumulate(loss, "discriminator", keep=self._shapes_features)
-        return self.config.discriminator.fake_weight * loss if self._shapes_features else torch.zeros_like(loss)
 
     # -- student update ------------------------------------------------------------------------------
     def student_update(self, made: Sequence[Made], scores: Iterable[torch.Tensor] | None) -> None:
@@ -217,13 +193,8 @@ class Distiller:
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
-        if self.networks.discriminator is not None:
-            ids = made.sample_ids
-            t_B = self.draws.t(ids, "gan_t")
-            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
-            logits = self.networks.logits(self.networks.features(x_t, t_B, made.fake_conditioning))
-            row["loss/gan"] = generator_loss(logits)
-            loss = loss + config.discriminator.weight * self.finite.note(row["loss/gan"], "the GAN loss")
+        if self.adversary is not None:
+            loss = loss + self.adversary.pull(row, x, made)
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)

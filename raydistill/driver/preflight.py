@@ -24,7 +24,7 @@ from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
-from raydistill.distillation.fake_score import truncate
+from raydistill.distillation.fake_score import feature_blocks, truncate
 from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
@@ -88,7 +88,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     drawer = open_drawer(config, teacher) if draws(config) else None
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
-    _check_fake_score(config, teacher)
+    _check_fake_score(config, student, teacher)
     prompts, held_out = training_prompts(config), held_out_prompts(config)
     if config.evaluation.holdout is None:
         _check_disjoint("prompts.path", prompts.prompts, held_out)
@@ -297,16 +297,20 @@ def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
             )
 
 
-def _check_fake_score(config: Config, teacher: Space) -> None:
-    """A network that is to be truncated can be, tried on one without weights."""
-    if config.fake_score.kind != "truncated":
-        return
-    if "shared_space" in config.controls:
+def _check_fake_score(config: Config, student: Space, teacher: Space) -> None:
+    """A network can be truncated and has the depths that are read, tried on one without weights."""
+    truncated, shared = config.fake_score.kind == "truncated", "shared_space" in config.controls
+    if truncated and shared:
         raise InputError(
             "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
             "be cut; leave it out (controls=[no_vsd], or []), or use lora or full"
         )
-    truncate(teacher, empty_part(teacher, teacher.network_name), config.fake_score)
+    depths = config.discriminator.depths if config.discriminator.weight > 0 else []
+    for space in (teacher, student) if shared else (teacher,):
+        if truncated or depths:
+            network = empty_part(space, space.network_name)
+            network = truncate(space, network, config.fake_score) if truncated else network
+            feature_blocks(space, network, depths)
 
 
 def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> None:

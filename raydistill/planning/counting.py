@@ -119,6 +119,8 @@ def count_trainer(
         worker = distiller(config, student, teacher, batch or config.distill.batch_size)
         probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
         networks = worker.networks
+        if networks.discriminator is not None:
+            networks.discriminator.measured = True  # the first update alone measures, and needs no more than an update
         meter.hold(networks.student, networks.bridge, networks.fake, networks.ema, probe)
         part = (batch or config.distill.batch_size) // config.distill.micro_batches
         x0_real = torch.empty(part, *teacher.latent_shape, device="meta")

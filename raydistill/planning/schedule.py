@@ -115,10 +115,12 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     )
     gathered = distill.micro_batches * shared_gather_seconds(trainer.weights, gpu, config)
     gan = config.discriminator.weight > 0
+    passes = 2 + gan + (gan and config.discriminator.r1_weight > 0)
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
-    # of the fake loss, and the real samples' features; the student's fake score, and its features there and back.
-    fake += (3 if gan else 2) * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
+    # of the fake loss, and the real samples' features, with R1 once more; the student's fake score, and its features there
+    # and back.
+    fake += passes * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
     student += (3 if gan else 1) * gathered + reduced["student"]
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
     requests, at_once = workers * distill.micro_batches, asked_at_once(config)

@@ -282,6 +282,10 @@ class Space(LatentSpace):
             )
         return blocks[max(1, round(depth_fraction * len(blocks))) - 1]
 
+    def feature_blocks(self, network: nn.Module, depths: Sequence[float]) -> list[nn.Module]:
+        """Those at several depths, which increase."""
+        return [self.feature_block(network, depth) for depth in depths]
+
     @abstractmethod
     def feature_map(self, output: Any, x_t: torch.Tensor) -> torch.Tensor:
         """That block's output as an image [B, D, h, w]."""

@@ -67,5 +67,15 @@ class StableDiffusionSpace(DiscreteSpace):
         blocks = self._encoder(network)
         return blocks[min(len(blocks), max(1, round(2 * depth_fraction * len(blocks)))) - 1]
 
+    def feature_blocks(self, network, depths):
+        """Of several depths, those above 1/2 are up blocks."""
+        ups, alone = network.up_blocks, len(depths) == 1
+        return [
+            self.feature_block(network, depth)
+            if depth <= 0.5 or alone
+            else ups[max(1, round((2 * depth - 1) * len(ups))) - 1]
+            for depth in depths
+        ]
+
     def feature_map(self, output, x_t):
         return output[0] if isinstance(output, tuple) else output

@@ -207,6 +207,7 @@ def update_full(bench: Bench, mode: PretendedTensors) -> None:
     _update(
         bench.distiller(
             "fake_score.kind=full", "student.ema_decay=0.99", "discriminator.fake_weight=0.1",
+            "discriminator.depths=[0.3,1]", "discriminator.standardize=true", "discriminator.r1_weight=1",
             "distill.gradient_checkpointing=true", "student.start_timestep=999",
         )
     )  # fmt: skip

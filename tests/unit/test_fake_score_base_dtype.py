@@ -30,7 +30,7 @@ def case(request, tmp_path_factory):
 def fake_score(space, base_dtype, *overrides):
     config = load(overrides=[MIXED, "fake_score.rank=4", f"fake_score.base_dtype={base_dtype}", *overrides])
     torch.manual_seed(0)
-    fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
+    fake = FakeScore(space, space.load_network(), config.fake_score, [0.5])
     for parameter in fake.trainable().values():
         torch.nn.init.normal_(parameter, std=0.1)  # or a LoRA would do nothing yet
     return fake
@@ -41,8 +41,8 @@ def computed(fake, latents, conditioning):
     x_t = latents.clone().requires_grad_()
     t_B = torch.tensor([0.3, 0.8])
     with autocast(x_t.device, True):
-        prediction, features = fake(x_t, t_B, conditioning)
-        alone = fake.features(x_t, t_B, conditioning)
+        prediction, (features,) = fake(x_t, t_B, conditioning)
+        (alone,) = fake.features(x_t, t_B, conditioning)
     loss = prediction.float().square().mean() + features.float().square().mean() + alone.float().abs().mean()
     inputs = {"x_t": x_t} | fake.trainable()
     gradients = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)

@@ -26,6 +26,7 @@ WORLD, BATCH = 2, 2
 SETTINGS = (
     "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=2",
     "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "distill.workers=2",
+    "discriminator.depths=[0.3,1]", "discriminator.standardize=true",
 )  # fmt: skip
 CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
 

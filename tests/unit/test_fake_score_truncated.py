@@ -19,7 +19,8 @@ from raydistill.config.networks import FakeScoreConfig
 from raydistill.config.reading import load
 from raydistill.data.encode import TextEncoder
 from raydistill.distillation.batches import Real
-from raydistill.distillation.fake_score import Discriminator, FakeScore
+from raydistill.distillation.discriminator import Discriminator
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
@@ -58,7 +59,7 @@ class Case:
 
     def fake_score(self, first, last, depth_fraction=0.5):
         config = FakeScoreConfig(kind="truncated", first_blocks=first, last_blocks=last)
-        return FakeScore(self.space, self.space.load_network(), config, depth_fraction)
+        return FakeScore(self.space, self.space.load_network(), config, [depth_fraction])
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_exactly_the_dropped_blocks_parameters_go_and_all_others_are_trained(cas
     gone = [weakref.ref(p) for block in dropped for p in block.parameters()]
     shrinks_by = numel(dropped)
     fake = FakeScore(
-        case.space, network, FakeScoreConfig(kind="truncated", first_blocks=first, last_blocks=last), 0.5
+        case.space, network, FakeScoreConfig(kind="truncated", first_blocks=first, last_blocks=last), [0.5]
     )  # fmt: skip
     assert shrinks_by > 0
     assert numel([fake]) == before - shrinks_by
@@ -175,10 +176,10 @@ def test_the_discriminators_features_are_found_in_what_is_left(case, depth_fract
     block = {0.01: 0, 0.5: 1, 1.0: 2}[depth_fraction]  # of the three that are left; round(1.5) is 2
     assert case.space.feature_block(fake.network, depth_fraction) is case.space.blocks(fake.network)[block]
     x_t = case.x_t.clone().requires_grad_()
-    features = fake.features(x_t, case.t_B, case.conditioning)
+    (features,) = fake.features(x_t, case.t_B, case.conditioning)
     assert features.shape[-2:] == (4, 4)
-    torch.testing.assert_close(features, fake(x_t, case.t_B, case.conditioning)[1])
-    Discriminator(features.shape[1], 8)(features).sum().backward()
+    torch.testing.assert_close(features, fake(x_t, case.t_B, case.conditioning)[1][0])
+    Discriminator([features.shape[1]], 8)([features])[0].sum().backward()
     assert x_t.grad.abs().amax(dim=(1, 2, 3)).min() > 0
 
 
@@ -202,7 +203,7 @@ def test_its_state_comes_back_to_the_bit(case):
 @every_family
 def test_by_default_a_quarter_of_the_blocks_stays_at_either_end(case):
     quarter = {4: 1, 5: 2}[DEPTH[case.name]]
-    fake = FakeScore(case.space, case.space.load_network(), FakeScoreConfig(kind="truncated"), 0.5)
+    fake = FakeScore(case.space, case.space.load_network(), FakeScoreConfig(kind="truncated"), [0.5])
     expected = case.fake_score(quarter, quarter)
     assert fake.trainable().keys() == expected.trainable().keys()
     for name, parameter in fake.trainable().items():
@@ -231,7 +232,7 @@ def test_unets_are_refused_by_key_with_what_to_use_instead(name, diffusion_folde
     network = space.load_network()
     before = numel([network])
     with pytest.raises(InputError, match=r"^fake_score\.kind=truncated: .*UNet.*skip connections.*use lora or full$"):
-        FakeScore(space, network, FakeScoreConfig(kind="truncated"), 0.5)
+        FakeScore(space, network, FakeScoreConfig(kind="truncated"), [0.5])
     assert numel([network]) == before
 
 

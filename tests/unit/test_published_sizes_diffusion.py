@@ -84,7 +84,7 @@ def test_a_forward_of_the_public_shapes_fits_together(name, tmp_path):
         conditioning |= {"pooled_prompt_embeds": torch.empty(1, pooled, device="meta")}
         conditioning |= {"time_ids": space.time_ids.to("meta")}
     x_t, t_B = torch.empty(1, *space.latent_shape, device="meta"), torch.empty(1, device="meta")
-    fake = FakeScore(space, on_meta(space.network_config), FakeScoreConfig(), 0.5)
-    prediction, features = fake(x_t, t_B, conditioning)
+    fake = FakeScore(space, on_meta(space.network_config), FakeScoreConfig(), [0.5])
+    prediction, (features,) = fake(x_t, t_B, conditioning)
     assert prediction.shape == x_t.shape
     assert features.shape[2:] == ((64, 64) if name == "pixart-sigma-1024" else (32, 32))

@@ -93,7 +93,7 @@ def test_a_forward_of_the_public_shapes_fits_together(name, tmp_path):
         conditioning["prompt_tokens"] = torch.tensor([100])
     x_t = torch.empty(1, *space.latent_shape, device="meta")
     t_B = torch.empty(1, device="meta")
-    fake = FakeScore(space, network, FakeScoreConfig(), 0.5)
-    prediction, features = fake(x_t, t_B, conditioning)
+    fake = FakeScore(space, network, FakeScoreConfig(), [0.5])
+    prediction, (features,) = fake(x_t, t_B, conditioning)
     assert prediction.shape == x_t.shape
     assert features.shape[2:] == (64, 64)

@@ -15,7 +15,8 @@ import torch
 from raydistill.config.networks import FakeScoreConfig
 from raydistill.data.encode import PromptEncoder, TextEncoder, conditioning
 from raydistill.diffusion.path import add_noise
-from raydistill.distillation.fake_score import Discriminator, FakeScore
+from raydistill.distillation.discriminator import Discriminator
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.check import check_folder
@@ -255,7 +256,7 @@ def test_lora_adapts_every_named_layer_and_trains_alone(family, diffusion_folder
     x_t, t_B = noise_for(space), torch.tensor([0.3, 0.8])
     with torch.no_grad():
         teacher = space.predict(space.load_network(), x_t, t_B, encoded)
-    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=4), 0.5)
+    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=4), [0.5])
     trainable = fake.trainable()
     assert trainable
     assert all(".lora_" in name for name in trainable)
@@ -280,12 +281,12 @@ def test_lora_adapts_every_named_layer_and_trains_alone(family, diffusion_folder
 @pytest.mark.parametrize("depth_fraction", [0.0, 0.5, 1.0])
 def test_features_are_pictures_that_a_discriminator_can_follow(family, depth_fraction, diffusion_folders):
     space = load_space(diffusion_folders[family])
-    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=4), depth_fraction)
+    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=4), [depth_fraction])
     x_t = noise_for(space).requires_grad_()
-    features = fake.features(x_t, torch.tensor([0.3, 0.8]), TextEncoder(space).encode(PROMPTS))
+    (features,) = fake.features(x_t, torch.tensor([0.3, 0.8]), TextEncoder(space).encode(PROMPTS))
     assert features.ndim == 4
     assert features.shape[-2:] == ((4, 4) if family == "pixart" or depth_fraction == 0 else (2, 2))
-    Discriminator(features.shape[1], 64)(features).sum().backward()
+    Discriminator([features.shape[1]], 64)([features])[0].sum().backward()
     assert x_t.grad.abs().amax(dim=(1, 2, 3)).min() > 0
 
 

@@ -139,7 +139,7 @@ def test_lora_starts_as_the_teacher_and_alone_is_trained(name, folders):
         assert any(module == target or module.endswith(f".{target}") for module in modules), f"{target} matches nothing"
     with torch.no_grad():
         teacher = space.predict(network, x_t, t_B, conditioning)
-    fake = FakeScore(space, network, FakeScoreConfig(rank=4), 0.5)
+    fake = FakeScore(space, network, FakeScoreConfig(rank=4), [0.5])
     assert all(".lora_A." in key or ".lora_B." in key for key in fake.trainable())
     prediction, _ = fake(x_t, t_B, conditioning)
     torch.testing.assert_close(prediction, teacher, rtol=0, atol=1e-6)
@@ -167,19 +167,19 @@ def test_features_are_the_image_tokens_of_their_block(name, folders):
     space = load_space(folders[name])
     x_t, t_B, conditioning = inputs(space)
     network = space.load_network()
-    last = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), 1.0)
+    last = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), [1.0])
     seen = {}
     output = last.network.all_final_layer["2-1"] if name == "z-image" else last.network.norm_out
     output.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
     with torch.no_grad():
-        prediction, features = last(x_t, t_B, conditioning)
+        prediction, (features,) = last(x_t, t_B, conditioning)
         assert torch.equal(features.flatten(2).transpose(1, 2), seen["tokens"][:, :16])
         assert prediction.shape == x_t.shape
         found = [features]
         for depth in (0.01, 0.5):
-            fake = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), depth)
-            found.append(fake.features(x_t, t_B, conditioning))
-            assert torch.equal(found[-1], fake(x_t, t_B, conditioning)[1])
+            fake = FakeScore(space, copy.deepcopy(network), FakeScoreConfig(rank=2), [depth])
+            found += fake.features(x_t, t_B, conditioning)
+            assert torch.equal(found[-1], fake(x_t, t_B, conditioning)[1][0])
     assert all(f.shape == found[0].shape and f.shape[2:] == (4, 4) for f in found)
     assert len({float(f.sum()) for f in found}) == 3
 
@@ -244,7 +244,7 @@ def test_embedded_guidance_reaches_the_teacher_and_the_fake_score_sees_one(folde
         space.sample(network, noise(), conditioning, conditioning, STEPS, 2.0)
         assert len(seen) == STEPS
         assert take() == [2.0]
-        fake = FakeScore(space, network, FakeScoreConfig(rank=2), 0.5)
+        fake = FakeScore(space, network, FakeScoreConfig(rank=2), [0.5])
         prediction, _ = fake(x_t, t_B, conditioning)
         assert take() == [1.0]
         torch.testing.assert_close(to_x0(space.path, space.prediction, x_t, prediction, t_B), unguided)

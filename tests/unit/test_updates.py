@@ -229,7 +229,7 @@ def test_without_vsd_only_the_gan_teaches(spaces, tables):
 
 def test_a_lora_fake_score_starts_as_the_teacher_and_is_all_that_is_checkpointed(spaces, tables):
     config, (_, space) = configuration(), spaces
-    fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
+    fake = FakeScore(space, space.load_network(), config.fake_score, [0.5])
     x_t, t_B = torch.randn(4, *space.latent_shape), torch.rand(4)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -243,10 +243,10 @@ def test_a_lora_fake_score_starts_as_the_teacher_and_is_all_that_is_checkpointed
 @pytest.mark.parametrize("index", [0, 1])
 def test_early_features_equal_those_of_a_whole_forward(spaces, tables, index):
     space = spaces[index]
-    fake = FakeScore(space, space.load_network(), configuration().fake_score, 0.5)
+    fake = FakeScore(space, space.load_network(), configuration().fake_score, [0.5])
     x_t, t_B = torch.randn(4, *space.latent_shape, requires_grad=True), torch.rand(4)
-    features = fake.features(x_t, t_B, tables[index])
-    torch.testing.assert_close(features, fake(x_t, t_B, tables[index])[1])
+    (features,) = fake.features(x_t, t_B, tables[index])
+    torch.testing.assert_close(features, fake(x_t, t_B, tables[index])[1][0])
     features.square().mean().backward()
     assert x_t.grad.abs().sum() > 0
 
@@ -304,7 +304,7 @@ def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tabl
     part = distiller.batches.next()[0]
     row = distiller._fake_gradients(part)
     student_half = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none
-    distiller._real_gradients(row, part)
+    distiller.adversary.real_gradients(row, part)
     both = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none
     assert student_half.abs().max() > 1e-6
     assert (both - student_half).abs().max() > 1e-6
@@ -313,7 +313,7 @@ def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tabl
 
 def test_a_full_fake_score_trains_everything(spaces, tables):
     config, (_, space) = configuration(fake_score__kind="full"), spaces
-    fake = FakeScore(space, space.load_network(), config.fake_score, 0.5)
+    fake = FakeScore(space, space.load_network(), config.fake_score, [0.5])
     assert sum(p.numel() for p in fake.trainable().values()) == sum(p.numel() for p in fake.network.parameters())
 
 
