@@ -120,6 +120,11 @@ class DistillConfig(Section):
         description="forward passes of Bridge, fake score and student under bfloat16 autocast; weights, losses and "
         "updates stay float32, and so does a student that starts at t = 999, whose x0 would multiply the rounding",
     )
+    compile: bool = Field(
+        False,
+        description="compile the repeated blocks of student, fake score and SwinIR (torch.compile): faster, the same numbers "
+        "up to rounding; the first updates take minutes longer",
+    )
     drift_limit: Positive | None = free(
         1.0,
         description="collapse alarm: largest moving average of guard/latent_drift, the distance between the channels' "

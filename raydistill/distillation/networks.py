@@ -26,6 +26,7 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.reals import RealSet
 from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
+from raydistill.distillation.compiled import compile_network, compile_projector
 from raydistill.distillation.fake_score import Discriminator, FakeScore
 from raydistill.distillation.finite import Finite
 from raydistill.precision import autocast
@@ -113,6 +114,14 @@ class Networks:
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
+        if config.distill.compile and self.device.type != "meta":  # the planner counts what is not compiled
+            self._compile()
+
+    def _compile(self) -> None:
+        """The repeated blocks of all that runs forward and backward. An EMA, which is drawn with alone, stays as it is."""
+        compile_network(self.student_space, self.student)
+        compile_network(self.teacher_space, self.fake.network)
+        compile_projector(self.bridge.projector)
 
     def _recompute_activations(self) -> None:
         """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
