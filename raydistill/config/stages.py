@@ -112,6 +112,11 @@ class DistillConfig(Section):
         1800,
         description="longest time that workers wait for each other before the attempt fails; rank 0's evaluation is part of it",
     )
+    network_interface: str | None = free(
+        None,
+        description="network interface by which workers meet, such as eth0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); null: "
+        "NCCL's and gloo's choice",
+    )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
     )

@@ -41,7 +41,9 @@ def compile_network(space: Space, network: nn.Module) -> None:
     """Of a diffusion network, the blocks that diffusers or the family names; one without blocks stays as it is, with a line."""
     names = repeated_blocks(space, network)
     if not compile_forward(module for module in network.modules() if type(module).__name__ in names):
-        log.warning(f"distill.compile: a {type(network).__name__} has no repeated blocks; it runs without being compiled")
+        log.warning(
+            f"distill.compile: a {type(network).__name__} has no repeated blocks; it runs without being compiled"
+        )
 
 
 def compile_projector(projector: nn.Module) -> None:

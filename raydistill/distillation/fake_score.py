@@ -104,7 +104,7 @@ class FakeScore(nn.Module):
             network.requires_grad_(True)
         self.network = network.eval()
         self._features: Any = None
-        self._stop = False
+        self._stop = self._ends_graph = False
         block = space.feature_block(self.network, depth_fraction)
         block.register_forward_hook(self._keep)
 
@@ -112,6 +112,8 @@ class FakeScore(nn.Module):
         self._features = output
         if self._stop:
             raise _FeaturesReached
+        if self._ends_graph:
+            torch.set_grad_enabled(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of what is trained and checkpointed."""
@@ -123,6 +125,18 @@ class FakeScore(nn.Module):
         """(native prediction [B, C, H, W], features [B, D, h, w]) of one conditional evaluation."""
         prediction = self.space.predict(self.network, x_t, t_B, conditioning)
         return prediction, self._take(x_t)
+
+    def shared(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `forward`, but features alone have a graph: the blocks behind theirs keep nothing for a backward pass."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # restores what the hook changes
+            self._ends_graph = True
+            try:
+                prediction = self.space.predict(self.network, x_t, t_B, conditioning)
+            finally:
+                self._ends_graph = False
+        return prediction.detach(), self._take(x_t)
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """Features only [B, D, h, w]; the blocks behind the one that gives them do not run."""

@@ -114,7 +114,7 @@ class Networks:
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
-        if config.distill.compile and self.device.type != "meta":  # the planner counts what is not compiled
+        if self.device.type != "meta" and config.distill.compile:  # the planner counts what is not compiled
             self._compile()
 
     def _compile(self) -> None:
@@ -190,6 +190,15 @@ class Networks:
         prediction, _ = self.fake_score(x_t, t_B, conditioning)
         x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
         return self.finite.note(x0, "the fake score")
+
+    def x0_fake_and_features(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x0_fake` without a graph, and the features of the same pass with that of `x_t`."""
+        with self._autocast():
+            prediction, features = self.fake.shared(x_t, t_B, self.on_device(conditioning))
+        x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t.detach(), prediction, t_B)
+        return self.finite.note(x0, "the fake score"), features
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The fake score's features [B, D, h, w] alone; later blocks do not run."""

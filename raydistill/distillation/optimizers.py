@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from raydistill.config.networks import Optimizer as Kind
 from raydistill.errors import InputError
 from raydistill.teachers.speed import TORCHAO
 
-Kind = Literal["adamw", "adamw8bit"]
 BLOCK, SMALLEST = 256, 4096  # torchao's: numbers that share a scale, numbers of the smallest parameter in 8 bits
 STEPS = 256  # of the grid, which every moment holds as a table in float32
 

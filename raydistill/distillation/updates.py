@@ -85,6 +85,7 @@ class Distiller:
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
+        self._shares_pass = networks.discriminator is not None and config.discriminator.shared_pass
         # whether the discriminator's loss reaches the weights of the fake score, whose features it reads
         self._shapes_features = networks.discriminator is not None and config.discriminator.fake_weight > 0
 
@@ -210,18 +211,24 @@ class Distiller:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, row = self.config, {}
         x = self.networks.x(made.noise, made.student_conditioning)
-        loss = x.new_zeros(())
+        loss, features = x.new_zeros(()), None
         if x0_real is not None:
             x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
-            x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
+            if self._shares_pass:
+                x_t, t_B = made.with_graph(self.path, x)
+                x0_fake, features = self.networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
+            else:
+                x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.networks.discriminator is not None:
-            ids = made.sample_ids
-            t_B = self.draws.t(ids, "gan_t")
-            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
-            logits = self.networks.logits(self.networks.features(x_t, t_B, made.fake_conditioning))
+            if features is None:
+                ids = made.sample_ids
+                t_B = self.draws.t(ids, "gan_t")
+                x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
+                features = self.networks.features(x_t, t_B, made.fake_conditioning)
+            logits = self.networks.logits(features)
             row["loss/gan"] = generator_loss(logits)
             loss = loss + config.discriminator.weight * self.finite.note(row["loss/gan"], "the GAN loss")
         names = ["student"]
