@@ -36,7 +36,13 @@ def naming_out_of_memory(role: str, remedies: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(out_of_memory(error, role, remedies)) from error
+        raise OutOfMemory(out_of_memory(error, role, remedies), _marked(error)) from error
+
+
+def _marked(error: BaseException) -> str:
+    """The innermost part that has marked an error; empty: none has."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_PART)]
+    return notes[0].removeprefix(_PART) if notes else ""
 
 
 def out_of_memory(error: BaseException, role: str, remedies: Sequence[str], what: str = "") -> str:
@@ -45,8 +51,7 @@ def out_of_memory(error: BaseException, role: str, remedies: Sequence[str], what
     Args:
         what: the part, where no block has marked it.
     """
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_PART)]
-    where = notes[0].removeprefix(_PART) if notes else what
+    where = _marked(error) or what
     said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0]  # a hint for torch's own allocator
     at = f" at {where}" if where else ""
     helps = f"set {' or '.join(remedies)}" if remedies else "it needs a larger GPU"

@@ -22,7 +22,18 @@ class RunLost(Exception):
 
 
 class OutOfMemory(RuntimeError):
-    """A device is full. The message names role, part of the work, and settings that need less."""
+    """A device is full. The message names role, part of the work, and settings that need less.
+
+    Attributes:
+        part: of the work; empty: not known.
+    """
+
+    def __init__(self, message: str, part: str = "") -> None:
+        super().__init__(message, part)
+        self.part = part
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NonFiniteError(FloatingPointError):

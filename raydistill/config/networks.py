@@ -23,6 +23,11 @@ from raydistill.config.keys import (
 )
 from raydistill.diffusion import guidance
 
+Optimizer = Literal["adamw", "adamw8bit"]
+MOMENTS = (
+    "adamw: moments in 32 bits; adamw8bit: in 8 (torchao), 2 bytes a trained number instead of 8, and other numbers"
+)
+
 
 class StudentConfig(Section):
     model: str = Field(
@@ -59,6 +64,7 @@ class StudentConfig(Section):
         "its family's attention and feed-forward layers",
     )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
+    optimizer: Optimizer = Field("adamw", description=MOMENTS)
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None, description="exponential moving average that is evaluated and exported; null: none"
     )
@@ -232,6 +238,7 @@ class FakeScoreConfig(Section):
         None, description="blocks that a truncated network keeps at its output; null: a quarter of them, rounded up"
     )
     lr: Positive = Field(5e-4, description="AdamW learning rate")
+    optimizer: Optimizer = Field("adamw", description=MOMENTS)
     updates: Few = Field(2, description="fake-score updates per student update (k)")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
 
@@ -264,6 +271,11 @@ class DiscriminatorConfig(Section):
         0.1,
         description="noise on the clean latents, of about spread 1, by which R1 is approximated; bfloat16 rounds what 0.01 "
         "changes in the features",
+    )
+    shared_pass: bool = Field(
+        False,
+        description="the student's GAN loss reads features of the pass that gives the VSD loss its fake score, at the same "
+        "noised latents: a part of a pass is saved, and the GAN's times are those of vsd.t_min to vsd.t_max",
     )
     real_data: str | None = Field(
         "shapes:samples/flux",

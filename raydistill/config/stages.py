@@ -112,6 +112,11 @@ class DistillConfig(Section):
         1800,
         description="longest time that workers wait for each other before the attempt fails; rank 0's evaluation is part of it",
     )
+    network_interface: str | None = free(
+        None,
+        description="network interface by which workers meet, such as eth0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); null: "
+        "NCCL's and gloo's choice",
+    )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"
     )
@@ -119,6 +124,11 @@ class DistillConfig(Section):
         False,
         description="forward passes of Bridge, fake score and student under bfloat16 autocast; weights, losses and "
         "updates stay float32, and so does a student that starts at t = 999, whose x0 would multiply the rounding",
+    )
+    compile: bool = Field(
+        False,
+        description="compile the repeated blocks of student, fake score and SwinIR (torch.compile): faster, the same numbers "
+        "up to rounding; the first updates take minutes longer",
     )
     drift_limit: Positive | None = free(
         1.0,

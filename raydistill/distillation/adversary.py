@@ -111,12 +111,20 @@ class Adversary:
         return self.gan.fake_weight * loss if self.shapes_features else torch.zeros_like(loss)
 
     # -- the student ----------------------------------------------------------------------------------
-    def pull(self, row: Row, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """The generator's loss of the student's x [B, C, H, W], weighted."""
-        ids = batch.sample_ids
-        t_B = self.draws.t(ids, "gan_t")
-        x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
-        logits = self.networks.logits(self.networks.features(x_t, t_B, batch.fake_conditioning))
+    def pull(
+        self, row: Row, x: torch.Tensor, batch: MicroBatch, features: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """The generator's loss of the student's x [B, C, H, W], weighted.
+
+        Args:
+            features: of x noised, from the pass that gave the VSD loss its fake score (`discriminator.shared_pass`).
+        """
+        if features is None:
+            ids = batch.sample_ids
+            t_B = self.draws.t(ids, "gan_t")
+            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
+            features = self.networks.features(x_t, t_B, batch.fake_conditioning)
+        logits = self.networks.logits(features)
         row["loss/gan"] = over_heads(generator_loss, logits)
         return self.gan.weight * self.networks.finite.note(row["loss/gan"], "the GAN loss")
 

@@ -24,6 +24,7 @@ from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.data.reals import Grouped, RealOrder, RealSet
 from raydistill.diffusion.noise import normal, uniform
+from raydistill.diffusion.path import Path, expand
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.spaces import Conditioning
 from raydistill.transfer import upload
@@ -173,6 +174,11 @@ class Made(MicroBatch):
     x_t: torch.Tensor  # [B, C, H, W] in main memory
     t_B: torch.Tensor  # in main memory
     held: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
+
+    def with_graph(self, path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`held`: its own numbers, and the gradient of x_t = alpha x + sigma eps with respect to the student's x."""
+        x_t, t_B = self.held
+        return x_t + expand(path.alpha_sigma(t_B)[0], x) * (x - x.detach()), t_B
 
 
 @dataclass(frozen=True)

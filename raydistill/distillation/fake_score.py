@@ -123,7 +123,7 @@ class FakeScore(nn.Module):
             network.requires_grad_(True)
         self.network = network.eval()
         self._features: dict[int, Any] = {}  # what each of the blocks has answered last
-        self._stop = False
+        self._stop = self._ends_graph = False
         blocks = feature_blocks(space, self.network, depths)
         self._count = len(blocks)
         for place, block in enumerate(blocks):
@@ -131,8 +131,12 @@ class FakeScore(nn.Module):
 
     def _keep(self, place: int, module: nn.Module, inputs: Any, output: Any) -> None:
         self._features[place] = output
-        if self._stop and place == self._count - 1:
+        if place < self._count - 1:
+            return
+        if self._stop:
             raise _FeaturesReached
+        if self._ends_graph:
+            torch.set_grad_enabled(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of what is trained and checkpointed."""
@@ -144,6 +148,18 @@ class FakeScore(nn.Module):
         """(native prediction [B, C, H, W], features [B, D, h, w] of each depth) of one conditional evaluation."""
         prediction = self.space.predict(self.network, x_t, t_B, conditioning)
         return prediction, self._take(x_t)
+
+    def shared(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """As `forward`, but features alone have a graph: the blocks behind the last of them keep nothing for a backward pass."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()):  # restores what the hook changes
+            self._ends_graph = True
+            try:
+                prediction = self.space.predict(self.network, x_t, t_B, conditioning)
+            finally:
+                self._ends_graph = False
+        return prediction.detach(), self._take(x_t)
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> list[torch.Tensor]:
         """Features only, [B, D, h, w] of each depth; the blocks behind the last one that is read do not run."""

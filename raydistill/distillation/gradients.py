@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from raydistill.config.schema import Config
+from raydistill.distillation import optimizers
 from raydistill.distillation.finite import Finite
 from raydistill.distillation.networks import Networks
 from raydistill.spaces.adapter import trained
@@ -28,19 +29,19 @@ def alone(gradients: list[torch.Tensor]) -> None:
     """The mean over one worker."""
 
 
-def optimizers_of(networks: Networks, config: Config) -> dict[str, AdamW]:
-    """AdamW(0, 0.999, 1e-8) without weight decay for each trained network (arXiv 2606.32020).
+def optimizers_of(networks: Networks, config: Config) -> dict[str, Optimizer]:
+    """AdamW for each trained network (`optimizers.make`).
 
     On CUDA in torch's fused form: one kernel, without copies as large as the weights.
     """
     fused = True if networks.device.type == "cuda" else None
 
-    def adamw(parameters: list[nn.Parameter], lr: float) -> AdamW:
-        return AdamW(parameters, lr=lr, betas=(0.0, 0.999), eps=1e-8, weight_decay=0.0, fused=fused)
+    def adamw(parameters: list[nn.Parameter], lr: float, kind: optimizers.Kind = "adamw") -> Optimizer:
+        return optimizers.make(parameters, lr, kind, fused=fused)
 
     found = {
-        "student": adamw(list(trained(networks.student).values()), config.student.lr),
-        "fake": adamw(list(networks.fake.trainable().values()), config.fake_score.lr),
+        "student": adamw(list(trained(networks.student).values()), config.student.lr, config.student.optimizer),
+        "fake": adamw(list(networks.fake.trainable().values()), config.fake_score.lr, config.fake_score.optimizer),
     }
     if config.bridge.trainable:
         found["bridge"] = adamw(networks.bridge.trainable_parameters(), config.bridge.trainable_lr)
@@ -53,6 +54,7 @@ class Gradients:
     """The optimizers by name, and what they step on.
 
     Args:
+        by_name: the optimizers.
         mean_parts: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
@@ -61,16 +63,16 @@ class Gradients:
 
     def __init__(
         self,
-        optimizers: dict[str, AdamW],
+        by_name: dict[str, Optimizer],
         mean_parts: float,
         finite: Finite,
         average: Average = alone,
         *,
         warmup: int = 0,
     ) -> None:
-        self.optimizers, self.mean_parts, self.finite = optimizers, mean_parts, finite
+        self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
         self.average, self.warmup = average, warmup
-        self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
+        self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
 
     def warm_up(self, updates: int) -> None:
         """Set the learning rates of the update that follows `updates` of the student; a function of nothing else."""
@@ -78,8 +80,7 @@ class Gradients:
             return
         share = min(1.0, (updates + 1) / self.warmup)
         for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = share * self._rates[name]
+            optimizers.set_lr(optimizer, share * self._rates[name])
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """Those of one optimizer."""
@@ -120,15 +121,15 @@ class Gradients:
             self.finite.note(norm, f"{OTHERS if of_all else 'the'} {name} gradient", elsewhere=of_all)
         self.finite.look()  # before any step: a bad gradient must change nothing
         for name, group in groups.items():
-            self.optimizers[name].step()
+            optimizers.step(self.optimizers[name])
             self.optimizers[name].zero_grad(set_to_none=True)
             with torch.no_grad():
                 self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
         return norms
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}}
+        return {"optimizers": {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            optimizers.load_state_dict(optimizer, state["optimizers"][name])

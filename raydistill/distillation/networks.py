@@ -26,6 +26,7 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.reals import RealSet
 from raydistill.diffusion.path import to_x0
 from raydistill.distillation.batches import Real
+from raydistill.distillation.compiled import compile_network, compile_projector
 from raydistill.distillation.discriminator import Discriminator
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.finite import Finite
@@ -133,6 +134,14 @@ class Networks:
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
+        if self.device.type != "meta" and config.distill.compile:  # the planner counts what is not compiled
+            self._compile()
+
+    def _compile(self) -> None:
+        """The repeated blocks of all that runs forward and backward. An EMA, which is drawn with alone, stays as it is."""
+        compile_network(self.student_space, self.student)
+        compile_network(self.teacher_space, self.fake.network)
+        compile_projector(self.bridge.projector)
 
     def _recompute_activations(self) -> None:
         """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
@@ -202,6 +211,15 @@ class Networks:
         prediction, _ = self.fake_score(x_t, t_B, conditioning)
         x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t, prediction, t_B)
         return self.finite.note(x0, "the fake score")
+
+    def x0_fake_and_features(
+        self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """`x0_fake` without a graph, and the features of the same pass with that of `x_t`."""
+        with self._autocast():
+            prediction, features = self.fake.shared(x_t, t_B, self.on_device(conditioning))
+        x0 = to_x0(self.teacher_space.path, self.teacher_space.prediction, x_t.detach(), prediction, t_B)
+        return self.finite.note(x0, "the fake score"), features
 
     def features(self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning) -> list[torch.Tensor]:
         """The fake score's features [B, D, h, w] of each depth alone; later blocks do not run."""

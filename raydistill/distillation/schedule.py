@@ -21,6 +21,8 @@ from raydistill.device_memory import part
 from raydistill.distillation.batches import Made
 from raydistill.distillation.updates import Distiller
 
+UPDATE = ("the student's next batch", "the fake score's update", "the student's update")  # its parts, in errors
+
 
 class Pending(Protocol):
     """A score request under way."""
@@ -72,7 +74,7 @@ def distillation_step(distiller: Distiller, submit: Submit | None, fake_updates:
     started = time.perf_counter()
     requests = Requests(submit, distiller.config.distill.in_flight) if submit is not None else None
     parts = []
-    with part("the student's next batch"):
+    with part(UPDATE[0]):
         for made in distiller.make():
             parts.append(made)
             if requests is not None:
@@ -80,10 +82,10 @@ def distillation_step(distiller: Distiller, submit: Submit | None, fake_updates:
                 if overlap:
                     requests.send()
     for _ in range(fake_updates):
-        with part("the fake score's update"):
+        with part(UPDATE[1]):
             distiller.fake_update()
         if requests is not None and overlap:
             requests.send()
-    with part("the student's update"):
+    with part(UPDATE[2]):
         distiller.student_update(parts, requests)
     distiller.metrics["time/step"] = time.perf_counter() - started

@@ -88,6 +88,7 @@ class Distiller:
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.updates = 0  # of the student
+        self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -186,15 +187,19 @@ class Distiller:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, row = self.config, {}
         x = self.networks.x(made.noise, made.student_conditioning)
-        loss = x.new_zeros(())
+        loss, features = x.new_zeros(()), None
         if x0_real is not None:
             x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
-            x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
+            if self._shares_pass:
+                x_t, t_B = made.with_graph(self.path, x)
+                x0_fake, features = self.networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
+            else:
+                x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.adversary is not None:
-            loss = loss + self.adversary.pull(row, x, made)
+            loss = loss + self.adversary.pull(row, x, made, features)
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)

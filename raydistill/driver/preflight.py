@@ -24,6 +24,7 @@ from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
+from raydistill.distillation import optimizers
 from raydistill.distillation.fake_score import feature_blocks, truncate
 from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
@@ -298,7 +299,8 @@ def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
 
 
 def _check_fake_score(config: Config, student: Space, teacher: Space) -> None:
-    """A network can be truncated and has the depths that are read, tried on one without weights."""
+    """A network can be truncated and has the depths that are read, tried on one without weights; optimizers are there."""
+    optimizers.check(student__optimizer=config.student.optimizer, fake_score__optimizer=config.fake_score.optimizer)
     truncated, shared = config.fake_score.kind == "truncated", "shared_space" in config.controls
     if truncated and shared:
         raise InputError(

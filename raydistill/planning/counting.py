@@ -32,6 +32,7 @@ from raydistill.diffusion.guidance import is_guided
 from raydistill.distillation.batches import Real
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale
+from raydistill.distillation.optimizers import moments_bytes
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.export.licences import student_licences
 from raydistill.planning.counts import (
@@ -101,6 +102,13 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
     )
 
 
+def in_32_bits(config: Config) -> Config:
+    """With AdamW's moments in float32: those in 8 bits are counted without torchao, which need not be where a plan is made."""
+    kept = {"optimizer": "adamw"}
+    parts = {name: getattr(config, name).model_copy(update=kept) for name in ("student", "fake_score")}
+    return config.model_copy(update=parts)
+
+
 def count_trainer(
     config: Config,
     student: Space,
@@ -116,7 +124,7 @@ def count_trainer(
     """
     with counted() as meter:
         begins(", its networks")
-        worker = distiller(config, student, teacher, batch or config.distill.batch_size)
+        worker = distiller(in_32_bits(config), student, teacher, batch or config.distill.batch_size)
         probe = worker.anchor.probe.network if worker.anchor and worker.anchor.probe else None
         networks = worker.networks
         if networks.discriminator is not None:
@@ -136,7 +144,12 @@ def count_trainer(
             begins(f", {name}")
             before.append(meter.live)
             works.append(meter.count(part))
-        held = meter.live
+        saved = sum(
+            moments_bytes(worker.gradients.parameters(name), "adamw")
+            - moments_bytes(worker.gradients.parameters(name), kind)
+            for name, kind in (("student", config.student.optimizer), ("fake", config.fake_score.optimizer))
+        )
+        held = meter.live - saved
         # Later steps start with the optimizers' state that this first one has built up.
         make, fake, updated = (replace(w, peak=w.peak + held - b) for w, b in zip(works, before, strict=True))
         trained = list(networks.fake.trainable().values())
@@ -159,7 +172,8 @@ def count_trainer(
                 nbytes(value for value in state.values() if isinstance(value, torch.Tensor))
                 for optimizer in worker.gradients.optimizers.values()
                 for state in optimizer.state.values()
-            ),
+            )
+            - saved,
         )
         gradients = {"student": nbytes(learning), "fake": nbytes(trained)}
         if discriminator:

@@ -146,6 +146,9 @@ class Counts:
     small_batch: int
     small_trainer: Trainer  # at `small_batch` samples
     recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
+    keeping: Trainer | None = None  # at `batch`, without it; None: `trainer` is
+    small_keeping: Trainer | None = None  # at `small_batch`
+    least: Trainer | None = None  # one sample a part, with all that saves memory and changes no number
     network: Teacher
     drawer: Teacher  # what draws pictures
     bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
@@ -211,10 +214,12 @@ class Wanted:
     batch: int = 0
 
 
-GROWTH = ("small_trainer", "recomputing")  # how a trainer's memory grows; no check that it fits needs them
+GROWTH = ("small_trainer", "recomputing", "least")  # how a trainer's memory grows; no check that it fits needs them
 FIELDS = (
     "trainer",
     *GROWTH,
+    "keeping",
+    "small_keeping",
     "network",
     "drawer",
     "bridge",
@@ -234,6 +239,9 @@ def wanted(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Wanted]:
         "trainer": Wanted("trainer", config, batch),
         "small_trainer": Wanted("trainer", config, small_batch(config)),
         "recomputing": Wanted("trainer", changed(config, gradient_checkpointing=True), batch),
+        "least": Wanted("trainer", least(config), LEAST_PARTS),
+        "keeping": Wanted("trainer", changed(config, gradient_checkpointing=False), batch),
+        "small_keeping": Wanted("trainer", changed(config, gradient_checkpointing=False), small_batch(config)),
         "network": Wanted("teacher", config),
         "drawer": Wanted("drawer", config),
         "bridge": Wanted("bridge", config),
@@ -242,10 +250,24 @@ def wanted(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Wanted]:
         "models": Wanted("models", config),
     }
     alike = not other_drawer(config) and config.synthesis.guidance_scale is None
+    recomputes = config.distill.gradient_checkpointing
     needless = {
-        "bridge": not trains_bridge(config), "recomputing": config.distill.gradient_checkpointing, "drawer": alike,
+        "bridge": not trains_bridge(config), "recomputing": recomputes, "keeping": not recomputes,
+        "small_keeping": not recomputes, "drawer": alike,
     }  # fmt: skip
     return {name: it for name, it in every.items() if name in fields and not needless.get(name)}
+
+
+LEAST_PARTS = 2  # of which `least` is counted: more of them need no more but their inputs
+
+
+def least(config: Config) -> Config:
+    """With one sample a part, activations recomputed, and a frozen copy in bfloat16 where that changes no number."""
+    fake = config.fake_score
+    if fake.kind == "lora" and config.distill.mixed_precision:
+        fake = fake.model_copy(update={"base_dtype": "bfloat16"})
+    small = changed(config, gradient_checkpointing=True, micro_batches=LEAST_PARTS, batch_size=LEAST_PARTS)
+    return small.model_copy(update={"fake_score": fake})
 
 
 def small_batch(config: Config) -> int:

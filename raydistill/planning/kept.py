@@ -58,7 +58,7 @@ UNREAD = frozenset(  # of the sections, what people vary in plans and no count r
         "teacher.sampling_steps", "bridge.pairs", "bridge.source", "bridge.shuffle", "bridge.steps", "bridge.lr", "discriminator.real_data",
         "discriminator.real_count", "discriminator.real_source", "distill.steps", "distill.warmup_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
         "distill.evaluate_every", "distill.max_failures", "distill.max_failures_without_progress", "distill.resize_after_s",
-        "distill.collective_timeout_s", "distill.stop_on_plateau", "distill.stop_on_collapse", "distill.gpus_per_worker", "distill.cpus_per_worker",
+        "distill.collective_timeout_s", "distill.network_interface", "distill.compile", "distill.stop_on_plateau", "distill.stop_on_collapse", "distill.gpus_per_worker", "distill.cpus_per_worker",
         "distill.threads", "distill.node_labels",
     }
 )  # fmt: skip
@@ -76,6 +76,9 @@ NAMES = {  # what is shown while a field is counted
     "trainer": "a trainer",
     "small_trainer": "a trainer of fewer samples",
     "recomputing": "a trainer that recomputes",
+    "least": "a trainer of the least memory",
+    "keeping": "a trainer that keeps its activations",
+    "small_keeping": "one of fewer samples",
     "network": "the teacher",
     "drawer": "what draws pictures",
     "bridge": "the Bridge's training",

@@ -5,8 +5,9 @@ Memory beside the tensors is modelled: `plan.reserve`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from raydistill.planning.counts import (
 from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.kept import find_counts
 
+EIGHT_BITS = 0.74  # of AdamW's moments, what 8 bits save; of SD 1.5's 0.745, for small parameters keep 32
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
 
@@ -82,6 +84,49 @@ def trainer_bytes(counts: Counts, batch: int) -> float:
     step = (batch - counts.small_batch) / (counts.batch - counts.small_batch)
     pairs = ((small.make, large.make), (small.fake, large.fake), (small.student, large.student))
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
+
+
+def keeping_parts(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int | None:
+    """The fewest distill.micro_batches with which a trainer need not recompute; None: it does not, or there are none.
+
+    By straight lines, as `trainer_bytes`.
+    """
+    if counts.keeping is None or counts.small_keeping is None:
+        return None
+    kept = replace(counts, trainer=counts.keeping, small_trainer=counts.small_keeping)
+    parts, has = config.distill.micro_batches, _has(config, "trainer", gpus[config.plan.trainer_gpu])
+    shared = shared_bytes(counts.keeping.weights, config) if config.fake_score.shard else 0
+    for more in range(parts, counts.batch + 1):
+        if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * parts) - shared <= has:
+            return more
+    return None
+
+
+def together(counts: Any, config: Config, has: float) -> str | None:
+    """Settings that make a trainer fit all together, as few as will do; None: not even all of them are enough.
+
+    One sample a part, recomputed activations and a frozen copy in bfloat16 change no number but by rounding, and come first.
+    """
+    if counts.least is None:
+        return None
+    distill, fake, weights = config.distill, config.fake_score, counts.least.weights
+    needs = counts.least.peak + counts.models.request_bytes * distill.micro_batches  # the inputs of more parts
+    taken = [f"distill.micro_batches={counts.batch}"] if distill.micro_batches < counts.batch else []
+    taken += [] if distill.gradient_checkpointing else ["distill.gradient_checkpointing=true"]
+    narrow = fake.kind == "lora" and distill.mixed_precision and fake.base_dtype == "float32"
+    taken += ["fake_score.base_dtype=bfloat16"] if narrow else []
+    shared = shared_bytes(weights, config) if fake.kind == "lora" else 0
+    needs -= shared if fake.shard else 0
+    savings = {"fake_score.shard=true": 0 if fake.shard else shared}
+    for section, name in (("student", "student"), ("fake_score", "fake")):
+        plain = getattr(config, section).optimizer == "adamw"
+        savings[f"{section}.optimizer=adamw8bit"] = EIGHT_BITS * 2 * counts.least.gradients[name] if plain else 0
+    able = [change for change, saved in savings.items() if saved > 0]
+    for count in range(len(able) + 1):
+        for chosen in itertools.combinations(able, count):
+            if needs - sum(savings[change] for change in chosen) <= has:
+                return " ".join([*taken, *chosen])
+    return None
 
 
 def shared_bytes(weights: Weights, config: Config) -> float:
@@ -224,7 +269,11 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
     would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak - shared <= has else []
     would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
-    return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would" if would else "not even one sample would")
+    if would:
+        return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would")
+    all_of = together(counts, config, has)
+    advice = f"{all_of} together would" if all_of else "not even one sample would"
+    return Fit("trainer", gpu, needs, has, advice)
 
 
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
@@ -303,7 +352,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
         key, kind = ROLES[role].key, ROLES[role].kind(config)
         has = _has(config, role, gpus[kind])
         if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
-            counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, GROWTH))
+            counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, [*GROWTH, "models"]))
         fit = _fit(role, counts, config, kind, gpus[kind])
         text = (
             f"{role}: needs {fit.needs / GIB:.1f} GiB of tensors, {key}={get(config, key):g} {kind} has "

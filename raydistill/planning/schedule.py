@@ -121,7 +121,8 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     # of the fake loss, and the real samples' features, with R1 once more; the student's fake score, and its features there
     # and back.
     fake += passes * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
-    student += (3 if gan else 1) * gathered + reduced["student"]
+    shared = config.discriminator.shared_pass and config.vsd.weight > 0
+    student += (1 if not gan else 2 if shared else 3) * gathered + reduced["student"]
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
     requests, at_once = workers * distill.micro_batches, asked_at_once(config)
     rounds = [-(-requests // count) for count in range(1, at_once + 1)]

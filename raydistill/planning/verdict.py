@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
@@ -13,7 +14,7 @@ from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
 from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import ROLES, encoder_gpu, memory
+from raydistill.planning.memory import ROLES, encoder_gpu, keeping_parts, memory
 from raydistill.planning.schedule import (
     Phase,
     Schedule,
@@ -201,8 +202,8 @@ def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[
     """
     now = price(phases(counts, config, gpus), config, gpus)
 
-    def cost(other: Config) -> float:
-        return price(phases(counts, other, gpus), other, gpus)
+    def cost(other: Config, its: Counts = counts) -> float:
+        return price(phases(its, other, gpus), other, gpus)
 
     others = [
         (f"plan.{key}={kind}", _with(config, "plan", **{key: kind}))
@@ -210,6 +211,12 @@ def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[
         for kind in gpus
     ]
     found = [(cost(other), change) for change, other in _changes(counts, config, gpus)]
+    if parts := keeping_parts(counts, config, gpus):
+        change = "distill.gradient_checkpointing=false" + (
+            f" distill.micro_batches={parts}" if parts > config.distill.micro_batches else ""
+        )
+        other = _with(config, "distill", gradient_checkpointing=False, micro_batches=parts)
+        found.append((cost(other, replace(counts, trainer=counts.keeping)), change))
     kinds = [(cost(other), change) for change, other in others if all_fits(counts, other, gpus)]
     return sorted(it for it in [*found, min(kinds, default=(now, ""))] if it[0] <= WORTH_SAYING * now)
 

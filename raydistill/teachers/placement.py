@@ -40,6 +40,30 @@ def fits(config: TeacherServiceConfig) -> bool:
     return take_room([rank] * (config.shards * config.replicas) + [coordinator] * config.replicas, nodes)
 
 
+def strategy(config: TeacherServiceConfig) -> str:
+    """How Ray places a replica's ranks: STRICT_PACK, all on one node, where ranks gather weights from each other (zero3) and
+    the free resources of nodes hold every replica whole; else PACK, as few nodes as there is room on.
+    """
+    if config.plain or config.shards == 1:
+        return "PACK"
+    free = available_resources_per_node()
+    nodes = [dict(free.get(node["NodeID"], {})) for node in labelled_nodes(config.node_labels)]
+    return "STRICT_PACK" if whole_on_nodes(config, nodes) else "PACK"
+
+
+def whole_on_nodes(config: TeacherServiceConfig, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether each replica finds all of its resources on one node.
+
+    Args:
+        nodes: free resources of each.
+    """
+    each: dict[str, float] = {}
+    for bundle in bundles(config):
+        for kind, much in bundle.items():
+            each[kind] = each.get(kind, 0.0) + much
+    return take_room([each] * config.replicas, [dict(node) for node in nodes])
+
+
 def labelled_nodes(labels: Mapping[str, str]) -> list[dict[str, Any]]:
     """Entries of `ray.nodes()` that are alive and have all of these labels."""
     return [node for node in ray.nodes() if node["Alive"] and labels.items() <= (node.get("Labels") or {}).items()]

@@ -60,7 +60,7 @@ def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: 
         **({} if replica is None else {"func_or_class": replica}),
         ray_actor_options={"num_cpus": placement.COORDINATOR_CPUS},
         placement_group_bundles=placement.bundles(config),
-        placement_group_strategy="PACK",
+        placement_group_strategy=placement.strategy(config),
         **({"placement_group_bundle_label_selector": selectors} if selectors else {}),
     ).bind(str(Path(model_folder).resolve()), config.model_dump())
     applications()  # forgets a dead controller

@@ -22,13 +22,15 @@ from raydistill.data.stream import Early
 from raydistill.device_memory import naming_out_of_memory, part
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
-from raydistill.errors import NonFiniteError
+from raydistill.errors import NonFiniteError, StageFailed
 from raydistill.storage import lease
 from raydistill.storage.atomic import scratch
 from raydistill.tracking.progress import ProgressWatcher
+from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.adoption import Found
 from raydistill.workers.checkpoint import require_room, save_state
+from raydistill.workers.more_parts import in_more_parts, noting_more_parts
 from raydistill.workers.observer import Observer, evaluation_is_due
 from raydistill.workers.parts import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
@@ -43,12 +45,30 @@ CHECKPOINTS = "checkpoints"  # folder of a stage
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
 
+    Where an update finds a device full, the stage goes on once with batches in more parts (more_parts.py).
     `needs`, and what is raised: see `train`.
     """
-    config = validate(stage.config)
     if stage.path("result.json").is_file():
         return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)  # before a signal may leave its file there
+    roomier = in_more_parts(stage)
+    try:
+        _train(roomier, needs)
+    except StageFailed as error:
+        again = in_more_parts(stage)
+        if again == roomier:
+            raise
+        parts = again.config["distill"]["micro_batches"]
+        screen.say(f"{error}")
+        screen.say(
+            f"{screen.numbered(stage.name)}: goes on with distill.micro_batches={parts}, the same update up to rounding"
+        )
+        _train(again, needs)
+    return stage.result()
+
+
+def _train(stage: Stage, needs: Sequence[Future[Any]]) -> None:
+    config = validate(stage.config)
     own_service = stage.service if stage.service != config.teachers.service else None
     with draining(stage.path()), ProgressWatcher(stage.path("progress.json"), stage.name, alike=CONTROLS):
         train(
@@ -63,7 +83,6 @@ def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
             service=own_service,
             needs=needs,
         )
-    return stage.result()
 
 
 # -- the worker -------------------------------------------------------------------------------------------
@@ -78,7 +97,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 def distil(stage: Stage) -> None:
     """One worker's part of the stage, from the newest checkpoint to the end, or to a stop."""
     config = validate(stage.config)
-    with naming_out_of_memory("trainer", trainer_remedies(config)), _opened(stage, config) as run:
+    naming = naming_out_of_memory("trainer", trainer_remedies(config))
+    with noting_more_parts(stage), naming, _opened(stage, config) as run:
         run.begin()
         for step in run.remaining_steps():
             distillation_step(run.distiller, run.teachers, config.fake_score.updates, config.distill.overlap)

@@ -30,6 +30,7 @@ from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
 from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NoProgress, name_node
+from raydistill.workers.waiting import meeting, watch
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def train(
             run_config=RunConfig(
                 name=checkpoints,
                 **for_ray_train(folder),
+                worker_runtime_env=network_environment(config),
                 logging_config=LoggingConfig(log_level="WARNING"),
                 failure_config=FailureConfig(max_failures=distill.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
@@ -124,6 +126,13 @@ def train(
         raise StageFailed(f"{name}: {reason}")
     delete_unlisted(folder / checkpoints)
     return result
+
+
+def network_environment(config: Config) -> dict[str, Any]:
+    """What workers are started with, so that NCCL and gloo take the interface that is asked for."""
+    interface = config.distill.network_interface
+    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if interface else ()
+    return {"env_vars": dict.fromkeys(names, interface)} if names else {}
 
 
 def resume(stage: str, folder: Place, runs: Runs, steps: int) -> None:
@@ -288,14 +297,18 @@ class Worker:
     def current(cls, config: Config) -> Worker:
         context = ray.train.get_context()
         device = get_device() if config.distill.gpus_per_worker else torch.device("cpu")
-        return cls(context.get_world_rank(), context.get_world_size(), device)
+        own = cls(context.get_world_rank(), context.get_world_size(), device)
+        if own.world > 1:
+            watch("workers", own.rank, own.world, config.distill.collective_timeout_s)
+        return own
 
     def from_all(self, value: Any) -> list[Any]:
         """What every worker gives, by rank, on every worker."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        torch.distributed.all_gather_object(values, value)
+        with meeting(self.rank, self.world):
+            torch.distributed.all_gather_object(values, value)
         return values
 
     def from_rank_0(self, value: Any) -> Any:
@@ -303,13 +316,15 @@ class Worker:
         if self.world == 1:
             return value
         values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
+        with meeting(self.rank, self.world):
+            torch.distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def average(self, tensors: list[torch.Tensor]) -> None:
         """Mean over all workers, in place, by one flat all-reduce."""
         flat = torch._utils._flatten_dense_tensors(tensors)
-        torch.distributed.all_reduce(flat)
+        with meeting(self.rank, self.world):
+            torch.distributed.all_reduce(flat)
         flat /= self.world
         for tensor, mean in zip(tensors, torch._utils._unflatten_dense_tensors(flat, tensors), strict=True):
             tensor.copy_(mean)

@@ -46,7 +46,7 @@ class Pair:
 
 
 def update(pair: Pair, meter: Any) -> None:
-    """One of a worker's; the pair's precision, and its activations recomputed or kept as it says."""
+    """Two of a worker's; the pair's precision, and its activations recomputed or kept as it says."""
     import torch
     from device_roles import answered
     from pretended_tensors import CUDA
@@ -77,7 +77,8 @@ def update(pair: Pair, meter: Any) -> None:
     )
     networks = worker.networks
     meter.hold(networks.student, networks.bridge, networks.fake, networks.discriminator, networks.ema)
-    distillation_step(worker, answered, 1, overlap=True)
+    for _ in range(2):  # the second one has the optimizers' moments from its beginning
+        distillation_step(worker, answered, 1, overlap=True)
 
 
 def score(pair: Pair, meter: Any) -> None:

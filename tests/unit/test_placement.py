@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from raydistill.teachers.placement import Need, lacking, take_room
+from raydistill.config.networks import TeacherServiceConfig
+from raydistill.teachers.placement import Need, lacking, strategy, take_room, whole_on_nodes
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,22 @@ def test_what_does_not_fit_is_said_with_what_would():
         "text encoders cannot be placed: asked for 2 of 1 CPU each, room for 1; free on the 1 node(s): 1.5 CPU and 0 GPU. "
         "Lower prompts.encoders, or add nodes"
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "nodes", "whole"),
+    [
+        ({"shards": 2, "replicas": 2}, [{"CPU": 3.0, "GPU": 2.0}] * 2, True),
+        ({"shards": 2, "replicas": 2}, [{"CPU": 9.0, "GPU": 4.0}], True),
+        ({"shards": 2, "replicas": 2}, [{"CPU": 9.0, "GPU": 3.0}, {"CPU": 9.0, "GPU": 1.0}], False),  # enough in all
+        ({"shards": 4, "replicas": 1}, [{"CPU": 9.0, "GPU": 2.0}] * 2, False),
+        ({"shards": 2, "replicas": 1}, [{"CPU": 2.0, "GPU": 2.0}], False),  # no room for the coordinator
+    ],
+)
+def test_a_replica_stays_on_one_node_where_every_replica_can(config, nodes, whole):
+    assert whole_on_nodes(TeacherServiceConfig(cpus_per_rank=1, gpus_per_rank=1, **config), nodes) is whole
+
+
+def test_ranks_that_never_meet_need_not_be_on_one_node():
+    for other in ({"backend": "plain", "shards": 4}, {"backend": "zero3", "shards": 1}):
+        assert strategy(TeacherServiceConfig(**other)) == "PACK"

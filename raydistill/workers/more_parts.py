@@ -1,0 +1,63 @@
+"""A trainer whose device is full in an update starts once more, with batches in more equal parts.
+
+The update stays the same up to rounding, and what is alive at once is one part. All workers leave first, so what they held
+is free. A file of the stage keeps the number: whoever goes on with the stage later has it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from raydistill.config.reading import validate
+from raydistill.config.schema import Config
+from raydistill.distillation.schedule import UPDATE
+from raydistill.errors import OutOfMemory
+from raydistill.storage import lease
+from raydistill.storage.atomic import read_json, replace_text
+from raydistill.tracking.tracker import Tracker
+from raydistill.workers.remedies import more_parts
+from raydistill.workers.stage import Stage
+
+FILE = "more_parts.json"
+
+
+@contextmanager
+def noting_more_parts(stage: Stage) -> Iterator[None]:
+    """Around a worker's updates: where one finds the device full, write down how many parts may do, in file and MLflow run.
+
+    Nothing is written where a batch has no more parts, or where there was a second try already; the error goes on either way.
+    """
+    try:
+        yield
+    except OutOfMemory as error:
+        count = None if stage.path(FILE).is_file() else more_parts_of(validate(stage.config))
+        if error.part in UPDATE and count is not None:
+            lease.check(stage.path())
+            replace_text(stage.path(FILE), json.dumps({"micro_batches": count, "why": str(error)}))
+            tracker = Tracker(stage.mlflow_uri, stage.mlflow_run)
+            tracker.tags({"out_of_memory": f"goes on with distill.micro_batches={count}. {error}"})
+            tracker.close()
+        raise
+
+
+def more_parts_of(config: Config) -> int | None:
+    """The next number of parts of an update that divides all that it takes; None: there is none."""
+    anchored = config.bridge.batch_size // config.distill.workers if config.bridge.trainable else None
+    parts = more_parts(config.distill.batch_size, config.distill.micro_batches)
+    while parts is not None and anchored is not None and anchored % parts:
+        parts = more_parts(config.distill.batch_size, parts)
+    return parts
+
+
+def in_more_parts(stage: Stage) -> Stage:
+    """The stage with the parts that its file tells of; itself where there is none."""
+    if not stage.path(FILE).is_file():
+        return stage
+    told = read_json(stage.path(FILE), "remove it, and the stage goes on with distill.micro_batches as configured")
+    distill = stage.config["distill"]
+    if told["micro_batches"] <= distill["micro_batches"]:
+        return stage
+    return replace(stage, config=stage.config | {"distill": distill | {"micro_batches": told["micro_batches"]}})
