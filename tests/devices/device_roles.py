@@ -213,6 +213,16 @@ def update_full(bench: Bench, mode: PretendedTensors) -> None:
     )  # fmt: skip
 
 
+def update_student_lora(bench: Bench, mode: PretendedTensors) -> None:
+    """The student is a LoRA on its frozen start, with an average; another worker goes on from its checkpoint."""
+    settings = ("student.kind=lora", "student.rank=4", "student.ema_decay=0.99", "distill.gradient_checkpointing=true")
+    state = _read_back(_update(bench.distiller(*settings)).state_dict())
+    worker = bench.distiller(*settings)
+    worker.load_state_dict(state)
+    assert {p.device for p in worker.networks.ema.parameters()} == {CUDA}
+    _update(worker)
+
+
 def update_truncated(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("fake_score.kind=truncated"))
 
@@ -311,7 +321,7 @@ def bridge_resumed(bench: Bench, mode: PretendedTensors) -> None:
 ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
-        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_truncated, update_joint,
+        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_student_lora, update_truncated, update_joint,
         update_float32, update_shard, resume, bridge,
         bridge_resumed,
     )

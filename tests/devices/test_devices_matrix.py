@@ -14,6 +14,7 @@ ROLES = (
     "update_joint", "update_float32", "update_shard", "resume", "bridge", "bridge_resumed",
 )  # fmt: skip
 CELLS = [(f, r) for f in FAMILIES for r in ROLES if not (f in UNETS and r == "update_truncated")]
+CELLS.append(("sd3", "update_student_lora"))  # the student is the same beside every teacher
 
 
 @pytest.fixture(scope="module")

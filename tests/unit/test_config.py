@@ -110,7 +110,7 @@ def test_hash_follows_the_maths_only():
 
 DECISIVE = {
     "run": "seed",
-    "student": "ema_decay lr max_grad_norm model start_timestep unet",
+    "student": "ema_decay kind lora_start lr max_grad_norm model rank start_timestep targets unet",
     "teacher": "guidance_scale model sampling_steps",
     "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "

@@ -19,6 +19,7 @@ import mlflow
 import pytest
 import torch
 from ray.exceptions import RayActorError
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.background import in_background
@@ -318,6 +319,30 @@ def test_a_damaged_checkpoint_costs_the_updates_since_the_one_before_it(stage, w
     damage(kept(tmp_path)[-1])  # the other one is damaged still
     with pytest.raises(CheckpointError, match=f"none is left. Remove {tmp_path / 'checkpoints'} to begin again"):
         work_here(settings)
+
+
+@pytest.mark.full
+def test_a_student_that_is_a_lora_lives_resumes_with_the_same_bits_and_ships_both_forms(stage, work_here, tmp_path):
+    lora = ("student.kind=lora", "student.rank=4", "student.lr=1e-3", "student.ema_decay=0.9")
+    settings = stage(*lora, "distill.checkpoint_every=1", "distill.steps=3")
+    work_here(settings)
+    wanted, told = load_state(kept(tmp_path)[-1]), result(settings)
+    shutil.rmtree(kept(tmp_path)[-1])
+    (tmp_path / "result.json").unlink()
+    work_here(settings)  # goes on from update 2
+    found = load_state(kept(tmp_path)[-1])
+    assert found[1] == wanted[1]
+    assert result(settings) == told
+    leaves = [torch.utils._pytree.tree_flatten(state) for state, _ in (wanted, found)]
+    assert leaves[0][1] == leaves[1][1]
+    for one, other in zip(leaves[0][0], leaves[1][0], strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert all(".lora_" in name for part in ("student", "ema") for name in wanted[0][part])
+    best = load_state(tmp_path / "best")[0]["student"]
+    shipped = load_file(tmp_path / "export" / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(best) == len(shipped)
+    assert all(torch.equal(v, shipped[f"unet.{name.replace('.default', '')}"]) for name, v in best.items())
+    assert (tmp_path / "export" / "unet" / "config.json").is_file()
 
 
 @pytest.fixture

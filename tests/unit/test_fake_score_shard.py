@@ -100,6 +100,7 @@ def worker(rank: int, folders, overrides, results) -> None:
     ("family", "overrides"),
     [
         ("flux", ()),
+        pytest.param("flux", ("student.kind=lora", "student.rank=2"), marks=pytest.mark.full),
         pytest.param("sdxl", ("distill.gradient_checkpointing=true",), marks=pytest.mark.full),
         pytest.param(
             "flux", ("distill.mixed_precision=true", "fake_score.base_dtype=bfloat16"), marks=pytest.mark.full

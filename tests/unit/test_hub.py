@@ -90,7 +90,9 @@ class Hub(HubHandler):
         commit, _, name = path.removeprefix("/org/kolors/resolve/").partition("/")
         if name in FILES:
             etag = hashlib.sha1(FILES[name]).hexdigest()
-            return self._send(200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=commit)
+            return self._send(
+                200, FILES[name], ETag=f'"{etag}"', X_Repo_Commit=Hub.main if commit == "main" else commit
+            )
         if path.startswith("/org/kolors/resolve/"):
             return self._send(404, X_Error_Code="EntryNotFound")
         return self._send(404, X_Error_Code="RepoNotFound")
