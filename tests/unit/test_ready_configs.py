@@ -10,7 +10,7 @@ import yaml
 from hollow_folders import write_model
 from tiny_clip import write_clip
 
-from raydistill.bridge.model import doublings
+from raydistill.bridge.model import reach
 from raydistill.config.reading import CONFIGS, draws_pairs, draws_samples, flatten, load, stages_of
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.room import needs
@@ -105,7 +105,7 @@ def test_the_models_of_a_pair_fit_each_other(teacher, student):
     assert space_T.latent_shape == (channels, 128, 128)
     assert space_T.prediction == prediction
     assert space_T.resolution == 1024
-    assert doublings(space_S, space_T) == 1
+    assert reach(space_S, space_T, prior=True) == (1, 1)
     assert config.bridge.batch_size % config.distill.workers == 0
 
 
