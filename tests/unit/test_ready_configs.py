@@ -30,9 +30,11 @@ TEACHERS = {
     "sd35_large": (16, "velocity"),
     "flux1_dev": (16, "velocity"),
     "flux2_klein": (32, "velocity"),
+    "chroma": (16, "velocity"),
 }
 STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
-PAIRS = [(teacher, student) for teacher in TEACHERS for student in ("sd15", "sd21_base")]
+OF_SD15_ALONE = ("chroma",)  # other students: a file of one line
+PAIRS = [(t, s) for t in TEACHERS for s in ("sd15", *(() if t in OF_SD15_ALONE else ("sd21_base",)))]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
 PAPER = {
     "student.lr": 1e-6,
