@@ -11,6 +11,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -235,4 +237,42 @@ def save_z_image(folder: Path) -> Path:
     return folder
 
 
-SAVE = {"sd3": save_sd3, "flux-dev": save_flux_dev, "flux2": save_flux2, "z-image": save_z_image}
+def save_chroma(folder: Path) -> Path:
+    """A ChromaPipeline folder in the layout of Chroma1-HD."""
+    torch.manual_seed(24)
+    t5 = miniatures.t5_tokenizer()
+    transformer = ChromaTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=miniatures.TEXT_WIDTH,
+        axes_dims_rope=(8, 12, 12),
+        approximator_num_channels=16,
+        approximator_hidden_dim=32,
+        approximator_layers=2,
+    )
+    ChromaPipeline(
+        scheduler=scheduler(dynamic=False),
+        vae=vae(),
+        text_encoder=miniatures.t5_text_encoder(t5).eval(),
+        tokenizer=t5,
+        transformer=randomised(transformer),
+    ).save_pretrained(folder)
+    return folder
+
+
+SAVE = {
+    "sd3": save_sd3,
+    "flux-dev": save_flux_dev,
+    "flux2": save_flux2,
+    "z-image": save_z_image,
+    "chroma": save_chroma,
+}
+SHORT = (
+    "sd3",
+    "flux-dev",
+    "flux2",
+    "z-image",
+)  # families of which tests that many families share run in the short lane

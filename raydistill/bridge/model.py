@@ -1,5 +1,7 @@
 """The Bridge B(z_S) = g(D_S^(n)(z_S)): frozen first blocks of the student's decoder, then a trained projector.
 
+The teacher's grid may be finer than the student's, equal or coarser, in any ratio (`reach`).
+
 Shapes: z_S [B, Cs, h, w] and ẑ_T [B, Ct, H, W], both normalised latents on the VAE grids.
 """
 
@@ -7,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -17,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from raydistill.bridge.projectors import MlpProjector, UNetProjector
+from raydistill.bridge.resampling import power_of_two
 from raydistill.bridge.swinir import SwinIR
 from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
@@ -31,17 +35,37 @@ SIDES, SIDE_KEYS = ("student", "teacher"), ("family", "model", "latent_shape", "
 ARCHITECTURE_KEYS = ("projector", "prior", "embed_dim", "depths", "heads", "window")
 
 
-def doublings(student: Space, teacher: Space) -> int:
-    """n with teacher side = 2^n · student side. Raises InputError where there is none."""
+class Reach(NamedTuple):
+    """How a Bridge gets from the student's grid to the teacher's: side_T = scale · 2^blocks · side_S.
+
+    Attributes:
+        blocks: n, up-sampling blocks of the prior.
+        scale: what is left to the projector; with a prior, 1 where a power of two joins the grids, and below 1 where the
+            teacher's grid is coarser than all that the prior has.
+    """
+
+    blocks: int
+    scale: Fraction
+
+
+def reach(student: Space, teacher: Space, prior: bool) -> Reach:
+    """The fewest blocks that reach the teacher's grid, or all that the student's decoder has.
+
+    Raises:
+        InputError: rows and columns are not in one ratio.
+    """
     (_, h, w), (_, H, W) = student.latent_shape, teacher.latent_shape
-    factor = H // h
-    fits = (factor * h, factor * w) == (H, W)
-    if not fits or factor < 1 or factor & (factor - 1):
+    ratio = Fraction(H, h)
+    if ratio != Fraction(W, w):
         raise InputError(
-            f"teacher latents ({H}x{W}, {teacher.folder}) must be 1, 2, 4, … times the student's "
+            f"teacher latents ({H}x{W}, {teacher.folder}) must be in one ratio to the student's "
             f"({h}x{w}, {student.folder}) on both sides"
         )
-    return factor.bit_length() - 1
+    blocks = 0
+    if prior:
+        most = len(student.vae_config["block_out_channels"]) - 1  # the last block keeps the grid
+        blocks = min(max(power_of_two(ratio), 0), most)
+    return Reach(blocks, ratio / 2**blocks)
 
 
 def prior_channels(vae_config: Mapping[str, Any], n: int) -> int:
@@ -86,27 +110,25 @@ class SpatialPrior(nn.Module):
         return x
 
 
-def _projector(architecture: BridgeConfig, in_channels: int, out_channels: int, upscale: int) -> nn.Module:
+def _projector(architecture: BridgeConfig, in_channels: int, out_channels: int, scale: Fraction) -> nn.Module:
     a = architecture
     try:
         if a.projector == "unet":
-            return UNetProjector(in_channels, out_channels, a.embed_dim, upscale)
+            return UNetProjector(in_channels, out_channels, a.embed_dim, scale)
         if a.projector == "mlp":
-            return MlpProjector(in_channels, out_channels, a.embed_dim, upscale)
+            return MlpProjector(in_channels, out_channels, a.embed_dim, scale)
         window = {"depths": a.depths, "heads": a.heads, "window": a.window}
-        return SwinIR(in_channels, out_channels, embed_dim=a.embed_dim, upscale=upscale, **window)
+        return SwinIR(in_channels, out_channels, embed_dim=a.embed_dim, scale=scale, **window)
     except ValueError as error:
         raise InputError(f"bridge: {error}") from None
 
 
 def projector_parameters(student: Space, teacher: Space, architecture: BridgeConfig) -> int:
     """Trainable parameters of a Bridge, without making it. Raises InputError as `Bridge.create`."""
-    n = doublings(student, teacher)
-    in_channels, upscale = student.latent_shape[0], 2**n
-    if architecture.prior:
-        in_channels, upscale = prior_channels(student.vae_config, n), 1
+    n, scale = reach(student, teacher, architecture.prior)
+    in_channels = prior_channels(student.vae_config, n) if architecture.prior else student.latent_shape[0]
     with torch.device("meta"):
-        projector = _projector(architecture, in_channels, teacher.latent_shape[0], upscale)
+        projector = _projector(architecture, in_channels, teacher.latent_shape[0], scale)
     return sum(p.numel() for p in projector.parameters())
 
 
@@ -136,7 +158,7 @@ class Bridge(nn.Module):
         Raises:
             InputError: the grids or the identity projector do not fit the pair.
         """
-        n = doublings(student_space, teacher_space)
+        n, scale = reach(student_space, teacher_space, architecture.prior)
         c_student, c_teacher = student_space.latent_shape[0], teacher_space.latent_shape[0]
         if architecture.projector == "identity":
             if student_space.latent_shape != teacher_space.latent_shape:
@@ -147,9 +169,9 @@ class Bridge(nn.Module):
             return cls(student_space, teacher_space, architecture, None, nn.Identity())
         if architecture.prior:
             prior = SpatialPrior(student_space, student_space.load_vae(), n)
-            projector = _projector(architecture, prior.out_channels, c_teacher, upscale=1)
+            projector = _projector(architecture, prior.out_channels, c_teacher, scale)
         else:
-            prior, projector = None, _projector(architecture, c_student, c_teacher, upscale=2**n)
+            prior, projector = None, _projector(architecture, c_student, c_teacher, scale)
         return cls(student_space, teacher_space, architecture, prior, projector)
 
     def forward(self, z_student: torch.Tensor) -> torch.Tensor:

@@ -211,5 +211,5 @@ def _probe(config: Config, teacher: Space, device: torch.device | str) -> Attent
     network = teacher.load_network(getattr(torch, config.teachers.dtype))
     probe = AttentionProbe(teacher, network, config.bridge.attention).to(device)
     if config.bridge.gradient_checkpointing:
-        probe.network.enable_gradient_checkpointing()
+        teacher.recompute_activations(probe.network)
     return probe

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydistill.bridge.swinir import upsampler
+from raydistill.bridge.resampling import downsampler, enlarged, power_of_two, unshuffling, upsampler
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -34,38 +36,42 @@ class ResidualBlock(nn.Module):
 
 
 class UNetProjector(nn.Module):
-    """Two-level U-Net: [B, in, H, W] -> [B, out, H·upscale, W·upscale]; any H and W of at least 2."""
+    """Two-level U-Net: [B, in, H, W] -> [B, out, H·scale, W·scale]; any H and W, of at least 2 each on the smaller grid."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, upscale: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, width: int, scale: Fraction | int = 1) -> None:
         super().__init__()
         self.conv_first = nn.Conv2d(in_channels, width, 3, padding=1)
+        self.downsample = downsampler(width, scale)
         self.down = ResidualBlock(width, width)
         self.halve = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.middle = nn.Sequential(ResidualBlock(2 * width, 2 * width), ResidualBlock(2 * width, 2 * width))
         self.up = ResidualBlock(3 * width, width)
-        self.upsample = upsampler(width, upscale)
+        self.upsample = upsampler(width, scale)
         self.conv_last = nn.Conv2d(width, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        high = self.down(self.conv_first(x))
+        high = self.down(self.downsample(self.conv_first(x)))
         low = self.middle(self.halve(high))
         low = F.interpolate(low, size=high.shape[-2:], mode="nearest")
         return self.conv_last(self.upsample(self.up(torch.cat([high, low], dim=1))))
 
 
 class MlpProjector(nn.Module):
-    """Three layers at every pixel alone: [B, in, H, W] -> [B, out, H·upscale, W·upscale] by pixel shuffle."""
+    """Three layers at every pixel alone: [B, in, H, W] -> [B, out, H·scale, W·scale] by pixel shuffle and unshuffle."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, upscale: int = 1) -> None:
+    def __init__(self, in_channels: int, out_channels: int, width: int, scale: Fraction | int = 1) -> None:
         super().__init__()
+        power = power_of_two(scale)
+        more, fewer = max(power, 0), max(-power, 0)
+        self.unshuffle = unshuffling(scale)
         self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, 4 * width, 1),
+            nn.Conv2d(in_channels * 4**fewer, 4 * width, 1),
             nn.GELU(),
             nn.Conv2d(4 * width, 4 * width, 1),
             nn.GELU(),
-            nn.Conv2d(4 * width, out_channels * upscale**2, 1),
-            nn.PixelShuffle(upscale),
+            nn.Conv2d(4 * width, out_channels * 4**more, 1),
+            *(enlarged(scale, nn.PixelShuffle(2**more)) if scale >= 1 else ()),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+        return self.layers(self.unshuffle(x))

@@ -5,14 +5,15 @@ Shapes: B batch, H×W grid, C embedding, M window side, N = M·M tokens of a win
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from raydistill.bridge.resampling import downsampler, upsampler
 from raydistill.transfer import upload
 
 
@@ -150,14 +151,8 @@ class ResidualGroup(nn.Module):
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def upsampler(dim: int, factor: int) -> nn.Sequential:
-    """Pixel shuffle by a power of two, one factor of two at a time; empty for factor 1."""
-    stages = [(nn.Conv2d(dim, 4 * dim, 3, padding=1), nn.PixelShuffle(2)) for _ in range(factor.bit_length() - 1)]
-    return nn.Sequential(*itertools.chain.from_iterable(stages))
-
-
 class SwinIR(nn.Module):
-    """[B, in_channels, H, W] -> [B, out_channels, H·upscale, W·upscale], any H and W.
+    """[B, in_channels, H, W] -> [B, out_channels, H·scale, W·scale], any H and W; sides are rounded.
 
     Args:
         in_channels, out_channels: channels of both ends; only the last convolution depends on the output.
@@ -165,10 +160,10 @@ class SwinIR(nn.Module):
         depths: Swin layers of each residual group.
         window: side of the attention windows; maps of other sizes are padded, and padding is never attended to.
         mlp_ratio: hidden width of the MLPs over C.
-        upscale: a power of two.
+        scale: of the grid, above 0; the layers run on the smaller of both grids.
 
     Raises:
-        ValueError: `embed_dim` is not a multiple of `heads`, or `upscale` not a power of two.
+        ValueError: `embed_dim` is not a multiple of `heads`, or `scale` not above 0.
     """
 
     def __init__(
@@ -181,25 +176,24 @@ class SwinIR(nn.Module):
         heads: int = 6,
         window: int = 8,
         mlp_ratio: float = 2.0,
-        upscale: int = 1,
+        scale: Fraction | int = 1,
     ) -> None:
         super().__init__()
         if embed_dim % heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of heads ({heads})")
-        if upscale < 1 or upscale & (upscale - 1):
-            raise ValueError(f"upscale ({upscale}) must be a power of two")
         self.window = window
         self.gradient_checkpointing = False
         self.conv_first = nn.Conv2d(in_channels, embed_dim, 3, padding=1)
+        self.downsample = downsampler(embed_dim, scale)
         self.groups = nn.ModuleList(ResidualGroup(embed_dim, depth, heads, window, mlp_ratio) for depth in depths)
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_body = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
-        self.upsample = upsampler(embed_dim, upscale)
+        self.upsample = upsampler(embed_dim, scale)
         self.conv_last = nn.Conv2d(embed_dim, out_channels, 3, padding=1)
         self.apply(_initialise)
 
     def forward(self, x_BCHW: torch.Tensor) -> torch.Tensor:
-        first = self.conv_first(x_BCHW)
+        first = self.downsample(self.conv_first(x_BCHW))
         height, width = first.shape[-2:]
         shifts = shifts_of(height, width, self.window)
         masks = [window_mask(height, width, self.window, s, first.device) for s in ((0, 0), shifts)]

@@ -146,7 +146,7 @@ class Networks:
     def _recompute_activations(self) -> None:
         """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
         self.student.enable_gradient_checkpointing()
-        self.fake.network.enable_gradient_checkpointing()
+        self.teacher_space.recompute_activations(self.fake.network)
         self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 
     def _new_discriminator(self) -> Discriminator:

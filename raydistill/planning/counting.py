@@ -230,7 +230,7 @@ class _Losses(Objective):
             network = teacher.load_network(getattr(torch, config.teachers.dtype))
             self.probe = AttentionProbe(teacher, network, self.settings.attention)
             if self.settings.gradient_checkpointing:
-                self.probe.network.enable_gradient_checkpointing()
+                teacher.recompute_activations(self.probe.network)
         layout = teacher.conditioning_layout
         self.captions = lambda prompts: empty_conditioning(layout, len(prompts))
         numbers = torch.arange(share)

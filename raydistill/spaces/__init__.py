@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.chroma import ChromaSpace
 from raydistill.spaces.flux import FluxSpace
 from raydistill.spaces.flux2 import Flux2KleinSpace
 from raydistill.spaces.hub_model import HubModel
@@ -75,7 +76,7 @@ def register(family: Family) -> Family:
 
 for _family in (
     StableDiffusionSpace, SDXLSpace, KolorsSpace, PixArtSigmaSpace,
-    StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace,
+    StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace, ChromaSpace,
 ):  # fmt: skip
     register(_family)
 OWN = frozenset(FAMILIES)  # of this package

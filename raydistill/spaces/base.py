@@ -236,6 +236,10 @@ class Space(LatentSpace):
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
         return classifier_free(*prediction.chunk(2), guidance_scale)
 
+    def recompute_activations(self, network: nn.Module) -> None:
+        """Block by block in backward passes, instead of keeping them: same numbers, a third more work."""
+        network.enable_gradient_checkpointing()
+
     # -- depth -------------------------------------------------------------------------------------
     block_lists: ClassVar[tuple[str, ...]] = ()  # the network's lists of transformer blocks, in order of execution
 

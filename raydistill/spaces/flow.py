@@ -30,6 +30,13 @@ def as_map(tokens: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
     return tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
 
 
+def image_tokens_behind_text(output: Any, x_t: torch.Tensor) -> torch.Tensor:
+    """`as_map` of a block's output: double blocks return (text, image) tokens, single ones text and then image tokens."""
+    tokens = output[1] if isinstance(output, tuple) else output
+    height, width = x_t.shape[-2:]
+    return as_map(tokens[:, -(height // 2) * (width // 2) :], x_t)
+
+
 class FlowSpace(Space):
     """A family whose network predicts the velocity eps - x_0 on the straight path, from 2×2 patches of latents."""
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Layout
-from raydistill.spaces.flow import JOINT_ATTENTION, FlowSpace, as_map
+from raydistill.spaces.flow import JOINT_ATTENTION, FlowSpace, image_tokens_behind_text
 from raydistill.spaces.flux import NON_COMMERCIAL, FluxSpace, pack, unpack
 from raydistill.spaces.folder import NETWORK_WEIGHTS, weight_files
 from raydistill.spaces.hub_model import APACHE, HubModel, Licence
@@ -120,10 +120,7 @@ class Flux2KleinSpace(FlowSpace):
         return unpack(velocity, height, width)
 
     def feature_map(self, output, x_t):
-        """Image tokens: double blocks return (text, image) tokens, single ones text and then image tokens."""
-        tokens = output[1] if isinstance(output, tuple) else output
-        height, width = x_t.shape[-2:]
-        return as_map(tokens[:, -(height // 2) * (width // 2) :], x_t)
+        return image_tokens_behind_text(output, x_t)
 
     def mu(self, steps: int) -> float:
         """The pipeline's own fit, in the number of image tokens and of steps."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 import torch
 
-from raydistill.bridge.model import doublings, read_description
+from raydistill.bridge.model import reach, read_description
 from raydistill.bridge.trainer import BridgeTrainer, build_trainer
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
@@ -105,7 +105,7 @@ def train_bridge(
 def _check(config: Config, pairs_folder: str | Path | None) -> None:
     """Refuse what no worker could train on, before any is started."""
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    doublings(student, teacher)
+    reach(student, teacher, config.bridge.prior)
     if pairs_folder is not None:
         open_pairs(resolve(str(pairs_folder)), teacher, student)
     if config.bridge.projector == "identity":

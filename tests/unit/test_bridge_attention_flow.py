@@ -1,4 +1,4 @@
-"""Attention probe of SD 3.5, FLUX.1 [dev], FLUX.2 and Z-Image against attention by hand in float64."""
+"""Attention probe of SD 3.5, FLUX.1 [dev], FLUX.2, Z-Image and Chroma against attention by hand in float64."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from lanes import full_but
 from test_bridge_attention import inputs_of, standardised_log_softmax
-from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, SAVE, sd3_transformer
+from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, SAVE, SHORT, sd3_transformer
 
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
@@ -16,8 +17,9 @@ from raydistill.spaces import load_space
 
 TOKENS = 16  # of the image: 4×4 patches
 CAPTIONS = (7, 40)  # tokens of each Z-Image caption; padded to 32 and 64
-TEXT = {"sd3": 64, "flux-dev": 64, "flux2": 48, "z-image": 16}  # width of the text embeddings
+TEXT = {"sd3": 64, "flux-dev": 64, "flux2": 48, "z-image": 16, "chroma": 64}  # width of the text embeddings
 POOLED = {"sd3": 56, "flux-dev": 64}
+EVERY = full_but(SAVE, *SHORT)
 SHAPE = (2, CHANNELS, LATENT_SIDE, LATENT_SIDE)
 
 
@@ -39,6 +41,8 @@ def case(name, folder):
         conditioning["pooled_prompt_embeds"] = normal(2, POOLED[name])
     if name == "z-image":
         conditioning["prompt_tokens"] = torch.tensor(CAPTIONS)
+    if name == "chroma":
+        conditioning["prompt_attention_mask"] = (torch.arange(48) < torch.tensor([[9], [30]])).long()
     return space, network, normal(*SHAPE), conditioning
 
 
@@ -82,7 +86,7 @@ def by_hand(name: str, attention: torch.nn.Module, inputs: torch.Tensor) -> torc
         if name == "z-image":  # the picture follows the padded caption, which starts at 1
             frames = [32 * math.ceil(length / 32) + 1 for length in CAPTIONS]
             return torch.stack([rotate(one, frame, (4, 6, 6), 256.0) for one, frame in zip(x, frames, strict=True)])
-        axes, theta = {"flux-dev": ((8, 12, 12), 1e4), "flux2": ((8, 8, 8, 8), 2e3)}[name]
+        axes, theta = {"flux-dev": ((8, 12, 12), 1e4), "chroma": ((8, 12, 12), 1e4), "flux2": ((8, 8, 8, 8), 2e3)}[name]
         return torch.stack([rotate(one, 0, axes, theta) for one in x])
 
     return turned(q) @ turned(k).transpose(2, 3) / math.sqrt(q.shape[-1])
@@ -112,7 +116,7 @@ def compare(name, space, network, x_t, conditioning, depth_fraction):
 
 
 @pytest.mark.parametrize("depth_fraction", [0.2, 0.4, 0.8, 1.0])
-@pytest.mark.parametrize("name", list(SAVE))
+@pytest.mark.parametrize("name", EVERY)
 def test_maps_equal_attention_by_hand_at_every_depth(name, depth_fraction, cases):
     """Cuts inside the first kind of blocks, between both kinds, inside the second, and none."""
     space, network, x_t, conditioning = cases[name]
@@ -127,7 +131,7 @@ def test_sd3_without_normalised_queries_is_read_too(cases):
     compare("sd3", space, network, x_t, conditioning, 0.5)
 
 
-@pytest.mark.parametrize("name", list(SAVE))
+@pytest.mark.parametrize("name", EVERY)
 def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(name, cases):
     space, network, x_t, conditioning = cases[name]
     t_B = torch.tensor([0.1, 0.2], dtype=torch.float64)
@@ -142,7 +146,7 @@ def test_probe_leaves_the_network_alone_and_keeps_only_the_blocks_it_needs(name,
     assert not any(p.requires_grad for p in probe.network.parameters())
 
 
-@pytest.mark.parametrize("name", list(SAVE))
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_reaches_the_latents_and_equals_finite_differences(name, cases):
     space, network, z_true, conditioning = cases[name]
     probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.8))
@@ -164,14 +168,14 @@ def test_gradient_reaches_the_latents_and_equals_finite_differences(name, cases)
         assert float((ahead - behind) / 2e-3) == pytest.approx(float(z_hat.grad.flatten()[index]), rel=2e-3)
 
 
-@pytest.mark.parametrize("name", list(SAVE))
+@pytest.mark.parametrize("name", EVERY)
 def test_gradient_checkpointing_of_the_teacher_changes_no_gradient(name, cases):
     space, network, z_true, conditioning = cases[name]
     probe = AttentionProbe(space, network, AttentionConfig(layers=2, depth_fraction=0.8))
     gradients = []
     for checkpointed in (False, True):
         if checkpointed:
-            probe.network.enable_gradient_checkpointing()
+            space.recompute_activations(probe.network)
         z_hat = (0.9 * z_true).requires_grad_()
         loss, _ = bridge_loss(z_hat, z_true, 1.0, probe, torch.ones_like(z_true), conditioning, sample_rows(0, 0, 6))
         loss.backward()

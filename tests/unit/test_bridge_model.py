@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from raydistill.bridge.model import Bridge, SpatialPrior, doublings, vae_fingerprint
+from raydistill.bridge.model import Bridge, SpatialPrior, projector_parameters, reach, vae_fingerprint
+from raydistill.bridge.resampling import Resize, downsampler, power_of_two, upsampler
 from raydistill.config.networks import BridgeConfig as Settings
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
@@ -70,12 +76,12 @@ def test_every_variant_maps_grid_to_grid_and_gradients_reach_the_student(spaces,
 
 
 def test_mlp_sees_one_pixel_only_and_unet_more(spaces):
-    for projector, reach in (("mlp", 1), ("unet", 2)):
+    for projector, pixels in (("mlp", 1), ("unet", 2)):
         bridge = Bridge.create(*spaces, Settings(projector=projector, **SMALL))
         features = torch.randn(1, bridge.prior.out_channels, 16, 16, requires_grad=True)
         bridge.projector(features)[0, :, 8, 8].sum().backward()
         touched = features.grad[0].abs().sum(0).nonzero()
-        assert (len(touched) == 1) == (reach == 1)
+        assert (len(touched) == 1) == (pixels == 1)
 
 
 def test_identity_passes_equal_spaces_through_and_refuses_others(spaces):
@@ -87,16 +93,72 @@ def test_identity_passes_equal_spaces_through_and_refuses_others(spaces):
         Bridge.create(student, teacher, Settings(projector="identity"))
 
 
-def test_grids_that_no_doubling_joins_are_refused(spaces, sd_folder, tmp_path):
-    student, teacher = spaces
-    assert (doublings(student, teacher), doublings(student, student)) == (1, 0)
-    with pytest.raises(InputError, match="1, 2, 4"):
-        doublings(teacher, student)
-    shutil.copytree(sd_folder, tmp_path / "odd")
-    config = json.loads((tmp_path / "odd/unet/config.json").read_text())
-    (tmp_path / "odd/unet/config.json").write_text(json.dumps(config | {"sample_size": 5}))
-    with pytest.raises(InputError, match="5x5"):
-        Bridge.create(load_space(tmp_path / "odd"), teacher, Settings(**SMALL))
+def at(space, channels: int, side: int):
+    """The space with latents of another shape; its VAE is as it was."""
+    other = load_space(space.folder)
+    other.latent_shape = (channels, side, side)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("ratio", "with_prior"),
+    [
+        (2, (1, 1)), (1, (0, 1)), (4, (2, 1)),
+        (8, (2, 2)),  # the decoder doubles twice: the rest is the projector's
+        (Fraction(1, 2), (0, Fraction(1, 2))), (Fraction(1, 4), (0, Fraction(1, 4))),
+        (3, (2, Fraction(3, 4))), (Fraction(3, 2), (1, Fraction(3, 4))), (Fraction(2, 3), (0, Fraction(2, 3))),
+    ],
+)  # fmt: skip
+def test_the_prior_brings_as_much_as_it_can_and_the_projector_the_rest(spaces, ratio, with_prior):
+    student = at(spaces[0], 4, 12)
+    teacher = at(spaces[1], 8, int(12 * ratio))
+    assert reach(student, teacher, prior=True) == with_prior
+    assert reach(student, teacher, prior=False) == (0, ratio)
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 20), st.integers(1, 40), st.sampled_from(("swinir", "unet", "mlp")), st.booleans()
+)
+@example(8, 4, 32, "swinir", True)  # coarser, as Sana's grid is of SD 1.5's
+@example(8, 2, 32, "swinir", False)
+@example(8, 24, 3, "unet", True)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_two_grids_and_channels_are_joined(spaces, side, teacher_side, channels, projector, prior):
+    """The shape is the teacher's, every parameter is counted beforehand and learns, and the student gets a gradient."""
+    student, teacher = at(spaces[0], 4, side), at(spaces[1], channels, teacher_side)
+    settings = Settings(projector=projector, prior=prior, embed_dim=4, depths=[1], heads=1, window=4)
+    torch.manual_seed(0)
+    bridge = Bridge.create(student, teacher, settings).train()
+    z_student = torch.randn(2, 4, side, side, requires_grad=True)
+    z_hat = bridge(z_student)
+    assert z_hat.shape == (2, channels, teacher_side, teacher_side)
+    assert sum(p.numel() for p in bridge.trainable_parameters()) == projector_parameters(student, teacher, settings)
+    (z_hat * torch.randn_like(z_hat)).sum().backward()
+    assert z_student.grad.isfinite().all()
+    assert z_student.grad.any()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in bridge.trainable_parameters())
+
+
+@given(st.fractions(Fraction(1, 300), 300, max_denominator=400))
+def test_power_of_two_is_the_smallest_that_suffices(scale):
+    assert power_of_two(scale) == math.ceil(math.log2(scale))
+
+
+def test_going_down_loses_no_pixel_and_resizing_equals_torch_s_own():
+    x = torch.randn(1, 3, 12, 12, requires_grad=True)
+    downsampler(3, Fraction(1, 4))(x).sum().backward()
+    assert (x.grad != 0).all()  # each is moved into the features
+    assert upsampler(3, 3)(torch.zeros(1, 3, 5, 5)).shape == (1, 3, 15, 15)
+    expected = F.interpolate(x, size=(8, 8), mode="bilinear", antialias=True)
+    torch.testing.assert_close(Resize(Fraction(2, 3))(x), expected)
+    assert Resize(Fraction(1))(x) is x
+
+
+def test_rows_and_columns_of_two_ratios_are_refused(spaces):
+    wide = at(spaces[1], 8, 16)
+    wide.latent_shape = (8, 16, 8)
+    with pytest.raises(InputError, match=r"teacher latents \(16x8.*must be in one ratio to the student's \(8x8"):
+        reach(spaces[0], wide, prior=True)
 
 
 def test_latents_of_another_space_are_refused(spaces):

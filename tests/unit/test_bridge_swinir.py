@@ -76,10 +76,10 @@ def test_size_of_the_paper():
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (5, 9), (2, 2)])
-@pytest.mark.parametrize("upscale", [1, 2, 4])
-def test_any_size_and_power_of_two_upscaling(height, width, upscale):
-    model = SwinIR(3, 5, embed_dim=8, depths=[2], heads=2, window=4, upscale=upscale)
-    assert model(torch.randn(2, 3, height, width)).shape == (2, 5, height * upscale, width * upscale)
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_any_size_and_power_of_two_upscaling(height, width, scale):
+    model = SwinIR(3, 5, embed_dim=8, depths=[2], heads=2, window=4, scale=scale)
+    assert model(torch.randn(2, 3, height, width)).shape == (2, 5, height * scale, width * scale)
 
 
 def test_gradient_checkpointing_changes_no_number():
@@ -104,7 +104,7 @@ def test_shifted_layers_carry_information_beyond_a_window():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [({"embed_dim": 10, "heads": 4}, "multiple of heads"), ({"upscale": 3}, "power of two")]
+    ("arguments", "said"), [({"embed_dim": 10, "heads": 4}, "multiple of heads"), ({"scale": 0}, "above 0")]
 )
 def test_impossible_sizes_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):

@@ -6,6 +6,7 @@ import pytest
 import tiny_diffusion_pipelines as diffusion
 import tiny_flow_pipelines as flow
 import torch
+from lanes import full_but
 
 from raydistill.config.reading import load
 from raydistill.data.encode import TextEncoder
@@ -19,7 +20,7 @@ CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
 MIXED = "distill.mixed_precision=true"
 
 
-@pytest.fixture(scope="module", params=SAVE)
+@pytest.fixture(scope="module", params=full_but(SAVE, *flow.SHORT, "sdxl", "kolors", "pixart"))
 def case(request, tmp_path_factory):
     """A family, latents and the conditioning of two captions."""
     space = load_space(SAVE[request.param](tmp_path_factory.mktemp(request.param)))

@@ -11,6 +11,7 @@ import pytest
 import tiny_diffusion_pipelines
 import tiny_flow_pipelines
 import torch
+from lanes import full_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,6 +36,7 @@ DEPTH = {
     "flux-dev": 5,
     "flux2": 5,
     "z-image": 5,
+    "chroma": 5,
     "pixart": 4,
 }  # two of the five come first, in their own list
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
@@ -67,7 +69,7 @@ def case(request, tmp_path_factory):
     return Case(request.param, tmp_path_factory.mktemp(request.param))
 
 
-every_family = pytest.mark.parametrize("case", list(SAVE), indirect=True)
+every_family = pytest.mark.parametrize("case", full_but(SAVE, *tiny_flow_pipelines.SHORT, "pixart"), indirect=True)
 every_cut = pytest.mark.parametrize(("first", "last"), CUTS)
 
 
@@ -75,7 +77,7 @@ def blocks_by_hand(name, network):
     """In the order in which diffusers' forward methods run them."""
     if name == "z-image":
         return [*network.noise_refiner, *network.layers]
-    if name in ("flux-dev", "flux2"):
+    if name in ("flux-dev", "flux2", "chroma"):
         return [*network.transformer_blocks, *network.single_transformer_blocks]
     return list(network.transformer_blocks)
 

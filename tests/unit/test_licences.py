@@ -41,6 +41,7 @@ def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> 
         ("Kwai-Kolors/Kolors-diffusers@main", "KolorsPipeline", "Kolors model licence"),
         ("Tongyi-MAI/Z-Image", "ZImagePipeline", "Apache License 2.0"),
         ("Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", "Apache License 2.0"),
+        ("lodestones/Chroma1-HD", "ChromaPipeline", "Apache License 2.0"),
         (SD15, "StableDiffusionPipeline", "CreativeML Open RAIL-M"),
         (SD21, "StableDiffusionPipeline", "CreativeML Open RAIL++-M"),
         ("shapes:flux", "FluxPipeline", "the project's own licence"),

@@ -164,6 +164,7 @@ FOLDERS = {
     "flux_dev": tiny_flow_pipelines.save_flux_dev,
     "flux2": tiny_flow_pipelines.save_flux2,
     "z_image": tiny_flow_pipelines.save_z_image,
+    "chroma": tiny_flow_pipelines.save_chroma,
 }
 
 

@@ -27,6 +27,7 @@ PUBLISHED = {
     "flux1-dev": (11.9, 83.8),
     "flux2-klein-base-4b": (3.88, 84.0),
     "z-image": (6.15, 83.8),
+    "chroma1-hd": (8.9, 83.8),
 }
 CHANNELS = dict.fromkeys(PUBLISHED, 16) | {"flux2-klein-base-4b": 32}
 SHIFT = {
@@ -35,6 +36,7 @@ SHIFT = {
     "flux1-dev": math.exp(1.15),  # the end of its range: 4,096 tokens
     "flux2-klein-base-4b": 3.0,
     "z-image": 6.0,
+    "chroma1-hd": 3.0,
 }
 
 
@@ -85,12 +87,15 @@ def test_a_forward_of_the_public_shapes_fits_together(name, tmp_path):
         "flux1-dev": (512, 4096, 768),
         "flux2-klein-base-4b": (512, 3 * 2560, None),
         "z-image": (512, 2560, None),
+        "chroma1-hd": (512, 4096, None),
     }.get(name, (77 + 256, 4096, 768 + 1280))
     conditioning = {"prompt_embeds": torch.empty(1, length, width, device="meta")}
     if pooled is not None:
         conditioning["pooled_prompt_embeds"] = torch.empty(1, pooled, device="meta")
     if name == "z-image":
         conditioning["prompt_tokens"] = torch.tensor([100])
+    if name == "chroma1-hd":
+        conditioning["prompt_attention_mask"] = torch.empty(1, length, dtype=torch.int64, device="meta")
     x_t = torch.empty(1, *space.latent_shape, device="meta")
     t_B = torch.empty(1, device="meta")
     fake = FakeScore(space, network, FakeScoreConfig(), [0.5])

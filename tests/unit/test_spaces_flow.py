@@ -1,4 +1,4 @@
-"""SD 3.5, FLUX.1 [dev], FLUX.2 [klein] and Z-Image against diffusers' own pipelines, and as a fake score."""
+"""SD 3.5, FLUX.1 [dev], FLUX.2 [klein], Z-Image and Chroma against diffusers' own pipelines, and as a fake score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, save_flux2
+from lanes import full_but
+from tiny_flow_pipelines import CHANNELS, LATENT_SIDE, PIXELS, SAVE, SHORT, save_flux2
 
 from raydistill.config.networks import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
@@ -28,7 +29,7 @@ from raydistill.spaces.meta import open_space
 
 PROMPTS = ["a small red circle at the left on a white background", "a large blue square"]
 STEPS = 4
-FAMILIES = list(SAVE)
+FAMILIES, SHORTER = list(SAVE), full_but(SAVE, *SHORT)
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +59,11 @@ def theirs(name, folder, guidance_scale, output_type):
         "flux-dev": (pack(noise()), 20),
         "flux2": (F.pixel_unshuffle(noise(), 2), 160),
         "z-image": (noise(), 160),
+        "chroma": (pack(noise()), 20),
     }[name]
+    given = masked_text(pipe) if name == "chroma" else {"prompt": list(PROMPTS)}
     images = pipe(
-        prompt=list(PROMPTS),
+        **given,
         guidance_scale=guidance_scale - 1 if name == "z-image" else guidance_scale,  # it counts from 0
         num_inference_steps=STEPS,
         latents=start,
@@ -69,7 +72,19 @@ def theirs(name, folder, guidance_scale, output_type):
         width=PIXELS,
         output_type=output_type,
     ).images
-    return unpack(images, LATENT_SIDE, LATENT_SIDE) if (name, output_type) == ("flux-dev", "latent") else images
+    packed = name in ("flux-dev", "chroma") and output_type == "latent"
+    return unpack(images, LATENT_SIDE, LATENT_SIDE) if packed else images
+
+
+def masked_text(pipe):
+    """What Chroma's pipeline makes of the prompts, with masks that mask."""
+    embeds, _, mask, empty, _, empty_mask = pipe.encode_prompt(list(PROMPTS), max_sequence_length=20)
+    return {
+        "prompt_embeds": embeds,
+        "prompt_attention_mask": mask.bool(),
+        "negative_prompt_embeds": empty,
+        "negative_prompt_attention_mask": empty_mask.bool(),
+    }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +120,11 @@ def test_encoding_equals_the_pipeline(name, folders):
             pipe = diffusers.Flux2KleinPipeline.from_pretrained(folders[name])
             torch.testing.assert_close(F.pixel_unshuffle(latents, 2), pipe._encode_vae_image(images, generator))
         elif name != "z-image":  # has no such part of its own
-            other = {"sd3": "StableDiffusion3InpaintPipeline", "flux-dev": "FluxImg2ImgPipeline"}[name]
+            other = {
+                "sd3": "StableDiffusion3InpaintPipeline",
+                "flux-dev": "FluxImg2ImgPipeline",
+                "chroma": "ChromaImg2ImgPipeline",
+            }[name]
             pipe = getattr(diffusers, other).from_pretrained(folders[name])
             torch.testing.assert_close(sampled, pipe._encode_vae_image(images, generator))
     assert (latents - posterior.mean).abs().max() > 0.05  # the map does something
@@ -129,7 +148,7 @@ def inputs(space, rows=2):
     return x_t, torch.tensor([0.3, 0.8])[:rows], conditioning
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHORTER)
 def test_lora_starts_as_the_teacher_and_alone_is_trained(name, folders):
     space = load_space(folders[name])
     x_t, t_B, conditioning = inputs(space)
@@ -162,7 +181,7 @@ def unused(key: str) -> bool:
     return "transformer_blocks.3.attn.add_q_proj" in key
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHORTER)
 def test_features_are_the_image_tokens_of_their_block(name, folders):
     space = load_space(folders[name])
     x_t, t_B, conditioning = inputs(space)
@@ -252,7 +271,7 @@ def test_embedded_guidance_reaches_the_teacher_and_the_fake_score_sees_one(folde
         assert take() == [1.0]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SHORTER)
 def test_bfloat16_networks_take_float32_latents(name, folders):
     """As the service runs them: weights and conditioning in bfloat16, latents, times and scores in float32."""
     space = load_space(folders[name])
@@ -283,6 +302,21 @@ def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
     expected = shift(torch.linspace(float(even), float(last), steps), space.default_shift)
     torch.testing.assert_close(sigmas, expected, rtol=1e-5, atol=1e-6)
     assert space.default_shift > 1.2
+
+
+@torch.no_grad()
+def test_padding_of_chromas_text_is_masked_but_for_its_first_token(folders):
+    space = load_space(folders["chroma"])
+    x_t, t_B, conditioning = inputs(space)
+    network, mask = space.load_network(), conditioning["prompt_attention_mask"]
+    text = space.load_text().tokenizer(PROMPTS, padding="max_length", max_length=mask.shape[1]).attention_mask
+    assert mask.sum(1).tolist() == [sum(row) + 1 for row in text]
+    assert (mask.sum(1) < mask.shape[1]).all()
+    expected = space.predict(network, x_t, t_B, conditioning)
+    for seen in (0, 1):
+        embeds = conditioning["prompt_embeds"] + 3.0 * (mask == seen)[:, :, None]
+        found = space.predict(network, x_t, t_B, conditioning | {"prompt_embeds": embeds})
+        assert torch.equal(found, expected) == (seen == 0)
 
 
 def test_missing_statistics_of_flux2_are_named(tmp_path):
