@@ -64,7 +64,7 @@ PAPER = {
 def test_there_is_one_file_for_every_pair_of_parts():
     assert {file.stem for file in (CONFIGS / "teachers").iterdir()} == set(TEACHERS)
     assert {file.stem for file in (CONFIGS / "students").iterdir()} == set(STUDENTS)
-    real = {file.stem for file in CONFIGS.glob("*.yaml") if "extends: [paper" in file.read_text()}
+    real = {file.stem for file in CONFIGS.glob("*.yaml") if "\nextends: [paper" in f"\n{file.read_text()}"}
     assert real == {f"{teacher}_{student}" for teacher, student in PAIRS}
 
 
