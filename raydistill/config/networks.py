@@ -234,6 +234,11 @@ class DiscriminatorConfig(Section):
         description="every channel of the features gets the mean 0 and the spread 1 of the teacher samples', measured once: "
         "for transformers with massive activations",
     )
+    step_together: bool = Field(
+        False,
+        description="the fake score's step comes after both halves of the discriminator's loss, which then read features of "
+        "the same weights; false: between them. With fake_weight above 0 it always comes after both",
+    )
     r1_weight: NonNegative = Field(
         0.0, description="weight of R1 at the teacher samples, approximated by finite differences; 0: none"
     )

@@ -134,6 +134,11 @@ class DistillConfig(Section):
         description="end the distillation when evaluation.metric has not risen by more than its standard error in so many "
         "evaluations, and export the best student; null: never. A larger number, or null, lets such a run go on",
     )
+    non_finite_share: Fraction = free(
+        0.05,
+        description="largest share of a worker's batch that is left out of an update because a value of theirs is not "
+        "finite; above it, and where it is 0, such a value ends the run",
+    )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 
     @model_validator(mode="after")

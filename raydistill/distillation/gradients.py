@@ -7,7 +7,7 @@ parts of all, some have more of them than others: each divides by what they have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from raydistill.config.schema import Config
-from raydistill.distillation.finite import Finite
+from raydistill.distillation.finite import OTHERS_SAMPLE, Finite
 from raydistill.distillation.networks import Networks
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
@@ -69,6 +69,7 @@ class Gradients:
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = optimizers, mean_parts, finite
         self.average, self.warmup = average, warmup
+        self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
 
     def warm_up(self, updates: int) -> None:
@@ -84,15 +85,16 @@ class Gradients:
         """Those of one optimizer."""
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
-    def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False) -> None:
+    def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False, weight: float = 1.0) -> None:
         """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters.
 
         Args:
             keep: the graph, for another loss that shares it.
+            weight: share of the micro-batch's samples that the loss is the mean of; the others count as 0.
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
-        torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
+        torch.autograd.backward(loss / (self.mean_parts / weight), inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.
@@ -109,6 +111,9 @@ class Gradients:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.tolerant and self.average is not alone and (bad := self.finite.of_samples()) is not None:
+            self.average([bad])
+            self.finite.note((1 - (bad > 0).float()).log()[0], OTHERS_SAMPLE, elsewhere=True)  # log 0
         if self.average is not alone:  # the mean of all workers does not say whose part it was
             for name, group in groups.items():
                 self.finite.note(nn.utils.get_total_norm([p.grad for p in group]), f"the {name} gradient")
@@ -124,6 +129,17 @@ class Gradients:
             with torch.no_grad():
                 self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
         return norms
+
+    def taken(self, names: Sequence[str]) -> Callable[[], None]:
+        """What is accumulated now for the named optimizers; the function that is returned brings it back."""
+        parameters = [p for name in names for p in self.parameters(name)]
+        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def restore() -> None:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+
+        return restore
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}}

@@ -120,7 +120,7 @@ DECISIVE = {
     "sampling_steps shard_size shards teacher threads_per_encoder",
     "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
     "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight real_count real_data real_source standardize "
-    "weight width",
+    "step_together weight width",
     "vsd": "shift t_max t_min weight",
     "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
