@@ -42,10 +42,24 @@ class StudentConfig(Section):
         "also where student.unet names another",
     )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="exponential moving average that is evaluated and exported; null: none"
+    ema: Literal["constant", "power", "half_life"] = Field(
+        "constant",
+        description="moving average of the student that is evaluated and exported: constant has ema_decay, power a width that "
+        "grows with the run (ema_sigma_rel), half_life forgets half in ema_half_life updates",
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="exponential moving average that is evaluated and exported; null: none, with ema=constant"
+    )
+    ema_sigma_rel: Annotated[float, Field(gt=0, le=0.28)] = Field(
+        0.1, description="of ema=power: width of the average as a share of the updates so far"
+    )
+    ema_half_life: Positive = Field(100, description="of ema=half_life: updates")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether there is a moving average."""
+        return self.ema != "constant" or self.ema_decay is not None
 
 
 class TeacherConfig(Section):
@@ -215,6 +229,12 @@ class FakeScoreConfig(Section):
 
 class DiscriminatorConfig(Section):
     weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
+    ramp_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="updates over which weight grows from 0 to its value; 0: none",
+    )
     lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
     width: Few = Field(64, description="channels of the convolutional head")
     fake_weight: NonNegative = Field(

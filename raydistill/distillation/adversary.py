@@ -28,6 +28,7 @@ from raydistill.distillation.discriminator import moments_of
 from raydistill.distillation.gradients import Gradients
 from raydistill.distillation.losses import approximate_r1, fake_logits_loss, generator_loss, real_logits_loss
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.rates import gan_weight
 from raydistill.distillation.readings import Row
 from raydistill.spaces import Conditioning
 from raydistill.transfer import upload
@@ -135,14 +136,21 @@ class Adversary:
         return self.gan.fake_weight * loss if self.shapes_features else torch.zeros_like(loss)
 
     # -- the student ----------------------------------------------------------------------------------
-    def pull(self, row: Row, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """The generator's loss of the student's x [B, C, H, W], weighted."""
+    def pull(self, row: Row, x: torch.Tensor, batch: MicroBatch, updates: int) -> torch.Tensor:
+        """The generator's loss of the student's x [B, C, H, W], weighted; `updates`: of the student, before this one.
+
+        A backward pass adds to the row the mean square of x's gradient of this loss alone, in the units of the VSD gradient,
+        which is that of a sum over x's elements and not of their mean.
+        """
         ids = batch.sample_ids
+        scale = x.numel() * self.gradients.mean_parts / batch.weight
+        own = x.view_as(x)
+        own.register_hook(lambda g: row.update({"gan/gradient_square": g.float().square().mean() * scale**2}))
         t_B = self.draws.t(ids, "gan_t")
-        x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
+        x_t = add_noise(self.path, own, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
         logits = self.networks.logits(self.networks.features(x_t, t_B, batch.fake_conditioning))
         row["loss/gan"] = over_heads(generator_loss, logits)
-        return self.gan.weight * self.networks.finite.note(row["loss/gan"], "the GAN loss")
+        return gan_weight(self.gan, updates) * self.networks.finite.note(row["loss/gan"], "the GAN loss")
 
     # -- statistics of the features -------------------------------------------------------------------
     @torch.no_grad()

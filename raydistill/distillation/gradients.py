@@ -55,7 +55,7 @@ class Gradients:
         mean_parts: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
-        warmup: student updates over which the learning rates grow; 0: they are what they are from the first one.
+        share: of the learning rates, by the number of student updates before this one; None: always all of them.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Gradients:
         finite: Finite,
         average: Average = alone,
         *,
-        warmup: int = 0,
+        share: Callable[[int], float] | None = None,
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = optimizers, mean_parts, finite
-        self.average, self.warmup = average, warmup
+        self.average, self.share = average, share
         self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
 
-    def warm_up(self, updates: int) -> None:
+    def set_rates(self, updates: int) -> None:
         """Set the learning rates of the update that follows `updates` of the student; a function of nothing else."""
-        if not self.warmup:
+        if self.share is None:
             return
-        share = min(1.0, (updates + 1) / self.warmup)
+        share = self.share(updates)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = share * self._rates[name]

@@ -13,6 +13,7 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import defaultdict
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
+from raydistill.config.stages import decays
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.path import add_noise, target
 from raydistill.distillation.adversary import Adversary
@@ -33,6 +35,7 @@ from raydistill.distillation.gradients import Average, Gradients, alone, optimiz
 from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.rates import rate_share
 from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
@@ -72,12 +75,13 @@ class Distiller:
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
         self.finite, self.readings = networks.finite, Readings(networks.finite)
+        varies = config.distill.warmup_steps > 0 or decays(config)
         self.gradients = Gradients(
             optimizers_of(networks, config),
             mean_parts or batches.parts,
             self.finite,
             average,
-            warmup=config.distill.warmup_steps,
+            share=functools.partial(rate_share, config.distill) if varies else None,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -123,7 +127,7 @@ class Distiller:
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started, adversary = time.perf_counter(), self.adversary
-        self.gradients.warm_up(self.updates)
+        self.gradients.set_rates(self.updates)
         batches = self.batches.next()
         if adversary is None:
             rows = self.leaving_out.run(self._fake_half, batches, ["fake"])
@@ -194,7 +198,7 @@ class Distiller:
             scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
         """
         started = time.perf_counter()
-        self.gradients.warm_up(self.updates)
+        self.gradients.set_rates(self.updates)
         waiting = Waiting(scores)
         pairs = None if self.anchor is None else self.anchor.batch(self.updates)
         names = ("student",) if self.anchor is None else ("student", "bridge")
@@ -213,8 +217,10 @@ class Distiller:
         seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
         read, numbers = self.readings.read(*seen)
         self.metrics |= read | self.watch.observe(*numbers)
+        for loss in ("vsd", "gan"):
+            if (square := self.metrics.pop(f"{loss}/gradient_square", None)) is not None:
+                self.metrics[f"{loss}/gradient_norm"] = math.sqrt(square)
         if scores is not None:
-            self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
             self.metrics["time/wait_teacher"] += waiting.seconds
         self.updates += 1
         self.metrics["time/student"] += time.perf_counter() - started - waiting.seconds
@@ -232,7 +238,7 @@ class Distiller:
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.adversary is not None:
-            loss = loss + self.adversary.pull(row, x, made)
+            loss = loss + self.adversary.pull(row, x, made, self.updates)
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
