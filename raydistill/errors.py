@@ -43,11 +43,21 @@ class NonFiniteError(FloatingPointError):
         count: samples in which it is not finite.
         rows: their places in the batch, where known.
         elsewhere: whether it was met in a mean over workers: another one may name it better.
+        samples: ids of all samples that have a value that is not finite; empty: they are other workers'; None: it is no
+            matter of single samples.
     """
 
-    def __init__(self, message: str, count: int = 1, rows: Sequence[int] = (), elsewhere: bool = False) -> None:
-        super().__init__(message, count, rows, elsewhere)
+    def __init__(
+        self,
+        message: str,
+        count: int = 1,
+        rows: Sequence[int] = (),
+        elsewhere: bool = False,
+        samples: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(message, count, rows, elsewhere, samples)
         self.message, self.count, self.rows, self.elsewhere = message, count, rows, elsewhere
+        self.samples = samples
 
     def __str__(self) -> str:
         return self.message

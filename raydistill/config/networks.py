@@ -65,9 +65,18 @@ class StudentConfig(Section):
     )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     optimizer: Optimizer = Field("adamw", description=MOMENTS)
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None, description="exponential moving average that is evaluated and exported; null: none"
+    ema: Literal["constant", "power", "half_life"] = Field(
+        "constant",
+        description="moving average of the student that is evaluated and exported: constant has ema_decay, power a width that "
+        "grows with the run (ema_sigma_rel), half_life forgets half in ema_half_life updates",
     )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="exponential moving average that is evaluated and exported; null: none, with ema=constant"
+    )
+    ema_sigma_rel: Annotated[float, Field(gt=0, le=0.28)] = Field(
+        0.1, description="of ema=power: width of the average as a share of the updates so far"
+    )
+    ema_half_life: Positive = Field(100, description="of ema=half_life: updates")
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
 
     @model_validator(mode="after")
@@ -75,6 +84,11 @@ class StudentConfig(Section):
         if self.targets and self.kind == "full":
             raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
         return self
+
+    @property
+    def is_averaged(self) -> bool:
+        """Whether there is a moving average."""
+        return self.ema != "constant" or self.ema_decay is not None
 
 
 class TeacherConfig(Section):
@@ -245,6 +259,12 @@ class FakeScoreConfig(Section):
 
 class DiscriminatorConfig(Section):
     weight: NonNegative = Field(0.5, description="weight of the generator's GAN loss; 0 switches the GAN off")
+    ramp_steps: int = Field(
+        0,
+        ge=0,
+        le=1_000_000_000,
+        description="updates over which weight grows from 0 to its value; 0: none",
+    )
     lr: Positive = Field(5e-7, description="AdamW learning rate of the head")
     width: Few = Field(64, description="channels of the convolutional head")
     fake_weight: NonNegative = Field(
@@ -263,6 +283,11 @@ class DiscriminatorConfig(Section):
         False,
         description="every channel of the features gets the mean 0 and the spread 1 of the teacher samples', measured once: "
         "for transformers with massive activations",
+    )
+    step_together: bool = Field(
+        False,
+        description="the fake score's step comes after both halves of the discriminator's loss, which then read features of "
+        "the same weights; false: between them. With fake_weight above 0 it always comes after both",
     )
     r1_weight: NonNegative = Field(
         0.0, description="weight of R1 at the teacher samples, approximated by finite differences; 0: none"

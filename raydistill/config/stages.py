@@ -40,6 +40,11 @@ def streams_bridge(config: Config) -> bool:
     return trains_bridge(config) and config.bridge.source == "stream"
 
 
+def decays(config: Config) -> bool:
+    """Whether the learning rates fall until the last update, so that its number decides them all."""
+    return config.distill.schedule != "constant"
+
+
 class RunConfig(Section):
     name: str | None = free(None, description="name of the run; unique by default, naming an existing run resumes it")
     seed: Seed = Field(0, description="seed of every random number (noise, times, order of prompts)")
@@ -61,7 +66,7 @@ class RunConfig(Section):
 
 
 class DistillConfig(Section):
-    steps: Count = free(3000, description="student updates")
+    steps: Count = free(3000, unless=decays, description="student updates")
     batch_size: Batch = Field(32, description="samples per update and worker")
     tf32: bool | None = Field(
         None,
@@ -73,6 +78,11 @@ class DistillConfig(Section):
         ge=0,
         le=1_000_000_000,
         description="updates over which the learning rates of all networks grow from 0 to their values; 0: none",
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="the learning rates of all networks after warmup_steps; cosine, linear: they fall to 0 at distill.steps, "
+        "which a resume may then not change",
     )
     micro_batches: Few = Field(
         1,
@@ -144,6 +154,11 @@ class DistillConfig(Section):
         description="end the distillation when evaluation.metric has not risen in so many evaluations by more than "
         "the standard error of its rise, picture by picture, and export the best student; null: never. A larger number, "
         "or null, lets such a run go on",
+    )
+    non_finite_share: Fraction = free(
+        0.05,
+        description="largest share of a worker's batch that is left out of an update because a value of theirs is not "
+        "finite; above it, and where it is 0, such a value ends the run",
     )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 

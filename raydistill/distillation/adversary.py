@@ -6,7 +6,7 @@
 
 Every loss is a mean over samples and patches, and over the heads of the depths that are read. R1 (Mescheder et al. 2018,
 arXiv 1801.04406) is the squared gradient of D at teacher samples. It is approximated without a double backward pass, by
-the change of D when the clean sample gets a little noise (Lin et al. 2025, arXiv 2501.08316, equation 5, divided by
+the change of D when the clean sample gets a little noise (Lin et al. 2025, arXiv 2501.08316, which does not divide by
 sigma²):
 
     R1 ≈ mean (D(real_t) - D((real + sigma n)_t))² / sigma²        n ~ N(0, I); t and eps are those of real_t
@@ -21,7 +21,6 @@ from functools import partial
 
 import torch
 
-from raydistill.data.reals import Rows
 from raydistill.diffusion.path import add_noise
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.distillation.batches import T_MAX, T_MIN, Draws, MicroBatch, RealFeed
@@ -29,10 +28,16 @@ from raydistill.distillation.discriminator import moments_of
 from raydistill.distillation.gradients import Gradients
 from raydistill.distillation.losses import approximate_r1, fake_logits_loss, generator_loss, real_logits_loss
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.rates import gan_weight
 from raydistill.distillation.readings import Row
 from raydistill.spaces import Conditioning
 from raydistill.transfer import upload
 
+NAMES = {  # of a row's entries, as metrics
+    "discriminator": "loss/discriminator",
+    "accuracy": "discriminator/accuracy",
+    "r1": "discriminator/r1",
+}
 TIMES = 8  # of each teacher sample, at which the features' statistics are measured
 
 Reals = tuple[torch.Tensor, Conditioning]  # latents [B, C, H, W], and the conditioning of their captions
@@ -57,26 +62,35 @@ class Adversary:
 
     Attributes:
         shapes_features: whether the discriminator's loss reaches the weights of the fake score, whose features it reads.
+        waits: whether the fake score is stepped after both halves of the discriminator's loss, which then read features of
+            the same weights; else between them.
     """
 
     def __init__(self, networks: Networks, draws: Draws, feed: RealFeed, gradients: Gradients) -> None:
         self.networks, self.draws, self.feed, self.gradients = networks, draws, feed, gradients
         self.gan, self.path = networks.config.discriminator, networks.teacher_space.path
         self.shapes_features = self.gan.fake_weight > 0
-        self._ahead: list[Reals] = []  # teacher samples that were taken before their turn
+        self.waits = self.shapes_features or self.gan.step_together
+        self._taken: dict[int, Reals] = {}  # teacher samples of this update, by the first sample id of their part
+        self._parts: dict[int, MicroBatch] = {}  # of this update, by sample id
+        self._measures = False  # whether this update is the one that measures the features
 
     # -- the discriminator's own losses ---------------------------------------------------------------
-    def fake_gradients(self, row: Row, features: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Of its loss on features [B, D, h, w] of student samples; returns the loss's share in the fake score's."""
+    def fake_gradients(self, row: Row, features: Sequence[torch.Tensor], weight: float) -> torch.Tensor:
+        """Of its loss on features [B, D, h, w] of student samples; returns the loss's share in the fake score's.
+
+        Args:
+            weight: see `Gradients.accumulate`.
+        """
         logits = self.networks.logits(features if self.shapes_features else [one.detach() for one in features])
         loss = over_heads(fake_logits_loss, logits)
         row |= {"discriminator": loss, "accuracy": share_of(logits, lambda one: one < 0)}
-        return self._head_gradients(loss)
+        return self._head_gradients(loss, weight)
 
     def real_gradients(self, row: Row, batch: MicroBatch) -> None:
         """Its other half: teacher samples with their own captions, noised over the full range of t."""
         ids = batch.sample_ids
-        latents, conditioning = self._ahead.pop(0) if self._ahead else self._take(ids)
+        latents, conditioning = self._reals(batch)
         eps, t_B = self.draws.normal(ids, latents.shape[1:], "real_noise"), self.draws.t(ids, "real_t")
         logits = self._logits_at(latents, eps, t_B, conditioning)
         loss = over_heads(real_logits_loss, logits)
@@ -86,16 +100,32 @@ class Adversary:
             found = self._logits_at(near, eps, t_B, conditioning)
             row["r1"] = over_heads(partial(approximate_r1, sigma=self.gan.r1_sigma), logits, found)
             loss = loss + self.gan.r1_weight * row["r1"]
-        share = self._head_gradients(loss)
+        share = self._head_gradients(loss, batch.weight)
         if self.shapes_features:
-            self.gradients.accumulate(share, "fake")
+            self.gradients.accumulate(share, "fake", weight=batch.weight)
         row["discriminator"] = loss + row["discriminator"]
 
-    def _take(self, ids: Rows) -> Reals:
-        """The teacher samples that an update of these sample ids sees, on the device."""
-        latents, conditioning = self.feed.of(ids)
-        latents = upload(latents, self.networks.device)
-        return self.networks.finite.note(latents, "the teacher samples of discriminator.real_data"), conditioning
+    def begin(self, batches: Sequence[MicroBatch]) -> None:
+        """A new update: of which parts it is made. None: it is over."""
+        self._taken, self._parts = {}, {int(number): batch for batch in batches for number in batch.sample_ids}
+        self._measures = not self.networks.discriminator.measured
+
+    def undo(self) -> None:
+        """The statistics of this update are measured again."""
+        self.networks.discriminator.measured = not self._measures
+
+    def _reals(self, batch: MicroBatch) -> Reals:
+        """The teacher samples that the update of these sample ids sees, the latents on the device; read once an update."""
+        whole = self._parts.get(int(batch.sample_ids[0]), batch).sample_ids
+        key = int(whole[0])
+        if key not in self._taken:
+            self._taken[key] = self.feed.of(whole)
+        latents, conditioning = self._taken[key]
+        if batch.rows is not None:
+            latents, conditioning = latents[batch.rows], {name: v[batch.rows] for name, v in conditioning.items()}
+        latents, finite = upload(latents, self.networks.device), self.networks.finite
+        finite.of(batch.sample_ids)
+        return finite.note(latents, "the teacher samples of discriminator.real_data"), conditioning
 
     def _logits_at(
         self, latents: torch.Tensor, eps: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning
@@ -105,28 +135,46 @@ class Adversary:
             features = self.networks.features(add_noise(self.path, latents, eps, t_B), t_B, conditioning)
         return self.networks.logits(features)
 
-    def _head_gradients(self, loss: torch.Tensor) -> torch.Tensor:
+    def _head_gradients(self, loss: torch.Tensor, weight: float) -> torch.Tensor:
         """Of the heads' own weights; returns the loss's share in the fake score's."""
-        self.gradients.accumulate(loss, "discriminator", keep=self.shapes_features)
+        self.gradients.accumulate(loss, "discriminator", keep=self.shapes_features, weight=weight)
         return self.gan.fake_weight * loss if self.shapes_features else torch.zeros_like(loss)
 
     # -- the student ----------------------------------------------------------------------------------
+    def watched(self, row: Row, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """The student's x [B, C, H, W] as the discriminator's loss takes it.
+
+        A backward pass adds to the row the mean square of x's gradient of this loss alone, in the units of the VSD gradient,
+        which is that of a sum over x's elements and not of their mean.
+        """
+        scale = x.numel() * self.gradients.mean_parts / batch.weight
+        judged = x.view_as(x)
+        judged.register_hook(lambda g: row.update({"gan/gradient_square": g.float().square().mean() * scale**2}))
+        return judged
+
     def pull(
-        self, row: Row, x: torch.Tensor, batch: MicroBatch, features: Sequence[torch.Tensor] | None = None
+        self,
+        row: Row,
+        judged: torch.Tensor,
+        batch: MicroBatch,
+        updates: int,
+        features: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The generator's loss of the student's x [B, C, H, W], weighted.
+        """The generator's loss, weighted.
 
         Args:
-            features: of x noised, from the pass that gave the VSD loss its fake score (`discriminator.shared_pass`).
+            judged: what `watched` gave.
+            updates: of the student, before this one.
+            features: of it noised, from the pass that gave the VSD loss its fake score (`discriminator.shared_pass`).
         """
         if features is None:
             ids = batch.sample_ids
             t_B = self.draws.t(ids, "gan_t")
-            x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "gan_noise"), t_B)
+            x_t = add_noise(self.path, judged, self.draws.normal(ids, judged.shape[1:], "gan_noise"), t_B)
             features = self.networks.features(x_t, t_B, batch.fake_conditioning)
         logits = self.networks.logits(features)
         row["loss/gan"] = over_heads(generator_loss, logits)
-        return self.gan.weight * self.networks.finite.note(row["loss/gan"], "the GAN loss")
+        return gan_weight(self.gan, updates) * self.networks.finite.note(row["loss/gan"], "the GAN loss")
 
     # -- statistics of the features -------------------------------------------------------------------
     @torch.no_grad()
@@ -138,10 +186,9 @@ class Adversary:
         """
         if self.networks.discriminator.measured:
             return
-        self._ahead = [self._take(batch.sample_ids) for batch in batches]
         sums: list[torch.Tensor] = []
-        for batch, (latents, conditioning) in zip(batches, self._ahead, strict=True):
-            ids = batch.sample_ids
+        for batch in batches:
+            ids, (latents, conditioning) = batch.sample_ids, self._reals(batch)
             for place in range(TIMES):
                 u_B = (place + self.draws.uniform(ids, f"statistics_t/{place}")) / TIMES
                 t_B = sample_t(u_B, T_MIN, T_MAX, self.draws.shift)
@@ -151,4 +198,5 @@ class Adversary:
                 sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
         sums = [one / (TIMES * self.gradients.mean_parts) for one in sums]
         self.gradients.average(sums)
-        self.networks.discriminator.take([self.networks.finite.note(one, "the features' statistics") for one in sums])
+        self.networks.finite.note(torch.stack([one.sum() for one in sums]).sum(), "the features' statistics")
+        self.networks.discriminator.take(sums)

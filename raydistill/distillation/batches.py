@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -164,6 +164,18 @@ class MicroBatch:
     student_conditioning: Conditioning
     teacher_conditioning: Conditioning  # as it is sent to the teachers
     fake_conditioning: Conditioning  # the same for the fake score
+    rows: torch.Tensor | None = None  # [B] places of the samples in the part that they are left of; None: all are there
+    weight: float = 1.0  # share of that part that they are
+
+    def without(self, samples: Collection[int]) -> Self:
+        """The part without these sample ids, of which some must stay."""
+        kept = torch.tensor([number not in samples for number in self.sample_ids.tolist()])
+        if bool(kept.all()):
+            return self
+        rows = kept.nonzero().flatten()
+        own = {name: _rows(value, rows) for name, value in vars(self).items() if name not in ("rows", "weight")}
+        places = rows if self.rows is None else self.rows[rows]
+        return type(self)(**own, rows=places, weight=self.weight * len(rows) / len(kept))
 
 
 @dataclass(kw_only=True)
@@ -206,6 +218,15 @@ class Draws:
     def t(self, ids: torch.Tensor, purpose: str, t_min: float = T_MIN, t_max: float = T_MAX) -> torch.Tensor:
         """Shifted diffusion times in [t_min, t_max], [B]."""
         return sample_t(self.uniform(ids, purpose), t_min, t_max, self.shift)
+
+
+def _rows(value: Any, rows: torch.Tensor) -> Any:
+    """These rows of a tensor, or of all tensors of a mapping or a tuple."""
+    if isinstance(value, dict):
+        return {name: _rows(one, rows) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_rows(one, rows) for one in value)
+    return value[rows.to(value.device)]
 
 
 class Batches:

@@ -1,7 +1,7 @@
 """What must be finite: noted on the device while it is computed, and looked at once, before anything is stepped on.
 
 `note` asks the device for nothing. `look` waits for it once and names the first value that was not finite: later ones
-follow from it.
+follow from it. Where that is a value of samples, the error names all samples that have one, so that they can be left out.
 
 Shapes: B samples.
 """
@@ -10,18 +10,34 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from raydistill.errors import NonFiniteError
 from raydistill.transfer import download
 
+OTHERS_SAMPLE = "a sample of another worker"
+
+
+@dataclass(frozen=True)
+class _Note:
+    source: str
+    elsewhere: bool
+    bad: torch.Tensor  # [B]: samples that are not finite
+    ids: torch.Tensor | None  # of the samples [B], in main memory; None: it is no value of samples
+
 
 class Finite:
     """The values of one worker that were noted since the last look, in their order."""
 
     def __init__(self) -> None:
-        self._noted: list[tuple[str, bool, torch.Tensor]] = []  # source, elsewhere, [B]: samples that are not finite
+        self._noted: list[_Note] = []
+        self._ids: torch.Tensor | None = None
+
+    def of(self, sample_ids: torch.Tensor | None) -> None:
+        """What is noted from now on, and has as many rows as there are ids [B], is a value of these samples."""
+        self._ids = sample_ids
 
     def note(self, value: torch.Tensor, source: str, elsewhere: bool = False) -> torch.Tensor:
         """Return `value` [B, …] or a scalar; `look` will say so where it is not finite.
@@ -31,8 +47,14 @@ class Finite:
         """
         flat = value.detach()
         flat = flat.reshape(len(flat), -1) if flat.ndim else flat.reshape(1, 1)
-        self._noted.append((source, elsewhere, ~torch.isfinite(flat).all(1)))
+        ids = self._ids if value.ndim and self._ids is not None and len(self._ids) == len(value) else None
+        self._noted.append(_Note(source, elsewhere, ~torch.isfinite(flat).all(1), ids))
         return value
+
+    def of_samples(self) -> torch.Tensor | None:
+        """1 where a value of a sample was noted that is not finite, else 0, on the device; None: nothing was noted."""
+        bad = [note.bad for note in self._noted if note.ids is not None]
+        return torch.cat(bad).any().float()[None] if bad else None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -56,15 +78,23 @@ class Finite:
             NonFiniteError: names the first source that was not finite, and the samples concerned.
         """
         noted, self._noted = self._noted, []
-        flags = [torch.cat([bad for *_, bad in noted])] if noted else []
+        flags = [torch.cat([note.bad for note in noted])] if noted else []
         copies = download([*values, *flags])
         if noted and (bad := copies.pop()).any():
-            parts = bad.split([len(part) for *_, part in noted])
-            raise _error(*next((*of, part) for (*of, _), part in zip(noted, parts, strict=True) if part.any()))
+            parts = bad.split([len(note.bad) for note in noted])
+            raise _error([(note, part) for note, part in zip(noted, parts, strict=True) if part.any()])
         return copies
 
 
-def _error(source: str, elsewhere: bool, bad: torch.Tensor) -> NonFiniteError:
+def _error(found: list[tuple[_Note, torch.Tensor]]) -> NonFiniteError:
+    """Of the notes that were not finite, with the samples [B] concerned of each."""
+    first, bad = found[0]
     rows = bad.nonzero().flatten().tolist()
-    message = f"{source}: not finite in samples {rows[:8]} of {len(bad)}"
-    return NonFiniteError(message, len(rows), rows, elsewhere)
+    if first.source == OTHERS_SAMPLE:
+        return NonFiniteError(f"{first.source} is not finite", 1, rows, first.elsewhere, ())
+    message = f"{first.source}: not finite in samples {rows[:8]} of {len(bad)}"
+    if first.ids is None:
+        return NonFiniteError(message, len(rows), rows, first.elsewhere)
+    samples = sorted({number for note, part in found if note.ids is not None for number in note.ids[part].tolist()})
+    ids = first.ids[bad].tolist()
+    return NonFiniteError(f"{message} (sample ids {ids[:8]})", len(rows), rows, first.elsewhere, samples)

@@ -7,7 +7,7 @@ parts of all, some have more of them than others: each divides by what they have
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from raydistill.config.schema import Config
 from raydistill.distillation import optimizers
-from raydistill.distillation.finite import Finite
+from raydistill.distillation.finite import OTHERS_SAMPLE, Finite
 from raydistill.distillation.networks import Networks
 from raydistill.spaces.adapter import trained
 
@@ -58,7 +58,7 @@ class Gradients:
         mean_parts: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
-        warmup: student updates over which the learning rates grow; 0: they are what they are from the first one.
+        share: of the learning rates, by the number of student updates before this one; None: always all of them.
     """
 
     def __init__(
@@ -68,17 +68,18 @@ class Gradients:
         finite: Finite,
         average: Average = alone,
         *,
-        warmup: int = 0,
+        share: Callable[[int], float] | None = None,
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
-        self.average, self.warmup = average, warmup
+        self.average, self.share = average, share
+        self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
 
-    def warm_up(self, updates: int) -> None:
+    def set_rates(self, updates: int) -> None:
         """Set the learning rates of the update that follows `updates` of the student; a function of nothing else."""
-        if not self.warmup:
+        if self.share is None:
             return
-        share = min(1.0, (updates + 1) / self.warmup)
+        share = self.share(updates)
         for name, optimizer in self.optimizers.items():
             optimizers.set_lr(optimizer, share * self._rates[name])
 
@@ -86,15 +87,16 @@ class Gradients:
         """Those of one optimizer."""
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
-    def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False) -> None:
+    def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False, weight: float = 1.0) -> None:
         """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters.
 
         Args:
             keep: the graph, for another loss that shares it.
+            weight: share of the micro-batch's samples that the loss is the mean of; the others count as 0.
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
-        torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
+        torch.autograd.backward(loss / (self.mean_parts / weight), inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.
@@ -111,6 +113,9 @@ class Gradients:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        if self.tolerant and self.average is not alone and (bad := self.finite.of_samples()) is not None:
+            self.average([bad])
+            self.finite.note((1 - (bad > 0).float()).log()[0], OTHERS_SAMPLE, elsewhere=True)  # log 0
         if self.average is not alone:  # the mean of all workers does not say whose part it was
             for name, group in groups.items():
                 self.finite.note(nn.utils.get_total_norm([p.grad for p in group]), f"the {name} gradient")
@@ -126,6 +131,17 @@ class Gradients:
             with torch.no_grad():
                 self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
         return norms
+
+    def taken(self, names: Sequence[str]) -> Callable[[], None]:
+        """What is accumulated now for the named optimizers; the function that is returned brings it back."""
+        parameters = [p for name in names for p in self.parameters(name)]
+        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+
+        def restore() -> None:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+
+        return restore
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizers": {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}}

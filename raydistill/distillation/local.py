@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from raydistill.bridge.model import Bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import Batch, PromptTable, TextEncoder
-from raydistill.data.local_teacher import LocalAnswer, LocalTeacher
+from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet, training_prompts
 from raydistill.distillation.batches import Made
 from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.schedule import Unchecked
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning
@@ -26,8 +27,9 @@ class LocalScores(LocalTeacher):
     unconditional: Conditioning
     guidance_scale: float
 
-    def __call__(self, made: Made) -> LocalAnswer:
-        return self.predict_x0(made.x_t, made.t_B, made.teacher_conditioning, self.unconditional, self.guidance_scale)
+    def __call__(self, made: Made) -> Unchecked:
+        inputs = made.x_t, made.t_B, made.teacher_conditioning
+        return Unchecked(self.predict_x0(*inputs, self.unconditional, self.guidance_scale))
 
 
 def local_batches(prompts: PromptSet, tables: Mapping[str, PromptTable], size: int, seed: int) -> Iterator[Batch]:

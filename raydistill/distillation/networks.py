@@ -30,6 +30,7 @@ from raydistill.distillation.compiled import compile_network, compile_projector
 from raydistill.distillation.discriminator import Discriminator
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.finite import Finite
+from raydistill.distillation.rates import decay
 from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
@@ -100,7 +101,7 @@ class Networks:
 
     Attributes:
         finite: what the networks answered, to be looked at.
-        ema: moving average of the student (`student.ema_decay`); None: none.
+        ema: moving average of the student (`student.ema`); None: none.
         discriminator: None without a GAN.
     """
 
@@ -130,7 +131,7 @@ class Networks:
             self.bridge.projector.requires_grad_(True)
         depths = config.discriminator.read_depths
         self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depths, mesh).to(device)
-        self.ema = copy_of(self.student).requires_grad_(False) if config.student.ema_decay else None
+        self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
@@ -237,16 +238,13 @@ class Networks:
         return self.ema if self.ema is not None else self.student
 
     def update_ema(self, updates: int) -> None:
-        """Move the average towards the student; `updates`: of the student, before this one.
-
-        It is warmed up, or a short run's average would still be its start.
-        """
+        """Move the average towards the student; `updates`: of the student, before this one."""
         if self.ema is None:
             return
-        decay = min(self.config.student.ema_decay, (updates + 1) / (updates + 10))
+        share = 1 - decay(self.config.student, updates)
         with torch.no_grad():
             averages, now = (list(trained(network).values()) for network in (self.ema, self.student))
-            torch._foreach_lerp_(averages, now, 1 - decay)
+            torch._foreach_lerp_(averages, now, share)
 
     def best_state(self) -> dict[str, Any]:
         """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +36,19 @@ class Pending(Protocol):
 
 
 Submit = Callable[[Made], Pending]
+
+
+@dataclass(frozen=True)
+class Unchecked:
+    """An answer that may be not finite: the update looks at it, and may leave samples out."""
+
+    pending: Any  # whose `result` takes check_finite
+
+    def result(self, check_finite: bool = False) -> torch.Tensor:
+        return self.pending.result(check_finite=check_finite)
+
+    def ready(self) -> bool:
+        return self.pending.ready()
 
 
 class Requests:

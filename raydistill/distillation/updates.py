@@ -13,6 +13,7 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import defaultdict
@@ -24,23 +25,20 @@ import torch.nn.functional as F
 
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
+from raydistill.config.stages import decays
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.path import add_noise, target
-from raydistill.distillation.adversary import Adversary
+from raydistill.distillation.adversary import NAMES, Adversary
 from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
 from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
+from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
+from raydistill.distillation.rates import rate_share
 from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
-
-NAMES = {  # of metrics of the discriminator
-    "discriminator": "loss/discriminator",
-    "accuracy": "discriminator/accuracy",
-    "r1": "discriminator/r1",
-}
 
 
 class Distiller:
@@ -71,15 +69,18 @@ class Distiller:
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
         self.finite, self.readings = networks.finite, Readings(networks.finite)
+        varies = config.distill.warmup_steps > 0 or decays(config)
         self.gradients = Gradients(
             optimizers_of(networks, config),
             mean_parts or batches.parts,
             self.finite,
             average,
-            warmup=config.distill.warmup_steps,
+            share=functools.partial(rate_share, config.distill) if varies else None,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
+        self.leaving_out = LeavingOut(config.distill.non_finite_share, self.gradients, self.finite, networks.device)
+        self._left: set[int] = set()  # sample ids of the student's batch that are left out
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.feed = None if real is None else RealFeed(config, real)
         gan = networks.discriminator is not None
@@ -87,6 +88,7 @@ class Distiller:
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
+        self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
         self._shares_pass = gan and config.discriminator.shared_pass
 
@@ -96,16 +98,20 @@ class Distiller:
         """The next student batch, noised in teacher space, micro-batch by micro-batch; the teachers score its x_t."""
         started, vsd = time.perf_counter(), self.config.vsd
         self.watch.begin()
-        for batch in self.batches.next():
+        self._left = set()
+        batches = self.batches.next()
+        for batch in batches:
             ids, noise = batch.sample_ids, self._xi(batch)
+            self.finite.of(ids)
             z_student = self.networks.z_student(noise, batch.student_conditioning)
             x = self.networks.bridged(z_student)
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
-            self.watch.made(z_student, x)
-            sent = self.finite.look(x_t, t_B)  # before the teachers see it
+            sent = self.leaving_out.look(batch, self._left, len(batches), x_t, t_B)  # before the teachers see it
+            made = Made(**vars(batch), noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            self.watch.made(*self.leaving_out.left_of(made, self._left, z_student, x))
             self.metrics["time/make"] += time.perf_counter() - started
-            yield Made(**vars(batch), noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            yield made
             started = time.perf_counter()
 
     def _xi(self, batch: MicroBatch) -> torch.Tensor:
@@ -115,28 +121,56 @@ class Distiller:
     # -- fake update ---------------------------------------------------------------------------------
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
-        started, config, adversary = time.perf_counter(), self.config, self.adversary
-        self.gradients.warm_up(self.updates)
+        started, adversary = time.perf_counter(), self.adversary
+        self.gradients.set_rates(self.updates)
         batches = self.batches.next()
-        if adversary is not None:
-            adversary.measure(batches)
-        rows = [self._fake_gradients(batch) for batch in batches]
-        if adversary is None or not adversary.shapes_features:
-            self.gradients.step(fake=config.fake_score.max_grad_norm)
+        if adversary is None:
+            rows = self.leaving_out.run(self._fake_half, batches, ["fake"])
+        else:
+            adversary.begin(batches)
+            rows = self._halves(batches, adversary)
+            adversary.begin([])
+            self.readings.add({name: mean for row, mean in mean_of(rows).items() if (name := NAMES.get(row))})
         self.watch.faked([row["fake"] for row in rows])
         self.readings.add({"loss/fake": mean_of(rows)["fake"]})
-        if adversary is not None:
-            for row, batch in zip(rows, batches, strict=True):
-                adversary.real_gradients(row, batch)
-            if adversary.shapes_features:
-                self.gradients.step(fake=config.fake_score.max_grad_norm)
-            self.gradients.step(discriminator=config.student.max_grad_norm)
-            self.readings.add({name: mean for row, mean in mean_of(rows).items() if (name := NAMES.get(row))})
         self.metrics["time/fake"] += time.perf_counter() - started
+
+    def _halves(self, batches: Sequence[MicroBatch], adversary: Adversary) -> list[Row]:
+        """Both halves of the discriminator's loss, before the fake score's step where it must wait for both."""
+        both = ["fake", "discriminator"]
+        if adversary.waits:
+
+            def at_once(parts: list[MicroBatch]) -> list[Row]:
+                rows = self._fake_half(parts)
+                return self._real_half(parts, rows)
+
+            return self.leaving_out.run(at_once, batches, both, undo=adversary.undo)
+        rows = self.leaving_out.run(self._fake_half, batches, both, undo=adversary.undo)
+        return self.leaving_out.run(lambda parts: self._real_half(parts, rows), batches, both)
+
+    def _fake_half(self, parts: Sequence[MicroBatch]) -> list[Row]:
+        """Student samples: of the fake score's loss and the discriminator's, and the fake score's step."""
+        if self.adversary is not None:
+            self.adversary.measure(parts)
+        rows = [self._fake_gradients(part) for part in parts]
+        if self.adversary is None or not self.adversary.waits:
+            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
+        return rows
+
+    def _real_half(self, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> list[Row]:
+        """Teacher samples, and the discriminator's step; returns the rows of both halves."""
+        rows = [dict(row) for row in rows]
+        for row, part in zip(rows, parts, strict=True):
+            self.adversary.real_gradients(row, part)
+        if self.adversary.waits:
+            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
+        self.gradients.step(discriminator=self.config.student.max_grad_norm)
+        return rows
 
     def _fake_gradients(self, batch: MicroBatch) -> Row:
         """Of the fake score's loss, and of the discriminator's on its features of student samples."""
         ids = batch.sample_ids
+        self.finite.of(ids)
         with torch.no_grad():
             x = self.networks.x(self._xi(batch), batch.student_conditioning)
             eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
@@ -145,8 +179,8 @@ class Distiller:
         loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
         row = {"fake": loss}
         if self.adversary is not None:
-            loss = loss + self.adversary.fake_gradients(row, features)
-        self.gradients.accumulate(loss, "fake")
+            loss = loss + self.adversary.fake_gradients(row, features, batch.weight)
+        self.gradients.accumulate(loss, "fake", weight=batch.weight)
         return row
 
     # -- student update ------------------------------------------------------------------------------
@@ -158,40 +192,45 @@ class Distiller:
         Args:
             scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
         """
-        started, waited = time.perf_counter(), 0.0
-        self.gradients.warm_up(self.updates)
-        answers = None if scores is None else iter(scores)
+        started = time.perf_counter()
+        self.gradients.set_rates(self.updates)
+        waiting = Waiting(scores)
         pairs = None if self.anchor is None else self.anchor.batch(self.updates)
-        rows = []
-        for index, part in enumerate(made):
-            waiting = time.perf_counter()
-            x0_real = None if answers is None else next(answers)
-            waited += time.perf_counter() - waiting
-            own = None if pairs is None else pairs.part(index, len(made))
-            rows.append(self._student_gradients(part, x0_real, own))
-        self.readings.add(mean_of(rows))
         names = ("student",) if self.anchor is None else ("student", "bridge")
-        norms = self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
+
+        def phase(parts: list[Made]) -> tuple[list[Row], dict[str, torch.Tensor]]:
+            rows = []
+            for index, part in enumerate(parts):
+                own = None if pairs is None else pairs.part(index, len(parts))
+                rows.append(self._student_gradients(part, waiting.of(index, part), own))
+            return rows, self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
+
+        rows, norms = self.leaving_out.run(phase, made, names, left=self._left)
+        self.readings.add(mean_of(rows))
         self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
         self.networks.update_ema(self.updates)
         seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
         read, numbers = self.readings.read(*seen)
         self.metrics |= read | self.watch.observe(*numbers)
-        if answers is not None:
-            self.metrics["vsd/gradient_norm"] = math.sqrt(self.metrics.pop("vsd/gradient_square"))
-            self.metrics["time/wait_teacher"] += waited
+        for loss in ("vsd", "gan"):
+            if (square := self.metrics.pop(f"{loss}/gradient_square", None)) is not None:
+                self.metrics[f"{loss}/gradient_norm"] = math.sqrt(square)
+        if scores is not None:
+            self.metrics["time/wait_teacher"] += waiting.seconds
         self.updates += 1
-        self.metrics["time/student"] += time.perf_counter() - started - waited
+        self.metrics["time/student"] += time.perf_counter() - started - waiting.seconds
 
     def _student_gradients(self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None) -> Row:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, row = self.config, {}
+        self.finite.of(made.sample_ids)
         x = self.networks.x(made.noise, made.student_conditioning)
+        judged = x if self.adversary is None else self.adversary.watched(row, x, made)
         loss, features = x.new_zeros(()), None
         if x0_real is not None:
             x0_real = self.finite.note(upload(x0_real, x.device), "the teacher's score")
             if self._shares_pass:
-                x_t, t_B = made.with_graph(self.path, x)
+                x_t, t_B = made.with_graph(self.path, judged)
                 x0_fake, features = self.networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
             else:
                 x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
@@ -199,14 +238,14 @@ class Distiller:
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.adversary is not None:
-            loss = loss + self.adversary.pull(row, x, made, features)
+            loss = loss + self.adversary.pull(row, judged, made, self.updates, features)
         names = ["student"]
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
             loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
             row |= {f"bridge/{name}": value for name, value in losses.items()}
             names.append("bridge")
-        self.gradients.accumulate(loss, *names)
+        self.gradients.accumulate(loss, *names, weight=made.weight)
         return row
 
     # -- metrics and state ---------------------------------------------------------------------------
@@ -215,6 +254,9 @@ class Distiller:
         read, metrics = self.readings.read()[0], self.metrics
         self.metrics = defaultdict(float)
         metrics |= read
+        if told := self.leaving_out.pop_told():
+            self.left_out += told
+            metrics["guard/left_out"] += sum(len(samples) for _, samples in told)
         for source in (self.batches, self.feed):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value

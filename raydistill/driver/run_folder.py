@@ -13,6 +13,7 @@ from typing import Any
 
 from raydistill.config.reading import changed, draws, get, mathematical, to_yaml
 from raydistill.config.schema import Config
+from raydistill.config.stages import decays
 from raydistill.errors import InputError, mask
 from raydistill.storage import hub
 from raydistill.storage.atomic import replace_text
@@ -57,7 +58,8 @@ def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
         if others:
             finished = result is not None and (run.path / result).is_file()
             state = "is finished" if finished else "exists"
-            extend = " (a larger distill.steps alone would extend it)" if result == "summary.json" else ""
+            extendable = result == "summary.json" and not decays(config)
+            extend = " (a larger distill.steps alone would extend it)" if extendable else ""
             raise InputError(
                 f"run.name={name} {state} with other settings, and a resume must not change them: {'; '.join(others)}. "
                 f"Use another run.name, or the old settings{extend if finished else ''}"

@@ -196,12 +196,24 @@ class DistillationRun:
         lease.check(self.stage.path())
         self.standing.step = step
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
+        self._tell_left_out(step)
         if self.observer:
             with part("an evaluation"):
                 self.observer.after_step(step, self.worker.world, metrics)
         with part("pictures of the scores"):
             self._show_scores(step)
         self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
+
+    def _tell_left_out(self, step: int) -> None:
+        """Name the samples that this worker has left out of the update, on the screen and in the stage's run."""
+        told, self.distiller.left_out = self.distiller.left_out, []
+        lines = [f"step {step}, worker {self.worker.rank}: left out: {words}" for words, _ in told]
+        for line in lines:
+            screen.say(line)
+        if lines:
+            tracker = Tracker(self.stage.mlflow_uri, self.stage.mlflow_run)
+            tracker.tags({"left_out": lines[-1]})
+            tracker.close()
 
     def _show_scores(self, step: int) -> None:
         """At an evaluation, pictures of what teacher and fake score make of the student's.

@@ -18,6 +18,7 @@ from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows
 from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale, load_unet
+from raydistill.distillation.schedule import Unchecked
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.evaluation.evaluator import FixedPrompts
 from raydistill.precision import allow_tf32
@@ -124,7 +125,8 @@ def load_distiller(
     if empty is None:
         return distiller, None
     client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
-    return distiller, Teachers(client, empty, guidance_scale(config, teacher_space), shown)
+    scale, check_finite = guidance_scale(config, teacher_space), config.distill.non_finite_share == 0
+    return distiller, Teachers(client, empty, scale, shown, check_finite)
 
 
 def shown_prompts(config: Config) -> FixedPrompts:
@@ -139,6 +141,7 @@ class Teachers:
 
     Attributes:
         shown: `shown_prompts` and their conditioning; None: this worker shows nothing.
+        check_finite: whether an answer that is not finite is refused; False: the update looks at it.
     """
 
     def __init__(
@@ -147,15 +150,17 @@ class Teachers:
         unconditional: Conditioning,
         guidance_scale: float,
         shown: tuple[FixedPrompts, Conditioning] | None = None,
+        check_finite: bool = True,
     ) -> None:
         self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
-        self.shown = shown
+        self.shown, self.check_finite = shown, check_finite
 
-    def __call__(self, made: Made) -> PendingScores:
+    def __call__(self, made: Made) -> PendingScores | Unchecked:
         conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
-        return self.client.submit(
+        pending = self.client.submit(
             ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, self.guidance_scale)
         )
+        return pending if self.check_finite else Unchecked(pending)
 
     def wait_for_start(self) -> None:
         """Until the teachers are ready for the first time; the driver ends the run where they cannot be."""

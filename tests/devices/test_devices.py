@@ -34,7 +34,7 @@ def test_a_role_keeps_its_tensors_together_and_attends_without_storing_attention
 def test_an_update_waits_for_its_device_once_a_phase(cells):
     """Each part that goes to the teachers, each optimizer's step, and the metrics: not once a tensor."""
     assert check(cells["flux2", "update"])["waits"] == {
-        "distillation/updates.py:make": PARTS,
+        "distillation/leaving_out.py:look": PARTS,
         "distillation/gradients.py:step": 2 * FAKE_UPDATES + 1,  # fake score and discriminator, then the student
         "distillation/readings.py:read": 1,
     }

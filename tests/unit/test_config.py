@@ -17,6 +17,7 @@ from raydistill.config.reading import (
     validate,
 )
 from raydistill.config.schema import Config
+from raydistill.config.stages import DistillConfig
 from raydistill.driver.run_folder import open_run_folder
 from raydistill.errors import InputError
 from raydistill.storage.resolve import check_storage
@@ -110,7 +111,8 @@ def test_hash_follows_the_maths_only():
 
 DECISIVE = {
     "run": "seed",
-    "student": "ema_decay kind lora_start lr max_grad_norm model rank start_timestep targets unet",
+    "student": "ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model rank start_timestep targets "
+    "unet",
     "teacher": "guidance_scale model sampling_steps",
     "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
@@ -119,10 +121,10 @@ DECISIVE = {
     "synthesis": "augment_share batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
     "sampling_steps shard_size shards teacher threads_per_encoder",
     "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
-    "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight real_count real_data real_source standardize "
-    "weight width",
+    "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight ramp_steps real_count real_data real_source standardize "
+    "step_together weight width",
     "vsd": "shift t_max t_min weight",
-    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
+    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
 }
@@ -132,7 +134,11 @@ def test_a_resume_may_change_what_decides_no_number_and_nothing_else():
     """The keys as earlier versions had them, but for those that decide no number and were refused all the same."""
     decisive = {f"{section}.{key}" for section, keys in DECISIVE.items() for key in keys.split()}
     for config in (load(), load(overrides=["bridge.checkpoint=null"])):
-        assert mathematical(config) == {key: value for key, value in flatten(config).items() if key in decisive}
+        found = {key: value for key, value in flatten(config).items() if key in decisive}
+        found["distill.steps"] = DistillConfig().steps  # it decides where the learning rates fall until the last update
+        assert mathematical(config) == found
+    falling = load(overrides=["distill.schedule=cosine", "distill.steps=77"])
+    assert mathematical(falling)["distill.steps"] == 77
 
 
 @pytest.mark.parametrize("change", ["distill.resize_after_s=5", "evaluation.grid=4"])

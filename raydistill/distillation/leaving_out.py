@@ -1,0 +1,157 @@
+"""Samples whose values are not finite are left out of an update, instead of ending the run.
+
+A phase computes gradients and steps on them. Its look comes before its step, so where a value was not finite nothing has
+changed. Then the phase is done again without the samples that have such a value. They count as zero in the mean over the
+batch. All workers do it again together, for the mean of their gradients was spoilt for all.
+
+More than `distill.non_finite_share` of a worker's batch is an error, and so is a part of a batch of which nothing is
+left. So are weights, gradients and means that are not finite although every sample is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+
+from raydistill.distillation.batches import MicroBatch
+from raydistill.distillation.finite import Finite
+from raydistill.distillation.gradients import Gradients
+from raydistill.errors import NonFiniteError
+
+T = TypeVar("T")
+
+
+class Waiting:
+    """The teachers' answers to an update's parts, waited for one by one, and kept for when the update is done again.
+
+    Args:
+        scores: in the order of the parts; None: no teachers.
+
+    Attributes:
+        seconds: that were waited.
+    """
+
+    def __init__(self, scores: Iterable[torch.Tensor] | None) -> None:
+        self._coming, self._there = None if scores is None else iter(scores), list[torch.Tensor]()
+        self.seconds = 0.0
+
+    def of(self, place: int, part: MicroBatch) -> torch.Tensor | None:
+        """Those of a part, or of what is left of it."""
+        if self._coming is None:
+            return None
+        started = time.perf_counter()
+        while place >= len(self._there):
+            self._there.append(next(self._coming))
+        self.seconds += time.perf_counter() - started
+        return self._there[place] if part.rows is None else self._there[place][part.rows]
+
+
+class LeavingOut:
+    """What one worker leaves out.
+
+    Args:
+        most: share of this worker's batch; 0: none, every such value is an error.
+        gradients: of the phases.
+        device: of the networks.
+
+    Attributes:
+        told: of what was left out since it was taken last: the error's words, and the sample ids.
+    """
+
+    def __init__(self, most: float, gradients: Gradients, finite: Finite, device: torch.device) -> None:
+        self.most, self.gradients, self.finite, self.device = most, gradients, finite, device
+        gradients.tolerant = most > 0
+        self.told: list[tuple[str, list[int]]] = []
+
+    def run(
+        self,
+        phase: Callable[[list[MicroBatch]], T],
+        parts: Sequence[MicroBatch],
+        names: Sequence[str],
+        *,
+        left: Collection[int] = (),
+        undo: Callable[[], None] = lambda: None,
+    ) -> T:
+        """`phase` on the parts of a batch, again without what is not finite.
+
+        Args:
+            names: optimizers whose gradients the phase takes or adds to.
+            left: sample ids that are left out from the start.
+            undo: what else a phase that failed has left behind.
+
+        Raises:
+            NonFiniteError: it is no matter of single samples, or of too many.
+        """
+        if not self.most:
+            return phase(list(parts))
+        restore, without = self.gradients.taken(names), set(left)
+        while True:
+            try:
+                return phase([part.without(without) for part in parts])
+            except NonFiniteError as error:
+                if error.samples is None:
+                    raise
+                more = set(error.samples) - without
+                without |= more
+                why = self._too_many(without, parts, len(parts))
+                if self._of_any(bool(why)):
+                    raise _with(error, why) from error
+                if not self._of_any(bool(more)):  # it would come again
+                    raise
+                if error.samples:
+                    self.told.append((str(error), list(error.samples)))
+                restore()
+                undo()
+
+    def look(self, part: MicroBatch, left: set[int], parts: int, *values: torch.Tensor) -> list[torch.Tensor]:
+        """As `Finite.look`, of one of a batch's equal parts, on which nothing is stepped.
+
+        Args:
+            left: sample ids that are left out of the batch; those of this part come to it.
+            values: [B, …], of which the copies are zero in the samples that are left out.
+        """
+        try:
+            return self.finite.look(*values)
+        except NonFiniteError as error:
+            if not self.most or not error.samples:
+                raise
+            left |= set(error.samples)
+            if why := self._too_many(left, [part], parts):
+                raise _with(error, why) from error
+            self.told.append((str(error), list(error.samples)))
+            bad = torch.tensor([number in left for number in part.sample_ids.tolist()])
+            return [torch.where(bad.view(-1, *[1] * (v.ndim - 1)), 0.0, v.cpu()) for v in values]
+
+    def left_of(self, part: MicroBatch, left: set[int], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of values [B, …] of a part, those of the samples that are not left out."""
+        rows = part.without(left).rows
+        return values if rows is None else tuple(value[rows.to(value.device)] for value in values)
+
+    def pop_told(self) -> list[tuple[str, list[int]]]:
+        """What was left out since the last call."""
+        told, self.told = self.told, []
+        return told
+
+    def _of_any(self, mine: bool) -> bool:
+        """Whether it is so for any worker."""
+        found = torch.tensor([float(mine)], device=self.device)
+        self.gradients.average([found])
+        return found.item() > 0
+
+    def _too_many(self, left: set[int], parts: Sequence[MicroBatch], count: int) -> str:
+        """Why so many sample ids may not be left out of a batch of `count` parts, of which these are some; else nothing."""
+        share = len(left) / (count * len(parts[0].sample_ids))
+        if share > self.most:
+            return f"{share:.1%} of the samples are more than distill.non_finite_share={self.most:g} allows"
+        if any(left.issuperset(part.sample_ids.tolist()) for part in parts):
+            return "nothing is left of a part of the batch"
+        return ""
+
+
+def _with(error: NonFiniteError, why: str) -> NonFiniteError:
+    """The error of a value, and why it ends the run."""
+    text = f"{error}; {why or 'another worker has too many such samples'}"
+    return NonFiniteError(text, error.count, error.rows, error.elsewhere)

@@ -1,0 +1,189 @@
+"""Samples whose values are not finite: they count as zero, are named and counted, and too many end the run as ever."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from test_updates import CAPTIONS, LocalTeacher, batches, configuration, flat, make_distiller
+
+from raydistill.distillation.schedule import distillation_step
+from raydistill.errors import NonFiniteError
+from raydistill.spaces import load_space
+
+BAD = 2  # of samples 0 … 3
+
+
+@pytest.fixture(scope="module")
+def spaces(sd_folder, flux_folder):
+    return load_space(sd_folder), load_space(flux_folder)
+
+
+@pytest.fixture(scope="module")
+def tables(spaces):
+    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
+
+
+def gradients_of(distiller, update):
+    """What each optimizer is stepped on, before clipping."""
+    taken, step = {}, distiller.gradients.step
+
+    def spy(**norms):
+        for name in norms:
+            gradients = [p.grad for p in distiller.gradients.parameters(name) if p.grad is not None]
+            taken[name] = torch.cat([one.flatten() for one in gradients])
+        return step(**norms)
+
+    distiller.gradients.step = spy
+    update()
+    distiller.gradients.step = step
+    return taken
+
+
+def without(source):
+    """The same batches without their third sample."""
+    kept = [row for row in range(4) if row != BAD]
+    for batch in source:
+        yield {name: np.asarray(column)[kept] for name, column in batch.items()}
+
+
+def scores_of(distiller, spaces, tables):
+    parts = list(distiller.make())
+    teacher = LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()})
+    return parts, [teacher(part).result() for part in parts]
+
+
+def test_a_teachers_score_that_is_not_finite_counts_as_zero(spaces, tables):
+    config = configuration(distill__non_finite_share=0.25)
+    distiller, three = (make_distiller(config, spaces, tables) for _ in range(2))
+    three.batches.source = without(batches(tables))
+    parts, scores = scores_of(distiller, spaces, tables)
+    scores[0][BAD, 0, 0, 0] = float("nan")
+    found = gradients_of(distiller, lambda: distiller.student_update(parts, scores))["student"]
+    expected = gradients_of(three, lambda: three.student_update(*scores_of(three, spaces, tables)))["student"]
+    assert found.norm() > 0
+    assert (found - 0.75 * expected).norm() < 1e-4 * found.norm()
+    metrics = distiller.pop_metrics()
+    assert metrics["guard/left_out"] == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    told = "the teacher's score: not finite in samples [2] of 4 (sample ids [2])"
+    assert distiller.left_out == [(told, [BAD])]
+
+
+@pytest.mark.parametrize("fake_weight", [0.0, 0.1])
+def test_a_teacher_sample_that_is_not_finite_is_left_out_of_its_half_alone(spaces, tables, fake_weight):
+    """Also where both halves are one phase, and where the features' statistics are measured with it."""
+    changes = {"discriminator__fake_weight": fake_weight, "discriminator__standardize": True}
+    config = configuration(distill__non_finite_share=0.25, fake_score__updates=1, **changes)
+    clean, spoilt = (make_distiller(config, spaces, tables) for _ in range(2))
+    first = spoilt.feed.order.rows(spoilt.feed.order.positions(torch.arange(4, 8)))[BAD]
+    spoilt.real.latents[first] = float("inf")
+    for one in (clean, spoilt):
+        one.batches.next()  # the student's
+    expected, found = (gradients_of(one, one.fake_update) for one in (clean, spoilt))
+    for name in ("fake", "discriminator"):
+        assert torch.isfinite(found[name]).all()
+        assert found[name].norm() > 0
+        assert not torch.equal(found[name], expected[name]) or name == "fake"
+    for head in spoilt.networks.discriminator.heads:
+        assert torch.isfinite(head.mean).all()
+        assert torch.isfinite(head.spread).all()
+    assert {tuple(samples) for _, samples in spoilt.leaving_out.told} == {(4 + BAD,)}
+    again = configuration(distill__non_finite_share=0, fake_score__updates=1, **changes)
+    strict = make_distiller(again, spaces, tables)
+    strict.real.latents[first] = float("inf")
+    strict.batches.next()
+    with pytest.raises(NonFiniteError, match=r"real_data: not finite in samples \[2\] of 4 \(sample ids \[6\]\)"):
+        strict.fake_update()
+
+
+def spoilt_caption(tables, rows=(BAD,)):
+    """Batches whose samples of these places have a caption that the student cannot read."""
+    for batch in batches(tables):
+        name = "student.prompt_embeds"
+        batch[name] = batch[name].copy()
+        batch[name][list(rows)] = float("nan")
+        yield batch
+
+
+def test_a_students_sample_that_is_not_finite_is_left_out_from_the_start(spaces, tables):
+    """The teachers get zeros in its place, and curves stay finite."""
+    config = configuration(distill__non_finite_share=0.25, fake_score__updates=1)
+    distiller = make_distiller(config, spaces, tables)
+    distiller.batches.source = spoilt_caption(tables)
+    seen = []
+    teacher = LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()})
+
+    def submit(made):
+        seen.append(made.x_t)
+        return teacher(made)
+
+    for _ in range(2):
+        distillation_step(distiller, submit, 1, overlap=True)
+    metrics = distiller.pop_metrics()
+    assert not seen[0][BAD].any()
+    assert all(torch.isfinite(x_t).all() for x_t in seen)
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert metrics["guard/left_out"] == 4  # once in each of two makes and two updates of the fake score
+    assert all(
+        torch.isfinite(flat(network)).all() for network in (distiller.networks.student, distiller.networks.fake.network)
+    )
+    for share, rows in ((0.2, (BAD,)), (0.25, (0, 1))):
+        strict = make_distiller(configuration(distill__non_finite_share=share), spaces, tables)
+        strict.batches.source = spoilt_caption(tables, rows)
+        said = (
+            rf"sample ids \[{', '.join(map(str, rows))}\]\); .*% of the samples are more than distill\.non_finite_share"
+        )
+        with pytest.raises(NonFiniteError, match=said):
+            list(strict.make())
+        before = flat(strict.networks.student).clone()
+        with pytest.raises(NonFiniteError, match=r"distill\.non_finite_share"):
+            strict.fake_update()
+        assert torch.equal(before, flat(strict.networks.student))
+
+
+def test_workers_agree_on_what_is_left_out_and_stay_the_same(spaces, tables):
+    """One of two has a sample that is not finite: both do the phase again, and go on with the same weights."""
+    config = configuration(distill__non_finite_share=0.25, fake_score__updates=1)
+    sums, barrier = {}, threading.Barrier(2)
+
+    def averaging(rank):
+        def average(tensors):
+            sums[rank] = [tensor.clone() for tensor in tensors]
+            barrier.wait(60)
+            means = [(one + other) / 2 for one, other in zip(sums[0], sums[1], strict=True)]
+            barrier.wait(60)
+            for tensor, mean in zip(tensors, means, strict=True):
+                tensor.copy_(mean)
+
+        return average
+
+    workers = [make_distiller(config, spaces, tables) for _ in range(2)]
+    for rank, worker in enumerate(workers):
+        worker.gradients.average = averaging(rank)
+    workers[1].batches.source = spoilt_caption(tables)
+    teachers = [LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()}) for _ in workers]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda one: distillation_step(one[0], one[1], 1, True), zip(workers, teachers, strict=True)))
+    for part in ("student", "discriminator"):
+        one, other = (flat(getattr(worker.networks, part)) for worker in workers)
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, other)
+    assert "guard/left_out" not in workers[0].pop_metrics()
+    assert workers[1].pop_metrics()["guard/left_out"] == 2
+
+
+def test_where_both_halves_are_stepped_on_together_they_read_the_same_features(spaces, tables):
+    """The head's gradient then does not depend on what the fake score's step changes."""
+    found = {}
+    for together in (False, True):
+        for rate in (1e-3, 1e-2):
+            settings = {"discriminator__step_together": together, "fake_score__lr": rate, "fake_score__kind": "full"}
+            distiller = make_distiller(configuration(**settings), spaces, tables)
+            found[together, rate] = gradients_of(distiller, distiller.fake_update)
+    assert torch.equal(found[True, 1e-3]["discriminator"], found[True, 1e-2]["discriminator"])
+    assert not torch.equal(found[False, 1e-3]["discriminator"], found[False, 1e-2]["discriminator"])
+    assert torch.equal(found[False, 1e-3]["fake"], found[True, 1e-3]["fake"])
