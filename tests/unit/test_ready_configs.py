@@ -34,7 +34,7 @@ TEACHERS = {
 STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
 STUDENTS |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), (999, 9000))
 STUDENTS |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), (999, 3000))
-STUDENTS["sdxl"] = (399, 3000)
+STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000)}
 PAIRS = [(teacher, student) for teacher in TEACHERS for student in ("sd15", "sd21_base")]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
 PAIRS.append(("sd35_medium", "sdxl"))
@@ -68,7 +68,7 @@ def test_there_is_one_file_for_every_pair_of_parts():
     assert real == {f"{teacher}_{student}" for teacher, student in PAIRS}
 
 
-@pytest.mark.parametrize("student", set(STUDENTS) - {student for _, student in PAIRS})
+@pytest.mark.parametrize("student", sorted(set(STUDENTS) - {student for _, student in PAIRS}))
 def test_any_student_makes_a_pair_with_any_teacher(student, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(yaml.safe_dump({"extends": ["paper.yaml", "teachers/sdxl.yaml", f"students/{student}.yaml"]}))
@@ -76,8 +76,9 @@ def test_any_student_makes_a_pair_with_any_teacher(student, tmp_path):
     space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
     assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
     assert config.student.unet is None
-    assert (space_S.latent_shape, space_S.prediction) == ((4, 64, 64), "epsilon")
-    assert doublings(space_S, space_T) == 1
+    side = 128 if student.startswith("sdxl") else 64
+    assert (space_S.latent_shape, space_S.prediction) == ((4, side, side), "epsilon")
+    assert doublings(space_S, space_T) == 128 // side - 1
     assert config.student.lora_start is None or is_hub_file(config.student.lora_start)
 
 
@@ -285,6 +286,7 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), {"distill.steps"})
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
     of_sdxl = {"teachers": set(), "students": {"student.kind", "student.rank", "distill.micro_batches"}}
+    more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
