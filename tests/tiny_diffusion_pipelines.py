@@ -149,9 +149,11 @@ def sd21_unet(latent_side: int, **settings) -> UNet2DConditionModel:
     return randomised(unet)
 
 
-# UNets of SD 1.5's layout with blocks left out, as BK-SDM's: fewer layers; no middle block; no deepest level.
+# UNets of SD 1.5's layout with blocks left out, as BK-SDM's: fewer layers; no middle block; no deepest level. And one
+# whose middle block has no attention.
 RELATIVES = {
     "base": {},
+    "bare": {"mid_block_type": "UNetMidBlock2D"},
     "small": {"mid_block_type": None},
     "tiny": {
         "mid_block_type": None,

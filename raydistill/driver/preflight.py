@@ -31,7 +31,7 @@ from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
 from raydistill.evaluation.metrics import check_chosen, metrics_of_run
 from raydistill.shapes.captions import parse
-from raydistill.spaces import check_everywhere, load_space
+from raydistill.spaces import check_everywhere, load_space, load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.distilled import check_scores, drawing
@@ -80,7 +80,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
             "evaluation.judge",
         ],
     )
-    student = load_space(resolve(config.student.model), "StableDiffusionPipeline")
+    student = load_student_space(resolve(config.student.model))
     check_folder(student, network=config.student.unet is None)
     notes = _check_student(config, student)
     teacher = load_space(resolve(config.teacher.model))

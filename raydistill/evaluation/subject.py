@@ -11,7 +11,7 @@ from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
 from raydistill.export.sampling import Painter
 from raydistill.export.source import RUN_ID, Export, find_export, open_one_step
-from raydistill.spaces import load_space
+from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.published_students import load_student, open_student
 from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.hub import is_hub_id
@@ -89,7 +89,7 @@ def find_subject(
     folder = str(Path(export.folder).resolve())
     if unet is not None:
         weights = resolve(unet)
-        space = load_space(export.folder, "StableDiffusionPipeline")
+        space = load_student_space(export.folder)
         found = open_student(space, weights)
         start = start_timestep or found.start_timestep
         if start is None:
@@ -154,9 +154,10 @@ def _run_of(export: Export, model: str) -> str | None:
 def load_painter(subject: Subject, device: torch.device | str, dtype: torch.dtype) -> Painter:
     """Load the networks of a subject."""
     space = load_space(subject.folder)
+    sampling = {key: getattr(subject, key) for key in ("steps", "guidance_scale")}
     if subject.unet is not None:
         network = load_student(space, on_this_machine(subject.unet))
-    else:
+        sampling["start_timestep"] = subject.start_timestep
+    else:  # of an export, the scheduler's own step is the student's x0
         network = space.load_network(dtype)
-    sampling = {key: getattr(subject, key) for key in ("start_timestep", "steps", "guidance_scale")}
     return Painter(space, network, **sampling, device=device, dtype=dtype)

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import SchedulerMixin, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig
 from torch import nn
 
@@ -25,7 +26,7 @@ from raydistill.export.cards import outside_card
 from raydistill.export.one_picture import difference, load_float32
 from raydistill.export.own_lora import FILE, FOLDER, usage_of
 from raydistill.export.source import Export, open_one_step
-from raydistill.spaces import load_space
+from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import load_student
 from raydistill.spaces.settings import diffusers_class, read_settings
@@ -113,7 +114,7 @@ def find_base(export: Export, base: str | None) -> tuple[Space, str]:
     """(Space, name) of the student's base model: as named, or `student.model` of the run.
 
     Raises:
-        InputError: neither is known, or it is no Stable Diffusion pipeline.
+        InputError: neither is known, or it is of a family that gives no students.
     """
     config = export.run_config()
     name = base or (config and config.student.model)
@@ -122,7 +123,7 @@ def find_base(export: Export, base: str | None) -> tuple[Space, str]:
     folder = resolve(name)
     if not folder.exists():
         raise InputError(f"--base: {name} does not exist")
-    return load_space(folder, "StableDiffusionPipeline"), name
+    return load_student_space(folder), name
 
 
 def write_lora(
@@ -144,7 +145,7 @@ def write_lora(
         return _copy_own(export, base, base_name, folder)
     space, start = open_one_step(export)
     lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
-    StableDiffusionPipeline.save_lora_weights(
+    getattr(diffusers, space.pipeline_class).save_lora_weights(
         folder, unet_lora_layers=lora.state, unet_lora_adapter_metadata=lora.config().to_dict(), safe_serialization=True
     )
     shutil.copytree(Path(space.folder, "scheduler"), folder / "scheduler")
@@ -154,7 +155,13 @@ def write_lora(
         f"ranks {min(lora.ranks.values())} to {max(lora.ranks.values())}, {lora.kept / lora.whole:.2%} of the "
         f"difference, {size:.1f} MiB; one picture differs by {apart:.2f} / 255 on average"
     )
-    usage = _USAGE.format(base=base_name, report=report, start=start, scheduler=type(space.scheduler).__name__)
+    usage = _USAGE.format(
+        base=base_name,
+        report=report,
+        start=start,
+        scheduler=type(space.scheduler).__name__,
+        pipeline=space.pipeline_class,
+    )
     card = outside_card(Path(space.folder), usage, base_model=base_name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if not apart <= NEAR:
@@ -175,7 +182,7 @@ def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
         f"rank {rank}, as it was trained, {(folder / FILE).stat().st_size / 2**20:.1f} MiB; one picture differs by "
         f"{apart:.2f} / 255 on average"
     )
-    usage = usage_of(base_name, *starts, space.scheduler, start, report)
+    usage = usage_of(space, base_name, *starts, space.scheduler, start, report)
     (folder / "README.md").write_text(outside_card(Path(space.folder), usage, base_model=base_name), encoding="utf-8")
     return report
 
@@ -186,7 +193,7 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     return diffusers_class(read_settings(file)).from_pretrained(folder, subfolder="scheduler")
 
 
-def load_lora(base: Path, folder: Path, unet: nn.Module | None = None) -> StableDiffusionPipeline:
+def load_lora(base: Path, folder: Path, unet: nn.Module | None = None) -> DiffusionPipeline:
     """Base and LoRA in float32, as the README says; with the UNet that the LoRA belongs to, where it is not the base's."""
     pipe = load_float32(base)
     pipe.unet = pipe.unet if unet is None else unet
@@ -202,9 +209,9 @@ _USAGE = """# One-step text-to-image student, LoRA
 The LoRA turns its base, {base}, into a one-step student: {report}.
 
 ```python
-from diffusers import {scheduler}, StableDiffusionPipeline
+from diffusers import {scheduler}, {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = {pipeline}.from_pretrained("{base}")
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]

@@ -28,7 +28,6 @@ from raydistill.spaces.weights import Entry, read_header
 from raydistill.storage.atomic import replacing
 
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
-SHARED_PARTS = ("vae", "text_encoder")  # what students of one family have in common
 PIECE = 1 << 20  # numbers that are in memory in float64
 _UNKNOWN = "unknown"
 
@@ -92,7 +91,7 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
         _same_scheduler(family, space)
         sources.append(Source(export, space, start, _unet_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
-        for part in SHARED_PARTS:
+        for part in (part for part in family.student_parts if not part.startswith("tokenizer")):
             difference = first_difference(family, source.space, part)
             if difference is not None:
                 raise InputError(
@@ -242,7 +241,9 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     return _CARD.format(
         front=head,
         teachers=", ".join(teachers),
-        usage=USAGE.format(dtype=next(iter(sources[0].tensors.values()))[1].dtype),
+        usage=USAGE.format(
+            dtype=next(iter(sources[0].tensors.values()))[1].dtype, pipeline=sources[0].space.pipeline_class
+        ),
         provenance=table_rows(facts),
         sources="\n".join(map(_source_rows, sources, shares, cards)),
         terms="\n".join(dict.fromkeys(line for card in cards for line in card.terms)),

@@ -15,10 +15,10 @@ class Student(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         import torch  # not where MLflow only looks at the file
-        from diffusers import StableDiffusionPipeline  # likewise
+        from diffusers import DiffusionPipeline  # likewise
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipeline = StableDiffusionPipeline.from_pretrained(context.artifacts["pipeline"], local_files_only=True)
+        self.pipeline = DiffusionPipeline.from_pretrained(context.artifacts["pipeline"], local_files_only=True)
         self.pipeline.to(device)
         self.pipeline.set_progress_bar_config(disable=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
@@ -16,7 +16,7 @@ PROMPT = "a small red circle at the left on a white background"
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}
 
 
-def picture(load: Callable[[], StableDiffusionPipeline], noise: torch.Tensor) -> torch.Tensor:
+def picture(load: Callable[[], DiffusionPipeline], noise: torch.Tensor) -> torch.Tensor:
     """The picture [1, 3, S, S] in [0, 1] that a pipeline draws of `PROMPT` from noise [1, C, h, w], in one step."""
     with without_bars():
         pipe = load()
@@ -24,7 +24,7 @@ def picture(load: Callable[[], StableDiffusionPipeline], noise: torch.Tensor) ->
         return pipe(PROMPT, latents=noise, output_type="pt", **ONE_STEP).images.float()
 
 
-def difference(space: Space, load: Callable[[], StableDiffusionPipeline]) -> float:
+def difference(space: Space, load: Callable[[], DiffusionPipeline]) -> float:
     """Mean absolute difference of one picture from that of the export's folder, in 255ths of the range.
 
     Args:
@@ -42,6 +42,6 @@ def difference(space: Space, load: Callable[[], StableDiffusionPipeline]) -> flo
     return float((own - other).abs().mean() * 255)
 
 
-def load_float32(folder: Path) -> StableDiffusionPipeline:
+def load_float32(folder: Path) -> DiffusionPipeline:
     """A pipeline folder in float32, safetensors alone."""
-    return StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)

@@ -91,6 +91,10 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
         RuntimeError: the exporter failed, or its picture is another one.
     """
     space, start = open_one_step(export)
+    if space.pipeline_class != "StableDiffusionPipeline":
+        raise InputError(
+            f"--format {kind}: {export.folder} is a {space.pipeline_class}, which is not written; take the folder"
+        )
     runtime = RUNTIMES[kind]
     with tempfile.TemporaryDirectory(prefix="raydistill-") as scratch:
         own = _for_older_transformers(Path(space.folder), Path(scratch, "export"))

@@ -31,7 +31,7 @@ def write_own_lora(space: Space, network: nn.Module, scheduler: SchedulerMixin, 
 
 
 def usage_of(
-    base: str, unet: str | None, lora: str | None, scheduler: SchedulerMixin, start: int, report: str = ""
+    space: Space, base: str, unet: str | None, lora: str | None, scheduler: SchedulerMixin, start: int, report: str = ""
 ) -> str:
     """How to load a student's own LoRA.
 
@@ -48,6 +48,7 @@ def usage_of(
         before += f"pipe.load_lora_weights({place})  # its start\npipe.fuse_lora()\npipe.unload_lora_weights()\n"
     return _USAGE.format(
         base=base,
+        pipeline=space.pipeline_class,
         report=f": {report}" if report else "",
         before=before,
         scheduler=type(scheduler).__name__,
@@ -62,9 +63,9 @@ _USAGE = """# One-step text-to-image student, LoRA
 The student was trained as a LoRA on its base, {base}{report}.
 
 ```python
-from diffusers import {scheduler}, StableDiffusionPipeline
+from diffusers import {scheduler}, {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe = {pipeline}.from_pretrained("{base}")
 {before}pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]

@@ -1,7 +1,8 @@
-"""Write the student as a plain StableDiffusionPipeline folder that draws in one step, anywhere diffusers runs."""
+"""Write the student as a plain folder of its family's pipeline that draws in one step, anywhere diffusers runs."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,6 @@ from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
 from raydistill.storage.atomic import replacing
 
-COPIED_PARTS = ("vae", "text_encoder", "tokenizer")  # that a student has of its base
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
@@ -32,6 +31,7 @@ class ModelCard:
     teacher: str  # as configured: a hub id or folder
     teacher_class: str  # diffusers class of the teacher's folder
     student: str  # its base, likewise
+    student_class: str = "StableDiffusionPipeline"
     steps: int
     run_id: str = ""
     config_hash: str = ""
@@ -47,7 +47,7 @@ class ModelCard:
             self.teacher,
             self.teacher_class,
             self.student,
-            "StableDiffusionPipeline",
+            self.student_class,
             self.start,
             self.drawer,
             self.lora_start,
@@ -68,7 +68,7 @@ class ModelCard:
         return _CARD.format(
             front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL)),
             teacher=self.teacher,
-            usage=USAGE.format(dtype=str(dtype).removeprefix("torch.")),
+            usage=USAGE.format(dtype=str(dtype).removeprefix("torch."), pipeline=self.student_class),
             provenance=table_rows(provenance),
             scores=_scores(self.metrics),
             licences="\n".join(f"- {role}, {model}: {terms.name}. {terms.terms}" for role, model, terms in licences),
@@ -88,18 +88,18 @@ USAGE = """
 > **Call it with `num_inference_steps=1, guidance_scale=0`.** With a prompt alone, diffusers takes 50 guided steps and draws
 > grey. A folder cannot change these two defaults.
 
-The folder is an ordinary `StableDiffusionPipeline`; nothing else is needed to run it.
+The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
 ```python
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 
-pipe = StableDiffusionPipeline.from_pretrained("PATH_OF_THIS_FOLDER", dtype=torch.{dtype})
+pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", dtype=torch.{dtype})
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
 ```
 
 The scheduler's configuration belongs to the model; its single step returns exactly the student's estimate of the picture.
-Other tools: 1 step, CFG 1, and the sigmas of the single file (`jobs/export.py --format single-file`).
+Other tools: 1 step, CFG 1, and the sigmas of the single file (`jobs/export.py --format single-file`), where there is one.
 The folder has no safety checker.
 """
 
@@ -154,7 +154,7 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
     """The scheduler whose single step (`set_timesteps(1)`) is exactly x_0 of the prediction at `start_timestep`.
 
     Last step of the path: DDIM feeds the network plain noise at t = N - 1 and, with the final alpha at one, returns
-    x_0. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
+    x_0. So it does on the first start_timestep + 1 betas for a family with a `plain_start`. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
     (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise.
 
     Raises:
@@ -173,8 +173,10 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
         return DDIMScheduler(num_train_timesteps=steps, clip_sample=False, set_alpha_to_one=True, **betas, **common)
     alphas_cumprod = space.path.alphas_cumprod[: start_timestep + 1]
     previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
-    betas = (1 - alphas_cumprod / previous).tolist()
-    return EulerDiscreteScheduler(num_train_timesteps=start_timestep + 1, trained_betas=betas, **common)
+    common |= {"num_train_timesteps": start_timestep + 1, "trained_betas": (1 - alphas_cumprod / previous).tolist()}
+    if space.plain_start:
+        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common)
+    return EulerDiscreteScheduler(**common)
 
 
 def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -211,7 +213,7 @@ def export_student(
     scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
     with replacing(folder) as fresh:
         fresh.mkdir()
-        for part in COPIED_PARTS:
+        for part in space.student_parts:
             copy_part(Path(space.folder, part), fresh / part, dtype)
         network.save_pretrained(fresh / "unet", safe_serialization=True)
         forget_origin(fresh / "unet" / "config.json")
@@ -219,7 +221,7 @@ def export_student(
         (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
         if has_lora(unet):
-            usage = usage_of(card.student, card.start, card.lora_start, scheduler, start_timestep)
+            usage = usage_of(space, card.student, card.start, card.lora_start, scheduler, start_timestep)
             write_own_lora(space, unet, scheduler, fresh / LORA, usage)
     return folder
 
@@ -227,12 +229,14 @@ def export_student(
 def _index(space: Space, scheduler: SchedulerMixin) -> str:
     """model_index.json: the base's own entries for the parts that are copied, and no safety checker."""
     index = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": space.pipeline_class,
         "_diffusers_version": diffusers.__version__,
-        "requires_safety_checker": False,
         "scheduler": ["diffusers", type(scheduler).__name__],
         "unet": ["diffusers", "UNet2DConditionModel"],
     }
-    index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker")}
-    index |= {part: space.index[part] for part in COPIED_PARTS}
+    takes = inspect.signature(getattr(diffusers, space.pipeline_class).__init__).parameters
+    index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker") if part in takes}
+    index |= {"requires_safety_checker": False} if "safety_checker" in takes else {}
+    index |= {key: space.index[key] for key in ("force_zeros_for_empty_prompt",) if key in takes}
+    index |= {part: space.index[part] for part in space.student_parts}
     return json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -46,6 +46,11 @@ def write_single_file(export: Export, folder: Path) -> float:
         InputError: no one-step student, a network that the layout has no place for, or another picture.
     """
     space, start = open_one_step(export)
+    if not space.original_layout:
+        raise InputError(
+            f"--format single-file: {export.folder} is a {space.pipeline_class}, whose original layout is not written; take "
+            "the folder, or --format lora"
+        )
     sigma, name = start_sigma(space, start), export.name.replace("/", "-")
     file = folder / f"{name}.safetensors"
     _write_weights(space, file, _metadata(space, name, start, sigma))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
-from raydistill.spaces import load_space
+from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote, is_uri
@@ -161,7 +161,7 @@ def open_one_step(export: Export) -> tuple[Space, int]:
     Raises:
         InputError: another scheduler, whose single step is not the network's x_0, or no pipeline of a student's family.
     """
-    space = load_space(export.folder, "StableDiffusionPipeline")
+    space = load_student_space(export.folder)
     name, config = type(space.scheduler).__name__, space.scheduler.config
     exact = config.get("timestep_spacing") == "trailing" and (
         name == "EulerDiscreteScheduler"

@@ -13,7 +13,7 @@ from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference
-from raydistill.spaces import load_space
+from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.base import Space
 from raydistill.storage.resolve import resolve
 
@@ -51,7 +51,7 @@ def find_upgrade(export: Export, bridge: str | None, teacher: str | None, base: 
             f"{export.folder} does not lie in a run's folder that tells its Bridge and teacher: name {' and '.join(missing)}"
         )
     teacher_space = load_space(_existing(teacher, "--teacher"))
-    base_space = load_space(_existing(base or str(export.folder), "--base"), "StableDiffusionPipeline")
+    base_space = load_student_space(_existing(base or str(export.folder), "--base"))
     folder = _existing(bridge, "--bridge")
     try:
         check_pair(folder, base_space, teacher_space)

@@ -50,6 +50,7 @@ __all__ = [
     "find_family",
     "hub_models",
     "load_space",
+    "load_student_space",
     "register",
 ]
 
@@ -139,6 +140,15 @@ def load_space(folder: str | Path, family: str | None = None) -> Space:
             f"entry point {found} in the group {ENTRY_POINTS} is its Space (see raydistill/spaces/__init__.py)"
         )
     return known(folder)
+
+
+def load_student_space(folder: str | Path) -> Space:
+    """`load_space` of a family that gives students. Raises InputError besides: another family."""
+    space = load_space(folder)
+    if not space.student_parts:
+        ours = " or ".join(name for name, family in FAMILIES.items() if family.student_parts)
+        raise InputError(f"{space.folder}: is a {space.pipeline_class}, but a {ours} is needed here")
+    return space
 
 
 def check_everywhere(space: Space) -> None:

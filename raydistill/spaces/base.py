@@ -146,6 +146,10 @@ class Space(LatentSpace):
     default_guidance_scale: ClassVar[float]
     default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
     attention_reader: ClassVar[AttentionReader | None] = None  # None: a Bridge trains without attention fidelity
+    # of a family that gives students; without parts there are none
+    student_parts: ClassVar[tuple[str, ...]] = ()  # that a student has of its base: VAE, text encoders, tokenizers
+    plain_start: ClassVar[bool] = False  # a student sees plain noise wherever it starts, not noise times sigma
+    original_layout: ClassVar[bool] = False  # `export.original_layout` names its tensors
 
     @property
     def distilled_sign(self) -> str | None:

@@ -33,6 +33,7 @@ class KolorsSpace(SDXLSpace):
     default_guidance_scale = 5.0
     network_settings = {"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"}
     tokens_padded = MAX_TOKENS
+    student_parts = ()
 
     def _encode_text(self, text, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, L, D] of the last layer but one, and [B, P]: the last layer's last token."""

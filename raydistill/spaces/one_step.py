@@ -29,7 +29,8 @@ def one_step_x0(
     """The student's picture of `noise`, differentiable in the network's weights.
 
     A student that starts at the last step of its path (t = 999, as DMD2's) sees plain unit noise; one that starts
-    earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (arXiv 2606.32020).
+    earlier (t = 625, as SiD-LSG's) sees noise scaled by sigma of that step (arXiv 2606.32020), where its family has no
+    `plain_start`.
 
     Args:
         noise: [B, C, H, W], standard normal.
@@ -46,5 +47,6 @@ def one_step_x0(
     timestep_B = torch.full((len(noise),), start_timestep, dtype=torch.float64, device=noise.device)
     t_B = space.path.t_of_timestep(timestep_B)
     noise = noise.float()
-    x_t = noise if start_timestep == last else add_noise(space.path, torch.zeros_like(noise), noise, t_B)
+    plain = space.plain_start or start_timestep == last
+    x_t = noise if plain else add_noise(space.path, torch.zeros_like(noise), noise, t_B)
     return to_x0(space.path, space.prediction, x_t, space.predict(unet, x_t, t_B, conditioning), t_B)

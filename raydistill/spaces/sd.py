@@ -35,6 +35,8 @@ class StableDiffusionSpace(DiscreteSpace):
     default_guidance_scale = 1.75
     unused_parts = {"safety_checker": None, "feature_extractor": None}
     attention_reader = AttentionReader(cut=cut_unet, watch=watch_projections)
+    student_parts = ("vae", "text_encoder", "tokenizer")
+    original_layout = True
 
     @property
     def conditioning_layout(self) -> Layout:

@@ -13,13 +13,19 @@ from raydistill.spaces.sd import StableDiffusionSpace
 
 
 class SDXLSpace(StableDiffusionSpace):
-    """SDXL teachers. The default guidance is what DMD2 distils SDXL with (arXiv 2405.14867)."""
+    """SDXL teachers and students. The default guidance is what DMD2 distils SDXL with (arXiv 2405.14867).
+
+    DMD2's one-step SDXL sees plain noise at t = 399 (demo/text_to_image_sdxl.py of github.com/tianweiy/DMD2).
+    """
 
     pipeline_class = "StableDiffusionXLPipeline"
     hub_models = {"stabilityai/stable-diffusion-xl-base-1.0": HubModel(OPEN_RAIL_PLUS, "sdxl-base")}
     default_guidance_scale = 8.0
     unused_parts = {"image_encoder": None, "feature_extractor": None}
     network_settings = {"addition_embed_type": "text_time"}
+    student_parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    plain_start = True
+    original_layout = False
 
     @property
     def distilled_sign(self) -> str | None:

@@ -316,6 +316,7 @@ class BestStudent:
             teacher=config.teacher.model,
             teacher_class=self.networks.teacher_space.pipeline_class,
             student=config.student.model,
+            student_class=self.networks.student_space.pipeline_class,
             steps=step,
             run_id=self.stage.mlflow_run,
             config_hash=config_hash(config),

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from evaluation_folders import folder_of, items_of
+from export_students import ONE_STEP, export_of
 from tiny_clip import write_clip
 from transformers import CLIPImageProcessorPil, CLIPModel
 
@@ -325,3 +327,17 @@ def test_other_weights_in_the_same_place_have_another_fingerprint(tmp_path):
         one.fingerprint()
         == find_subject("shapes:sd15", tmp_path, unet="shapes:sd15-onestep", start_timestep=999).fingerprint()
     )
+
+
+@pytest.mark.parametrize(("model", "start"), [("sd15", 999), ("sd21", 625)])
+def test_an_export_is_evaluated_by_the_step_that_it_ships(model, start, tmp_path):
+    """As diffusers draws it: from t = 625 of noise times sigma, although its own schedule ends there."""
+    export = export_of(model, start, tmp_path / "mine" / "export", torch.float32)
+    subject = find_subject(str(export.folder), tmp_path)
+    assert subject.start_timestep == start
+    ours = load_painter(subject, "cpu", torch.float32).latents([Picture(0, 7, SINGLE, 3)])
+    pipe = StableDiffusionPipeline.from_pretrained(export.folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise = normal(3, [7], ours.shape[1:], "sample")
+    theirs = pipe(SINGLE, latents=noise, output_type="latent", **ONE_STEP).images
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -128,7 +128,9 @@ def test_what_is_no_difference_is_refused(student, base, tmp_path):
         find_base(export, None)
     with pytest.raises(InputError, match="nowhere does not exist"):
         find_base(export, "nowhere")
-    with pytest.raises(InputError, match="is a FluxPipeline, but a StableDiffusionPipeline is needed"):
+    with pytest.raises(
+        InputError, match="is a FluxPipeline, but a StableDiffusionPipeline or StableDiffusionXLPipeline is needed"
+    ):
         find_base(export, "shapes:flux")
 
 

@@ -99,7 +99,10 @@ def test_one_licence_in_the_front_matter_only_where_it_covers_all():
 @pytest.mark.parametrize("pair", ["sd35_large_sd15", "sd35_medium_sd15_raw"])
 def test_a_runs_card_has_the_teacher_base_and_start_of_its_configuration(pair):
     config = load(CONFIGS / f"{pair}.yaml")
-    networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
+    networks = SimpleNamespace(
+        teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"),
+        student_space=SimpleNamespace(pipeline_class="StableDiffusionPipeline"),
+    )
     made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
     assert (made.teacher, made.student, made.start) == (config.teacher.model, SD15, config.student.unet)
 
@@ -122,6 +125,7 @@ def test_a_card_names_the_pictures_that_the_student_learned_from_and_their_licen
         ("hf://datasets/org/photos/*.tar", None),
     ]
     networks = SimpleNamespace(teacher_space=SimpleNamespace(pipeline_class="StableDiffusion3Pipeline"))
+    networks.student_space = networks.teacher_space
     made = BestStudent(SimpleNamespace(mlflow_run="run"), config, networks).card(1, {})
     text = made.markdown(999, torch.float16)
     assert "| Pictures | s3://bucket/set/*.parquet; hf://datasets/org/photos/*.tar |" in text

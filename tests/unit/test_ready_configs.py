@@ -35,9 +35,11 @@ TEACHERS = {
 STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
 STUDENTS |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), (999, 9000))
 STUDENTS |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), (999, 3000))
+STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000)}
 OF_SD15_ALONE = ("chroma",)  # other students: a file of one line
 PAIRS = [(t, s) for t in TEACHERS for s in ("sd15", *(() if t in OF_SD15_ALONE else ("sd21_base",)))]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
+PAIRS.append(("sd35_medium", "sdxl"))
 PAPER = {
     "student.lr": 1e-6,
     "fake_score.lr": 5e-4,
@@ -76,8 +78,9 @@ def test_any_student_makes_a_pair_with_any_teacher(student, tmp_path):
     space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
     assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
     assert config.student.unet is None
-    assert (space_S.latent_shape, space_S.prediction) == ((4, 64, 64), "epsilon")
-    assert reach(space_S, space_T, prior=True) == (1, 1)
+    side = 128 if student.startswith("sdxl") else 64
+    assert (space_S.latent_shape, space_S.prediction) == ((4, side, side), "epsilon")
+    assert reach(space_S, space_T, prior=True) == (128 // side - 1, 1)
     assert config.student.lora_start is None or is_hub_file(config.student.lora_start)
 
 
@@ -115,14 +118,14 @@ def test_the_models_of_a_pair_fit_each_other(teacher, student):
     config = load(CONFIGS / f"{teacher}_{student}.yaml")
     channels, prediction = TEACHERS[teacher]
     space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
-    assert space_S.pipeline_class == "StableDiffusionPipeline"
-    assert space_S.latent_shape == (4, 64, 64)
+    assert space_S.pipeline_class == ("StableDiffusionXLPipeline" if student == "sdxl" else "StableDiffusionPipeline")
+    assert space_S.latent_shape == ((4, 128, 128) if student == "sdxl" else (4, 64, 64))
     assert space_S.prediction == "epsilon"
     assert 0 < config.student.start_timestep < space_S.path.num_train_timesteps
     assert space_T.latent_shape == (channels, 128, 128)
     assert space_T.prediction == prediction
     assert space_T.resolution == 1024
-    assert reach(space_S, space_T, prior=True) == (1, 1)
+    assert reach(space_S, space_T, prior=True) == (0 if student == "sdxl" else 1, 1)
     assert config.bridge.batch_size % config.distill.workers == 0
 
 
@@ -260,7 +263,7 @@ def test_a_ready_pair_passes_the_whole_check_of_its_folders(pair, model_folder, 
     """PixArt's public folder, for one, names its transformer by a class that diffusers maps to another."""
     config = _with_folders(pair, model_folder, tmp_path)
     inputs = check_inputs(config)
-    assert inputs.student.latent_shape == (4, 64, 64)
+    assert inputs.student.latent_shape == ((4, 128, 128) if pair.endswith("_sdxl") else (4, 64, 64))
     assert inputs.teacher.latent_shape == (TEACHERS[pair.rsplit("_sd", 1)[0]][0], 128, 128)
 
 
@@ -284,9 +287,11 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
     more |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), {"distill.steps"})
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
+    of_sdxl = {"teachers": set(), "students": {"student.kind", "student.rank", "distill.micro_batches"}}
+    more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
         common = set.intersection(*decided.values())
         extras = {name: found - common for name, found in decided.items()}
-        assert extras == {name: more.get(name, set()) for name in decided}
+        assert extras == {name: (more | {"sdxl": of_sdxl[kind]}).get(name, set()) for name in decided}

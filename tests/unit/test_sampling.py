@@ -316,7 +316,10 @@ def test_wrong_input_ends_with_code_two_and_leaves_nothing(
         ((folder,), "one of the arguments --prompt --prompts is required"),
         (("nowhere", *prompt), "nowhere: no such folder, and no run of that name"),
         ((sd_folder, *prompt), "not the export of a one-step student: its DDIMScheduler (timestep_spacing 'leading')"),
-        ((flux_folder, *prompt), "is a FluxPipeline, but a StableDiffusionPipeline is needed"),
+        (
+            (flux_folder, *prompt),
+            "is a FluxPipeline, but a StableDiffusionPipeline or StableDiffusionXLPipeline is needed",
+        ),
         ((folder, "--prompt", " "), "prompt ' ': is blank"),
         ((folder, "--prompts", tmp_path / "none.txt"), "none.txt: no such file"),
         ((folder, "--prompts", tmp_path / "empty.txt"), "the file is empty"),
