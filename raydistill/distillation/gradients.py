@@ -21,6 +21,7 @@ from raydistill.distillation.networks import Networks
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
+OF_FAKE = ("fake", "discriminator")  # optimizers whose updates have a batch of their own
 OTHERS = "another worker's part of the"  # of a mean over workers, where this one's own part is finite
 
 
@@ -57,6 +58,7 @@ class Gradients:
         mean_parts: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
+        fake_mean_parts: those of the fake score's and the discriminator's updates; None: as many.
         warmup: student updates over which the learning rates grow; 0: they are what they are from the first one.
     """
 
@@ -67,10 +69,12 @@ class Gradients:
         finite: Finite,
         average: Average = alone,
         *,
+        fake_mean_parts: float | None = None,
         warmup: int = 0,
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
         self.average, self.warmup = average, warmup
+        self.fake_mean_parts = fake_mean_parts or mean_parts
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
 
     def warm_up(self, updates: int) -> None:
@@ -93,7 +97,8 @@ class Gradients:
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
-        torch.autograd.backward(loss / self.mean_parts, inputs=parameters, retain_graph=keep)
+        mean_parts = self.fake_mean_parts if names[0] in OF_FAKE else self.mean_parts
+        torch.autograd.backward(loss / mean_parts, inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.

@@ -50,6 +50,8 @@ class Distiller:
         anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         average: mean of tensors over the workers.
         mean_parts: micro-batches of a worker, on average over all workers; None: as many as this one has.
+        fake_parts: which of its micro-batches the fake score's updates take; None: all.
+        fake_mean_parts: how many, on average over all workers; None: `mean_parts`.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Distiller:
         anchor: Objective | None = None,
         average: Average = alone,
         mean_parts: float | None = None,
+        fake_parts: Sequence[int] | None = None,
+        fake_mean_parts: float | None = None,
     ) -> None:
         if config.bridge.trainable and anchor is None:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
@@ -70,11 +74,13 @@ class Distiller:
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
         self.anchor = anchor if config.bridge.trainable else None
         self.finite, self.readings = networks.finite, Readings(networks.finite)
+        self.fake_parts = fake_parts
         self.gradients = Gradients(
             optimizers_of(networks, config),
             mean_parts or batches.parts,
             self.finite,
             average,
+            fake_mean_parts=fake_mean_parts,
             warmup=config.distill.warmup_steps,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
@@ -116,7 +122,7 @@ class Distiller:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started, config = time.perf_counter(), self.config
         self.gradients.warm_up(self.updates)
-        batches = self.batches.next()
+        batches = self.batches.next(self.fake_parts)
         rows = [self._fake_gradients(batch) for batch in batches]
         if not self._shapes_features:
             self.gradients.step(fake=config.fake_score.max_grad_norm)
@@ -272,14 +278,16 @@ def build_distiller(
     anchor: Objective | None = None,
     average: Average = alone,
     parts: int | None = None,
-    mean_parts: float | None = None,
-    **networks: Any,
+    **others: Any,
 ) -> Distiller:
     """One worker's Distiller from its parts. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
 
     Args:
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
-    batches = Batches(source, parts or config.distill.micro_batches, networks.get("device", "cpu"))
-    own = Networks(config, **networks)
-    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)
+    shares = {name: others.pop(name) for name in ("mean_parts", "fake_parts", "fake_mean_parts") if name in others}
+    if config.fake_score.batch_size is not None and "fake_parts" not in shares:
+        shares |= {"fake_parts": range(config.fake_parts), "fake_mean_parts": config.fake_parts}
+    batches = Batches(source, parts or config.distill.micro_batches, others.get("device", "cpu"))
+    own = Networks(config, **others)
+    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, **shares)

@@ -118,7 +118,11 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
     # of the fake loss, and the real samples' features; the student's fake score, and its features there and back.
-    fake += (3 if gan else 2) * gathered + reduced["fake"] + reduced.get("discriminator", 0.0)
+    fake += (
+        (3 if gan else 2) * gathered * config.fake_parts / distill.micro_batches
+        + reduced["fake"]
+        + reduced.get("discriminator", 0.0)
+    )
     passes = 1 if not gan else 2 if config.discriminator.shared_pass and config.vsd.weight > 0 else 3
     student += passes * gathered + reduced["student"]
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
