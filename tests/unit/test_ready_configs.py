@@ -121,7 +121,7 @@ def test_a_pair_needs_nothing_of_the_miniature_world(teacher, student):
 PARTS = [file for kind in ("teachers", "students") for file in sorted((CONFIGS / kind).glob("*.yaml"))]
 
 
-RECIPES = [CONFIGS / f"{name}.yaml" for name in ("paper", "fast", "first")]
+RECIPES = [CONFIGS / f"{name}.yaml" for name in ("paper", "fast", "first", "24gb")]
 FAST = sorted(CONFIGS.glob("*_fast.yaml"))
 FIRST = sorted(CONFIGS.glob("*_first.yaml"))
 
