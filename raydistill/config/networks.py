@@ -254,6 +254,11 @@ class FakeScoreConfig(Section):
     lr: Positive = Field(5e-4, description="AdamW learning rate")
     optimizer: Optimizer = Field("adamw", description=MOMENTS)
     updates: Few = Field(2, description="fake-score updates per student update (k)")
+    batch_size: Batch | None = Field(
+        None,
+        description="samples per update of fake score and discriminator, and worker; whole micro-batches, at most "
+        "distill.batch_size; null: that many",
+    )
     max_grad_norm: Positive = Field(1.0, description="gradient clipping")
 
 

@@ -60,6 +60,12 @@ class Config(Section):
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @property
+    def fake_parts(self) -> int:
+        """Micro-batches of a worker in an update of the fake score."""
+        distill, fake = self.distill, self.fake_score.batch_size
+        return distill.micro_batches if fake is None else fake * distill.micro_batches // distill.batch_size
+
+    @property
     def origin(self) -> Origin:
         return self._origin
 
@@ -79,6 +85,12 @@ class Config(Section):
             raise ValueError(
                 f"fake_score.base_dtype={self.fake_score.base_dtype} gives the same numbers under autocast alone: set "
                 "distill.mixed_precision=true, or use float32"
+            )
+        part, fake = self.distill.batch_size // self.distill.micro_batches, self.fake_score.batch_size
+        if fake is not None and (fake > self.distill.batch_size or fake % max(1, part)):
+            raise ValueError(
+                f"fake_score.batch_size={fake}: it must be a multiple of a micro-batch of {part} samples, and at most "
+                f"distill.batch_size={self.distill.batch_size}"
             )
         if self.fake_score.shard and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with fake_score.shard the number of workers is fixed")

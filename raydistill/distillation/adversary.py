@@ -196,7 +196,7 @@ class Adversary:
                 features = self.networks.features(add_noise(self.path, latents, eps, t_B), t_B, conditioning)
                 moments = moments_of(features)
                 sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
-        sums = [one / (TIMES * self.gradients.mean_parts) for one in sums]
+        sums = [one / (TIMES * self.gradients.fake_mean_parts) for one in sums]
         self.gradients.average(sums)
         self.networks.finite.note(torch.stack([one.sum() for one in sums]).sum(), "the features' statistics")
         self.networks.discriminator.take(sums)

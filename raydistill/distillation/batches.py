@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -35,8 +35,8 @@ T_MIN, T_MAX = 1e-3, 1 - 1e-3  # the whole range of t but its ill-conditioned en
 class Reals(Grouped, Protocol):
     """Teacher samples for the discriminator."""
 
-    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
-        """Latents [B, C, H, W] float32 and the conditioning of these rows' own captions."""
+    def take(self, rows: np.ndarray, positions: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+        """Latents [B, C, H, W] float32 and the conditioning of these rows' own captions; `positions`: of them in the order."""
         ...
 
     def first(self, count: int) -> torch.Tensor:
@@ -67,7 +67,7 @@ class Real:
         """See `data.reals.Grouped`."""
         return 2 * self.latents[0].numel()
 
-    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+    def take(self, rows: np.ndarray, positions: np.ndarray | None = None) -> tuple[torch.Tensor, Conditioning]:
         """See `Reals`."""
         pick = torch.as_tensor(rows)
         return self.latents[pick].float(), {name: value[self.rows[pick]] for name, value in self.table.items()}
@@ -95,21 +95,28 @@ class StreamedReals:
     def __init__(self, source: Iterator[dict[str, Any]], samples: RealSet, order: RealOrder) -> None:
         self.source, self.samples, self.order = source, samples, order
         self.starts, self.row_bytes = samples.starts, samples.row_bytes
-        self._left: tuple[np.ndarray, torch.Tensor, Conditioning] | None = None  # rows of a batch not taken yet
+        # positions and rows of a batch that were not taken yet, their latents and conditioning
+        self._left: tuple[np.ndarray, np.ndarray, torch.Tensor, Conditioning] | None = None
         self._ahead: tuple[np.ndarray, Future[torch.Tensor]] | None = None
         self._waited, self._reads = 0.0, 0
 
-    def take(self, rows: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
-        """See `Reals`. Raises RuntimeError where the stream brings others than are asked for."""
-        had, latents, conditioning = self._left or self._next()
-        count = len(rows)
-        if not np.array_equal(had[:count], rows):
-            raise RuntimeError(f"the stream brings teacher samples {had[:count]}, and the update asks for {rows}")
-        left = {name: value[count:] for name, value in conditioning.items()}
-        self._left = (had[count:], latents[count:], left) if len(had) > count else None
-        return latents[:count].float(), {name: value[:count] for name, value in conditioning.items()}
+    def take(self, rows: np.ndarray, positions: np.ndarray) -> tuple[torch.Tensor, Conditioning]:
+        """See `Reals`. What lies before these positions is left out: an update may take a part of what the stream brings.
 
-    def _next(self) -> tuple[np.ndarray, torch.Tensor, Conditioning]:
+        Raises RuntimeError where the stream brings others than are asked for.
+        """
+        places, had, latents, conditioning = self._left or self._next()
+        if positions[0] > places[-1]:
+            places, had, latents, conditioning = self._next()
+        first = int(np.searchsorted(places, positions[0]))
+        stop = first + len(rows)
+        if not np.array_equal(had[first:stop], rows):
+            raise RuntimeError(f"the stream brings teacher samples {had[first:stop]}, and the update asks for {rows}")
+        left = {name: value[stop:] for name, value in conditioning.items()}
+        self._left = (places[stop:], had[stop:], latents[stop:], left) if len(had) > stop else None
+        return latents[first:stop].float(), {name: value[first:stop] for name, value in conditioning.items()}
+
+    def _next(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor, Conditioning]:
         started = time.perf_counter()
         batch = next(self.source)
         rows = np.asarray(batch["prompt_id"])
@@ -119,7 +126,7 @@ class StreamedReals:
         following = self.order.rows(np.asarray(batch["sample_id"]) + self.order.slot_size)
         self._ahead = following, in_background(lambda: self.samples.latents(following))
         self._waited += time.perf_counter() - started
-        return rows, latents, columns_of(batch, "teacher")
+        return np.asarray(batch["sample_id"]), rows, latents, columns_of(batch, "teacher")
 
     def first(self, count: int) -> torch.Tensor:
         """See `Reals`."""
@@ -149,7 +156,7 @@ class RealFeed:
         """Those that the fake score's update of these sample ids [B] sees, see `Reals.take`."""
         positions = self.order.positions(sample_ids)
         self._position = int(positions[-1])
-        return self.reals.take(self.order.rows(positions))
+        return self.reals.take(self.order.rows(positions), positions)
 
     def pop_metrics(self) -> dict[str, float]:
         """data/real_epoch: how often this worker has read its share of the set. And those of `Reals`."""
@@ -243,19 +250,23 @@ class Batches:
         self._consumed: list[list[int]] = []
         self._metrics: dict[str, float] = defaultdict(float)
 
-    def next(self) -> list[MicroBatch]:
-        """The next batch in equal parts. Raises ValueError where it cannot be divided."""
+    def next(self, chosen: Sequence[int] | None = None) -> list[MicroBatch]:
+        """The next batch in equal parts, or the chosen ones of them. Raises ValueError where it cannot be divided."""
         started = time.perf_counter()
         batch = next(self.source)
         self._metrics["time/data"] += time.perf_counter() - started
         if CUT in batch:
             self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
-        self._consumed.append(ids.tolist())
         if len(ids) % self.parts:
             raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts")
         size = len(ids) // self.parts
         student, teacher = (columns_of(batch, role) for role in ("student", "teacher"))
+        if chosen is not None and len(chosen) < self.parts:
+            kept = torch.cat([torch.arange(part * size, (part + 1) * size) for part in chosen])
+            ids = ids[kept]
+            student, teacher = ({name: value[kept] for name, value in it.items()} for it in (student, teacher))
+        self._consumed.append(ids.tolist())
         held, fake = ({name: upload(value, self.device) for name, value in it.items()} for it in (student, teacher))
         return [
             MicroBatch(

@@ -22,6 +22,7 @@ from raydistill.spaces.adapter import trained
 
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
+OF_FAKE = ("fake", "discriminator")  # optimizers whose updates have a batch of their own
 OTHERS = "another worker's part of the"  # of a mean over workers, where this one's own part is finite
 
 
@@ -58,6 +59,7 @@ class Gradients:
         mean_parts: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
+        fake_mean_parts: those of the fake score's and the discriminator's updates; None: as many.
         share: of the learning rates, by the number of student updates before this one; None: always all of them.
     """
 
@@ -68,10 +70,12 @@ class Gradients:
         finite: Finite,
         average: Average = alone,
         *,
+        fake_mean_parts: float | None = None,
         share: Callable[[int], float] | None = None,
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
         self.average, self.share = average, share
+        self.fake_mean_parts = fake_mean_parts or mean_parts
         self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
 
@@ -96,7 +100,8 @@ class Gradients:
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
-        torch.autograd.backward(loss / (self.mean_parts / weight), inputs=parameters, retain_graph=keep)
+        mean_parts = self.fake_mean_parts if names[0] in OF_FAKE else self.mean_parts
+        torch.autograd.backward(loss / (mean_parts / weight), inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.

@@ -5,12 +5,15 @@ n counts the updates before this one. Nothing here has a state, so a resume goes
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from raydistill.config.networks import DiscriminatorConfig, StudentConfig
-from raydistill.config.stages import DistillConfig
+from raydistill.config.schema import Config
+from raydistill.config.stages import DistillConfig, decays
 
 RAMP_UP = 0.05  # of the half-life: at most so large a share of the updates so far (EDM, arXiv 2206.00364)
 
@@ -29,6 +32,12 @@ def rate_share(distill: DistillConfig, n: int) -> float:
     p = min(1.0, max(0.0, (n - distill.warmup_steps) / rest)) if rest > 0 else 0.0
     decay = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * p)) / 2, "linear": 1 - p}[distill.schedule]
     return ramp(n, distill.warmup_steps) * decay
+
+
+def shares(config: Config) -> Callable[[int], float] | None:
+    """`rate_share` of a configuration; None: it is always 1."""
+    varies = config.distill.warmup_steps > 0 or decays(config)
+    return functools.partial(rate_share, config.distill) if varies else None
 
 
 def gan_weight(gan: DiscriminatorConfig, n: int) -> float:

@@ -13,7 +13,6 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections import defaultdict
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
-from raydistill.config.stages import decays
 from raydistill.data.pairs import Pairs
 from raydistill.diffusion.path import add_noise, target
 from raydistill.distillation.adversary import NAMES, Adversary
@@ -35,7 +33,7 @@ from raydistill.distillation.gradients import Average, Gradients, alone, optimiz
 from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
-from raydistill.distillation.rates import rate_share
+from raydistill.distillation.rates import shares
 from raydistill.distillation.readings import Readings, Row, mean_of
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
@@ -49,6 +47,8 @@ class Distiller:
         anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         average: mean of tensors over the workers.
         mean_parts: micro-batches of a worker, on average over all workers; None: as many as this one has.
+        fake_parts: which of its micro-batches the fake score's updates take; None: all.
+        fake_mean_parts: how many, on average over all workers; None: `mean_parts`.
     """
 
     def __init__(
@@ -61,21 +61,23 @@ class Distiller:
         anchor: Objective | None = None,
         average: Average = alone,
         mean_parts: float | None = None,
+        fake_parts: Sequence[int] | None = None,
+        fake_mean_parts: float | None = None,
     ) -> None:
         if config.bridge.trainable and anchor is None:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
         if networks.discriminator is not None and real is None:
             raise ValueError("discriminator.weight is above 0, but there are no real data")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
-        self.anchor = anchor if config.bridge.trainable else None
+        self.anchor, self.fake_parts = anchor if config.bridge.trainable else None, fake_parts
         self.finite, self.readings = networks.finite, Readings(networks.finite)
-        varies = config.distill.warmup_steps > 0 or decays(config)
         self.gradients = Gradients(
             optimizers_of(networks, config),
             mean_parts or batches.parts,
             self.finite,
             average,
-            share=functools.partial(rate_share, config.distill) if varies else None,
+            fake_mean_parts=fake_mean_parts,
+            share=shares(config),
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -123,7 +125,7 @@ class Distiller:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started, adversary = time.perf_counter(), self.adversary
         self.gradients.set_rates(self.updates)
-        batches = self.batches.next()
+        batches = self.batches.next(self.fake_parts)
         if adversary is None:
             rows = self.leaving_out.run(self._fake_half, batches, ["fake"])
         else:
@@ -283,14 +285,16 @@ def build_distiller(
     anchor: Objective | None = None,
     average: Average = alone,
     parts: int | None = None,
-    mean_parts: float | None = None,
-    **networks: Any,
+    **others: Any,
 ) -> Distiller:
     """One worker's Distiller from its parts. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
 
     Args:
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
-    batches = Batches(source, parts or config.distill.micro_batches, networks.get("device", "cpu"))
-    own = Networks(config, **networks)
-    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, mean_parts=mean_parts)
+    shares = {name: others.pop(name) for name in ("mean_parts", "fake_parts", "fake_mean_parts") if name in others}
+    if config.fake_score.batch_size is not None and "fake_parts" not in shares:
+        shares |= {"fake_parts": range(config.fake_parts), "fake_mean_parts": config.fake_parts}
+    batches = Batches(source, parts or config.distill.micro_batches, others.get("device", "cpu"))
+    own = Networks(config, **others)
+    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, **shares)

@@ -134,15 +134,15 @@ def count_trainer(
         x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
         scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
 
+        _make_moments(worker)
         made: list[Any] = []
-        works, before = [], []
+        works = []
         for name, part in {
             "make": lambda: made.extend(worker.make()),
             "fake score": worker.fake_update,
             "student": lambda: worker.student_update(made, scores),
         }.items():
             begins(f", {name}")
-            before.append(meter.live)
             works.append(meter.count(part))
         saved = sum(
             moments_bytes(worker.gradients.parameters(name), "adamw")
@@ -150,8 +150,7 @@ def count_trainer(
             for name, kind in (("student", config.student.optimizer), ("fake", config.fake_score.optimizer))
         )
         held = meter.live - saved
-        # Later steps start with the optimizers' state that this first one has built up.
-        make, fake, updated = (replace(w, peak=w.peak + held - b) for w, b in zip(works, before, strict=True))
+        make, fake, updated = (replace(work, peak=work.peak - saved) for work in works)
         trained = list(networks.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
         learning = list(adapter.trained(networks.student).values())
@@ -180,6 +179,16 @@ def count_trainer(
             gradients["discriminator"] = nbytes(discriminator)
         kept = [value for value in tree_leaves(worker.state_dict()) if isinstance(value, torch.Tensor)]
         return Trainer(weights, held, make, fake, updated, gradients, nbytes(kept))
+
+
+def _make_moments(worker: Distiller) -> None:
+    """The optimizers' state, which every step but the first one finds."""
+    for optimizer in worker.gradients.optimizers.values():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teacher:

@@ -45,10 +45,11 @@ def noting_more_parts(stage: Stage) -> Iterator[None]:
 
 def more_parts_of(config: Config) -> int | None:
     """The next number of parts of an update that divides all that it takes; None: there is none."""
-    anchored = config.bridge.batch_size // config.distill.workers if config.bridge.trainable else None
-    parts = more_parts(config.distill.batch_size, config.distill.micro_batches)
-    while parts is not None and anchored is not None and anchored % parts:
-        parts = more_parts(config.distill.batch_size, parts)
+    batch, fake = config.distill.batch_size, config.fake_score.batch_size or config.distill.batch_size
+    anchored = config.bridge.batch_size // config.distill.workers if config.bridge.trainable else batch
+    parts = more_parts(batch, config.distill.micro_batches)
+    while parts is not None and (anchored % parts or fake % (batch // parts)):
+        parts = more_parts(batch, parts)
     return parts
 
 

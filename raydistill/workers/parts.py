@@ -105,7 +105,9 @@ def load_distiller(
     anchor = None
     if config.bridge.trainable:
         anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
-    parts = config.distill.workers * config.distill.micro_batches  # of an update, however many workers there are
+    micro_batches, fake_parts = config.distill.micro_batches, config.fake_parts
+    parts = config.distill.workers * micro_batches  # of an update, however many workers there are
+    own = own_rows(worker.rank, worker.world, parts, 1)
     distiller = build_distiller(
         config,
         student_space=student_space,
@@ -119,8 +121,10 @@ def load_distiller(
         device=device,
         mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
         average=worker.average if worker.world > 1 else alone,
-        parts=len(own_rows(worker.rank, worker.world, parts, 1)),
+        parts=len(own),
         mean_parts=parts / worker.world,
+        fake_parts=[number for number, part in enumerate(own) if part % micro_batches < fake_parts],
+        fake_mean_parts=config.distill.workers * fake_parts / worker.world,
     )
     if empty is None:
         return distiller, None

@@ -62,6 +62,7 @@ def waits_for(rank: int, late: list[str]) -> str:
 def watch(name: str, rank: int, world: int, timeout_s: float) -> None:
     """Have a thread say, once a meeting, for whom this worker has waited too long; it ends with the process."""
     limit = LONG * timeout_s
+    _numbers[rank] = 0  # of this group of workers
 
     def look() -> None:
         said = 0

@@ -232,6 +232,15 @@ def update_joint(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("bridge.trainable=true", "bridge.mixed_precision=true"))
 
 
+def update_shared(bench: Bench, mode: PretendedTensors) -> None:
+    """One pass of the fake score for scores and features, recomputed; its own updates take one part of two."""
+    _update(
+        bench.distiller(
+            "discriminator.shared_pass=true", "fake_score.batch_size=2", "distill.gradient_checkpointing=true"
+        )
+    )
+
+
 def update_float32(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("distill.mixed_precision=false"))
 
@@ -322,7 +331,7 @@ ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
         rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_student_lora, update_truncated, update_joint,
-        update_float32, update_shard, resume, bridge,
+        update_float32, update_shared, update_shard, resume, bridge,
         bridge_resumed,
     )
 }  # fmt: skip

@@ -11,7 +11,7 @@ FAMILIES = ("sd3", "flux-dev", "flux2", "z-image", "chroma", "sdxl", "kolors", "
 UNETS = ("sdxl", "kolors")  # which cannot be truncated
 ROLES = (
     "text", "score", "sample", "zero3", "vae", "evaluation", "update", "update_full", "update_truncated",
-    "update_joint", "update_float32", "update_shard", "resume", "bridge", "bridge_resumed",
+    "update_joint", "update_float32", "update_shared", "update_shard", "resume", "bridge", "bridge_resumed",
 )  # fmt: skip
 CELLS = [(f, r) for f in FAMILIES for r in ROLES if not (f in UNETS and r == "update_truncated")]
 CELLS.append(("sd3", "update_student_lora"))  # the student is the same beside every teacher

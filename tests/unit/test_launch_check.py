@@ -16,7 +16,7 @@ from raydistill.errors import InputError
 from raydistill.planning import counting
 from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB
-from raydistill.planning.memory import check_launch
+from raydistill.planning.memory import check_launch, shared_bytes
 from raydistill.spaces import meta
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,30 @@ def test_recomputing_is_advised_where_it_is_enough(tmp_path, small_gpu):
     for remedy in (*advised, "distill.gradient_checkpointing=true"):
         (line,) = check_launch(load(overrides=[*settings, remedy]), ["trainer"])
         assert line.startswith("fits: trainer"), remedy
+
+
+@pytest.mark.full
+def test_what_fits_only_together_fits_as_it_is_advised(tmp_path, small_gpu):
+    """The GPU is given the memory that a trainer needs which takes all of it, and a little more."""
+    settings = [*GPUS, *small_gpu, "distill.batch_size=2", "distill.workers=2", "distill.mixed_precision=true"]
+    all_of = [
+        "distill.micro_batches=2", "distill.gradient_checkpointing=true", "fake_score.base_dtype=bfloat16",
+        "fake_score.shard=true", "student.optimizer=adamw8bit",
+    ]  # fmt: skip
+    config = load(overrides=[*settings, *all_of])
+    counted = counting.count_trainer(
+        config, *(meta.open_space(m) for m in (config.student.model, config.teacher.model))
+    )
+    enough = counted.peak - shared_bytes(counted.weights, config)
+    file = tmp_path / "gpus.yaml"
+    file.write_text(file.read_text().replace("0.04", f"{1.02 / 0.9 * enough / GIB}"))
+    with pytest.raises(InputError, match="together would") as refused:
+        check_launch(load(overrides=settings), ["trainer"])
+    advised = re.search(r"has [\d.]+; (.*) together would", str(refused.value)).group(1).split()
+    assert set(advised) <= {*all_of, "fake_score.optimizer=adamw8bit"}
+    assert len(advised) >= 3
+    (line,) = check_launch(load(overrides=[*settings, *advised]), ["trainer"])
+    assert line.startswith("fits: trainer")
 
 
 def test_a_share_of_a_gpu_has_a_share_of_its_memory(small_gpu):

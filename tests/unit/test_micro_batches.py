@@ -176,6 +176,48 @@ def test_workers_with_more_and_fewer_parts_average_to_the_same_gradient(build, s
     assert drifts[0] == drifts[1]
 
 
+def test_an_update_of_the_fake_score_may_take_fewer_samples_than_the_students(build, submit):
+    """Whole micro-batches, the first of a worker: their mean gradient, whatever their size."""
+    found = []
+    for parts in (2, 4):
+        distiller = build("fake_score.batch_size=4", "fake_score.updates=1", f"distill.micro_batches={parts}")
+        found.append(gradients_of(distiller, submit)[0])
+        students, fakes = distiller.batches.pop_sample_ids()
+        assert (students, fakes) == ([*range(8)], [8, 9, 10, 11])
+    whole = gradients_of(build("fake_score.updates=1", "distill.micro_batches=2"), submit)[0]
+    for name in ("student", "fake", "discriminator"):
+        assert (found[1][name] - found[0][name]).norm() <= 2e-4 * found[0][name].norm() > 0, name
+    assert (whole["fake"] - found[0]["fake"]).norm() > 0.1 * whole["fake"].norm()
+
+
+def test_what_fewer_workers_take_of_it_averages_to_the_same_gradient(build, submit):
+    """Two that take the first of their two parts each; then one has one part and the other three."""
+
+    def fake_gradient(**parts):
+        distiller, rows = build("fake_score.updates=1", **parts), []
+        distiller.gradients.step = lambda **_: None
+        distiller.fake_update()
+        for name in ("fake", "discriminator"):
+            rows += [p.grad.flatten() for p in distiller.gradients.parameters(name) if p.grad is not None]
+        return torch.cat(rows)
+
+    whole = fake_gradient(parts=4, mean_parts=4.0, fake_parts=[0, 2], fake_mean_parts=2.0)
+    shares = ((slice(0, 2), 1, [0]), (slice(2, 8), 3, [1]))
+    mean = sum(
+        fake_gradient(rows=rows, parts=parts, mean_parts=2.0, fake_parts=chosen, fake_mean_parts=1.0)
+        for rows, parts, chosen in shares
+    )
+    assert (mean / 2 - whole).norm() <= 2e-4 * whole.norm() > 0
+
+
+@pytest.mark.parametrize("fake", [3, 16])
+def test_a_fake_batch_of_broken_parts_or_too_many_samples_is_refused(fake):
+    with pytest.raises(
+        InputError, match=rf"fake_score\.batch_size={fake}: it must be a multiple of a micro-batch of 2"
+    ):
+        load(overrides=["distill.batch_size=8", "distill.micro_batches=4", f"fake_score.batch_size={fake}"])
+
+
 def flat(state):
     if isinstance(state, torch.Tensor):
         return [state.flatten().double()]

@@ -154,7 +154,7 @@ def test_what_changes_no_count_names_the_same_files(changes):
     plain, varied = (load(overrides=[*SETTINGS, *more]) for more in ([], [changes]))
     files = [[kept._file(it, around) for it in wanted(config).values()] for config in (plain, varied)]
     assert files[0] == files[1]
-    assert len(set(files[0])) == len(FIELDS) - 1  # the teacher itself draws
+    assert len(set(files[0])) == len(FIELDS) - 3  # the teacher itself draws, and the trainer keeps its activations
 
 
 def test_a_changed_model_bridge_library_or_line_of_code_is_counted_anew(tmp_path, monkeypatch):
@@ -229,7 +229,10 @@ def test_a_count_reads_no_key_that_its_file_does_not_depend_on(field, monkeypatc
 
 def test_every_field_has_a_kind_that_can_be_kept():
     config = load(overrides=[*SETTINGS, "synthesis.teacher=shapes:sd3"])
-    assert set(wanted(config)) == set(FIELDS)
+    of_a_trainer_that_recomputes = {"keeping", "small_keeping"}
+    assert set(wanted(config)) == set(FIELDS) - of_a_trainer_that_recomputes
+    recomputing = load(overrides=[*SETTINGS, "synthesis.teacher=shapes:sd3", "distill.gradient_checkpointing=true"])
+    assert set(wanted(recomputing)) == set(FIELDS) - {"recomputing"}
     assert {it.kind for it in wanted(config).values()} == set(kept.READ) == set(kept.TYPES)
     assert set(kept.NAMES) == set(FIELDS)
     keys = {key for key, *_ in fields()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
+import yaml
 from few_blocks import write_shortened
 from lanes import full_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +19,8 @@ from raydistill.data.pairs import write_pairs
 from raydistill.errors import InputError
 from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_run, count_trainer, count_vae
-from raydistill.planning.gpus import read_gpus
+from raydistill.planning.counts import changed
+from raydistill.planning.gpus import GIB, read_gpus
 from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
@@ -133,6 +136,46 @@ def test_the_bridge_to_the_largest_teacher_fits_the_gpus_it_asks_for():
     """FLUX.1 at its full size, half of whose blocks are behind the Bridge."""
     (line,) = check_launch(load(CONFIGS / "flux1_dev_sd15.yaml"), ["Bridge training"])
     assert line.startswith("fits: Bridge training: needs ")
+
+
+@pytest.mark.full
+def test_a_ready_pair_computes_the_largest_part_that_needs_no_recomputation():
+    """On the H100 that it asks for: twice as many samples at once would need more, on a line that never says too much."""
+    config = load(CONFIGS / "sd35_medium_sd15.yaml")
+    assert not config.distill.gradient_checkpointing
+    student, teacher = open_space(config.student.model), open_space(config.teacher.model)
+    part = config.distill.batch_size // config.distill.micro_batches
+    half, whole = (
+        count_trainer(changed(config, batch_size=size, micro_batches=1, workers=1), student, teacher).peak
+        for size in (part // 2, part)
+    )
+    has = 0.9 * read_gpus()[config.plan.trainer_gpu].memory_gib * GIB
+    assert whole <= has < whole + 2 * (whole - half)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["4090", "L40S"])
+def test_sd35_medium_teaches_sd15_on_gpus_of_24_and_48_gb(kind, tmp_path):
+    """With configs/24gb.yaml on 24 GB, and as it is, but for recomputed activations, on 48 GB: every role fits."""
+    own = tmp_path / "own.yaml"
+    small = ["24gb.yaml"] if kind == "4090" else []
+    own.write_text(
+        yaml.safe_dump({"extends": ["paper.yaml", "teachers/sd35_medium.yaml", "students/sd15.yaml", *small]})
+    )
+    config = load(own, [f"plan.{role}_gpu={kind}" for role in ("trainer", "teacher", "encoder")])
+    if kind == "L40S":
+        config = changed(config, gradient_checkpointing=True)
+    part = config.distill.batch_size // config.distill.micro_batches
+    share = config.bridge.batch_size // config.distill.workers // config.bridge.micro_batches
+    two_parts = {"batch_size": 2 * part, "micro_batches": 2}  # more of them need no more but their inputs
+    config = changed(config, **two_parts).model_copy(
+        update={"bridge": config.bridge.model_copy(update={"batch_size": 16 * share, "micro_batches": 2})}
+    )
+    lines = check_launch(config)
+    assert [line.split(": ")[1] for line in lines] == [role for role in ROLES if role != "drawer rank"]
+    if kind == "4090":
+        (trainer,) = [line for line in lines if line.startswith("fits: trainer")]
+        assert 17 < float(re.search(r"needs ([\d.]+) GiB", trainer).group(1)) < 19, "as configs/24gb.yaml says"
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -222,6 +222,50 @@ def test_what_does_not_fit_says_what_would(config, large):
     assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
 
 
+def test_settings_that_fit_only_together_are_named_together_and_the_fewest(config, large):
+    """One sample a part, recomputed, needs 18 GiB; what other workers hold, and moments in 8 bits, take 4 and 3.7 away."""
+    weights = dataclasses.replace(large.least.weights, fake_frozen=5 * GIB, fake_block=0)
+    cost = Cost(1.0, 18 * GIB)
+    least = dataclasses.replace(
+        large.least, weights=weights, make=cost, fake=cost, student=cost, gradients={"student": 2.5 * GIB, "fake": 0}
+    )
+    counts = dataclasses.replace(large, least=least)
+    chosen = settings(config, "distill.workers=5")
+    both = "distill.micro_batches=4 distill.gradient_checkpointing=true"
+    for has, more in (
+        (19, ""),
+        (14.4, " fake_score.shard=true"),
+        (11, " fake_score.shard=true student.optimizer=adamw8bit"),
+    ):
+        assert memory_module.together(counts, chosen, has * GIB) == both + more
+    assert memory_module.together(counts, chosen, 10 * GIB) is None
+    taken = settings(config, "distill.workers=5", "distill.micro_batches=4", "fake_score.shard=true")
+    assert memory_module.together(counts, taken, 11 * GIB) == (
+        "distill.gradient_checkpointing=true student.optimizer=adamw8bit"
+    )
+    heavy = dataclasses.replace(counts, trainer=dataclasses.replace(large.trainer, student=Cost(1.0, 200 * GIB)))
+    heavy = dataclasses.replace(heavy, recomputing=heavy.trainer, small_trainer=heavy.trainer)
+    fit = memory_module._fit_trainer(heavy, chosen, "4090", 11 * GIB)
+    assert fit.advice == f"{both} fake_score.shard=true student.optimizer=adamw8bit together would"
+
+
+def test_a_trainer_that_has_room_need_not_recompute_and_the_plan_says_what_that_saves(config, large):
+    """In the fewest parts that fit: two of two samples, for four at once would need 80 GiB of 71.6."""
+    cost = Cost(2e14, 80 * GIB)
+    keeping = dataclasses.replace(large.trainer, make=cost, fake=cost, student=cost)
+    small = dataclasses.replace(keeping, make=Cost(0, 0), fake=Cost(0, 20 * GIB), student=Cost(0, 0))
+    counts = dataclasses.replace(large, keeping=keeping, small_keeping=small)
+    chosen, gpus = settings(config, *RENTED, "distill.gradient_checkpointing=true", "teachers.replicas=8"), read_gpus()
+    assert memory_module.keeping_parts(counts, chosen, gpus) == 2
+    change = "distill.gradient_checkpointing=false distill.micro_batches=2"
+    other = settings(config, *RENTED, *change.split(), "teachers.replicas=8")
+    cheaper = dataclasses.replace(counts, trainer=keeping)
+    assert dict(map(reversed, savings(counts, chosen, gpus)))[change] == pytest.approx(
+        price(phases(cheaper, other, gpus), other, gpus)
+    )
+    assert memory_module.keeping_parts(large, chosen, gpus) is None, "it keeps them already"
+
+
 def test_price_is_hours_times_gpus_times_rate(config, large):
     gpus = read_gpus()
     chosen = settings(

@@ -141,7 +141,7 @@ def test_a_pair_needs_nothing_of_the_miniature_world(teacher, student):
 PARTS = [file for kind in ("teachers", "students") for file in sorted((CONFIGS / kind).glob("*.yaml"))]
 
 
-RECIPES = [CONFIGS / f"{name}.yaml" for name in ("paper", "fast", "first")]
+RECIPES = [CONFIGS / f"{name}.yaml" for name in ("paper", "fast", "first", "24gb")]
 FAST = sorted(CONFIGS.glob("*_fast.yaml"))
 FIRST = sorted(CONFIGS.glob("*_first.yaml"))
 
@@ -287,7 +287,9 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
     more |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), {"distill.steps"})
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
-    of_sdxl = {"teachers": set(), "students": {"student.kind", "student.rank", "distill.micro_batches"}}
+    keeps = {"distill.gradient_checkpointing", "distill.micro_batches"}  # activations: they fit 80 GB
+    more |= dict.fromkeys(("sd35_medium", "sdxl"), keeps)
+    of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", *keeps}}
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     for kind in ("teachers", "students"):

@@ -200,6 +200,8 @@ def test_streamed_samples_are_those_of_memory_in_parts_of_any_size(folder):
         update, place = divmod(fake, 2)
         ids = torch.arange(4) + (3 * update + place + 1) * 4
         parts = ids.split(2 if fake % 3 else 4)
+        if fake % 5 in (2, 3):  # an update that takes fewer: what comes after them is left out, or before them
+            parts = parts[:1] if fake % 5 == 2 else parts[-1:]
         for part in parts:
             (latents, texts), (same, same_texts) = streamed.of(part), memory.of(part)
             assert torch.equal(latents, same)
