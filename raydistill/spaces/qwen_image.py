@@ -30,8 +30,9 @@ def watch_image_turned(attention: nn.Module, sink: Sink) -> None:
 
     def read(q: torch.Tensor, k: torch.Tensor, kwargs: dict[str, Any]) -> Recording:
         turn = kwargs["image_rotary_emb"][0][:, None]
-        pairs = (value.float().unflatten(-1, (-1, 2)).contiguous() for value in (q, k))
-        return Recording(*(torch.view_as_real(torch.view_as_complex(value) * turn).flatten(-2) for value in pairs))
+        precise = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (q, k))
+        pairs = (torch.view_as_complex(value.unflatten(-1, (-1, 2)).contiguous()) for value in precise)
+        return Recording(*(torch.view_as_real(pair * turn).flatten(-2) for pair in pairs))
 
     record(attention, attention.norm_q, attention.norm_k, read, sink)
 

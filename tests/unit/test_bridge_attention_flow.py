@@ -94,7 +94,7 @@ def by_hand(name: str, attention: torch.nn.Module, inputs: torch.Tensor) -> torc
             for w, norm in zip(weights, (attention.norm_q, attention.norm_k), strict=True)
         )
         q, k = (value.clamp(min=0).unflatten(-1, (heads, -1)).transpose(1, 2) for value in (q, k))
-        return q @ k.transpose(2, 3)  # rows are standardised: no matter by what they are divided
+        return q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
     q, k = ((image @ w.T + b).unflatten(-1, (heads, -1)).transpose(1, 2) for w, b in zip(weights, biases, strict=True))
     if attention.norm_q is not None:
         q, k = rms(q, attention.norm_q.weight, eps), rms(k, attention.norm_k.weight, eps)
@@ -133,8 +133,11 @@ def compare(name, space, network, x_t, conditioning, depth_fraction):
     for layer, log_p in enumerate(maps):
         logits = by_hand(name, modules[layer], inputs[layer])
         expected = standardised_log_softmax(logits[:, :, rows(layer, TOKENS)], 3.0)
-        # diffusers normalises and rotates in float32
-        assert torch.allclose(log_p, expected, atol=2e-5), (layer, (log_p - expected).abs().max())
+        # diffusers normalises and rotates in float32; Sana's logits vary so little that the variance's eps is seen
+        assert torch.allclose(log_p, expected, atol=2e-4 if name == "sana" else 2e-5), (
+            layer,
+            (log_p - expected).abs().max(),
+        )
         assert expected.std() > 0.1
 
 

@@ -222,6 +222,8 @@ PUBLISHED_TEXT = {  # parameters of the text encoders, as published with them
     "sd3.5-medium": {"text_encoder": 123.7e6, "text_encoder_2": 694.7e6, "text_encoder_3": 4.76e9},
     "kolors": {"text_encoder": 6.24e9},
     "flux2-klein-base-4b": {"text_encoder": 4.02e9},
+    "sana1.5-1.6b": {"text_encoder": 2.61e9},
+    "qwen-image": {"text_encoder": 8.29e9},
 }
 
 
