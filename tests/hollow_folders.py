@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from tiny_diffusion_pipelines import chatglm_tokenizer
-from tiny_flow_pipelines import qwen_tokenizer
+from tiny_flow_pipelines import gemma_tokenizer, qwen_tokenizer
 
 from raydistill.shapes import miniatures
 from raydistill.spaces import load_space
@@ -39,6 +39,8 @@ def _tokenizer(name: str, folder: Path):
         return miniatures.clip_tokenizer()
     if name.startswith("T5"):
         return miniatures.t5_tokenizer()
+    if name.startswith("Gemma"):
+        return gemma_tokenizer()
     return chatglm_tokenizer(folder) if name.startswith("ChatGLM") else qwen_tokenizer()
 
 

@@ -5,19 +5,27 @@ Pictures are 32 px, latents 8×8, image tokens 4×4. Nothing is downloaded.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     ChromaPipeline,
     ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -27,6 +35,11 @@ from tiny_diffusion_pipelines import randomised
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -93,14 +106,12 @@ def clip_with_projection(tokenizer, width: int) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config).eval()
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(longest: int = TEXT_LENGTH) -> Qwen2Tokenizer:
     """One token a byte, and the chat template of Qwen3 without its tools."""
     alphabet = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {piece: i for i, piece in enumerate([*alphabet, *special])}
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=[], additional_special_tokens=special[1:], model_max_length=TEXT_LENGTH
-    )
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:], model_max_length=longest)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -263,12 +274,125 @@ def save_chroma(folder: Path) -> Path:
     return folder
 
 
+def gemma_tokenizer() -> GemmaTokenizer:
+    """One token a character."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(33, 127))]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[])
+
+
+def gemma(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+    )
+    return Gemma2Model(config).eval()
+
+
+def save_sana(folder: Path) -> Path:
+    """A SanaPipeline folder in the layout of Sana 1.5, with patches of 2×2 and an autoencoder of 4×."""
+    torch.manual_seed(25)
+    tokenizer = gemma_tokenizer()
+    blocks, widths = ("ResBlock", "ResBlock", "EfficientViTBlock"), (12, 12, 12)
+    codec = AutoencoderDC(
+        latent_channels=CHANNELS,
+        attention_head_dim=4,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)),
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+        scaling_factor=0.4,
+    )
+    transformer = SanaTransformer2DModel(
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_attention_heads=3,
+        attention_head_dim=16,
+        num_layers=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=24,
+        cross_attention_dim=48,
+        caption_channels=16,
+        sample_size=LATENT_SIDE,
+        patch_size=2,
+        qk_norm="rms_norm_across_heads",
+    )
+    SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=gemma(tokenizer),
+        vae=randomised(codec),
+        transformer=randomised(transformer),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=2
+        ),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_qwen_image(folder: Path) -> Path:
+    """A QwenImagePipeline folder; its VAE's configuration states the pixels, as published ones do not."""
+    torch.manual_seed(26)
+    tokenizer = qwen_tokenizer(longest=2 * TEXT_LENGTH)
+    text = Qwen2_5_VLConfig(
+        text_config=qwen_config(tokenizer, 2).to_dict()
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]}},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
+                       "fullatt_block_indexes": [0]},
+    )  # fmt: skip
+    statistics = torch.linspace(0.5, 2.0, CHANNELS).tolist()
+    film = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=CHANNELS,
+        dim_mult=[1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=statistics[::-1],
+        latents_std=statistics,
+    )
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 12, 12),
+    )
+    schedule = FlowMatchEulerDiscreteScheduler(shift_terminal=0.02, use_dynamic_shifting=True)
+    QwenImagePipeline(
+        scheduler=schedule,
+        vae=randomised(film),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(text).eval(),
+        tokenizer=tokenizer,
+        transformer=randomised(transformer),
+    ).save_pretrained(folder)
+    file = folder / "vae/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": PIXELS}))
+    return folder
+
+
 SAVE = {
     "sd3": save_sd3,
     "flux-dev": save_flux_dev,
     "flux2": save_flux2,
     "z-image": save_z_image,
     "chroma": save_chroma,
+    "sana": save_sana,
+    "qwen-image": save_qwen_image,
 }
 SHORT = (
     "sd3",

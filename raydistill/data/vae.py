@@ -121,7 +121,7 @@ class PairEncoder:
         noise = normal(self.seed, rows, space.latent_shape, purpose).to(pictures)
 
         def sample(part: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            posterior = vae.encode(part.to(vae.dtype)).latent_dist
-            return space.normalise(posterior.mean + posterior.std * noise.to(posterior.mean))
+            mean, deviation = space.posterior(vae, part)
+            return space.normalise(mean + deviation * noise.to(mean))
 
         return in_chunks(space, sample, pictures, noise).float().cpu()

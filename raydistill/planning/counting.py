@@ -283,7 +283,7 @@ def count_text(space: Space) -> dict[str, Text]:
     lengths, result = space.text_lengths, {}
     for part, encoder in empty_text_encoders(space).items():
         with counted() as meter, torch.no_grad():
-            ids = torch.zeros(1, lengths[part], dtype=torch.long, device="meta")
+            ids = torch.zeros(1, lengths[part] + space.tokens_in_front, dtype=torch.long, device="meta")
             prompt = _without_weights(meter, encoder, lambda e=encoder, i=ids: e(i))
             result[part] = Text(numel(encoder), prompt, CHUNK)
     return result

@@ -29,6 +29,8 @@ from raydistill.spaces.flux2 import Flux2KleinSpace
 from raydistill.spaces.hub_model import HubModel
 from raydistill.spaces.kolors import KolorsSpace
 from raydistill.spaces.pixart import PixArtSigmaSpace
+from raydistill.spaces.qwen_image import QwenImageSpace
+from raydistill.spaces.sana import SanaSpace
 from raydistill.spaces.sd import StableDiffusionSpace
 from raydistill.spaces.sd3 import StableDiffusion3Space
 from raydistill.spaces.sdxl import SDXLSpace
@@ -77,7 +79,7 @@ def register(family: Family) -> Family:
 
 for _family in (
     StableDiffusionSpace, SDXLSpace, KolorsSpace, PixArtSigmaSpace,
-    StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace, ChromaSpace,
+    StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace, ChromaSpace, SanaSpace, QwenImageSpace,
 ):  # fmt: skip
     register(_family)
 OWN = frozenset(FAMILIES)  # of this package

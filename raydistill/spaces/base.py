@@ -98,7 +98,16 @@ class LatentSpace(ModelFolder, ABC):
 
     def encode(self, vae: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, S, S] in [-1, 1] -> normalised latents (the posterior's mean)."""
-        return self.normalise(vae.encode(images.to(vae.dtype)).latent_dist.mode())
+        return self.normalise(self.posterior(vae, images)[0])
+
+    def posterior(self, vae: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the raw latents of images [B, 3, S, S]."""
+        found = vae.encode(images.to(vae.dtype)).latent_dist
+        return found.mean, found.std
+
+    def decode_raw(self, vae: nn.Module, raw: torch.Tensor) -> torch.Tensor:
+        """Raw latents [B, C, H, W] in the VAE's dtype -> its images [B, 3, S, S], not clamped."""
+        return vae.decode(raw).sample
 
     def decode(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents -> images [B, 3, S, S], float32, clamped to [-1, 1]; about a megapixel at a time.
@@ -122,7 +131,7 @@ class LatentSpace(ModelFolder, ABC):
     def decode_each(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """As `decode`, but a picture that is not finite is NaN in every pixel, and the others are as they are."""
         raw = self.denormalise(latents).to(vae.dtype)
-        decoded = torch.cat([vae.decode(part).sample.float() for part in raw.split(self.vae_batch(len(raw)))])
+        decoded = torch.cat([self.decode_raw(vae, part).float() for part in raw.split(self.vae_batch(len(raw)))])
         finite = decoded.isfinite().flatten(1).all(1)  # before infinity is clamped to white
         return decoded.clamp(-1, 1).masked_fill(~finite[:, None, None, None], torch.nan)
 
@@ -179,9 +188,11 @@ class Space(LatentSpace):
         None  # where the pipeline pads to what it is asked for, whatever a tokenizer says
     )
 
+    tokens_in_front: ClassVar[int] = 0  # of an instruction, which a text encoder reads besides; for counting
+
     @property
     def text_lengths(self) -> Settings:
-        """Tokens that each text encoder of the folder reads, as `encode_prompts` asks for them: part -> number.
+        """Tokens of a prompt that each text encoder of the folder reads, as `encode_prompts` asks for them: part -> number.
 
         Raises:
             InputError: neither tokenizer nor text encoder says how long its longest text is.
@@ -238,7 +249,11 @@ class Space(LatentSpace):
             raise ValueError("classifier-free guidance needs the unconditional conditioning")
         both = {name: torch.cat([value, unconditional[name].expand_as(value)]) for name, value in conditioning.items()}
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
-        return classifier_free(*prediction.chunk(2), guidance_scale)
+        return self.guided(*prediction.chunk(2), guidance_scale)
+
+    def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """What guidance makes of the predictions with and without a prompt."""
+        return classifier_free(conditional, unconditional, guidance_scale)
 
     def recompute_activations(self, network: nn.Module) -> None:
         """Block by block in backward passes, instead of keeping them: same numbers, a third more work."""

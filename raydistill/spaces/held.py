@@ -92,6 +92,8 @@ def _of_files(folder: Path, scaling: str) -> str:
 def _scalings(config: Mapping[str, Any]) -> list[str]:
     """The latent scaling as JSON: as the configuration writes it, then in other spellings of the same numbers."""
     scale, shift = config.get("scaling_factor"), config.get("shift_factor")
+    if scale is None and config.get("latents_std") is not None:  # one number a channel
+        return [json.dumps([config.get("latents_mean"), config["latents_std"]])]
     shifts = [shift, None, 0.0, 0] if not shift else _spellings(shift)
     return list(dict.fromkeys(json.dumps([one, other]) for one in _spellings(scale) for other in shifts))
 

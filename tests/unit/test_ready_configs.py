@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,15 @@ TEACHERS = {
     "flux1_dev": (16, "velocity"),
     "flux2_klein": (32, "velocity"),
     "chroma": (16, "velocity"),
+    "sana15": (32, "velocity"),
+    "qwen_image": (16, "velocity"),
 }
 STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
 STUDENTS |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), (999, 9000))
 STUDENTS |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), (999, 3000))
 STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000)}
-OF_SD15_ALONE = ("chroma",)  # other students: a file of one line
+SIDES = {"sana15": 32}  # of latents, where it is not 128
+OF_SD15_ALONE = ("chroma", "sana15", "qwen_image")  # other students: a file of one line
 PAIRS = [(t, s) for t in TEACHERS for s in ("sd15", *(() if t in OF_SD15_ALONE else ("sd21_base",)))]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
 PAIRS.append(("sd35_medium", "sdxl"))
@@ -122,10 +126,12 @@ def test_the_models_of_a_pair_fit_each_other(teacher, student):
     assert space_S.latent_shape == ((4, 128, 128) if student == "sdxl" else (4, 64, 64))
     assert space_S.prediction == "epsilon"
     assert 0 < config.student.start_timestep < space_S.path.num_train_timesteps
-    assert space_T.latent_shape == (channels, 128, 128)
+    side = SIDES.get(teacher, 128)
+    assert space_T.latent_shape == (channels, side, side)
     assert space_T.prediction == prediction
     assert space_T.resolution == 1024
-    assert reach(space_S, space_T, prior=True) == (0 if student == "sdxl" else 1, 1)
+    ratio = Fraction(side, space_S.latent_shape[1])
+    assert reach(space_S, space_T, prior=True) == ((1, 1) if ratio == 2 else (0, ratio))
     assert config.bridge.batch_size % config.distill.workers == 0
 
 
@@ -264,7 +270,9 @@ def test_a_ready_pair_passes_the_whole_check_of_its_folders(pair, model_folder, 
     config = _with_folders(pair, model_folder, tmp_path)
     inputs = check_inputs(config)
     assert inputs.student.latent_shape == ((4, 128, 128) if pair.endswith("_sdxl") else (4, 64, 64))
-    assert inputs.teacher.latent_shape == (TEACHERS[pair.rsplit("_sd", 1)[0]][0], 128, 128)
+    teacher = pair.rsplit("_sd", 1)[0]
+    side = SIDES.get(teacher, 128)
+    assert inputs.teacher.latent_shape == (TEACHERS[teacher][0], side, side)
 
 
 @pytest.mark.full
@@ -292,6 +300,8 @@ def test_parts_of_one_kind_decide_the_same_keys():
     of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", *keeps}}
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
+    more["chroma"] = {"bridge.micro_batches"}
+    more["qwen_image"] = more["flux1_dev"]
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
         common = set.intersection(*decided.values())

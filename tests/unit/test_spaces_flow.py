@@ -1,8 +1,9 @@
-"""SD 3.5, FLUX.1 [dev], FLUX.2 [klein], Z-Image and Chroma against diffusers' own pipelines, and as a fake score."""
+"""SD 3.5, FLUX.1 [dev], FLUX.2 [klein], Z-Image, Chroma, Sana and Qwen-Image against diffusers' own pipelines, and as a fake score."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import shutil
@@ -25,6 +26,7 @@ from raydistill.spaces import load_space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.flow import as_map
 from raydistill.spaces.flux import pack, unpack
+from raydistill.spaces.held import vae_fingerprint
 from raydistill.spaces.meta import open_space
 
 PROMPTS = ["a small red circle at the left on a white background", "a large blue square"]
@@ -60,8 +62,15 @@ def theirs(name, folder, guidance_scale, output_type):
         "flux2": (F.pixel_unshuffle(noise(), 2), 160),
         "z-image": (noise(), 160),
         "chroma": (pack(noise()), 20),
+        "sana": (noise(), 300),
+        "qwen-image": (pack(noise()), 320),
     }[name]
     given = masked_text(pipe) if name == "chroma" else {"prompt": list(PROMPTS)}
+    if name == "sana":
+        given |= {"use_resolution_binning": False}
+    if name == "qwen-image":  # its guidance_scale is another thing
+        given |= {"true_cfg_scale": guidance_scale, "negative_prompt": [" "] * len(PROMPTS)}
+        guidance_scale = None
     images = pipe(
         **given,
         guidance_scale=guidance_scale - 1 if name == "z-image" else guidance_scale,  # it counts from 0
@@ -72,7 +81,7 @@ def theirs(name, folder, guidance_scale, output_type):
         width=PIXELS,
         output_type=output_type,
     ).images
-    packed = name in ("flux-dev", "chroma") and output_type == "latent"
+    packed = name in ("flux-dev", "chroma", "qwen-image") and output_type == "latent"
     return unpack(images, LATENT_SIDE, LATENT_SIDE) if packed else images
 
 
@@ -112,8 +121,27 @@ def test_encoding_equals_the_pipeline(name, folders):
     images = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(6)) * 2 - 1
     vae = space.load_vae()
     with torch.no_grad():
-        posterior, latents = vae.encode(images).latent_dist, space.encode(vae, images)
-        torch.testing.assert_close(space.denormalise(latents), posterior.mean)
+        latents = space.encode(vae, images)
+        if name == "sana":  # whose autoencoder has no posterior
+            raw = vae.encode(images).latent
+            torch.testing.assert_close(latents, raw * vae.config.scaling_factor)
+            torch.testing.assert_close(space.posterior(vae, images)[0], raw)
+            assert not space.posterior(vae, images)[1].any()
+            return
+        frames = images[:, :, None] if name == "qwen-image" else images
+        posterior = vae.encode(frames).latent_dist
+        mean, deviation = (v[:, :, 0] if name == "qwen-image" else v for v in (posterior.mean, posterior.std))
+        torch.testing.assert_close(space.denormalise(latents), mean)
+        for ours, theirs in zip(space.posterior(vae, images), (mean, deviation), strict=True):
+            assert torch.equal(ours, theirs)
+        if name == "qwen-image":
+            pipe = diffusers.QwenImageImg2ImgPipeline.from_pretrained(folders[name])
+            expected = pipe._encode_vae_image(frames, torch.Generator().manual_seed(7))[:, :, 0]
+            drawn = torch.randn(
+                frames.shape[0], CHANNELS, 1, LATENT_SIDE, LATENT_SIDE, generator=torch.Generator().manual_seed(7)
+            )
+            torch.testing.assert_close(space.normalise(mean + deviation * drawn[:, :, 0]), expected)
+            return
         sampled = space.normalise(posterior.sample(torch.Generator().manual_seed(7)))
         generator = torch.Generator().manual_seed(7)
         if name == "flux2":
@@ -127,7 +155,7 @@ def test_encoding_equals_the_pipeline(name, folders):
             }[name]
             pipe = getattr(diffusers, other).from_pretrained(folders[name])
             torch.testing.assert_close(sampled, pipe._encode_vae_image(images, generator))
-    assert (latents - posterior.mean).abs().max() > 0.05  # the map does something
+    assert (latents - mean).abs().max() > 0.05  # the map does something
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -177,8 +205,9 @@ def test_lora_starts_as_the_teacher_and_alone_is_trained(name, folders):
 
 
 def unused(key: str) -> bool:
-    """The text side of SD 3's last block asks nothing: only its keys and values reach the image."""
-    return "transformer_blocks.3.attn.add_q_proj" in key
+    """The text side of the last block of SD 3 and Qwen-Image asks nothing: only its keys and values reach the image."""
+    text = ("attn.add_q_proj", "attn.to_add_out", "txt_mlp")
+    return any(f"transformer_blocks.3.{part}" in key for part in text)
 
 
 @pytest.mark.parametrize("name", SHORTER)
@@ -291,7 +320,7 @@ def test_flux2_learns_at_other_times_than_it_samples_at(folders):
     assert space.mu(50) != pytest.approx(math.log(3.0), rel=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "flux2"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("flux2", "qwen-image")])
 def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
     space = load_space(folders[name])
     steps = space.pipeline_steps
@@ -299,6 +328,8 @@ def test_default_shift_is_that_of_the_sampling_schedule(name, folders):
     # SD 3's scheduler starts from sigmas that are shifted already, and shifts them again
     even = space.scheduler.sigmas.max() if name == "sd3" else torch.tensor(1.0)
     last = space.scheduler.sigmas.min() if name == "sd3" else torch.tensor(1 / steps)
+    if name == "sana":  # DPM-Solver's begin at 0.999, and leave out the last
+        even, last = 0.999, 0.999 / steps
     expected = shift(torch.linspace(float(even), float(last), steps), space.default_shift)
     torch.testing.assert_close(sigmas, expected, rtol=1e-5, atol=1e-6)
     assert space.default_shift > 1.2
@@ -317,6 +348,51 @@ def test_padding_of_chromas_text_is_masked_but_for_its_first_token(folders):
         embeds = conditioning["prompt_embeds"] + 3.0 * (mask == seen)[:, :, None]
         found = space.predict(network, x_t, t_B, conditioning | {"prompt_embeds": embeds})
         assert torch.equal(found, expected) == (seen == 0)
+
+
+@torch.no_grad()
+def test_a_prompt_of_sana_stands_behind_its_pipelines_instruction_and_an_empty_one_alone(folders):
+    space = load_space(folders["sana"])
+    pipe = diffusers.SanaPipeline.from_pretrained(folders["sana"])
+    lead = inspect.signature(pipe.__call__).parameters["complex_human_instruction"].default
+    found = space.encode_prompts(space.load_text(), [PROMPTS[0], "", PROMPTS[1]])
+    embeds, mask, empty, empty_mask = pipe.encode_prompt(list(PROMPTS), complex_human_instruction=lead)
+    assert torch.equal(found["prompt_embeds"][[0, 2]], embeds)
+    assert torch.equal(found["prompt_attention_mask"][[0, 2]], mask)
+    assert torch.equal(found["prompt_embeds"][1], empty[0])
+    assert torch.equal(found["prompt_attention_mask"][1], empty_mask[0])
+    assert (found["prompt_embeds"][0] - pipe.encode_prompt(PROMPTS[0])[0][0]).abs().max() > 0.01  # without it
+
+
+def test_guidance_of_qwen_image_keeps_each_tokens_length(folders):
+    space = load_space(folders["qwen-image"])
+    generator = torch.Generator().manual_seed(2)
+    conditional, empty = torch.randn(2, 3, CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=generator)
+    guided, plain = space.guided(conditional, empty, 4.0), empty + 4.0 * (conditional - empty)
+    torch.testing.assert_close(pack(guided).norm(dim=-1), pack(conditional).norm(dim=-1))
+    torch.testing.assert_close(F.normalize(pack(guided), dim=-1), F.normalize(pack(plain), dim=-1))
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("latents_mean", [0.0], "latents_mean is .*, not 6 finite numbers"), ("latents_std", [0.0] * 6, "must be above 0"),
+])  # fmt: skip
+def test_statistics_of_qwen_image_that_are_not_one_a_channel_are_named(key, value, said, folders, tmp_path):
+    folder = shutil.copytree(folders["qwen-image"], tmp_path / "torn")
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=f"vae/config.json.*{said}"):
+        load_space(folder).normalise(torch.zeros(1, CHANNELS, 8, 8))
+
+
+def test_the_fingerprint_of_qwen_images_vae_follows_its_statistics(folders, tmp_path):
+    folder = shutil.copytree(folders["qwen-image"], tmp_path / "other")
+    same = vae_fingerprint(load_space(folder))
+    config = json.loads((folder / "vae/config.json").read_text())
+    (tmp_path / "changed").symlink_to(folder)
+    (folder / "vae/config.json").write_text(json.dumps(config | {"latents_mean": config["latents_std"]}))
+    assert (
+        same == vae_fingerprint(load_space(folders["qwen-image"])) != vae_fingerprint(load_space(tmp_path / "changed"))
+    )
 
 
 def test_missing_statistics_of_flux2_are_named(tmp_path):
