@@ -111,8 +111,8 @@ def test_hash_follows_the_maths_only():
 
 DECISIVE = {
     "run": "seed",
-    "student": "ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model rank start_timestep targets "
-    "unet",
+    "student": "ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model optimizer rank start_timestep "
+    "targets unet",
     "teacher": "guidance_scale model sampling_steps",
     "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
@@ -120,11 +120,12 @@ DECISIVE = {
     "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",
     "synthesis": "augment_share batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
     "sampling_steps shard_size shards teacher threads_per_encoder",
-    "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
-    "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight ramp_steps real_count real_data real_source standardize "
-    "step_together weight width",
+    "fake_score": "batch_size first_blocks kind last_blocks lr max_grad_norm optimizer rank shard updates",
+    "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight ramp_steps real_count real_data real_source shared_pass "
+    "standardize step_together weight width",
     "vsd": "shift t_max t_min weight",
-    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads warmup_steps workers",
+    "distill": "batch_size compile evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads "
+    "warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
 }
