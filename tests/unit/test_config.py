@@ -110,7 +110,7 @@ def test_hash_follows_the_maths_only():
 
 DECISIVE = {
     "run": "seed",
-    "student": "ema_decay lr max_grad_norm model start_timestep unet",
+    "student": "ema_decay lr max_grad_norm model optimizer start_timestep unet",
     "teacher": "guidance_scale model sampling_steps",
     "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
@@ -118,10 +118,10 @@ DECISIVE = {
     "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",
     "synthesis": "augment_share batch_size caption_column count dtype guidance_scale image_column image_count images min_pixels posterior "
     "sampling_steps shard_size shards teacher threads_per_encoder",
-    "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
-    "discriminator": "depth_fraction fake_weight lr real_count real_data real_source weight width",
+    "fake_score": "batch_size first_blocks kind last_blocks lr max_grad_norm optimizer rank shard updates",
+    "discriminator": "depth_fraction fake_weight lr real_count real_data real_source shared_pass weight width",
     "vsd": "shift t_max t_min weight",
-    "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
+    "distill": "batch_size compile evaluate_every micro_batches min_workers mixed_precision tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
 }
