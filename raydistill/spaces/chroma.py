@@ -49,12 +49,13 @@ def _cut(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list[nn.
 
 
 class ChromaSpace(FlowSpace):
-    """Chroma1-HD and -Base teachers."""
+    """Chroma1-HD and -Base teachers. Chroma1-Flash is step-distilled: it draws, and gives no scores."""
 
     pipeline_class = "ChromaPipeline"
     hub_models = {
         "lodestones/Chroma1-HD": HubModel(APACHE, "chroma1-hd"),
         "lodestones/Chroma1-Base": HubModel(APACHE),
+        "lodestones/Chroma1-Flash": HubModel(APACHE, distilled_steps=8),
     }
     lora_targets, block_lists = FluxSpace.lora_targets, FluxSpace.block_lists
     unused_parts, latent_shape = FluxSpace.unused_parts, FluxSpace.latent_shape

@@ -17,6 +17,7 @@ NON_COMMERCIAL = (
     "Non-commercial: the weights and models distilled from them may not be used commercially without a licence from "
     "Black Forest Labs."
 )
+DEV = Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
@@ -40,9 +41,8 @@ class FluxSpace(FlowSpace):
 
     pipeline_class = "FluxPipeline"
     hub_models = {
-        "black-forest-labs/FLUX.1-dev": HubModel(
-            Licence("FLUX.1 [dev] Non-Commercial License", "other", NON_COMMERCIAL), "flux1-dev", gated=True
-        ),
+        "black-forest-labs/FLUX.1-dev": HubModel(DEV, "flux1-dev", gated=True),
+        "black-forest-labs/FLUX.1-Krea-dev": HubModel(DEV, "flux1-dev", gated=True),
         "black-forest-labs/FLUX.1-schnell": HubModel(APACHE, "flux1-schnell", distilled_steps=4),
     }
     lora_targets = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD, "proj_mlp", "proj_out")

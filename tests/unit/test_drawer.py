@@ -55,6 +55,21 @@ def test_a_step_distilled_model_of_the_hub_is_refused_as_teacher_in_one_line_and
     check_scores(teacher(base), open_space(base))
 
 
+@pytest.mark.parametrize(
+    "model",
+    ["lodestones/Chroma1-HD", "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers", "Qwen/Qwen-Image",
+     "black-forest-labs/FLUX.1-Krea-dev"],
+)  # fmt: skip
+def test_multi_step_models_are_not_taken_for_step_distilled_ones(model):
+    space = open_space(model)
+    assert step_distilled(space, model) is None
+    assert step_distilled(space, "/somewhere/else") is None
+    check_scores(teacher(model), space)
+    if model == "lodestones/Chroma1-HD":
+        with pytest.raises(InputError, match="Chroma1-Flash is step-distilled"):
+            check_scores(teacher("lodestones/Chroma1-Flash"), space)
+
+
 @pytest.mark.parametrize("model", [model for model in HUB if model != BY_NAME_ALONE])
 def test_its_configuration_tells_it_under_any_name(model):
     assert step_distilled(open_space(model), "/somewhere/else")

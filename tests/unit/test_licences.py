@@ -34,6 +34,7 @@ def card(teacher: str, pipeline_class: str, student: str, start: str | None) -> 
     ("model", "pipeline_class", "name"),
     [
         ("black-forest-labs/FLUX.1-dev", "FluxPipeline", "FLUX.1 [dev] Non-Commercial License"),
+        ("black-forest-labs/FLUX.1-Krea-dev", "FluxPipeline", "FLUX.1 [dev] Non-Commercial License"),
         ("black-forest-labs/FLUX.1-schnell", "FluxPipeline", "Apache License 2.0"),
         ("black-forest-labs/FLUX.2-klein-base-4B", "Flux2KleinPipeline", "Apache License 2.0"),
         ("black-forest-labs/FLUX.2-klein-base-9B", "Flux2KleinPipeline", "FLUX Non-Commercial License"),

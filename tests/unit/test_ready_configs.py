@@ -30,6 +30,7 @@ TEACHERS = {
     "sd35_medium": (16, "velocity"),
     "sd35_large": (16, "velocity"),
     "flux1_dev": (16, "velocity"),
+    "flux1_krea": (16, "velocity"),
     "flux2_klein": (32, "velocity"),
     "chroma": (16, "velocity"),
     "sana15": (32, "velocity"),
@@ -40,7 +41,7 @@ STUDENTS |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_
 STUDENTS |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), (999, 3000))
 STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000)}
 SIDES = {"sana15": 32}  # of latents, where it is not 128
-OF_SD15_ALONE = ("chroma", "sana15", "qwen_image")  # other students: a file of one line
+OF_SD15_ALONE = ("flux1_krea", "chroma", "sana15", "qwen_image")  # other students: a file of one line
 PAIRS = [(t, s) for t in TEACHERS for s in ("sd15", *(() if t in OF_SD15_ALONE else ("sd21_base",)))]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
 PAIRS.append(("sd35_medium", "sdxl"))
@@ -301,7 +302,8 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     more["chroma"] = {"bridge.micro_batches"}
-    more["qwen_image"] = more["flux1_dev"]
+    more["flux1_krea"] = more["flux1_dev"]
+    more["qwen_image"] = more["flux1_dev"] | {"fake_score.shard"}
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
         common = set.intersection(*decided.values())
