@@ -122,7 +122,7 @@ DECISIVE = {
     "fake_score": "first_blocks kind last_blocks lr max_grad_norm rank shard updates",
     "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight ramp_steps real_count real_data real_source standardize "
     "step_together weight width",
-    "vsd": "shift t_max t_min weight",
+    "vsd": "guidance_rescale shift t_max t_min weight",
     "distill": "batch_size evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
