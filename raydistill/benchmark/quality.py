@@ -55,10 +55,11 @@ class Variant:
     k: int = 2  # fake_score.updates
     gan: bool = True
     separate: bool = False  # the discriminator sees the student's samples in a forward pass of its own
+    more: tuple[str, ...] = ()  # further keys
 
     def overrides(self) -> list[str]:
         gan = [] if self.gan else ["discriminator.weight=0"]
-        return [f"fake_score.kind={self.kind}", f"fake_score.updates={self.k}", *gan]
+        return [f"fake_score.kind={self.kind}", f"fake_score.updates={self.k}", *gan, *self.more]
 
 
 DEFAULT, DMD2 = "default: lora, k = 2, GAN", "DMD2's: full, k = 5, separate passes"
@@ -71,6 +72,10 @@ VARIANTS = (
     Variant("k = 10", k=10),
     Variant("fake score truncated, k = 1", kind="truncated", k=1),
     Variant("no GAN", gan=False),
+    Variant("standardised features", more=("discriminator.standardize=true",)),
+    Variant("several depths", more=("discriminator.depths=[0.5,0.75,0.99]",)),
+    Variant("approximate R1", more=("discriminator.r1_weight=1",)),
+    Variant("stepped together", more=("discriminator.step_together=true",)),
     Variant(DMD2, kind="full", k=5, separate=True),
 )
 

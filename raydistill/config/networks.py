@@ -336,6 +336,11 @@ class VsdConfig(Section):
     weight: NonNegative = Field(1.0, description="weight of the VSD loss; 0 switches it (and the teachers) off")
     t_min: Fraction = Field(0.02, description="smallest diffusion time of the scores")
     t_max: Fraction = Field(0.98, description="largest diffusion time of the scores")
+    guidance_rescale: Fraction = Field(
+        0.0,
+        description="share of the guided scores that gets the spread of the unguided ones (CFG rescale; 0.7 in its paper); of "
+        "the scores alone, not of drawn pictures",
+    )
     shift: Positive | None = Field(None, description="timestep shift; null: the teacher family's default")
 
     @model_validator(mode="after")

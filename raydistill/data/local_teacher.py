@@ -58,10 +58,11 @@ class LocalTeacher:
         conditioning: Conditioning,
         unconditional: Conditioning | None,
         guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> LocalAnswer:
         """Guided estimates of x_0 from x_t [B, C, H, W]."""
         inputs = (self._moved(value) for value in (x_t, t_B, conditioning, unconditional))
-        return LocalAnswer(self.space.predict_x0, (self.network, *inputs, guidance_scale))
+        return LocalAnswer(self.space.predict_x0, (self.network, *inputs, guidance_scale, guidance_rescale))
 
     def _moved(self, value: torch.Tensor | Conditioning | None) -> Any:
         device = next(self.network.parameters()).device

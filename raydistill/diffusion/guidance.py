@@ -26,3 +26,13 @@ def classifier_free(conditional: torch.Tensor, unconditional: torch.Tensor, scal
     """u + s (c - u), in float32. A scale of 1 is the conditional prediction (Ho & Salimans 2022)."""
     conditional, unconditional = conditional.float(), unconditional.float()
     return unconditional + scale * (conditional - unconditional)
+
+
+def rescaled(guided: torch.Tensor, conditional: torch.Tensor, share: float) -> torch.Tensor:
+    """A guided prediction [B, C, H, W] of which `share` has the conditional one's spread (Lin et al. 2023, arXiv 2305.08891).
+
+    share · guided · std(conditional) / std(guided) + (1 - share) · guided, each std over one sample
+    """
+    dims = tuple(range(1, guided.ndim))
+    factor = conditional.float().std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (share * factor + 1 - share)

@@ -33,11 +33,6 @@ from raydistill.distillation.readings import Row
 from raydistill.spaces import Conditioning
 from raydistill.transfer import upload
 
-NAMES = {  # of a row's entries, as metrics
-    "discriminator": "loss/discriminator",
-    "accuracy": "discriminator/accuracy",
-    "r1": "discriminator/r1",
-}
 TIMES = 8  # of each teacher sample, at which the features' statistics are measured
 
 Reals = tuple[torch.Tensor, Conditioning]  # latents [B, C, H, W], and the conditioning of their captions

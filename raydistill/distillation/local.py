@@ -26,10 +26,12 @@ class LocalScores(LocalTeacher):
 
     unconditional: Conditioning
     guidance_scale: float
+    guidance_rescale: float = 0.0
 
     def __call__(self, made: Made) -> Unchecked:
         inputs = made.x_t, made.t_B, made.teacher_conditioning
-        return Unchecked(self.predict_x0(*inputs, self.unconditional, self.guidance_scale))
+        guidance = self.guidance_scale, self.guidance_rescale
+        return Unchecked(self.predict_x0(*inputs, self.unconditional, *guidance))
 
 
 def local_batches(prompts: PromptSet, tables: Mapping[str, PromptTable], size: int, seed: int) -> Iterator[Batch]:
@@ -66,4 +68,5 @@ def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
         real=real,
     )
     empty = TextEncoder(teacher).encode_unconditional()
-    return distiller, LocalScores(teacher, teacher.load_network(), empty, guidance_scale(config, teacher))
+    guidance = guidance_scale(config, teacher), config.vsd.guidance_rescale
+    return distiller, LocalScores(teacher, teacher.load_network(), empty, *guidance)

@@ -20,15 +20,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from raydistill.bridge.objective import Objective
 from raydistill.config.schema import Config
 from raydistill.data.pairs import Pairs
-from raydistill.diffusion.path import add_noise, target
-from raydistill.distillation.adversary import NAMES, Adversary
-from raydistill.distillation.batches import Batches, Draws, Made, MicroBatch, RealFeed, Reals
+from raydistill.diffusion.path import add_noise
+from raydistill.distillation.adversary import Adversary
+from raydistill.distillation.batches import Batches, Draws, Made, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
+from raydistill.distillation.fake_side import NAMES, FakeSide
 from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
 from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
@@ -87,6 +87,7 @@ class Distiller:
         self.feed = None if real is None else RealFeed(config, real)
         gan = networks.discriminator is not None
         self.adversary = Adversary(networks, self.draws, self.feed, self.gradients) if gan else None
+        self.fake_side = FakeSide(networks, self.draws, self.gradients, self.leaving_out, self.adversary)
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
@@ -103,7 +104,8 @@ class Distiller:
         self._left = set()
         batches = self.batches.next()
         for batch in batches:
-            ids, noise = batch.sample_ids, self._xi(batch)
+            ids = batch.sample_ids
+            noise = self.draws.normal(ids, self.networks.student_space.latent_shape, "latents")
             self.finite.of(ids)
             z_student = self.networks.z_student(noise, batch.student_conditioning)
             x = self.networks.bridged(z_student)
@@ -116,74 +118,16 @@ class Distiller:
             yield made
             started = time.perf_counter()
 
-    def _xi(self, batch: MicroBatch) -> torch.Tensor:
-        """The student's noise [B, c, h, w]."""
-        return self.draws.normal(batch.sample_ids, self.networks.student_space.latent_shape, "latents")
-
     # -- fake update ---------------------------------------------------------------------------------
     def fake_update(self) -> None:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
-        started, adversary = time.perf_counter(), self.adversary
+        started = time.perf_counter()
         self.gradients.set_rates(self.updates)
-        batches = self.batches.next(self.fake_parts)
-        if adversary is None:
-            rows = self.leaving_out.run(self._fake_half, batches, ["fake"])
-        else:
-            adversary.begin(batches)
-            rows = self._halves(batches, adversary)
-            adversary.begin([])
-            self.readings.add({name: mean for row, mean in mean_of(rows).items() if (name := NAMES.get(row))})
+        rows = self.fake_side.update(self.batches.next(self.fake_parts))
+        mean = mean_of(rows)
+        self.readings.add({name: mean[row] for row, name in NAMES.items() if row in mean})
         self.watch.faked([row["fake"] for row in rows])
-        self.readings.add({"loss/fake": mean_of(rows)["fake"]})
         self.metrics["time/fake"] += time.perf_counter() - started
-
-    def _halves(self, batches: Sequence[MicroBatch], adversary: Adversary) -> list[Row]:
-        """Both halves of the discriminator's loss, before the fake score's step where it must wait for both."""
-        both = ["fake", "discriminator"]
-        if adversary.waits:
-
-            def at_once(parts: list[MicroBatch]) -> list[Row]:
-                rows = self._fake_half(parts)
-                return self._real_half(parts, rows)
-
-            return self.leaving_out.run(at_once, batches, both, undo=adversary.undo)
-        rows = self.leaving_out.run(self._fake_half, batches, both, undo=adversary.undo)
-        return self.leaving_out.run(lambda parts: self._real_half(parts, rows), batches, both)
-
-    def _fake_half(self, parts: Sequence[MicroBatch]) -> list[Row]:
-        """Student samples: of the fake score's loss and the discriminator's, and the fake score's step."""
-        if self.adversary is not None:
-            self.adversary.measure(parts)
-        rows = [self._fake_gradients(part) for part in parts]
-        if self.adversary is None or not self.adversary.waits:
-            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
-        return rows
-
-    def _real_half(self, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> list[Row]:
-        """Teacher samples, and the discriminator's step; returns the rows of both halves."""
-        rows = [dict(row) for row in rows]
-        for row, part in zip(rows, parts, strict=True):
-            self.adversary.real_gradients(row, part)
-        if self.adversary.waits:
-            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
-        self.gradients.step(discriminator=self.config.student.max_grad_norm)
-        return rows
-
-    def _fake_gradients(self, batch: MicroBatch) -> Row:
-        """Of the fake score's loss, and of the discriminator's on its features of student samples."""
-        ids = batch.sample_ids
-        self.finite.of(ids)
-        with torch.no_grad():
-            x = self.networks.x(self._xi(batch), batch.student_conditioning)
-            eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
-            x_t = add_noise(self.path, x, eps, t_B)
-        prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
-        loss = F.mse_loss(prediction.float(), target(self.path, self.teacher_space.prediction, x, eps, t_B))
-        row = {"fake": loss}
-        if self.adversary is not None:
-            loss = loss + self.adversary.fake_gradients(row, features, batch.weight)
-        self.gradients.accumulate(loss, "fake", weight=batch.weight)
-        return row
 
     # -- student update ------------------------------------------------------------------------------
     def student_update(self, made: Sequence[Made], scores: Iterable[torch.Tensor] | None) -> None:

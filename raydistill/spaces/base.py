@@ -22,7 +22,7 @@ import diffusers
 import torch
 from torch import nn
 
-from raydistill.diffusion.guidance import classifier_free, is_guided
+from raydistill.diffusion.guidance import classifier_free, is_guided, rescaled
 from raydistill.diffusion.path import Path as GaussianPath
 from raydistill.diffusion.path import Prediction, to_x0
 from raydistill.errors import InputError, NonFiniteError
@@ -229,9 +229,15 @@ class Space(LatentSpace):
         conditioning: Conditioning,
         unconditional: Conditioning | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
-        """x_0 estimate, float32; with classifier-free guidance when `guidance_scale` is above 1."""
-        prediction = self.predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
+        """x_0 estimate, float32; with classifier-free guidance when `guidance_scale` is above 1.
+
+        Args:
+            guidance_rescale: share of the guided prediction that gets the conditional one's spread.
+        """
+        more = (guidance_rescale,) if guidance_rescale else ()
+        prediction = self.predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale, *more)
         return to_x0(self.path, self.prediction, x_t, prediction, t_B)
 
     def predict_guided(
@@ -242,6 +248,7 @@ class Space(LatentSpace):
         conditioning: Conditioning,
         unconditional: Conditioning | None,
         guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> torch.Tensor:
         if not is_guided(guidance_scale):
             return self.predict(network, x_t, t_B, conditioning)
@@ -249,7 +256,9 @@ class Space(LatentSpace):
             raise ValueError("classifier-free guidance needs the unconditional conditioning")
         both = {name: torch.cat([value, unconditional[name].expand_as(value)]) for name, value in conditioning.items()}
         prediction = self.predict(network, torch.cat([x_t, x_t]), torch.cat([t_B, t_B]), both)
-        return self.guided(*prediction.chunk(2), guidance_scale)
+        conditional, other = prediction.chunk(2)
+        guided = self.guided(conditional, other, guidance_scale)
+        return rescaled(guided, conditional, guidance_rescale) if guidance_rescale else guided
 
     def guided(self, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """What guidance makes of the predictions with and without a prompt."""

@@ -43,7 +43,12 @@ def own_steps(space: Space, model: str) -> int | None:
 
 
 def check_scores(config: Config, teacher: Space) -> None:
-    """Raises InputError where the teacher of a distillation is step-distilled, and gives no scores."""
+    """Raises InputError where the teacher of a distillation is step-distilled, and gives no scores; or not the asked ones."""
+    if config.vsd.weight > 0 and config.vsd.guidance_rescale and getattr(teacher, "embeds_guidance", False):
+        raise InputError(
+            f"vsd.guidance_rescale: {config.teacher.model} takes its guidance scale as an input, so there is no unguided score "
+            "whose spread its scores could get; set it to 0"
+        )
     sign = step_distilled(teacher, config.teacher.model) if config.vsd.weight > 0 else None
     if sign is not None:
         raise InputError(

@@ -111,11 +111,12 @@ class FluxSpace(FlowSpace):
         )[0]
         return unpack(velocity, height, width)
 
-    def predict_guided(self, network, x_t, t_B, conditioning, unconditional, guidance_scale):
+    def predict_guided(self, network, x_t, t_B, conditioning, unconditional, guidance_scale, guidance_rescale=0.0):
         """One evaluation with the scale as an input where the network embeds it; `unconditional` is not used then."""
         if self.embeds_guidance:
             return self.predict(network, x_t, t_B, conditioning, guidance_scale)
-        return super().predict_guided(network, x_t, t_B, conditioning, unconditional, guidance_scale)
+        guidance = guidance_scale, guidance_rescale
+        return super().predict_guided(network, x_t, t_B, conditioning, unconditional, *guidance)
 
     def feature_map(self, output, x_t):
         """Image tokens of a block that returns (text, image) tokens."""

@@ -134,6 +134,7 @@ class ScoreRequest:
         conditioning: as `Space.encode_prompts` returns it, [B, …] each.
         unconditional: the same names, one row [1, …] each; None is allowed without guidance.
         guidance_scale: classifier-free guidance; 0 to 1 are none.
+        guidance_rescale: share of the guided prediction that gets the conditional one's spread, 0 to 1.
     """
 
     x_t: torch.Tensor
@@ -141,10 +142,13 @@ class ScoreRequest:
     conditioning: dict[str, torch.Tensor]
     unconditional: dict[str, torch.Tensor] | None
     guidance_scale: float
+    guidance_rescale: float = 0.0
 
     def payload(self) -> Payload:
         """The request, checked and ready to send. Raises TeacherError with the name of the wrong field."""
         payload = {"latents": _wire("x_t", self.x_t, True), "t": _wire("t", self.t, True)} | _conditioned(self)
+        if self.guidance_rescale:
+            payload["guidance_rescale"] = self.guidance_rescale
         check_payload(payload, latents="x_t")
         _check_request_finite(self, "x_t")
         return payload
@@ -214,6 +218,11 @@ def check_payload(payload: Any, latents: str = "latents") -> None:
     if not isinstance(payload, dict):
         raise TeacherError(f"a request is a dict of arrays, not {type(payload).__name__}")
     fields = {"latents", "conditioning", "unconditional", "guidance_scale", "steps" if "steps" in payload else "t"}
+    if "t" in fields and "guidance_rescale" in payload:
+        fields.add("guidance_rescale")
+        _check_number("guidance_rescale", payload["guidance_rescale"])
+        if not 0 <= payload["guidance_rescale"] <= 1:
+            raise TeacherError(f"guidance_rescale must be 0 to 1, not {_shown(payload['guidance_rescale'])}")
     if fields != payload.keys():
         raise TeacherError(
             f"a request has {', '.join(sorted(fields))}, and not {', '.join(map(str, payload)) or 'nothing'}"

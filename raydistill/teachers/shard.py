@@ -176,9 +176,8 @@ class TeacherRank:
     def _predict_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
         x_t, t_B = (self._load(name, payload[name], rows) for name in ("latents", "t"))
         conditioning, unconditional = self._conditioning(payload, rows)
-        return self.space.predict_x0(
-            self.teacher.network, x_t, t_B, conditioning, unconditional, payload["guidance_scale"]
-        )
+        guidance = payload["guidance_scale"], payload.get("guidance_rescale", 0.0)
+        return self.space.predict_x0(self.teacher.network, x_t, t_B, conditioning, unconditional, *guidance)
 
     def _sample_rows(self, payload: Payload, rows: np.ndarray) -> torch.Tensor:
         noise = self._load("latents", payload["latents"], rows)

@@ -129,8 +129,8 @@ def load_distiller(
     if empty is None:
         return distiller, None
     client = TeacherClient(stage.service, config.teachers, worker.rank / worker.world)  # all workers ask at once
-    scale, check_finite = guidance_scale(config, teacher_space), config.distill.non_finite_share == 0
-    return distiller, Teachers(client, empty, scale, shown, check_finite)
+    guidance = guidance_scale(config, teacher_space), config.vsd.guidance_rescale
+    return distiller, Teachers(client, empty, guidance, shown, check_finite=config.distill.non_finite_share == 0)
 
 
 def shown_prompts(config: Config) -> FixedPrompts:
@@ -144,6 +144,7 @@ class Teachers:
     """A worker's way to its teachers: `schedule.Submit`, and how busy they are.
 
     Attributes:
+        guidance: scale, and share of the scores that is rescaled (`vsd.guidance_rescale`).
         shown: `shown_prompts` and their conditioning; None: this worker shows nothing.
         check_finite: whether an answer that is not finite is refused; False: the update looks at it.
     """
@@ -152,17 +153,17 @@ class Teachers:
         self,
         client: TeacherClient,
         unconditional: Conditioning,
-        guidance_scale: float,
+        guidance: tuple[float, float],
         shown: tuple[FixedPrompts, Conditioning] | None = None,
         check_finite: bool = True,
     ) -> None:
-        self.client, self.unconditional, self.guidance_scale = client, unconditional, guidance_scale
+        self.client, self.unconditional, self.guidance = client, unconditional, guidance
         self.shown, self.check_finite = shown, check_finite
 
     def __call__(self, made: Made) -> PendingScores | Unchecked:
         conditioning = {name: value.cpu() for name, value in made.teacher_conditioning.items()}
         pending = self.client.submit(
-            ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, self.guidance_scale)
+            ScoreRequest(made.x_t.cpu(), made.t_B.cpu(), conditioning, self.unconditional, *self.guidance)
         )
         return pending if self.check_finite else Unchecked(pending)
 

@@ -303,7 +303,7 @@ def test_the_heads_loss_reaches_the_fake_score_where_it_is_asked_to(spaces, tabl
     torch.testing.assert_close(difference / 0.25, (most - none) / 1e6, rtol=1e-2, atol=1e-5)  # linear in the weight
     distiller = make_distiller(configuration(discriminator__fake_weight=0.25), spaces, tables)
     part = distiller.batches.next()[0]
-    row = distiller._fake_gradients(part)
+    row = distiller.fake_side.student_gradients(part)
     student_half = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none
     distiller.adversary.real_gradients(row, part)
     both = torch.cat([p.grad.flatten() for p in distiller.gradients.parameters("fake")]) - none

@@ -1,0 +1,105 @@
+"""Updates of what follows the student: the fake score, and the discriminator on its features.
+
+Without the discriminator there is one phase. With it there are two, and each may leave samples out (`leaving_out.py`):
+
+    student samples    gradients of the fake score's loss, and of the discriminator's; the fake score's step
+    teacher samples    gradients of the discriminator's loss; its step
+
+Where the fake score's step has to wait for both (`Adversary.waits`), they are one phase.
+
+Shapes: B samples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from raydistill.diffusion.path import add_noise, target
+from raydistill.distillation.adversary import Adversary
+from raydistill.distillation.batches import Draws, MicroBatch
+from raydistill.distillation.gradients import Gradients
+from raydistill.distillation.leaving_out import LeavingOut
+from raydistill.distillation.networks import Networks
+from raydistill.distillation.readings import Row
+
+NAMES = {  # of the metrics in a row
+    "fake": "loss/fake",
+    "discriminator": "loss/discriminator",
+    "accuracy": "discriminator/accuracy",
+    "r1": "discriminator/r1",
+}
+
+
+class FakeSide:
+    """One worker's part of these updates.
+
+    Args:
+        adversary: the discriminator's losses; None: there is none.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        draws: Draws,
+        gradients: Gradients,
+        leaving_out: LeavingOut,
+        adversary: Adversary | None,
+    ) -> None:
+        self.networks, self.draws, self.gradients = networks, draws, gradients
+        self.leaving_out, self.adversary = leaving_out, adversary
+        self.config, self.space = networks.config, networks.teacher_space
+
+    def update(self, batches: Sequence[MicroBatch]) -> list[Row]:
+        """One update of the fake score on fresh student samples, and one of the discriminator; each part's metrics."""
+        adversary = self.adversary
+        if adversary is None:
+            return self.leaving_out.run(self._student_half, batches, ["fake"])
+        both = ["fake", "discriminator"]
+        adversary.begin(batches)
+        if adversary.waits:
+            rows = self.leaving_out.run(
+                lambda parts: self._teacher_half(parts, self._student_half(parts)), batches, both, undo=adversary.undo
+            )
+        else:
+            first = self.leaving_out.run(self._student_half, batches, both, undo=adversary.undo)
+            rows = self.leaving_out.run(lambda parts: self._teacher_half(parts, first), batches, both)
+        adversary.begin([])
+        return rows
+
+    def _student_half(self, parts: Sequence[MicroBatch]) -> list[Row]:
+        if self.adversary is not None:
+            self.adversary.measure(parts)
+        rows = [self.student_gradients(part) for part in parts]
+        if self.adversary is None or not self.adversary.waits:
+            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
+        return rows
+
+    def _teacher_half(self, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> list[Row]:
+        """Returns the rows of both halves."""
+        rows = [dict(row) for row in rows]
+        for row, part in zip(rows, parts, strict=True):
+            self.adversary.real_gradients(row, part)
+        if self.adversary.waits:
+            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
+        self.gradients.step(discriminator=self.config.student.max_grad_norm)
+        return rows
+
+    def student_gradients(self, batch: MicroBatch) -> Row:
+        """Of the fake score's loss, and of the discriminator's on its features of student samples."""
+        ids, path = batch.sample_ids, self.space.path
+        self.networks.finite.of(ids)
+        with torch.no_grad():
+            noise = self.draws.normal(ids, self.networks.student_space.latent_shape, "latents")
+            x = self.networks.x(noise, batch.student_conditioning)
+            eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
+            x_t = add_noise(path, x, eps, t_B)
+        prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
+        loss = F.mse_loss(prediction.float(), target(path, self.space.prediction, x, eps, t_B))
+        row = {"fake": loss}
+        if self.adversary is not None:
+            loss = loss + self.adversary.fake_gradients(row, features, batch.weight)
+        self.gradients.accumulate(loss, "fake", weight=batch.weight)
+        return row
