@@ -33,6 +33,26 @@ def write_hollow(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         stream.truncate(8 + len(text) + end)
 
 
+def write_hollow_network(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A diffusers network's weights; of large ones in files of 10 GB and an index, as diffusers saves them."""
+    shards, size = [{}], 0
+    for name, tensor in tensors.items():
+        size += 2 * tensor.numel()
+        if size > 10**10:
+            shards.append({})
+            size = 2 * tensor.numel()
+        shards[-1][name] = tensor
+    stem = "diffusion_pytorch_model"
+    if len(shards) == 1:
+        write_hollow(folder / f"{stem}.safetensors", tensors)
+        return
+    files = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+    for name, shard in files.items():
+        write_hollow(folder / name, shard)
+    index = {"weight_map": {key: name for name, shard in files.items() for key in shard}}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _tokenizer(name: str, folder: Path):
     """A small tokenizer of the class that a public model names."""
     if name.startswith("CLIP"):
@@ -49,7 +69,7 @@ def write_model(sizes: str, folder: Path) -> Path:
     write_folder(sizes, folder)
     space = load_space(folder)
     for part in (space.network_name, "vae"):
-        write_hollow(folder / part / "diffusion_pytorch_model.safetensors", empty_part(space, part).state_dict())
+        write_hollow_network(folder / part, empty_part(space, part).state_dict())
     with without_initial_values():
         for part, encoder in empty_text_encoders(space).items():
             write_hollow(folder / part / "model.safetensors", encoder.state_dict())
