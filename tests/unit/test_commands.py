@@ -67,7 +67,10 @@ def test_help_is_wrapped_and_begins_with_the_common_keys(columns, monkeypatch):
 
 @pytest.mark.parametrize(
     ("topic", "shown"),
-    [("vsd", ["vsd.weight", "vsd.t_min", "vsd.t_max", "vsd.shift"]), ("teacher.model", ["teacher.model"])],
+    [
+        ("vsd", ["vsd.weight", "vsd.t_min", "vsd.t_max", "vsd.guidance_rescale", "vsd.shift"]),
+        ("teacher.model", ["teacher.model"]),
+    ],
 )
 def test_help_of_a_section_or_a_key(topic, shown, capsys):
     with pytest.raises(SystemExit) as stopped:

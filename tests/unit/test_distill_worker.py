@@ -234,6 +234,42 @@ def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_
     assert not (tmp_path / "result.json").exists()
 
 
+@pytest.mark.full
+def test_samples_that_are_left_out_are_named_in_the_run_which_goes_on(stage, work_here, monkeypatch, capsys):
+    """With every switch of the discriminator and of the rates on, as the checkpoint keeps them; one update is a resume's."""
+    switches = (
+        "discriminator.standardize=true", "discriminator.depths=[0.3,0.9]", "discriminator.r1_weight=1",
+        "discriminator.step_together=true", "distill.schedule=cosine", "student.ema=power",
+    )  # fmt: skip
+    settings = stage("distill.steps=2", "distill.checkpoint_every=1", "distill.non_finite_share=0.25", *switches)
+
+    def spoilt(config, worker, first, reals=None):
+        for batch in plain(config, worker, first, reals):
+            if 5 in (ids := list(batch["sample_id"])) and "prompt_id" not in batch:  # of the first update's fake score
+                batch["student.prompt_embeds"] = batch["student.prompt_embeds"].copy()
+                batch["student.prompt_embeds"][ids.index(5)] = float("nan")
+            yield batch
+
+    plain = batches
+    monkeypatch.setitem(globals(), "batches", spoilt)
+    with monkeypatch.context() as cut:
+        cut.setattr(distill.DistillationRun, "agree", lambda run, step: True)  # as if it was told to leave
+        cut.setattr(distill.DistillationRun, "leave", lambda run: None)
+        work_here(settings)
+    state = load_state(kept(settings["folder"])[-1])[0]
+    assert state["updates"] == 1
+    assert state["discriminator"]["heads.1.spread"].min() > 0
+    work_here(settings)
+    assert result(settings)["steps"] == 2
+    data = tracked(settings)
+    words = "step 1, worker 0: left out: the student's x0: not finite in samples [1] of 2 (sample ids [5])"
+    assert data.tags["left_out"] == words
+    assert words in capsys.readouterr().out
+    assert "non_finite" not in data.tags
+    history = mlflow.MlflowClient(settings["mlflow_uri"]).get_metric_history(settings["mlflow_run"], "guard/left_out")
+    assert [(one.step, one.value) for one in history] == [(1, 1.0)]
+
+
 def test_a_worker_whose_own_part_was_finite_leaves_the_naming_to_the_one_whose_was_not():
     run = object.__new__(distill.DistillationRun)  # without a stage, to whose run it could write
     run.note_non_finite(NonFiniteError(f"{OTHERS} fake gradient: not finite in samples [0] of 1", elsewhere=True))

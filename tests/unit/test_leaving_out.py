@@ -73,7 +73,7 @@ def test_a_teachers_score_that_is_not_finite_counts_as_zero(spaces, tables):
     assert distiller.left_out == [(told, [BAD])]
 
 
-@pytest.mark.parametrize("fake_weight", [0.0, 0.1])
+@pytest.mark.parametrize("fake_weight", [0.0, pytest.param(0.1, marks=pytest.mark.full)])
 def test_a_teacher_sample_that_is_not_finite_is_left_out_of_its_half_alone(spaces, tables, fake_weight):
     """Also where both halves are one phase, and where the features' statistics are measured with it."""
     changes = {"discriminator__fake_weight": fake_weight, "discriminator__standardize": True}
@@ -176,6 +176,7 @@ def test_workers_agree_on_what_is_left_out_and_stay_the_same(spaces, tables):
     assert workers[1].pop_metrics()["guard/left_out"] == 2
 
 
+@pytest.mark.full
 def test_where_both_halves_are_stepped_on_together_they_read_the_same_features(spaces, tables):
     """The head's gradient then does not depend on what the fake score's step changes."""
     found = {}

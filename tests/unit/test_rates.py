@@ -80,7 +80,11 @@ def test_a_half_life_forgets_half_in_so_many_updates():
 
 
 @pytest.mark.parametrize(
-    ("ema", "expected"), [("power", lambda n: (n / (n + 1)) ** (power_of(0.2) + 1)), ("half_life", lambda n: 0.5**20)]
+    ("ema", "expected"),
+    [
+        ("power", lambda n: (n / (n + 1)) ** (power_of(0.2) + 1)),
+        pytest.param("half_life", lambda n: 0.5**20, marks=pytest.mark.full),
+    ],
 )
 def test_rates_and_averages_go_on_with_the_same_bits_across_a_resume(spaces, tables, ema, expected):
     config = configuration(
@@ -108,7 +112,7 @@ def test_rates_and_averages_go_on_with_the_same_bits_across_a_resume(spaces, tab
         assert torch.equal(flat(getattr(whole.networks, part)), flat(getattr(resumed.networks, part))), part
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_the_gans_pull_is_the_students_gradient_of_that_loss_alone(spaces, tables, parts):
     """Without VSD it is all of the gradient: ramped, weighted, in the units of vsd/gradient_norm."""
     found = []
