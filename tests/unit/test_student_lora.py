@@ -35,7 +35,7 @@ from raydistill.spaces.one_step import one_step_x0
 CAPTIONS = ["a small red circle at the left on a white background", "two blue squares", ""]
 LORA = (
     "student.kind=lora", "student.rank=4", "student.lr=3e-3", "student.ema_decay=0.9", "fake_score.rank=4",
-    "fake_score.updates=1", "distill.batch_size=4", "distill.micro_batches=2",
+    "fake_score.updates=1", "distill.batch_size=2", "distill.micro_batches=2",
 )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def world():
     tables = {
         role: PromptTable(space, CAPTIONS)(CAPTIONS) for role, space in {"student": student, "teacher": teacher}.items()
     }
-    scores = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
+    scores = torch.randn(1, *teacher.latent_shape, generator=torch.Generator().manual_seed(3))
     return student, teacher, tables, scores
 
 
@@ -55,7 +55,7 @@ def distiller(world, *settings, skip=0):
 
     def batches():
         for slot in itertools.count(skip):
-            ids = list(range(4 * slot, 4 * slot + 4))
+            ids = list(range(2 * slot, 2 * slot + 2))
             yield {"sample_id": ids} | {
                 f"{role}.{name}": value[[i % 2 for i in ids]].numpy()
                 for role, table in tables.items()
@@ -111,6 +111,7 @@ def test_only_the_lora_learns_and_is_kept_and_the_average_shares_the_frozen_weig
     assert len(shared) == len(start)
 
 
+@pytest.mark.full
 def test_a_student_begins_as_its_start_and_draws_no_number_that_others_would_have(world):
     """The seed decides A alone: fake score and head begin as beside a student that is trained whole."""
     lora, full = distiller(world), distiller(world, "student.kind=full")
@@ -192,6 +193,7 @@ def test_both_forms_of_the_export_draw_the_students_own_latents(world, learned, 
     }
 
 
+@pytest.mark.full
 def test_the_export_job_gives_the_runs_own_lora(export, tmp_path):
     base, name = find_base(export, None)
     report = write_lora(export, base, name, 0.5, tmp_path)
@@ -210,6 +212,7 @@ def test_merged_weights_are_those_that_diffusers_fuses(learned):
     assert all(torch.equal(value, found[name]) for name, value in wanted.items())
 
 
+@pytest.mark.full
 def test_the_plan_counts_what_learns_once_and_a_checkpoint(learned):
     config = load(overrides=list(LORA))
     counted = count_trainer(config, open_space("shapes:sd15"), open_space("shapes:flux"))

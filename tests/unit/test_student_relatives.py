@@ -9,6 +9,7 @@ import tiny_diffusion_pipelines as tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from export_students import ONE_STEP
+from lanes import full_but
 
 from raydistill.config.networks import FakeScoreConfig
 from raydistill.data.encode import TextEncoder
@@ -24,7 +25,7 @@ from raydistill.spaces.published_students import load_student
 PROMPT = "two blue squares"
 
 
-@pytest.fixture(scope="module", params=tiny.RELATIVES)
+@pytest.fixture(scope="module", params=full_but(tiny.RELATIVES, "small", "tiny"))
 def student(request, tmp_path_factory):
     """A relative, its export, and the latents of one step."""
     root = tmp_path_factory.mktemp(request.param)

@@ -144,6 +144,7 @@ def test_the_export_is_an_sdxl_folder_that_draws_the_runs_picture(space, text, l
     torch.testing.assert_close(drawn(base, space), wanted, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.full
 def test_everything_that_reads_an_export_reads_this_one(space, export, tmp_path):
     pipe = StableDiffusionXLPipeline.from_pretrained(export.folder)
     subject = find_subject(str(export.folder), tmp_path)

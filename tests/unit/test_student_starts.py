@@ -85,6 +85,7 @@ def test_a_file_in_kohyas_names_with_alpha_in_half_precision_is_read_too(space, 
         torch.testing.assert_close(value, ours[name], rtol=0, atol=2e-3 * ours[name].abs().max().item())
 
 
+@pytest.mark.full
 def test_a_start_is_checked_without_the_students_weights_and_told(lora, tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     inputs = check_inputs(load(overrides=[f"storage={tmp_path}", "student.unet=null", f"student.lora_start={lora}"]))
