@@ -19,7 +19,9 @@ from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.losses import approximate_r1, fake_logits_loss, real_logits_loss
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
+from raydistill.planning.counting import count_trainer
 from raydistill.spaces import load_space
+from raydistill.spaces.meta import open_space
 
 THREE = "[0.2,0.5,0.9]"
 
@@ -236,3 +238,19 @@ def test_r1_takes_part_in_the_heads_gradient_by_its_weight_alone(spaces, tables)
         gradients(discriminator__r1_weight=weight, discriminator__fake_weight=0.1)[0]["fake"] for weight in (0, 0.5)
     ]
     assert not torch.equal(*reached)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "switches", [("r1_weight=1",), ("depths=[0.5,0.99]",), ("depths=[0.5,0.99]", "standardize=true")]
+)
+def test_the_planner_counts_what_is_computed_besides(switches):
+    """One more pass for R1; with deeper features, more of a pass for each of teacher samples and the student's pull."""
+    plain, more = (
+        count_trainer(config, *(open_space(config.student.model), open_space(config.teacher.model)), batch=4)
+        for config in (load(), load(overrides=[f"discriminator.{switch}" for switch in switches]))
+    )
+    assert more.fake.flops > 1.05 * plain.fake.flops
+    if "r1_weight=1" not in switches:
+        assert more.student.flops > 1.02 * plain.student.flops
+        assert more.weights.discriminator > 1.5 * plain.weights.discriminator
