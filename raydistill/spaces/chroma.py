@@ -20,6 +20,8 @@ from raydistill.spaces.flow import FlowSpace, image_tokens_behind_text
 from raydistill.spaces.flux import FluxSpace, image_ids, pack, unpack
 from raydistill.spaces.hub_model import APACHE, HubModel
 
+SEEN, UNSEEN = 0.5, -200.0  # of tokens: blocks multiply those of query and key, and attention adds that to its logits
+
 
 def _keep_modulations(
     network: nn.Module, doubles: Sequence[int], singles: Sequence[int], depth: tuple[int, int]
@@ -81,21 +83,22 @@ class ChromaSpace(FlowSpace):
         return {"prompt_embeds": embeds, "prompt_attention_mask": mask.long()}
 
     def predict(self, network, x_t, t_B, conditioning):
-        """The mask is boolean, as the model was trained with it.
+        """Tokens that are seen see each other: 0.25 is added to the logits of their pairs, and -100 to others'.
 
-        diffusers' pipeline makes one of 0 and 1 in the text's dtype, which attention adds to its logits: no token is
-        masked then (github.com/huggingface/diffusers/issues/13619).
+        So padding weighs less than 1e-43, and itself sees padding. A boolean mask, which says the same of tokens that are
+        seen, would leave rows of padding without any key, whose softmax is no number in some kernels. diffusers' pipeline
+        multiplies 1 and 0, which masks nothing (github.com/huggingface/diffusers/issues/13619).
         """
         height, width = x_t.shape[-2:]
         embeds, tokens = conditioning["prompt_embeds"], pack(x_t)
-        seen = conditioning["prompt_attention_mask"].bool()
+        mask = torch.where(conditioning["prompt_attention_mask"].bool(), SEEN, UNSEEN).to(embeds.dtype)
         velocity = network(
             hidden_states=tokens.to(embeds.dtype),
             timestep=t_B,
             encoder_hidden_states=embeds,
             img_ids=image_ids(height, width, x_t.device),
             txt_ids=torch.zeros(embeds.shape[1], 3, device=x_t.device),
-            attention_mask=torch.cat([seen, seen.new_ones(tokens.shape[:2])], dim=1),
+            attention_mask=torch.cat([mask, mask.new_full(tokens.shape[:2], SEEN)], dim=1),
             return_dict=False,
         )[0]
         return unpack(velocity, height, width)
