@@ -154,8 +154,9 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
     """The scheduler whose single step (`set_timesteps(1)`) is exactly x_0 of the prediction at `start_timestep`.
 
     Last step of the path: DDIM feeds the network plain noise at t = N - 1 and, with the final alpha at one, returns
-    x_0. So it does on the first start_timestep + 1 betas for a family with a `plain_start`. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
-    (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise.
+    x_0. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
+    (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise, as a family with a
+    `plain_start` wants it.
 
     Raises:
         InputError: the start timestep is not on the path, or the student is no diffusion model on discrete steps.
