@@ -134,7 +134,7 @@ def count_trainer(
         x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
         scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
 
-        _make_moments(worker)
+        make_moments(worker)
         made: list[Any] = []
         works = []
         for name, part in {
@@ -181,7 +181,7 @@ def count_trainer(
         return Trainer(weights, held, make, fake, updated, gradients, nbytes(kept))
 
 
-def _make_moments(worker: Distiller) -> None:
+def make_moments(worker: Distiller) -> None:
     """The optimizers' state, which every step but the first one finds."""
     for optimizer in worker.gradients.optimizers.values():
         for group in optimizer.param_groups:

@@ -46,7 +46,7 @@ class Pair:
 
 
 def update(pair: Pair, meter: Any) -> None:
-    """Two of a worker's; the pair's precision, and its activations recomputed or kept as it says."""
+    """One of a worker's; the pair's precision, and its activations recomputed or kept as it says."""
     import torch
     from device_roles import answered
     from pretended_tensors import CUDA
@@ -55,7 +55,7 @@ def update(pair: Pair, meter: Any) -> None:
     from raydistill.distillation.batches import Real
     from raydistill.distillation.schedule import distillation_step
     from raydistill.distillation.updates import build_distiller
-    from raydistill.planning.counting import empty_bridge
+    from raydistill.planning.counting import empty_bridge, make_moments
 
     config, size = pair.config, pair.config.distill.batch_size
     columns = {
@@ -77,8 +77,8 @@ def update(pair: Pair, meter: Any) -> None:
     )
     networks = worker.networks
     meter.hold(networks.student, networks.bridge, networks.fake, networks.discriminator, networks.ema)
-    for _ in range(2):  # the second one has the optimizers' moments from its beginning
-        distillation_step(worker, answered, 1, overlap=True)
+    make_moments(worker)  # as every step but a run's first one finds them
+    distillation_step(worker, answered, 1, overlap=True)
 
 
 def score(pair: Pair, meter: Any) -> None:

@@ -12,9 +12,8 @@ pytestmark = [needs_a_compiler, pytest.mark.full, pytest.mark.timeout(1800)]
 
 H100_GIB = 79.6
 PAIRS = ("sd35_medium_sd15", "flux1_dev_sd15", "sdxl_sd15")
-OTHERS = ("kolors_sd15", "pixart_sigma_sd15", "sd35_large_sd15", "flux2_klein_sd15")  # whose updates alone are run
 ROLES = ("update", "score", "vae")
-CELLS = [(pair, role) for pair in PAIRS for role in ROLES] + [(pair, "update") for pair in OTHERS]
+CELLS = [(pair, role) for pair in PAIRS for role in ROLES]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Repeated blocks that are compiled: an update's numbers up to rounding, with hooks that read and end a pass outside the graphs.
 
-In the short lane torch's "aot_eager" stands for inductor: the same capture and the same graphs of both passes, without a
-C++ compiler.
+In most tests torch's "aot_eager" stands for inductor: the same capture and the same graphs of both passes, without a C++
+compiler.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from raydistill.bridge.swinir import SwinLayer
 from raydistill.config.reading import fields, load
 from raydistill.distillation import compiled
 from raydistill.distillation.batches import Real
+from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
 from raydistill.spaces import load_space
@@ -104,11 +105,12 @@ def compiled_forwards(network, names):
     return ["forward" in vars(block) for block in blocks]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("family", "overrides"),
     [
         ("flux", ("distill.gradient_checkpointing=true", "discriminator.shared_pass=true")),
-        pytest.param("sdxl", ("distill.mixed_precision=true",), marks=pytest.mark.full),
+        ("sdxl", ("distill.mixed_precision=true",)),
     ],
 )
 def test_an_updates_numbers_are_those_of_plain_blocks(build, monkeypatch, family, overrides):
@@ -118,6 +120,27 @@ def test_an_updates_numbers_are_those_of_plain_blocks(build, monkeypatch, family
     for space, network in ((networks.student_space, networks.student), (networks.teacher_space, networks.fake.network)):
         assert all(compiled_forwards(network, repeated_blocks(space, network)))
     assert all(compiled_forwards(networks.bridge, [SwinLayer.__name__]))
+
+
+def test_a_pass_is_read_and_ended_at_a_block_that_is_compiled(diffusion_folders, monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")  # of dynamo's graphs, which hooks would break
+    torch._dynamo.reset()
+    counters.clear()
+    space = load_space(diffusion_folders["pixart"])
+    torch.manual_seed(0)
+    fake = FakeScore(space, space.load_network(), load(overrides=SMALL).fake_score, 0.5)
+    latents, t_B = torch.randn(2, *space.latent_shape), torch.tensor([0.3, 0.8])
+    conditioning = space.encode_prompts(space.load_text(), CAPTIONS)
+    with torch.no_grad():
+        plain = *fake(latents, t_B, conditioning), fake.features(latents, t_B, conditioning)
+        compiled.compile_network(space, fake.network)
+        assert all(compiled_forwards(fake.network, repeated_blocks(space, fake.network)))
+        found = *fake(latents, t_B, conditioning), fake.features(latents, t_B, conditioning)
+    for one, other in zip(plain, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 2, "blocks of a class share their graphs; the first one's input may lie otherwise in memory"
+    assert dict(counters["graph_break"]) == {}
 
 
 @pytest.mark.full

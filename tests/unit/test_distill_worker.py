@@ -454,6 +454,7 @@ def launch_here(monkeypatch, work_here):
     return lambda settings: (launch(Stage(**settings)), attempts)[1]
 
 
+@pytest.mark.full
 def test_a_full_device_is_tried_once_more_with_more_parts_and_the_run_says_so(stage, launch_here, tmp_path, capsys):
     few = ("distill.steps=1", "distill.evaluate_every=9", "evaluation.consistency_count=0")
     settings = stage("distill.micro_batches=1", *few)

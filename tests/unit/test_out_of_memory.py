@@ -21,6 +21,7 @@ from raydistill.errors import OutOfMemory
 from raydistill.teachers.replica import _is_the_requests_fault
 from raydistill.teachers.request import Memory, RankBroken, TeacherError
 from raydistill.teachers.shard import TeacherRank, remedies
+from raydistill.workers.more_parts import more_parts_of
 from raydistill.workers.ray_train import fatal_error, is_fatal, recording_fatal_errors
 from raydistill.workers.remedies import bridge_remedies, trainer_remedies
 
@@ -67,6 +68,24 @@ def test_what_is_set_already_is_no_remedy():
     ]  # fmt: skip
     whole = TeacherServiceConfig(slice=1, dtype="bfloat16", backend="plain")
     assert remedies(whole) == ["teachers.backend=zero3 with more teachers.shards"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["distill.batch_size=6"], 2),
+        (["distill.batch_size=6", "distill.micro_batches=2"], 3),
+        (
+            ["distill.batch_size=6", "distill.micro_batches=2", "fake_score.batch_size=3"],
+            6,
+        ),  # which has no parts of two
+        (["distill.batch_size=8", "distill.micro_batches=2", "bridge.trainable=true", "bridge.batch_size=12"], 4),
+        (["distill.batch_size=8", "distill.micro_batches=4", "bridge.trainable=true", "bridge.batch_size=12"], None),
+        (["distill.batch_size=4", "distill.micro_batches=4"], None),
+    ],
+)
+def test_more_parts_divide_all_that_an_update_takes(overrides, parts):
+    assert more_parts_of(load(overrides=overrides)) == parts
 
 
 @pytest.fixture
