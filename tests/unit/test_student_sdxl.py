@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from export_students import ONE_STEP
 
-from raydistill.bridge.model import Bridge, doublings
+from raydistill.bridge.model import Bridge, reach
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptTable, TextEncoder
 from raydistill.distillation.batches import Real
@@ -87,7 +87,7 @@ def distiller(space, teacher, *settings):
 def lora(space, diffusion_folders):
     """A worker whose student is a LoRA, after an update; the teacher's grid is the student's."""
     teacher = load_space(diffusion_folders["pixart"])
-    assert doublings(space, teacher) == 0
+    assert reach(space, teacher, prior=True) == (0, 1)
     worker = distiller(space, teacher, "student.kind=lora")
     return stepped(worker, teacher)
 
