@@ -5,7 +5,20 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from raydistill.export.pipeline import front_matter
+import yaml
+
+
+def front_matter(identifier: str, name: str) -> str:
+    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes."""
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "license": identifier,
+        "tags": ["stable-diffusion", "one-step", "distillation"],
+    }
+    if identifier == "other":
+        front["license_name"] = name
+    return yaml.safe_dump(front, sort_keys=False).strip()
 
 
 def outside_card(export: Path, usage: str, **front: str) -> str:

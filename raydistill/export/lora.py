@@ -9,10 +9,11 @@ Letters: M rows (output features), N columns (input features times the kernel's 
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -24,7 +25,7 @@ from torch import nn
 from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
 from raydistill.export.one_picture import difference, load_float32
-from raydistill.export.own_lora import FILE, FOLDER, usage_of
+from raydistill.export.own_lora import BEGINS, FILE, FOLDER, Begins, from_pretrained, repository, usage_of
 from raydistill.export.source import Export, open_one_step
 from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
@@ -157,12 +158,13 @@ def write_lora(
     )
     usage = _USAGE.format(
         base=base_name,
+        arguments=from_pretrained(base_name),
         report=report,
         start=start,
         scheduler=type(space.scheduler).__name__,
         pipeline=space.pipeline_class,
     )
-    card = outside_card(Path(space.folder), usage, base_model=base_name)
+    card = outside_card(Path(space.folder), usage, base_model=repository(base_name))
     (folder / "README.md").write_text(card, encoding="utf-8")
     if not apart <= NEAR:
         report += "\nwarning   that is another picture: norms and biases changed too; --format single-file is exact"
@@ -174,16 +176,22 @@ def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
     space, start = open_one_step(export)
     shutil.copyfile(export.folder / FOLDER / FILE, folder / FILE)
     shutil.copytree(export.folder / FOLDER / "scheduler", folder / "scheduler")
-    config = export.run_config()
-    starts = (config.student.unet, config.student.lora_start) if config else (None, None)
-    apart = difference(space, lambda: load_lora(Path(base.folder), folder, load_start(base, *starts)))
+    config, noted = export.run_config(), Begins.of(export.folder / FOLDER)
+    known = config and Begins(base_name, config.student.unet, config.student.lora_start)
+    begins = replace(noted, base=base_name) if noted else known or Begins(base_name)
+    (folder / BEGINS).write_text(json.dumps(asdict(begins), indent=2), encoding="utf-8")
+    network = load_start(base, begins.unet, begins.lora)
+    apart = difference(space, lambda: load_lora(Path(base.folder), folder, network))
     rank = next(entry.shape[0] for name, entry in read_header(folder / FILE).tensors.items() if "lora_A" in name)
     report = (
         f"rank {rank}, as it was trained, {(folder / FILE).stat().st_size / 2**20:.1f} MiB; one picture differs by "
         f"{apart:.2f} / 255 on average"
     )
-    usage = usage_of(space, base_name, *starts, space.scheduler, start, report)
-    (folder / "README.md").write_text(outside_card(Path(space.folder), usage, base_model=base_name), encoding="utf-8")
+    usage = usage_of(space, begins, space.scheduler, start, report)
+    card = outside_card(Path(space.folder), usage, base_model=repository(base_name))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if not apart <= NEAR:
+        report += "\nwarning   that is another picture: base and start are not those that the LoRA was trained on"
     return report
 
 
@@ -211,7 +219,7 @@ The LoRA turns its base, {base}, into a one-step student: {report}.
 ```python
 from diffusers import {scheduler}, {pipeline}
 
-pipe = {pipeline}.from_pretrained("{base}")
+pipe = {pipeline}.from_pretrained({arguments})
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
 image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]

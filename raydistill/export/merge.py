@@ -18,8 +18,9 @@ import torch
 import yaml
 
 from raydistill.errors import InputError
+from raydistill.export.cards import front_matter
 from raydistill.export.parts import copy_part, forget_origin
-from raydistill.export.pipeline import SEVERAL, USAGE, front_matter, table_rows
+from raydistill.export.pipeline import SEVERAL, USAGE, table_rows
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import diffusers
 import torch
-import yaml
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 
 from raydistill.errors import InputError
+from raydistill.export.cards import front_matter, outside_card
 from raydistill.export.licences import picture_licence, student_licences
 from raydistill.export.own_lora import FOLDER as LORA
-from raydistill.export.own_lora import usage_of, write_own_lora
+from raydistill.export.own_lora import Begins, repository, usage_of, write_own_lora
 from raydistill.export.parts import copy_part, forget_origin, rounded
 from raydistill.spaces.adapter import has_lora, merged_state
 from raydistill.spaces.base import Space
@@ -127,19 +127,6 @@ This is a summary and may be out of date; the licence texts of the models decide
 """
 
 
-def front_matter(identifier: str, name: str) -> str:
-    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes."""
-    front = {
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "license": identifier,
-        "tags": ["stable-diffusion", "one-step", "distillation"],
-    }
-    if identifier == "other":
-        front["license_name"] = name
-    return yaml.safe_dump(front, sort_keys=False).strip()
-
-
 def table_rows(values: Mapping[str, object]) -> str:
     """Rows of a Markdown table of two columns."""
     return "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items())
@@ -222,8 +209,10 @@ def export_student(
         (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
         if has_lora(unet):
-            usage = usage_of(space, card.student, card.start, card.lora_start, scheduler, start_timestep)
-            write_own_lora(space, unet, scheduler, fresh / LORA, usage)
+            begins = Begins(card.student, card.start, card.lora_start)
+            usage = usage_of(space, begins, scheduler, start_timestep)
+            terms = outside_card(fresh, usage, base_model=repository(card.student))
+            write_own_lora(space, unet, scheduler, begins, fresh / LORA, terms)
     return folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -64,6 +65,11 @@ class ChromaSpace(FlowSpace):
     default_guidance_scale = 5.0
     attention_reader = AttentionReader(cut=_cut, watch=watch_rotary_norms, image_tokens=patches)
     tokens_asked = {"tokenizer": 512}
+
+    @cached_property
+    def default_shift(self) -> float:
+        """3 where the schedule has beta sigmas instead of a shift, as Chroma1-Base's."""
+        return 3.0 if self.scheduler.config.get("use_beta_sigmas") else super().default_shift
 
     @property
     def conditioning_layout(self) -> Layout:

@@ -99,7 +99,8 @@ def test_a_pair_only_lists_what_it_extends(teacher, student):
 def test_a_pair_has_the_hyperparameters_of_the_paper(teacher, student):
     config = load(CONFIGS / f"{teacher}_{student}.yaml")
     values = flatten(config)
-    assert {key: values[key] for key in PAPER} == PAPER
+    rate = {"student.lr": 5e-5} if config.student.kind == "lora" else {}
+    assert {key: values[key] for key in PAPER} == PAPER | rate
     assert config.distill.batch_size == (16 if teacher == "flux2_klein" else 32)
     assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
     assert (config.student.unet is None) == student.endswith("_raw")
@@ -298,7 +299,7 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
     keeps = {"distill.gradient_checkpointing", "distill.micro_batches"}  # activations: they fit 80 GB
     more |= dict.fromkeys(("sd35_medium", "sdxl"), keeps)
-    of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", *keeps}}
+    of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", "student.lr", *keeps}}
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     more["chroma"] = {"bridge.micro_batches"}

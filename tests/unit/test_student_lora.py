@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from raydistill.distillation.updates import build_distiller
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.export.lora import find_base, write_lora
-from raydistill.export.own_lora import FILE
+from raydistill.export.own_lora import FILE, Begins, from_pretrained, repository, usage_of
 from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.export.source import Export
 from raydistill.planning.counting import count_trainer
@@ -161,6 +162,18 @@ def export(world, learned, tmp_path_factory):
     return Export(folder, "mine", run)
 
 
+def test_the_card_of_a_lora_loads_the_commits_that_the_run_was_bound_to(world):
+    """A name with its commit, as a run keeps it, is no name that the hub's library takes."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    begins = Begins(f"org/base@{commit}", lora=f"org/start@{commit}/one/file.safetensors")
+    usage = usage_of(world[0], begins, world[0].scheduler, 999)
+    assert f'from_pretrained("org/base", revision="{commit}")' in usage
+    assert f'load_lora_weights("org/start", weight_name="one/file.safetensors", revision="{commit}")' in usage
+    assert from_pretrained("org/base") == '"org/base"'
+    assert from_pretrained("/a/folder@home") == '"/a/folder@home"'
+    assert repository(f"org/base@{commit}") == "org/base"
+
+
 def draw(pipe, noise):
     pipe.set_progress_bar_config(disable=True)
     return pipe(CAPTIONS[1], latents=noise, output_type="latent", **ONE_STEP).images
@@ -195,7 +208,14 @@ def test_both_forms_of_the_export_draw_the_students_own_latents(world, learned, 
 
 @pytest.mark.full
 def test_the_export_job_gives_the_runs_own_lora(export, tmp_path):
+    """Also of a copy of the export, far from the run's folder."""
     base, name = find_base(export, None)
+    moved = Export(shutil.copytree(export.folder, tmp_path / "moved"), "moved")
+    (tmp_path / "again").mkdir()
+    assert "differs by 0.00 / 255" in write_lora(moved, base, name, 0.5, tmp_path / "again")
+    assert load_file(tmp_path / "again" / FILE).keys() == load_file(export.folder / "lora" / FILE).keys()
+    tmp_path = tmp_path / "own"
+    tmp_path.mkdir()
     report = write_lora(export, base, name, 0.5, tmp_path)
     assert report.startswith("rank 4, as it was trained, ")
     assert float(re.search(r"differs by ([\d.]+) / 255", report)[1]) < 0.01
