@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-SMALLEST = 1e-6  # spread of a channel that hardly changes
+SMALLEST = 1e-3  # of the median spread: a channel that hardly changes does not drown the others when students move it
+
+TINY = 1e-6  # median spread of features that are all alike
 
 
 class Head(nn.Module):
@@ -57,7 +59,8 @@ class Head(nn.Module):
         """Mean and spread from the mean and the mean square of each channel, [2, D] float64."""
         mean, square = moments
         self.mean.copy_(mean)
-        self.spread.copy_((square - mean.square()).clamp_min(0).sqrt().clamp_min(SMALLEST))
+        spread = (square - mean.square()).clamp_min(0).sqrt()
+        self.spread.copy_(spread.clamp_min(SMALLEST * spread.median().clamp_min(TINY)))
 
 
 class Discriminator(nn.Module):

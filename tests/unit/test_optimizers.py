@@ -32,13 +32,14 @@ def network():
 
 def gradients(net, kind, warmup=0):
     parameters = list(net.parameters())
-    return Gradients({"student": optimizers.make(parameters, LR, kind)}, 1, Finite(), warmup=warmup)
+    share = (lambda n: min(1.0, (n + 1) / warmup)) if warmup else None
+    return Gradients({"student": optimizers.make(parameters, LR, kind)}, 1, Finite(), share=share)
 
 
 def train(net, found, steps, first=0):
     for step in range(first, first + steps):
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
-        found.warm_up(step)
+        found.set_rates(step)
         found.accumulate(net(x).square().mean(), "student")
         found.step(student=1.0)
 
