@@ -14,7 +14,7 @@ from raydistill.config.reading import load
 from raydistill.workers.ray_train import Worker, network_environment
 from raydistill.workers.waiting import watch
 
-TIMEOUT_S = 5
+TIMEOUT_S = 10
 
 
 def work(rank, folder):
@@ -30,7 +30,7 @@ def work(rank, folder):
     assert own.from_rank_0(rank) == 0
     assert mine.tolist() == [0.5] * 3
     if rank == 1:
-        time.sleep(3 * TIMEOUT_S)
+        time.sleep(TIMEOUT_S + 5)
         os._exit(0)
     with pytest.raises(RuntimeError) as error:
         own.average([mine])
@@ -44,7 +44,7 @@ def test_who_keeps_the_others_waiting_is_named(tmp_path, capfd):
         f"worker 0 waits for rank 1 on node {socket.gethostname()}, which has not come to the meeting of all workers"
     )
     assert (tmp_path / "said").read_text().startswith(f"{named}: ")
-    assert f"distill: {named} for 4 s (distill.collective_timeout_s)" in capfd.readouterr().out
+    assert f"distill: {named} for 8 s (distill.collective_timeout_s)" in capfd.readouterr().out
 
 
 def test_workers_meet_on_the_interface_that_is_named():
