@@ -8,6 +8,7 @@ masked, but for its first token. diffusers recomputes activations of single bloc
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -20,6 +21,9 @@ from raydistill.spaces.base import Conditioning, Layout
 from raydistill.spaces.flow import FlowSpace, image_tokens_behind_text
 from raydistill.spaces.flux import FluxSpace, image_ids, pack, unpack
 from raydistill.spaces.hub_model import APACHE, HubModel
+
+# of diffusers 0.42, on a class that its Chroma still takes
+warnings.filterwarnings("ignore", message=".*FluxPosEmbed.*", category=FutureWarning)
 
 SEEN, UNSEEN = 0.5, -200.0  # of tokens: blocks multiply those of query and key, and attention adds that to its logits
 
