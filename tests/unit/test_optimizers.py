@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -92,6 +94,14 @@ def test_steps_in_8_bits_go_where_those_in_32_bits_go():
         moved.append(flat(net) - start)
     assert not torch.equal(*moved)
     assert torch.cosine_similarity(*moved, 0) > 0.99
+
+
+@needs_torchao
+def test_where_torchao_is_installed_it_says_nothing():
+    """diffusers imports it."""
+    code = "import raydistill.spaces, sys; assert 'torchao' in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_without_torchao_it_is_refused_before_anything_starts(tmp_path, monkeypatch):
