@@ -328,8 +328,8 @@ class DiscriminatorConfig(Section):
 
     @property
     def read_depths(self) -> list[float]:
-        """Of the blocks whose features are read."""
-        return self.depths or [self.depth_fraction]
+        """Of the blocks whose features are read; none without a GAN."""
+        return (self.depths or [self.depth_fraction]) if self.weight > 0 else []
 
 
 class VsdConfig(Section):

@@ -158,7 +158,7 @@ class DistillConfig(Section):
     non_finite_share: Fraction = free(
         0.05,
         description="largest share of a worker's batch that is left out of an update because a value of theirs is not "
-        "finite; above it, and where it is 0, such a value ends the run",
+        "finite, or one sample; above it, and where it is 0, such a value ends the run",
     )
     node_labels: dict[str, str] = free({}, description="labels of the nodes that may hold workers; none: any node")
 

@@ -142,7 +142,7 @@ class Adversary:
         A backward pass adds to the row the mean square of x's gradient of this loss alone, in the units of the VSD gradient,
         which is that of a sum over x's elements and not of their mean.
         """
-        scale = x.numel() * self.gradients.mean_parts / batch.weight
+        scale = x.numel() * self.gradients.mean_parts / (batch.weight or 1.0)
         judged = x.view_as(x)
         judged.register_hook(lambda g: row.update({"gan/gradient_square": g.float().square().mean() * scale**2}))
         return judged
@@ -176,6 +176,8 @@ class Adversary:
     def measure(self, batches: Sequence[MicroBatch]) -> None:
         """At the start of a run, what `discriminator.standardize` needs: of the first update's teacher samples.
 
+        Each part counts alike, however many of its samples are left.
+
         Each is noised at `TIMES` times, one in every equal part of their distribution. The statistics are the mean over all
         workers. They depend on seed and samples alone, and are part of the checkpoint.
         """
@@ -189,6 +191,8 @@ class Adversary:
                 t_B = sample_t(u_B, T_MIN, T_MAX, self.draws.shift)
                 eps = self.draws.normal(ids, latents.shape[1:], f"statistics_noise/{place}")
                 features = self.networks.features(add_noise(self.path, latents, eps, t_B), t_B, conditioning)
+                for one in features:
+                    self.networks.finite.note(one, "the features of the teacher samples")
                 moments = moments_of(features)
                 sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
         sums = [one / (TIMES * self.gradients.fake_mean_parts) for one in sums]

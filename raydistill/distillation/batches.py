@@ -172,17 +172,23 @@ class MicroBatch:
     teacher_conditioning: Conditioning  # as it is sent to the teachers
     fake_conditioning: Conditioning  # the same for the fake score
     rows: torch.Tensor | None = None  # [B] places of the samples in the part that they are left of; None: all are there
-    weight: float = 1.0  # share of that part that they are
+    weight: float = 1.0  # share of that part that they are; 0: they stand in for a part of which nothing is left
 
     def without(self, samples: Collection[int]) -> Self:
-        """The part without these sample ids, of which some must stay."""
+        """The part without these sample ids; perhaps of none, with the weight 0."""
         kept = torch.tensor([number not in samples for number in self.sample_ids.tolist()])
         if bool(kept.all()):
             return self
         rows = kept.nonzero().flatten()
+        return self._of(rows, self.weight * len(rows) / len(kept))
+
+    def stand_in(self) -> Self:
+        """Its first sample, with the weight 0."""
+        return self._of(torch.tensor([0]), 0.0)
+
+    def _of(self, rows: torch.Tensor, weight: float) -> Self:
         own = {name: _rows(value, rows) for name, value in vars(self).items() if name not in ("rows", "weight")}
-        places = rows if self.rows is None else self.rows[rows]
-        return type(self)(**own, rows=places, weight=self.weight * len(rows) / len(kept))
+        return type(self)(**own, rows=rows if self.rows is None else self.rows[rows], weight=weight)
 
 
 @dataclass(kw_only=True)

@@ -82,9 +82,8 @@ class FakeSide:
         rows = [dict(row) for row in rows]
         for row, part in zip(rows, parts, strict=True):
             self.adversary.real_gradients(row, part)
-        if self.adversary.waits:
-            self.gradients.step(fake=self.config.fake_score.max_grad_norm)
-        self.gradients.step(discriminator=self.config.student.max_grad_norm)
+        norms = {"fake": self.config.fake_score.max_grad_norm} if self.adversary.waits else {}
+        self.gradients.step(**norms, discriminator=self.config.student.max_grad_norm)
         return rows
 
     def student_gradients(self, batch: MicroBatch) -> Row:

@@ -88,13 +88,16 @@ class Finite:
 
 def _error(found: list[tuple[_Note, torch.Tensor]]) -> NonFiniteError:
     """Of the notes that were not finite, with the samples [B] concerned of each."""
+    own = [(note, part) for note, part in found if note.ids is not None]
+    if any(note.source == OTHERS_SAMPLE for note, _ in found):  # means over workers noted before it follow from it
+        if not own:
+            return NonFiniteError(f"{OTHERS_SAMPLE} is not finite", 1, (), True, ())
+        found = own
     first, bad = found[0]
     rows = bad.nonzero().flatten().tolist()
-    if first.source == OTHERS_SAMPLE:
-        return NonFiniteError(f"{first.source} is not finite", 1, rows, first.elsewhere, ())
     message = f"{first.source}: not finite in samples {rows[:8]} of {len(bad)}"
     if first.ids is None:
         return NonFiniteError(message, len(rows), rows, first.elsewhere)
-    samples = sorted({number for note, part in found if note.ids is not None for number in note.ids[part].tolist()})
+    samples = sorted({number for note, part in own for number in note.ids[part].tolist()})
     ids = first.ids[bad].tolist()
     return NonFiniteError(f"{message} (sample ids {ids[:8]})", len(rows), rows, first.elsewhere, samples)

@@ -96,12 +96,14 @@ class Gradients:
 
         Args:
             keep: the graph, for another loss that shares it.
-            weight: share of the micro-batch's samples that the loss is the mean of; the others count as 0.
+            weight: share of the micro-batch's samples that the loss is the mean of; the others count as 0. Where it is 0,
+                the loss is another part's: its passes run, as those of all workers must, and add nothing.
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
         mean_parts = self.fake_mean_parts if names[0] in OF_FAKE else self.mean_parts
-        torch.autograd.backward(loss / (mean_parts / weight), inputs=parameters, retain_graph=keep)
+        own = loss / (mean_parts / weight) if weight else 0 * loss
+        torch.autograd.backward(own, inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.

@@ -4,8 +4,10 @@ A phase computes gradients and steps on them. Its look comes before its step, so
 changed. Then the phase is done again without the samples that have such a value. They count as zero in the mean over the
 batch. All workers do it again together, for the mean of their gradients was spoilt for all.
 
-More than `distill.non_finite_share` of a worker's batch is an error, and so is a part of a batch of which nothing is
-left. So are weights, gradients and means that are not finite although every sample is.
+One sample may always be left out, and `distill.non_finite_share` of a worker's batch for the student. More is an error,
+and so is a batch of which nothing is left. So are weights, gradients and means that are not finite although every sample
+is. Where nothing is left of a part, a sample of another part stands in and counts as zero: workers that share the fake
+score (`fake_score.shard`) must all run equally many passes.
 """
 
 from __future__ import annotations
@@ -39,21 +41,25 @@ class Waiting:
         self.seconds = 0.0
 
     def of(self, place: int, part: MicroBatch) -> torch.Tensor | None:
-        """Those of a part, or of what is left of it."""
+        """Those of a part, or of what is left of it; zeros for what stands in for it."""
         if self._coming is None:
             return None
         started = time.perf_counter()
         while place >= len(self._there):
             self._there.append(next(self._coming))
         self.seconds += time.perf_counter() - started
-        return self._there[place] if part.rows is None else self._there[place][part.rows]
+        scores = self._there[place]
+        if not part.weight:
+            return torch.zeros_like(scores[:1])
+        return scores if part.rows is None else scores[part.rows]
 
 
 class LeavingOut:
     """What one worker leaves out.
 
     Args:
-        most: share of this worker's batch; 0: none, every such value is an error.
+        most: share of this worker's batch for the student, or one sample; 0: none, every such value is an error.
+        parts: that it is made of.
         gradients: of the phases.
         device: of the networks.
 
@@ -61,8 +67,8 @@ class LeavingOut:
         told: of what was left out since it was taken last: the error's words, and the sample ids.
     """
 
-    def __init__(self, most: float, gradients: Gradients, finite: Finite, device: torch.device) -> None:
-        self.most, self.gradients, self.finite, self.device = most, gradients, finite, device
+    def __init__(self, most: float, parts: int, gradients: Gradients, finite: Finite, device: torch.device) -> None:
+        self.most, self.parts, self.gradients, self.finite, self.device = most, parts, gradients, finite, device
         gradients.tolerant = most > 0
         self.told: list[tuple[str, list[int]]] = []
 
@@ -90,13 +96,13 @@ class LeavingOut:
         restore, without = self.gradients.taken(names), set(left)
         while True:
             try:
-                return phase([part.without(without) for part in parts])
+                return phase(_left(parts, without))
             except NonFiniteError as error:
                 if error.samples is None:
                     raise
                 more = set(error.samples) - without
                 without |= more
-                why = self._too_many(without, parts, len(parts))
+                why = self._too_many(without, parts[0], len(parts))
                 if self._of_any(bool(why)):
                     raise _with(error, why) from error
                 if not self._of_any(bool(more)):  # it would come again
@@ -119,14 +125,20 @@ class LeavingOut:
             if not self.most or not error.samples:
                 raise
             left |= set(error.samples)
-            if why := self._too_many(left, [part], parts):
+            if why := self._too_many(left, part, parts):
                 raise _with(error, why) from error
             self.told.append((str(error), list(error.samples)))
-            bad = torch.tensor([number in left for number in part.sample_ids.tolist()])
-            return [torch.where(bad.view(-1, *[1] * (v.ndim - 1)), 0.0, v.cpu()) for v in values]
+            return [self.zeroed(part, left, value.cpu()) for value in values]
+
+    def zeroed(self, part: MicroBatch, left: set[int], value: torch.Tensor) -> torch.Tensor:
+        """A value [B, …] of a part in main memory, zero in the samples that are left out; whole numbers stay."""
+        bad = torch.tensor([number in left for number in part.sample_ids.tolist()])
+        if not bad.any() or not value.is_floating_point():
+            return value
+        return value.masked_fill(bad.view(-1, *[1] * (value.ndim - 1)), 0.0)
 
     def left_of(self, part: MicroBatch, left: set[int], *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of values [B, …] of a part, those of the samples that are not left out."""
+        """Of values [B, …] of a part, those of the samples that are not left out; perhaps none."""
         rows = part.without(left).rows
         return values if rows is None else tuple(value[rows.to(value.device)] for value in values)
 
@@ -141,17 +153,28 @@ class LeavingOut:
         self.gradients.average([found])
         return found.item() > 0
 
-    def _too_many(self, left: set[int], parts: Sequence[MicroBatch], count: int) -> str:
-        """Why so many sample ids may not be left out of a batch of `count` parts, of which these are some; else nothing."""
-        share = len(left) / (count * len(parts[0].sample_ids))
-        if share > self.most:
+    def _too_many(self, left: set[int], part: MicroBatch, count: int) -> str:
+        """Why so many sample ids may not be left out of a batch of `count` parts like this one; else nothing.
+
+        The share is that of the student's batch: that of the fake score may be smaller (`fake_score.batch_size`).
+        """
+        size = len(part.sample_ids)
+        share = len(left) / (self.parts * size)
+        if len(left) > 1 and share > self.most:
             return f"{share:.1%} of the samples are more than distill.non_finite_share={self.most:g} allows"
-        if any(left.issuperset(part.sample_ids.tolist()) for part in parts):
-            return "nothing is left of a part of the batch"
-        return ""
+        return "nothing is left of the batch" if len(left) >= count * size else ""
+
+
+def _left(parts: Sequence[MicroBatch], without: Collection[int]) -> list[MicroBatch]:
+    """The parts without these sample ids, of which some must stay; as many of them."""
+    left = [part.without(without) for part in parts]
+    if all(part.weight for part in left):
+        return left
+    stand_in = next(part for part in left if part.weight).stand_in()
+    return [part if part.weight else stand_in for part in left]
 
 
 def _with(error: NonFiniteError, why: str) -> NonFiniteError:
     """The error of a value, and why it ends the run."""
     text = f"{error}; {why or 'another worker has too many such samples'}"
-    return NonFiniteError(text, error.count, error.rows, error.elsewhere)
+    return NonFiniteError(text, error.count, error.rows, error.elsewhere or not why)

@@ -81,7 +81,9 @@ class Distiller:
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
-        self.leaving_out = LeavingOut(config.distill.non_finite_share, self.gradients, self.finite, networks.device)
+        self.leaving_out = LeavingOut(
+            config.distill.non_finite_share, batches.parts, self.gradients, self.finite, networks.device
+        )
         self._left: set[int] = set()  # sample ids of the student's batch that are left out
         self.draws = Draws(config.run.seed, shift, networks.device)
         self.feed = None if real is None else RealFeed(config, real)
@@ -107,12 +109,18 @@ class Distiller:
             ids = batch.sample_ids
             noise = self.draws.normal(ids, self.networks.student_space.latent_shape, "latents")
             self.finite.of(ids)
+            for name, value in batch.fake_conditioning.items():
+                self.finite.note(value, f"the teacher's conditioning {name}")
             z_student = self.networks.z_student(noise, batch.student_conditioning)
             x = self.networks.bridged(z_student)
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
             sent = self.leaving_out.look(batch, self._left, len(batches), x_t, t_B)  # before the teachers see it
-            made = Made(**vars(batch), noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            texts = {
+                name: self.leaving_out.zeroed(batch, self._left, v) for name, v in batch.teacher_conditioning.items()
+            }
+            own = vars(batch) | {"teacher_conditioning": texts}
+            made = Made(**own, noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
             self.watch.made(*self.leaving_out.left_of(made, self._left, z_student, x))
             self.metrics["time/make"] += time.perf_counter() - started
             yield made
@@ -148,7 +156,8 @@ class Distiller:
             rows = []
             for index, part in enumerate(parts):
                 own = None if pairs is None else pairs.part(index, len(parts))
-                rows.append(self._student_gradients(part, waiting.of(index, part), own))
+                row = self._student_gradients(part, waiting.of(index, part), own)
+                rows += [row] if part.weight else []
             return rows, self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
 
         rows, norms = self.leaving_out.run(phase, made, names, left=self._left)
@@ -186,12 +195,14 @@ class Distiller:
         if self.adversary is not None:
             loss = loss + self.adversary.pull(row, judged, made, self.updates, features)
         names = ["student"]
+        if made.weight != 1:  # what is left out counts as 0; the pairs are all there
+            loss = made.weight * loss
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
             loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
             row |= {f"bridge/{name}": value for name, value in losses.items()}
             names.append("bridge")
-        self.gradients.accumulate(loss, *names, weight=made.weight)
+        self.gradients.accumulate(loss, *names)
         return row
 
     # -- metrics and state ---------------------------------------------------------------------------

@@ -65,11 +65,18 @@ class Watch:
     def begin(self) -> None:
         """A new update's batch is made."""
         self.alarm.begin()
-        self._latents: list[torch.Tensor] = []  # mean and mean square of each part
+        self._latents: list[torch.Tensor] = []  # mean and mean square of each part of which samples are left
+        self._parts = 0
         self._losses: list[torch.Tensor] = []  # of each fake update, summed over the parts
 
     def made(self, z_student: torch.Tensor, x: torch.Tensor) -> None:
-        """An equal part of the batch: latents of the student [B, c, h, w], and in teacher space [B, C, H, W]."""
+        """An equal part of the batch: latents of the student [B, c, h, w], and in teacher space [B, C, H, W].
+
+        One without samples counts as the mean of the others.
+        """
+        self._parts += 1
+        if not len(x):
+            return
         z = z_student.detach().double()
         self._latents.append(torch.stack([z.mean(), z.square().mean()]))
         self.alarm.add(x)
@@ -85,8 +92,10 @@ class Watch:
             mean_parts: parts of a worker, on average over all workers.
             average: mean of tensors over the workers, in place.
         """
-        moments = self.alarm.of_update(mean_parts, average)
-        numbers = torch.cat([torch.stack(self._latents).sum(0), *(loss[None] for loss in self._losses)]) / mean_parts
+        share = len(self._latents) / self._parts
+        moments = self.alarm.of_update(share * mean_parts, average)
+        latents = torch.stack(self._latents).sum(0) / share
+        numbers = torch.cat([latents, *(loss[None] for loss in self._losses)]) / mean_parts
         average([numbers])
         return [moments, numbers]
 
