@@ -153,7 +153,7 @@ def test_every_depth_gives_the_features_of_its_block(spaces, tables, index):
 
 def test_without_a_gan_no_depth_is_read(spaces, tables):
     """Not even two that are the same block: nothing looks at them before the start."""
-    config = configuration(discriminator__weight=0, discriminator__depths="[0.5,0.51]", fake_score__updates=1)
+    config = configuration(discriminator__weight=0, discriminator__depths="[0.99,1.0]", fake_score__updates=1)
     distiller = make_distiller(config, spaces, tables)
     fake = distiller.networks.fake
     assert not any(module._forward_hooks for module in fake.network.modules())
@@ -161,7 +161,7 @@ def test_without_a_gan_no_depth_is_read(spaces, tables):
     distiller.fake_update()
     assert not torch.equal(before, torch.cat([p.detach().flatten() for p in fake.trainable().values()]))
     with pytest.raises(InputError, match="are the same block"):
-        make_distiller(configuration(discriminator__depths="[0.5,0.51]"), spaces, tables)
+        make_distiller(configuration(discriminator__depths="[0.99,1.0]"), spaces, tables)
 
 
 def test_each_depth_has_a_head_that_learns_and_pulls_and_one_depth_is_the_default(spaces, tables):
