@@ -127,9 +127,9 @@ def check_paths(config: Config, keys: Sequence[str]) -> None:
 
 def _of_hub(config: Config, key: str) -> bool:
     value = get(config, key)
-    if value is None or local_path(value).exists():
+    if value is None or not ((key in HUB_KEYS and is_hub_id(value)) or (key in FILE_KEYS and is_hub_file(value))):
         return False
-    return (key in HUB_KEYS and is_hub_id(value)) or (key in FILE_KEYS and is_hub_file(value))
+    return not local_path(value).exists()
 
 
 def _check_path(key: str, value: str | None) -> None:

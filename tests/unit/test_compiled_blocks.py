@@ -122,20 +122,26 @@ def test_an_updates_numbers_are_those_of_plain_blocks(build, monkeypatch, family
     assert all(compiled_forwards(networks.bridge, [SwinLayer.__name__]))
 
 
+def everything(fake, *inputs):
+    """Prediction and features of a whole pass, and the features of one that ends at them."""
+    prediction, features = fake(*inputs)
+    return [prediction, *features, *fake.features(*inputs)]
+
+
 def test_a_pass_is_read_and_ended_at_a_block_that_is_compiled(diffusion_folders, monkeypatch):
     monkeypatch.setattr(compiled, "BACKEND", "eager")  # of dynamo's graphs, which hooks would break
     torch._dynamo.reset()
     counters.clear()
     space = load_space(diffusion_folders["pixart"])
     torch.manual_seed(0)
-    fake = FakeScore(space, space.load_network(), load(overrides=SMALL).fake_score, 0.5)
+    fake = FakeScore(space, space.load_network(), load(overrides=SMALL).fake_score, [0.5])
     latents, t_B = torch.randn(2, *space.latent_shape), torch.tensor([0.3, 0.8])
     conditioning = space.encode_prompts(space.load_text(), CAPTIONS)
     with torch.no_grad():
-        plain = *fake(latents, t_B, conditioning), fake.features(latents, t_B, conditioning)
+        plain = everything(fake, latents, t_B, conditioning)
         compiled.compile_network(space, fake.network)
         assert all(compiled_forwards(fake.network, repeated_blocks(space, fake.network)))
-        found = *fake(latents, t_B, conditioning), fake.features(latents, t_B, conditioning)
+        found = everything(fake, latents, t_B, conditioning)
     for one, other in zip(plain, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
     graphs = counters["stats"]["unique_graphs"]

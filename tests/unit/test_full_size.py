@@ -70,7 +70,9 @@ class Seen:
 
     def watch(self, worker: Any) -> None:
         for name in ("student", "bridge", "discriminator"):
-            getattr(worker.networks, name).register_forward_hook(partial(self._note, getattr(self, name)))
+            module = getattr(worker.networks, name)
+            module = module.heads[0] if name == "discriminator" else module
+            module.register_forward_hook(partial(self._note, getattr(self, name)))
 
     @staticmethod
     def _note(shapes: list[tuple[int, ...]], module: Any, args: Any, output: Any) -> None:

@@ -37,7 +37,8 @@ def test_what_fits_says_so_and_what_does_not_names_key_and_remedy(small_gpu):
     fits, warning = check_launch(load(overrides=[*GPUS, *small_gpu, "plan.launch=warn"]))
     assert fits.startswith("fits: teacher rank: needs ")  # there is no third line: the Bridge is trained already
     assert warning.startswith("WARNING: trainer: needs ")
-    assert warning.endswith("distill.gpus_per_worker=1 tiny has 0.0; not even one sample would")
+    remedies = "distill.micro_batches=2 or distill.batch_size=1 or distill.gradient_checkpointing=true would"
+    assert warning.endswith(f"distill.gpus_per_worker=1 tiny has 0.0; {remedies}")
 
 
 @pytest.mark.full

@@ -423,7 +423,7 @@ def test_files_weights_tokens_and_terms_of_a_real_pair_are_named(name, large):
 
 def test_details_fit_80_columns_and_show_the_gpus_that_are_asked_for(large):
     for name in ("sd35_medium_sd15", "flux1_dev_sd21_base"):
-        config = load(name)
+        config = load(name, [f"distill.micro_batches={large.batch // 4}"])
         text = details(dataclasses.replace(large, models=count(Wanted("models", config))), config, read_gpus())
         assert max(map(len, text.splitlines())) <= 80
         assert "H100" in text

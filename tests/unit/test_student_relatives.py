@@ -61,9 +61,9 @@ def test_it_is_adapted_cut_and_read_as_a_teacher_of_the_shared_space(student):
     parts = space.large_parts(unet)
     assert None not in parts
     t_B = torch.full((1,), 0.5)
-    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=2), 1.0)
+    fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=2), [1.0])
     with torch.no_grad():
-        prediction, features = fake(student.noise, t_B, student.text)
+        prediction, (features,) = fake(student.noise, t_B, student.text)
         torch.testing.assert_close(prediction, space.predict(unet, student.noise, t_B, student.text))
     assert features.shape[1] == unet.config["block_out_channels"][-1]
     cut, attentions = space.attention_reader.cut(unet, 0.5)
