@@ -50,6 +50,7 @@ PAPER = {
     "fake_score.lr": 5e-4,
     "discriminator.lr": 5e-7,
     "discriminator.weight": 0.5,
+    "discriminator.standardize": True,  # this project's: the paper does not say how its head reads a transformer
     "vsd.weight": 1.0,
     "vsd.t_min": 0.02,
     "vsd.t_max": 0.98,
