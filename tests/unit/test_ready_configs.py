@@ -194,7 +194,7 @@ def test_any_pair_by_the_fast_recipe_differs_from_the_paper_s_in_what_costs(teac
 CHEAPER = {
     "bridge.steps", "synthesis.images", "synthesis.image_count", "synthesis.min_pixels", "synthesis.count", "synthesis.max_failed_rows",
     "synthesis.encoders", "synthesis.in_flight", "fake_score.updates", "discriminator.real_source", "distill.steps",
-    "distill.warmup_steps", "distill.stop_on_plateau", "evaluation.prompts", "evaluation.holdout",
+    "distill.warmup_steps", "distill.schedule", "distill.stop_on_plateau", "evaluation.prompts", "evaluation.holdout",
 }  # fmt: skip
 
 
