@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from mean_of_two import averaging
 from test_updates import CAPTIONS, LocalTeacher, batches, configuration, flat, make_distiller
 
 from raydistill.distillation.schedule import distillation_step
@@ -173,22 +173,10 @@ def test_a_sample_whose_caption_is_not_finite_is_left_out_from_the_start(spaces,
 
 
 def two_workers(config, spaces, tables):
-    sums, barrier = {}, threading.Barrier(2)
-
-    def averaging(rank):
-        def average(tensors):
-            sums[rank] = [tensor.clone() for tensor in tensors]
-            barrier.wait(60)
-            means = [(one + other) / 2 for one, other in zip(sums[0], sums[1], strict=True)]
-            barrier.wait(60)
-            for tensor, mean in zip(tensors, means, strict=True):
-                tensor.copy_(mean)
-
-        return average
-
+    of_rank = averaging()
     workers = [make_distiller(config, spaces, tables) for _ in range(2)]
     for rank, worker in enumerate(workers):
-        worker.gradients.average = averaging(rank)
+        worker.gradients.average = of_rank(rank)
     return workers
 
 

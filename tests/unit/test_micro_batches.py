@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from mean_of_two import averaging
 
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
@@ -150,22 +150,10 @@ def test_the_mean_gradient_of_the_parts_is_the_batchs(build, submit, parts):
 def test_workers_with_more_and_fewer_parts_average_to_the_same_gradient(build, submit):
     """One worker with a quarter of the samples, one with the rest, as when two have to do what four did."""
     whole, _ = gradients_of(build(), submit)
-    sums, barrier = {}, threading.Barrier(2)
-
-    def averaging(rank):
-        def average(tensors):
-            sums[rank] = [tensor.clone() for tensor in tensors]
-            barrier.wait(60)
-            means = [(one + other) / 2 for one, other in zip(sums[0], sums[1], strict=True)]
-            barrier.wait(60)
-            for tensor, mean in zip(tensors, means, strict=True):
-                tensor.copy_(mean)
-
-        return average
-
+    of_rank = averaging()
     shares = ((slice(0, 2), 1), (slice(2, 8), 3))
     workers = [
-        build(rows=rows, average=averaging(rank), parts=parts, mean_parts=2.0)
+        build(rows=rows, average=of_rank(rank), parts=parts, mean_parts=2.0)
         for rank, (rows, parts) in enumerate(shares)
     ]
     with ThreadPoolExecutor(2) as pool:
