@@ -373,6 +373,13 @@ def test_without_the_peaks_pictures_the_rise_is_held_against_the_error_of_the_me
     assert (standing.peak, standing.flat, standing.peak_scores) == (41.0, 0, [40.0, 41.0, None, 42.0])
 
 
+def test_a_rise_counts_from_one_standard_error_on():
+    for scores, flat in (([20.1, 30.2, 40.9], 0), ([19.8, 30.3, 40.5], 1)):  # 0.40 against 0.25; 0.20 against 0.21
+        standing = Standing(peak=30.0, peak_scores=[20.0, 30.0, 40.0])
+        standing.observe(scores)
+        assert standing.flat == flat
+
+
 def test_a_metric_that_fails_keeps_the_best_as_it_is_and_the_last_where_there_is_none(observe, tmp_path):
     _, observer = observe(*CLIP)
     measured_as(observer, [None, [24.0, 26.0], None])
