@@ -176,6 +176,9 @@ def test_an_update_of_the_fake_score_may_take_fewer_samples_than_the_students(bu
     for name in ("student", "fake", "discriminator"):
         assert (found[1][name] - found[0][name]).norm() <= 2e-4 * found[0][name].norm() > 0, name
     assert (whole["fake"] - found[0]["fake"]).norm() > 0.1 * whole["fake"].norm()
+    # as of a worker that has these four samples alone
+    alone = gradients_of(build("fake_score.updates=1", rows=slice(0, 4), parts=1, mean_parts=1.0), submit)[0]
+    assert (alone["fake"] - found[0]["fake"]).norm() <= 2e-4 * alone["fake"].norm()
 
 
 def test_what_fewer_workers_take_of_it_averages_to_the_same_gradient(build, submit):
