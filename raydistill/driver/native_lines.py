@@ -94,4 +94,5 @@ def _write(line: bytes, told: Callable[[str], str], end: str) -> None:
     shown = told(text)
     if shown or not text:
         with contextlib.suppress(OSError, ValueError):  # nobody listens any more
-            print(shown, end=end, file=sys.stderr, flush=True)
+            sys.stderr.write(shown + end)  # in one piece: a line of another thread may come in between
+            sys.stderr.flush()

@@ -39,6 +39,12 @@ def _writable(text: str) -> str:
     return text.encode(encoding, "replace").decode(encoding)
 
 
+def _write(text: str) -> None:
+    """In one piece, for lines of other threads come in between: `print` writes the end of a line apart."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 class Pace:
     """Seconds that a step takes, over the last sightings; work that goes back to a checkpoint starts anew.
 
@@ -85,14 +91,14 @@ class Screen:
     def say(self, text: str) -> None:
         """A line, above the bars; in a log it carries the time. A character that the output cannot hold becomes `?`."""
         for line in _writable(str(text)).splitlines() or [""]:
-            print(line if self.terminal else f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+            _write(line if self.terminal else f"{time.strftime('%H:%M:%S')} {line}")
 
     def show(self, table: Table, width: int) -> None:
         """A table; `width` is that of a log, where no terminal says it."""
         console = Console(width=None if self.terminal else width)
         with console.capture() as drawn:
             console.print(table)
-        print(_writable(drawn.get()), end="", flush=True)
+        _write(_writable(drawn.get()).rstrip("\n"))
 
     def numbered(self, stage: str) -> str:
         """`3/5 distill`, or the stage alone where it was not planned."""

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -126,6 +127,24 @@ def test_a_log_that_holds_no_unicode_gets_its_lines(monkeypatch):
     first, *rows = log.buffer.getvalue().decode().splitlines()
     assert first.endswith(" run mine: flux ? sd15?")
     assert [row.split() for row in rows] == [["mean", "all"], ["before", "0.500", "?"], ["after", "?", "0.250"]]
+
+
+def test_two_threads_that_say_something_at_once_write_two_lines(monkeypatch):
+    class Slow(io.StringIO):
+        """Another thread writes between any two pieces."""
+
+        def write(self, text):
+            super().write(text)
+            time.sleep(0.001)
+
+    monkeypatch.setattr(sys, "stdout", Slow())
+    board = Screen()
+    speakers = [threading.Thread(target=lambda: [board.say("said by a thread") for _ in range(20)]) for _ in range(2)]
+    for speaker in speakers:
+        speaker.start()
+    for speaker in speakers:
+        speaker.join()
+    assert {line[9:] for line in sys.stdout.getvalue().splitlines()} == {"said by a thread"}
 
 
 def test_stages_have_numbers_and_end_with_their_time(capsys):
