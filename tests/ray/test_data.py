@@ -115,6 +115,7 @@ def captions(tmp_path_factory):
     return RealCaptions(samples, RealOrder(samples.starts, **settings))
 
 
+@pytest.mark.full
 def test_captions_of_teacher_samples_ride_along_each_position_once_also_after_a_resume(
     stream, captions, expected, folders
 ):
@@ -171,6 +172,7 @@ def test_memory_limit_below_one_batch_slows_down_but_does_not_block(stream, expe
     check(batches[3], 3, 0, expected)
 
 
+@pytest.mark.full
 def test_killed_encoder_loses_and_repeats_no_position(stream, expected):
     earlier = encoders()
     batches = stream(0, 40, in_flight_bytes=1)

@@ -35,6 +35,7 @@ def pictures():
 
 
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.full
 def test_actors_give_a_trainers_numbers_and_one_that_dies_costs_an_evaluation(tmp_path, pictures):
     (tmp_path / "clip").mkdir()
     (tmp_path / "score.py").write_text(SCORER)

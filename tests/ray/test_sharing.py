@@ -65,6 +65,7 @@ def pids(client) -> set[int]:
     return {rank["pid"] for rank in client.describe()}
 
 
+@pytest.mark.full
 def test_a_queue_longer_than_request_timeout_is_answered_to_its_end_and_what_is_cancelled_leaves_it(idle):
     client = idle.client()
     before = requests(client)

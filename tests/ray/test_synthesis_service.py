@@ -94,6 +94,7 @@ def shards(folder) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(folder).glob("pairs-*.parquet")}
 
 
+@pytest.mark.full
 def test_rows_are_those_of_the_local_teacher(whole, spaces, prompts, tmp_path):
     local = LocalTeacher(spaces[0], spaces[0].load_network())
     synthesise(recipe(spaces, prompts, 6), tmp_path, local)

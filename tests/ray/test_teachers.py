@@ -110,6 +110,7 @@ def test_bits_of_a_sample_do_not_depend_on_its_batch(flux):
 
 
 @pytest.mark.parametrize(("batch", "guidance_scale"), [(1, 1.0), (7, 3.0), (16, 3.0)])
+@pytest.mark.full
 def test_whole_teachers_give_the_bits_of_shared_ones(flux, plain, batch, guidance_scale):
     client, space, network = flux
     request = make_request("flux", space, batch, guidance_scale)
@@ -140,6 +141,7 @@ def test_generate_equals_dense_sampling(flux):
     torch.testing.assert_close(client.generate(*arguments).result(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_ranks_answer_pings_while_they_generate(flux):
     """Or a long generation would fail the health check."""
     client, space, _ = flux
@@ -209,6 +211,7 @@ def wrong_payloads(good: dict) -> dict[str, Any]:
     }
 
 
+@pytest.mark.full
 def test_whoever_sends_a_wrong_request_is_refused_and_no_replica_is_replaced(flux):
     """Straight to the replica, as a client of another make would: ranks that failed at different places would hang."""
     client, space, network = flux

@@ -58,6 +58,7 @@ def test_a_line_of_a_teacher_rank_says_which_replica_and_rank_it_comes_from():
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.full
 def test_workers_of_an_own_cluster_ask_no_dashboard_that_they_happen_to_find():
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ended = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, env=environment)

@@ -223,6 +223,7 @@ def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(sta
     assert tracked(settings).tags["collapse_alarm"].startswith("step ")
 
 
+@pytest.mark.full
 def test_a_value_that_is_not_finite_is_tagged_and_counted(stage, work_here, tmp_path):
     settings = stage("student.lr=1e30")
     with pytest.raises(NonFiniteError) as caught:

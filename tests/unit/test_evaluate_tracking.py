@@ -112,6 +112,7 @@ def test_the_command_ends_with_the_page_of_its_run(plan, tmp_path, monkeypatch, 
     ]
 
 
+@pytest.mark.full
 def test_a_model_that_no_run_of_this_store_made_is_logged_by_itself(plan, tmp_path):
     prepare(f"sqlite:///{tmp_path}/mlflow.db")
     stranger = dataclasses.replace(plan, subject=dataclasses.replace(plan.subject, run_id="f" * 32))
@@ -164,6 +165,7 @@ def server(tmp_path, monkeypatch):
     process.kill()
 
 
+@pytest.mark.full
 def test_a_run_of_a_server_is_fetched_once_and_goes_on_in_one_place(one_step, server, tmp_path):
     run_id = open_run(server, "shapes", "mine", storage=tmp_path, params={}, tags={})
     client_of(server).log_artifacts(run_id, str(one_step), "export")

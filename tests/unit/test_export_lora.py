@@ -134,6 +134,7 @@ def test_what_is_no_difference_is_refused(student, base, tmp_path):
         find_base(export, "shapes:flux")
 
 
+@pytest.mark.full
 def test_the_job_takes_the_base_of_the_run(run_script, tmp_path):
     export_of("sd21", 625, tmp_path / "mine" / "export")
     (tmp_path / "mine" / "config.yaml").write_text("student:\n  model: shapes:sd21\n")

@@ -107,6 +107,7 @@ def worker(rank: int, folders, overrides, results) -> None:
         ),
     ],
 )
+@pytest.mark.full
 def test_a_shared_copy_gives_the_numbers_of_a_whole_one(
     sd_folder, flux_folder, diffusion_folders, tmp_path, family, overrides
 ):

@@ -70,6 +70,7 @@ def test_images_that_cannot_be_used_end_with_code_two(job, images, tmp_path):
     assert not (tmp_path / "storage" / "mine").exists()
 
 
+@pytest.mark.full
 def test_a_set_of_other_prompts_is_refused_before_anything_starts(job, tmp_path):
     from raydistill.data.pairs import shard_file
 
@@ -111,6 +112,7 @@ except ValueError:  # no machine has so many
 """
 
 
+@pytest.mark.full
 def test_a_job_says_what_it_is_about_before_it_loads_what_takes_seconds(tmp_path):
     ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
@@ -138,6 +140,7 @@ def test_a_run_that_the_cluster_refuses_leaves_no_folder(tmp_path, monkeypatch):
     assert folder.path.exists()  # it was there before
 
 
+@pytest.mark.full
 def test_models_of_other_stages_need_not_fit(job, tmp_path):
     """A set can be made for a teacher for which there is no Bridge, and of prompts that the judge cannot read."""
     (tmp_path / "prompts.txt").write_text("anything at all\n")

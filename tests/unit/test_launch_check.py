@@ -132,6 +132,7 @@ def test_a_job_that_does_not_fit_ends_with_code_two_before_anything_starts(small
     assert not (storage / "mine").exists()
 
 
+@pytest.mark.full
 def test_a_job_without_gpus_does_not_even_import_the_planner():
     code = "import sys, raydistill.driver.job as job, raydistill.driver.preflight; from raydistill.config.reading import load; assert job._check_gpus(load(), ['trainer']) == []"
     done = subprocess.run(

@@ -95,6 +95,7 @@ def test_a_model_that_is_not_there_is_one_line(uri, storage, name):
         find_export(name, storage, uri)
 
 
+@pytest.mark.full
 def test_a_store_that_refuses_the_model_loses_nothing(storage, export, capsys):
     assert not log_student(f"sqlite:///{storage}/other.db", "0" * 32, export, None, None)
     assert f"it is in {export}" in capsys.readouterr().out
@@ -129,6 +130,7 @@ def test_logging_leaves_the_process_s_own_mlflow_alone(uri, storage, export, tmp
     assert client_of(uri).get_run(run).info.status == status
 
 
+@pytest.mark.full
 def test_a_user_s_active_run_stays_active_and_gets_nothing(uri, storage, export, monkeypatch):
     with mlflow_at(f"sqlite:///{storage}/theirs.db"), mlflow.start_run() as theirs:
         run = logged(uri, storage, export, None, None)

@@ -216,6 +216,7 @@ def flat(state):
     return [leaf for value in values for leaf in flat(value)]
 
 
+@pytest.mark.full
 def test_overlap_changes_no_bit_of_a_batch_in_parts(build, submit):
     states = []
     for overrides, overlap in (((), True), (("distill.in_flight=1",), True), ((), False)):
@@ -311,6 +312,7 @@ def test_a_bridge_trained_along_learns_from_its_pairs_in_parts(build, submit, sp
     assert (found[1] - found[0]).norm() <= 2e-4 * found[0].norm() > 0
 
 
+@pytest.mark.full
 def test_the_peak_of_memory_is_that_of_a_part(build, submit, tables):
     """Live bytes beyond what is held, of the updates; the inputs of the whole batch lie in main memory."""
     peaks = []

@@ -97,6 +97,7 @@ def test_steps_in_8_bits_go_where_those_in_32_bits_go():
 
 
 @needs_torchao
+@pytest.mark.full
 def test_where_torchao_is_installed_it_says_nothing():
     """diffusers imports it."""
     code = "import raydistill.spaces, sys; assert 'torchao' in sys.modules"

@@ -115,6 +115,7 @@ def test_an_interrupt_ends_them_as_killed(fail, client):
     assert statuses(client, fail) == ["KILLED", "FINISHED", "KILLED"]
 
 
+@pytest.mark.full
 def test_leaving_waits_once_for_a_store_that_is_away_however_many_runs_are_open(run, monkeypatch):
     monkeypatch.setattr(stop_signal, "TRACKING_WITHIN_S", 1.0)
     started = []

@@ -108,6 +108,7 @@ def test_a_tracking_store_that_cannot_be_opened_is_a_configuration_error(configu
         check_inputs(configure(f"tracking.uri={uri}"))
 
 
+@pytest.mark.full
 def test_the_configured_store_is_the_one_that_is_made(configure, tmp_path):
     check_inputs(configure(f"tracking.uri=sqlite:///{tmp_path / 'elsewhere' / 'runs.db'}"))
     with sqlite3.connect(tmp_path / "elsewhere" / "runs.db") as database:

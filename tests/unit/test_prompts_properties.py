@@ -426,6 +426,7 @@ def test_any_bytes_are_read_or_refused(folder, suffix, content):
     assert (failed is None) == (skipped is None or bool(skipped.report.bad))
 
 
+@pytest.mark.full
 def test_a_parquet_file_with_any_byte_changed_or_cut_off_anywhere_is_read_or_refused(folder):
     """Among them: names that are no UTF-8, types that there are not, statistics and sizes that lie."""
     buffer, file = io.BytesIO(), folder / "damaged.parquet"

@@ -79,6 +79,7 @@ def test_a_pipeline_of_another_prediction_type_is_refused(space, student, tmp_pa
 # -- before a job starts ----------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_preflight_refuses_a_wrong_start_and_reports_a_right_one(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     storage = f"storage={tmp_path / 'storage'}"

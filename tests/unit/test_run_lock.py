@@ -67,6 +67,7 @@ def test_a_killed_holder_and_one_that_left_are_no_obstacle(holder, capfd):
     assert "watching" not in capfd.readouterr().out
 
 
+@pytest.mark.full
 def test_a_holder_on_another_machine_is_watched(holder, monkeypatch, capfd):
     """That machine's lock is not seen, as on storage without locks, and it has another name."""
     _, folder = holder

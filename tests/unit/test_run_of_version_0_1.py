@@ -54,6 +54,7 @@ def test_its_pairs_and_bridge_are_those_of_its_models(begun):
     Bridge.load(folder / "bridge", inputs.student, inputs.teacher)
 
 
+@pytest.mark.full
 def test_a_distiller_takes_its_newest_checkpoint(begun):
     config, folder = begun
     inputs = check_inputs(config)

@@ -45,6 +45,7 @@ def configure(tmp_path, store, folder):
     return configure
 
 
+@pytest.mark.full
 def test_a_streamed_bridge_stores_no_pairs(configure):
     config = configure()
     assert not needs_pairs(config)

@@ -80,6 +80,7 @@ def test_ui_command_names_the_store_and_no_password():
     assert "http://server:5000" in ui_command("http://server:5000")
 
 
+@pytest.mark.full
 def test_first_use_by_several_processes_at_once_makes_one_store(tmp_path):
     code = "import sys; from raydistill.tracking.store import open_run; from pathlib import Path; print(open_run(sys.argv[1], 'e',"
     code += " 'r', storage=Path(sys.argv[2]), params={}, tags={}))"
@@ -106,6 +107,7 @@ def test_unusable_store_is_an_error_before_training_without_the_password(monkeyp
 
 
 @pytest.mark.parametrize("version", ["ffffffffffff", "cfd24bdc0731"], ids=["newer", "older"])
+@pytest.mark.full
 def test_a_store_of_another_schema_is_refused_and_not_waited_for(uri, tmp_path, version):
     """As `TrackingAway` it would be waited for, `tracking.retry_for_s` long, where the run has begun."""
     shutil.copy(uri.removeprefix("sqlite:///"), tmp_path / "mlflow.db")

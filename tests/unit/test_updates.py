@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from lanes import full_but
 
 from raydistill.bridge.model import Bridge
 from raydistill.bridge.objective import build_objective
@@ -167,6 +168,7 @@ def rates(distiller):
     return {name: one.param_groups[0]["lr"] for name, one in distiller.gradients.optimizers.items()}
 
 
+@pytest.mark.full
 def test_all_learning_rates_grow_over_the_warm_up_in_every_update_alike(spaces, tables):
     full = {"student": 1e-3, "fake": 1e-3, "discriminator": 1e-2}
     warm = make_distiller(configuration(fake_score__updates=2, distill__warmup_steps=2), spaces, tables)
@@ -182,7 +184,7 @@ def test_all_learning_rates_grow_over_the_warm_up_in_every_update_alike(spaces, 
     assert torch.equal(flat(plain.networks.student), flat(first[0].networks.student))
 
 
-@pytest.mark.parametrize("ema_decay", [0.6, 0.999])
+@pytest.mark.parametrize("ema_decay", full_but([0.6, 0.999], 0.6))
 def test_the_average_of_the_student_follows_its_warmed_up_recursion_across_a_resume(spaces, tables, ema_decay):
     """mean <- d mean + (1 - d) student with d = min(ema_decay, (n + 1) / (n + 10)) after n updates, in float64."""
     config = configuration(fake_score__updates=1, student__ema_decay=ema_decay)

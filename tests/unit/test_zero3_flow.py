@@ -42,6 +42,7 @@ def _rank_process(rank: int, port: int, folders: dict[str, str], results: str) -
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("names", [SHORT, pytest.param(tuple(SAVE.keys() - SHORT), marks=pytest.mark.full)])
+@pytest.mark.full
 def test_partitioned_scores_equal_those_of_the_whole_network(names, tmp_path):
     folders = {name: str(SAVE[name](tmp_path / name)) for name in names}
     port = torch.distributed.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False).port
