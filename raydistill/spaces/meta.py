@@ -55,7 +55,7 @@ def _with_kept_shapes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs
         key = known = None
     if known is None:
         result = func(*args, **kwargs)
-        if changed and result is args[0] and key is not None:
+        if changed and result is args[0] and key is not None and key[1][0] == _described(result):  # not resize_
             _shapes[key] = (False, [])
         made = (result,) if isinstance(result, torch.Tensor) else result
         if new and key is not None and isinstance(made, tuple) and all(t is None or _is_plain(t) for t in made):
