@@ -154,7 +154,9 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     teacher = _teacher_accuracy(config, scores, evaluator, folder / f"teacher-{cell.pictures}.json")
 
     def accuracy() -> float:
-        return evaluator.accuracy(evaluator.draw(distiller.networks.evaluated, config.student.start_timestep))["mean"]
+        return evaluator.accuracy(
+            evaluator.draw(distiller.networks.evaluated, config.student.start_timestep, config.student.steps)
+        )["mean"]
 
     curve = [[0, accuracy()]]
     while curve[-1][0] < cell.most and crossing(curve, cell.share * teacher) is None:
