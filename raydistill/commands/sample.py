@@ -1,4 +1,4 @@
-"""Draw pictures with an exported one-step student. No Ray, no training; one network evaluation a picture.
+"""Draw pictures with an exported student. No Ray, no training; one network evaluation a picture, or the few of its steps.
 
 STUDENT is an export's folder, the name or folder of a run, or an MLflow run id. Every prompt is drawn once with each
 seed. A picture is a function of student, prompt, prompt's number (its line in a file, its place on the command line)

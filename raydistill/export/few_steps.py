@@ -19,7 +19,7 @@ from raydistill.spaces.base import Space
 from raydistill.spaces.settings import read_settings
 
 SCALING = 1e10  # `timestep_scaling`
-MOST = 4  # steps
+STEPS = (2, 4)  # of a student of several
 
 
 def few_step_scheduler(space: Space, start_timestep: int, steps: int) -> LCMScheduler:
@@ -56,7 +56,7 @@ def is_few_step(name: str, config: Any) -> bool:
     return (
         name == "LCMScheduler"
         and config.get("timestep_scaling") == SCALING
-        and 1 < config.get("original_inference_steps", 0) <= MOST
+        and config.get("original_inference_steps") in STEPS
         and not config.get("clip_sample")
         and not config.get("thresholding")
     )

@@ -19,7 +19,7 @@ from raydistill.diffusion.timesteps import student_timesteps
 from raydistill.distillation.batches import MicroBatch, Real
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
-from raydistill.errors import InputError
+from raydistill.errors import InputError, NonFiniteError
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.export.few_steps import how_to_draw, steps_of_folder
@@ -167,6 +167,17 @@ def test_a_step_sees_the_students_own_earlier_ones_noised_again(world):
             x_t = alpha2 * (x_t - sigma * eps) / alpha + sigma2 * again
         assert (seen[row] - x_t[0]).abs().max() <= 1e-4 * x_t.abs().max(), (number, step)
     assert not torch.equal(seen, worker_of(world, "student.steps=4", "run.seed=1").rollout.seen(part_of(world, ids))[0])
+
+
+def test_an_earlier_step_that_is_not_finite_names_its_sample(world):
+    worker, ids = worker_of(world, "student.steps=4"), [8, 9, 10, 11]
+    bad = ids[worker.rollout.step_of(torch.tensor(ids)).argmax()]
+    part = part_of(world, ids)
+    part.student_conditioning["prompt_embeds"][ids.index(bad)] = torch.nan
+    worker.rollout.seen(part)
+    with pytest.raises(NonFiniteError, match="the student's x0") as error:
+        worker.networks.finite.look()
+    assert error.value.samples == [bad]
 
 
 def test_all_steps_are_trained_equally_often(world):
