@@ -238,7 +238,7 @@ class Student:
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
         fixed = FixedPrompts(held_out_prompts(config), self.pictures, config.evaluation.seed)
         evaluator = StudentEvaluator(distiller.networks.student_space, fixed, config.evaluation, "cpu")
-        pictures = evaluator.draw(distiller.networks.evaluated, config.student.start_timestep)
+        pictures = evaluator.draw(distiller.networks.evaluated, config.student.start_timestep, config.student.steps)
         return {ACCURACY: evaluator.accuracy(pictures)["mean"]}
 
 

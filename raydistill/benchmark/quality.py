@@ -1,8 +1,8 @@
 """What a student's quality costs: teacher forwards, by FLOPs, until it reaches a share of its teacher's attribute accuracy.
 
 One factor at a time from the default of the shapes world: the fake score's kind, its updates per student update (k), the
-GAN; and the recipe of DMD2: a full copy, k = 5, and a forward pass of its own for the discriminator's view of the
-student's samples. Everything else (seeds, prompts, noise, learning rates) is equal. Each cell is a distillation in one
+GAN, the student's steps and its start; and the recipe of DMD2: a full copy, k = 5, and a forward pass of its own for the
+discriminator's view of the student's samples. Everything else (seeds, prompts, noise, learning rates) is equal. Each cell is a distillation in one
 process, with the run's own Distiller and schedule; FLOPs are those of its networks, counted. The student is judged on
 training prompts, as settings may not be chosen on the held-out ones. Cells that are done are kept: the same command goes on,
 and does again those whose configuration, weights or data have changed since.
@@ -76,6 +76,11 @@ VARIANTS = (
     Variant("several depths", more=("discriminator.depths=[0.5,0.75,0.99]",)),
     Variant("approximate R1", more=("discriminator.r1_weight=1",)),
     Variant("stepped together", more=("discriminator.step_together=true",)),
+    Variant("student of two steps", more=("student.steps=2",)),
+    Variant("student of four steps", more=("student.steps=4",)),
+    Variant("raw start", more=("student.unet=null",)),
+    Variant("raw start, two steps", more=("student.unet=null", "student.steps=2")),
+    Variant("raw start, four steps", more=("student.unet=null", "student.steps=4")),
     Variant(DMD2, kind="full", k=5, separate=True),
 )
 
@@ -154,7 +159,9 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     teacher = _teacher_accuracy(config, scores, evaluator, folder / f"teacher-{cell.pictures}.json")
 
     def accuracy() -> float:
-        return evaluator.accuracy(evaluator.draw(distiller.networks.evaluated, config.student.start_timestep))["mean"]
+        return evaluator.accuracy(
+            evaluator.draw(distiller.networks.evaluated, config.student.start_timestep, config.student.steps)
+        )["mean"]
 
     curve = [[0, accuracy()]]
     while curve[-1][0] < cell.most and crossing(curve, cell.share * teacher) is None:

@@ -56,7 +56,7 @@ def arguments_of(argv: list[str] | None = None) -> argparse.Namespace:
     add("--metrics", nargs="+", default=["judge"], metavar="METRIC", help="see above (default: judge)")
     add("--count", type=count(1), metavar="N", help="pictures (default: one a prompt)")
     add("--seed", type=count(0), default=0, metavar="S", help="seed of the noise (default: 0)")
-    add("--steps", type=count(1), metavar="N", help="of a multi-step model (default: 28; a one-step export takes one)")
+    add("--steps", type=count(1), metavar="N", help="of a multi-step model (default: 28; a student's export takes its own)")
     add("--guidance", type=float, metavar="G", help="guidance scale of a multi-step model; 0 to 1: none "
         "(default: its family's)")
     add("--unet", metavar="PLACE", help="one-step weights to put into MODEL, as student.unet names them")

@@ -1,4 +1,4 @@
-"""Draw pictures with an exported one-step student. No Ray, no training; one network evaluation a picture.
+"""Draw pictures with an exported student. No Ray, no training; one network evaluation a picture, or the few of its steps.
 
 STUDENT is an export's folder, the name or folder of a run, or an MLflow run id. Every prompt is drawn once with each
 seed. A picture is a function of student, prompt, prompt's number (its line in a file, its place on the command line)
@@ -67,8 +67,8 @@ def main() -> int:
     # likewise
     from raydistill.data.prompts import read_prompts
     from raydistill.errors import NonFiniteError
-    from raydistill.export.sampling import Album, Painter, pictures_of, sample, typed_prompts
-    from raydistill.export.source import find_export, open_one_step
+    from raydistill.export.sampling import Album, Painter, in_steps, pictures_of, sample, typed_prompts
+    from raydistill.export.source import find_export, open_student_export
     from raydistill.export.upgrade import find_upgrade
     from raydistill.spaces.published_students import load_student, open_student
     from raydistill.storage.resolve import local_path
@@ -82,19 +82,24 @@ def main() -> int:
         folder = _new_folder(arguments)
         device = _device(arguments.device, torch)
         export = find_export(arguments.student, arguments.storage, arguments.tracking_uri)
-        space, start_timestep = open_one_step(export)
+        space, start_timestep, steps = open_student_export(export)
         open_student(space, export.folder)
         upgrade = None
         if arguments.upgrade:
             upgrade = find_upgrade(export, arguments.bridge, arguments.teacher, arguments.base)
         network = load_student(space, export.folder)
-        painter = Painter(space, network, upgrade=upgrade, device=device, dtype=getattr(torch, arguments.dtype))
+        several = (
+            {"start_timestep": start_timestep, "steps": steps} if steps > 1 else {}
+        )  # whose noise is the picture's own
+        dtype = getattr(torch, arguments.dtype)
+        painter = Painter(space, network, **several, upgrade=upgrade, device=device, dtype=dtype)
     except (ValueError, OSError) as error:
         return report_error(error)
     pictures = pictures_of(prompts, arguments.seeds)
     columns = arguments.columns or (len(arguments.seeds) if len(arguments.seeds) > 1 else 8)
     side = (upgrade.teacher if upgrade else space).resolution
     about = {"student": export.name, "start_timestep": str(start_timestep), "dtype": arguments.dtype}
+    about |= {"steps": str(steps)} if steps > 1 else {}
     if upgrade:
         about["upgrade"] = f"{upgrade.bridge.name}, decoded by {Path(upgrade.teacher.folder).name}"
     album = Album(folder=folder, about=about, columns=columns, shown=arguments.shown)
@@ -103,7 +108,7 @@ def main() -> int:
             sample(painter, pictures, album, arguments.batch_size, bar.update)
     except NonFiniteError as error:
         return report_error(error)
-    files = album.finish(f"{export.name}, one step from t = {start_timestep}, {side} px")
+    files = album.finish(f"{export.name}, {in_steps(steps, start_timestep)}, {side} px")
     print(f"pictures  {folder}: {len(pictures)} of {side} px")
     for file in files:
         print(f"{file.stem:<10}{file}")

@@ -48,8 +48,13 @@ class StudentConfig(Section):
         999,
         ge=1,
         le=1_000_000,
-        description="timestep of the single student evaluation: 999 for DMD2's students, 625 for SiD-LSG's, of a LoRA "
+        description="timestep of the student's first evaluation: 999 for DMD2's students, 625 for SiD-LSG's, of a LoRA "
         "what its card says; decides also where student.unet names another",
+    )
+    steps: Literal[1, 2, 4] = Field(
+        1,
+        description="evaluations of a picture, from start_timestep evenly down (999 in 4: 999, 749, 499, 249); of more than one, "
+        "each later one sees the last picture noised again, and each sample trains one of them",
     )
     kind: Literal["full", "lora"] = Field(
         "full",
@@ -83,6 +88,8 @@ class StudentConfig(Section):
     def _adapted(self) -> StudentConfig:
         if self.targets and self.kind == "full":
             raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
+        if self.steps > self.start_timestep:
+            raise ValueError(f"start_timestep: {self.steps} steps (student.steps) begin at {self.steps} or above")
         return self
 
     @property

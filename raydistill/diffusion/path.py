@@ -58,6 +58,12 @@ class DiscretePath:
     def num_train_timesteps(self) -> int:
         return len(self.alphas_cumprod)
 
+    @property
+    def betas(self) -> torch.Tensor:
+        """[N] float64."""
+        first = torch.ones(1, dtype=self.alphas_cumprod.dtype)
+        return 1 - self.alphas_cumprod / torch.cat([first, self.alphas_cumprod[:-1]])
+
     def timestep(self, t_B: torch.Tensor) -> torch.Tensor:
         """The nearest integer step, 0 … N - 1."""
         return (t_B.double() * (self.num_train_timesteps - 1)).round().long()

@@ -1,4 +1,4 @@
-"""Sampling of diffusion times: uniform in a range, shifted towards noise for flow models."""
+"""Diffusion times: sampled for scores, uniform in a range, shifted towards noise for flow models; and those of a student."""
 
 from __future__ import annotations
 
@@ -16,3 +16,14 @@ def sample_t(uniform_B: torch.Tensor, low: float, high: float, factor: float = 1
     The range is applied last, so that no shift can leave it: times near 0 and 1 make x_0 ill-conditioned.
     """
     return low + (high - low) * shift(uniform_B, factor)
+
+
+def student_timesteps(start_timestep: int, steps: int) -> list[int]:
+    """The timesteps of a student's evaluations, from the most noise to the least.
+
+    Evenly down: with T = start_timestep + 1 and k = floor(T / steps) they are k (steps - i) - 1 for i = 0 … steps - 1, as
+    LCMScheduler of diffusers has them (arXiv 2310.04378). 999 in four steps is 999, 749, 499, 249, as in DMD2. Where
+    steps does not divide T, the first one lies a little below the start: 625 in four is 623, 467, 311, 155.
+    """
+    each = (start_timestep + 1) // steps
+    return [each * left - 1 for left in range(steps, 0, -1)]

@@ -195,7 +195,8 @@ class MicroBatch:
 class Made(MicroBatch):
     """A micro-batch of the student before its update: what the teachers get to see, and what stays on the device."""
 
-    noise: torch.Tensor  # [B, c, h, w]
+    seen: torch.Tensor  # [B, c, h, w]: what the student's trained evaluation sees (`rollout.py`)
+    timestep_B: torch.Tensor | None  # of it; None: the start timestep, for all
     x_t: torch.Tensor  # [B, C, H, W] in main memory
     t_B: torch.Tensor  # in main memory
     held: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
@@ -220,13 +221,17 @@ class Draws:
     shift: float
     device: torch.device
 
-    def normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str) -> torch.Tensor:
-        """N(0, I), [B, *shape] float32."""
-        return upload(normal(self.seed, ids, shape, purpose), self.device)
+    def normal(self, ids: torch.Tensor, shape: tuple[int, ...], purpose: str, step: int = 0) -> torch.Tensor:
+        """N(0, I), [B, *shape] float32; `step`: of the student, for samples that are drawn for more than once."""
+        return upload(normal(self.seed, ids, shape, purpose, step), self.device)
 
     def uniform(self, ids: torch.Tensor, purpose: str) -> torch.Tensor:
         """U[0, 1), [B] float32."""
         return upload(uniform(self.seed, ids, purpose), self.device)
+
+    def of_groups(self, groups: torch.Tensor, purpose: str) -> torch.Tensor:
+        """U[0, 1) of each sample's group [B], float32 in main memory; those of one group are equal."""
+        return uniform(self.seed, groups, purpose)
 
     def t(self, ids: torch.Tensor, purpose: str, t_min: float = T_MIN, t_max: float = T_MAX) -> torch.Tensor:
         """Shifted diffusion times in [t_min, t_max], [B]."""
@@ -234,7 +239,9 @@ class Draws:
 
 
 def _rows(value: Any, rows: torch.Tensor) -> Any:
-    """These rows of a tensor, or of all tensors of a mapping or a tuple."""
+    """These rows of a tensor, or of all tensors of a mapping or a tuple; None stays."""
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {name: _rows(one, rows) for name, one in value.items()}
     if isinstance(value, tuple):

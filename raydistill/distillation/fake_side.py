@@ -24,6 +24,7 @@ from raydistill.distillation.gradients import Gradients
 from raydistill.distillation.leaving_out import LeavingOut
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.readings import Row
+from raydistill.distillation.rollout import Rollout
 
 NAMES = {  # of the metrics in a row
     "fake": "loss/fake",
@@ -49,6 +50,7 @@ class FakeSide:
         adversary: Adversary | None,
     ) -> None:
         self.networks, self.draws, self.gradients = networks, draws, gradients
+        self.rollout = Rollout(networks, draws)
         self.leaving_out, self.adversary = leaving_out, adversary
         self.config, self.space = networks.config, networks.teacher_space
 
@@ -91,8 +93,8 @@ class FakeSide:
         ids, path = batch.sample_ids, self.space.path
         self.networks.finite.of(ids)
         with torch.no_grad():
-            noise = self.draws.normal(ids, self.networks.student_space.latent_shape, "latents")
-            x = self.networks.x(noise, batch.student_conditioning)
+            seen, timestep_B = self.rollout.seen(batch)
+            x = self.networks.x(seen, batch.student_conditioning, timestep_B)
             eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
             x_t = add_noise(path, x, eps, t_B)
         prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)

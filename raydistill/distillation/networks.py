@@ -11,7 +11,7 @@ Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
 from raydistill.data.reals import RealSet
 from raydistill.diffusion.path import to_x0
+from raydistill.diffusion.timesteps import student_timesteps
 from raydistill.distillation.batches import Real
 from raydistill.distillation.compiled import compile_network, compile_projector
 from raydistill.distillation.discriminator import Discriminator
@@ -35,7 +36,7 @@ from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.adapter import add_lora, copy_of, load_own_state, own_state, trained
-from raydistill.spaces.one_step import one_step_x0, x0_gain
+from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gain
 from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
 
@@ -179,13 +180,36 @@ class Networks:
         """Whether mixed precision includes the student: not where its x0 multiplies a prediction's rounding too much."""
         return x0_gain(self.student_space, self.config.student.start_timestep) <= MAX_GAIN
 
-    def z_student(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The student's latents: its x0 [B, c, h, w], of noise of this shape."""
-        start = self.config.student.start_timestep
-        noise, conditioning = upload(noise, self.device), self.on_device(conditioning)
+    def z_student(
+        self, seen: torch.Tensor, conditioning: Conditioning, timestep_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The student's latents: its x0 [B, c, h, w] of one evaluation.
+
+        Args:
+            seen: noise [B, c, h, w]; with timesteps, noised latents.
+            timestep_B: of a student of several steps; None: the one of a single step.
+        """
+        seen, conditioning = upload(seen, self.device), self.on_device(conditioning)
         with self._autocast(self.student_in_bfloat16):
-            z_student = one_step_x0(self.student_space, self.student, noise, conditioning, start)
+            if timestep_B is None:
+                start = self.config.student.start_timestep
+                z_student = one_step_x0(self.student_space, self.student, seen, conditioning, start)
+            else:
+                z_student = x0_at(self.student_space, self.student, seen, timestep_B, conditioning)
         return self.finite.note(z_student, "the student's x0")
+
+    def drawn(
+        self, noise: torch.Tensor, conditioning: Conditioning, more_noise: Callable[[int], torch.Tensor]
+    ) -> torch.Tensor:
+        """The student's latents [B, c, h, w] after all of its steps; `more_noise`: see `through_steps`."""
+        if self.config.student.steps == 1:
+            return self.z_student(noise, conditioning)
+
+        def evaluate(x_t: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
+            return self.z_student(x_t, conditioning, timestep_B)
+
+        timesteps = student_timesteps(self.config.student.start_timestep, self.config.student.steps)
+        return through_steps(self.student_space, evaluate, upload(noise, self.device), timesteps, more_noise)
 
     def bridged(self, z_student: torch.Tensor) -> torch.Tensor:
         """Latents of the student in teacher space: B(z_student) [B, C, H, W] float32."""
@@ -193,9 +217,9 @@ class Networks:
             x = self.bridge(z_student)
         return self.finite.note(x.float(), "the Bridge's output")
 
-    def x(self, noise: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The student's picture in teacher space [B, C, H, W] float32, of noise [B, c, h, w]."""
-        return self.bridged(self.z_student(noise, conditioning))
+    def x(self, seen: torch.Tensor, conditioning: Conditioning, timestep_B: torch.Tensor | None = None) -> torch.Tensor:
+        """The student's picture in teacher space [B, C, H, W] float32, of what `z_student` takes."""
+        return self.bridged(self.z_student(seen, conditioning, timestep_B))
 
     def fake_score(
         self, x_t: torch.Tensor, t_B: torch.Tensor, conditioning: Conditioning

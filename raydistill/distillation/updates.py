@@ -1,6 +1,7 @@
 """The three updates of cross-space distillation, in plain torch (METHOD.md section 3; DMD2 in teacher space).
 
     make            xi ~ N(0, I); z_student = student's x0; x = B(z_student); x_t = alpha_t x + sigma_t eps     no graph
+                    a later step of several sees the student's own x0 of the step before, noised again (`rollout.py`)
     fake_update     fake score:     min  |prediction(x_t) - target|^2              on fresh student samples
                     discriminator:  min  softplus(-D(real_t)) + softplus(D(x_t))   on the fake score's features
     student_update  g = (x0_fake - x0_real) / mean|x - x0_real|
@@ -35,6 +36,7 @@ from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.rates import shares
 from raydistill.distillation.readings import Readings, Row, mean_of
+from raydistill.distillation.rollout import Rollout
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
 
@@ -86,6 +88,7 @@ class Distiller:
         )
         self._left: set[int] = set()  # sample ids of the student's batch that are left out
         self.draws = Draws(config.run.seed, shift, networks.device)
+        self.rollout = Rollout(networks, self.draws)
         self.feed = None if real is None else RealFeed(config, real)
         gan = networks.discriminator is not None
         self.adversary = Adversary(networks, self.draws, self.feed, self.gradients) if gan else None
@@ -107,11 +110,11 @@ class Distiller:
         batches = self.batches.next()
         for batch in batches:
             ids = batch.sample_ids
-            noise = self.draws.normal(ids, self.networks.student_space.latent_shape, "latents")
             self.finite.of(ids)
             for name, value in batch.fake_conditioning.items():
                 self.finite.note(value, f"the teacher's conditioning {name}")
-            z_student = self.networks.z_student(noise, batch.student_conditioning)
+            seen, timestep_B = self.rollout.seen(batch)
+            z_student = self.networks.z_student(seen, batch.student_conditioning, timestep_B)
             x = self.networks.bridged(z_student)
             t_B = self.draws.t(ids, "score_t", vsd.t_min, vsd.t_max)
             x_t = add_noise(self.path, x, self.draws.normal(ids, x.shape[1:], "score_noise"), t_B)
@@ -120,7 +123,7 @@ class Distiller:
                 name: self.leaving_out.zeroed(batch, self._left, v) for name, v in batch.teacher_conditioning.items()
             }
             own = vars(batch) | {"teacher_conditioning": texts}
-            made = Made(**own, noise=noise, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            made = Made(**own, seen=seen, timestep_B=timestep_B, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
             self.watch.made(*self.leaving_out.left_of(made, self._left, z_student, x))
             self.metrics["time/make"] += time.perf_counter() - started
             yield made
@@ -179,7 +182,7 @@ class Distiller:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, row = self.config, {}
         self.finite.of(made.sample_ids)
-        x = self.networks.x(made.noise, made.student_conditioning)
+        x = self.networks.x(made.seen, made.student_conditioning, made.timestep_B)
         judged = x if self.adversary is None else self.adversary.watched(row, x, made)
         loss, features = x.new_zeros(()), None
         if x0_real is not None:

@@ -20,6 +20,7 @@ from raydistill.config.schema import Config
 from raydistill.driver.finished import SUMMARY
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import mask
+from raydistill.export.few_steps import steps_of_folder
 from raydistill.storage.atomic import read_json, reading
 from raydistill.storage.place import Place
 from raydistill.tracking.screen import screen
@@ -95,7 +96,7 @@ def _log(client: MlflowClient, run: Run, folder: Place) -> LoggedModel:
     try:
         with reading(folder) as local, tempfile.TemporaryDirectory() as made, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on type hints
-            described = {"num_inference_steps": 1, "guidance_scale": 0}
+            described = {"num_inference_steps": steps_of_folder(local), "guidance_scale": 0}
             mlflow.pyfunc.save_model(
                 made_here := f"{made}/model",
                 python_model=str(CODE),

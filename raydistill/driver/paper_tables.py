@@ -202,7 +202,9 @@ def merge(student: str, seed: int, members: Sequence[Cell], record: RunRecord) -
             fixed = FixedPrompts(inputs.held_out, evaluation.count, evaluation.seed)
             scores = record.scores(name, torch.device("cpu"))
             evaluator = StudentEvaluator(space, fixed, evaluation, "cpu", scores)
-            pictures = evaluator.draw(load_unet(space, str(folder / "export")), config.student.start_timestep)
+            pictures = evaluator.draw(
+                load_unet(space, str(folder / "export")), config.student.start_timestep, config.student.steps
+            )
             accuracy = evaluator.accuracy(pictures)
             scores.close()
             save_pictures(folder / "after.safetensors", pictures[: evaluation.grid])

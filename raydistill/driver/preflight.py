@@ -24,6 +24,7 @@ from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
+from raydistill.diffusion.timesteps import student_timesteps
 from raydistill.distillation import optimizers
 from raydistill.distillation.fake_score import feature_blocks, truncate
 from raydistill.distillation.networks import adapted
@@ -220,7 +221,13 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
         raise InputError(f"student.start_timestep: at most {last} for {config.student.model}")
     if config.student.kind == "lora":
         adapted(config, space, empty_part(space, space.network_name))  # without weights: it can be, or it cannot
-    notes = []
+    steps, notes = config.student.steps, []
+    if steps > 1 and config.student.start_timestep < last and not space.plain_start:
+        first = student_timesteps(config.student.start_timestep, steps)[0]
+        notes.append(
+            f"note: student.steps={steps}: its first evaluation sees plain noise at t = {first}, which no scheduler of diffusers "
+            "scales there; a start that was trained on scaled noise first learns the difference"
+        )
     if config.student.unet is not None:
         checkpoint = open_student(space, resolve(config.student.unet))
         conflict = checkpoint.start_conflict(config.student.start_timestep)

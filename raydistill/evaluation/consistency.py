@@ -10,6 +10,7 @@ Shapes: N pictures [N, 3, S, S] in [-1, 1]; c×h×w student latents, C×H×W tea
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.functional import interpolate
@@ -19,7 +20,7 @@ from raydistill.distillation.networks import Networks
 from raydistill.evaluation.evaluator import StudentEvaluator
 from raydistill.pictures.fidelity import psnr
 from raydistill.spaces.base import Space
-from raydistill.spaces.one_step import one_step_x0
+from raydistill.spaces.one_step import student_x0
 
 FALL_DB = 3.0  # below the stage's best: the squared difference of the two pictures has doubled
 
@@ -84,14 +85,15 @@ class Consistency:
         self.fixed = evaluator.fixed.first(count)
 
     @torch.no_grad()
-    def psnr(self, start_timestep: int) -> float:
-        """Mean over the pictures, in dB, at the student's resolution; changes no number of the training."""
+    def psnr(self, start_timestep: int, steps: int = 1) -> float:
+        """Mean over the pictures of a student of so many steps, in dB, at its resolution; changes no number of the training."""
         networks, found = self.networks, []
         space, side = networks.student_space, networks.student_space.resolution
         for start, stop, captions in self.fixed.batches(self.evaluator.config.batch_size):
             conditioning = networks.on_device(self.evaluator.table(captions))
             noise = self.fixed.noise(space, start, stop).to(networks.device)
-            latents = one_step_x0(space, networks.evaluated, noise, conditioning, start_timestep)
+            again = partial(self.fixed.noise, space, start, stop)
+            latents = student_x0(space, networks.evaluated, noise, conditioning, start_timestep, steps, again)
             ships = space.decode(self.evaluator.vae, latents).cpu()
             with networks.finite.aside():  # the next update would be blamed for what is not finite here
                 seen = self.decoder(networks.bridged(latents))

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from raydistill.diffusion.noise import normal
 from raydistill.evaluation.png_scorer import Columns
 from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
-from raydistill.spaces.one_step import one_step_x0
+from raydistill.spaces.one_step import student_x0
 from raydistill.storage.resolve import resolve
 from raydistill.tracking.screen import screen
 
@@ -45,8 +46,9 @@ class FixedPrompts:
         shorter.captions = self.captions[:count]
         return shorter
 
-    def noise(self, space: Space, start: int, stop: int) -> torch.Tensor:
-        return normal(self.seed, range(start, stop), space.latent_shape, "evaluation")
+    def noise(self, space: Space, start: int, stop: int, step: int = 0) -> torch.Tensor:
+        """Of these pictures; `step`: of a student of several."""
+        return normal(self.seed, range(start, stop), space.latent_shape, "evaluation", step)
 
     def batches(self, size: int) -> Iterator[tuple[int, int, list[str]]]:
         for start in range(0, len(self.captions), size):
@@ -98,7 +100,7 @@ def judge_of(config: EvaluationConfig) -> Judge | None:
 
 
 class StudentEvaluator:
-    """Draws one-step pictures of a fixed set and has them judged."""
+    """Draws a student's pictures of a fixed set and has them judged."""
 
     def __init__(
         self,
@@ -116,13 +118,14 @@ class StudentEvaluator:
         self.judge = judge_of(config)
 
     @torch.no_grad()
-    def draw(self, unet: nn.Module, start_timestep: int) -> torch.Tensor:
-        """One picture a prompt, on the CPU."""
+    def draw(self, unet: nn.Module, start_timestep: int, steps: int = 1) -> torch.Tensor:
+        """One picture a prompt, in all of the student's steps, on the CPU."""
         pictures = []
         for start, stop, captions in self.fixed.batches(self.config.batch_size):
             conditioning = {name: value.to(self.device) for name, value in self.table(captions).items()}
             noise = self.fixed.noise(self.space, start, stop).to(self.device)
-            latents = one_step_x0(self.space, unet, noise, conditioning, start_timestep)
+            again = partial(self.fixed.noise, self.space, start, stop)
+            latents = student_x0(self.space, unet, noise, conditioning, start_timestep, steps, again)
             pictures.append(self.space.decode(self.vae, latents).cpu())
         return torch.cat(pictures)
 

@@ -9,6 +9,7 @@ Shapes: N pictures of fixed prompts; B samples of C×H×W teacher latents, c×h�
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -67,7 +68,8 @@ class ScorePictures:
             student, teacher = ({name: v[rows] for name, v in it.items()} for it in (self.student, self.teacher))
             noise = self.fixed.noise(networks.student_space, rows.start, rows.stop)
             with networks.finite.aside():  # the next update would be blamed for what is not finite here
-                x, t_B = networks.x(noise, student), self.t_B[rows]
+                again = partial(self.fixed.noise, networks.student_space, rows.start, rows.stop)
+                x, t_B = networks.bridged(networks.drawn(noise, student, again)), self.t_B[rows]
             eps = normal(self.fixed.seed, range(rows.start, rows.stop), x.shape[1:], "scores_grid")
             x_t = add_noise(networks.teacher_space.path, x, eps.to(x.device), t_B.to(x.device))
             seen = (x_t.cpu(), t_B)
@@ -76,7 +78,8 @@ class ScorePictures:
                 student_conditioning=student,
                 teacher_conditioning=teacher,
                 fake_conditioning=teacher,
-                noise=noise,
+                seen=noise,
+                timestep_B=None,
                 x_t=seen[0],
                 t_B=t_B,
                 held=seen,  # in main memory too, for it goes to other workers

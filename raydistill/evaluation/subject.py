@@ -9,8 +9,8 @@ import torch
 
 from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
-from raydistill.export.sampling import Painter
-from raydistill.export.source import RUN_ID, Export, find_export, open_one_step
+from raydistill.export.sampling import Painter, in_steps
+from raydistill.export.source import RUN_ID, Export, find_export, open_student_export
 from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.published_students import load_student, open_student
 from raydistill.storage.fingerprint import content_hash
@@ -32,7 +32,7 @@ class Subject:
         name: for people.
         folder: the diffusers pipeline.
         unet: a one-step student's weights that replace the pipeline's UNet; None: its own.
-        start_timestep: of the single step; None: `steps` steps of the folder's own scheduler.
+        start_timestep: of a student, with its `steps`; None: `steps` steps of the folder's own scheduler.
         guidance_scale: of classifier-free guidance, or embedded; 0 to 1 are none.
         run_id: MLflow run that made the model, where known.
         tracking_uri: store that the configuration of that run names; None: none.
@@ -50,7 +50,7 @@ class Subject:
     @property
     def title(self) -> str:
         if self.start_timestep is not None:
-            return f"{self.name}, one step from t = {self.start_timestep}"
+            return f"{self.name}, {in_steps(self.steps, self.start_timestep)}"
         return f"{self.name}, {self.steps} steps, guidance {self.guidance_scale:g}"
 
     def fingerprint(self) -> str:
@@ -73,8 +73,8 @@ def find_subject(
     Args:
         model: run's name or folder, an export or any diffusers folder, a URI of one, a hub model in the cache, or an MLflow run id.
         storage, tracking_uri: as `find_export` takes them.
-        steps: None: 1 where the folder is a one-step export, else 28.
-        guidance_scale: None: none for a single step, else the family's own.
+        steps: None: a student's own where the folder is its export, 1 with `unet`, else 28.
+        guidance_scale: None: none for a student, else the family's own.
         unet: one-step weights (`student.unet`) for the pipeline's UNet.
         start_timestep: of `unet`; None: what the checkpoint says of itself.
 
@@ -96,14 +96,14 @@ def find_subject(
             raise InputError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
         if not 0 < start < space.path.num_train_timesteps:
             raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
-        _one_step_only(steps, guided)
+        _its_own_alone(1, steps, guided)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
         # no run of MODEL made these weights
         return Subject(name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start)
-    start = _start_of(export) if steps in (None, 1) else None
-    if start is not None:
-        _one_step_only(steps, guided)
-        return Subject(name=export.name, folder=folder, start_timestep=start, **made_by)
+    start, own = _student_of(export) or (None, 1)
+    if start is not None and (steps in (None, own) or own > 1):
+        _its_own_alone(own, steps, guided)
+        return Subject(name=export.name, folder=folder, start_timestep=start, steps=own, **made_by)
     scale = space.default_guidance_scale if guidance_scale is None else guidance_scale
     return Subject(name=export.name, folder=folder, steps=steps or DEFAULT_STEPS, guidance_scale=scale, **made_by)
 
@@ -131,15 +131,17 @@ def _is_guided(guidance_scale: float | None) -> bool:
         raise InputError(f"--guidance: {error}") from None
 
 
-def _one_step_only(steps: int | None, guided: bool) -> None:
-    if steps not in (None, 1) or guided:
-        raise InputError("--steps, --guidance: a one-step student takes one step, without guidance (0 to 1)")
+def _its_own_alone(own: int, steps: int | None, guided: bool) -> None:
+    """Raises InputError where a student is asked for other steps than its own, or for guidance."""
+    if steps not in (None, own) or guided:
+        takes = "a one-step student takes one step" if own == 1 else f"this student takes {own} steps"
+        raise InputError(f"--steps, --guidance: {takes}, without guidance (0 to 1)")
 
 
-def _start_of(export: Export) -> int | None:
-    """Start timestep of a one-step export; None for any other pipeline."""
+def _student_of(export: Export) -> tuple[int, int] | None:
+    """(start timestep, steps) of a student's export; None for any other pipeline."""
     try:
-        return open_one_step(export)[1]
+        return open_student_export(export)[1:]
     except InputError:
         return None
 
@@ -158,6 +160,8 @@ def load_painter(subject: Subject, device: torch.device | str, dtype: torch.dtyp
     if subject.unet is not None:
         network = load_student(space, on_this_machine(subject.unet))
         sampling["start_timestep"] = subject.start_timestep
-    else:  # of an export, the scheduler's own step is the student's x0
+    else:  # of an export of one step, the scheduler's own step is the student's x0
         network = space.load_network(dtype)
+        if subject.start_timestep is not None and subject.steps > 1:  # the noise of later steps is the picture's own
+            sampling["start_timestep"] = subject.start_timestep
     return Painter(space, network, **sampling, device=device, dtype=dtype)

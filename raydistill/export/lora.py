@@ -26,7 +26,7 @@ from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
 from raydistill.export.one_picture import difference, load_float32
 from raydistill.export.own_lora import BEGINS, FILE, FOLDER, Begins, from_pretrained, repository, usage_of
-from raydistill.export.source import Export, open_one_step
+from raydistill.export.source import Export, open_student_export
 from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import load_student
@@ -144,7 +144,7 @@ def write_lora(
     """
     if (export.folder / FOLDER / FILE).is_file():
         return _copy_own(export, base, base_name, folder)
-    space, start = open_one_step(export)
+    space, start, steps = open_student_export(export)
     lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
     getattr(diffusers, space.pipeline_class).save_lora_weights(
         folder, unet_lora_layers=lora.state, unet_lora_adapter_metadata=lora.config().to_dict(), safe_serialization=True
@@ -161,6 +161,7 @@ def write_lora(
         arguments=from_pretrained(base_name),
         report=report,
         start=start,
+        steps=steps,
         scheduler=type(space.scheduler).__name__,
         pipeline=space.pipeline_class,
     )
@@ -173,7 +174,7 @@ def write_lora(
 
 def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
     """As `write_lora`, of a student that was trained as a LoRA: that one, on the run's start."""
-    space, start = open_one_step(export)
+    space, start, _ = open_student_export(export)
     shutil.copyfile(export.folder / FOLDER / FILE, folder / FILE)
     shutil.copytree(export.folder / FOLDER / "scheduler", folder / "scheduler")
     config, noted = export.run_config(), Begins.of(export.folder / FOLDER)
@@ -210,11 +211,11 @@ def load_lora(base: Path, folder: Path, unet: nn.Module | None = None) -> Diffus
     return pipe
 
 
-_USAGE = """# One-step text-to-image student, LoRA
+_USAGE = """# Text-to-image student, LoRA
 
-**Draw with 1 step and guidance off, and with the scheduler of this folder.** Other settings draw grey or broken pictures.
+**Draw with num_inference_steps={steps} and guidance off, and with the scheduler of this folder.** Other settings draw grey or broken pictures.
 
-The LoRA turns its base, {base}, into a one-step student: {report}.
+The LoRA turns its base, {base}, into a student of {steps} step(s): {report}.
 
 ```python
 from diffusers import {scheduler}, {pipeline}
@@ -222,7 +223,7 @@ from diffusers import {scheduler}, {pipeline}
 pipe = {pipeline}.from_pretrained({arguments})
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
-image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0).images[0]
 ```
 
 Start timestep: {start}. Norms and biases are not in a LoRA. For the exact student take the pipeline folder or the single file.

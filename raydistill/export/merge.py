@@ -20,8 +20,8 @@ import yaml
 from raydistill.errors import InputError
 from raydistill.export.cards import front_matter
 from raydistill.export.parts import copy_part, forget_origin
-from raydistill.export.pipeline import SEVERAL, USAGE, table_rows
-from raydistill.export.source import Export, open_one_step
+from raydistill.export.pipeline import IN_WORDS, SEVERAL, TITLES, table_rows, usage
+from raydistill.export.source import Export, open_student_export
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
 from raydistill.spaces.published_students import open_student
@@ -40,6 +40,7 @@ class Source:
     export: Export
     space: Space
     start_timestep: int
+    steps: int
     tensors: Mapping[str, tuple[Path, Entry]]  # of its UNet: name -> (file, shape and dtype)
 
 
@@ -83,14 +84,16 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
     twice = next((export for export, folder in zip(exports, folders, strict=True) if folders.count(folder) > 1), None)
     if twice is not None:
         raise InputError(f"{twice.folder} is named more than once; give it a larger weight instead")
-    opened = [(export, *open_one_step(export)) for export in exports]
-    _, family, start = opened[0]
+    opened = [(export, *open_student_export(export)) for export in exports]
+    _, family, start, steps = opened[0]
     sources = []
-    for export, space, other_start in opened:
+    for export, space, other_start, other_steps in opened:
+        if other_steps != steps:
+            raise InputError(f"{export.folder} draws in {other_steps} steps, but {family.folder} in {steps}")
         if other_start != start:
             raise InputError(f"{export.folder} starts at timestep {other_start}, but {family.folder} at {start}")
         _same_scheduler(family, space)
-        sources.append(Source(export, space, start, _unet_tensors(family, export)))
+        sources.append(Source(export, space, start, steps, _unet_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
         for part in (part for part in family.student_parts if not part.startswith("tokenizer")):
             difference = first_difference(family, source.space, part)
@@ -232,19 +235,21 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     names = {card.licence_name for card in cards}
     licences = {card.licence for card in cards}
     one = len(licences) == len(names) == 1 and licences != {_UNKNOWN}
-    head = front_matter(licences.pop(), names.pop()) if one else front_matter(*SEVERAL)
+    steps = sources[0].steps
+    head = front_matter(*((licences.pop(), names.pop()) if one else SEVERAL), steps)
     teachers = dict.fromkeys(card.facts.get("Teacher", _UNKNOWN) for card in cards)
     facts = {
         "Teacher": "; ".join(teachers),
         "Start timestep": sources[0].start_timestep,
+        **({"Steps": steps} if steps > 1 else {}),
         "Students averaged": len(sources),
     }
     return _CARD.format(
         front=head,
         teachers=", ".join(teachers),
-        usage=USAGE.format(
-            dtype=next(iter(sources[0].tensors.values()))[1].dtype, pipeline=sources[0].space.pipeline_class
-        ),
+        title=TITLES[steps > 1],
+        evaluations=IN_WORDS[steps],
+        usage=usage(steps, sources[0].space.pipeline_class, next(iter(sources[0].tensors.values()))[1].dtype),
         provenance=table_rows(facts),
         sources="\n".join(map(_source_rows, sources, shares, cards)),
         terms="\n".join(dict.fromkeys(line for card in cards for line in card.terms)),
@@ -270,9 +275,9 @@ def _fingerprint(source: Source) -> str:
 _CARD = """---
 {front}
 ---
-# One-step text-to-image student, the mean of several
+# {title}, the mean of several
 
-A Stable Diffusion UNet that draws in **one** network evaluation: the weighted mean of students that were distilled from
+A Stable Diffusion UNet that draws in {evaluations}: the weighted mean of students that were distilled from
 {teachers} with raydistill.
 {usage}
 ## Provenance

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from raydistill.errors import InputError
+from raydistill.export.few_steps import steps_of
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import without_bars
 
@@ -17,11 +18,13 @@ ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}
 
 
 def picture(load: Callable[[], DiffusionPipeline], noise: torch.Tensor) -> torch.Tensor:
-    """The picture [1, 3, S, S] in [0, 1] that a pipeline draws of `PROMPT` from noise [1, C, h, w], in one step."""
+    """The picture [1, 3, S, S] in [0, 1] that an exported student draws of `PROMPT` from noise [1, C, h, w]."""
     with without_bars():
         pipe = load()
         pipe.set_progress_bar_config(disable=True)
-        return pipe(PROMPT, latents=noise, output_type="pt", **ONE_STEP).images.float()
+        asked = ONE_STEP | {"num_inference_steps": steps_of(pipe.scheduler.config)}
+        again = torch.Generator().manual_seed(1)  # of the noise of later steps
+        return pipe(PROMPT, latents=noise, output_type="pt", generator=again, **asked).images.float()
 
 
 def difference(space: Space, load: Callable[[], DiffusionPipeline]) -> float:

@@ -90,7 +90,7 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
         InputError: no one-step student.
         RuntimeError: the exporter failed, or its picture is another one.
     """
-    space, start = open_one_step(export)
+    space, start = open_one_step(export, f"--format {kind}")
     if space.pipeline_class != "StableDiffusionPipeline":
         raise InputError(
             f"--format {kind}: {export.folder} is a {space.pipeline_class}, which is not written; take the folder"

@@ -13,6 +13,7 @@ import diffusers
 from diffusers import SchedulerMixin
 from torch import nn
 
+from raydistill.export.few_steps import steps_of
 from raydistill.spaces.adapter import lora_state
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import read_json
@@ -89,12 +90,13 @@ def usage_of(space: Space, begins: Begins, scheduler: SchedulerMixin, start: int
         before=before,
         scheduler=type(scheduler).__name__,
         start=start,
+        steps=steps_of(scheduler.config),
     )
 
 
-_USAGE = """# One-step text-to-image student, LoRA
+_USAGE = """# Text-to-image student, LoRA
 
-**Draw with 1 step and guidance off, and with the scheduler of this folder.** Other settings draw grey or broken pictures.
+**Draw with num_inference_steps={steps} and guidance off, and with the scheduler of this folder.** Other settings draw grey or broken pictures.
 
 The student was trained as a LoRA on its base, {base}{report}.
 
@@ -104,7 +106,7 @@ from diffusers import {scheduler}, {pipeline}
 pipe = {pipeline}.from_pretrained({arguments})
 {before}pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
-image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
+image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0).images[0]
 ```
 
 Start timestep: {start}. The export is the same student, merged.

@@ -1,4 +1,4 @@
-"""Write the student as a plain folder of its family's pipeline that draws in one step, anywhere diffusers runs."""
+"""Write the student as a plain folder of its family's pipeline that draws in one step, or in few, anywhere diffusers runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNe
 
 from raydistill.errors import InputError
 from raydistill.export.cards import front_matter, outside_card
+from raydistill.export.few_steps import few_step_scheduler, few_step_usage
 from raydistill.export.licences import picture_licence, student_licences
 from raydistill.export.own_lora import FOLDER as LORA
 from raydistill.export.own_lora import Begins, repository, usage_of, write_own_lora
@@ -41,8 +42,8 @@ class ModelCard:
     drawer: str | None = None  # synthesis.teacher; None: no other model than the teacher drew pictures
     pictures: Sequence[tuple[str, str | None]] = ()  # sets of real pictures that it learned from: source and licence
 
-    def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
-        """README.md: front matter, how to use it, provenance, scores, licence."""
+    def markdown(self, start_timestep: int, dtype: torch.dtype, evaluations: int = 1) -> str:
+        """README.md: front matter, how to use it, provenance, scores, licence; `evaluations`: of a picture."""
         licences = student_licences(
             self.teacher,
             self.teacher_class,
@@ -61,14 +62,17 @@ class ModelCard:
             **({"LoRA merged into it": self.lora_start} if self.lora_start else {}),
             "Student updates": self.steps,
             "Start timestep": start_timestep,
+            **({"Steps": evaluations} if evaluations > 1 else {}),
             **({"Pictures": "; ".join(source for source, _ in self.pictures)} if self.pictures else {}),
             "MLflow run": self.run_id or "–",
             "Configuration": self.config_hash or "–",
         }
         return _CARD.format(
-            front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL)),
+            front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL), evaluations),
+            title=TITLES[evaluations > 1],
+            evaluations=IN_WORDS[evaluations],
             teacher=self.teacher,
-            usage=USAGE.format(dtype=str(dtype).removeprefix("torch."), pipeline=self.student_class),
+            usage=usage(evaluations, self.student_class, str(dtype).removeprefix("torch.")),
             provenance=table_rows(provenance),
             scores=_scores(self.metrics),
             licences="\n".join(f"- {role}, {model}: {terms.name}. {terms.terms}" for role, model, terms in licences),
@@ -77,11 +81,8 @@ class ModelCard:
 
 SEVERAL = ("other", "several, see below")  # identifier and name where no single licence covers a model
 
-# Said at the end of every job that writes a student. diffusers has no place in a folder for these two settings: steps
-# and guidance are arguments of `__call__`, and no scheduler's configuration fixes a number of steps.
-HOW_TO_DRAW = (
-    "num_inference_steps=1, guidance_scale=0 (other tools: 1 step, CFG 1); with a prompt alone diffusers draws grey"
-)
+TITLES = "One-step text-to-image student", "Few-step text-to-image student"
+IN_WORDS = {1: "**one** network evaluation", 2: "**two** network evaluations", 4: "**four** network evaluations"}
 
 # How an export is called; of this project's every model card.
 USAGE = """
@@ -106,9 +107,9 @@ The folder has no safety checker.
 _CARD = """---
 {front}
 ---
-# One-step text-to-image student
+# {title}
 
-A Stable Diffusion UNet that draws in **one** network evaluation, distilled from {teacher} with raydistill.
+A Stable Diffusion UNet that draws in {evaluations}, distilled from {teacher} with raydistill.
 {usage}
 ## Provenance
 
@@ -125,6 +126,13 @@ learned from any.
 
 This is a summary and may be out of date; the licence texts of the models decide.
 """
+
+
+def usage(steps: int, pipeline: str, dtype: str) -> str:
+    """How an export is called, for its model card."""
+    if steps > 1:
+        return few_step_usage(steps, pipeline, dtype)
+    return USAGE.format(pipeline=pipeline, dtype=dtype)
 
 
 def table_rows(values: Mapping[str, object]) -> str:
@@ -159,9 +167,8 @@ def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
         names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
         betas = {name: config[name] for name in names if config.get(name) is not None}
         return DDIMScheduler(num_train_timesteps=steps, clip_sample=False, set_alpha_to_one=True, **betas, **common)
-    alphas_cumprod = space.path.alphas_cumprod[: start_timestep + 1]
-    previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
-    common |= {"num_train_timesteps": start_timestep + 1, "trained_betas": (1 - alphas_cumprod / previous).tolist()}
+    betas = space.path.betas[: start_timestep + 1].tolist()
+    common |= {"num_train_timesteps": start_timestep + 1, "trained_betas": betas}
     if space.plain_start:
         return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common)
     return EulerDiscreteScheduler(**common)
@@ -182,14 +189,16 @@ def export_student(
     folder: Path,
     card: ModelCard,
     dtype: torch.dtype = torch.float16,
+    steps: int = 1,
 ) -> Path:
-    """Write a one-step pipeline: the base's VAE, text encoder and tokenizer, copied, and the trained UNet.
+    """Write a pipeline of one step, or of few: the base's VAE, text encoder and tokenizer, copied, and the trained UNet.
 
     Args:
         space: of the base.
         unet: the trained student (or its EMA); not changed. Where it has a LoRA, `lora/` holds that, and `unet/` both merged.
         folder: where to write; an earlier export there is replaced once the new one is complete.
         dtype: float16 or float32, of all weights.
+        steps: of the student (`student.steps`).
 
     Returns `folder`.
 
@@ -198,7 +207,9 @@ def export_student(
     """
     if dtype not in (torch.float16, torch.float32):
         raise InputError(f"export dtype {dtype}: float16 or float32")
-    scheduler, network, folder = one_step_scheduler(space, start_timestep), _copy_of(unet, dtype), Path(folder)
+    few = steps > 1
+    scheduler = few_step_scheduler(space, start_timestep, steps) if few else one_step_scheduler(space, start_timestep)
+    network, folder = _copy_of(unet, dtype), Path(folder)
     with replacing(folder) as fresh:
         fresh.mkdir()
         for part in space.student_parts:
@@ -207,7 +218,7 @@ def export_student(
         forget_origin(fresh / "unet" / "config.json")
         scheduler.save_pretrained(fresh / "scheduler")
         (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
-        (fresh / "README.md").write_text(card.markdown(start_timestep, dtype), encoding="utf-8")
+        (fresh / "README.md").write_text(card.markdown(start_timestep, dtype, steps), encoding="utf-8")
         if has_lora(unet):
             begins = Begins(card.student, card.start, card.lora_start)
             usage = usage_of(space, begins, scheduler, start_timestep)

@@ -1,4 +1,4 @@
-"""Drawing pictures: by an exported one-step student, a multi-step student or a teacher.
+"""Drawing pictures: by an exported student of one step or few, a multi-step student or a teacher.
 
 A picture depends on the model, its prompt, its prompt's number and its seed; neither on the batch nor on the other
 pictures (arithmetic of another batch size may differ in the last bits). Shapes: B pictures a batch.
@@ -27,10 +27,15 @@ from raydistill.pictures.grids import grid, to_pil
 from raydistill.pictures.picture import Picture
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
-from raydistill.spaces.one_step import one_step_x0
+from raydistill.spaces.one_step import student_x0
 
 SHEETS = ("grid.png", "sheet.png")  # pictures of pictures
 SHEET_CELL = 256  # pixels a picture has at most on the contact sheet
+
+
+def in_steps(steps: int, start_timestep: int) -> str:
+    """How a student draws, in words."""
+    return f"{'one step' if steps == 1 else f'{steps} steps'} from t = {start_timestep}"
 
 
 def typed_prompts(texts: Sequence[str], first: int = 1) -> PromptSet:
@@ -54,8 +59,8 @@ class Painter:
     Args:
         space: of the model's folder, whose text encoders and VAE are loaded here.
         network: the student's or teacher's.
-        start_timestep: of a student's single step; None: `steps` steps of the folder's own scheduler.
-        steps, guidance_scale: of the scheduler's sampling; a scale of 0 to 1 is no guidance.
+        start_timestep: of a student, with its `steps`; None: `steps` steps of the folder's own scheduler.
+        guidance_scale: of the scheduler's sampling; a scale of 0 to 1 is no guidance.
         upgrade: None draws at the model's own size.
         device: where to compute. Noise always comes from the CPU, so that devices agree.
         dtype: of network, text encoders and VAE (see `load_vae`). Latents stay float32.
@@ -89,10 +94,16 @@ class Painter:
             NonFiniteError: naming the first picture concerned.
         """
         space, shape = self.space, self.space.latent_shape
-        noise = torch.cat([normal(p.seed, [p.prompt_id], shape, "sample") for p in batch]).to(self.device)
+
+        def noise_of(step: int) -> torch.Tensor:
+            each = [normal(p.seed, [p.prompt_id], shape, "sample", step) for p in batch]
+            return torch.cat(each).to(self.device)
+
+        noise = noise_of(0)
         conditioning = space.encode_prompts(self.text, [p.prompt for p in batch])
         if self.start_timestep is not None:
-            latents = one_step_x0(space, self.network, noise, conditioning, self.start_timestep)
+            start = self.start_timestep
+            latents = student_x0(space, self.network, noise, conditioning, start, self.steps, noise_of)
         else:
             latents = space.sample(self.network, noise, conditioning, self._empty, self.steps, self.guidance_scale)
         for picture, finite in zip(batch, latents.isfinite().flatten(1).all(1).tolist(), strict=True):

@@ -45,7 +45,7 @@ def write_single_file(export: Export, folder: Path) -> float:
     Raises:
         InputError: no one-step student, a network that the layout has no place for, or another picture.
     """
-    space, start = open_one_step(export)
+    space, start = open_one_step(export, "--format single-file")
     if not space.original_layout:
         raise InputError(
             f"--format single-file: {export.folder} is a {space.pipeline_class}, whose original layout is not written; take "

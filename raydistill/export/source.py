@@ -8,6 +8,7 @@ from pathlib import Path
 
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask
+from raydistill.export.few_steps import is_few_step, steps_of
 from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import replacing
@@ -155,14 +156,19 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
     raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has logged a student")
 
 
-def open_one_step(export: Export) -> tuple[Space, int]:
-    """(Space, start timestep) of an export whose scheduler draws in one exact step, as `one_step_scheduler`'s do.
+def open_student_export(export: Export) -> tuple[Space, int, int]:
+    """(Space, start timestep, steps) of an export whose scheduler draws exactly what the student draws.
+
+    They are those of `one_step_scheduler` and `few_step_scheduler`.
 
     Raises:
-        InputError: another scheduler, whose single step is not the network's x_0, or no pipeline of a student's family.
+        InputError: another scheduler, whose pictures are not the student's, or no pipeline of a student's family.
     """
     space = load_student_space(export.folder)
     name, config = type(space.scheduler).__name__, space.scheduler.config
+    if is_few_step(name, config):
+        steps = steps_of(config)
+        return space, int(space.start_sampling(steps).timesteps[0]), steps
     exact = config.get("timestep_spacing") == "trailing" and (
         name == "EulerDiscreteScheduler"
         or (name == "DDIMScheduler" and config["set_alpha_to_one"] and not config["clip_sample"])
@@ -172,4 +178,15 @@ def open_one_step(export: Export) -> tuple[Space, int]:
             f"{export.folder}: not the export of a one-step student: its {name} (timestep_spacing "
             f"{config.get('timestep_spacing')!r}) does not step from noise to the picture at once"
         )
-    return space, int(space.start_sampling(1).timesteps[0])
+    return space, int(space.start_sampling(1).timesteps[0]), 1
+
+
+def open_one_step(export: Export, form: str = "this form") -> tuple[Space, int]:
+    """(Space, start timestep) of a student of one step. Raises InputError as above, and for one of several steps."""
+    space, start, steps = open_student_export(export)
+    if steps > 1:
+        raise InputError(
+            f"{export.folder}: a student of {steps} steps, and {form} is written for one step alone; take the folder, or "
+            "--format lora"
+        )
+    return space, start

@@ -92,7 +92,8 @@ class Observer:
             self.score_pictures = ScorePictures(config, networks, fixed, decoder, student=student, teacher=teacher)
 
     def _evaluate(self, evaluator: StudentEvaluator) -> tuple[torch.Tensor, Measured]:
-        pictures = evaluator.draw(self.distiller.networks.evaluated, self.config.student.start_timestep)
+        student = self.config.student
+        pictures = evaluator.draw(self.distiller.networks.evaluated, student.start_timestep, student.steps)
         return pictures, evaluator.measured(pictures)
 
     def _tell_of_failure(self, metric: str, reason: str) -> None:
@@ -226,7 +227,8 @@ class Observer:
         """How much the student's picture is the one that the teacher sees; said once where that falls far."""
         if not self.consistency.fixed.captions:
             return {}
-        found = self.consistency.psnr(self.config.student.start_timestep)
+        student = self.config.student
+        found = self.consistency.psnr(student.start_timestep, student.steps)
         best = self.standing.consistency
         self.standing.consistency = found if best is None else max(best, found)
         if found < self.standing.consistency - FALL_DB and not self._told_of_consistency:
@@ -330,9 +332,10 @@ class BestStudent:
     def export(self, step: int, table: dict[str, float]) -> list[Place]:
         """Write what is loaded, of update `step`, as `export/`, and the Bridge as `bridge/`; returns the folders."""
         networks, config, folders = self.networks, self.config, [self.stage.path("export")]
-        card = self.card(step, table)
+        card, steps = self.card(step, table), {"steps": config.student.steps}
+        start = config.student.start_timestep
         with writing(folders[0]) as folder:
-            export_student(networks.student_space, networks.evaluated, config.student.start_timestep, folder, card)
+            export_student(networks.student_space, networks.evaluated, start, folder, card, **steps)
         if config.bridge.trainable:
             folders.append(self.stage.path("bridge"))
             with writing(folders[1]) as folder:

@@ -223,6 +223,13 @@ def update_student_lora(bench: Bench, mode: PretendedTensors) -> None:
     _update(worker)
 
 
+def update_few_steps(bench: Bench, mode: PretendedTensors) -> None:
+    """A student of four steps: of some samples the earlier ones run first. The update alone is noted."""
+    worker = bench.distiller("student.steps=4", "student.start_timestep=625", "fake_score.updates=1")
+    mode.notes.__init__()
+    _update(worker)
+
+
 def update_truncated(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("fake_score.kind=truncated"))
 
@@ -330,7 +337,7 @@ def bridge_resumed(bench: Bench, mode: PretendedTensors) -> None:
 ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
-        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_student_lora, update_truncated, update_joint,
+        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_student_lora, update_few_steps, update_truncated, update_joint,
         update_float32, update_shared, update_shard, resume, bridge,
         bridge_resumed,
     )

@@ -14,7 +14,7 @@ ROLES = (
     "update_joint", "update_float32", "update_shared", "update_shard", "resume", "bridge", "bridge_resumed",
 )  # fmt: skip
 CELLS = [(f, r) for f in FAMILIES for r in ROLES if not (f in UNETS and r == "update_truncated")]
-CELLS.append(("sd3", "update_student_lora"))  # the student is the same beside every teacher
+CELLS += [("sd3", "update_student_lora"), ("sd3", "update_few_steps")]  # the student is the same beside every teacher
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,15 @@ def test_a_role_of_a_family_runs_on_its_device(cells_of, cell):
     notes = check(cells_of(cell[0])[cell])
     if cell[1].startswith("update") and cell[1] != "update_shard":
         assert [kernel for kernel in notes["kernels"] if kernel.startswith("WindowAttention: math")] == []
+
+
+def test_the_earlier_steps_of_a_student_wait_for_nothing(cells_of):
+    """An update of one part of each batch that takes four steps waits as often as one of one step (`test_devices.py`)."""
+    notes = check(cells_of("sd3")["sd3", "update_few_steps"])
+    assert notes["waits"] == {
+        "distillation/leaving_out.py:look": 2,
+        "distillation/gradients.py:step": 3,
+        "distillation/readings.py:read": 1,
+    }
+    assert sum(copies["blocking"] for copies in notes["uploads"].values()) == 0
+    assert notes["uploads"]["distillation/rollout.py:seen"]["count"] > 0

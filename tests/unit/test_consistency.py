@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_score_pictures import CAPTIONS, build_one
 
+from raydistill.config.networks import StudentConfig
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.evaluation.consistency import FALL_DB, Consistency, TeacherDecoder
@@ -81,8 +82,10 @@ def test_the_alarm_is_raised_once_and_its_best_lasts_in_checkpoints(capsys):
     values, tags = iter([20.0, 25.0, 25.0 - FALL_DB, 24.9 - FALL_DB, 10.0]), []
     standing = Standing()
     observer = SimpleNamespace(
-        config=SimpleNamespace(student=SimpleNamespace(start_timestep=START)),
-        consistency=SimpleNamespace(fixed=FixedPrompts(PromptSet(CAPTIONS), 3, 0), psnr=lambda start: next(values)),
+        config=SimpleNamespace(student=StudentConfig(start_timestep=START)),
+        consistency=SimpleNamespace(
+            fixed=FixedPrompts(PromptSet(CAPTIONS), 3, 0), psnr=lambda start, steps: next(values)
+        ),
         standing=standing,
         tracker=SimpleNamespace(tags=tags.append),
         _told_of_consistency=False,

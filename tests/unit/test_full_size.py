@@ -118,7 +118,7 @@ def test_a_step_has_the_shapes_of_its_family_from_noise_to_loss(pair):
         worker = distiller(config, student, teacher, BATCH)
         seen.watch(worker)
         (made,) = worker.make()  # one micro-batch
-        assert made.noise.shape == (BATCH, 4, 64, 64)
+        assert made.seen.shape == (BATCH, 4, 64, 64)
         assert made.x_t.shape == (BATCH, channels, side, side)
         assert made.t_B.shape == (BATCH,)
         assert made.student_conditioning["prompt_embeds"].shape == (BATCH, 77, width_S)

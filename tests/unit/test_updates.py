@@ -456,7 +456,7 @@ def test_one_pass_of_the_fake_score_gives_the_scores_and_the_features_with_their
     """Those of two passes at the same noised latents, of which one has a graph and ends at the features."""
     distiller = make_distiller(configuration(**overrides), spaces, tables)
     networks, made = distiller.networks, next(distiller.make())
-    x = networks.x(made.noise, made.student_conditioning).detach().requires_grad_()
+    x = networks.x(made.seen, made.student_conditioning).detach().requires_grad_()
     x_t, t_B = made.with_graph(distiller.path, x)
     assert torch.equal(x_t, made.held[0])
     x0, features = networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)

@@ -1,0 +1,436 @@
+"""Students of several steps: what each step sees, the same bits in every order, pictures, and their draw in diffusers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import tiny_diffusion_pipelines as tiny
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+from raydistill.bridge.model import Bridge
+from raydistill.config.reading import load
+from raydistill.data.encode import PromptTable
+from raydistill.data.prompts import PromptSet
+from raydistill.diffusion.noise import normal
+from raydistill.diffusion.timesteps import student_timesteps
+from raydistill.distillation.batches import MicroBatch, Real
+from raydistill.distillation.schedule import distillation_step
+from raydistill.distillation.updates import build_distiller
+from raydistill.errors import InputError, NonFiniteError
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.evaluation.subject import find_subject, load_painter
+from raydistill.export.few_steps import how_to_draw, steps_of_folder
+from raydistill.export.lora import load_lora
+from raydistill.export.merge import merge_students, open_sources
+from raydistill.export.one_picture import difference
+from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.export.sampling import pictures_of, typed_prompts
+from raydistill.export.single_file import write_single_file
+from raydistill.export.source import Export, open_student_export
+from raydistill.planning.counting import count_trainer
+from raydistill.spaces import load_space, load_student_space
+from raydistill.spaces.meta import open_space
+from raydistill.spaces.one_step import one_step_x0, student_x0
+
+CAPTIONS = ["a small red circle at the left on a white background", "two blue squares", ""]
+SMALL = (
+    "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=1",
+    "discriminator.width=8", "student.lr=1e-3", "student.ema_decay=0.5", "student.rank=4", "distill.batch_size=8",
+)  # fmt: skip
+CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=3)
+
+
+# -- timesteps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "wanted"),
+    [
+        (999, 1, [999]),
+        (999, 2, [999, 499]),
+        (999, 4, [999, 749, 499, 249]),
+        (625, 2, [625, 312]),
+        (625, 4, [623, 467, 311, 155]),
+        (399, 4, [399, 299, 199, 99]),
+    ],
+)
+def test_the_steps_lie_evenly_down_as_in_diffusers(start, steps, wanted):
+    assert student_timesteps(start, steps) == wanted
+    scheduler = LCMScheduler(num_train_timesteps=wanted[0] + 1, original_inference_steps=steps)
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["student.steps=3"], r"student\.steps"),
+        (["student.steps=4", "student.start_timestep=3"], r"4 steps \(student\.steps\) begin at 4 or above"),
+    ],
+)
+def test_wrong_numbers_of_steps_are_one_line(keys, message):
+    with pytest.raises(InputError, match=message) as error:
+        load(overrides=keys)
+    assert "\n" not in str(error.value)
+
+
+# -- a worker ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(sd_folder, diffusion_folders, tmp_path_factory):
+    """Of students and a teacher."""
+    root = tmp_path_factory.mktemp("sd21")
+    kinds = {"v-prediction": "v_prediction", "sd21": "epsilon"}
+    return {"sd15": sd_folder, **diffusion_folders} | {k: tiny.save_sd21(root / k, kind) for k, kind in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def world(sd_folder, flux_folder):
+    spaces = load_space(sd_folder), load_space(flux_folder)
+    tables = [PromptTable(space, CAPTIONS)(CAPTIONS) for space in spaces]
+    return *spaces, dict(zip(("student", "teacher"), tables, strict=True))
+
+
+def worker_of(world, *settings, first=0):
+    """Its first batch is that of slot `first`."""
+    student, teacher, tables = world
+    config = load(overrides=[*SMALL, *settings])
+    size = config.distill.batch_size
+
+    def batches():
+        for slot in itertools.count(first):
+            ids = list(range(slot * size, slot * size + size))
+            yield {"sample_id": ids} | {
+                f"{role}.{name}": value[[i % 2 for i in ids]].numpy()
+                for role, table in tables.items()
+                for name, value in table.items()
+            }
+
+    torch.manual_seed(7)
+    latents = torch.randn(4, *teacher.latent_shape)
+    bridge = Bridge.create(student, teacher, config.bridge)
+    return build_distiller(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=student.load_network(),
+        bridge=bridge,
+        fake_network=teacher.load_network(),
+        real=Real(latents, tables["teacher"], torch.arange(4) % 3),
+        source=batches(),
+    )
+
+
+def updated(worker, count, overlap=True):
+    def submit(made):
+        answer = made.x_t * 0.5
+        return type("Scores", (), {"result": lambda _: answer})()
+
+    for _ in range(count):
+        distillation_step(worker, submit, 1, overlap=overlap)
+    return worker
+
+
+def state_of(worker):
+    state = worker.state_dict()
+    parts = {"student", "ema", "fake", "discriminator"} & state.keys()
+    return {f"{part}.{n}": v.clone() for part in parts for n, v in state[part].items()}
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("model", "start"), [("sd21", 625), ("sdxl", 399)])
+def test_other_students_learn_in_four_steps(model, start, folders):
+    """From an early start; SDXL's conditioning is not of real numbers alone."""
+    spaces = load_student_space(folders[model]), load_space(folders["pixart"])
+    tables = [PromptTable(space, CAPTIONS)(CAPTIONS) for space in spaces]
+    world = *spaces, dict(zip(("student", "teacher"), tables, strict=True))
+    worker = worker_of(world, "student.steps=4", f"student.start_timestep={start}", "distill.batch_size=4")
+    before = state_of(worker)
+    after = state_of(updated(worker, 1))
+    changed = [name for name in before if name.startswith("student.") and not torch.equal(before[name], after[name])]
+    assert len(changed) > 0.9 * sum(name.startswith("student.") for name in before)
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def part_of(world, ids):
+    text = {name: value[[i % 2 for i in ids]] for name, value in world[2]["student"].items()}
+    empty = {}
+    return MicroBatch(
+        sample_ids=torch.tensor(ids), student_conditioning=text, teacher_conditioning=empty, fake_conditioning=empty
+    )
+
+
+def test_a_step_sees_the_students_own_earlier_ones_noised_again(world):
+    worker, ids = worker_of(world, "student.steps=4"), [8, 9, 10, 11, 12]
+    space, unet = world[0], worker.networks.student
+    seen, timestep_B = worker.rollout.seen(part_of(world, ids))
+    assert not seen.requires_grad
+    found = worker.rollout.step_of(torch.tensor(ids)).tolist()
+    assert sorted(found[:4]) == [0, 1, 2, 3], "four ids that follow each other have all the steps"
+    timesteps = student_timesteps(999, 4)
+    assert timestep_B.tolist() == [timesteps[step] for step in found]
+    for row, (number, step) in enumerate(zip(ids, found, strict=True)):
+        text = {name: value[[number % 2]] for name, value in world[2]["student"].items()}
+        x_t = normal(0, [number], space.latent_shape, "latents")
+        for before, at in itertools.pairwise(timesteps[: step + 1]):
+            t, later = torch.tensor([before / 999]), torch.tensor([at / 999])
+            with torch.no_grad():
+                eps = space.predict(unet, x_t, t, text)
+            (alpha, sigma), (alpha2, sigma2) = space.path.alpha_sigma(t), space.path.alpha_sigma(later)
+            again = normal(0, [number], space.latent_shape, "student_noise", timesteps.index(at))
+            x_t = alpha2 * (x_t - sigma * eps) / alpha + sigma2 * again
+        assert (seen[row] - x_t[0]).abs().max() <= 1e-4 * x_t.abs().max(), (number, step)
+    assert not torch.equal(seen, worker_of(world, "student.steps=4", "run.seed=1").rollout.seen(part_of(world, ids))[0])
+
+
+def test_an_earlier_step_that_is_not_finite_names_its_sample(world):
+    worker, ids = worker_of(world, "student.steps=4"), [8, 9, 10, 11]
+    bad = ids[worker.rollout.step_of(torch.tensor(ids)).argmax()]
+    part = part_of(world, ids)
+    part.student_conditioning["prompt_embeds"][ids.index(bad)] = torch.nan
+    worker.rollout.seen(part)
+    with pytest.raises(NonFiniteError, match="the student's x0") as error:
+        worker.networks.finite.look()
+    assert error.value.samples == [bad]
+
+
+def test_all_steps_are_trained_equally_often(world):
+    rollout = worker_of(world, "student.steps=2").rollout
+    chosen = rollout.step_of(torch.arange(4000))
+    assert chosen.view(-1, 2).sum(1).eq(1).all()
+    assert 800 < chosen.view(-1, 2)[:, 0].sum() < 1200, "chance decides which comes first"
+    assert torch.equal(chosen[700:900], rollout.step_of(torch.arange(700, 900)))
+
+
+def test_one_step_is_what_it_was(world):
+    worker = worker_of(world)
+    assert worker.config.student.steps == 1
+    (made,) = worker.make()
+    assert made.timestep_B is None
+    assert torch.equal(made.seen, normal(0, range(8), world[0].latent_shape, "latents"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("distill.micro_batches=2", "discriminator.weight=0"),
+        pytest.param(("student.kind=lora", "distill.mixed_precision=true"), marks=pytest.mark.full),
+        pytest.param(("fake_score.kind=full", "discriminator.shared_pass=true"), marks=pytest.mark.full),
+    ],
+)
+def test_overlap_and_a_resume_change_no_bit(world, settings):
+    build = partial(worker_of, world, "student.steps=4", "distill.batch_size=4", *settings)
+    whole = state_of(updated(build(), 2))
+    assert equal(whole, state_of(updated(build(), 2, overlap=False)))
+    half, rest = updated(build(), 1), build(first=2)
+    rest.load_state_dict(copy.deepcopy(half.state_dict()))
+    assert equal(whole, state_of(updated(rest, 1)))
+    assert not equal(whole, state_of(build()))
+
+
+@pytest.mark.full
+def test_parts_of_a_batch_are_the_whole_batch(world):
+    """Up to rounding: other parts hold other numbers of each step. The rate is small for Adam makes signs of gradients."""
+    few = ("student.steps=2", "student.ema_decay=null")
+    norms = []
+    for parts in (1, 2, 8):
+        worker = updated(worker_of(world, *few, f"distill.micro_batches={parts}"), 1)
+        metrics = worker.pop_metrics()
+        norms.append([metrics[name] for name in ("student/grad_norm", "loss/vsd", "loss/fake", "latents/std")])
+    assert torch.allclose(torch.tensor(norms[0]), torch.tensor(norms[1]), rtol=1e-3)
+    assert torch.allclose(torch.tensor(norms[0]), torch.tensor(norms[2]), rtol=1e-3)
+
+
+def test_the_trained_step_alone_has_a_gradient(world):
+    """That of a sample's later step is of one evaluation: it equals the one with what it sees held fixed."""
+    worker = worker_of(world, "student.steps=4")
+    (made,) = worker.make()
+    networks = worker.networks
+    evaluations = []
+    handle = networks.student.register_forward_hook(lambda module, args, output: evaluations.append(output[0]))
+    networks.x(made.seen, made.student_conditioning, made.timestep_B).sum().backward()
+    handle.remove()
+    assert [len(output) for output in evaluations] == [8], "one evaluation of all samples, and no rollout"
+
+
+@pytest.mark.full
+def test_the_planner_counts_the_steps_before(world, sd_folder, flux_folder):
+    """One and a half more evaluations without graph in make and in each fake update, on average."""
+    student, teacher = (open_space(str(folder)) for folder in (sd_folder, flux_folder))
+    counted = {}
+    for steps in (1, 4):
+        settings = [f"student.steps={steps}", f"student.model={sd_folder}", f"teacher.model={flux_folder}"]
+        counted[steps] = count_trainer(load(overrides=[*SMALL, "student.unet=null", *settings]), student, teacher)
+    more = {
+        part: getattr(counted[4], part).flops - getattr(counted[1], part).flops for part in ("make", "fake", "student")
+    }
+    assert more["student"] == 0
+    assert more["make"] == more["fake"] > 0
+    evaluation = evaluation_flops(student, 8)
+    assert more["make"] == pytest.approx(1.5 * evaluation, rel=1e-6)
+
+
+def evaluation_flops(space, samples):
+    from raydistill.planning.meter import counted
+    from raydistill.spaces.meta import empty_conditioning
+
+    with counted() as meter, torch.no_grad():
+        unet, noise = space.load_network(), torch.empty(samples, *space.latent_shape, device="meta")
+        text = empty_conditioning(space.conditioning_layout, samples)
+        return meter.count(lambda: one_step_x0(space, unet, noise, text, 999)).flops
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------
+
+
+def test_evaluations_draw_with_all_steps_each_picture_with_its_own_noise(world, monkeypatch):
+    space, unet = world[0], world[0].load_network()
+    fixed = FixedPrompts(PromptSet(CAPTIONS[:2]), 3, seed=5)
+    evaluator = StudentEvaluator(space, fixed, load(overrides=["evaluation.metrics=[]"]).evaluation, "cpu")
+    drawn = evaluator.draw(unet, 999, 4)
+    text = evaluator.table(fixed.captions)
+    with torch.no_grad():
+        again = lambda step: normal(5, range(3), space.latent_shape, "evaluation", step)  # noqa: E731
+        wanted = student_x0(space, unet, again(0), text, 999, 4, again)
+    assert torch.equal(drawn, space.decode(evaluator.vae, wanted))
+    assert (drawn - evaluator.draw(unet, 999)).abs().mean() > 1e-3
+    few = StudentEvaluator(space, fixed, evaluator.config.model_copy(update={"batch_size": 1}), "cpu").draw(
+        unet, 999, 4
+    )
+    assert (few - drawn).abs().max() < 1e-4, "in batches of one as well"
+
+
+# -- exports ----------------------------------------------------------------------------------------------------
+
+
+def drawn_by_diffusers(folder, steps, seed, count=2):
+    """Latents of plain diffusers, which draws all noise from one generator."""
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    return pipe(
+        CAPTIONS[:count], num_inference_steps=steps, guidance_scale=0, generator=generator, output_type="latent"
+    ).images
+
+
+CASES = [("sd15", 999, 2), ("sd15", 625, 4), ("v-prediction", 999, 4), ("sdxl", 399, 4)]
+
+
+@pytest.mark.parametrize(("model", "start", "steps"), CASES)
+def test_plain_diffusers_draws_the_students_own_latents(model, start, steps, folders, tmp_path):
+    space = load_student_space(folders[model])
+    unet = space.load_network()
+    export_student(space, unet, start, tmp_path / "export", CARD, torch.float32, steps=steps)
+    opened = open_student_export(Export(tmp_path / "export", "x"))
+    assert opened[1:] == (student_timesteps(start, steps)[0], steps)
+    theirs = drawn_by_diffusers(tmp_path / "export", steps, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    noise = [torch.randn(2, *space.latent_shape, generator=generator) for _ in range(steps)]
+    text = space.encode_prompts(space.load_text(), CAPTIONS[:2])
+    with torch.no_grad():
+        ours = student_x0(space, unet, noise[0], text, start, steps, noise.__getitem__)
+        other = one_step_x0(space, unet, noise[0], text, start)
+    assert (ours - other).abs().max() > 1e-2 * ours.abs().max()
+    assert (ours - theirs).abs().max() <= 2e-5 * ours.abs().max()
+
+
+@pytest.fixture(scope="module")
+def exports(world, tmp_path_factory):
+    """Of two students of four steps, and of one of one step."""
+    folder, space = tmp_path_factory.mktemp("students"), world[0]
+    unet, other = space.load_network(), space.load_network()
+    with torch.no_grad():
+        for value in other.parameters():
+            value.mul_(0.9)
+    for name, network, steps in (("one", unet, 4), ("two", other, 4), ("single", unet, 1)):
+        export_student(space, network, 999, folder / name, CARD, torch.float32, steps=steps)
+    return {name: Export(folder / name, name) for name in ("one", "two", "single")}
+
+
+def test_samplers_draw_an_export_in_its_steps_with_each_pictures_own_noise(exports, world, tmp_path):
+    subject = find_subject(str(exports["one"].folder), tmp_path)
+    assert subject.title == "one, 4 steps from t = 999"
+    painter = load_painter(subject, "cpu", torch.float32)
+    pictures = pictures_of(typed_prompts(CAPTIONS[:2]), [3])
+    space = world[0]
+    text = space.encode_prompts(space.load_text(), CAPTIONS[:2])
+
+    def again(step):
+        return torch.cat([normal(p.seed, [p.prompt_id], space.latent_shape, "sample", step) for p in pictures])
+
+    with torch.no_grad():
+        wanted = student_x0(space, space.load_network(), again(0), text, 999, 4, again)
+    assert torch.equal(painter.latents(pictures), wanted)
+    assert (painter.latents(pictures[1:]) - wanted[1:]).abs().max() < 1e-4
+    with pytest.raises(InputError, match=r"this student takes 4 steps, without guidance"):
+        find_subject(str(exports["one"].folder), tmp_path, steps=1)
+    assert find_subject(str(exports["single"].folder), tmp_path).steps == 1
+
+
+def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
+    folder = exports["one"].folder
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    with pytest.raises(ValueError, match="original_steps"):
+        pipe("a red circle", guidance_scale=0)
+    assert steps_of_folder(folder) == 4
+    assert steps_of_folder(exports["single"].folder) == 1
+    assert "num_inference_steps=4, guidance_scale=0" in (card := (folder / "README.md").read_text())
+    assert "**four** network evaluations" in card
+    assert "few-step" in card
+    assert how_to_draw(4).startswith("num_inference_steps=4, guidance_scale=0")
+    assert "one-step" in (exports["single"].folder / "README.md").read_text()
+
+
+def test_students_of_equal_steps_are_averaged_and_other_ones_refused(exports, tmp_path):
+    merge_students(open_sources([exports["one"], exports["two"]]), [0.5, 0.5], tmp_path / "mean")
+    merged = open_student_export(Export(tmp_path / "mean", "mean"))
+    assert merged[1:] == (999, 4)
+    assert "num_inference_steps=4" in (tmp_path / "mean" / "README.md").read_text()
+    with pytest.raises(InputError, match=r"single draws in 1 steps, but .*one in 4"):
+        open_sources([exports["one"], exports["single"]])
+
+
+def test_forms_for_one_step_alone_are_refused(exports, tmp_path):
+    with pytest.raises(
+        InputError, match=r"a student of 4 steps, and --format single-file is written for one step alone"
+    ):
+        write_single_file(exports["one"], tmp_path)
+
+
+def test_a_lora_of_four_steps_draws_the_merged_students_picture(world, tmp_path):
+    worker = updated(worker_of(world, "student.steps=4", "student.kind=lora", "distill.batch_size=4"), 1)
+    space = world[0]
+    export_student(space, worker.networks.evaluated, 999, tmp_path / "export", CARD, torch.float32, steps=4)
+    opened = load_student_space(tmp_path / "export")
+    assert difference(opened, lambda: load_lora(space.folder, tmp_path / "export" / "lora")) < 0.1
+    assert "num_inference_steps=4" in (tmp_path / "export" / "lora" / "README.md").read_text()
+    plain = difference(opened, lambda: DiffusionPipeline.from_pretrained(tmp_path / "export"))
+    assert plain < 1e-3
+
+
+@pytest.mark.full
+def test_the_mlflow_model_draws_in_all_steps(exports):
+    from raydistill.export.mlflow_student import Student  # mlflow is slow to import
+
+    folder = exports["one"].folder
+    model = Student()
+    model.load_context(SimpleNamespace(artifacts={"pipeline": str(folder)}))
+    (ours,) = model.predict(CAPTIONS[:1])
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    generator = [torch.Generator().manual_seed(0)]
+    (wanted,) = pipe(CAPTIONS[:1], num_inference_steps=4, guidance_scale=0, generator=generator).images
+    assert ours.tobytes() == wanted.tobytes()
+    other = DiffusionPipeline.from_pretrained(exports["single"].folder)
+    (single,) = other(CAPTIONS[:1], num_inference_steps=1, guidance_scale=0, generator=generator).images
+    assert ours.tobytes() != single.tobytes()
