@@ -8,13 +8,18 @@ from pathlib import Path
 import yaml
 
 
-def front_matter(identifier: str, name: str) -> str:
-    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes."""
+def front_matter(identifier: str, name: str, noun: str = "Stable Diffusion UNet") -> str:
+    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes.
+
+    Args:
+        identifier, name: of the licence.
+        noun: `Space.student_noun`, whose first words are a tag.
+    """
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "license": identifier,
-        "tags": ["stable-diffusion", "one-step", "distillation"],
+        "tags": [noun.rpartition(" ")[0].lower().replace(" ", "-"), "one-step", "distillation"],
     }
     if identifier == "other":
         front["license_name"] = name

@@ -20,7 +20,7 @@ import yaml
 from raydistill.errors import InputError
 from raydistill.export.cards import front_matter
 from raydistill.export.parts import copy_part, forget_origin
-from raydistill.export.pipeline import SEVERAL, USAGE, table_rows
+from raydistill.export.pipeline import SEVERAL, table_rows, usage
 from raydistill.export.source import Export, open_one_step
 from raydistill.export.tensors import first_difference, read_tensor, write_safetensors
 from raydistill.spaces.base import Space
@@ -40,7 +40,7 @@ class Source:
     export: Export
     space: Space
     start_timestep: int
-    tensors: Mapping[str, tuple[Path, Entry]]  # of its UNet: name -> (file, shape and dtype)
+    tensors: Mapping[str, tuple[Path, Entry]]  # of its network: name -> (file, shape and dtype)
 
 
 # -- what can be merged -----------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def check_target(folder: Path) -> None:
 
 
 def open_sources(exports: Sequence[Export]) -> list[Source]:
-    """Check that the exports are one-step students of one family. Of the UNets, no weights are read.
+    """Check that the exports are one-step students of one family. Of the networks, no weights are read.
 
     Raises:
         InputError: fewer than two, one of them twice, or no one-step student.
@@ -90,7 +90,7 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
         if other_start != start:
             raise InputError(f"{export.folder} starts at timestep {other_start}, but {family.folder} at {start}")
         _same_scheduler(family, space)
-        sources.append(Source(export, space, start, _unet_tensors(family, export)))
+        sources.append(Source(export, space, start, _network_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
         for part in (part for part in family.student_parts if not part.startswith("tokenizer")):
             difference = first_difference(family, source.space, part)
@@ -112,8 +112,8 @@ def _same_scheduler(one: Space, other: Space) -> None:
             raise InputError(f"{other.folder} has another scheduler than {one.folder}: {key} differs{values}")
 
 
-def _unet_tensors(family: Space, export: Export) -> dict[str, tuple[Path, Entry]]:
-    """Tensors of the export's UNet, which must be those of the family's."""
+def _network_tensors(family: Space, export: Export) -> dict[str, tuple[Path, Entry]]:
+    """Tensors of the export's network, which must be those of the family's."""
     checkpoint = open_student(family, export.folder)
     if any(file.suffix != ".safetensors" for file in checkpoint.files):
         raise InputError(f"{checkpoint.source}: is not safetensors, which alone can be read tensor by tensor")
@@ -167,7 +167,7 @@ def merge_students(
         InputError: `folder` exists; or a value is NaN or infinite, in a source or, rounded, in the mean.
     """
     check_target(folder)
-    first = sources[0]
+    first, network = sources[0], sources[0].space.network_name
     entries = {name: entry for name, (_, entry) in first.tensors.items()}
 
     def mean(name: str) -> torch.Tensor:
@@ -179,13 +179,13 @@ def merge_students(
     with replacing(folder) as fresh:
         fresh.mkdir()
         for part in first.space.parts():
-            if part != "unet":
+            if part != network:
                 copy_part(Path(first.space.folder, part), fresh / part)
-        (fresh / "unet").mkdir()
-        for name in ("model_index.json", "unet/config.json"):
+        (fresh / network).mkdir()
+        for name in ("model_index.json", f"{network}/config.json"):
             shutil.copyfile(Path(first.space.folder, name), fresh / name)
             forget_origin(fresh / name)
-        write_safetensors(fresh / "unet" / WEIGHTS_FILE, entries, mean)
+        write_safetensors(fresh / network / WEIGHTS_FILE, entries, mean)
         (fresh / "README.md").write_text(model_card(sources, shares), encoding="utf-8")
     return folder
 
@@ -232,7 +232,8 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     names = {card.licence_name for card in cards}
     licences = {card.licence for card in cards}
     one = len(licences) == len(names) == 1 and licences != {_UNKNOWN}
-    head = front_matter(licences.pop(), names.pop()) if one else front_matter(*SEVERAL)
+    family = type(sources[0].space)
+    head = front_matter(*((licences.pop(), names.pop()) if one else SEVERAL), family.student_noun)
     teachers = dict.fromkeys(card.facts.get("Teacher", _UNKNOWN) for card in cards)
     facts = {
         "Teacher": "; ".join(teachers),
@@ -242,9 +243,8 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     return _CARD.format(
         front=head,
         teachers=", ".join(teachers),
-        usage=USAGE.format(
-            dtype=next(iter(sources[0].tensors.values()))[1].dtype, pipeline=sources[0].space.pipeline_class
-        ),
+        noun=family.student_noun,
+        usage=usage(family, next(iter(sources[0].tensors.values()))[1].dtype),
         provenance=table_rows(facts),
         sources="\n".join(map(_source_rows, sources, shares, cards)),
         terms="\n".join(dict.fromkeys(line for card in cards for line in card.terms)),
@@ -253,12 +253,13 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
 
 def _source_rows(source: Source, share: float, card: Provenance) -> str:
     """One source: its weight, fingerprint and its own provenance."""
-    facts = {"Weight": f"{share:.6g}", "UNet (sha256)": _fingerprint(source)} | dict(card.facts)
+    part = source.space.student_noun.split()[-1]
+    facts = {"Weight": f"{share:.6g}", f"{part} (sha256)": _fingerprint(source)} | dict(card.facts)
     return f"### {source.export.name}\n\n| | |\n|---|---|\n{table_rows(facts)}\n"
 
 
 def _fingerprint(source: Source) -> str:
-    """sha256 of the UNet's weight file, or of all of its shards one after another."""
+    """sha256 of the network's weight file, or of all of its shards one after another."""
     digest = hashlib.sha256()
     for file in sorted({file for file, _ in source.tensors.values()}):
         with file.open("rb") as stream:
@@ -272,7 +273,7 @@ _CARD = """---
 ---
 # One-step text-to-image student, the mean of several
 
-A Stable Diffusion UNet that draws in **one** network evaluation: the weighted mean of students that were distilled from
+A {noun} that draws in **one** network evaluation: the weighted mean of students that were distilled from
 {teachers} with raydistill.
 {usage}
 ## Provenance

@@ -21,7 +21,7 @@ def x0_gain(space: Space, start_timestep: int) -> float:
 
 def one_step_x0(
     space: Space,
-    unet: Callable[..., Any],
+    network: Callable[..., Any],
     noise: torch.Tensor,
     conditioning: Conditioning,
     start_timestep: int,
@@ -45,8 +45,8 @@ def one_step_x0(
     if not 0 < start_timestep <= last:
         raise ValueError(f"start_timestep {start_timestep} is outside 1 … {last}, the steps of {space.folder}")
     timestep_B = torch.full((len(noise),), start_timestep, dtype=torch.float64, device=noise.device)
-    t_B = space.path.t_of_timestep(timestep_B)
+    t_B = space.path.t_of_timestep(timestep_B).float()
     noise = noise.float()
     plain = space.plain_start or start_timestep == last
     x_t = noise if plain else add_noise(space.path, torch.zeros_like(noise), noise, t_B)
-    return to_x0(space.path, space.prediction, x_t, space.predict(unet, x_t, t_B, conditioning), t_B)
+    return to_x0(space.path, space.prediction, x_t, space.predict(network, x_t, t_B, conditioning), t_B)
