@@ -53,7 +53,7 @@ SAVERS = {
 STARTS = {"ssd_1b": 999, "vega": 399, "pixart_sigma": 400, "pixart_alpha": 400, "sana": 999}
 
 
-@pytest.fixture(scope="module", params=full_but(SAVERS, "ssd_1b", "pixart_alpha", "sana"))
+@pytest.fixture(scope="module", params=full_but(SAVERS, "pixart_alpha", "sana"))
 def made(request, tmp_path_factory):
     """A student of the family, and its export."""
     root, name = tmp_path_factory.mktemp(request.param), request.param
