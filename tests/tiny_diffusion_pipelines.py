@@ -14,6 +14,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -66,14 +67,13 @@ def sdxl_unet(cross_attention_dim: int, pooled_dim: int, **settings) -> UNet2DCo
         block_out_channels=(16, 32, 48),
         layers_per_block=1,
         attention_head_dim=(2, 4, 6),  # diffusers' name for the number of heads
-        transformer_layers_per_block=(1, 1, 2),
         use_linear_projection=True,
         cross_attention_dim=cross_attention_dim,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=pooled_dim + 6 * 8,
         norm_num_groups=8,
-        **settings,
+        **({"transformer_layers_per_block": (1, 1, 2)} | settings),
     )
     # At its initial scale a prompt hardly reaches the output.
     for name, parameter in unet.named_parameters():
@@ -100,8 +100,15 @@ def clip_with_projection(tokenizer) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(config).eval()
 
 
-def save_sdxl(folder: Path, **index) -> Path:
-    """A StableDiffusionXLPipeline folder with SDXL base's scheduler; `index` goes into model_index.json."""
+OF_INDEX = ("force_zeros_for_empty_prompt",)
+
+
+def save_sdxl(folder: Path, **settings) -> Path:
+    """A StableDiffusionXLPipeline folder with SDXL base's scheduler.
+
+    `settings` go to the UNet, those of OF_INDEX into model_index.json.
+    """
+    index = {key: settings.pop(key) for key in OF_INDEX if key in settings}
     torch.manual_seed(10)
     tokenizer = miniatures.clip_tokenizer()
     StableDiffusionXLPipeline(
@@ -110,7 +117,7 @@ def save_sdxl(folder: Path, **index) -> Path:
         text_encoder_2=clip_with_projection(tokenizer),
         tokenizer=tokenizer,
         tokenizer_2=miniatures.clip_tokenizer(),
-        unet=sdxl_unet(cross_attention_dim=64 + 40, pooled_dim=24),
+        unet=sdxl_unet(cross_attention_dim=64 + 40, pooled_dim=24, **settings),
         scheduler=EulerDiscreteScheduler(
             num_train_timesteps=1000,
             beta_start=0.00085,
@@ -296,3 +303,27 @@ def save_pixart(folder: Path, **settings) -> Path:
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     ).save_pretrained(folder)
     return folder
+
+
+def save_pixart_alpha(folder: Path) -> Path:
+    """A PixArtAlphaPipeline folder in the layout of its 512 px model: no sizes, SD 1.5's scale of latents."""
+    torch.manual_seed(14)
+    tokenizer = miniatures.t5_tokenizer()
+    PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=miniatures.t5_text_encoder(tokenizer).eval(),
+        vae=vae(0.18215),
+        transformer=pixart_transformer(),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_ssd_1b(folder: Path) -> Path:
+    """SSD-1B's layout: no attention in the middle, transformers of other depths on the way up."""
+    return save_sdxl(folder, reverse_transformer_layers_per_block=[[1, 2], [2, 1], 1], mid_block_type="UNetMidBlock2D")
+
+
+def save_vega(folder: Path) -> Path:
+    """Segmind-Vega's layout: no attention in the middle, shallow transformers."""
+    return save_sdxl(folder, transformer_layers_per_block=(1, 1, 1), mid_block_type="UNetMidBlock2D")

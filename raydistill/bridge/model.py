@@ -8,7 +8,6 @@ Shapes: z_S [B, Cs, h, w] and ẑ_T [B, Ct, H, W], both normalised latents on th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,20 +62,14 @@ def reach(student: Space, teacher: Space, prior: bool) -> Reach:
         )
     blocks = 0
     if prior:
-        most = len(student.vae_config["block_out_channels"]) - 1  # the last block keeps the grid
-        blocks = min(max(power_of_two(ratio), 0), most)
+        blocks = min(max(power_of_two(ratio), 0), len(student.decoder_widths) - 1)
     return Reach(blocks, ratio / 2**blocks)
 
 
-def prior_channels(vae_config: Mapping[str, Any], n: int) -> int:
-    """Channels that a decoder has after its middle and n up-sampling blocks."""
-    widths = list(reversed(vae_config["block_out_channels"]))
-    return widths[max(n - 1, 0)]
-
-
 class SpatialPrior(nn.Module):
-    """D_S^(n): denormalise -> post_quant_conv -> conv_in -> mid_block -> up_blocks[:n] of the student's decoder.
+    """D_S^(n): denormalise, then the student's decoder up to its middle and n doublings (`Space.decoder_prefix`).
 
+    Of an AutoencoderKL: post_quant_conv -> conv_in -> mid_block -> up_blocks[:n].
     Frozen and always in evaluation mode; gradients flow through it to its input.
 
     Raises:
@@ -85,15 +78,11 @@ class SpatialPrior(nn.Module):
 
     def __init__(self, space: Space, vae: nn.Module, n: int) -> None:
         super().__init__()
-        decoder = vae.decoder
-        upsampling = [block for block in decoder.up_blocks if block.upsamplers is not None]
-        if n > len(upsampling):
-            raise InputError(f"{space.folder}: its decoder doubles {len(upsampling)} times, but {n} are needed")
-        self.space = space
-        self.post_quant_conv = getattr(vae, "post_quant_conv", None)
-        self.conv_in, self.mid_block = decoder.conv_in, decoder.mid_block
-        self.up_blocks = nn.ModuleList(decoder.up_blocks[:n])
-        self.out_channels = prior_channels(vae.config, n)
+        most = len(space.decoder_widths) - 1
+        if n > most:
+            raise InputError(f"{space.folder}: its decoder doubles {most} times, but {n} are needed")
+        self.space, self.doublings, self.out_channels = space, n, space.decoder_widths[n]
+        self.steps = nn.ModuleList(space.decoder_prefix(vae, n))
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> SpatialPrior:
@@ -102,11 +91,8 @@ class SpatialPrior(nn.Module):
 
     def forward(self, z_student: torch.Tensor) -> torch.Tensor:
         x = self.space.denormalise(z_student)
-        if self.post_quant_conv is not None:
-            x = self.post_quant_conv(x)
-        x = self.mid_block(self.conv_in(x))
-        for block in self.up_blocks:
-            x = block(x)
+        for step in self.steps:
+            x = step(x)
         return x
 
 
@@ -126,7 +112,7 @@ def _projector(architecture: BridgeConfig, in_channels: int, out_channels: int, 
 def projector_parameters(student: Space, teacher: Space, architecture: BridgeConfig) -> int:
     """Trainable parameters of a Bridge, without making it. Raises InputError as `Bridge.create`."""
     n, scale = reach(student, teacher, architecture.prior)
-    in_channels = prior_channels(student.vae_config, n) if architecture.prior else student.latent_shape[0]
+    in_channels = student.decoder_widths[n] if architecture.prior else student.latent_shape[0]
     with torch.device("meta"):
         projector = _projector(architecture, in_channels, teacher.latent_shape[0], scale)
     return sum(p.numel() for p in projector.parameters())

@@ -32,11 +32,11 @@ MOMENTS = (
 class StudentConfig(Section):
     model: str = Field(
         "shapes:sd15",
-        description="the student family (its VAE, text encoder, UNet): a diffusers folder, or org/name[@revision] of the hub",
+        description="the student family (its VAE, text encoders, network): a diffusers folder, or org/name[@revision] of the hub",
     )
     unet: str | None = Field(
         "shapes:sd15-onestep",
-        description="one-step start: folder of a diffusers UNet or pipeline, or a UNet state dict (.safetensors, .bin, "
+        description="one-step start: folder of a diffusers network or pipeline, or its state dict (.safetensors, .bin, "
         ".pt, .pth; of several networks its EMA); null: model's own",
     )
     lora_start: str | None = Field(
@@ -58,7 +58,7 @@ class StudentConfig(Section):
     )
     kind: Literal["full", "lora"] = Field(
         "full",
-        description="full: the whole UNet is trained; lora: LoRA on its frozen start, exported as a LoRA and, merged, as a "
+        description="full: the whole network is trained; lora: LoRA on its frozen start, exported as a LoRA and, merged, as a "
         "pipeline",
     )
     rank: Few = Field(64, description="LoRA rank of the student")

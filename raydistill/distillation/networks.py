@@ -50,7 +50,7 @@ def guidance_scale(config: Config, teacher_space: Space) -> float:
 
 
 def load_unet(space: Space, checkpoint: str | None, lora: str | None = None) -> nn.Module:
-    """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own UNet.
+    """The student's starting network, float32: a one-step checkpoint (`student.unet`), or the pipeline's own.
 
     Args:
         lora: is merged into it (`student.lora_start`).
@@ -65,10 +65,11 @@ def adapted(config: Config, space: Space, network: nn.Module) -> nn.Module:
     """The student as it is trained, made of its start in place: all of it, or a LoRA on it.
 
     Raises:
-        InputError: `student.targets` names no layer, or one that takes no LoRA.
+        InputError: `student.targets` names no layer, or one that takes no LoRA; or the family's pipeline loads none.
     """
     if config.student.kind == "full":
         return network.requires_grad_(True)
+    space.check_takes_lora("student.kind=lora")
     try:
         add_lora(network, config.student.rank, config.student.targets or space.lora_targets, config.run.seed)
     except InputError as error:
@@ -147,7 +148,7 @@ class Networks:
 
     def _recompute_activations(self) -> None:
         """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
-        self.student.enable_gradient_checkpointing()
+        self.student_space.recompute_activations(self.student)
         self.teacher_space.recompute_activations(self.fake.network)
         self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 

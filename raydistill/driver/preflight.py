@@ -309,7 +309,7 @@ def _check_fake_score(config: Config, student: Space, teacher: Space) -> None:
     """A network can be truncated and has the depths that are read, tried on one without weights; optimizers are there."""
     optimizers.check(student__optimizer=config.student.optimizer, fake_score__optimizer=config.fake_score.optimizer)
     truncated, shared = config.fake_score.kind == "truncated", "shared_space" in config.controls
-    if truncated and shared:
+    if truncated and shared and not student.block_lists:
         raise InputError(
             "fake_score.kind=truncated: controls names shared_space, whose teacher is the student's UNet, and that cannot "
             "be cut; leave it out (controls=[no_vsd], or []), or use lora or full"

@@ -11,7 +11,7 @@ from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
 from raydistill.export.sampling import Painter, in_steps
 from raydistill.export.source import RUN_ID, Export, find_export, open_student_export
-from raydistill.spaces import load_space, load_student_space
+from raydistill.spaces import FAMILIES, load_space, load_student_space
 from raydistill.spaces.published_students import load_student, open_student
 from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.hub import is_hub_id
@@ -31,7 +31,7 @@ class Subject:
     Attributes:
         name: for people.
         folder: the diffusers pipeline.
-        unet: a one-step student's weights that replace the pipeline's UNet; None: its own.
+        unet: a one-step student's weights that replace the pipeline's network; None: its own.
         start_timestep: of a student, with its `steps`; None: `steps` steps of the folder's own scheduler.
         guidance_scale: of classifier-free guidance, or embedded; 0 to 1 are none.
         run_id: MLflow run that made the model, where known.
@@ -75,7 +75,7 @@ def find_subject(
         storage, tracking_uri: as `find_export` takes them.
         steps: None: a student's own where the folder is its export, 1 with `unet`, else 28.
         guidance_scale: None: none for a student, else the family's own.
-        unet: one-step weights (`student.unet`) for the pipeline's UNet.
+        unet: one-step weights (`student.unet`) for the pipeline's network.
         start_timestep: of `unet`; None: what the checkpoint says of itself.
 
     Raises:
@@ -115,9 +115,9 @@ def _find(model: str, storage: Place, tracking_uri: str | None) -> Export:
         if is_hub_id(model):
             return Export(resolve(model), model)
         folder = to_place(model)
-        if (folder / "unet" / "config.json").is_file():
+        if any((folder / family.network_name / "config.json").is_file() for family in FAMILIES.values()):
             raise InputError(
-                f"{model}: a UNet alone; name the pipeline that it belongs to and the UNet with --unet "
+                f"{model}: a network alone; name the pipeline that it belongs to and the network with --unet "
                 f"(evaluate.py shapes:sd15 --unet {model} --start-timestep 999)"
             ) from None
         raise error

@@ -8,13 +8,23 @@ from pathlib import Path
 import yaml
 
 
-def front_matter(identifier: str, name: str, steps: int = 1) -> str:
-    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes; `steps`: of the student."""
+def front_matter(identifier: str, name: str, noun: str = "Stable Diffusion UNet", steps: int = 1) -> str:
+    """YAML at the head of a model card, as the hub reads it, between its two lines of dashes.
+
+    Args:
+        identifier, name: of the licence.
+        noun: `Space.student_noun`, whose first words are a tag.
+        steps: of the student.
+    """
     front = {
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
         "license": identifier,
-        "tags": ["stable-diffusion", "one-step" if steps == 1 else "few-step", "distillation"],
+        "tags": [
+            noun.rpartition(" ")[0].lower().replace(" ", "-"),
+            "one-step" if steps == 1 else "few-step",
+            "distillation",
+        ],
     }
     if identifier == "other":
         front["license_name"] = name

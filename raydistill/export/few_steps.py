@@ -85,9 +85,10 @@ def how_to_draw(steps: int) -> str:
     )
 
 
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
 _FEW = """
-> **Call it with `num_inference_steps={steps}, guidance_scale=0`.** With a prompt alone, diffusers asks for 50 guided steps, and
-> the scheduler refuses them. A folder cannot change these two defaults.
+> **Call it with `{arguments}`.** With a prompt alone, diffusers asks for 50 guided steps, and
+> the scheduler refuses them. A folder cannot change these {count} defaults.
 
 The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
@@ -96,7 +97,7 @@ import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", dtype=torch.{dtype})
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0).images[0]
+image = pipe("a prompt", {arguments}).images[0]
 ```
 
 The scheduler's configuration belongs to the model. After each step but the last it noises the student's estimate again.
@@ -104,6 +105,6 @@ The folder has no safety checker.
 """
 
 
-def few_step_usage(steps: int, pipeline: str, dtype: str) -> str:
+def few_step_usage(arguments: str, pipeline: str, dtype: str) -> str:
     """How an export of several steps is called, for its model card."""
-    return _FEW.format(steps=steps, pipeline=pipeline, dtype=dtype)
+    return _FEW.format(arguments=arguments, count=_NUMBERS[arguments.count("=")], pipeline=pipeline, dtype=dtype)

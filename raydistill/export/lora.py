@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from peft import LoraConfig
@@ -24,8 +23,8 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
-from raydistill.export.one_picture import difference, load_float32
-from raydistill.export.own_lora import BEGINS, FILE, FOLDER, Begins, from_pretrained, repository, usage_of
+from raydistill.export.one_picture import difference, load_float32, written_arguments
+from raydistill.export.own_lora import BEGINS, FILE, FOLDER, Begins, from_pretrained, repository, save_lora, usage_of
 from raydistill.export.source import Export, open_student_export
 from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
@@ -59,7 +58,7 @@ def truncated(difference_MN: torch.Tensor, energy: float) -> tuple[torch.Tensor,
 
 @dataclass
 class Lora:
-    """A LoRA of a UNet and what it holds of the difference."""
+    """A LoRA of a network and what it holds of the difference."""
 
     state: dict[str, torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # layer -> rank
@@ -81,7 +80,7 @@ class Lora:
 
 
 def lora_of(student: nn.Module, base: nn.Module, energy: float, done: Callable[[], object] = lambda: None) -> Lora:
-    """The difference of two UNets of one architecture.
+    """The difference of two networks of one architecture.
 
     Args:
         energy: share of every layer's |D|² to keep, above 0 and at most 1.
@@ -92,7 +91,7 @@ def lora_of(student: nn.Module, base: nn.Module, energy: float, done: Callable[[
     """
     ours, theirs = student.state_dict(), base.state_dict()
     if {name: value.shape for name, value in ours.items()} != {name: value.shape for name, value in theirs.items()}:
-        raise InputError("the base's UNet has other tensors than the student's; a LoRA needs the same network")
+        raise InputError("the base's network has other tensors than the student's; a LoRA needs the same network")
     lora = Lora()
     lora.whole = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
     for name, layer in student.named_modules():
@@ -107,7 +106,7 @@ def lora_of(student: nn.Module, base: nn.Module, energy: float, done: Callable[[
             lora.state[f"{name}.lora_B.weight"] = up_MR.reshape(*up_MR.shape, *pixel).half()
         done()
     if not lora.ranks:
-        raise InputError("the student's UNet has the base's weights; there is nothing to write")
+        raise InputError("the student's network has the base's weights; there is nothing to write")
     return lora
 
 
@@ -145,12 +144,11 @@ def write_lora(
     if (export.folder / FOLDER / FILE).is_file():
         return _copy_own(export, base, base_name, folder)
     space, start, steps = open_student_export(export)
+    space.check_takes_lora("--format lora")
     lora = lora_of(load_student(space, export.folder), base.load_network(), energy, done)
-    getattr(diffusers, space.pipeline_class).save_lora_weights(
-        folder, unet_lora_layers=lora.state, unet_lora_adapter_metadata=lora.config().to_dict(), safe_serialization=True
-    )
+    save_lora(space, lora.state, lora.config().to_dict(), folder)
     shutil.copytree(Path(space.folder, "scheduler"), folder / "scheduler")
-    apart = difference(space, lambda: load_lora(Path(base.folder), folder))
+    apart = difference(space, lambda: load_lora(base, folder))
     size = (folder / FILE).stat().st_size / 2**20
     report = (
         f"ranks {min(lora.ranks.values())} to {max(lora.ranks.values())}, {lora.kept / lora.whole:.2%} of the "
@@ -164,6 +162,7 @@ def write_lora(
         steps=steps,
         scheduler=type(space.scheduler).__name__,
         pipeline=space.pipeline_class,
+        call=written_arguments(space, steps),
     )
     card = outside_card(Path(space.folder), usage, base_model=repository(base_name))
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -182,7 +181,7 @@ def _copy_own(export: Export, base: Space, base_name: str, folder: Path) -> str:
     begins = replace(noted, base=base_name) if noted else known or Begins(base_name)
     (folder / BEGINS).write_text(json.dumps(asdict(begins), indent=2), encoding="utf-8")
     network = load_start(base, begins.unet, begins.lora)
-    apart = difference(space, lambda: load_lora(Path(base.folder), folder, network))
+    apart = difference(space, lambda: load_lora(base, folder, network))
     rank = next(entry.shape[0] for name, entry in read_header(folder / FILE).tensors.items() if "lora_A" in name)
     report = (
         f"rank {rank}, as it was trained, {(folder / FILE).stat().st_size / 2**20:.1f} MiB; one picture differs by "
@@ -202,10 +201,11 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     return diffusers_class(read_settings(file)).from_pretrained(folder, subfolder="scheduler")
 
 
-def load_lora(base: Path, folder: Path, unet: nn.Module | None = None) -> DiffusionPipeline:
-    """Base and LoRA in float32, as the README says; with the UNet that the LoRA belongs to, where it is not the base's."""
-    pipe = load_float32(base)
-    pipe.unet = pipe.unet if unet is None else unet
+def load_lora(base: Space, folder: Path, network: nn.Module | None = None) -> DiffusionPipeline:
+    """Base and LoRA in float32, as the README says; with the network that the LoRA belongs to, where it is not the base's."""
+    pipe = load_float32(Path(base.folder))
+    if network is not None:
+        setattr(pipe, base.network_name, network)
     pipe.scheduler = load_scheduler(folder)
     pipe.load_lora_weights(folder)
     return pipe
@@ -223,7 +223,7 @@ from diffusers import {scheduler}, {pipeline}
 pipe = {pipeline}.from_pretrained({arguments})
 pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0).images[0]
+image = pipe("a prompt", {call}).images[0]
 ```
 
 Start timestep: {start}. Norms and biases are not in a LoRA. For the exact student take the pipeline folder or the single file.

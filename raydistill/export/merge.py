@@ -41,7 +41,7 @@ class Source:
     space: Space
     start_timestep: int
     steps: int
-    tensors: Mapping[str, tuple[Path, Entry]]  # of its UNet: name -> (file, shape and dtype)
+    tensors: Mapping[str, tuple[Path, Entry]]  # of its network: name -> (file, shape and dtype)
 
 
 # -- what can be merged -----------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def check_target(folder: Path) -> None:
 
 
 def open_sources(exports: Sequence[Export]) -> list[Source]:
-    """Check that the exports are one-step students of one family. Of the UNets, no weights are read.
+    """Check that the exports are one-step students of one family. Of the networks, no weights are read.
 
     Raises:
         InputError: fewer than two, one of them twice, or no one-step student.
@@ -93,7 +93,7 @@ def open_sources(exports: Sequence[Export]) -> list[Source]:
         if other_start != start:
             raise InputError(f"{export.folder} starts at timestep {other_start}, but {family.folder} at {start}")
         _same_scheduler(family, space)
-        sources.append(Source(export, space, start, steps, _unet_tensors(family, export)))
+        sources.append(Source(export, space, start, steps, _network_tensors(family, export)))
     for source in sources[1:]:  # last, since it reads these parts
         for part in (part for part in family.student_parts if not part.startswith("tokenizer")):
             difference = first_difference(family, source.space, part)
@@ -115,8 +115,8 @@ def _same_scheduler(one: Space, other: Space) -> None:
             raise InputError(f"{other.folder} has another scheduler than {one.folder}: {key} differs{values}")
 
 
-def _unet_tensors(family: Space, export: Export) -> dict[str, tuple[Path, Entry]]:
-    """Tensors of the export's UNet, which must be those of the family's."""
+def _network_tensors(family: Space, export: Export) -> dict[str, tuple[Path, Entry]]:
+    """Tensors of the export's network, which must be those of the family's."""
     checkpoint = open_student(family, export.folder)
     if any(file.suffix != ".safetensors" for file in checkpoint.files):
         raise InputError(f"{checkpoint.source}: is not safetensors, which alone can be read tensor by tensor")
@@ -170,7 +170,7 @@ def merge_students(
         InputError: `folder` exists; or a value is NaN or infinite, in a source or, rounded, in the mean.
     """
     check_target(folder)
-    first = sources[0]
+    first, network = sources[0], sources[0].space.network_name
     entries = {name: entry for name, (_, entry) in first.tensors.items()}
 
     def mean(name: str) -> torch.Tensor:
@@ -182,13 +182,13 @@ def merge_students(
     with replacing(folder) as fresh:
         fresh.mkdir()
         for part in first.space.parts():
-            if part != "unet":
+            if part != network:
                 copy_part(Path(first.space.folder, part), fresh / part)
-        (fresh / "unet").mkdir()
-        for name in ("model_index.json", "unet/config.json"):
+        (fresh / network).mkdir()
+        for name in ("model_index.json", f"{network}/config.json"):
             shutil.copyfile(Path(first.space.folder, name), fresh / name)
             forget_origin(fresh / name)
-        write_safetensors(fresh / "unet" / WEIGHTS_FILE, entries, mean)
+        write_safetensors(fresh / network / WEIGHTS_FILE, entries, mean)
         (fresh / "README.md").write_text(model_card(sources, shares), encoding="utf-8")
     return folder
 
@@ -235,8 +235,8 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
     names = {card.licence_name for card in cards}
     licences = {card.licence for card in cards}
     one = len(licences) == len(names) == 1 and licences != {_UNKNOWN}
-    steps = sources[0].steps
-    head = front_matter(*((licences.pop(), names.pop()) if one else SEVERAL), steps)
+    family, steps = type(sources[0].space), sources[0].steps
+    head = front_matter(*((licences.pop(), names.pop()) if one else SEVERAL), family.student_noun, steps)
     teachers = dict.fromkeys(card.facts.get("Teacher", _UNKNOWN) for card in cards)
     facts = {
         "Teacher": "; ".join(teachers),
@@ -249,7 +249,8 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
         teachers=", ".join(teachers),
         title=TITLES[steps > 1],
         evaluations=IN_WORDS[steps],
-        usage=usage(steps, sources[0].space.pipeline_class, next(iter(sources[0].tensors.values()))[1].dtype),
+        noun=family.student_noun,
+        usage=usage(family, next(iter(sources[0].tensors.values()))[1].dtype, steps),
         provenance=table_rows(facts),
         sources="\n".join(map(_source_rows, sources, shares, cards)),
         terms="\n".join(dict.fromkeys(line for card in cards for line in card.terms)),
@@ -258,12 +259,13 @@ def model_card(sources: Sequence[Source], shares: Sequence[float]) -> str:
 
 def _source_rows(source: Source, share: float, card: Provenance) -> str:
     """One source: its weight, fingerprint and its own provenance."""
-    facts = {"Weight": f"{share:.6g}", "UNet (sha256)": _fingerprint(source)} | dict(card.facts)
+    part = source.space.student_noun.split()[-1]
+    facts = {"Weight": f"{share:.6g}", f"{part} (sha256)": _fingerprint(source)} | dict(card.facts)
     return f"### {source.export.name}\n\n| | |\n|---|---|\n{table_rows(facts)}\n"
 
 
 def _fingerprint(source: Source) -> str:
-    """sha256 of the UNet's weight file, or of all of its shards one after another."""
+    """sha256 of the network's weight file, or of all of its shards one after another."""
     digest = hashlib.sha256()
     for file in sorted({file for file, _ in source.tensors.values()}):
         with file.open("rb") as stream:
@@ -277,7 +279,7 @@ _CARD = """---
 ---
 # {title}, the mean of several
 
-A Stable Diffusion UNet that draws in {evaluations}: the weighted mean of students that were distilled from
+A {noun} that draws in {evaluations}: the weighted mean of students that were distilled from
 {teachers} with raydistill.
 {usage}
 ## Provenance

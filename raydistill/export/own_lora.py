@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import SchedulerMixin
 from torch import nn
 
 from raydistill.export.few_steps import steps_of
+from raydistill.export.one_picture import written_arguments
 from raydistill.spaces.adapter import lora_state
 from raydistill.spaces.base import Space
 from raydistill.storage.atomic import read_json
@@ -45,12 +48,22 @@ def write_own_lora(
     """Write a network's LoRA in float32, as it was trained, and what it needs: scheduler and beginning; a new folder."""
     folder.mkdir()
     state, config = lora_state(network)
-    getattr(diffusers, space.pipeline_class).save_lora_weights(
-        folder, unet_lora_layers=state, unet_lora_adapter_metadata=config, safe_serialization=True
-    )
+    save_lora(space, state, config, folder)
     scheduler.save_pretrained(folder / "scheduler")
     (folder / BEGINS).write_text(json.dumps(asdict(begins), indent=2), encoding="utf-8")
     (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def save_lora(space: Space, state: Mapping[str, torch.Tensor], config: Mapping[str, object], folder: Path) -> None:
+    """Write a LoRA of the network as diffusers' pipeline of its family loads it.
+
+    Args:
+        state: peft's tensors, without the network's name in front.
+        config: peft's, as a dictionary.
+    """
+    part = space.network_name
+    layers = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config}
+    getattr(diffusers, space.pipeline_class).save_lora_weights(folder, safe_serialization=True, **layers)
 
 
 def repository(model: str) -> str:
@@ -75,7 +88,8 @@ def usage_of(space: Space, begins: Begins, scheduler: SchedulerMixin, start: int
     """
     before = ""
     if begins.unet is not None:
-        before = f"# it was trained on another UNet: put that of {begins.unet} into pipe.unet here\n"
+        part, noun = space.network_name, space.student_noun.split()[-1]
+        before = f"# it was trained on another {noun}: put that of {begins.unet} into pipe.{part} here\n"
     if begins.lora is not None:
         match = None if Path(begins.lora).exists() else HUB_FILE.fullmatch(begins.lora)
         place = json.dumps(match["repo"] if match else begins.lora)
@@ -91,6 +105,7 @@ def usage_of(space: Space, begins: Begins, scheduler: SchedulerMixin, start: int
         scheduler=type(scheduler).__name__,
         start=start,
         steps=steps_of(scheduler.config),
+        call=written_arguments(space, steps_of(scheduler.config)),
     )
 
 
@@ -106,7 +121,7 @@ from diffusers import {scheduler}, {pipeline}
 pipe = {pipeline}.from_pretrained({arguments})
 {before}pipe.scheduler = {scheduler}.from_pretrained("PATH_OF_THIS_FOLDER", subfolder="scheduler")
 pipe.load_lora_weights("PATH_OF_THIS_FOLDER")
-image = pipe("a prompt", num_inference_steps={steps}, guidance_scale=0).images[0]
+image = pipe("a prompt", {call}).images[0]
 ```
 
 Start timestep: {start}. The export is the same student, merged.

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
+from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.export.cards import front_matter, outside_card
 from raydistill.export.few_steps import few_step_scheduler, few_step_usage
 from raydistill.export.licences import picture_licence, student_licences
+from raydistill.export.one_picture import written_arguments
 from raydistill.export.own_lora import FOLDER as LORA
 from raydistill.export.own_lora import Begins, repository, usage_of, write_own_lora
 from raydistill.export.parts import copy_part, forget_origin, rounded
+from raydistill.spaces import find_family
 from raydistill.spaces.adapter import has_lora, merged_state
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
@@ -54,6 +57,7 @@ class ModelCard:
             self.lora_start,
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
+        family = find_family(self.student_class)
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {
             "Teacher": self.teacher,
@@ -68,11 +72,12 @@ class ModelCard:
             "Configuration": self.config_hash or "–",
         }
         return _CARD.format(
-            front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL), evaluations),
+            front=front_matter(*(kinds.pop() if len(kinds) == 1 else SEVERAL), family.student_noun, evaluations),
             title=TITLES[evaluations > 1],
             evaluations=IN_WORDS[evaluations],
+            noun=family.student_noun,
             teacher=self.teacher,
-            usage=usage(evaluations, self.student_class, str(dtype).removeprefix("torch.")),
+            usage=usage(family, str(dtype).removeprefix("torch."), evaluations),
             provenance=table_rows(provenance),
             scores=_scores(self.metrics),
             licences="\n".join(f"- {role}, {model}: {terms.name}. {terms.terms}" for role, model, terms in licences),
@@ -85,9 +90,10 @@ TITLES = "One-step text-to-image student", "Few-step text-to-image student"
 IN_WORDS = {1: "**one** network evaluation", 2: "**two** network evaluations", 4: "**four** network evaluations"}
 
 # How an export is called; of this project's every model card.
-USAGE = """
-> **Call it with `num_inference_steps=1, guidance_scale=0`.** With a prompt alone, diffusers takes 50 guided steps and draws
-> grey. A folder cannot change these two defaults.
+_NUMBERS = {2: "two", 3: "three", 4: "four"}
+_USAGE = """
+> **Call it with `{arguments}`.** With a prompt alone, diffusers takes 50 guided steps and draws
+> grey. A folder cannot change these {count} defaults.
 
 The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
@@ -96,7 +102,7 @@ import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("PATH_OF_THIS_FOLDER", dtype=torch.{dtype})
-image = pipe("a prompt", num_inference_steps=1, guidance_scale=0).images[0]
+image = pipe("a prompt", {arguments}).images[0]
 ```
 
 The scheduler's configuration belongs to the model; its single step returns exactly the student's estimate of the picture.
@@ -109,7 +115,7 @@ _CARD = """---
 ---
 # {title}
 
-A Stable Diffusion UNet that draws in {evaluations}, distilled from {teacher} with raydistill.
+A {noun} that draws in {evaluations}, distilled from {teacher} with raydistill.
 {usage}
 ## Provenance
 
@@ -128,11 +134,14 @@ This is a summary and may be out of date; the licence texts of the models decide
 """
 
 
-def usage(steps: int, pipeline: str, dtype: str) -> str:
-    """How an export is called, for its model card."""
+def usage(family: type[Space], dtype: str, steps: int = 1) -> str:
+    """How an export of a family is called, for its card."""
+    arguments = written_arguments(family, steps)
     if steps > 1:
-        return few_step_usage(steps, pipeline, dtype)
-    return USAGE.format(pipeline=pipeline, dtype=dtype)
+        return few_step_usage(arguments, family.pipeline_class, dtype)
+    return _USAGE.format(
+        dtype=dtype, pipeline=family.pipeline_class, arguments=arguments, count=_NUMBERS[arguments.count("=")]
+    )
 
 
 def table_rows(values: Mapping[str, object]) -> str:
@@ -145,57 +154,29 @@ def _scores(metrics: Mapping[str, float]) -> str:
     return f"\n## Scores\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
 
 
-def one_step_scheduler(space: Space, start_timestep: int) -> SchedulerMixin:
-    """The scheduler whose single step (`set_timesteps(1)`) is exactly x_0 of the prediction at `start_timestep`.
-
-    Last step of the path: DDIM feeds the network plain noise at t = N - 1 and, with the final alpha at one, returns
-    x_0. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
-    (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise, as a family with a
-    `plain_start` wants it.
-
-    Raises:
-        InputError: the start timestep is not on the path, or the student is no diffusion model on discrete steps.
-    """
-    if space.prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"{space.folder}: no one-step scheduler for a network that predicts {space.prediction}")
-    steps = space.path.num_train_timesteps
-    if not 0 < start_timestep < steps:
-        raise InputError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {space.folder}")
-    config = space.part_config("scheduler")
-    common = {"prediction_type": space.prediction, "timestep_spacing": "trailing", "steps_offset": 1}
-    if start_timestep == steps - 1:
-        names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
-        betas = {name: config[name] for name in names if config.get(name) is not None}
-        return DDIMScheduler(num_train_timesteps=steps, clip_sample=False, set_alpha_to_one=True, **betas, **common)
-    betas = space.path.betas[: start_timestep + 1].tolist()
-    common |= {"num_train_timesteps": start_timestep + 1, "trained_betas": betas}
-    if space.plain_start:
-        return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common)
-    return EulerDiscreteScheduler(**common)
-
-
-def _copy_of(unet: UNet2DConditionModel, dtype: torch.dtype) -> UNet2DConditionModel:
+def _copy_of(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy on the CPU in `dtype`; the one that trains stays as it is."""
-    state = rounded(merged_state(unet), dtype, "the student")
-    copy = cast(UNet2DConditionModel.from_config(unet.config), dtype)
+    state = rounded(merged_state(network), dtype, "the student")
+    copy = cast(type(network).from_config(network.config), dtype)
     copy.load_state_dict(state)
     return copy.eval()
 
 
 def export_student(
     space: Space,
-    unet: UNet2DConditionModel,
+    network: nn.Module,
     start_timestep: int,
     folder: Path,
     card: ModelCard,
     dtype: torch.dtype = torch.float16,
     steps: int = 1,
 ) -> Path:
-    """Write a pipeline of one step, or of few: the base's VAE, text encoder and tokenizer, copied, and the trained UNet.
+    """Write a pipeline of one step, or of few: the base's VAE, text encoder and tokenizer, copied, and the trained network.
 
     Args:
         space: of the base.
-        unet: the trained student (or its EMA); not changed. Where it has a LoRA, `lora/` holds that, and `unet/` both merged.
+        network: the trained student (or its EMA); not changed. Where it has a LoRA, `lora/` holds that, and the network's
+            own folder both merged.
         folder: where to write; an earlier export there is replaced once the new one is complete.
         dtype: float16 or float32, of all weights.
         steps: of the student (`student.steps`).
@@ -208,32 +189,32 @@ def export_student(
     if dtype not in (torch.float16, torch.float32):
         raise InputError(f"export dtype {dtype}: float16 or float32")
     few = steps > 1
-    scheduler = few_step_scheduler(space, start_timestep, steps) if few else one_step_scheduler(space, start_timestep)
-    network, folder = _copy_of(unet, dtype), Path(folder)
+    scheduler = few_step_scheduler(space, start_timestep, steps) if few else space.one_step_scheduler(start_timestep)
+    merged, folder = _copy_of(network, dtype), Path(folder)
     with replacing(folder) as fresh:
         fresh.mkdir()
         for part in space.student_parts:
             copy_part(Path(space.folder, part), fresh / part, dtype)
-        network.save_pretrained(fresh / "unet", safe_serialization=True)
-        forget_origin(fresh / "unet" / "config.json")
+        merged.save_pretrained(fresh / space.network_name, safe_serialization=True)
+        forget_origin(fresh / space.network_name / "config.json")
         scheduler.save_pretrained(fresh / "scheduler")
-        (fresh / "model_index.json").write_text(_index(space, scheduler), encoding="utf-8")
+        (fresh / "model_index.json").write_text(_index(space, merged, scheduler), encoding="utf-8")
         (fresh / "README.md").write_text(card.markdown(start_timestep, dtype, steps), encoding="utf-8")
-        if has_lora(unet):
+        if has_lora(network):
             begins = Begins(card.student, card.start, card.lora_start)
             usage = usage_of(space, begins, scheduler, start_timestep)
             terms = outside_card(fresh, usage, base_model=repository(card.student))
-            write_own_lora(space, unet, scheduler, begins, fresh / LORA, terms)
+            write_own_lora(space, network, scheduler, begins, fresh / LORA, terms)
     return folder
 
 
-def _index(space: Space, scheduler: SchedulerMixin) -> str:
+def _index(space: Space, network: nn.Module, scheduler: SchedulerMixin) -> str:
     """model_index.json: the base's own entries for the parts that are copied, and no safety checker."""
     index = {
         "_class_name": space.pipeline_class,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", type(scheduler).__name__],
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        space.network_name: ["diffusers", type(network).__name__],
     }
     takes = inspect.signature(getattr(diffusers, space.pipeline_class).__init__).parameters
     index |= {part: [None, None] for part in ("feature_extractor", "image_encoder", "safety_checker") if part in takes}

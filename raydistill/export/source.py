@@ -165,18 +165,13 @@ def open_student_export(export: Export) -> tuple[Space, int, int]:
         InputError: another scheduler, whose pictures are not the student's, or no pipeline of a student's family.
     """
     space = load_student_space(export.folder)
-    name, config = type(space.scheduler).__name__, space.scheduler.config
-    if is_few_step(name, config):
-        steps = steps_of(config)
+    if is_few_step(type(space.scheduler).__name__, space.scheduler.config):
+        steps = steps_of(space.scheduler.config)
         return space, int(space.start_sampling(steps).timesteps[0]), steps
-    exact = config.get("timestep_spacing") == "trailing" and (
-        name == "EulerDiscreteScheduler"
-        or (name == "DDIMScheduler" and config["set_alpha_to_one"] and not config["clip_sample"])
-    )
-    if not exact:
+    if not space.draws_at_once:
         raise InputError(
-            f"{export.folder}: not the export of a one-step student: its {name} (timestep_spacing "
-            f"{config.get('timestep_spacing')!r}) does not step from noise to the picture at once"
+            f"{export.folder}: not the export of a one-step student: its {type(space.scheduler).__name__} (timestep_spacing "
+            f"{space.scheduler.config.get('timestep_spacing')!r}) does not step from noise to the picture at once"
         )
     return space, int(space.start_sampling(1).timesteps[0]), 1
 

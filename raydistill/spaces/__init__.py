@@ -28,7 +28,7 @@ from raydistill.spaces.flux import FluxSpace
 from raydistill.spaces.flux2 import Flux2KleinSpace
 from raydistill.spaces.hub_model import HubModel
 from raydistill.spaces.kolors import KolorsSpace
-from raydistill.spaces.pixart import PixArtSigmaSpace
+from raydistill.spaces.pixart import PixArtAlphaSpace, PixArtSigmaSpace
 from raydistill.spaces.qwen_image import QwenImageSpace
 from raydistill.spaces.sana import SanaSpace
 from raydistill.spaces.sd import StableDiffusionSpace
@@ -78,7 +78,7 @@ def register(family: Family) -> Family:
 
 
 for _family in (
-    StableDiffusionSpace, SDXLSpace, KolorsSpace, PixArtSigmaSpace,
+    StableDiffusionSpace, SDXLSpace, KolorsSpace, PixArtSigmaSpace, PixArtAlphaSpace,
     StableDiffusion3Space, FluxSpace, Flux2KleinSpace, ZImageSpace, ChromaSpace, SanaSpace, QwenImageSpace,
 ):  # fmt: skip
     register(_family)

@@ -30,6 +30,7 @@ from raydistill.spaces.attention_readers import AttentionReader
 from raydistill.spaces.folder import ModelFolder, encoder_of
 from raydistill.spaces.hub_model import HubModel
 from raydistill.spaces.settings import Settings, built, diffusers_class
+from raydistill.spaces.students import StudentFamily
 
 Conditioning = dict[str, torch.Tensor]  # each [B, …]; names are the family's own
 CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # schedulers of models that consistency distillation has made
@@ -135,11 +136,23 @@ class LatentSpace(ModelFolder, ABC):
         finite = decoded.isfinite().flatten(1).all(1)  # before infinity is clamped to white
         return decoded.clamp(-1, 1).masked_fill(~finite[:, None, None, None], torch.nan)
 
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of the VAE decoder's maps: behind its middle, and behind each block that doubles the grid."""
+        widths = self.vae_config.several("block_out_channels")[::-1]
+        return (widths[0], *widths[:-1])  # the last block keeps the grid
+
+    def decoder_prefix(self, vae: nn.Module, doublings: int) -> list[nn.Module]:
+        """The decoder's first modules in order of execution: of raw latents to its middle, and so many doublings further."""
+        decoder = vae.decoder
+        opening = (getattr(vae, "post_quant_conv", None), decoder.conv_in, decoder.mid_block)
+        return [*(module for module in opening if module is not None), *decoder.up_blocks[:doublings]]
+
     def assume_values(self) -> None:  # noqa: B027 - most families read none
         """Stand-ins for numbers that the family reads from weight files, for counting where there are none."""
 
 
-class Space(LatentSpace):
+class Space(LatentSpace, StudentFamily):
     """One pipeline folder, read as a member of its family."""
 
     def __repr__(self) -> str:
@@ -155,10 +168,6 @@ class Space(LatentSpace):
     default_guidance_scale: ClassVar[float]
     default_shift: ClassVar[float] = 1.0  # of the sampled diffusion times
     attention_reader: ClassVar[AttentionReader | None] = None  # None: a Bridge trains without attention fidelity
-    # of a family that gives students; without parts there are none
-    student_parts: ClassVar[tuple[str, ...]] = ()  # that a student has of its base: VAE, text encoders, tokenizers
-    plain_start: ClassVar[bool] = False  # a student sees plain noise wherever it starts, not noise times sigma
-    original_layout: ClassVar[bool] = False  # `export.original_layout` names its tensors
 
     @property
     def distilled_sign(self) -> str | None:

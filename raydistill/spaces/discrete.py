@@ -6,7 +6,8 @@ import inspect
 from functools import cached_property
 from typing import Any, ClassVar
 
-from diffusers import DDPMScheduler
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, SchedulerMixin
 
 from raydistill.diffusion.path import DiscretePath, Prediction
 from raydistill.errors import InputError
@@ -79,3 +80,40 @@ class DiscreteSpace(Space):
                 f"{self.folder}/vae/config.json: latents_mean and latents_std, one a channel, are not supported"
             )
         return super().scaling
+
+    # -- students ------------------------------------------------------------------------------------
+    def one_step_scheduler(self, start_timestep: int) -> SchedulerMixin:
+        """The scheduler whose single step (`set_timesteps(1)`) is exactly x_0 of the prediction at `start_timestep`.
+
+        Last step of the path: DDIM feeds the network plain noise at t = N - 1 and, with the final alpha at one, returns
+        x_0. Earlier steps: Euler on the first start_timestep + 1 betas feeds it noise · sigma_t at t = start_timestep
+        (noise · (sigma/alpha), scaled by alpha) and steps to sigma 0; DDIM would not scale the noise, as a family with a
+        `plain_start` wants it.
+
+        Raises:
+            InputError: the start timestep is not on the path.
+        """
+        steps = self.path.num_train_timesteps
+        if not 0 < start_timestep < steps:
+            raise InputError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {self.folder}")
+        config = self.part_config("scheduler")
+        common = {"prediction_type": self.prediction, "timestep_spacing": "trailing", "steps_offset": 1}
+        if start_timestep == steps - 1:
+            names = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+            betas = {name: config[name] for name in names if config.get(name) is not None}
+            return DDIMScheduler(num_train_timesteps=steps, clip_sample=False, set_alpha_to_one=True, **betas, **common)
+        alphas_cumprod = self.path.alphas_cumprod[: start_timestep + 1]
+        previous = torch.cat([torch.ones(1, dtype=alphas_cumprod.dtype), alphas_cumprod[:-1]])
+        common |= {"num_train_timesteps": start_timestep + 1, "trained_betas": (1 - alphas_cumprod / previous).tolist()}
+        if self.plain_start:
+            return DDIMScheduler(clip_sample=False, set_alpha_to_one=True, **common)
+        return EulerDiscreteScheduler(**common)
+
+    @property
+    def draws_at_once(self) -> bool:
+        """By DDIM or Euler as `one_step_scheduler` makes them."""
+        name, config = type(self.scheduler).__name__, self.scheduler.config
+        exact = name == "EulerDiscreteScheduler" or (
+            name == "DDIMScheduler" and config["set_alpha_to_one"] and not config["clip_sample"]
+        )
+        return exact and config.get("timestep_spacing") == "trailing"

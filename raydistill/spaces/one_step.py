@@ -26,7 +26,7 @@ def x0_gain(space: Space, start_timestep: int) -> float:
 
 def one_step_x0(
     space: Space,
-    unet: Callable[..., Any],
+    network: Callable[..., Any],
     noise: torch.Tensor,
     conditioning: Conditioning,
     start_timestep: int,
@@ -52,22 +52,21 @@ def one_step_x0(
     timestep_B = torch.full((len(noise),), start_timestep, dtype=torch.float64, device=noise.device)
     noise = noise.float()
     plain = space.plain_start or start_timestep == last
-    t_B = space.path.t_of_timestep(timestep_B)
-    x_t = noise if plain else add_noise(space.path, torch.zeros_like(noise), noise, t_B)
-    return x0_at(space, unet, x_t, timestep_B, conditioning)
+    x_t = noise if plain else noised_again(space, torch.zeros_like(noise), noise, timestep_B)
+    return x0_at(space, network, x_t, timestep_B, conditioning)
 
 
 def x0_at(
-    space: Space, unet: Callable[..., Any], x_t: torch.Tensor, timestep_B: torch.Tensor, conditioning: Conditioning
+    space: Space, network: Callable[..., Any], x_t: torch.Tensor, timestep_B: torch.Tensor, conditioning: Conditioning
 ) -> torch.Tensor:
     """x_0 [B, C, H, W] float32 of one evaluation at x_t, of which each sample has its own timestep."""
-    t_B = space.path.t_of_timestep(timestep_B)
-    return to_x0(space.path, space.prediction, x_t, space.predict(unet, x_t, t_B, conditioning), t_B)
+    t_B = space.path.t_of_timestep(timestep_B).float()
+    return to_x0(space.path, space.prediction, x_t, space.predict(network, x_t, t_B, conditioning), t_B)
 
 
 def noised_again(space: Space, x0: torch.Tensor, noise: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
     """What a later evaluation sees of the x_0 of the one before it: alpha x_0 + sigma noise."""
-    return add_noise(space.path, x0.float(), noise, space.path.t_of_timestep(timestep_B))
+    return add_noise(space.path, x0.float(), noise, space.path.t_of_timestep(timestep_B).float())
 
 
 def through_steps(
@@ -96,7 +95,7 @@ def through_steps(
 
 def student_x0(
     space: Space,
-    unet: Callable[..., Any],
+    network: Callable[..., Any],
     noise: torch.Tensor,
     conditioning: Conditioning,
     start_timestep: int,
@@ -112,12 +111,12 @@ def student_x0(
         ValueError: the start timestep is not on the path, or lies below the number of steps.
     """
     if steps == 1:
-        return one_step_x0(space, unet, noise, conditioning, start_timestep)
+        return one_step_x0(space, network, noise, conditioning, start_timestep)
     last = space.path.num_train_timesteps - 1
     if not steps <= start_timestep <= last:
         raise ValueError(f"start_timestep {start_timestep} is outside {steps} … {last}, for {steps} steps")
 
     def evaluate(x_t: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
-        return x0_at(space, unet, x_t, timestep_B, conditioning)
+        return x0_at(space, network, x_t, timestep_B, conditioning)
 
     return through_steps(space, evaluate, noise, student_timesteps(start_timestep, steps), more_noise)

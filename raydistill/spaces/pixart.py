@@ -1,4 +1,4 @@
-"""PixArt-Sigma: transformer with cross-attention to T5, on the discrete path, with a learned variance."""
+"""PixArt-Sigma and PixArt-alpha: transformer with cross-attention to T5, on the discrete path, with a learned variance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from raydistill.spaces.discrete import DiscreteSpace
 from raydistill.spaces.hub_model import OPEN_RAIL_PLUS, HubModel
 from raydistill.spaces.settings import Settings
 
-MAX_TOKENS = 300  # what PixArt-Sigma was trained with
-
 
 class PixArtSigmaSpace(DiscreteSpace):
-    """PixArt-Sigma teachers."""
+    """PixArt-Sigma teachers and students.
+
+    PixArt-DMD, a one-step student of this family, sees plain noise at t = 400 (app/app_pixart_dmd.py of
+    github.com/PixArt-alpha/PixArt-sigma). At t = 999 its schedule leaves 0.6 % of a picture, and x_0 multiplies an error 157 times.
+    """
 
     pipeline_class = "PixArtSigmaPipeline"
-    hub_models = {"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": HubModel(OPEN_RAIL_PLUS, "pixart-sigma-1024")}
+    hub_models = {
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": HubModel(OPEN_RAIL_PLUS, "pixart-sigma-1024"),
+        # the transformer alone: the other parts are those of the 1024 px model
+        "PixArt-alpha/PixArt-Sigma-XL-2-512-MS": HubModel(OPEN_RAIL_PLUS, "pixart-sigma-512"),
+    }
     network_name = "transformer"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out")
     default_guidance_scale = 4.5
@@ -29,7 +35,11 @@ class PixArtSigmaSpace(DiscreteSpace):
     # attn1 sees image tokens only; the cross-attention, attn2, is not read.
     attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn1"), watch=watch_projections)
     network_settings = {"norm_type": "ada_norm_single"}
-    tokens_padded = MAX_TOKENS
+    tokens_padded = 300  # what it was trained with
+    student_parts = ("vae", "text_encoder", "tokenizer")
+    student_noun = "PixArt transformer"
+    plain_start = True
+    call_arguments = {"clean_caption": False, "use_resolution_binning": False}  # as its prompts and its size were
 
     @cached_property
     def network_config(self) -> Settings:
@@ -70,7 +80,7 @@ class PixArtSigmaSpace(DiscreteSpace):
             do_classifier_free_guidance=False,
             device=text.device,
             clean_caption=False,
-            max_sequence_length=MAX_TOKENS,
+            max_sequence_length=self.tokens_padded,
         )
         conditioning = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
         if self.takes_sizes:
@@ -94,3 +104,11 @@ class PixArtSigmaSpace(DiscreteSpace):
         """Tokens [B, hw, D] of a block, one a patch, row by row."""
         patch = self.network_config["patch_size"]
         return output.transpose(1, 2).unflatten(2, (x_t.shape[-2] // patch, x_t.shape[-1] // patch))
+
+
+class PixArtAlphaSpace(PixArtSigmaSpace):
+    """PixArt-alpha teachers and students: fewer text tokens, and the VAE of SD 1.5's layout."""
+
+    pipeline_class = "PixArtAlphaPipeline"
+    hub_models = {"PixArt-alpha/PixArt-XL-2-512x512": HubModel(OPEN_RAIL_PLUS, "pixart-alpha-512")}
+    tokens_padded = 120

@@ -1,9 +1,9 @@
 """One-step students as they are published: recognised, and checked by names and shapes before weights are read.
 
 What `student.unet` may name
-    folder              a diffusers UNet; a pipeline or checkpoint folder with one (`unet_ema/` goes before `unet/`);
-                        DMD2's checkpoint folder (`pytorch_model.bin`)
-    file                a UNet's state dict: .safetensors, or torch.save's .bin .pt .pth without code
+    folder              a diffusers network; a pipeline or checkpoint folder with one (`unet_ema/` goes before `unet/`,
+                        `transformer_ema/` before `transformer/`); DMD2's checkpoint folder (`pytorch_model.bin`)
+    file                a network's state dict: .safetensors, or torch.save's .bin .pt .pth without code
 
 A state dict may be wrapped, in nested dictionaries or dotted prefixes, by names in WRAPPINGS and EMA_NAMES
 (`state_dict.module.unet.conv_in.weight`). Of several networks the EMA is taken, which is what authors evaluate and
@@ -22,28 +22,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DConditionModel
+from accelerate import init_empty_weights
+from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import weight_files
-from raydistill.spaces.settings import Settings, built, read_settings, through_class
+from raydistill.spaces.settings import Settings, built, diffusers_class, read_settings, through_class
 from raydistill.spaces.weights import DTYPES, SUFFIXES, Entry, Header, read_header, read_tensors
 
 EMA_NAMES = frozenset({
     "ema", "G_ema", "ema_model", "model_ema", "ema_state_dict", "state_dict_ema", "unet_ema", "ema_unet",
-    "generator_ema", "student_ema",
+    "transformer_ema", "ema_transformer", "generator_ema", "student_ema",
 })  # fmt: skip
 WRAPPINGS = frozenset({
-    "state_dict", "model_state_dict", "model", "module", "_orig_mod", "net", "network", "unet", "generator", "G",
-    "student", "feedforward_model",
+    "state_dict", "model_state_dict", "model", "module", "_orig_mod", "net", "network", "unet", "transformer",
+    "generator", "G", "student", "feedforward_model",
 })  # fmt: skip
 # What a training checkpoint or a pipeline holds besides; left unread.
 COMPANIONS = frozenset({
     "optimizer", "optimizers", "lr_scheduler", "scheduler", "scaler", "n_averaged", "vae", "text_encoder", "fake",
     "discriminator",
 })  # fmt: skip
+_NAMES = {"flow_prediction": "velocity"}  # of predictions: schedulers' -> this package's
 START_NAMES = ("start_timestep", "init_timestep", "init_timesteps")
 # In a folder, by precedence.
 WEIGHT_FILES = (
@@ -93,30 +96,31 @@ class StudentCheckpoint:
 
 
 def open_student(space: Space, path: Path) -> StudentCheckpoint:
-    """Check a checkpoint against the UNet of the student's own folder: settings, names, shapes and dtypes.
+    """Check a checkpoint against the network of the student's own folder: settings, names, shapes and dtypes.
 
     Args:
-        space: the student's Space; `unet/config.json` of its folder says which tensors a student has.
+        space: the student's Space; its network's `config.json` says which tensors a student has.
         path: file or folder, see the top of this file.
 
     Raises:
         InputError: no such format, a pickle that asks for code, another architecture or prediction type, a LoRA,
             missing, unexpected or misshapen tensors (the first is named), or several networks to choose from.
     """
-    # the EMA goes before the raw UNet
-    place = next((path / name for name in ("unet_ema", "unet") if (path / name).is_dir()), path)
+    # the EMA goes before the raw network
+    part = space.network_name
+    place = next((path / name for name in (f"{part}_ema", part) if (path / name).is_dir()), path)
     _check_settings(space, place / "config.json")
-    files = _weight_files(place)
+    files = _weight_files(space, place)
     header = _merged(files)
-    expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(space.part_config("unet")).state_dict().items()}
-    prefix, others = _choose(header.tensors, next(iter(expected)), files[0])
+    expected = {name: tuple(tensor.shape) for name, tensor in _on_meta(space.part_config(part)).state_dict().items()}
+    prefix, others = _choose(space, header.tensors, next(iter(expected)), files[0])
     checkpoint = StudentCheckpoint(files, prefix, others, *_start(space, path, header.numbers))
     _check_tensors(space, checkpoint, expected, header.tensors)
     return checkpoint
 
 
-def load_student(space: Space, path: Path) -> UNet2DConditionModel:
-    """The UNet of the student's own folder with a checkpoint's weights: float32, on the CPU, frozen, evaluating.
+def load_student(space: Space, path: Path) -> nn.Module:
+    """The network of the student's own folder with a checkpoint's weights: float32, on the CPU, frozen, evaluating.
 
     Raises:
         InputError: as `open_student`; or a weight is not finite.
@@ -128,32 +132,47 @@ def load_student(space: Space, path: Path) -> UNet2DConditionModel:
             if not tensor.isfinite().all():
                 raise InputError(f"{file}: {name} holds NaN or infinity")
             weights[name.removeprefix(checkpoint.prefix)] = tensor
-    unet = _on_meta(space.part_config("unet"))
-    unet.load_state_dict(weights, assign=True)
-    return unet.eval().requires_grad_(False)
+    config = space.part_config(space.network_name)
+    network = _on_meta(config)
+    network.load_state_dict(weights, assign=True)
+    _fill_buffers(network, config)
+    return network.eval().requires_grad_(False)
 
 
-def _on_meta(config: Settings) -> UNet2DConditionModel:
+def _on_meta(config: Settings) -> nn.Module:
     """The network without memory for its weights. Raises InputError where the configuration describes none."""
+    network_class = diffusers_class(config)
 
-    def make() -> UNet2DConditionModel:
+    def make() -> nn.Module:
         with torch.device("meta"):
-            return UNet2DConditionModel.from_config(config)
+            return network_class.from_config(config)
 
-    return built(config, UNet2DConditionModel, make)
+    return built(config, network_class, make)
+
+
+def _fill_buffers(network: nn.Module, config: Settings) -> None:
+    """Buffers that no file holds, such as a transformer's table of positions, as the network's class computes them."""
+    hollow = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if not hollow:
+        return
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        computed = dict(diffusers_class(config).from_config(config).named_buffers())
+    for name in hollow:
+        owner, _, own = name.rpartition(".")
+        setattr(network.get_submodule(owner), own, computed[name])
 
 
 # -- folders ----------------------------------------------------------------------------------------------
 
 
-def _weight_files(path: Path) -> tuple[Path, ...]:
+def _weight_files(space: Space, path: Path) -> tuple[Path, ...]:
     """The file or files that hold the weights."""
     if not path.is_dir():
         return (_weight_file(path),)
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
         held = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-        raise InputError(f"{path}: no weights of a UNet ({', '.join(WEIGHT_FILES)}); it holds {held}")
+        raise InputError(f"{path}: no weights of a {_kind(space)} ({', '.join(WEIGHT_FILES)}); it holds {held}")
     if found.suffix != ".json":
         return (found,)
     return tuple(weight_files(path, "diffusion_pytorch_model"))
@@ -188,18 +207,20 @@ def _merged(files: Iterable[Path]) -> Header:
 
 
 def _check_settings(space: Space, file: Path) -> None:
-    """A UNet's config.json must mean the same function: some settings, as the number of heads, change no shape."""
+    """A network's config.json must mean the same function: some settings, as the number of heads, change no shape."""
     if not file.is_file():
         return
     config = read_settings(file)
-    if config.get("_class_name") != "UNet2DConditionModel":
-        raise InputError(f"{file}: is a {config.get('_class_name')}, but a UNet2DConditionModel is needed")
+    own = space.part_config(space.network_name)
+    name, wanted = config.get("_class_name"), diffusers_class(own)
+    if not (isinstance(name, str) and hasattr(diffusers, name)) or diffusers_class(config) is not wanted:
+        raise InputError(f"{file}: is a {name}, but a {wanted.__name__} is needed")
     found = _on_meta(through_class(config)).config
-    for key, value in _on_meta(space.part_config("unet")).config.items():
+    for key, value in _on_meta(own).config.items():
         if key in FREE_SETTINGS or key.startswith("_") or _plain(value) == _plain(found[key]):
             continue
         raise InputError(
-            f"{file}: not a student of {space.folder}: {key} is {found[key]!r}, but its UNet has {value!r}"
+            f"{file}: not a student of {space.folder}: {key} is {found[key]!r}, but its {_kind(space)} has {value!r}"
         )
 
 
@@ -222,7 +243,12 @@ def _companion(name: str) -> bool:
     return name.split(".", 1)[0] in COMPANIONS
 
 
-def _choose(tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tuple[str, ...]]:
+def _kind(space: Space) -> str:
+    """UNet or transformer, for people."""
+    return space.student_noun.split()[-1]
+
+
+def _choose(space: Space, tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tuple[str, ...]]:
     """(prefix of the network that is taken, prefixes of the others). A network is found by its first tensor."""
     prefixes = {}  # prefix -> its words
     for name in tensors:
@@ -241,7 +267,7 @@ def _choose(tensors: dict[str, Entry], anchor: str, file: Path) -> tuple[str, tu
             "one EMA; save the one that is meant alone"
         )
     missing = (
-        f"no UNet: {anchor} is missing, alone and behind {', '.join(sorted(EMA_NAMES | WRAPPINGS))}; "
+        f"no {_kind(space)}: {anchor} is missing, alone and behind {', '.join(sorted(EMA_NAMES | WRAPPINGS))}; "
         f"the first tensor is {next(iter(tensors), 'missing too')}"
     )
     raise InputError(f"{file}: {_lora(tensors) or missing}")
@@ -283,23 +309,22 @@ def _check_tensors(
 def _start(space: Space, path: Path, numbers: dict[str, int]) -> tuple[int | None, str]:
     """(start timestep that the checkpoint states, where), or (None, "").
 
-    It is stated by a number of such a name in the file; by the scheduler of a pipeline folder with trailing spacing,
-    whose single step is the last of its path; or by `_t625_` in its name, as in SiD-LSG's.
+    It is stated by a number of such a name in the file; by the scheduler of a pipeline folder (`Space.start_of`); or by `_t625_` in its name, as in SiD-LSG's.
 
     Raises:
         InputError: the pipeline's scheduler names another prediction type.
     """
     scheduler = path / "scheduler" / "scheduler_config.json"
-    config = through_class(read_settings(scheduler)) if scheduler.is_file() else {}
+    config = through_class(read_settings(scheduler)) if scheduler.is_file() else Settings({})
     prediction = config.get("prediction_type", space.prediction)
+    prediction = _NAMES.get(prediction, prediction)
     if prediction != space.prediction:
         raise InputError(
-            f"{scheduler}: its UNet predicts {prediction!r}, but {space.folder} is read as {space.prediction!r}"
+            f"{scheduler}: its {_kind(space)} predicts {prediction!r}, but {space.folder} is read as {space.prediction!r}"
         )
     stated = [(value, name) for name, value in numbers.items() if name.rsplit(".", 1)[-1] in START_NAMES]
-    steps = config.get("num_train_timesteps")
-    if config.get("timestep_spacing") == "trailing" and isinstance(steps, int):
-        stated.append((steps - 1, "its scheduler"))
+    told = space.start_of(config) if config else None
+    stated += [] if told is None else [(told, "its scheduler")]
     in_name = re.search(r"(?<![A-Za-z0-9])t(\d{3,4})(?![A-Za-z0-9])", path.name)
     if in_name:
         stated.append((int(in_name[1]), "its name"))

@@ -14,8 +14,10 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DPMSolverMultistepScheduler, SchedulerMixin
 from torch import nn
 
+from raydistill.errors import InputError
 from raydistill.spaces.attention_readers import AttentionReader, Recording, Sink, first_blocks, record
 from raydistill.spaces.base import Conditioning, Layout, Space
 from raydistill.spaces.flow import FlowSpace
@@ -45,11 +47,24 @@ def watch_linear(attention: nn.Module, sink: Sink) -> None:
     record(attention, q, k, read, sink)
 
 
+class ShortcutIn(nn.Module):
+    """The first convolution of a DC-AE's decoder, and the latents' channels repeated beside it (arXiv 2410.10733)."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.conv_in, self.repeats = decoder.conv_in, decoder.in_shortcut_repeats if decoder.in_shortcut else 0
+
+    def forward(self, raw: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(raw)
+        return x + raw.repeat_interleave(self.repeats, dim=1, output_size=x.shape[1]) if self.repeats else x
+
+
 class SanaSpace(FlowSpace):
-    """Sana and Sana 1.5 teachers, with true CFG."""
+    """Sana and Sana 1.5: teachers, with true CFG, and students."""
 
     pipeline_class = "SanaPipeline"
     hub_models = {
+        "Efficient-Large-Model/Sana_600M_512px_diffusers": HubModel(NVIDIA, "sana-0.6b-512"),
         "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers": HubModel(NVIDIA, "sana1.5-1.6b"),
         "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers": HubModel(NVIDIA, "sana1.5-4.8b"),
     }
@@ -60,6 +75,10 @@ class SanaSpace(FlowSpace):
     attention_reader = AttentionReader(cut=first_blocks(block_lists, "attn1"), watch=watch_linear)
     tokens_padded = MAX_TOKENS
     tokens_in_front = 230  # estimated: the instruction has 205 words and signs
+    student_parts = ("vae", "text_encoder", "tokenizer")
+    student_noun = "Sana transformer"
+    plain_start = True
+    call_arguments = {"use_resolution_binning": False}
 
     # -- latents -----------------------------------------------------------------------------------
     @cached_property
@@ -76,6 +95,14 @@ class SanaSpace(FlowSpace):
         latents = vae.encode(images.to(vae.dtype)).latent
         return latents, torch.zeros_like(latents)
 
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """The deepest stage of a DC-AE's decoder keeps the grid, and every other doubles it."""
+        return tuple(self.vae_config.several("decoder_block_out_channels")[::-1])
+
+    def decoder_prefix(self, vae, doublings):
+        return [ShortcutIn(vae.decoder), *list(vae.decoder.up_blocks)[::-1][: doublings + 1]]
+
     # -- schedule ----------------------------------------------------------------------------------
     @cached_property
     def default_shift(self) -> float:
@@ -84,6 +111,42 @@ class SanaSpace(FlowSpace):
 
     def start_sampling(self, steps: int):
         return Space.start_sampling(self, steps)
+
+    # -- students ----------------------------------------------------------------------------------
+    def one_step_scheduler(self, start_timestep: int) -> SchedulerMixin:
+        """The pipeline's own DPM-Solver, of first order: from sigma = start / N to 0 its step is x_0 = x_t - sigma v.
+
+        Its single sigma is 1 - 1/N, shifted as sigma' = k sigma / (1 + (k - 1) sigma); k puts it where the student starts.
+
+        Raises:
+            InputError: the start timestep is not on the path.
+        """
+        steps = self.path.num_train_timesteps
+        if not 0 < start_timestep < steps:
+            raise InputError(f"start_timestep {start_timestep} is outside 1 … {steps - 1}, the steps of {self.folder}")
+        own, wanted = 1 - 1 / steps, start_timestep / steps
+        shift = 1.0 if start_timestep == steps - 1 else wanted * (1 - own) / (own * (1 - wanted))
+        return DPMSolverMultistepScheduler(
+            num_train_timesteps=steps,
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift * (1 + 1e-9),  # timesteps are cut to whole numbers
+            solver_order=1,
+        )
+
+    @property
+    def draws_at_once(self) -> bool:
+        """By a DPM-Solver as `one_step_scheduler` makes it; the published ones are of second order."""
+        config = self.scheduler.config
+        return bool(config.get("use_flow_sigmas")) and config.get("solver_order") == 1
+
+    def start_of(self, scheduler):
+        """Of a DPM-Solver as `one_step_scheduler` makes it."""
+        shift, steps = scheduler.get("flow_shift"), scheduler.get("num_train_timesteps")
+        if scheduler.get("solver_order") != 1 or not shift or not isinstance(steps, int):
+            return None
+        sigma = 1 - 1 / steps
+        return int(steps * shift * sigma / (1 + (shift - 1) * sigma))
 
     # -- text and network --------------------------------------------------------------------------
     @property

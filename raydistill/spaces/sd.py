@@ -36,6 +36,7 @@ class StableDiffusionSpace(DiscreteSpace):
     unused_parts = {"safety_checker": None, "feature_extractor": None}
     attention_reader = AttentionReader(cut=cut_unet, watch=watch_projections)
     student_parts = ("vae", "text_encoder", "tokenizer")
+    student_noun = "Stable Diffusion UNet"
     original_layout = True
 
     @property

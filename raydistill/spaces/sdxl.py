@@ -8,7 +8,7 @@ import torch
 
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Layout
-from raydistill.spaces.hub_model import OPEN_RAIL_PLUS, HubModel
+from raydistill.spaces.hub_model import APACHE, OPEN_RAIL_PLUS, HubModel
 from raydistill.spaces.sd import StableDiffusionSpace
 
 
@@ -19,7 +19,12 @@ class SDXLSpace(StableDiffusionSpace):
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
-    hub_models = {"stabilityai/stable-diffusion-xl-base-1.0": HubModel(OPEN_RAIL_PLUS, "sdxl-base")}
+    hub_models = {
+        "stabilityai/stable-diffusion-xl-base-1.0": HubModel(OPEN_RAIL_PLUS, "sdxl-base"),
+        # UNets of SDXL with blocks left out (arXiv 2401.02677)
+        "segmind/SSD-1B": HubModel(APACHE, "ssd-1b"),
+        "segmind/Segmind-Vega": HubModel(APACHE, "segmind-vega"),
+    }
     default_guidance_scale = 8.0
     unused_parts = {"image_encoder": None, "feature_extractor": None}
     network_settings = {"addition_embed_type": "text_time"}

@@ -1,4 +1,4 @@
-"""What a student starts from: the pipeline's own UNet or a published one in its place, and a LoRA that is merged into it.
+"""What a student starts from: the pipeline's own network or a published one in its place, and a LoRA that is merged into it.
 
 A LoRA is read from safetensors alone. diffusers reads its names (its own, peft's, kohya's) and merges it, as
 `load_lora_weights` and `fuse_lora` of a pipeline do. Nothing of it stays beside the weights.
@@ -77,32 +77,34 @@ def _add(space: Space, network: nn.Module, file: Path) -> int:
     def wrong(why: str) -> InputError:
         return InputError(f"student.lora_start: {file}: {why}")
 
-    names = read_header(file).tensors
+    space.check_takes_lora("student.lora_start")
+    kind = space.student_noun.split()[-1]
+    part, names = space.network_name, read_header(file).tensors
     if stray := next((name for name in names if "lora" not in name.lower() and not name.endswith("alpha")), None):
         raise wrong(f"no LoRA ({stray} is not a tensor of one)")
     pipeline_class: Any = getattr(diffusers, space.pipeline_class)
     try:
-        state, alphas, about = pipeline_class.lora_state_dict(
+        state, *alphas, about = pipeline_class.lora_state_dict(
             str(file.parent),
             weight_name=file.name,
             use_safetensors=True,
             local_files_only=True,
-            unet_config=network.config,
             return_lora_metadata=True,
+            **{f"{part}_config": network.config},
         )
         if stray := next((name for name in state if name.startswith("text_encoder")), None):
             raise wrong(f"it changes a text encoder too ({stray}), which a student has of its base")
-        pipeline_class.load_lora_into_unet(
-            state, network_alphas=alphas, unet=network, metadata=about, low_cpu_mem_usage=True
-        )
+        given = {part: network, "metadata": about, "low_cpu_mem_usage": True}
+        given |= {"network_alphas": alphas[0]} if alphas else {}  # only UNets' loaders read those of kohya
+        getattr(pipeline_class, f"load_lora_into_{part}")(state, **given)
     except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:  # of diffusers and peft
         if isinstance(error, InputError):
             raise
         raise wrong(
-            f"does not fit the UNet of {space.folder} ({str(error).strip().splitlines()[-1].strip()})"
+            f"does not fit the {kind} of {space.folder} ({str(error).strip().splitlines()[-1].strip()})"
         ) from None
     wanted = {_OF_LORA.sub("", name) for name in state}
     adapted = sum(isinstance(layer, BaseTunerLayer) for layer in network.modules())
     if adapted != len(wanted):
-        raise wrong(f"does not fit the UNet of {space.folder}: {adapted} of its {len(wanted)} layers are there")
+        raise wrong(f"does not fit the {kind} of {space.folder}: {adapted} of its {len(wanted)} layers are there")
     return adapted

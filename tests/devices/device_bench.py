@@ -38,6 +38,7 @@ SMALL = (
 )  # fmt: skip
 SAVE = flow.SAVE | {"sdxl": diffusion.save_sdxl, "kolors": diffusion.save_kolors, "pixart": diffusion.save_pixart}
 FAMILIES = tuple(SAVE)
+STUDENTS = {"pixart-alpha": diffusion.save_pixart_alpha, "sana": flow.save_sana}  # beside the plain SD one
 
 
 def small_student_unet(latent_side: int) -> UNet2DConditionModel:
@@ -62,13 +63,15 @@ class Bench:
     """One family as the teacher, its student, and the conditioning of a few captions.
 
     Args:
+        family: the teacher's; behind a "+", the student's, of STUDENTS.
         folder: an empty one for pipelines and pairs.
     """
 
     def __init__(self, family: str, folder: Path) -> None:
         self.folder = folder
+        family, _, student = family.partition("+")
         self.teacher = load_space(SAVE[family](folder / family))
-        self.student = self._student()
+        self.student = load_space(STUDENTS[student](folder / "student")) if student else self._student()
         encoders = {
             "student": TextEncoder(self.student, torch.bfloat16),
             "teacher": TextEncoder(self.teacher, torch.bfloat16),

@@ -15,6 +15,8 @@ ROLES = (
 )  # fmt: skip
 CELLS = [(f, r) for f in FAMILIES for r in ROLES if not (f in UNETS and r == "update_truncated")]
 CELLS += [("sd3", "update_student_lora"), ("sd3", "update_few_steps")]  # the student is the same beside every teacher
+TRANSFORMERS = ("sd3+pixart-alpha", "sd3+sana")  # students that are no UNets
+CELLS += [(pair, role) for pair in TRANSFORMERS for role in ("text", "update_full", "resume", "evaluation", "bridge")]
 
 
 @pytest.fixture(scope="module")

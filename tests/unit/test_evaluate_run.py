@@ -231,7 +231,7 @@ START = ("shapes:sd15", "--unet", "shapes:sd15-onestep", "--start-timestep", 999
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such folder, and no run of that name"),
-        (["shapes:sd15-onestep"], "a UNet alone; name the pipeline"),
+        (["shapes:sd15-onestep"], "a network alone; name the pipeline"),
         ([*START[:3]], "does not say at which timestep it starts; name --start-timestep"),
         ([*START, "--steps", 4], "a one-step student takes one step"),
         (["shapes:flux", "--guidance", -1], "--guidance: guidance scale -1: must lie between 0 and 100"),

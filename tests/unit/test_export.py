@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 from raydistill.data.encode import TextEncoder
 from raydistill.errors import InputError
-from raydistill.export.pipeline import ModelCard, export_student, one_step_scheduler
+from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
 
@@ -154,7 +154,7 @@ def test_the_card_begins_with_what_a_prompt_alone_does(exports):
 
 def test_network_input_of_an_early_start_is_sigma_times_noise(sd_folder):
     """Against the closed form: alpha_bar = prod(1 - beta) of the scaled-linear schedule, in float64."""
-    scheduler = one_step_scheduler(load_space(sd_folder), 625)
+    scheduler = load_space(sd_folder).one_step_scheduler(625)
     scheduler.set_timesteps(1)
     noise = torch.tensor([-1.5, 0.25, 2.0], dtype=torch.float64)
     seen = scheduler.scale_model_input(noise * scheduler.init_noise_sigma, scheduler.timesteps[0])
@@ -216,7 +216,7 @@ def test_failed_export_keeps_the_earlier_one_and_leaves_nothing(sd_folder, tmp_p
 
 
 def test_flow_students_and_impossible_starts_are_refused(sd_folder, flux_folder):
-    with pytest.raises(InputError, match="velocity"):
-        one_step_scheduler(load_space(flux_folder), 500)
+    with pytest.raises(InputError, match="no one-step scheduler for a FluxPipeline"):
+        load_space(flux_folder).one_step_scheduler(500)
     with pytest.raises(InputError, match=r"start_timestep 0 is outside 1 … 999"):
-        one_step_scheduler(load_space(sd_folder), 0)
+        load_space(sd_folder).one_step_scheduler(0)

@@ -413,7 +413,7 @@ def test_a_lora_of_four_steps_draws_the_merged_students_picture(world, tmp_path)
     space = world[0]
     export_student(space, worker.networks.evaluated, 999, tmp_path / "export", CARD, torch.float32, steps=4)
     opened = load_student_space(tmp_path / "export")
-    assert difference(opened, lambda: load_lora(space.folder, tmp_path / "export" / "lora")) < 0.1
+    assert difference(opened, lambda: load_lora(space, tmp_path / "export" / "lora")) < 0.1
     assert "num_inference_steps=4" in (tmp_path / "export" / "lora" / "README.md").read_text()
     plain = difference(opened, lambda: DiffusionPipeline.from_pretrained(tmp_path / "export"))
     assert plain < 1e-3

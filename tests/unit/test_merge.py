@@ -326,7 +326,7 @@ def test_memory_does_not_grow_with_the_model(exports, space, tmp_path):
     sources = []
     for folder in folders:
         tensors = {name: (folder / WEIGHTS.name, entry) for name, entry in entries.items()}
-        sources.append(Source(Export(family, folder.name), load_space(family), 999, tensors))
+        sources.append(Source(Export(family, folder.name), load_space(family), 999, 1, tensors))
     gc.collect()
     reset.write_text("5")  # the most so far becomes what is used now
     before = memory_kib("VmRSS")

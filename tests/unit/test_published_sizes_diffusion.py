@@ -24,6 +24,14 @@ RELATIVES = {
     "bk-sdm-small": 0.49e9,
     "bk-sdm-tiny": 0.33e9,
 }  # of the UNet: BK-SDM's MODEL_CARD.md
+# of SDXL's UNet with blocks left out (arXiv 2401.02677), and of PixArt's transformer; latents, text tokens, VAE's scale
+STUDENTS = {
+    "ssd-1b": (1.33e9, 128, 77, 0.13025),
+    "segmind-vega": (0.745e9, 128, 77, 0.13025),
+    "pixart-sigma-512": (0.61e9, 64, 300, 0.13025),
+    "pixart-alpha-512": (0.61e9, 64, 120, 0.18215),
+}
+VEGA = {"down_blocks": 247e6, "mid_block": 31e6, "up_blocks": 460e6}  # as its authors count them (blog.segmind.com)
 # tokens and widths: both CLIPs of SDXL (768 + 1,280; pooled 1,280), ChatGLM3-6B, T5-XXL
 TEXT = {"sdxl-base": (77, 2048, 1280), "kolors": (256, 4096, 4096), "pixart-sigma-1024": (300, 4096, None)}
 
@@ -56,6 +64,20 @@ def test_small_relatives_of_sd15_have_the_published_parameters(name, tmp_path):
     unet = on_meta(space.network_config)
     assert numel(unet) == pytest.approx(RELATIVES[name], rel=0.025)
     assert sum(map(numel, space.large_parts(unet))) > 0.98 * numel(unet)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_students_have_the_published_parameters_and_text_lengths(name, tmp_path):
+    space, (parameters, side, tokens, scale) = space_of(name, tmp_path), STUDENTS[name]
+    assert (space.latent_shape, space.scaling, space.prediction) == ((4, side, side), (0.0, scale), "epsilon")
+    assert set(space.text_lengths.values()) == {tokens}
+    network = on_meta(space.network_config)
+    assert numel(network) == pytest.approx(parameters, rel=0.005)
+    if name == "segmind-vega":
+        counted = {part: numel(getattr(network, part)) for part in VEGA}
+        assert counted == pytest.approx(VEGA, rel=0.005)
+    if name.startswith("pixart"):
+        assert not space.takes_sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -74,6 +74,18 @@ def test_parameters_are_the_published_ones(name, tmp_path):
         assert stored == pytest.approx(2.5e9, rel=0.02)
 
 
+def test_sana_of_512_px_has_the_published_parameters_and_its_decoder_doubles_five_times(tmp_path):
+    space = space_of("sana-0.6b-512", tmp_path)
+    assert (space.latent_shape, space.resolution) == ((32, 16, 16), 512)
+    assert numel(on_meta(space.part_config("transformer"))) == pytest.approx(0.59e9, rel=0.01)
+    assert len(space.decoder_widths) - 1 == 5
+    decoder = on_meta(space.vae_config)
+    x = torch.empty(1, 32, 16, 16, device="meta")
+    for step in space.decoder_prefix(decoder, 3):
+        x = step(x)
+    assert x.shape == (1, space.decoder_widths[3], 128, 128)
+
+
 @pytest.mark.parametrize("name", SHORTER)
 def test_the_space_of_a_public_model(name, tmp_path):
     space = space_of(name, tmp_path)

@@ -13,6 +13,7 @@ from lanes import full_but
 from tiny_clip import write_clip
 
 from raydistill.bridge.model import reach
+from raydistill.bridge.resampling import power_of_two
 from raydistill.config.reading import CONFIGS, draws_pairs, draws_samples, flatten, load, stages_of
 from raydistill.driver.preflight import check_inputs
 from raydistill.driver.room import needs
@@ -40,12 +41,20 @@ TEACHERS = {
 STUDENTS = {"sd15": (999, 3000), "sd21_base": (625, 3000), "sd15_raw": (999, 9000)}  # start timestep, updates
 STUDENTS |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), (999, 9000))
 STUDENTS |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), (999, 3000))
-STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000)}
+STUDENTS |= {"sdxl": (399, 3000), "sdxl_raw": (999, 9000), "sdxl_hyper": (999, 3000)}
+STUDENTS |= dict.fromkeys(("ssd_1b", "segmind_vega", "sana_600m_512"), (999, 9000)) | {"pixart_alpha_512": (400, 3000)}
+OF_1024 = ("sdxl", "sdxl_raw", "sdxl_hyper", "ssd_1b", "segmind_vega")  # pixels; the others have 512
+SHAPES = {name: (4, 128, 128) if name in OF_1024 else (4, 64, 64) for name in STUDENTS} | {
+    "sana_600m_512": (32, 16, 16)
+}
+PIPELINES = dict.fromkeys(OF_1024, "StableDiffusionXLPipeline")
+PIPELINES |= {"pixart_alpha_512": "PixArtAlphaPipeline", "sana_600m_512": "SanaPipeline"}
 SIDES = {"sana15": 32}  # of latents, where it is not 128
 OF_SD15_ALONE = ("flux1_krea", "chroma", "sana15", "qwen_image")  # other students: a file of one line
 PAIRS = [(t, s) for t in TEACHERS for s in ("sd15", *(() if t in OF_SD15_ALONE else ("sd21_base",)))]
 PAIRS.append(("sd35_medium", "sd15_raw"))  # the paper's only row of a raw start
-PAIRS.append(("sd35_medium", "sdxl"))
+PAIRS += [(teacher, "sdxl") for teacher in ("sd35_medium", "chroma", "qwen_image")]
+PAIRS.append(("sd35_medium", "pixart_alpha_512"))
 PAPER = {
     "student.lr": 1e-6,
     "fake_score.lr": 5e-4,
@@ -85,9 +94,10 @@ def test_any_student_makes_a_pair_with_any_teacher(student, tmp_path):
     space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
     assert (config.student.start_timestep, config.distill.steps) == STUDENTS[student]
     assert config.student.unet is None
-    side = 128 if student.startswith("sdxl") else 64
-    assert (space_S.latent_shape, space_S.prediction) == ((4, side, side), "epsilon")
-    assert reach(space_S, space_T, prior=True) == (128 // side - 1, 1)
+    shape = SHAPES[student]
+    assert space_S.latent_shape == shape
+    assert space_S.prediction == ("velocity" if student.startswith("sana") else "epsilon")
+    assert reach(space_S, space_T, prior=True) == (power_of_two(Fraction(128, shape[1])), 1)
     assert config.student.lora_start is None or is_hub_file(config.student.lora_start)
 
 
@@ -126,8 +136,8 @@ def test_the_models_of_a_pair_fit_each_other(teacher, student):
     config = load(CONFIGS / f"{teacher}_{student}.yaml")
     channels, prediction = TEACHERS[teacher]
     space_S, space_T = open_space(config.student.model), open_space(config.teacher.model)
-    assert space_S.pipeline_class == ("StableDiffusionXLPipeline" if student == "sdxl" else "StableDiffusionPipeline")
-    assert space_S.latent_shape == ((4, 128, 128) if student == "sdxl" else (4, 64, 64))
+    assert space_S.pipeline_class == PIPELINES.get(student, "StableDiffusionPipeline")
+    assert space_S.latent_shape == SHAPES[student]
     assert space_S.prediction == "epsilon"
     assert 0 < config.student.start_timestep < space_S.path.num_train_timesteps
     side = SIDES.get(teacher, 128)
@@ -263,7 +273,8 @@ def _with_folders(name, model_folder, tmp_path, *more):
         clip.mkdir()
         write_clip(clip)
     here += [f"evaluation.weights={{clipscore: {clip}, pickscore: {clip}, pickscore.processor: {clip}}}"]
-    here += [f"student.unet={student / 'unet'}"] if config.student.unet else []
+    part = "unet" if (student / "unet").exists() else "transformer"
+    here += [f"student.unet={student / part}"] if config.student.unet else []
     return load(CONFIGS / f"{name}.yaml", [*here, *more])
 
 
@@ -273,8 +284,8 @@ def test_a_ready_pair_passes_the_whole_check_of_its_folders(pair, model_folder, 
     """PixArt's public folder, for one, names its transformer by a class that diffusers maps to another."""
     config = _with_folders(pair, model_folder, tmp_path)
     inputs = check_inputs(config)
-    assert inputs.student.latent_shape == ((4, 128, 128) if pair.endswith("_sdxl") else (4, 64, 64))
-    teacher = pair.rsplit("_sd", 1)[0]
+    teacher, student = next(one for one in PAIRS if "_".join(one) == pair)
+    assert inputs.student.latent_shape == SHAPES[student]
     side = SIDES.get(teacher, 128)
     assert inputs.teacher.latent_shape == (TEACHERS[teacher][0], side, side)
 
@@ -299,10 +310,13 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
     more |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), {"distill.steps"})
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
+    more["sana_600m_512"] = {"distill.steps"}
     keeps = {"distill.gradient_checkpointing", "distill.micro_batches"}  # activations: they fit 80 GB
     more |= dict.fromkeys(("sd35_medium", "sdxl"), keeps)
     of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", "student.lr", *keeps}}
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
+    more["sdxl_hyper"] = of_sdxl["students"] | {"student.lora_start"}
+    more |= dict.fromkeys(("ssd_1b", "segmind_vega"), keeps | {"distill.steps"})
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     more["chroma"] = {"bridge.micro_batches"}
     more["flux1_krea"] = more["flux1_dev"]
