@@ -78,6 +78,7 @@ class Distiller:
             average,
             fake_mean_parts=fake_mean_parts,
             share=shares(config),
+            scale=networks.gradient_scale,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -160,7 +161,9 @@ class Distiller:
                 rows += [row] if part.weight else []
             return rows, self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
 
-        rows, norms = self.leaving_out.run(phase, made, names, left=self._left)
+        rows, norms = self.leaving_out.run(
+            lambda parts: self.gradients.scaled(lambda: phase(parts), names), made, names, left=self._left
+        )
         self.readings.add(mean_of(rows))
         self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
         self.networks.update_ema(self.updates)
@@ -214,7 +217,7 @@ class Distiller:
         if told := self.leaving_out.pop_told():
             self.left_out += told
             metrics["guard/left_out"] += sum(len(samples) for _, samples in told)
-        for source in (self.batches, self.feed):
+        for source in (self.batches, self.feed, self.gradients.scale):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value
         return dict(metrics)
