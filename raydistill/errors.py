@@ -63,6 +63,10 @@ class NonFiniteError(FloatingPointError):
         return self.message
 
 
+class GradientOverflow(NonFiniteError):
+    """A scaled gradient is not finite, although all that it was computed from is: its scale is too large."""
+
+
 # -- texts without secrets --------------------------------------------------------------------------------
 
 MASK = "***"

@@ -86,6 +86,11 @@ class Config(Section):
                 f"fake_score.base_dtype={self.fake_score.base_dtype} gives the same numbers under autocast alone: set "
                 "distill.mixed_precision=true, or use float32"
             )
+        if self.student.autocast != "auto" and not self.distill.mixed_precision:
+            raise ValueError(
+                f"student.autocast={self.student.autocast} is a part of mixed precision: set distill.mixed_precision=true, or "
+                "use auto"
+            )
         part, fake = self.distill.batch_size // self.distill.micro_batches, self.fake_score.batch_size
         if fake is not None and (fake > self.distill.batch_size or fake % max(1, part)):
             raise ValueError(

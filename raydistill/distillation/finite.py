@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from raydistill.errors import NonFiniteError
+from raydistill.errors import GradientOverflow, NonFiniteError
 from raydistill.transfer import download
 
 OTHERS_SAMPLE = "a sample of another worker"
+OTHERS_VALUE = "a value of another worker"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class _Note:
     elsewhere: bool
     bad: torch.Tensor  # [B]: samples that are not finite
     ids: torch.Tensor | None  # of the samples [B], in main memory; None: it is no value of samples
+    scaled: bool = False
 
 
 class Finite:
@@ -39,22 +41,27 @@ class Finite:
         """What is noted from now on, and has as many rows as there are ids [B], is a value of these samples."""
         self._ids = sample_ids
 
-    def note(self, value: torch.Tensor, source: str, elsewhere: bool = False) -> torch.Tensor:
+    def note(self, value: torch.Tensor, source: str, elsewhere: bool = False, *, scaled: bool = False) -> torch.Tensor:
         """Return `value` [B, …] or a scalar; `look` will say so where it is not finite.
 
         Args:
             elsewhere: see `NonFiniteError`.
+            scaled: a gradient whose scale may be too large.
         """
         flat = value.detach()
         flat = flat.reshape(len(flat), -1) if flat.ndim else flat.reshape(1, 1)
         ids = self._ids if value.ndim and self._ids is not None and len(self._ids) == len(value) else None
-        self._noted.append(_Note(source, elsewhere, ~torch.isfinite(flat).all(1), ids))
+        self._noted.append(_Note(source, elsewhere, ~torch.isfinite(flat).all(1), ids, scaled))
         return value
 
     def of_samples(self) -> torch.Tensor | None:
         """1 where a value of a sample was noted that is not finite, else 0, on the device; None: nothing was noted."""
         bad = [note.bad for note in self._noted if note.ids is not None]
         return torch.cat(bad).any().float()[None] if bad else None
+
+    def of_any(self) -> torch.Tensor | None:
+        """1 where any value was noted that is not finite, else 0, on the device; None: nothing was noted."""
+        return torch.cat([note.bad for note in self._noted]).any().float()[None] if self._noted else None
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -75,6 +82,7 @@ class Finite:
             Copies of `values` on the CPU.
 
         Raises:
+            GradientOverflow: the first that was not finite is a scaled gradient.
             NonFiniteError: names the first source that was not finite, and the samples concerned.
         """
         noted, self._noted = self._noted, []
@@ -97,7 +105,8 @@ def _error(found: list[tuple[_Note, torch.Tensor]]) -> NonFiniteError:
     rows = bad.nonzero().flatten().tolist()
     message = f"{first.source}: not finite in samples {rows[:8]} of {len(bad)}"
     if first.ids is None:
-        return NonFiniteError(message, len(rows), rows, first.elsewhere)
+        kind = GradientOverflow if first.scaled else NonFiniteError
+        return kind(message, len(rows), rows, first.elsewhere)
     samples = sorted({number for note, part in own for number in note.ids[part].tolist()})
     ids = first.ids[bad].tolist()
     return NonFiniteError(f"{message} (sample ids {ids[:8]})", len(rows), rows, first.elsewhere, samples)

@@ -7,8 +7,9 @@ parts of all, some have more of them than others: each divides by what they have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,10 +17,12 @@ from torch.optim import Optimizer
 
 from raydistill.config.schema import Config
 from raydistill.distillation import optimizers
-from raydistill.distillation.finite import OTHERS_SAMPLE, Finite
+from raydistill.distillation.finite import OTHERS_SAMPLE, OTHERS_VALUE, Finite
+from raydistill.distillation.gradient_scale import GradientScale
 from raydistill.distillation.networks import Networks
 from raydistill.spaces.adapter import trained
 
+T = TypeVar("T")
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
 OF_FAKE = ("fake", "discriminator")  # optimizers whose updates have a batch of their own
@@ -61,6 +64,7 @@ class Gradients:
         average: mean of tensors over the workers.
         fake_mean_parts: those of the fake score's and the discriminator's updates; None: as many.
         share: of the learning rates, by the number of student updates before this one; None: always all of them.
+        scale: of the student's gradients; None: there is none.
     """
 
     def __init__(
@@ -72,9 +76,10 @@ class Gradients:
         *,
         fake_mean_parts: float | None = None,
         share: Callable[[int], float] | None = None,
+        scale: GradientScale | None = None,
     ) -> None:
         self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
-        self.average, self.share = average, share
+        self.average, self.share, self.scale = average, share, scale
         self.fake_mean_parts = fake_mean_parts or mean_parts
         self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
@@ -112,6 +117,7 @@ class Gradients:
             Each one's gradient norm before clipping, on the device.
 
         Raises:
+            GradientOverflow: of the student's scaled gradient, on all workers alike, before anything but it has changed.
             NonFiniteError: of a gradient, or of what it was computed from, before anything has changed. Weights that an
                 update leaves not finite are noted: the next look names them.
         """
@@ -120,17 +126,21 @@ class Gradients:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.tolerant and self.average is not alone and (bad := self.finite.of_samples()) is not None:
-            self.average([bad])
-            self.finite.note((1 - (bad > 0).float()).log()[0], OTHERS_SAMPLE, elsewhere=True)  # log 0
+        scaled = "student" if self.scale is not None else None
+        self._hear_of_others(self.tolerant, scaled in groups)
         if self.average is not alone:  # the mean of all workers does not say whose part it was
             for name, group in groups.items():
-                self.finite.note(nn.utils.get_total_norm([p.grad for p in group]), f"the {name} gradient")
+                # of scaled ones the largest number: squares may be infinite here, and not in the mean, on which all decide
+                norm = nn.utils.get_total_norm([p.grad for p in group], math.inf if name == scaled else 2.0)
+                self.finite.note(norm, f"the {name} gradient", scaled=name == scaled)
         self.average([p.grad for p in parameters])
+        if scaled in groups:
+            self.scale.leave([p.grad for p in groups[scaled]])
         norms = {name: nn.utils.clip_grad_norm_(group, max_norms[name]) for name, group in groups.items()}
         of_all = self.average is not alone
         for name, norm in norms.items():
-            self.finite.note(norm, f"{OTHERS if of_all else 'the'} {name} gradient", elsewhere=of_all)
+            source = f"{OTHERS if of_all else 'the'} {name} gradient"
+            self.finite.note(norm, source, elsewhere=of_all, scaled=name == scaled)
         self.finite.look()  # before any step: a bad gradient must change nothing
         for name, group in groups.items():
             optimizers.step(self.optimizers[name])
@@ -138,6 +148,32 @@ class Gradients:
             with torch.no_grad():
                 self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
         return norms
+
+    def _hear_of_others(self, of_samples: bool, of_any: bool) -> None:
+        """Note what other workers have noted, before the mean of all spoils every worker's gradient.
+
+        Args:
+            of_samples: whether it was of samples, which may then be left out by all.
+            of_any: whether it was anything: then it is no matter of a gradient's scale.
+        """
+        if self.average is alone:
+            return
+        for asked, bad, source in (
+            (of_samples, self.finite.of_samples, OTHERS_SAMPLE),
+            (of_any, self.finite.of_any, OTHERS_VALUE),
+        ):
+            if asked and (told := bad()) is not None:
+                self.average([told])
+                self.finite.note((1 - (told > 0).float()).log()[0], source, elsewhere=True)  # log 0
+
+    def scaled(self, phase: Callable[[], T], names: Sequence[str]) -> T:
+        """A phase of the student, which accumulates for the named optimizers and steps them; see `GradientScale.run`."""
+
+        def drop() -> None:
+            for name in names:
+                self.optimizers[name].zero_grad(set_to_none=True)
+
+        return phase() if self.scale is None else self.scale.run(phase, drop)
 
     def taken(self, names: Sequence[str]) -> Callable[[], None]:
         """What is accumulated now for the named optimizers; the function that is returned brings it back."""
@@ -151,8 +187,11 @@ class Gradients:
         return restore
 
     def state_dict(self) -> dict[str, Any]:
-        return {"optimizers": {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}}
+        state = {"optimizers": {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}}
+        return state | ({} if self.scale is None else {"gradient_scale": self.scale.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizers.load_state_dict(optimizer, state["optimizers"][name])
+        if self.scale is not None:
+            self.scale.load_state_dict(state["gradient_scale"])

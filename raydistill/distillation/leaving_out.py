@@ -65,12 +65,14 @@ class LeavingOut:
 
     Attributes:
         told: of what was left out since it was taken last: the error's words, and the sample ids.
+        count: samples of it, since it was taken last.
     """
 
     def __init__(self, most: float, parts: int, gradients: Gradients, finite: Finite, device: torch.device) -> None:
         self.most, self.parts, self.gradients, self.finite, self.device = most, parts, gradients, finite, device
         gradients.tolerant = most > 0
         self.told: list[tuple[str, list[int]]] = []
+        self.count = 0
 
     def run(
         self,
@@ -108,7 +110,7 @@ class LeavingOut:
                 if not self._of_any(bool(more)):  # it would come again
                     raise
                 if error.samples:
-                    self.told.append((str(error), list(error.samples)))
+                    self._tell(error)
                 restore()
                 undo()
 
@@ -127,7 +129,7 @@ class LeavingOut:
             left |= set(error.samples)
             if why := self._too_many(left, part, parts):
                 raise _with(error, why) from error
-            self.told.append((str(error), list(error.samples)))
+            self._tell(error)
             return [self.zeroed(part, left, value.cpu()) for value in values]
 
     def zeroed(self, part: MicroBatch, left: set[int], value: torch.Tensor) -> torch.Tensor:
@@ -146,6 +148,15 @@ class LeavingOut:
         """What was left out since the last call."""
         told, self.told = self.told, []
         return told
+
+    def pop_count(self) -> int:
+        """How many samples were left out since the last call."""
+        count, self.count = self.count, 0
+        return count
+
+    def _tell(self, error: NonFiniteError) -> None:
+        self.told.append((str(error), list(error.samples)))
+        self.count += len(error.samples)
 
     def _of_any(self, mine: bool) -> bool:
         """Whether it is so for any worker."""

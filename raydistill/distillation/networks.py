@@ -4,7 +4,8 @@ With `distill.mixed_precision` forward passes run under bfloat16 autocast, witho
 range. What stays float32: weights, sums of gradients, optimizers, losses, the discriminator's head, the conversions to
 x0, the VSD gradient (a small difference of large numbers), and a student whose x0 divides by a small alpha. At t = 999
 SD 1.5 multiplies its prediction's error 14.6 times. Its x0 in bfloat16 was off by 6 % on the miniature world, and its
-gradient's cosine to float32's was 0.969; with a float32 student it is 0.9998.
+gradient's cosine to float32's was 0.969; with a float32 student it is 0.9998. Such a student may run in float16, with
+scaled gradients and a last convolution in float32 (`student.autocast`).
 
 Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 """
@@ -31,9 +32,10 @@ from raydistill.distillation.compiled import compile_network, compile_projector
 from raydistill.distillation.discriminator import Discriminator
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.finite import Finite
+from raydistill.distillation.gradient_scale import GradientScale
 from raydistill.distillation.rates import decay
 from raydistill.errors import InputError
-from raydistill.precision import autocast
+from raydistill.precision import autocast, stay_float32
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.adapter import add_lora, copy_of, load_own_state, own_state, trained
 from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gain
@@ -103,6 +105,7 @@ class Networks:
 
     Attributes:
         finite: what the networks answered, to be looked at.
+        gradient_scale: of a student in float16; None: it is not.
         ema: moving average of the student (`student.ema`); None: none.
         discriminator: None without a GAN.
     """
@@ -134,6 +137,11 @@ class Networks:
         depths = config.discriminator.read_depths
         self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depths, mesh).to(device)
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
+        self.gradient_scale = GradientScale() if config.student.autocast == "float16" else None
+        if self.gradient_scale is not None and hasattr(
+            self.student, "conv_out"
+        ):  # whose rounding x0 multiplies at once
+            stay_float32(self.student.conv_out)
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
@@ -173,13 +181,19 @@ class Networks:
             for name, value in conditioning.items()
         }
 
-    def _autocast(self, wanted: bool = True) -> torch.autocast:
-        return autocast(self.device, wanted and self.config.distill.mixed_precision)
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.device, self.config.distill.mixed_precision)
 
     @cached_property
     def student_in_bfloat16(self) -> bool:
         """Whether mixed precision includes the student: not where its x0 multiplies a prediction's rounding too much."""
         return x0_gain(self.student_space, self.config.student.start_timestep) <= MAX_GAIN
+
+    def _student_autocast(self) -> torch.autocast:
+        mixed = self.config.distill.mixed_precision
+        if self.gradient_scale is not None:
+            return autocast(self.device, mixed, torch.float16)
+        return autocast(self.device, mixed and self.student_in_bfloat16)
 
     def z_student(
         self, seen: torch.Tensor, conditioning: Conditioning, timestep_B: torch.Tensor | None = None
@@ -191,12 +205,13 @@ class Networks:
             timestep_B: of a student of several steps; None: the one of a single step.
         """
         seen, conditioning = upload(seen, self.device), self.on_device(conditioning)
-        with self._autocast(self.student_in_bfloat16):
+        with self._student_autocast():
             if timestep_B is None:
                 start = self.config.student.start_timestep
                 z_student = one_step_x0(self.student_space, self.student, seen, conditioning, start)
             else:
                 z_student = x0_at(self.student_space, self.student, seen, timestep_B, conditioning)
+        z_student = z_student if self.gradient_scale is None else self.gradient_scale.enter(z_student)
         return self.finite.note(z_student, "the student's x0")
 
     def drawn(

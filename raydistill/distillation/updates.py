@@ -80,6 +80,7 @@ class Distiller:
             average,
             fake_mean_parts=fake_mean_parts,
             share=shares(config),
+            scale=networks.gradient_scale,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -98,6 +99,9 @@ class Distiller:
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
+        self.workers = (
+            config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
+        )  # that there are
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
@@ -163,13 +167,18 @@ class Distiller:
                 rows += [row] if part.weight else []
             return rows, self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
 
-        rows, norms = self.leaving_out.run(phase, made, names, left=self._left)
+        rows, norms = self.leaving_out.run(
+            lambda parts: self.gradients.scaled(lambda: phase(parts), names), made, names, left=self._left
+        )
         self.readings.add(mean_of(rows))
         self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
         self.networks.update_ema(self.updates)
-        seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average)
+        left_out = self.leaving_out.pop_count()
+        seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average, left_out)
         read, numbers = self.readings.read(*seen)
         self.metrics |= read | self.watch.observe(*numbers)
+        if self.watch.left_out:
+            self.metrics["guard/left_out"] += round(self.watch.left_out * self.workers)
         for loss in ("vsd", "gan"):
             if (square := self.metrics.pop(f"{loss}/gradient_square", None)) is not None:
                 self.metrics[f"{loss}/gradient_norm"] = math.sqrt(square)
@@ -216,8 +225,7 @@ class Distiller:
         metrics |= read
         if told := self.leaving_out.pop_told():
             self.left_out += told
-            metrics["guard/left_out"] += sum(len(samples) for _, samples in told)
-        for source in (self.batches, self.feed):
+        for source in (self.batches, self.feed, self.gradients.scale):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value
         return dict(metrics)

@@ -56,10 +56,13 @@ class Watch:
 
     Args:
         alarm: on the student's latents in teacher space.
+
+    Attributes:
+        left_out: samples that a worker has left out of the update that was observed last, on average over all workers.
     """
 
     def __init__(self, alarm: CollapseAlarm) -> None:
-        self.alarm, self.lag = alarm, FakeLag()
+        self.alarm, self.lag, self.left_out = alarm, FakeLag(), 0.0
         self.begin()
 
     def begin(self) -> None:
@@ -85,17 +88,21 @@ class Watch:
         """Losses of a fake update's parts."""
         self._losses.append(torch.stack([loss.detach().double() for loss in losses]).sum())
 
-    def of_update(self, mean_parts: float, average: Average = lambda tensors: None) -> list[torch.Tensor]:
+    def of_update(
+        self, mean_parts: float, average: Average = lambda tensors: None, left_out: int = 0
+    ) -> list[torch.Tensor]:
         """What `observe` takes of the update that was begun last, on its device. It waits for nothing.
 
         Args:
             mean_parts: parts of a worker, on average over all workers.
             average: mean of tensors over the workers, in place.
+            left_out: samples that this worker has left out of it.
         """
         share = len(self._latents) / self._parts
         moments = self.alarm.of_update(share * mean_parts, average)
         latents = torch.stack(self._latents).sum(0) / share
         numbers = torch.cat([latents, *(loss[None] for loss in self._losses)]) / mean_parts
+        numbers = torch.cat([numbers, numbers.new_full((1,), left_out)])
         average([numbers])
         return [moments, numbers]
 
@@ -104,10 +111,11 @@ class Watch:
 
         Args:
             moments: see `collapse.moments`.
-            numbers: mean and mean square of the student's latents, and the loss of each fake update; float64 [2 + k].
+            numbers: mean and mean square of the student's latents, the loss of each fake update, and the samples that a
+                worker has left out, on average; float64 [2 + k + 1].
         """
         metrics = self.alarm.observe(moments)
-        mean, square, *losses = numbers.tolist()
+        mean, square, *losses, self.left_out = numbers.tolist()
         metrics |= {"student/latent_mean": mean, "student/latent_std": math.sqrt(max(0.0, square - mean * mean))}
         return metrics | ({"fake/lag": self.lag.observe(losses)} if losses else {})
 

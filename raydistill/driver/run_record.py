@@ -47,7 +47,7 @@ def _facts(config: Config) -> dict[str, object]:
     """Tags that say what a run is, beside `run_tags`."""
     file, teachers = config.origin.file, config.teachers
     how = {f"teachers.{key}": getattr(teachers, key) for key in ("backend", "compile", "attention", "quantize")}
-    how["distill.compile"] = config.distill.compile
+    how |= {"distill.compile": config.distill.compile, "student.autocast": config.student.autocast}
     return (
         {"steps": config.distill.steps, "student.kind": config.student.kind}
         | how

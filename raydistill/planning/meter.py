@@ -56,17 +56,19 @@ def fused_attention() -> Iterator[None]:
 
 @contextlib.contextmanager
 def autocast() -> Iterator[None]:
-    """CUDA's bfloat16 autocast for meta tensors, which torch.autocast passes by: wherever the CPU's is switched on.
+    """CUDA's 16-bit autocast for meta tensors, which torch.autocast passes by: wherever the CPU's is switched on.
 
-    As there, matrix products, convolutions and attention run in bfloat16, normalisation in float32. torch's own functions
+    As there, matrix products, convolutions and attention run in 16 bits, normalisation in float32. torch's own functions
     are exchanged, as in `fused_attention`: checkpointed blocks run again under the autocast state of their first run.
     """
 
-    def cast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(function: Callable[..., Any], high: bool) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             if not torch.is_autocast_enabled("cpu") or tensors[0].device.type != "meta":
                 return function(*args, **kwargs)
+
+            dtype = torch.float32 if high else torch.get_autocast_dtype("cpu")
 
             def convert(value: Any) -> Any:
                 real = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -76,13 +78,12 @@ def autocast() -> Iterator[None]:
 
         return run
 
-    low, high = torch.bfloat16, torch.float32
     products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
     products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
-    places = [(*place, low) for place in products] + [(F, name, high) for name in ("layer_norm", "group_norm")]
+    places = [(*place, False) for place in products] + [(F, name, True) for name in ("layer_norm", "group_norm")]
     with contextlib.ExitStack() as stack:
-        for owner, name, dtype in places:
-            stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), dtype)))
+        for owner, name, high in places:
+            stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), high)))
         yield
 
 

@@ -187,7 +187,8 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     works = ((trainer.make, 1), (trainer.fake, k), (trainer.student, 1))
     whole, high = (sum(times * getattr(work, name) for work, times in works) for name in ("flops", "flops_32"))
     tf32, high = bool(config.distill.tf32), high / whole
-    speeds = [(1 - high, "bfloat16", trainer_gpu.bf16_tflops)]
+    low = "bfloat16, the student in float16" if config.student.autocast == "float16" else "bfloat16"
+    speeds = [(1 - high, low, trainer_gpu.bf16_tflops)]
     speeds += [(high, "TF32" if tf32 else "float32", trainer_gpu.float32(tf32))]
     speeds = [f"{share:.0%} in {dtype} ({rate:g} TFLOP/s at the peak)" for share, dtype, rate in speeds if share > 0]
     on_teachers = f"for {workers} workers on {replicas(config)} x {config.teachers.shards} {config.plan.teacher_gpu}"

@@ -21,7 +21,7 @@ from raydistill.distillation.networks import guidance_scale, load_unet
 from raydistill.distillation.schedule import Unchecked
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.evaluation.evaluator import FixedPrompts
-from raydistill.precision import allow_tf32
+from raydistill.precision import allow_tf32, sum_float16_in_float32
 from raydistill.spaces import Conditioning, load_space
 from raydistill.storage.resolve import input_place, resolve
 from raydistill.teachers import registry
@@ -87,6 +87,8 @@ def load_distiller(
     """
     device = worker.device
     allow_tf32(config.distill.tf32)
+    if config.student.autocast == "float16":
+        sum_float16_in_float32()
     student_space = load_space(resolve(config.student.model))
     teacher_space = load_space(resolve(config.teacher.model))
     unet = load_unet(student_space, config.student.unet, config.student.lora_start)

@@ -176,7 +176,7 @@ def two_workers(config, spaces, tables):
     of_rank = averaging()
     workers = [make_distiller(config, spaces, tables) for _ in range(2)]
     for rank, worker in enumerate(workers):
-        worker.gradients.average = of_rank(rank)
+        worker.gradients.average, worker.workers = of_rank(rank), 2
     return workers
 
 
@@ -201,8 +201,8 @@ def test_workers_agree_on_what_is_left_out_and_stay_the_same(spaces, tables, wha
         one, other = (flat(getattr(worker.networks, part)) for worker in workers)
         assert torch.isfinite(one).all()
         assert torch.equal(one, other)
-    assert "guard/left_out" not in workers[0].pop_metrics()
-    assert workers[1].pop_metrics()["guard/left_out"] == 2
+    assert [worker.pop_metrics()["guard/left_out"] for worker in workers] == [2, 2], "those of both, on both"
+    assert [len(worker.left_out) for worker in workers] == [0, 2], "named by the one whose they are"
 
 
 def test_a_worker_with_few_such_samples_leaves_the_naming_to_the_one_with_too_many(spaces, tables):
