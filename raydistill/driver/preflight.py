@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
+from raydistill.config.networks import StudentConfig
 from raydistill.config.reading import (
     draws,
     draws_samples,
@@ -24,13 +25,13 @@ from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
 from raydistill.data.shards import changed_share
-from raydistill.diffusion.timesteps import student_timesteps
 from raydistill.distillation import optimizers
 from raydistill.distillation.fake_score import feature_blocks, truncate
 from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
 from raydistill.evaluation.metrics import check_chosen, metrics_of_run
+from raydistill.export.few_steps import few_step_scheduler
 from raydistill.shapes.captions import parse
 from raydistill.spaces import check_everywhere, load_space, load_student_space
 from raydistill.spaces.base import Space
@@ -222,12 +223,8 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     if config.student.kind == "lora":
         adapted(config, space, empty_part(space, space.network_name))  # without weights: it can be, or it cannot
     steps, notes = config.student.steps, []
-    if steps > 1 and config.student.start_timestep < last and not space.plain_start:
-        first = student_timesteps(config.student.start_timestep, steps)[0]
-        notes.append(
-            f"note: student.steps={steps}: its first evaluation sees plain noise at t = {first}, which no scheduler of diffusers "
-            "scales there; a start that was trained on scaled noise first learns the difference"
-        )
+    if steps > 1:
+        notes += _check_steps(config.student, space)
     if config.student.unet is not None:
         checkpoint = open_student(space, resolve(config.student.unet))
         conflict = checkpoint.start_conflict(config.student.start_timestep)
@@ -235,6 +232,20 @@ def _check_student(config: Config, space: Space) -> tuple[str, ...]:
     if config.student.lora_start is not None:
         notes.append(check_lora(space, config.student.lora_start))
     return tuple(notes)
+
+
+def _check_steps(student: StudentConfig, space: Space) -> list[str]:
+    """Several steps can be exported. Returns a note where the first one is not what a start of one step was trained on."""
+    try:
+        scheduler = few_step_scheduler(space, student.start_timestep, student.steps)
+    except InputError as error:
+        raise InputError(f"student.steps={student.steps}: {error}; use 1") from None
+    if space.plain_start or student.start_timestep == space.path.num_train_timesteps - 1:
+        return []
+    return [
+        f"note: student.steps={student.steps}: its first evaluation sees plain noise at t = {len(scheduler.betas) - 1}, which no "
+        "scheduler of diffusers scales there; a start that was trained on scaled noise first learns the difference"
+    ]
 
 
 def _check_bucket(storage: Place) -> None:

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_diffusion_pipelines as tiny
+import tiny_flow_pipelines as flow
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 from raydistill.bridge.model import Bridge
+from raydistill.config.networks import StudentConfig
 from raydistill.config.reading import load
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
@@ -21,6 +23,7 @@ from raydistill.diffusion.timesteps import student_timesteps
 from raydistill.distillation.batches import MicroBatch, Real
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
+from raydistill.driver.preflight import _check_steps
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.subject import find_subject, load_painter
@@ -77,6 +80,15 @@ def test_wrong_numbers_of_steps_are_one_line(keys, message):
     with pytest.raises(InputError, match=message) as error:
         load(overrides=keys)
     assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_exported_is_refused_before_a_run_and_a_scaled_start_is_told(world, tmp_path):
+    sana = load_student_space(flow.save_sana(tmp_path / "sana"))
+    with pytest.raises(InputError, match=r"^student\.steps=4: .* no scheduler of few steps for .* velocity; use 1$"):
+        _check_steps(StudentConfig(steps=4), sana)
+    assert _check_steps(StudentConfig(steps=4), world[0]) == []
+    (note,) = _check_steps(StudentConfig(steps=4, start_timestep=625), world[0])
+    assert "plain noise at t = 623" in note
 
 
 # -- a worker ---------------------------------------------------------------------------------------------------
@@ -319,12 +331,11 @@ def drawn_by_diffusers(folder, steps, seed, count=2):
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    return pipe(
-        CAPTIONS[:count], num_inference_steps=steps, guidance_scale=0, generator=generator, output_type="latent"
-    ).images
+    asked = {"num_inference_steps": steps, "guidance_scale": 0} | dict(load_student_space(folder).call_arguments)
+    return pipe(CAPTIONS[:count], generator=generator, output_type="latent", **asked).images
 
 
-CASES = [("sd15", 999, 2), ("sd15", 625, 4), ("v-prediction", 999, 4), ("sdxl", 399, 4)]
+CASES = [("sd15", 999, 2), ("sd15", 625, 4), ("v-prediction", 999, 4), ("sdxl", 399, 4), ("pixart", 400, 2)]
 
 
 @pytest.mark.parametrize(("model", "start", "steps"), CASES)
@@ -408,6 +419,7 @@ def test_forms_for_one_step_alone_are_refused(exports, tmp_path):
         write_single_file(exports["one"], tmp_path)
 
 
+@pytest.mark.full
 def test_a_lora_of_four_steps_draws_the_merged_students_picture(world, tmp_path):
     worker = updated(worker_of(world, "student.steps=4", "student.kind=lora", "distill.batch_size=4"), 1)
     space = world[0]
