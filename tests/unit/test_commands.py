@@ -110,7 +110,7 @@ def test_the_dashboard_is_an_option_of_the_commands_that_start_a_run_alone(capsy
     ("override", "suggestion"),
     [
         ("lr=1e-5", "did you mean student.lr, bridge.lr, fake_score.lr or discriminator.lr?"),
-        ("teacher.steps=3", "did you mean bridge.steps or distill.steps?"),
+        ("teacher.steps=3", "did you mean student.steps, bridge.steps or distill.steps?"),
         ("sampling_steps=3", "did you mean teacher.sampling_steps or synthesis.sampling_steps?"),
         ("samplingsteps=3", "did you mean teacher.sampling_steps or synthesis.sampling_steps?"),
         ("studnet.lr=1", "unknown key studnet; did you mean student?"),
