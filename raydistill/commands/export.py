@@ -101,7 +101,7 @@ def _push(arguments: argparse.Namespace, export) -> int:
     for line in read_provenance(export.folder).terms:
         print(f"terms     {line.removeprefix('- ')}")
     print(f"pushed    {push(export.folder, arguments.repo, bool(arguments.public))}")
-    return _say_how()
+    return _say_how(export)
 
 
 def _write(arguments: argparse.Namespace, export) -> int:
@@ -118,7 +118,7 @@ def _write(arguments: argparse.Namespace, export) -> int:
         report = _form(arguments, export, folder)
     print(f"checked   {report}")
     print(f"written   {target}")
-    return _say_how()
+    return _say_how(export)
 
 
 def _form(arguments: argparse.Namespace, export, folder) -> str:
@@ -145,9 +145,9 @@ def _form(arguments: argparse.Namespace, export, folder) -> str:
     return f"one picture differs from {export.folder}'s by {apart:.2g} / 255 on average"
 
 
-def _say_how() -> int:
+def _say_how(export) -> int:
     # as in `main`
-    from raydistill.export.pipeline import HOW_TO_DRAW
+    from raydistill.export.pipeline import how_to_draw
 
-    print(f"draw it   {HOW_TO_DRAW}")
+    print(f"draw it   {how_to_draw(export.folder)}")
     return 0

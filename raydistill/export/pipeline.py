@@ -25,6 +25,7 @@ from raydistill.spaces.adapter import has_lora, merged_state
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
 from raydistill.storage.atomic import replacing
+from raydistill.storage.place import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,7 @@ class ModelCard:
 
     def markdown(self, start_timestep: int, dtype: torch.dtype) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence."""
+        family = find_family(self.student_class)
         licences = student_licences(
             self.teacher,
             self.teacher_class,
@@ -56,12 +58,11 @@ class ModelCard:
             self.lora_start,
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
-        family = find_family(self.student_class)
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {
             "Teacher": self.teacher,
             "Student": self.student,
-            "Student start": self.start or "the student's own UNet",
+            "Student start": self.start or f"the student's own {family.student_noun.split()[-1]}",
             **({"LoRA merged into it": self.lora_start} if self.lora_start else {}),
             "Student updates": self.steps,
             "Start timestep": start_timestep,
@@ -82,11 +83,16 @@ class ModelCard:
 
 SEVERAL = ("other", "several, see below")  # identifier and name where no single licence covers a model
 
-# Said at the end of every job that writes a student. diffusers has no place in a folder for these two settings: steps
-# and guidance are arguments of `__call__`, and no scheduler's configuration fixes a number of steps.
-HOW_TO_DRAW = (
-    "num_inference_steps=1, guidance_scale=0 (other tools: 1 step, CFG 1); with a prompt alone diffusers draws grey"
-)
+
+def how_to_draw(export: Place) -> str:
+    """Said at the end of every job that writes a student.
+
+    diffusers has no place in a folder for these settings: steps and guidance are arguments of `__call__`, and no scheduler's
+    configuration fixes a number of steps.
+    """
+    family = find_family(json.loads((export / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    return f"{one_step_arguments(family)} (other tools: 1 step, CFG 1); with a prompt alone diffusers draws grey"
+
 
 # How an export is called; of this project's every model card.
 _NUMBERS = {2: "two", 3: "three", 4: "four"}

@@ -33,7 +33,7 @@ from raydistill.errors import InputError
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.export.lora import write_lora
 from raydistill.export.merge import merge_students, open_sources, shares_of
-from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.export.pipeline import ModelCard, export_student, how_to_draw
 from raydistill.export.source import Export, open_one_step
 from raydistill.pictures.picture import Picture
 from raydistill.spaces import load_space, load_student_space
@@ -131,7 +131,9 @@ def test_the_export_is_the_familys_own_folder_and_draws_the_latents(made):
     assert f"A {words} that draws in **one** network evaluation" in card
     assert f"from diffusers import {made.space.pipeline_class}\n" in card
     assert all(f"{name}={value}" in card for name, value in made.space.call_arguments.items())
-    assert ("UNet" in card.partition("## Licence")[0].replace("the student's own UNet", "")) == (words.endswith("UNet"))
+    assert ("UNet" in card.partition("## Licence")[0]) == words.endswith("UNet")
+    assert how_to_draw(made.export.folder).startswith("num_inference_steps=1, guidance_scale=0")
+    assert ("clean_caption=False" in how_to_draw(made.export.folder)) == made.name.startswith("pixart")
     left = {part.name for part in made.export.folder.iterdir() if part.is_dir()}
     assert left == {*made.space.student_parts, made.space.network_name, "scheduler"}
 
