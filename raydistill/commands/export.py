@@ -147,7 +147,7 @@ def _form(arguments: argparse.Namespace, export, folder) -> str:
 
 def _say_how(export) -> int:
     # as in `main`
-    from raydistill.export.few_steps import how_to_draw, steps_of_folder
+    from raydistill.export.pipeline import how_to_draw
 
-    print(f"draw it   {how_to_draw(steps_of_folder(export.folder))}")
+    print(f"draw it   {how_to_draw(export.folder)}")
     return 0

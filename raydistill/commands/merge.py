@@ -42,8 +42,8 @@ def main() -> int:
     from tqdm import tqdm
 
     # likewise
-    from raydistill.export.few_steps import how_to_draw
     from raydistill.export.merge import check_target, merge_students, open_sources, shares_of
+    from raydistill.export.pipeline import how_to_draw
     from raydistill.export.source import find_export
 
     try:
@@ -59,6 +59,6 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return report_error(error)
     print(f"pipeline  {arguments.out}")
-    print(f"draw it   {how_to_draw(sources[0].steps)}")
+    print(f"draw it   {how_to_draw(arguments.out)}")
     print(f"card      {arguments.out / 'README.md'}")
     return 0

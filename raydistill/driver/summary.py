@@ -12,7 +12,7 @@ from raydistill.driver.logged_model import has_score, log_of_run
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts, judge_of
 from raydistill.evaluation.summary import markdown, table, write_summary
-from raydistill.export.few_steps import how_to_draw
+from raydistill.export.pipeline import how_to_draw
 from raydistill.pictures.files import load_pictures
 from raydistill.pictures.grids import before_after
 from raydistill.storage.atomic import move_folder, replacing
@@ -123,5 +123,5 @@ def _show(record: RunRecord, results: Results, summary: dict[str, Any], rows: di
         )
     screen.say(f"pictures  {run.path / 'grids' / 'before_after.png'}")
     screen.say(f"pipeline  {run.path / 'export'}")
-    screen.say(f"draw it   {how_to_draw(record.config.student.steps)}")
+    screen.say(f"draw it   {how_to_draw(run.path / 'export')}")
     screen.say("\n".join(record.ui))

@@ -72,19 +72,6 @@ def steps_of_folder(folder: Path) -> int:
     return steps_of(read_settings(Path(folder, "scheduler", "scheduler_config.json")))
 
 
-def how_to_draw(steps: int) -> str:
-    """Said at the end of every job that writes a student.
-
-    diffusers has no place in a folder for these two settings: steps and guidance are arguments of `__call__`, and no
-    scheduler's configuration fixes a number of steps.
-    """
-    if steps == 1:
-        return "num_inference_steps=1, guidance_scale=0 (other tools: 1 step, CFG 1); with a prompt alone diffusers draws grey"
-    return (
-        f"num_inference_steps={steps}, guidance_scale=0; with a prompt alone diffusers asks for 50 steps and is refused"
-    )
-
-
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 _FEW = """
 > **Call it with `{arguments}`.** With a prompt alone, diffusers asks for 50 guided steps, and

@@ -6,6 +6,8 @@ pictures = model.predict(["a red circle"])  # PIL images
 
 from __future__ import annotations
 
+import inspect
+
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
@@ -26,9 +28,13 @@ class Student(PythonModel):
         """PIL images, the same for the same prompts: picture i is drawn from the noise of seed i."""
         import torch  # likewise
 
+        takes = inspect.signature(self.pipeline.__call__).parameters
+        asked = {"clean_caption": False} if "clean_caption" in takes else {}  # as in training
         noise = [torch.Generator().manual_seed(number) for number in range(len(model_input))]
         steps = self.pipeline.scheduler.config.get("original_inference_steps", 1)  # students of one step have none
-        return self.pipeline(list(model_input), num_inference_steps=steps, guidance_scale=0, generator=noise).images
+        return self.pipeline(
+            list(model_input), num_inference_steps=steps, guidance_scale=0, generator=noise, **asked
+        ).images
 
 
 mlflow.models.set_model(Student())

@@ -15,7 +15,7 @@ from torch import nn
 
 from raydistill.errors import InputError
 from raydistill.export.cards import front_matter, outside_card
-from raydistill.export.few_steps import few_step_scheduler, few_step_usage
+from raydistill.export.few_steps import few_step_scheduler, few_step_usage, steps_of
 from raydistill.export.licences import picture_licence, student_licences
 from raydistill.export.one_picture import written_arguments
 from raydistill.export.own_lora import FOLDER as LORA
@@ -26,6 +26,7 @@ from raydistill.spaces.adapter import has_lora, merged_state
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import cast
 from raydistill.storage.atomic import replacing
+from raydistill.storage.place import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,7 @@ class ModelCard:
 
     def markdown(self, start_timestep: int, dtype: torch.dtype, evaluations: int = 1) -> str:
         """README.md: front matter, how to use it, provenance, scores, licence; `evaluations`: of a picture."""
+        family = find_family(self.student_class)
         licences = student_licences(
             self.teacher,
             self.teacher_class,
@@ -57,12 +59,11 @@ class ModelCard:
             self.lora_start,
         )
         licences += [("Pictures", source, picture_licence(name)) for source, name in self.pictures]
-        family = find_family(self.student_class)
         kinds = {(licence.identifier, licence.name) for _, _, licence in licences}
         provenance = {
             "Teacher": self.teacher,
             "Student": self.student,
-            "Student start": self.start or "the student's own UNet",
+            "Student start": self.start or f"the student's own {family.student_noun.split()[-1]}",
             **({"LoRA merged into it": self.lora_start} if self.lora_start else {}),
             "Student updates": self.steps,
             "Start timestep": start_timestep,
@@ -88,6 +89,24 @@ SEVERAL = ("other", "several, see below")  # identifier and name where no single
 
 TITLES = "One-step text-to-image student", "Few-step text-to-image student"
 IN_WORDS = {1: "**one** network evaluation", 2: "**two** network evaluations", 4: "**four** network evaluations"}
+
+
+def how_to_draw(export: Place) -> str:
+    """Said at the end of every job that writes a student.
+
+    diffusers has no place in a folder for these settings: steps and guidance are arguments of `__call__`, and no scheduler's
+    configuration fixes a number of steps.
+    """
+    index, scheduler = (
+        json.loads((export / file).read_text(encoding="utf-8"))
+        for file in ("model_index.json", "scheduler/scheduler_config.json")
+    )
+    steps = steps_of(scheduler)
+    arguments = written_arguments(find_family(index["_class_name"]), steps)
+    if steps == 1:
+        return f"{arguments} (other tools: 1 step, CFG 1); with a prompt alone diffusers draws grey"
+    return f"{arguments}; with a prompt alone diffusers asks for 50 steps and is refused"
+
 
 # How an export is called; of this project's every model card.
 _NUMBERS = {2: "two", 3: "three", 4: "four"}

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,11 +34,13 @@ from raydistill.errors import InputError
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.export.lora import write_lora
 from raydistill.export.merge import merge_students, open_sources, shares_of
-from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.export.pipeline import ModelCard, export_student, how_to_draw
 from raydistill.export.source import Export, open_one_step
 from raydistill.pictures.picture import Picture
+from raydistill.planning.counting import count_trainer
 from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.adapter import add_lora, merged_state
+from raydistill.spaces.meta import open_space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.spaces.published_students import load_student, open_student
 from raydistill.spaces.starts import check_lora, load_start
@@ -131,7 +134,9 @@ def test_the_export_is_the_familys_own_folder_and_draws_the_latents(made):
     assert f"A {words} that draws in **one** network evaluation" in card
     assert f"from diffusers import {made.space.pipeline_class}\n" in card
     assert all(f"{name}={value}" in card for name, value in made.space.call_arguments.items())
-    assert ("UNet" in card.partition("## Licence")[0].replace("the student's own UNet", "")) == (words.endswith("UNet"))
+    assert ("UNet" in card.partition("## Licence")[0]) == words.endswith("UNet")
+    assert how_to_draw(made.export.folder).startswith("num_inference_steps=1, guidance_scale=0")
+    assert ("clean_caption=False" in how_to_draw(made.export.folder)) == made.name.startswith("pixart")
     left = {part.name for part in made.export.folder.iterdir() if part.is_dir()}
     assert left == {*made.space.student_parts, made.space.network_name, "scheduler"}
 
@@ -146,6 +151,32 @@ def test_its_weights_are_a_start_with_every_buffer(made):
     held = dict(found.state_dict()) | dict(found.named_buffers())
     assert held.keys() == wanted.keys()
     assert all(torch.equal(value, wanted[name]) for name, value in held.items())
+
+
+def test_a_start_is_told_by_its_class_also_under_the_older_name(made, tmp_path):
+    """PixArt's published transformers are named Transformer2DModel, which diffusers maps to their class."""
+    part = made.space.network_name
+    folder = Path(shutil.copytree(made.export.folder / part, tmp_path / part))
+    config = json.loads((folder / "config.json").read_text())
+    if "pixart" in made.name:
+        (folder / "config.json").write_text(json.dumps(config | {"_class_name": "Transformer2DModel"}))
+        assert open_student(made.space, folder).start_timestep is None
+    other = "UNet2DConditionModel" if part == "transformer" else "SanaTransformer2DModel"
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": other}))
+    with pytest.raises(InputError, match=f"is a {other}, but a {type(made.network).__name__} is needed"):
+        open_student(made.space, folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("made", ["pixart_alpha", "sana"], indirect=True)
+def test_a_plan_counts_it_without_weights(made, diffusion_folders):
+    config = load(overrides=[f"student.start_timestep={made.start}", "distill.batch_size=2", "bridge.embed_dim=16",
+                             "bridge.depths=[1]", "bridge.heads=2", "distill.micro_batches=1"])  # fmt: skip
+    student, teacher = open_space(made.space.folder), open_space(str(diffusion_folders["sdxl"]))
+    counted = count_trainer(config, student, teacher)
+    assert counted.gradients["student"] == 4 * sum(p.numel() for p in made.network.parameters())
+    assert counted.weights.student == 2 * counted.gradients["student"]  # with its average
+    assert 0 < counted.make.flops < counted.student.flops
 
 
 def test_means_and_painters_read_the_export(made, tmp_path):
