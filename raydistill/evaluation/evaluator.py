@@ -21,6 +21,7 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
+from raydistill.distillation.compiled import as_it_is
 from raydistill.evaluation.png_scorer import Columns
 from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
@@ -122,7 +123,8 @@ class StudentEvaluator:
         for start, stop, captions in self.fixed.batches(self.config.batch_size):
             conditioning = {name: value.to(self.device) for name, value in self.table(captions).items()}
             noise = self.fixed.noise(self.space, start, stop).to(self.device)
-            latents = one_step_x0(self.space, unet, noise, conditioning, start_timestep)
+            with as_it_is(unet):
+                latents = one_step_x0(self.space, unet, noise, conditioning, start_timestep)
             pictures.append(self.space.decode(self.vae, latents).cpu())
         return torch.cat(pictures)
 
