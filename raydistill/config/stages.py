@@ -118,6 +118,13 @@ class DistillConfig(Section):
         description="worker failures in a row, without an update that was not done before, after which the run ends with "
         "reason and node, whatever max_failures says; lost nodes do not count; -1 and 0: any number",
     )
+    max_failures_of_node: int = free(
+        2,
+        ge=-1,
+        le=1_000_000_000,
+        description="failures in a row on one node alone, without an update that was not done before, after which workers "
+        "avoid this node, where others have room for them; -1 and 0: never",
+    )
     collective_timeout_s: Patience = free(
         1800,
         description="longest time that workers wait for each other before the attempt fails; rank 0's evaluation is part of it",

@@ -21,8 +21,10 @@ bytes as in rows of captions, and encoders would hold the window of row groups o
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -46,9 +48,29 @@ def own_rows(rank: int, world: int, parts: int, part_size: int) -> range:
     return range(rank * parts // world * part_size, (rank + 1) * parts // world * part_size)
 
 
-def slot_positions(slot: int, rows: range, slot_size: int) -> np.ndarray:
+def slot_positions(slot: int, rows: Sequence[int], slot_size: int) -> np.ndarray:
     """Positions [B] of a slot's `rows`, int64."""
-    return np.arange(rows.start, rows.stop, dtype=np.int64) + slot * slot_size
+    return np.asarray(rows, dtype=np.int64) + slot * slot_size
+
+
+@dataclass(frozen=True)
+class FakeRows:
+    """Which rows of a slot of the fake score a worker reads, where these are not all of its own (`fake_score.batch_size`).
+
+    Attributes:
+        rows: of the slot, in order; at least one.
+        updates: of the fake score for each of the student, whose own slot comes first.
+    """
+
+    rows: tuple[int, ...]
+    updates: int
+
+    @classmethod
+    def of(cls, own: range, part_size: int, parts: int, fake_parts: int, updates: int) -> FakeRows | None:
+        """Those of the first `fake_parts` of each `parts` parts of a slot. None: all of the worker's own."""
+        if fake_parts == parts:
+            return None
+        return cls(tuple(row for row in own if row // part_size % parts < fake_parts), updates)
 
 
 @functools.lru_cache(maxsize=4)
@@ -81,15 +103,25 @@ class _Reader:
     It lives in an encoder's process.
     """
 
-    def __init__(self, prompts: ray.ObjectRef, reals: ray.ObjectRef | None, seed: int, rows: range, size: int) -> None:
-        self.prompts, self.reals, self.seed, self.rows, self.slot_size = prompts, reals, seed, rows, size
+    def __init__(
+        self,
+        prompts: ray.ObjectRef,
+        reals: ray.ObjectRef | None,
+        seed: int,
+        size: int,
+        *,
+        rows: range,
+        fake: FakeRows | None,
+    ) -> None:
+        self.prompts, self.reals, self.seed, self.slot_size = prompts, reals, seed, size
+        self.rows, self.fake = rows, fake
 
     def read(self, slots: Batch) -> Batch:
         parts = [self._rows(*slot) for slot in zip(slots["slot"].tolist(), slots["real"].tolist(), strict=True)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _rows(self, slot: int, real: bool) -> Batch:
-        positions = slot_positions(slot, self.rows, self.slot_size)
+        positions = slot_positions(slot, _read_rows(slot, real, self.rows, self.fake), self.slot_size)
         ids, texts = _fetch(self.reals).at(positions) if real else _fetch(self.prompts).at(self.seed, positions)
         prompts = np.array(texts, dtype=object)
         return {"sample_id": positions, "prompt_id": ids, "prompt": prompts, REAL: np.full(len(ids), real)}
@@ -104,6 +136,7 @@ def conditioned_batches(
     stop: int,
     rows: range,
     slot_size: int,
+    fake: FakeRows | None = None,
     reals: RealCaptions | None = None,
     dtype: str | Mapping[str, str] = "float32",
     chunk: int = CHUNK,
@@ -126,6 +159,7 @@ def conditioned_batches(
         first, stop: slots to read; a resume starts at the first slot that was not consumed.
         rows: of each slot, those of this worker: B of them.
         slot_size: rows G of a slot, of all workers together.
+        fake: those of the fake score's slots; None: the same.
         reals: teacher samples, whose captions come behind each slot of the fake score; their `sample_id` is the position
             in their order and their `prompt_id` the row. None: prompts alone.
         encoders: actors of this worker that encode.
@@ -144,7 +178,8 @@ def conditioned_batches(
         raise ValueError(f"need 0 <= first <= stop, not {first} and {stop}")
     if first == stop:
         return
-    reader = _Reader(ray.put(prompts), ray.put(reals) if reals else None, seed, rows, slot_size)
+    stored = ray.put(prompts), ray.put(reals) if reals else None
+    reader = _Reader(*stored, seed, slot_size, rows=rows, fake=fake)
     encoder = {
         "folders": {role: str(folder) for role, folder in folders.items()},
         "dtype": dtype,
@@ -165,11 +200,19 @@ def conditioned_batches(
             **share,
         )
     )
-    batches = iter(conditioned.iter_batches(batch_size=batch_size, prefetch_batches=prefetch, batch_format="numpy"))
+    # the largest pieces of which batches of both sizes are made
+    size = batch_size if fake is None else math.gcd(batch_size, len(fake.rows))
+    pieces = iter(conditioned.iter_batches(batch_size=size, prefetch_batches=prefetch, batch_format="numpy"))
     try:
-        yield from batches
+        if fake is None:
+            yield from pieces
+        else:
+            for item in _read_in_order(first, stop, reals):
+                count = len(_read_rows(item["slot"], item[REAL], rows, fake)) // size
+                own = list(itertools.islice(pieces, count))
+                yield {name: np.concatenate([piece[name] for piece in own]) for name in own[0]} if count > 1 else own[0]
     finally:
-        batches.close()
+        pieces.close()
 
 
 class Early(Iterator[Batch]):
@@ -192,6 +235,11 @@ class Early(Iterator[Batch]):
         """End the generator; one whose first batch is still under way ends with the process, as nothing can stop it."""
         if self._first is None or self._first.done():
             self._batches.close()
+
+
+def _read_rows(slot: int, real: bool, rows: range, fake: FakeRows | None) -> Sequence[int]:
+    """Rows that a worker reads of a slot: of its teacher samples, of the fake score's prompts, or of the student's."""
+    return rows if fake is None or not (real or slot % (1 + fake.updates)) else fake.rows
 
 
 def _read_in_order(first: int, stop: int, reals: RealCaptions | None) -> Iterator[dict[str, Any]]:

@@ -262,20 +262,28 @@ class Batches:
         self.source, self.parts, self.device = source, parts, torch.device(device)
         self._consumed: list[list[int]] = []
         self._metrics: dict[str, float] = defaultdict(float)
+        self._part_size = 0  # of the last whole batch; 0: there was none yet
 
     def next(self, chosen: Sequence[int] | None = None) -> list[MicroBatch]:
-        """The next batch in equal parts, or the chosen ones of them. Raises ValueError where it cannot be divided."""
+        """The next batch in equal parts, or the chosen ones of them, which may be all that the source brings.
+
+        Raises ValueError where it cannot be divided.
+        """
         started = time.perf_counter()
         batch = next(self.source)
         self._metrics["time/data"] += time.perf_counter() - started
         if CUT in batch:
             self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
-        if len(ids) % self.parts:
-            raise ValueError(f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts")
-        size = len(ids) // self.parts
         student, teacher = (columns_of(batch, role) for role in ("student", "teacher"))
-        if chosen is not None and len(chosen) < self.parts:
+        size, some = self._part_size, chosen is not None and len(chosen) < self.parts
+        if not (some and len(ids) == len(chosen) * size):  # it is whole
+            if len(ids) % self.parts:
+                raise ValueError(
+                    f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts"
+                )
+            self._part_size = size = len(ids) // self.parts
+        if some and len(ids) == self.parts * size:
             kept = torch.cat([torch.arange(part * size, (part + 1) * size) for part in chosen])
             ids = ids[kept]
             student, teacher = ({name: value[kept] for name, value in it.items()} for it in (student, teacher))

@@ -9,7 +9,8 @@ Shapes are never dynamic: a graph would depend on the shapes that came before, a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -33,8 +34,22 @@ def compile_forward(blocks: Iterable[nn.Module]) -> int:
     count = 0
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=BACKEND, dynamic=False, recompile_limit=GRAPHS)
+        block.has_compiled_forward = True
         count += 1
     return count
+
+
+@contextmanager
+def as_it_is(*networks: nn.Module) -> Iterator[None]:
+    """In the block these networks run without their graphs, and no graph is made for batches of other sizes.
+
+    Pictures are drawn so: in batches of evaluation.batch_size, and a last one, once in hundreds of updates.
+    """
+    if not any(hasattr(module, "has_compiled_forward") for network in networks for module in network.modules()):
+        yield  # what torch.compile needs is not imported
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def compile_network(space: Space, network: nn.Module) -> None:

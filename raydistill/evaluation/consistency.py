@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from raydistill.data.vae import resized
+from raydistill.distillation.compiled import as_it_is
 from raydistill.distillation.networks import Networks
 from raydistill.evaluation.evaluator import StudentEvaluator
 from raydistill.pictures.fidelity import psnr
@@ -93,9 +94,11 @@ class Consistency:
             conditioning = networks.on_device(self.evaluator.table(captions))
             noise = self.fixed.noise(space, start, stop).to(networks.device)
             again = partial(self.fixed.noise, space, start, stop)
-            latents = student_x0(space, networks.evaluated, noise, conditioning, start_timestep, steps, again)
+            with as_it_is(networks.evaluated):
+                latents = student_x0(space, networks.evaluated, noise, conditioning, start_timestep, steps, again)
             ships = space.decode(self.evaluator.vae, latents).cpu()
-            with networks.finite.aside():  # the next update would be blamed for what is not finite here
+            # the next update would be blamed for what is not finite here
+            with networks.finite.aside(), as_it_is(networks.bridge):
                 seen = self.decoder(networks.bridged(latents))
             found.append(psnr(ships, resized(seen, side)))
         return torch.cat(found).mean().item()

@@ -22,6 +22,7 @@ from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
+from raydistill.distillation.compiled import as_it_is
 from raydistill.evaluation.png_scorer import Columns
 from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
@@ -125,7 +126,8 @@ class StudentEvaluator:
             conditioning = {name: value.to(self.device) for name, value in self.table(captions).items()}
             noise = self.fixed.noise(self.space, start, stop).to(self.device)
             again = partial(self.fixed.noise, self.space, start, stop)
-            latents = student_x0(self.space, unet, noise, conditioning, start_timestep, steps, again)
+            with as_it_is(unet):
+                latents = student_x0(self.space, unet, noise, conditioning, start_timestep, steps, again)
             pictures.append(self.space.decode(self.vae, latents).cpu())
         return torch.cat(pictures)
 

@@ -19,6 +19,7 @@ from raydistill.diffusion.noise import normal
 from raydistill.diffusion.path import add_noise
 from raydistill.diffusion.timesteps import sample_t
 from raydistill.distillation.batches import Made
+from raydistill.distillation.compiled import as_it_is
 from raydistill.distillation.networks import Networks
 from raydistill.evaluation.consistency import TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts
@@ -67,7 +68,8 @@ class ScorePictures:
             rows = slice(start, min(start + size, len(self.fixed.captions)))
             student, teacher = ({name: v[rows] for name, v in it.items()} for it in (self.student, self.teacher))
             noise = self.fixed.noise(networks.student_space, rows.start, rows.stop)
-            with networks.finite.aside():  # the next update would be blamed for what is not finite here
+            # the next update would be blamed for what is not finite here
+            with networks.finite.aside(), as_it_is(networks.student, networks.bridge):
                 again = partial(self.fixed.noise, networks.student_space, rows.start, rows.stop)
                 x, t_B = networks.bridged(networks.drawn(noise, student, again)), self.t_B[rows]
             eps = normal(self.fixed.seed, range(rows.start, rows.stop), x.shape[1:], "scores_grid")

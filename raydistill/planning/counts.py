@@ -167,10 +167,10 @@ class Counts:
 
     def texts_of_update(self, config: Config) -> float:
         """FLOPs of one worker's prompts, and with a GAN of as many captions as the fake score has prompts, for the teacher."""
-        updates = config.fake_score.updates
+        updates, fake = config.fake_score.updates, config.fake_score.batch_size or self.batch
         teacher = sum(encoder.prompt.flops for name, encoder in self.text.items() if name.startswith("teacher"))
         captions = updates * teacher if config.discriminator.weight > 0 else 0.0
-        return self.batch * ((1 + updates) * self.text_flops + captions)
+        return self.batch * self.text_flops + fake * (updates * self.text_flops + captions)
 
 
 def drawer_text(text: Mapping[str, Text]) -> dict[str, Text]:

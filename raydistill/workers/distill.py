@@ -20,6 +20,7 @@ from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
 from raydistill.device_memory import naming_out_of_memory, part
+from raydistill.distillation.compiled import as_it_is
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
 from raydistill.errors import NonFiniteError, StageFailed
@@ -226,7 +227,8 @@ class DistillationRun:
         parts = self.observer.score_pictures.make() if self.observer else []
         if config.fake_score.shard:
             parts = self.worker.from_rank_0(parts)
-        with networks.finite.aside():  # the next update would be blamed for what is not finite here
+        # the next update would be blamed for what is not finite here
+        with networks.finite.aside(), as_it_is(networks.fake):
             fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
         if self.observer:
             real = [self.teachers(part).result(check_finite=False) for _, part in parts]  # a picture is black then

@@ -18,9 +18,11 @@ from raydistill.errors import RunLost
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.lease import Lease, check, holding
 from raydistill.storage.resolve import to_place
+from raydistill.workers.left_out_nodes import LeftOutNodes, name_place
 
 FATAL_FILE = "fatal.txt"  # of a stage's folder: workers that find it end at once, and the driver reads the reason
 ELSEWHERE_FILE = "fatal-elsewhere.txt"  # the same, of workers that met what another one can name better
+NODES_FILE = "left-out-nodes.txt"  # the last that was said of nodes; workers that begin say it
 ON_NODE = "on node "  # what a note of an error begins with
 NODE_DIED = "node has died"  # what Ray says of an actor that was lost with its node
 
@@ -28,6 +30,7 @@ NODE_DIED = "node has died"  # what Ray says of an actor that was lost with its 
 def name_node(error: BaseException) -> None:
     """Note on an error which node it arose on. The note travels with it to Ray Train's controller."""
     error.add_note(f"{ON_NODE}{socket.gethostname()} ({ray.util.get_node_ip_address()})")
+    name_place(error)
 
 
 def node_of(error: BaseException) -> str | None:
@@ -45,6 +48,7 @@ class NoProgress(ray.train.UserCallback):
         progress: name of its file of progress.
         limit: failures; below 1: any number.
         lease: under which it writes.
+        nodes: whose failures may have workers avoid them; None: none's.
     """
 
     stage: str
@@ -52,18 +56,24 @@ class NoProgress(ray.train.UserCallback):
     progress: str
     limit: int
     lease: Lease | None = None
+    nodes: LeftOutNodes | None = None
     furthest: int = field(default=-1, init=False)
     failures: int = field(default=0, init=False)
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides whether to start the workers again."""
-        if self.limit < 1 or any(_lost_with_its_node(error) for error in worker_exceptions.values()):
+        if any(_lost_with_its_node(error) for error in worker_exceptions.values()):
             return
         step = self._step()
-        self.failures = 1 if step > self.furthest else self.failures + 1
+        begins = step > self.furthest
+        self.failures = 1 if begins else self.failures + 1
         self.furthest = max(self.furthest, step)
-        if self.failures >= self.limit:
+        if 1 <= self.limit <= self.failures:
             self._end(_first_cause(worker_exceptions))
+        elif self.nodes is not None:
+            line = self.nodes.failed(worker_exceptions, run_context.scaling_config, begins)
+            if line is not None:
+                self._write(NODES_FILE, line)
 
     def _step(self) -> int:
         """The last update that any worker has told of; 0: none yet."""
@@ -79,11 +89,15 @@ class NoProgress(ray.train.UserCallback):
             f"(distill.max_failures_without_progress={self.limit}); the last one on node {node_of(error) or 'unknown'}: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         )
+        self._write(FATAL_FILE, text)
+
+    def _write(self, file: str, text: str) -> None:
+        """A file of the stage's folder."""
         folder = to_place(self.folder)
         with holding(self.lease):
             try:
                 check(folder)
-                replace_text(folder / FATAL_FILE, text)
+                replace_text(folder / file, text)
             except (OSError, RunLost) as problem:  # the next failure tries again
                 print(f"{self.stage}: {text}; not written down: {problem}", flush=True)
 

@@ -14,7 +14,7 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
 from raydistill.data.reals import RealOrder, RealSet
-from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows
+from raydistill.data.stream import FakeRows, RealCaptions, conditioned_batches, own_rows
 from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale, load_unet
@@ -53,15 +53,16 @@ def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | N
 
 def batches_after(config: Config, worker: Worker, first: int, reals: RealCaptions | None = None) -> Any:
     """Conditioned batches of the updates after `first`; a generator."""
-    distill, prompts = config.distill, config.prompts
-    per_step = 1 + config.fake_score.updates
+    distill, prompts, own = config.distill, config.prompts, own_part(config, worker)
+    per_step, parts = 1 + config.fake_score.updates, distill.micro_batches
     return conditioned_batches(
         training_prompts(config),
         {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
         seed=config.run.seed,
         first=first * per_step,
         stop=distill.steps * per_step,
-        rows=own_part(config, worker),
+        rows=own,
+        fake=FakeRows.of(own, distill.batch_size // parts, parts, config.fake_parts, config.fake_score.updates),
         slot_size=distill.workers * distill.batch_size,
         reals=reals,
         dtype={"student": "float32", "teacher": prompts.encoder_dtype},

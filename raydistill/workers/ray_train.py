@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavai
 from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
-from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NoProgress, name_node
+from raydistill.workers.left_out_nodes import LeftOutNodes
+from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NODES_FILE, NoProgress, name_node
 from raydistill.workers.waiting import meeting, watch
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,9 @@ def train(
         workers = distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers)
 
     limit = distill.max_failures_without_progress
-    watch = NoProgress(name, str(folder), progress, limit, settings["lease"])
+    need = worker_need(config) if elastic else replace(worker_need(config), count=workers)
+    nodes = LeftOutNodes(distill.max_failures_of_node, need)
+    watch = NoProgress(name, str(folder), progress, limit, settings["lease"], nodes)
 
     def trainer() -> TorchTrainer:
         resources = {"CPU": distill.cpus_per_worker}
@@ -264,11 +267,18 @@ def run_body(folder: Place, name: str, body: Callable[[], None], lease: Lease | 
             check(folder)
             begun = True
             if fatal_error(folder) is None:
+                _say_of_nodes(folder, name)
                 _run(folder, name, body)
         except RunLost as lost:
             if begun and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
                 raise
             print(f"{name}: {lost}", flush=True)
+
+
+def _say_of_nodes(folder: Place, name: str) -> None:
+    """What Ray Train's controller, whose lines nobody sees, has to say of nodes."""
+    if (folder / NODES_FILE).is_file():
+        print(f"{name}: {(folder / NODES_FILE).read_bytes().decode(errors='replace')}", flush=True)
 
 
 def _run(folder: Place, name: str, body: Callable[[], None]) -> None:
@@ -407,5 +417,5 @@ def fatal_error(folder: Place) -> str | None:
 
 def forget_fatal_error(folder: Place) -> None:
     """Whoever starts again has mended it."""
-    for name in (FATAL_FILE, ELSEWHERE_FILE):
+    for name in (FATAL_FILE, ELSEWHERE_FILE, NODES_FILE):
         (folder / name).unlink(missing_ok=True)

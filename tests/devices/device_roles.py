@@ -239,6 +239,20 @@ def update_joint(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("bridge.trainable=true", "bridge.mixed_precision=true"))
 
 
+def update_float16(bench: Bench, mode: PretendedTensors) -> None:
+    """The student from t = 999 in float16, with an average; another worker has its checkpoint. The update is noted."""
+    settings = ("student.autocast=float16", "student.ema_decay=0.99", "fake_score.updates=1")
+    worker = bench.distiller(*settings)
+    mode.notes.__init__()
+    dtypes = []
+    for block in (worker.networks.student.mid_block, worker.networks.student.conv_out):
+        block.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    state = _read_back(_update(worker).state_dict())
+    assert set(dtypes[0::2]) == {torch.float16}
+    assert set(dtypes[1::2]) == {torch.float32}
+    bench.distiller(*settings).load_state_dict(state)
+
+
 def update_shared(bench: Bench, mode: PretendedTensors) -> None:
     """One pass of the fake score for scores and features, recomputed; its own updates take one part of two."""
     _update(
@@ -337,7 +351,8 @@ def bridge_resumed(bench: Bench, mode: PretendedTensors) -> None:
 ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
-        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_student_lora, update_few_steps, update_truncated, update_joint,
+        rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_float16, update_student_lora,
+        update_few_steps, update_truncated, update_joint,
         update_float32, update_shared, update_shard, resume, bridge,
         bridge_resumed,
     )

@@ -14,7 +14,12 @@ ROLES = (
     "update_joint", "update_float32", "update_shared", "update_shard", "resume", "bridge", "bridge_resumed",
 )  # fmt: skip
 CELLS = [(f, r) for f in FAMILIES for r in ROLES if not (f in UNETS and r == "update_truncated")]
-CELLS += [("sd3", "update_student_lora"), ("sd3", "update_few_steps")]  # the student is the same beside every teacher
+BESIDE_ALL = (
+    "update_student_lora",
+    "update_few_steps",
+    "update_float16",
+)  # the student is the same beside every teacher
+CELLS += [("sd3", role) for role in BESIDE_ALL]
 TRANSFORMERS = ("sd3+pixart-alpha", "sd3+sana")  # students that are no UNets
 CELLS += [(pair, role) for pair in TRANSFORMERS for role in ("text", "update_full", "resume", "evaluation", "bridge")]
 
@@ -38,6 +43,8 @@ def test_a_role_of_a_family_runs_on_its_device(cells_of, cell):
     notes = check(cells_of(cell[0])[cell])
     if cell[1].startswith("update") and cell[1] != "update_shard":
         assert [kernel for kernel in notes["kernels"] if kernel.startswith("WindowAttention: math")] == []
+    if cell[1] == "update_float16":  # the scale makes nobody wait
+        assert sum(notes["waits"].values()) == 6
 
 
 def test_the_earlier_steps_of_a_student_wait_for_nothing(cells_of):

@@ -16,7 +16,7 @@ from raydistill.data import ray_data
 from raydistill.data.encode import TextEncoder, conditioning
 from raydistill.data.prompts import PromptSet
 from raydistill.data.reals import RealOrder, RealSet
-from raydistill.data.stream import RealCaptions, conditioned_batches, own_rows, slot_positions
+from raydistill.data.stream import FakeRows, RealCaptions, conditioned_batches, own_rows, slot_positions
 from raydistill.spaces import load_space
 
 PROMPTS = PromptSet([f"a {color} {shape}" for color in ("red", "blue", "green") for shape in ("circle", "square")])
@@ -141,6 +141,28 @@ def test_captions_of_teacher_samples_ride_along_each_position_once_also_after_a_
                 assert torch.equal(value, texts[name][rows])
             seen += batch["sample_id"].tolist()
     assert sorted(seen) == list(range(2 * 8, 8 * 8)), "eight samples of each of two updates of the fake score"
+
+
+@pytest.mark.full
+def test_what_the_fake_score_drops_is_neither_encoded_nor_brought(stream, captions, expected, folders):
+    """Three of each four samples, of two lanes that one worker has; also from a slot within an update on."""
+    own, texts = (
+        range(WORLD * BATCH),
+        TextEncoder(load_space(folders["teacher"])).encode(captions.samples.captions(range(24))),
+    )
+    fake = FakeRows.of(own, 1, BATCH, 3, 2)
+    assert fake == FakeRows((0, 1, 2, 4, 5, 6), 2)
+    assert FakeRows.of(own, 1, BATCH, BATCH, 2) is None
+    plain = list(stream(3, 9, rows=own, reals=captions))
+    for first in (3, 4):
+        few = list(stream(first, 9, rows=own, reals=captions, fake=fake))
+        assert [len(batch["sample_id"]) for batch in few] == ([8, 6, 6, 6, 6] * 2)[first - 3 :]
+        for batch, whole in zip(few, plain[first - 3 :], strict=True):
+            rows = slice(None) if len(batch["sample_id"]) == 8 else list(fake.rows)
+            assert batch.keys() == whole.keys()
+            for name, column in whole.items():
+                assert np.array_equal(batch[name], column[rows]), name
+    assert torch.equal(conditioning(few[-1], "teacher")["prompt_embeds"], texts["prompt_embeds"][few[-1]["prompt_id"]])
 
 
 @pytest.mark.full

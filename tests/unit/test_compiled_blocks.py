@@ -144,7 +144,13 @@ def test_a_pass_is_read_and_ended_at_a_block_that_is_compiled(diffusion_folders,
         found = everything(fake, latents, t_B, conditioning)
     for one, other in zip(plain, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
-    graphs = counters["stats"]["unique_graphs"]
+        graphs = counters["stats"]["unique_graphs"]
+        with compiled.as_it_is(fake):  # as pictures are drawn: one sample, of which there is no graph
+            one = {name: value[:1] for name, value in conditioning.items()}
+            drawn = everything(fake, latents[:1], t_B[:1], one)
+            assert counters["stats"]["unique_graphs"] == graphs
+    for few, all_of in zip(drawn, found, strict=True):
+        torch.testing.assert_close(few, all_of[:1], rtol=1e-4, atol=1e-5)
     assert 1 <= graphs <= 2, "blocks of a class share their graphs; the first one's input may lie otherwise in memory"
     assert dict(counters["graph_break"]) == {}
 

@@ -27,11 +27,11 @@ from raydistill.driver.preflight import _check_steps
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.subject import find_subject, load_painter
-from raydistill.export.few_steps import how_to_draw, steps_of_folder
+from raydistill.export.few_steps import steps_of_folder
 from raydistill.export.lora import load_lora
 from raydistill.export.merge import merge_students, open_sources
 from raydistill.export.one_picture import difference
-from raydistill.export.pipeline import ModelCard, export_student
+from raydistill.export.pipeline import ModelCard, export_student, how_to_draw
 from raydistill.export.sampling import pictures_of, typed_prompts
 from raydistill.export.single_file import write_single_file
 from raydistill.export.source import Export, open_student_export
@@ -399,7 +399,7 @@ def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
     assert "num_inference_steps=4, guidance_scale=0" in (card := (folder / "README.md").read_text())
     assert "**four** network evaluations" in card
     assert "few-step" in card
-    assert how_to_draw(4).startswith("num_inference_steps=4, guidance_scale=0")
+    assert how_to_draw(folder).startswith("num_inference_steps=4, guidance_scale=0")
     assert "one-step" in (exports["single"].folder / "README.md").read_text()
 
 
