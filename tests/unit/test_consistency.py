@@ -70,7 +70,12 @@ def test_a_bridge_that_reads_something_else_costs_decibels(networks, consistency
 def test_what_is_not_finite_is_no_number_of_the_update(networks, consistency):
     networks.finite.note(torch.ones(1), "what an update has noted")
     consistency.decoder = lambda latents: torch.zeros(len(latents), 3, 64, 64)
-    bridge, networks.bridge = networks.bridge, lambda latents: torch.full((len(latents), 8, 16, 16), float("nan"))
+
+    class Broken(torch.nn.Module):
+        def forward(self, latents):
+            return torch.full((len(latents), 8, 16, 16), float("nan"))
+
+    bridge, networks.bridge = networks.bridge, Broken()
     try:
         consistency.psnr(START)
     finally:

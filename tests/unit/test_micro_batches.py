@@ -142,7 +142,7 @@ def test_the_mean_gradient_of_the_parts_is_the_batchs(build, submit, parts):
         assert gradient.norm() > 0
         assert (divided[name] - gradient).norm() <= 2e-4 * gradient.norm(), name
     assert [len(made.x_t) for made in several] == [8 // parts] * parts
-    for field in ("sample_ids", "noise", "t_B"):  # a sample's numbers do not depend on how its batch is divided
+    for field in ("sample_ids", "seen", "t_B"):  # a sample's numbers do not depend on how its batch is divided
         assert torch.equal(torch.cat([getattr(made, field) for made in several]), getattr(one[0], field))
     torch.testing.assert_close(torch.cat([made.x_t for made in several]), one[0].x_t, rtol=1e-4, atol=1e-4)
 
