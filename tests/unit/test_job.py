@@ -159,7 +159,7 @@ def test_models_of_other_stages_need_not_fit(job, tmp_path):
         (["prompts.path={blank}", "prompts.on_bad_row=fail"], "2"),
         (
             ["student.model=shapes:flux"],
-            "is a FluxPipeline, but a StableDiffusionPipeline or StableDiffusionXLPipeline or PixArtSigmaPipeline or",
+            "is a FluxPipeline, but a StableDiffusionPipeline or ",
         ),
         (["bridge.checkpoint={other}"], "another teacher VAE"),
         (["prompts.path=shapes:heldout.txt"], "held-out prompts must occur in no training set"),

@@ -318,7 +318,7 @@ def test_wrong_input_ends_with_code_two_and_leaves_nothing(
         ((sd_folder, *prompt), "not the export of a one-step student: its DDIMScheduler (timestep_spacing 'leading')"),
         (
             (flux_folder, *prompt),
-            "is a FluxPipeline, but a StableDiffusionPipeline or StableDiffusionXLPipeline or PixArtSigmaPipeline or",
+            "is a FluxPipeline, but a StableDiffusionPipeline or ",
         ),
         ((folder, "--prompt", " "), "prompt ' ': is blank"),
         ((folder, "--prompts", tmp_path / "none.txt"), "none.txt: no such file"),
