@@ -22,6 +22,7 @@ from raydistill.config.keys import (
     free,
 )
 from raydistill.diffusion import guidance
+from raydistill.diffusion.timesteps import least_start
 
 Optimizer = Literal["adamw", "adamw8bit"]
 MOMENTS = (
@@ -93,8 +94,9 @@ class StudentConfig(Section):
     def _adapted(self) -> StudentConfig:
         if self.targets and self.kind == "full":
             raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
-        if self.steps > self.start_timestep:
-            raise ValueError(f"start_timestep: {self.steps} steps (student.steps) begin at {self.steps} or above")
+        least = least_start(self.steps)
+        if self.start_timestep < least:
+            raise ValueError(f"start_timestep: {self.steps} steps (student.steps) begin at {least} or above")
         return self
 
     @property

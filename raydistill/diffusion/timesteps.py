@@ -1,8 +1,14 @@
-"""Diffusion times: sampled for scores, uniform in a range, shifted towards noise for flow models; and those of a student."""
+"""Diffusion times: sampled for scores, uniform in a range, shifted towards noise for flow models; and those of a student.
+
+Does without torch: the configuration asks here too.
+"""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def shift(t_B: torch.Tensor, factor: float) -> torch.Tensor:
@@ -27,3 +33,11 @@ def student_timesteps(start_timestep: int, steps: int) -> list[int]:
     """
     each = (start_timestep + 1) // steps
     return [each * left - 1 for left in range(steps, 0, -1)]
+
+
+def least_start(steps: int) -> int:
+    """The least start timestep of a student of so many: of several the last lies at 1 or above.
+
+    At 0 there is nothing left to take away, and LCMScheduler returns what it is given, x_t.
+    """
+    return 1 if steps == 1 else 2 * steps - 1

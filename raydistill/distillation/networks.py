@@ -5,7 +5,7 @@ range. What stays float32: weights, sums of gradients, optimizers, losses, the d
 x0, the VSD gradient (a small difference of large numbers), and a student whose x0 divides by a small alpha. At t = 999
 SD 1.5 multiplies its prediction's error 14.6 times. Its x0 in bfloat16 was off by 6 % on the miniature world, and its
 gradient's cosine to float32's was 0.969; with a float32 student it is 0.9998. Such a student may run in float16, with
-scaled gradients and a last convolution in float32 (`student.autocast`).
+scaled gradients and a last layer in float32 (`student.autocast`).
 
 Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 """
@@ -42,6 +42,7 @@ from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gai
 from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
 
+LAST_LAYERS = ("conv_out", "proj_out")  # of diffusers' UNets, and of its transformers
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
 
@@ -138,10 +139,10 @@ class Networks:
         self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depths, mesh).to(device)
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
         self.gradient_scale = GradientScale() if config.student.autocast == "float16" else None
-        if self.gradient_scale is not None and hasattr(
-            self.student, "conv_out"
-        ):  # whose rounding x0 multiplies at once
-            stay_float32(self.student.conv_out)
+        if self.gradient_scale is not None:  # whose rounding x0 multiplies at once
+            for last in (getattr(self.student, name, None) for name in LAST_LAYERS):
+                if last is not None:
+                    stay_float32(last)
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers import LCMScheduler
 
-from raydistill.diffusion.timesteps import student_timesteps
+from raydistill.diffusion.timesteps import least_start, student_timesteps
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
 from raydistill.spaces.settings import read_settings
@@ -31,8 +31,10 @@ def few_step_scheduler(space: Space, start_timestep: int, steps: int) -> LCMSche
     if space.prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"{space.folder}: no scheduler of few steps for a network that predicts {space.prediction}")
     last = space.path.num_train_timesteps - 1
-    if not steps <= start_timestep <= last:
-        raise InputError(f"start_timestep {start_timestep} is outside {steps} … {last}, the steps of {space.folder}")
+    if not least_start(steps) <= start_timestep <= last:
+        raise InputError(
+            f"start_timestep {start_timestep} is outside {least_start(steps)} … {last}, of {steps} steps on {space.folder}"
+        )
     first = student_timesteps(start_timestep, steps)[0]
     if first == last:
         config, names = space.part_config("scheduler"), ("beta_start", "beta_end", "beta_schedule", "trained_betas")

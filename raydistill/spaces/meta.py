@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.base import Conditioning, Layout, Space
@@ -58,7 +59,7 @@ def _with_kept_shapes(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs
         if changed and result is args[0] and key is not None and key[1][0] == _described(result):  # not resize_
             _shapes[key] = (False, [])
         made = (result,) if isinstance(result, torch.Tensor) else result
-        if new and key is not None and isinstance(made, tuple) and all(t is None or _is_plain(t) for t in made):
+        if new and key is not None and isinstance(made, tuple) and _are_new(made, args, kwargs):
             _shapes[key] = (made is result, [None if t is None else (t.size(), t.stride(), t.dtype) for t in made])
         return result
     if changed:
@@ -76,6 +77,12 @@ def _effect(func: torch._ops.OpOverload) -> tuple[bool, bool]:
     new = not any(aliases) and not any(value.alias_info for value in outputs)
     changed = len(outputs) == 1 and aliases and aliases[0] and aliases[0].is_write and not any(aliases[1:])
     return new, bool(changed and outputs[0].alias_info and outputs[0].alias_info.is_write)
+
+
+def _are_new(made: tuple[Any, ...], *given: Any) -> bool:
+    """Plain tensors or None, and no views of what was given: `_unsafe_view` is one, though its schema does not say so."""
+    held = {one.untyped_storage()._cdata for one in tree_leaves(given) if isinstance(one, torch.Tensor)}
+    return all(t is None or (_is_plain(t) and t.untyped_storage()._cdata not in held) for t in made)
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from raydistill.diffusion.path import add_noise, to_x0
-from raydistill.diffusion.timesteps import student_timesteps
+from raydistill.diffusion.timesteps import least_start, student_timesteps
 from raydistill.spaces.base import Conditioning, Space
 
 
@@ -108,13 +108,13 @@ def student_x0(
         more_noise: as of `through_steps`; needed for more than one step.
 
     Raises:
-        ValueError: the start timestep is not on the path, or lies below the number of steps.
+        ValueError: the start timestep is not on the path, or is too early for so many steps.
     """
     if steps == 1:
         return one_step_x0(space, network, noise, conditioning, start_timestep)
     last = space.path.num_train_timesteps - 1
-    if not steps <= start_timestep <= last:
-        raise ValueError(f"start_timestep {start_timestep} is outside {steps} … {last}, for {steps} steps")
+    if not least_start(steps) <= start_timestep <= last:
+        raise ValueError(f"start_timestep {start_timestep} is outside {least_start(steps)} … {last}, for {steps} steps")
 
     def evaluate(x_t: torch.Tensor, timestep_B: torch.Tensor) -> torch.Tensor:
         return x0_at(space, network, x_t, timestep_B, conditioning)

@@ -19,7 +19,7 @@ from raydistill.config.reading import load
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.noise import normal
-from raydistill.diffusion.timesteps import student_timesteps
+from raydistill.diffusion.timesteps import least_start, student_timesteps
 from raydistill.distillation.batches import MicroBatch, Real
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import build_distiller
@@ -27,7 +27,7 @@ from raydistill.driver.preflight import _check_steps
 from raydistill.errors import InputError, NonFiniteError
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.evaluation.subject import find_subject, load_painter
-from raydistill.export.few_steps import steps_of_folder
+from raydistill.export.few_steps import few_step_scheduler, steps_of_folder
 from raydistill.export.lora import load_lora
 from raydistill.export.merge import merge_students, open_sources
 from raydistill.export.one_picture import difference
@@ -69,11 +69,23 @@ def test_the_steps_lie_evenly_down_as_in_diffusers(start, steps, wanted):
     assert scheduler.timesteps.tolist() == wanted
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_the_least_start_is_drawn_by_diffusers_too(steps, world):
+    """One below it, the last step would be t = 0, where the scheduler returns x_t."""
+    space, start = world[0], least_start(steps)
+    scheduler = few_step_scheduler(space, start, steps)
+    scheduler.set_timesteps(steps)
+    skip, out = scheduler.get_scalings_for_boundary_condition_discrete(scheduler.timesteps[-1])
+    assert (float(skip), float(out)) == (pytest.approx(0, abs=1e-18), 1)
+    with pytest.raises(InputError, match=f"start_timestep {start - 1} is outside {start} "):
+        few_step_scheduler(space, start - 1, steps)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         (["student.steps=3"], r"student\.steps"),
-        (["student.steps=4", "student.start_timestep=3"], r"4 steps \(student\.steps\) begin at 4 or above"),
+        (["student.steps=4", "student.start_timestep=6"], r"4 steps \(student\.steps\) begin at 7 or above"),
     ],
 )
 def test_wrong_numbers_of_steps_are_one_line(keys, message):

@@ -14,11 +14,13 @@ from torch import nn
 from torch.optim import AdamW
 from torch.utils._pytree import tree_map
 
+from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
 from raydistill.distillation import gradient_scale
 from raydistill.distillation.finite import Finite
 from raydistill.distillation.gradient_scale import GradientScale
 from raydistill.distillation.gradients import Gradients
+from raydistill.distillation.networks import Networks
 from raydistill.distillation.schedule import distillation_step
 from raydistill.errors import GradientOverflow, InputError
 from raydistill.precision import stay_float32
@@ -68,6 +70,25 @@ def test_in_float16_the_gradient_is_that_of_float32_where_bfloat16_would_turn_it
     assert not torch.equal(rounded["student"] / scale, exact["student"]), "nothing ran in float16"
     assert cosine(rounded["student"], exact["student"]) > 0.9995
     assert {p.dtype for p in worker.networks.student.parameters()} == {torch.float32}
+
+
+def networks_of(student, teacher):
+    small = [
+        "bridge.embed_dim=16",
+        "bridge.depths=[1]",
+        "bridge.heads=2",
+        "fake_score.rank=2",
+        "discriminator.weight=0",
+    ]
+    config = load(overrides=[*small, *FLOAT16])
+    return Networks(
+        config,
+        student_space=student,
+        teacher_space=teacher,
+        student=student.load_network(),
+        bridge=Bridge.create(student, teacher, config.bridge),
+        fake_network=teacher.load_network(),
+    )
 
 
 def worker_of(spaces, tables, **changes):
@@ -202,6 +223,22 @@ def test_the_last_layer_of_a_copy_is_the_copys_own(spaces):
         assert torch.equal(copied.conv_out(x), before)
         with torch.autocast("cpu", torch.float16):
             assert copied.conv_out(x.half()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["sd", "pixart"])
+def test_the_last_layer_alone_computes_in_float32(family, spaces, diffusion_folders):
+    """A transformer's too: from t = 999 PixArt's x0 multiplies what it rounds 157 times."""
+    space = spaces[0] if family == "sd" else load_space(diffusion_folders["pixart"])
+    networks, kinds = networks_of(space, spaces[1]), {}
+    for name, module in networks.student.named_modules():
+        if not list(module.children()) and list(module.parameters()):
+            module.register_forward_hook(lambda _, __, out, name=name: kinds.update({name: out.dtype}))
+    text = {name: torch.zeros(1, *shape, dtype=kind) for name, (shape, kind) in space.conditioning_layout.items()}
+    with torch.no_grad():
+        networks.z_student(torch.randn(1, *space.latent_shape), text)
+    last = {"sd": "conv_out", "pixart": "proj_out"}[family]
+    assert kinds.pop(last) == torch.float32
+    assert {kind for name, kind in kinds.items() if name.endswith(("to_q", "to_k", "to_v"))} == {torch.float16}
 
 
 def test_float16_without_mixed_precision_is_refused():

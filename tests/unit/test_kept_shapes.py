@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from raydistill.planning.meter import counted
 from raydistill.spaces import meta
 from raydistill.spaces.meta import WithoutNumbers
 
@@ -54,6 +55,17 @@ def test_a_result_is_a_tensor_of_its_own_unless_the_operator_says_otherwise():
             assert x.view(4, 3).untyped_storage()._cdata == x.untyped_storage()._cdata
             assert x.add(1).dtype == torch.float32
             assert (x > 1).dtype == torch.bool
+
+
+def test_a_plan_counts_the_same_bytes_however_often_it_is_made(monkeypatch):
+    """A product of three dimensions is a view of one of two: what it is kept as must not be a tensor of its own."""
+    monkeypatch.setattr(meta, "_shapes", {})
+    peaks = []
+    for _ in range(2):
+        with counted() as meter:
+            x, weight = torch.empty(2, 64, 128, device="meta"), torch.empty(512, 128, device="meta")
+            peaks.append(meter.count(lambda x=x, weight=weight: F.linear(x, weight)).peak)
+    assert peaks == [4 * (2 * 64 * 128 + 512 * 128 + 2 * 64 * 512)] * 2
 
 
 def test_what_differs_in_a_number_alone_is_not_taken_for_the_same():
