@@ -87,10 +87,9 @@ def how_to_draw(steps: int) -> str:
     )
 
 
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
 _FEW = """
 > **Call it with `{arguments}`.** With a prompt alone, diffusers asks for 50 guided steps, and
-> the scheduler refuses them. A folder cannot change these {count} defaults.
+> the scheduler refuses them. A folder cannot change these defaults.
 
 The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
@@ -109,4 +108,4 @@ The folder has no safety checker.
 
 def few_step_usage(arguments: str, pipeline: str, dtype: str) -> str:
     """How an export of several steps is called, for its model card."""
-    return _FEW.format(arguments=arguments, count=_NUMBERS[arguments.count("=")], pipeline=pipeline, dtype=dtype)
+    return _FEW.format(arguments=arguments, pipeline=pipeline, dtype=dtype)
