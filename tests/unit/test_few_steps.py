@@ -389,6 +389,9 @@ def test_samplers_draw_an_export_in_its_steps_with_each_pictures_own_noise(expor
     with pytest.raises(InputError, match=r"this student takes 4 steps, without guidance"):
         find_subject(str(exports["one"].folder), tmp_path, steps=1)
     assert find_subject(str(exports["single"].folder), tmp_path).steps == 1
+    weights = find_subject(str(space.folder), tmp_path, unet=str(exports["one"].folder))
+    assert (weights.start_timestep, weights.steps) == (999, 4), "and so are its weights in another folder"
+    assert torch.equal(load_painter(weights, "cpu", torch.float32).latents(pictures), wanted)
 
 
 def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
