@@ -9,6 +9,7 @@ import torch
 
 from raydistill.diffusion.guidance import is_guided
 from raydistill.errors import InputError
+from raydistill.export.few_steps import steps_of_folder
 from raydistill.export.sampling import Painter, in_steps
 from raydistill.export.source import RUN_ID, Export, find_export, open_student_export
 from raydistill.spaces import FAMILIES, load_space, load_student_space
@@ -73,7 +74,7 @@ def find_subject(
     Args:
         model: run's name or folder, an export or any diffusers folder, a URI of one, a hub model in the cache, or an MLflow run id.
         storage, tracking_uri: as `find_export` takes them.
-        steps: None: a student's own where the folder is its export, 1 with `unet`, else 28.
+        steps: None: a student's own where the folder, or `unet`, is its export; 1 with other `unet`; else 28.
         guidance_scale: None: none for a student, else the family's own.
         unet: one-step weights (`student.unet`) for the pipeline's network.
         start_timestep: of `unet`; None: what the checkpoint says of itself.
@@ -96,10 +97,11 @@ def find_subject(
             raise InputError(f"--unet {unet}: does not say at which timestep it starts; name --start-timestep")
         if not 0 < start < space.path.num_train_timesteps:
             raise InputError(f"--start-timestep {start}: must be 1 … {space.path.num_train_timesteps - 1}")
-        _its_own_alone(1, steps, guided)
+        own = steps_of_folder(weights) if (weights / "scheduler").is_dir() else 1  # of a student's export, its own
+        _its_own_alone(own, steps, guided)
         name = unet.removeprefix("shapes:") if unet.startswith("shapes:") else weights.stem
         # no run of MODEL made these weights
-        return Subject(name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start)
+        return Subject(name=name, folder=folder, unet=str(weights.resolve()), start_timestep=start, steps=own)
     start, own = _student_of(export) or (None, 1)
     if start is not None and (steps in (None, own) or own > 1):
         _its_own_alone(own, steps, guided)

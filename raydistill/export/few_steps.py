@@ -74,10 +74,9 @@ def steps_of_folder(folder: Path) -> int:
     return steps_of(read_settings(Path(folder, "scheduler", "scheduler_config.json")))
 
 
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
 _FEW = """
 > **Call it with `{arguments}`.** With a prompt alone, diffusers asks for 50 guided steps, and
-> the scheduler refuses them. A folder cannot change these {count} defaults.
+> the scheduler refuses them. A folder cannot change these defaults.
 
 The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
@@ -96,4 +95,4 @@ The folder has no safety checker.
 
 def few_step_usage(arguments: str, pipeline: str, dtype: str) -> str:
     """How an export of several steps is called, for its model card."""
-    return _FEW.format(arguments=arguments, count=_NUMBERS[arguments.count("=")], pipeline=pipeline, dtype=dtype)
+    return _FEW.format(arguments=arguments, pipeline=pipeline, dtype=dtype)

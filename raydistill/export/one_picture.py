@@ -20,7 +20,7 @@ ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0}
 def written_arguments(family: Space | type[Space], steps: int = 1) -> str:
     """Arguments of a pipeline's call besides the prompt, as they are written, for a student of so many steps."""
     asked = ONE_STEP | {"num_inference_steps": steps} | dict(family.call_arguments)
-    return ", ".join(f"{name}={value}" for name, value in asked.items())
+    return ", ".join(f"{name}={value!r}" for name, value in asked.items())
 
 
 def picture(space: Space, load: Callable[[], DiffusionPipeline], noise: torch.Tensor) -> torch.Tensor:

@@ -109,10 +109,9 @@ def how_to_draw(export: Place) -> str:
 
 
 # How an export is called; of this project's every model card.
-_NUMBERS = {2: "two", 3: "three", 4: "four"}
 _USAGE = """
 > **Call it with `{arguments}`.** With a prompt alone, diffusers takes 50 guided steps and draws
-> grey. A folder cannot change these {count} defaults.
+> grey. A folder cannot change these defaults.
 
 The folder is an ordinary `{pipeline}`; nothing else is needed to run it.
 
@@ -158,9 +157,7 @@ def usage(family: type[Space], dtype: str, steps: int = 1) -> str:
     arguments = written_arguments(family, steps)
     if steps > 1:
         return few_step_usage(arguments, family.pipeline_class, dtype)
-    return _USAGE.format(
-        dtype=dtype, pipeline=family.pipeline_class, arguments=arguments, count=_NUMBERS[arguments.count("=")]
-    )
+    return _USAGE.format(dtype=dtype, pipeline=family.pipeline_class, arguments=arguments)
 
 
 def table_rows(values: Mapping[str, object]) -> str:

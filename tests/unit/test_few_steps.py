@@ -31,7 +31,7 @@ from raydistill.export.few_steps import few_step_scheduler, steps_of_folder
 from raydistill.export.lora import load_lora
 from raydistill.export.merge import merge_students, open_sources
 from raydistill.export.one_picture import difference
-from raydistill.export.pipeline import ModelCard, export_student, how_to_draw
+from raydistill.export.pipeline import ModelCard, export_student, how_to_draw, usage
 from raydistill.export.sampling import pictures_of, typed_prompts
 from raydistill.export.single_file import write_single_file
 from raydistill.export.source import Export, open_student_export
@@ -39,6 +39,7 @@ from raydistill.planning.counting import count_trainer
 from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.meta import open_space
 from raydistill.spaces.one_step import one_step_x0, student_x0
+from raydistill.spaces.sd import StableDiffusionSpace
 
 CAPTIONS = ["a small red circle at the left on a white background", "two blue squares", ""]
 SMALL = (
@@ -399,6 +400,9 @@ def test_samplers_draw_an_export_in_its_steps_with_each_pictures_own_noise(expor
     with pytest.raises(InputError, match=r"this student takes 4 steps, without guidance"):
         find_subject(str(exports["one"].folder), tmp_path, steps=1)
     assert find_subject(str(exports["single"].folder), tmp_path).steps == 1
+    weights = find_subject(str(space.folder), tmp_path, unet=str(exports["one"].folder))
+    assert (weights.start_timestep, weights.steps) == (999, 4), "and so are its weights in another folder"
+    assert torch.equal(load_painter(weights, "cpu", torch.float32).latents(pictures), wanted)
 
 
 def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
@@ -413,6 +417,17 @@ def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
     assert "few-step" in card
     assert how_to_draw(folder).startswith("num_inference_steps=4, guidance_scale=0")
     assert "one-step" in (exports["single"].folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_card_says_all_that_a_family_has_its_pipeline_called_with(steps):
+    class Ours(StableDiffusionSpace):
+        call_arguments = {"clean_caption": False, "clip_skip": 2, "negative_prompt": "a=b"}
+
+    assert (
+        f'("a prompt", num_inference_steps={steps}, guidance_scale=0, clean_caption=False, clip_skip=2, '
+        "negative_prompt='a=b')"
+    ) in usage(Ours, "float16", steps)
 
 
 def test_students_of_equal_steps_are_averaged_and_other_ones_refused(exports, tmp_path):
