@@ -111,7 +111,7 @@ def test_hash_follows_the_maths_only():
 
 DECISIVE = {
     "run": "seed",
-    "student": "ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model optimizer rank start_timestep "
+    "student": "autocast ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model optimizer rank start_timestep "
     "targets unet",
     "teacher": "guidance_scale model sampling_steps",
     "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
