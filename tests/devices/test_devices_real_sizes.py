@@ -1,11 +1,18 @@
-"""Ready pairs at their published sizes on a device that is not there: nothing is computed, everything has its shape."""
+"""Ready pairs at their published sizes on a device that is not there: nothing is computed, everything has its shape.
+
+Three pairs run. An update of another takes one to several minutes of a core, and runs where it is asked for:
+`RAYDISTILL_TEST_PAIRS=all pytest -m full tests/devices/test_devices_real_sizes.py`, or `RAYDISTILL_TEST_PAIRS=kolors_sd15,…`.
+"""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 from device_lane import check, needs_a_compiler, run_cells
 from device_real_sizes import GIB, Pair
 
+from raydistill.config.reading import CONFIGS
 from raydistill.planning.counting import count_trainer
 
 pytestmark = [needs_a_compiler, pytest.mark.full, pytest.mark.timeout(1800)]
@@ -13,7 +20,15 @@ pytestmark = [needs_a_compiler, pytest.mark.full, pytest.mark.timeout(1800)]
 H100_GIB = 79.6
 PAIRS = ("sd35_medium_sd15", "flux1_dev_sd15", "sdxl_sd15")
 ROLES = ("update", "score", "vae")
+OTHERS = sorted(
+    file.stem
+    for student in ("sd15", "sd21_base", "sdxl")
+    for file in CONFIGS.glob(f"*_{student}.yaml")
+    if not file.stem.startswith("shapes") and file.stem not in PAIRS
+)
+ASKED = os.environ.get("RAYDISTILL_TEST_PAIRS", "").split(",")
 CELLS = [(pair, role) for pair in PAIRS for role in ROLES]
+CELLS += [(pair, "update") for pair in OTHERS if pair in ASKED or ASKED == ["all"]]
 
 
 @pytest.fixture(scope="module")

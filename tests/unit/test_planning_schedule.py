@@ -101,6 +101,9 @@ def test_requests_of_parts_share_the_replicas_up_to_those_in_flight(config, larg
     assert held_back == pytest.approx(parts[1])
 
 
+FLOAT16 = ("student.start_timestep=999", "student.autocast=float16", "distill.mixed_precision=true")
+
+
 @pytest.mark.full
 def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float32s(config, counts):
     """A student that starts at t = 999 stays float32; one that starts at 625 does not, nor do Bridge and fake score."""
@@ -113,6 +116,11 @@ def test_what_runs_in_bfloat16_is_planned_with_its_speed_and_the_rest_with_float
     assert counts.trainer.make.flops_32 == counts.trainer.make.flops == mixed.make.flops
     assert mixed.fake.flops_32 < 0.02 * mixed.fake.flops + mixed.make.flops
     assert all_low.make.flops_32 < 0.02 * all_low.make.flops < 0.3 * mixed.make.flops_32
+    half = changed(load(overrides=[*FLOAT16, f"distill.batch_size={BATCH}"]), mixed_precision=True)
+    half = count_trainer(half, student, teacher)  # its last convolution alone is in float32
+    for name in ("make", "student"):
+        assert getattr(half, name).flops == getattr(mixed, name).flops
+        assert getattr(half, name).flops_32 < 0.1 * getattr(mixed, name).flops_32
     gpu = read_gpus()["H100"]
     plain, low, partly = (gpu.seconds(Cost(1e15, 0, high), 0.5) for high in (1e15, 0.0, 5e14))
     assert plain / low == pytest.approx(gpu.bf16_tflops / gpu.fp32_tflops)
