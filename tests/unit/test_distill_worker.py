@@ -24,10 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
+from raydistill.data.prompts import held_out_prompts
 from raydistill.data.stream import slot_positions
 from raydistill.distillation.gradients import OTHERS
 from raydistill.errors import NonFiniteError, OutOfMemory, RunLost, StageFailed
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
+from raydistill.export.source import Export, open_student_export
+from raydistill.pictures.files import load_pictures
 from raydistill.shapes import WEIGHTS
+from raydistill.spaces.published_students import load_student
 from raydistill.storage.lease import LEASE_FILE, Lease, holding
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
@@ -221,6 +226,21 @@ def test_an_alarm_alone_stops_nothing_and_a_stopped_run_can_be_told_to_go_on(sta
     told = result(settings)
     assert (told["steps"], told["stopped"]) == (4, None)
     assert tracked(settings).tags["collapse_alarm"].startswith("step ")
+
+
+@pytest.mark.full
+def test_a_student_of_four_steps_is_exported_as_it_was_evaluated(stage, work_here, tmp_path):
+    """A LoRA: what it draws at the end is what its export draws."""
+    work_here(stage("student.steps=4", "student.kind=lora", "student.lr=1e-3", "distill.steps=2"))
+    space, start_timestep, steps = open_student_export(Export(tmp_path / "export", "export"))
+    assert (start_timestep, steps) == (999, 4)
+    assert (tmp_path / "export" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    config = load(overrides=[*SMALL])
+    fixed = FixedPrompts(held_out_prompts(config), config.evaluation.count, config.evaluation.seed)
+    evaluator = StudentEvaluator(space, fixed, config.evaluation, "cpu")
+    network, pictures = load_student(space, tmp_path / "export"), load_pictures(tmp_path / "after.safetensors")
+    assert (evaluator.draw(network, 999, 4) - pictures).abs().mean() < 0.02, "up to float16"
+    assert (evaluator.draw(network, 999) - pictures).abs().mean() > 0.05
 
 
 @pytest.mark.full
