@@ -310,17 +310,18 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more = {"flux2_klein": {"distill.batch_size"}, "sd15_raw": {"distill.steps"}}
     more |= dict.fromkeys(("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny", "small_sd", "tiny_sd"), {"distill.steps"})
     more |= dict.fromkeys(("sd15_lcm", "sd15_hyper"), {"student.lora_start"})
-    more["sana_600m_512"] = {"distill.steps"}
+    share = {"prompts.gpus_per_encoder"}  # of large text encoders
+    more |= {"sana_600m_512": share | {"distill.steps"}, "pixart_alpha_512": share}
     keeps = {"distill.gradient_checkpointing", "distill.micro_batches"}  # activations: they fit 80 GB
     more |= dict.fromkeys(("sd35_medium", "sdxl"), keeps)
-    of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", "student.lr", *keeps}}
+    of_sdxl = {"teachers": keeps, "students": {"student.kind", "student.rank", "student.lr", *keeps, *share}}
     more["sdxl_raw"] = of_sdxl["students"] | {"distill.steps"}
     more["sdxl_hyper"] = of_sdxl["students"] | {"student.lora_start"}
-    more |= dict.fromkeys(("ssd_1b", "segmind_vega"), keeps | {"distill.steps"})
+    more |= dict.fromkeys(("ssd_1b", "segmind_vega"), keeps | share | {"distill.steps"})
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
     more["chroma"] = {"bridge.micro_batches"}
     more["flux1_krea"] = more["flux1_dev"]
-    more["qwen_image"] = more["flux1_dev"] | {"fake_score.shard"}
+    more["qwen_image"] = more["flux1_dev"] | share | {"fake_score.shard"}
     for kind in ("teachers", "students"):
         decided = {f.stem: set(keys(yaml.safe_load(f.read_text()))) for f in (CONFIGS / kind).iterdir()}
         common = set.intersection(*decided.values())
