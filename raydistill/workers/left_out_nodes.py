@@ -1,12 +1,14 @@
 """Nodes on which workers fail again and again, and on them alone: workers go to others, where others have room.
 
 A GPU with broken memory, a driver that is too old, a network card without a way: such a node fails, and the run would end
-for it. Ray Train asks its `ScalingConfig` for the labels of workers' nodes whenever it starts workers. So a node is left out
-by its id, until the controller ends.
+for it. Ray Train's controller asks its callbacks for the labels of workers' nodes whenever it starts workers. So a node is
+left out by its id, until the controller ends.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,27 +16,24 @@ import ray
 import torch
 from ray._private.state import available_resources_per_node
 from ray.train import ScalingConfig
-from ray.util.placement_group import placement_group_table
+from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from raydistill.teachers import placement
 
 LABEL = "ray.io/node-id"  # of every node, by Ray
 PLACED = "placed on "  # what a note of an error begins with
+FREED_WITHIN_S = 10.0  # the resources of workers that were ended
 
 
 def name_place(error: BaseException) -> None:
-    """Note on an error its node's id, and the placement group of all workers. The note travels with it."""
-    group = ray.util.get_current_placement_group()
-    error.add_note(f"{PLACED}{ray.get_runtime_context().get_node_id()} {group.id.hex() if group else ''}")
+    """Note on an error the id of its node. The note travels with it."""
+    error.add_note(f"{PLACED}{ray.get_runtime_context().get_node_id()}")
 
 
-def place_of(error: BaseException) -> tuple[str, str] | None:
-    """(id of its node, id of the placement group) of an error that says so."""
+def place_of(error: BaseException) -> str | None:
+    """Id of the node of an error that says so."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PLACED)]
-    if not notes:
-        return None
-    node, _, group = notes[-1].removeprefix(PLACED).partition(" ")
-    return node, group
+    return notes[-1].removeprefix(PLACED) if notes else None
 
 
 def follows_from_others(error: BaseException) -> bool:
@@ -44,63 +43,70 @@ def follows_from_others(error: BaseException) -> bool:
 
 
 @dataclass
-class LeftOutNodes:
-    """Of one stage, in Ray Train's controller.
+class LeftOutNodes(ControllerCallback):
+    """Of one stage, in Ray Train's controller, which asks it whenever it starts workers.
 
     Args:
         limit: failures in a row of one node alone, without a new update; below 1: no node is ever left out.
-        need: the fewest workers that will do, and what each of them needs.
+        need: what a worker needs, and the labels of its node.
+
+    Attributes:
+        ids: of nodes that workers avoid.
+        tell: takes a line for people.
     """
 
     limit: int
     need: placement.Need
     ids: list[str] = field(default_factory=list, init=False)
+    tell: Callable[[str], None] = field(default=print, init=False)
     _last: tuple[str, int] = field(default=("", 0), init=False)  # a node, and its failures in a row
 
-    def failed(self, errors: dict[int, Exception], scaling: ScalingConfig, begins: bool) -> str | None:
-        """Take note of a failure of some workers; leave a node out where it is time.
+    def failed(self, errors: dict[int, Exception], begins: bool) -> None:
+        """Take note of a failure of some workers.
 
         Args:
             errors: by rank.
-            scaling: of the workers; its labels are changed.
             begins: whether an update was done since the failure before.
-
-        Returns:
-            a line for people, where there is something to say.
         """
-        places = {place for error in errors.values() if not follows_from_others(error) and (place := place_of(error))}
-        if self.limit < 1 or len(places) != 1:
+        nodes = {node for error in errors.values() if not follows_from_others(error) and (node := place_of(error))}
+        if self.limit < 1 or len(nodes) != 1:
             self._last = ("", 0)
-            return None
-        node, group = places.pop()
+            return
+        node = nodes.pop()
         count = 1 if begins or node != self._last[0] else self._last[1] + 1
         self._last = (node, count)
-        if count < self.limit:
-            return None
-        self._last = ("", 0)
-        told = f"{count} failures in a row on node {_named(node)} alone (distill.max_failures_of_node={self.limit})"
-        if not self._others_have_room(node, group):
-            return f"{told}; no other has room for the workers, so they go on there"
-        self.ids.append(node)
-        labels = scaling.label_selector or {}
-        scaling.label_selector = {**labels, LABEL: f"!in({','.join(self.ids)})"}
-        return f"{told}; workers go on without it"
+        if count >= self.limit and node not in self.ids:
+            self.ids.append(node)
 
-    def _others_have_room(self, node: str, group: str) -> bool:
-        """Whether the fewest workers fit other nodes, beside all that is there but themselves; or a node may come."""
-        if placement.autoscaler_present():
-            return True
-        free = available_resources_per_node()
-        others = {
-            entry["NodeID"]: dict(free.get(entry["NodeID"], {}))
-            for entry in placement.labelled_nodes(self.need.labels)
-            if entry["NodeID"] not in (*self.ids, node)
-        }
-        table = placement_group_table().get(group, {}) if group else {}
-        for bundle, where in table.get("bundles_to_node_id", {}).items():  # which these workers leave
-            for kind, much in table["bundles"][bundle].items() if where in others else ():
-                others[where][kind] = others[where].get(kind, 0.0) + much
-        return placement.take_room([self.need.amounts] * self.need.count, list(others.values()))
+    def on_controller_start_worker_group(
+        self, *, scaling_config: ScalingConfig, num_workers: int
+    ) -> dict[str, str] | None:
+        """Ray Train calls this when no worker lives. Returns the labels of their nodes; None: as they are configured."""
+        if not self.ids:
+            return None
+        told = (
+            f"failures in a row on node {', '.join(map(_named, self.ids))} alone "
+            f"(distill.max_failures_of_node={self.limit})"
+        )
+        if not self._others_have_room(num_workers):
+            self.tell(f"{told}; no other has room for {num_workers} worker(s), so they go on there")
+            return None
+        self.tell(f"{told}; workers go on without it")
+        return {**self.need.labels, LABEL: f"!in({','.join(self.ids)})"}
+
+    def _others_have_room(self, count: int) -> bool:
+        """Whether so many workers fit the other nodes, once the resources of those before are free; or a node may come."""
+        wanted, deadline = [self.need.amounts] * count, time.monotonic() + FREED_WITHIN_S
+        while not placement.autoscaler_present():
+            nodes = [node for node in placement.labelled_nodes(self.need.labels) if node["NodeID"] not in self.ids]
+            free = available_resources_per_node()
+            if placement.take_room(wanted, [dict(free.get(node["NodeID"], {})) for node in nodes]):
+                return True
+            never = not placement.take_room(wanted, [dict(node["Resources"]) for node in nodes])
+            if never or time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+        return True
 
 
 def _named(node: str) -> str:

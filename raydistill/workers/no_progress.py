@@ -6,6 +6,7 @@ at full price: a GPU that no kernel was built for, a driver that is too old, mem
 
 from __future__ import annotations
 
+import functools
 import socket
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,10 @@ class NoProgress(ray.train.UserCallback):
     furthest: int = field(default=-1, init=False)
     failures: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        if self.nodes is not None:
+            self.nodes.tell = functools.partial(self._write, NODES_FILE)
+
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Ray Train calls this before it decides whether to start the workers again."""
         if any(_lost_with_its_node(error) for error in worker_exceptions.values()):
@@ -71,9 +76,7 @@ class NoProgress(ray.train.UserCallback):
         if 1 <= self.limit <= self.failures:
             self._end(_first_cause(worker_exceptions))
         elif self.nodes is not None:
-            line = self.nodes.failed(worker_exceptions, run_context.scaling_config, begins)
-            if line is not None:
-                self._write(NODES_FILE, line)
+            self.nodes.failed(worker_exceptions, begins)
 
     def _step(self) -> int:
         """The last update that any worker has told of; 0: none yet."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,7 @@ def train(
         workers = distill.workers if distill.min_workers is None else (distill.min_workers, distill.workers)
 
     limit = distill.max_failures_without_progress
-    need = worker_need(config) if elastic else replace(worker_need(config), count=workers)
-    nodes = LeftOutNodes(distill.max_failures_of_node, need)
+    nodes = LeftOutNodes(distill.max_failures_of_node, worker_need(config))
     watch = NoProgress(name, str(folder), progress, limit, settings["lease"], nodes)
 
     def trainer() -> TorchTrainer:
@@ -110,7 +109,7 @@ def train(
                 logging_config=LoggingConfig(log_level="WARNING"),
                 failure_config=FailureConfig(max_failures=distill.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=KEPT),
-                callbacks=[watch],
+                callbacks=[watch, watch.nodes],
             ),
         )
 

@@ -85,7 +85,7 @@ def test_workers_go_on_without_a_node_that_fails_alone_and_stay_where_no_other_h
     nodes, said, failed = run(tmp_path / "stays", "true", "1")  # of 1.5 CPUs that a worker needs
     assert len(set(nodes)) == 1
     assert len(nodes) == 4
-    assert said.endswith("; no other has room for the workers, so they go on there")
+    assert said.endswith("; no other has room for 1 worker(s), so they go on there")
     assert "4 failures in a row and no update after 1" in failed
 
 

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import pytest
+import ray
 import torch
-from ray.train import ScalingConfig
 
 from raydistill.teachers.placement import Need
 from raydistill.workers import left_out_nodes
 from raydistill.workers.left_out_nodes import LABEL, PLACED, LeftOutNodes
+from raydistill.workers.no_progress import NODES_FILE, NoProgress
 
 BAD, GOOD, THIRD = "a" * 56, "b" * 56, "c" * 56
 SPOT = {"role": "trainer"}
 
 
 class Cluster:
-    """Nodes of two CPUs and a placement group of workers with one each; `free` is what nobody has."""
+    """Of three nodes: their free CPUs."""
 
     def __init__(self, monkeypatch):
-        self.free, self.held, self.grows = {GOOD: 2.0}, {}, False
-        monkeypatch.setattr(left_out_nodes, "available_resources_per_node", lambda: self.per_node())
-        monkeypatch.setattr(left_out_nodes, "placement_group_table", lambda: {"group": self.table()})
+        self.free, self.grows = {GOOD: 2.0}, False
+        per_node = {"available_resources_per_node": lambda: {node: {"CPU": much} for node, much in self.free.items()}}
+        for name, replacement in (per_node | {"FREED_WITHIN_S": 0.0}).items():
+            monkeypatch.setattr(left_out_nodes, name, replacement)
         monkeypatch.setattr(left_out_nodes.placement, "autoscaler_present", lambda: self.grows)
         monkeypatch.setattr(left_out_nodes.placement, "labelled_nodes", self.labelled)
         monkeypatch.setattr(left_out_nodes.ray, "nodes", lambda: [{"NodeID": BAD, "NodeManagerHostname": "h1"}])
 
-    def per_node(self):
-        return {node: {"CPU": much} for node, much in self.free.items()}
-
-    def table(self):
-        return {"bundles": dict.fromkeys(self.held, {"CPU": 1.0}), "bundles_to_node_id": self.held}
-
     def labelled(self, labels):
         assert labels == SPOT
-        return [{"NodeID": node} for node in (BAD, GOOD, THIRD)]
+        return [{"NodeID": node, "Resources": {"CPU": 2.0}} for node in (BAD, GOOD, THIRD)]
 
 
 @pytest.fixture
@@ -41,74 +37,83 @@ def cluster(monkeypatch):
     return Cluster(monkeypatch)
 
 
-def nodes(count=2, limit=2):
-    return LeftOutNodes(limit, Need("train workers", count, {"CPU": 1.0}, "keys", SPOT))
+@pytest.fixture
+def watch(cluster):
+    watch = LeftOutNodes(2, Need("train workers", 2, {"CPU": 1.0}, "keys", SPOT))
+    watch.told = []
+    watch.tell = watch.told.append
+    return watch
 
 
 def failed(node=BAD, text="ECC", kind=RuntimeError):
     error = kind(text)
     if node:
-        error.add_note(f"{PLACED}{node} group")
+        error.add_note(f"{PLACED}{node}")
     return error
 
 
-def scaling():
-    return ScalingConfig(num_workers=2, label_selector=dict(SPOT))
+def labels(watch, count=2):
+    return watch.on_controller_start_worker_group(scaling_config=None, num_workers=count)
 
 
-def test_two_failures_in_a_row_of_one_node_have_workers_avoid_it(cluster):
-    watch, labels = nodes(), scaling()
-    assert watch.failed({0: failed()}, labels, begins=True) is None
-    assert watch.failed({0: failed(GOOD)}, labels, begins=False) is None, "of another node"
-    assert watch.failed({0: failed()}, labels, begins=False) is None
-    assert watch.failed({1: failed()}, labels, begins=True) is None, "an update was done"
-    assert labels.label_selector == SPOT
-    said = watch.failed({0: failed()}, labels, begins=False)
-    assert said.startswith(f"2 failures in a row on node h1 (, {BAD[:12]}) alone (distill.max_failures_of_node=2)")
+def test_two_failures_in_a_row_of_one_node_have_workers_avoid_it(cluster, watch):
+    for error, begins in ((failed(), True), (failed(GOOD), False), (failed(), False), (failed(), True)):
+        watch.failed({0: error}, begins)  # another node's in between, or an update
+        assert labels(watch) is None
+    watch.failed({1: failed()}, begins=False)
+    assert labels(watch) == {**SPOT, LABEL: f"!in({BAD})"}
+    (said,) = watch.told
+    assert said.startswith(f"failures in a row on node h1 (, {BAD[:12]}) alone (distill.max_failures_of_node=2)")
     assert said.endswith("; workers go on without it")
-    assert labels.label_selector == {**SPOT, LABEL: f"!in({BAD})"}
     cluster.free[THIRD] = 2.0
     for _ in range(2):
-        watch.failed({0: failed(GOOD)}, labels, begins=False)
-    assert labels.label_selector == {**SPOT, LABEL: f"!in({BAD},{GOOD})"}
+        watch.failed({0: failed(GOOD)}, begins=False)
+    assert labels(watch) == {**SPOT, LABEL: f"!in({BAD},{GOOD})"}
 
 
-def test_who_has_only_lost_another_worker_blames_no_node(cluster):
-    watch, labels = nodes(), scaling()
-    lost = torch.distributed.DistBackendError("NCCL error: remote process exited")
+def test_who_has_only_lost_another_worker_blames_no_node(watch):
+    lost = failed(GOOD, "NCCL error: remote process exited", torch.distributed.DistBackendError)
     closed = failed(GOOD, "[../third_party/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-    lost.add_note(f"{PLACED}{GOOD} group")
-    for begins in (True, False):
-        watch.failed({0: lost, 1: failed(), 2: closed}, labels, begins)
-    assert LABEL in labels.label_selector
-    watch, labels = nodes(), scaling()
     for errors in ({0: failed(), 1: failed(GOOD)}, {0: failed(None)}, {0: lost}):  # two nodes, a process that died
         for _ in range(3):
-            assert watch.failed(errors, labels, begins=False) is None
-    assert labels.label_selector == SPOT
+            watch.failed(errors, begins=False)
+    assert labels(watch) is None
+    for begins in (True, False):
+        watch.failed({0: lost, 1: failed(), 2: closed}, begins)
+    assert watch.ids == [BAD]
 
 
 @pytest.mark.parametrize(
-    ("free", "held", "grows", "leaves"),
+    ("free", "grows", "leaves"),
     [
-        ({GOOD: 1.0}, {}, False, False),
-        ({GOOD: 1.0}, {0: BAD, 1: BAD}, False, False),
-        ({GOOD: 1.0}, {0: BAD, 1: GOOD}, False, True),  # the workers' own place there is theirs again
-        ({GOOD: 0.6, THIRD: 1.4}, {}, False, False),  # each needs one whole on its node
-        ({}, {}, True, True),
+        ({GOOD: 1.0, BAD: 2.0}, False, False),
+        ({GOOD: 0.6, THIRD: 1.4}, False, False),  # each needs one whole on its node
+        ({GOOD: 1.0, THIRD: 1.0}, False, True),
+        ({}, True, True),
     ],
 )
-def test_others_must_have_room_for_the_fewest_workers(cluster, free, held, grows, leaves):
-    cluster.free, cluster.held, cluster.grows = free, held, grows
-    watch, labels = nodes(), scaling()
-    watch.failed({0: failed()}, labels, begins=True)
-    said = watch.failed({0: failed()}, labels, begins=False)
-    assert said.endswith(
-        "workers go on without it" if leaves else "no other has room for the workers, so they go on there"
-    )
-    assert (LABEL in labels.label_selector) == leaves
+def test_others_must_have_room_for_all_workers(cluster, watch, free, grows, leaves):
+    cluster.free, cluster.grows = free, grows
+    for _ in range(2):
+        watch.failed({0: failed()}, begins=False)
+    assert (labels(watch) is not None) == leaves
+    room = "workers go on without it" if leaves else "no other has room for 2 worker(s), so they go on there"
+    assert watch.told[0].endswith(room)
 
 
-def test_none_is_none(cluster):
-    watch, labels = nodes(limit=-1), scaling()
-    assert [watch.failed({0: failed()}, labels, begins=False) for _ in range(5)] == [None] * 5
+def test_none_is_none(watch):
+    watch.limit = -1
+    for _ in range(5):
+        watch.failed({0: failed()}, begins=False)
+    assert labels(watch) is None
+
+
+def test_ray_train_copies_what_counts_and_what_is_asked_together(watch, tmp_path):
+    """Both are callbacks of one list: what one learns in the controller the other one tells."""
+    counts = NoProgress("distill", str(tmp_path), "progress.json", -1, nodes=watch)
+    counts, asked = ray.cloudpickle.loads(ray.cloudpickle.dumps([counts, watch]))
+    for _ in range(2):
+        counts.after_exception(None, {0: failed()})
+    assert asked.ids == [BAD]
+    asked.tell("said")
+    assert (tmp_path / NODES_FILE).read_text() == "said"
