@@ -43,6 +43,7 @@ from raydistill.spaces.adapter import add_lora, merged_state
 from raydistill.spaces.meta import open_space
 from raydistill.spaces.one_step import one_step_x0
 from raydistill.spaces.published_students import load_student, open_student
+from raydistill.spaces.settings import Settings
 from raydistill.spaces.starts import check_lora, load_start
 
 PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
@@ -139,6 +140,22 @@ def test_the_export_is_the_familys_own_folder_and_draws_the_latents(made):
     assert ("clean_caption=False" in how_to_draw(made.export.folder)) == made.name.startswith("pixart")
     left = {part.name for part in made.export.folder.iterdir() if part.is_dir()}
     assert left == {*made.space.student_parts, made.space.network_name, "scheduler"}
+
+
+def test_a_sana_student_may_start_anywhere():
+    """Its single sigma is start / N, which the export's scheduler says of itself."""
+    space = open_space("Efficient-Large-Model/Sana_600M_512px_diffusers")
+    x_t, velocity = torch.randn(2, 1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    for start in (1, 250, 613, 998, 999):
+        scheduler = space.one_step_scheduler(start)
+        scheduler.set_timesteps(1)
+        assert scheduler.timesteps.tolist() == [start]
+        x0 = scheduler.step(velocity, scheduler.timesteps[0], x_t).prev_sample
+        torch.testing.assert_close(x0, x_t - start / 1000 * velocity, rtol=1e-5, atol=1e-5)
+        assert space.start_of(Settings(scheduler.config)) == start
+    for outside in (0, 1000):
+        with pytest.raises(InputError, match=r"is outside 1 … 999"):
+            space.one_step_scheduler(outside)
 
 
 def test_its_weights_are_a_start_with_every_buffer(made):
