@@ -49,6 +49,7 @@ def few_step_scheduler(space: Space, start_timestep: int, steps: int) -> LCMSche
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # it is not read here, and StableDiffusionPipeline warns of another
         **betas,
     )
 

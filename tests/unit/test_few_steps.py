@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from functools import partial
 from types import SimpleNamespace
 
@@ -407,7 +408,9 @@ def test_samplers_draw_an_export_in_its_steps_with_each_pictures_own_noise(expor
 
 def test_a_call_with_a_prompt_alone_is_refused_and_the_card_says_how(exports):
     folder = exports["one"].folder
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*scheduler")
+        pipe = DiffusionPipeline.from_pretrained(folder)
     with pytest.raises(ValueError, match="original_steps"):
         pipe("a red circle", guidance_scale=0)
     assert steps_of_folder(folder) == 4
