@@ -8,9 +8,11 @@ Shapes are never dynamic: a graph would depend on the shapes that came before, a
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,12 +42,13 @@ def compile_forward(blocks: Iterable[nn.Module]) -> int:
 
 
 @contextmanager
-def as_it_is(*networks: nn.Module) -> Iterator[None]:
+def as_it_is(*networks: Callable[..., Any]) -> Iterator[None]:
     """In the block these networks run without their graphs, and no graph is made for batches of other sizes.
 
     Pictures are drawn so: in batches of evaluation.batch_size, and a last one, once in hundreds of updates.
     """
-    if not any(hasattr(module, "has_compiled_forward") for network in networks for module in network.modules()):
+    own = (network.modules() for network in networks if isinstance(network, nn.Module))
+    if not any(hasattr(module, "has_compiled_forward") for module in itertools.chain.from_iterable(own)):
         yield  # what torch.compile needs is not imported
         return
     with torch.compiler.set_stance("force_eager"):
