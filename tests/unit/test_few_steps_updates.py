@@ -7,7 +7,11 @@ import pytest
 import torch
 from test_few_steps import state_of, updated, worker_of, world  # noqa: F401 (a fixture)
 
+from raydistill.config.reading import load
+from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.timesteps import student_timesteps
+from raydistill.evaluation.consistency import Consistency, TeacherDecoder
+from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 
 
 def test_both_updates_evaluate_the_student_where_each_sample_is(world):  # noqa: F811
@@ -27,6 +31,21 @@ def test_both_updates_evaluate_the_student_where_each_sample_is(world):  # noqa:
     worker.fake_update()
     assert [len(evaluation[0]) for evaluation in seen] == [3, 2, 1, 4]
     assert steps_at(seen[-1]) == worker.rollout.step_of(torch.arange(4, 8)).tolist()
+
+
+def test_what_is_shown_during_a_run_is_drawn_with_all_steps(world):  # noqa: F811
+    """The consistency of its pictures, and the pictures of its scores."""
+    networks, seen = worker_of(world, "student.steps=4", "student.ema_decay=null").networks, []
+    networks.student.register_forward_pre_hook(lambda _, given: seen.append(int(given[1][0])))
+    fixed = FixedPrompts(PromptSet(["a red circle"]), 1, seed=5)
+    evaluator = StudentEvaluator(world[0], fixed, load(overrides=["evaluation.metrics=[]"]).evaluation, "cpu")
+    Consistency(networks, evaluator, TeacherDecoder(world[1], networks.device), 1).psnr(999, 4)
+    assert seen == student_timesteps(999, 4)
+    seen.clear()
+    text = evaluator.table(fixed.captions)
+    with torch.no_grad():
+        networks.drawn(fixed.noise(world[0], 0, 1), text, lambda step: fixed.noise(world[0], 0, 1, step))
+    assert seen == student_timesteps(999, 4)
 
 
 def spoilt(source, bad):

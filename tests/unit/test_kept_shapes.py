@@ -77,6 +77,8 @@ def test_what_differs_in_a_number_alone_is_not_taken_for_the_same():
             assert torch.sum(x, 1).shape == (4,)
             assert (ints + 1).dtype == torch.int64
             assert (ints + 1.0).dtype == torch.float32
+            assert (x + 1).stride() == (6, 1)
+            assert (torch.empty(6, 4, device="meta").t() + 1).stride() == (1, 4), "a layout of the same size"
             assert torch.cat([x, x], 0).shape == (8, 6)
             assert torch.cat([x, x, x], 0).shape == (12, 6)
 
