@@ -29,7 +29,7 @@ class Student(PythonModel):
         import torch  # likewise
 
         takes = inspect.signature(self.pipeline.__call__).parameters
-        asked = {"clean_caption": False} if "clean_caption" in takes else {}  # as in training
+        asked = {name: False for name in ("clean_caption", "use_resolution_binning") if name in takes}  # as in training
         noise = [torch.Generator().manual_seed(number) for number in range(len(model_input))]
         steps = self.pipeline.scheduler.config.get("original_inference_steps", 1)  # students of one step have none
         return self.pipeline(
