@@ -116,9 +116,9 @@ def synthesis_demands(config: Config) -> tuple[list[Group], list[Actors]]:
 
 
 def nodes_of(config: Config) -> dict[str, int]:
-    """Teacher nodes of 4 GPUs for ranks and for encoders, three of which share a GPU; one trainer node."""
-    ranks = replicas(config) * config.teachers.shards
-    return {"teacher": math.ceil((ranks + math.ceil(config.distill.workers / 3)) / 4), "trainer": 1}
+    """Teacher nodes of 4 GPUs for ranks and for encoders, of which as many share a GPU as have room; one trainer node."""
+    ranks, share = replicas(config) * config.teachers.shards, int(1 / config.prompts.gpus_per_encoder)
+    return {"teacher": math.ceil((ranks + math.ceil(config.distill.workers / share)) / 4), "trainer": 1}
 
 
 # -- AWS and Google Cloud -------------------------------------------------------------------------------
