@@ -52,6 +52,7 @@ def test_renders_are_scenes_that_no_prompt_file_has(sets):
     assert len(set(captions)) > 30
 
 
+@pytest.mark.full
 def test_changed_sets_are_of_the_same_pictures(sets):
     both = sets(6)
     plain, changed = (both.make(source).rows(range(6)) for source in ("renders", "renders+"))

@@ -215,6 +215,7 @@ def test_a_row_whose_picture_is_not_finite_fails_alone(sd_folder, flux_folder):
         assert np.isfinite(found[name]).all()
 
 
+@pytest.mark.full
 def test_a_job_that_meets_it_ends_with_one_line(capfd, monkeypatch, tmp_path):
     monkeypatch.setattr("raydistill.driver.cluster.connected", contextlib.nullcontext)  # no Ray is needed
     monkeypatch.setattr("raydistill.driver.room.check_cluster", lambda *_: None)
