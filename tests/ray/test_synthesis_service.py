@@ -181,6 +181,7 @@ def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tm
     assert shards(tmp_path / "struck") == shards(tmp_path / "quiet") != {}
 
 
+@pytest.mark.full
 def test_samples_that_are_not_finite_can_be_told_from_the_others(client, spaces):
     """What the row-level record rests on: one bad row of a request leaves the other rows' answers as they are."""
     noise = torch.randn(3, *spaces[0].latent_shape, generator=torch.Generator().manual_seed(0))

@@ -271,6 +271,7 @@ def test_an_actor_can_ask_by_name(flux):
     torch.testing.assert_close(scores, dense_scores(space, network, request), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_killed_rank_loses_no_request_and_changes_no_bit(flux):
     """SIGKILL of one rank in a stream of requests: the whole group is replaced, every answer is the same."""
     client, space, _ = flux

@@ -61,6 +61,7 @@ def test_changed_sets_are_of_the_same_pictures(sets):
     assert 0 < sum(alike) < 6
 
 
+@pytest.mark.full
 def test_a_folder_of_pictures_is_read_in_a_seeded_order_with_its_captions(sets, tmp_path):
     for number in range(6):
         Image.new("RGB", (70, 70), (40 * number, 0, 0)).save(tmp_path / f"{number}.png")

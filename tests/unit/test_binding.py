@@ -244,6 +244,7 @@ def test_a_damaged_note_of_a_run_ends_a_job_with_two_before_anything_starts(tmp_
     assert "Traceback" not in output + error
 
 
+@pytest.mark.full
 def test_the_job_refuses_changed_prompts_before_anything_starts(tmp_path, run_script):
     prompts = tmp_path / "prompts.txt"
     shutil.copy(WEIGHTS / "prompts.txt", prompts)

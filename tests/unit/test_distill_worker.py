@@ -324,6 +324,7 @@ def test_numbers_of_a_lost_run_do_not_reach_the_others_mlflow_run(stage, work_he
 @pytest.mark.parametrize(
     "error", [TeacherStartError("cannot be placed"), RayActorError()], ids=lambda e: type(e).__name__
 )
+@pytest.mark.full
 def test_a_failure_beside_a_stage_ends_it_while_its_workers_wait(stage, monkeypatch, error):
     """As of teachers that cannot be placed: the trainers wait for them, or for a place of their own, and say nothing."""
     never = threading.Event()

@@ -96,6 +96,7 @@ def test_results_are_logged_under_the_run_that_made_the_model(plan, tmp_path):
     assert client.get_run(run_id).data.metrics["eval/clipscore"] == 30.0
 
 
+@pytest.mark.full
 def test_the_command_ends_with_the_page_of_its_run(plan, tmp_path, monkeypatch, capsys):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     logged = log(plan, tmp_path, [20.0, 30.0])

@@ -114,6 +114,7 @@ def test_an_evaluation_of_a_finished_run_reads_the_prompts_that_the_run_held_out
         evaluation_of(arguments_of(["shapes:sd15", "--prompts", config.prompts.path, "--holdout", "1"]))
 
 
+@pytest.mark.full
 def test_synthesis_draws_no_prompt_that_is_held_out_and_pairs_with_one_are_refused(split, tmp_path):
     store = f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"
     config = split(LINES, 0.1, store)

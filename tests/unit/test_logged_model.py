@@ -174,6 +174,7 @@ def test_a_champion_without_tags_is_compared_by_its_run(uri, storage, export):
     assert client.get_registered_model("older").aliases == {"champion": 4}
 
 
+@pytest.mark.full
 def test_a_refused_student_is_logged_by_the_next_call_of_the_finished_run(uri, storage, export):
     folder = RunFolder(storage, "refused")
     shutil.copytree(export, folder.path / "export")

@@ -296,6 +296,7 @@ def test_every_request_of_a_batch_is_sent_before_the_fake_updates_and_before_any
     assert order == ["fake"] * 2 + ["sent"] * 4 + ["awaited"] * 4
 
 
+@pytest.mark.full
 def test_a_bridge_trained_along_learns_from_its_pairs_in_parts(build, submit, spaces, tmp_path):
     generator = torch.Generator().manual_seed(9)
     z_student, z_teacher = (torch.randn(24, *space.latent_shape, generator=generator) for space in spaces)

@@ -75,6 +75,7 @@ def test_a_bridges_step_is_counted_as_real_tensors_cost(trainer, parts):
     assert counted.step.peak - nbytes(vae.parameters()) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.full
 def test_parts_of_the_pairs_need_less_memory_for_the_same_arithmetic(trainer):
     config, _ = trainer
     student, teacher = open_space(config.student.model), open_space(config.teacher.model)
@@ -199,6 +200,7 @@ def test_an_encoder_that_its_share_cannot_hold_is_refused(tmp_path):
     assert [line.split(":")[1] for line in fits] == [" text encoder"]
 
 
+@pytest.mark.full
 def test_only_the_teachers_text_encoders_are_counted_in_half_precision(counts):
     def held(dtype: str) -> float:
         return host_bytes(counts, load(overrides=[f"prompts.encoder_dtype={dtype}"]))["text encoders"]

@@ -211,6 +211,7 @@ def test_a_signal_that_wakes_a_driver_that_lost_its_run_asks_for_nothing(tmp_pat
     assert lease.owner_of(tmp_path)["host"] == "elsewhere"
 
 
+@pytest.mark.full
 def test_a_stopped_process_loses_its_run_to_another_machine_and_ends_when_it_goes_on(holder, monkeypatch):
     """Really stopped, by SIGSTOP; its lock is not seen by the other machine."""
     process, folder = holder

@@ -78,6 +78,7 @@ def test_what_a_stream_cannot_do_is_refused_by_key(configure, change, said):
 OF_A_STUDENT = ("discriminator.real_data=null", "bridge.trainable=true", "evaluation.metrics=[judge,clipscore]")
 
 
+@pytest.mark.full
 def test_a_job_that_trains_the_bridge_alone_needs_no_reals_and_no_metrics(configure, capsys):
     config = configure(*OF_A_STUDENT, "evaluation.weights.clipscore=/nowhere", "run.name=alone")
     inputs = check_inputs(config, distils=False)
