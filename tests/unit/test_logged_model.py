@@ -68,7 +68,7 @@ def test_the_logged_model_draws_what_the_export_draws_and_is_found_by_its_run(ur
     found = find_export(run, tmp_path, uri)
     assert (found.folder / "unet" / "config.json").read_bytes() == (export / "unet" / "config.json").read_bytes()
     with mlflow_at(uri):
-        model = mlflow.pyfunc.load_model(f"runs:/{run}/student")
+        model = mlflow.pyfunc.load_model(f"runs:/{run}/student", dst_path=str(tmp_path))
     pipeline = StableDiffusionPipeline.from_pretrained(export)
     noise = [torch.Generator().manual_seed(number) for number in range(2)]
     wanted = pipeline(PROMPTS, num_inference_steps=1, guidance_scale=0, generator=noise).images
