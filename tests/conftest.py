@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from captions import CAPTIONS
 from xdist.scheduler import LoadFileScheduling
 
 # One thread here and in every process that the tests start: equal thread counts give equal bits.
@@ -123,6 +124,20 @@ def sd_folder(miniature_parts, tmp_path_factory) -> Path:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def spaces(sd_folder, flux_folder):
+    """Student and teacher of the folders above."""
+    from raydistill.spaces import load_space
+
+    return load_space(sd_folder), load_space(flux_folder)
+
+
+@pytest.fixture(scope="module")
+def tables(spaces):
+    """Conditioning of CAPTIONS, of student and teacher."""
+    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_updates import CAPTIONS, configuration, flat, make_distiller, run
+from test_updates import configuration, flat, make_distiller, run
 
 from raydistill.config.reading import load
 from raydistill.diffusion.noise import normal, uniform
@@ -20,20 +20,9 @@ from raydistill.distillation.losses import approximate_r1, fake_logits_loss, rea
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.planning.counting import count_trainer
-from raydistill.spaces import load_space
 from raydistill.spaces.meta import open_space
 
 THREE = "[0.2,0.5,0.9]"
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
-def tables(spaces):
-    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 # -- channels that drown the others -----------------------------------------------------------------------

@@ -23,11 +23,6 @@ from raydistill.spaces import load_space
 SMALL = {"embed_dim": 8, "depths": [2], "heads": 2, "window": 4}
 
 
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
 def other_vae(folder, destination, **change):
     """A copy of a pipeline folder with one VAE weight changed."""
     shutil.copytree(folder, destination)

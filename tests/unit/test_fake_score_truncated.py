@@ -267,11 +267,6 @@ BATCH = 4
 
 
 @pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
 def tables(spaces):
     return [TextEncoder(space).encode(["a small red circle", "a large blue square"]) for space in spaces]
 

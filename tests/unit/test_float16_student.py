@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from mean_of_two import averaging
 from test_distill_mixed_precision import Shipped, cosine
-from test_updates import CAPTIONS, LocalTeacher, configuration, flat, make_distiller
+from test_updates import LocalTeacher, configuration, flat, make_distiller
 from torch import nn
 from torch.optim import AdamW
 from torch.utils._pytree import tree_map
@@ -28,16 +28,6 @@ from raydistill.spaces import load_space
 from raydistill.spaces.adapter import copy_of
 
 FLOAT16 = ("distill.mixed_precision=true", "student.autocast=float16")
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
-def tables(spaces):
-    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 @pytest.fixture

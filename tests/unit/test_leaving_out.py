@@ -8,24 +8,13 @@ import numpy as np
 import pytest
 import torch
 from mean_of_two import averaging
-from test_updates import CAPTIONS, LocalTeacher, batches, configuration, flat, make_distiller
+from test_updates import LocalTeacher, batches, configuration, flat, make_distiller
 
 from raydistill.distillation.schedule import distillation_step
 from raydistill.errors import NonFiniteError
-from raydistill.spaces import load_space
 from raydistill.teachers.request import ScoreRequest
 
 BAD = 2  # of samples 0 … 3
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
-def tables(spaces):
-    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 def gradients_of(distiller, update):

@@ -20,7 +20,6 @@ from raydistill.driver.preflight import check_inputs
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.planning.meter import Meter
-from raydistill.spaces import load_space
 
 CAPTIONS = [
     "a small red circle at the left on a white background",
@@ -30,11 +29,6 @@ SMALL = (
     "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=2",
     "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "discriminator.lr=1e-2", "distill.batch_size=8",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_updates import CAPTIONS, configuration, flat, make_distiller, rates, run
+from test_updates import configuration, flat, make_distiller, rates, run
 
 from raydistill.config.networks import DiscriminatorConfig, StudentConfig
 from raydistill.config.reading import load
@@ -16,17 +16,6 @@ from raydistill.config.stages import DistillConfig
 from raydistill.distillation.rates import decay, gan_weight, power_of, rate_share
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
-from raydistill.spaces import load_space
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
-def tables(spaces):
-    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 def shares(**changes):

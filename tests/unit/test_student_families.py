@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import json
 import math
 import shutil
@@ -21,15 +20,13 @@ import tiny_flow_pipelines as flow
 import torch
 from export_students import ONE_STEP
 from lanes import full_but
+from student_updates import PROMPTS, distiller, stepped
 
-from raydistill.bridge.model import Bridge, reach
+from raydistill.bridge.model import reach
 from raydistill.config.reading import load
-from raydistill.data.encode import PromptTable, TextEncoder
+from raydistill.data.encode import TextEncoder
 from raydistill.diffusion.noise import normal
-from raydistill.distillation.batches import Real
 from raydistill.distillation.networks import adapted
-from raydistill.distillation.schedule import distillation_step
-from raydistill.distillation.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.export.lora import write_lora
@@ -46,7 +43,6 @@ from raydistill.spaces.published_students import load_student, open_student
 from raydistill.spaces.settings import Settings
 from raydistill.spaces.starts import check_lora, load_start
 
-PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
 SAVERS = {
     "ssd_1b": tiny.save_ssd_1b,
     "vega": tiny.save_vega,
@@ -217,36 +213,10 @@ def test_means_and_painters_read_the_export(made, tmp_path):
 # -- a run's updates --------------------------------------------------------------------------------------------
 
 
-def distiller(space, teacher, *settings):
-    small = ["bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=2", "discriminator.width=8"]
-    small += ["student.rank=2", "student.lr=1e-3", "student.ema_decay=0.5", "distill.gradient_checkpointing=true"]
-    config = load(overrides=[*small, "distill.batch_size=2", "fake_score.updates=1", *settings])
-    tables = {role: PromptTable(one, PROMPTS)(PROMPTS) for role, one in {"student": space, "teacher": teacher}.items()}
-    columns = {f"{role}.{name}": value.numpy() for role, table in tables.items() for name, value in table.items()}
-    torch.manual_seed(1)
-    return build_distiller(
-        config,
-        student_space=space,
-        teacher_space=teacher,
-        student=space.load_network(),
-        bridge=Bridge.create(space, teacher, config.bridge),
-        fake_network=teacher.load_network(),
-        real=Real(torch.randn(2, *teacher.latent_shape), tables["teacher"], torch.arange(2)),
-        source=({"sample_id": [2 * i, 2 * i + 1]} | columns for i in itertools.count()),
-    )
-
-
-def stepped(worker, teacher, steps):
-    scores = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(2))
-    for _ in range(steps):
-        distillation_step(worker, lambda made: type("Done", (), {"result": lambda _: scores})(), 1, overlap=True)
-    return worker
-
-
 def test_updates_move_all_of_it_and_a_resumed_run_has_the_same_bits(made, diffusion_folders):
     teacher = load_space(diffusion_folders["sdxl"])
     assert reach(made.space, teacher, prior=True) == (0, 1)
-    settings = (f"student.start_timestep={made.start}",)
+    settings = (f"student.start_timestep={made.start}", "student.lr=1e-3", "distill.gradient_checkpointing=true")
     first = stepped(distiller(made.space, teacher, *settings), teacher, 1)
     kept = copy.deepcopy(first.state_dict())
     stepped(first, teacher, 1)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from export_students import ONE_STEP
+from student_updates import PROMPTS, distiller, stepped
 
-from raydistill.bridge.model import Bridge, reach
-from raydistill.config.reading import load
-from raydistill.data.encode import PromptTable, TextEncoder
-from raydistill.distillation.batches import Real
-from raydistill.distillation.schedule import distillation_step
-from raydistill.distillation.updates import build_distiller
+from raydistill.bridge.model import reach
+from raydistill.data.encode import TextEncoder
 from raydistill.errors import InputError
 from raydistill.evaluation.subject import find_subject, load_painter
 from raydistill.export.lora import write_lora
@@ -27,7 +23,7 @@ from raydistill.pictures.picture import Picture
 from raydistill.spaces import load_space, load_student_space
 from raydistill.spaces.one_step import one_step_x0
 
-PROMPTS = ["a small red circle at the left on a white background", "two blue squares"]
+SETTINGS = ("student.start_timestep=399", "student.lr=1e-2")
 
 
 @pytest.fixture(scope="module")
@@ -64,45 +60,19 @@ def test_the_step_is_diffusers_unet_by_hand_with_sdxls_conditioning(start, space
 # -- a run's update -------------------------------------------------------------------------------------------
 
 
-def distiller(space, teacher, *settings):
-    small = ["bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=2", "discriminator.width=8"]
-    small += ["student.start_timestep=399", "student.rank=2", "student.lr=1e-2", "student.ema_decay=0.5"]
-    config = load(overrides=[*small, "distill.batch_size=2", "fake_score.updates=1", *settings])
-    tables = {role: PromptTable(one, PROMPTS)(PROMPTS) for role, one in {"student": space, "teacher": teacher}.items()}
-    columns = {f"{role}.{name}": value.numpy() for role, table in tables.items() for name, value in table.items()}
-    torch.manual_seed(1)
-    return build_distiller(
-        config,
-        student_space=space,
-        teacher_space=teacher,
-        student=space.load_network(),
-        bridge=Bridge.create(space, teacher, config.bridge),
-        fake_network=teacher.load_network(),
-        real=Real(torch.randn(2, *teacher.latent_shape), tables["teacher"], torch.arange(2)),
-        source=({"sample_id": [2 * i, 2 * i + 1]} | columns for i in itertools.count()),
-    )
-
-
 @pytest.fixture(scope="module")
 def lora(space, diffusion_folders):
     """A worker whose student is a LoRA, after an update; the teacher's grid is the student's."""
     teacher = load_space(diffusion_folders["pixart"])
     assert reach(space, teacher, prior=True) == (0, 1)
-    worker = distiller(space, teacher, "student.kind=lora")
-    return stepped(worker, teacher)
-
-
-def stepped(worker, teacher):
-    scores = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(2))
-    for _ in range(2):
-        distillation_step(worker, lambda made: type("Done", (), {"result": lambda _: scores})(), 1, overlap=True)
-    return worker
+    worker = distiller(space, teacher, *SETTINGS, "student.kind=lora")
+    return stepped(worker, teacher, 2)
 
 
 def test_an_update_moves_the_whole_student_or_its_lora_through_a_bridge_of_no_up_blocks(space, lora, diffusion_folders):
     teacher = load_space(diffusion_folders["pixart"])
     assert lora.networks.bridge.prior.doublings == 0
-    whole = stepped(distiller(space, teacher), teacher)
+    whole = stepped(distiller(space, teacher, *SETTINGS), teacher, 2)
     start = space.load_network().state_dict()
     moved = {n for n, v in whole.networks.student.state_dict().items() if not torch.equal(v, start[n])}
     assert {"add_embedding.linear_1.weight", "conv_in.weight", "mid_block.attentions.0.proj_in.weight"} <= moved

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from captions import CAPTIONS
 from lanes import full_but
 
 from raydistill.bridge.model import Bridge
@@ -21,25 +22,7 @@ from raydistill.errors import NonFiniteError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 
-CAPTIONS = [
-    "a small red circle at the left on a white background",
-    "a large blue square at the top on a black background",
-    "a small green cross at the center on a gray background",
-    "",
-]
-
-
 # -- one worker, in process -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def spaces(sd_folder, flux_folder):
-    return load_space(sd_folder), load_space(flux_folder)
-
-
-@pytest.fixture(scope="module")
-def tables(spaces):
-    return [space.encode_prompts(space.load_text(), CAPTIONS) for space in spaces]
 
 
 def configuration(**changes):
