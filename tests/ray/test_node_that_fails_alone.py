@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,28 @@ def body(settings):
     run_body(folder, "test", work)
 
 
+def free_after_two_failures(folder: Path, node: str) -> None:
+    """Hold a node's CPUs until workers have begun twice: else chance decides which node the second ones get."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=1)
+    class Holder:
+        def holds(self) -> bool:
+            return True
+
+    holder = Holder.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+    assert ray.get(holder.holds.remote())
+
+    def watch() -> None:
+        began = folder / "began"
+        while not began.exists() or len(began.read_text().split()) < 2:
+            time.sleep(0.1)
+        ray.kill(holder)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(folder: str, everywhere: str, second_cpus: str) -> None:
     """Train; the cluster has a head without room, and two nodes of which one worker fits one."""
     import ray
@@ -48,10 +72,10 @@ def main(folder: str, everywhere: str, second_cpus: str) -> None:
     with environment(WITHOUT_DASHBOARD):
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        for cpus in (2, int(second_cpus)):
-            cluster.add_node(num_cpus=cpus, labels=LABELS)
+        _, second = (cluster.add_node(num_cpus=cpus, labels=LABELS) for cpus in (2, int(second_cpus)))
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        free_after_two_failures(Path(folder), second.node_id)
         overrides = ["distill.cpus_per_worker=1.5", "distill.max_failures=-1", "distill.node_labels={role: trainer}"]
         settings = {"folder": folder, "everywhere": everywhere == "true"}
         given = {"name": "test", "folder": Path(folder), "checkpoints": "checkpoints", "steps": 9, "encoders": False}
