@@ -42,7 +42,6 @@ from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gai
 from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
 
-LAST_LAYERS = ("conv_out", "proj_out")  # of diffusers' UNets, and of its transformers
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
 
@@ -140,9 +139,7 @@ class Networks:
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
         self.gradient_scale = GradientScale() if config.student.autocast == "float16" else None
         if self.gradient_scale is not None:  # whose rounding x0 multiplies at once
-            for last in (getattr(self.student, name, None) for name in LAST_LAYERS):
-                if last is not None:
-                    stay_float32(last)
+            stay_float32(self.student.get_submodule(student_space.last_layer))
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
         self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None

@@ -99,9 +99,8 @@ class Distiller:
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
-        self.workers = (
-            config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
-        )  # that there are
+        parts = config.distill.workers * config.distill.micro_batches  # of a batch of all workers
+        self.workers = parts / self.gradients.mean_parts  # that there are now
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------

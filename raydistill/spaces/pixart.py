@@ -38,6 +38,7 @@ class PixArtSigmaSpace(DiscreteSpace):
     tokens_padded = 300  # what it was trained with
     student_parts = ("vae", "text_encoder", "tokenizer")
     student_noun = "PixArt transformer"
+    last_layer = "proj_out"
     plain_start = True
     call_arguments = {"clean_caption": False, "use_resolution_binning": False}  # as its prompts and its size were
 

@@ -77,6 +77,7 @@ class SanaSpace(FlowSpace):
     tokens_in_front = 230  # estimated: the instruction has 205 words and signs
     student_parts = ("vae", "text_encoder", "tokenizer")
     student_noun = "Sana transformer"
+    last_layer = "proj_out"
     plain_start = True
     call_arguments = {"use_resolution_binning": False}
 

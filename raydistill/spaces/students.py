@@ -22,6 +22,7 @@ class StudentFamily(ModelFolder):
 
     student_parts: ClassVar[tuple[str, ...]] = ()  # that a student has of its base: VAE, text encoders, tokenizers
     student_noun: ClassVar[str] = "diffusion network"  # on its card: a family's name and a network's kind
+    last_layer: ClassVar[str] = "conv_out"  # of the network, which stays float32 where the rest of it is float16
     plain_start: ClassVar[bool] = False  # a student sees plain noise wherever it starts, not noise times sigma
     original_layout: ClassVar[bool] = False  # `export.original_layout` names its tensors
     call_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's call, besides one step without guidance
