@@ -34,8 +34,9 @@ CAPTIONS = [
 SMALL = (
     "bridge.embed_dim=12", "bridge.depths=[2]", "bridge.heads=2", "bridge.window=4", "bridge.attention.rows=8",
     "bridge.batch_size=4", "fake_score.rank=4", "discriminator.width=8", "distill.batch_size=4",
-    "distill.micro_batches=2", "distill.mixed_precision=true", "prompts.encoder_dtype=bfloat16",
+    "fake_score.updates=1", "distill.mixed_precision=true", "prompts.encoder_dtype=bfloat16",
 )  # fmt: skip
+IN_PARTS = "distill.micro_batches=2"
 SAVE = flow.SAVE | {"sdxl": diffusion.save_sdxl, "kolors": diffusion.save_kolors, "pixart": diffusion.save_pixart}
 FAMILIES = tuple(SAVE)
 STUDENTS = {"pixart-alpha": diffusion.save_pixart_alpha, "sana": flow.save_sana}  # beside the plain SD one

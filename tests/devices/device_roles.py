@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from device_bench import CAPTIONS, Bench
+from device_bench import CAPTIONS, IN_PARTS, Bench
 from pretended_tensors import CUDA, PretendedTensors
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -197,7 +197,7 @@ def _update(worker: Distiller) -> Distiller:
 
 def update(bench: Bench, mode: PretendedTensors) -> None:
     """LoRA, two parts, one update of the fake score; the student is in bfloat16 too. The update alone is noted."""
-    worker = bench.distiller("student.start_timestep=625", "fake_score.updates=1")
+    worker = bench.distiller("student.start_timestep=625", IN_PARTS)
     mode.notes.__init__()
     _update(worker)
 
@@ -216,6 +216,7 @@ def update_full(bench: Bench, mode: PretendedTensors) -> None:
 def update_student_lora(bench: Bench, mode: PretendedTensors) -> None:
     """The student is a LoRA on its frozen start, with an average; another worker goes on from its checkpoint."""
     settings = ("student.kind=lora", "student.rank=4", "student.ema_decay=0.99", "distill.gradient_checkpointing=true")
+    settings += ("fake_score.updates=2",)
     state = _read_back(_update(bench.distiller(*settings)).state_dict())
     worker = bench.distiller(*settings)
     worker.load_state_dict(state)
@@ -225,7 +226,7 @@ def update_student_lora(bench: Bench, mode: PretendedTensors) -> None:
 
 def update_few_steps(bench: Bench, mode: PretendedTensors) -> None:
     """A student of four steps: of some samples the earlier ones run first. The update alone is noted."""
-    worker = bench.distiller("student.steps=4", "student.start_timestep=625", "fake_score.updates=1")
+    worker = bench.distiller("student.steps=4", "student.start_timestep=625", IN_PARTS)
     mode.notes.__init__()
     _update(worker)
 
@@ -241,7 +242,7 @@ def update_joint(bench: Bench, mode: PretendedTensors) -> None:
 
 def update_float16(bench: Bench, mode: PretendedTensors) -> None:
     """The student from t = 999 in float16, with an average; another worker has its checkpoint. The update is noted."""
-    settings = ("student.autocast=float16", "student.ema_decay=0.99", "fake_score.updates=1")
+    settings = ("student.autocast=float16", "student.ema_decay=0.99", IN_PARTS)
     worker = bench.distiller(*settings)
     mode.notes.__init__()
     dtypes = []
@@ -257,7 +258,7 @@ def update_shared(bench: Bench, mode: PretendedTensors) -> None:
     """One pass of the fake score for scores and features, recomputed; its own updates take one part of two."""
     _update(
         bench.distiller(
-            "discriminator.shared_pass=true", "fake_score.batch_size=2", "distill.gradient_checkpointing=true"
+            "discriminator.shared_pass=true", "fake_score.batch_size=2", "distill.gradient_checkpointing=true", IN_PARTS
         )
     )
 
@@ -273,7 +274,7 @@ def update_shard(bench: Bench, mode: PretendedTensors) -> None:
     fake_score.FakeScore.to = _moved  # FSDP2 and `Module.to` swap what a parameter holds, which fakes do not follow
     fake_score._partition = lambda parts, mesh: partition([_moved(part) for part in parts], mesh)
     try:
-        settings = ("fake_score.shard=true", "distill.workers=8", "distill.gradient_checkpointing=true")
+        settings = ("fake_score.shard=true", "distill.workers=8", "distill.gradient_checkpointing=true", IN_PARTS)
         settings += ("fake_score.base_dtype=bfloat16",)
         worker = bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
     finally:
