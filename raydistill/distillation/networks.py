@@ -142,7 +142,7 @@ class Networks:
             stay_float32(self.student.get_submodule(student_space.last_layer))
         if config.distill.gradient_checkpointing:
             self._recompute_activations()
-        self.discriminator = self._new_discriminator() if config.discriminator.weight > 0 else None
+        self.discriminator = new_discriminator(self) if config.discriminator.weight > 0 else None
         if self.device.type != "meta" and config.distill.compile:  # the planner counts what is not compiled
             self._compile()
 
@@ -157,19 +157,6 @@ class Networks:
         self.student_space.recompute_activations(self.student)
         self.teacher_space.recompute_activations(self.fake.network)
         self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
-
-    def _new_discriminator(self) -> Discriminator:
-        """Fresh heads, as wide as the fake score's features are."""
-        space, device = self.teacher_space, self.device
-        conditioning = {
-            name: torch.zeros(1, *shape, dtype=kind, device=device)
-            for name, (shape, kind) in space.conditioning_layout.items()
-        }
-        latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
-        with torch.no_grad(), self._autocast():
-            features = self.fake.features(latents, t_B, self.on_device(conditioning))
-        gan = self.config.discriminator
-        return Discriminator([one.shape[1] for one in features], gan.width, gan.standardize).to(device)
 
     # -- forward passes ----------------------------------------------------------------------------
     def on_device(self, conditioning: Conditioning) -> Conditioning:
@@ -311,3 +298,17 @@ class Networks:
         bridge = self.bridge.projector if self.config.bridge.trainable else None
         kept = {"student": self.student, "ema": self.ema, "discriminator": self.discriminator, "bridge": bridge}
         return {name: module for name, module in kept.items() if module is not None}
+
+
+def new_discriminator(networks: Networks) -> Discriminator:
+    """Fresh heads, as wide as the fake score's features are."""
+    space, device = networks.teacher_space, networks.device
+    conditioning = {
+        name: torch.zeros(1, *shape, dtype=kind, device=device)
+        for name, (shape, kind) in space.conditioning_layout.items()
+    }
+    latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
+    with torch.no_grad():
+        features = networks.features(latents, t_B, conditioning)
+    gan = networks.config.discriminator
+    return Discriminator([one.shape[1] for one in features], gan.width, gan.standardize).to(device)

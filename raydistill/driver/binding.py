@@ -26,10 +26,10 @@ from raydistill.storage.fingerprint import fingerprint
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import FILE_KEYS, input_place, resolve, resolve_file
 from raydistill.workers.adoption import ForeignCheckpoint, Runs, checkpoint_folders, require_ours
+from raydistill.workers.best import BEST
 from raydistill.workers.bridge import CHECKPOINTS as OF_BRIDGE
 from raydistill.workers.checkpoint import CheckpointError, about_of
 from raydistill.workers.distill import CHECKPOINTS as OF_STAGE
-from raydistill.workers.observer import BEST
 
 FILE = "inputs.json"
 PIPELINES = ("student.model", "teacher.model", "synthesis.teacher")

@@ -9,36 +9,26 @@ from typing import Any
 
 import torch
 
-from raydistill.config.reading import config_hash, draws, other_drawer
 from raydistill.config.schema import Config
 from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
-from raydistill.distillation.networks import Networks
 from raydistill.distillation.updates import Distiller
-from raydistill.evaluation.consistency import FALL_DB, Consistency, TeacherDecoder
+from raydistill.evaluation.consistency import Consistency, TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts, Measured, StudentEvaluator
 from raydistill.evaluation.score_pictures import ScorePictures
-from raydistill.export.licences import picture_sets
-from raydistill.export.pipeline import ModelCard, export_student
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
-from raydistill.shapes.judge import COLUMNS as OF_JUDGE
 from raydistill.spaces.base import Conditioning
-from raydistill.storage.atomic import read_json, replace_text, writing
-from raydistill.storage.place import Place
+from raydistill.storage.atomic import read_json, replace_text
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
-from raydistill.workers.adoption import load, mark
-from raydistill.workers.checkpoint import CheckpointError, save_state
+from raydistill.workers.alarms import Alarms
+from raydistill.workers.best import BestStudent
 from raydistill.workers.scorers import RunScorers
 from raydistill.workers.stage import Stage, Standing
 from raydistill.workers.step_log import read_lines, step_file, steps_of
 
 FIRST = "0-overview"
 SHOWN_LOSSES = ("loss/vsd", "loss/gan", "loss/fake")  # on the screen
-# What the periodic evaluation falls below its best in a collapse: of the judge's shares, and of other metrics in standard
-# deviations of single pictures (half of one is about 0.1 of the judge's mean as well).
-FALL, FALL_IN_SPREADS = 0.1, 0.5
-BEST = "best"  # folder of a stage
 CONSISTENCY = "bridge/consistency_psnr"
 
 
@@ -67,7 +57,7 @@ class Observer:
         self.stage, self.config, self.distiller = stage, config, distiller
         self.tracker, self.standing = tracker, standing
         self.best = BestStudent(stage, config, distiller.networks)
-        self._told_of_cuts = self._told_of_consistency = False
+        self.alarms = Alarms(stage.name, config, tracker, standing)
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
         evaluation, networks = config.evaluation, distiller.networks
         scope = next(iter(stage.runs), None) or ""
@@ -128,9 +118,9 @@ class Observer:
         distill = self.config.distill
         metrics["throughput/samples_per_s"] = distill.workers * distill.batch_size / metrics["time/step"]
         metrics["throughput/workers"] = world
-        self._tell_of_cuts(step, metrics)
+        self.alarms.cuts(step, metrics)
         drifted = self.distiller.alarm.reason
-        self._alarm(step, drifted)
+        self.alarms.collapse(step, drifted)
         if evaluation_is_due(self.config, step):
             measured = self._periodic_evaluation(step)
             metrics |= _named(measured) | self._consistency(step)
@@ -154,23 +144,6 @@ class Observer:
         score = metrics.get(f"eval/periodic_{self.config.evaluation.metric}")
         return {f"{FIRST}/{name}": value for name, value in (("loss", loss), ("score", score)) if value is not None}
 
-    def _tell_of_cuts(self, step: int, metrics: dict[str, float]) -> None:
-        if metrics.get("data/cut_prompts") and not self._told_of_cuts:
-            self._told_of_cuts = True
-            print(
-                f"{self.stage.name}: update {step} has prompts that are longer than a text encoder reads; their ends are "
-                "lost (data/cut_prompts counts them)",
-                flush=True,
-            )
-
-    def _alarm(self, step: int, reason: str | None) -> None:
-        """Say once that the student collapses, on screen and in the run's tags; None: it does not, or no longer."""
-        if reason is not None and self.standing.collapse is None:
-            message = f"step {step}: {reason}"
-            print(f"collapse alarm: {message}", flush=True)
-            self.tracker.tags({"collapse_alarm": message})
-        self.standing.collapse = None if reason is None else self.standing.collapse or f"step {step}: {reason}"
-
     def _compare(self, step: int, measured: Measured, drifted: str | None) -> None:
         """Alarm where the evaluation falls well below its best, notice a plateau; keep the best student.
 
@@ -185,28 +158,11 @@ class Observer:
             return
         standing.score = float(step) if score is None else score
         if score is not None:
-            fall = FALL if metric in OF_JUDGE else FALL_IN_SPREADS * measured.spread[metric]
-            if score < standing.best - fall:
-                self._alarm(step, f"evaluation fell to {score:.3f} from {standing.best:.3f}")
-            self._look_for_plateau(step, measured.each[metric])
+            self.alarms.fall(step, score, measured.spread[metric])
+            self.alarms.plateau(step, measured.each[metric])
         if (score is not None or drifted is None) and standing.score > standing.best:
             standing.best = standing.score
             self.best.keep(step, standing.score)
-
-    def _look_for_plateau(self, step: int, scores: list[float | None]) -> None:
-        """Say that the score no longer rises, where that ends the stage."""
-        standing, allowed = self.standing, self.config.distill.stop_on_plateau
-        noise = standing.observe(scores)
-        if allowed is None or standing.flat < allowed:
-            standing.plateau = None
-            return
-        metric = self.config.evaluation.metric
-        standing.plateau = (
-            f"step {step}: {metric} has not risen above {standing.peak:.3f} by its noise ({noise:.3f}) in {standing.flat} "
-            "evaluations"
-        )
-        print(f"{self.stage.name}: plateau: {standing.plateau}", flush=True)
-        self.tracker.tags({"plateau": standing.plateau})
 
     def show_scores(self, step: int, latents: Sequence[torch.Tensor]) -> None:
         """Log what the student drew and what the scores made of it: [N, C, H, W] of each row of `ScorePictures.picture`."""
@@ -229,16 +185,7 @@ class Observer:
             return {}
         student = self.config.student
         found = self.consistency.psnr(student.start_timestep, student.steps)
-        best = self.standing.consistency
-        self.standing.consistency = found if best is None else max(best, found)
-        if found < self.standing.consistency - FALL_DB and not self._told_of_consistency:
-            self._told_of_consistency = True
-            message = (
-                f"step {step}: bridge/consistency_psnr fell to {found:.1f} dB from {best:.1f}: the student's own decoder "
-                "draws another picture than the one that the teacher sees"
-            )
-            print(f"consistency alarm: {message}", flush=True)
-            self.tracker.tags({"consistency_alarm": message})
+        self.alarms.consistency(step, found)
         return {CONSISTENCY: found}
 
     def _final_evaluation(self, name: str, step: int) -> dict[str, float]:
@@ -288,56 +235,3 @@ class Observer:
 
 def _named(measured: Measured) -> dict[str, float]:
     return {f"eval/periodic_{key}": value for key, value in measured.table.items()}
-
-
-class BestStudent:
-    """`best/` of a stage's folder: the evaluated student, and a Bridge that is trained along."""
-
-    def __init__(self, stage: Stage, config: Config, networks: Networks) -> None:
-        self.stage, self.config, self.networks = stage, config, networks
-
-    def keep(self, step: int, score: float) -> None:
-        with writing(self.stage.path(BEST)) as folder:
-            folder.mkdir(exist_ok=True)
-            save_state(folder, self.networks.best_state(), {"step": step, "score": score} | mark(self.stage.runs))
-
-    def restore(self, step: int) -> int:
-        """Load it; returns the step that it is of. Where it is damaged, the student of `step` stays, and that is said."""
-        try:
-            best = load(self.stage.path(BEST), self.stage.runs)
-        except CheckpointError as error:
-            print(f"{self.stage.name}: {error}; the student of update {step} is exported instead", flush=True)
-            return step
-        self.networks.load_best_state(best.state)
-        return best.about["step"]
-
-    def card(self, step: int, table: dict[str, float]) -> ModelCard:
-        """The model card of the student of update `step`, with this table of metrics."""
-        config = self.config
-        return ModelCard(
-            teacher=config.teacher.model,
-            teacher_class=self.networks.teacher_space.pipeline_class,
-            student=config.student.model,
-            student_class=self.networks.student_space.pipeline_class,
-            steps=step,
-            run_id=self.stage.mlflow_run,
-            config_hash=config_hash(config),
-            metrics=table,
-            start=config.student.unet,
-            lora_start=config.student.lora_start,
-            drawer=config.synthesis.teacher if draws(config) and other_drawer(config) else None,
-            pictures=picture_sets(config),
-        )
-
-    def export(self, step: int, table: dict[str, float]) -> list[Place]:
-        """Write what is loaded, of update `step`, as `export/`, and the Bridge as `bridge/`; returns the folders."""
-        networks, config, folders = self.networks, self.config, [self.stage.path("export")]
-        card, steps = self.card(step, table), {"steps": config.student.steps}
-        start = config.student.start_timestep
-        with writing(folders[0]) as folder:
-            export_student(networks.student_space, networks.evaluated, start, folder, card, **steps)
-        if config.bridge.trainable:
-            folders.append(self.stage.path("bridge"))
-            with writing(folders[1]) as folder:
-                networks.bridge.save(folder, {"step": step})
-        return folders

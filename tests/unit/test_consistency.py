@@ -10,6 +10,7 @@ import torch
 from test_score_pictures import CAPTIONS, build_one
 
 from raydistill.config.networks import StudentConfig
+from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable
 from raydistill.data.prompts import PromptSet
 from raydistill.evaluation.consistency import FALL_DB, Consistency, TeacherDecoder
@@ -17,6 +18,7 @@ from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
 from raydistill.spaces.one_step import one_step_x0
+from raydistill.workers.alarms import Alarms
 from raydistill.workers.observer import CONSISTENCY, Observer
 from raydistill.workers.stage import Standing
 
@@ -91,9 +93,7 @@ def test_the_alarm_is_raised_once_and_its_best_lasts_in_checkpoints(capsys):
         consistency=SimpleNamespace(
             fixed=FixedPrompts(PromptSet(CAPTIONS), 3, 0), psnr=lambda start, steps: next(values)
         ),
-        standing=standing,
-        tracker=SimpleNamespace(tags=tags.append),
-        _told_of_consistency=False,
+        alarms=Alarms("distill", Config(), SimpleNamespace(tags=tags.append), standing),
     )
     measured = [Observer._consistency(observer, step)[CONSISTENCY] for step in range(5)]
     assert measured[:2] == [20.0, 25.0]

@@ -20,14 +20,13 @@ import pytest
 import torch
 from ray.exceptions import RayActorError
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from raydistill.background import in_background
 from raydistill.config.reading import load, validate
 from raydistill.data.prompts import held_out_prompts
 from raydistill.data.stream import slot_positions
 from raydistill.distillation.gradients import OTHERS
-from raydistill.errors import NonFiniteError, OutOfMemory, RunLost, StageFailed
+from raydistill.errors import NonFiniteError, RunLost
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator
 from raydistill.export.source import Export, open_student_export
 from raydistill.pictures.files import load_pictures
@@ -141,15 +140,15 @@ def work(rank, settings, world, port):
     distill.distil(Stage(**settings))
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
+@pytest.fixture(scope="module", name="store")
+def fixture_store(tmp_path_factory):
     """(uri, storage) of an MLflow store; making one takes seconds."""
     storage = tmp_path_factory.mktemp("store")
     return f"sqlite:///{storage}/mlflow.db", storage
 
 
-@pytest.fixture
-def stage(store, tmp_path):
+@pytest.fixture(name="stage")
+def fixture_stage(store, tmp_path):
     def make(*overrides):
         from raydistill.tracking.store import open_run
 
@@ -179,8 +178,8 @@ def start(settings, world=1):
     torch.multiprocessing.spawn(work, (settings, world, port), nprocs=world)
 
 
-@pytest.fixture
-def work_here(monkeypatch):
+@pytest.fixture(name="work_here")
+def fixture_work_here(monkeypatch):
     """`work` of one worker in this process."""
     monkeypatch.setattr(distill, "ray", distill.ray)
     monkeypatch.setattr(ray_train, "ray", ray_train.ray)
@@ -441,77 +440,3 @@ def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
     asked = parts.batches_after(load(overrides=prompts), ray_train.Worker(0, 1, torch.device("cpu")), 0)
     assert asked["dtype"] == {"student": "float32", "teacher": "bfloat16"}
     assert (asked["node_labels"], asked["encoders"], asked["gpus_per_encoder"]) == ({"role": "teacher"}, 3, 0.25)
-
-
-# -- a full device ------------------------------------------------------------------------------------------
-
-
-class Full(TorchDispatchMode):
-    """A device that has no room for the backward pass of more than so many samples: its allocator says so, as CUDA's does."""
-
-    def __init__(self, most):
-        super().__init__()
-        self.most = most
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.convolution_backward.default and len(args[0]) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def launch_here(monkeypatch, work_here):
-    """`launch` of one worker in this process; returns how many parts each attempt had, which grows."""
-    attempts = []
-
-    def train(body, settings, config, *, folder, **_):
-        attempts.append(config.distill.micro_batches)
-        ray_train.forget_fatal_error(folder)
-        with contextlib.suppress(OutOfMemory):  # Ray Train starts it again, and it leaves at once
-            ray_train.run_body(folder, "distill", lambda: work_here(settings))
-        if (reason := ray_train.fatal_error(folder)) is not None:
-            raise StageFailed(f"distill: {reason}")
-
-    monkeypatch.setattr(distill, "train", train)
-    return lambda settings: (launch(Stage(**settings)), attempts)[1]
-
-
-@pytest.mark.full
-def test_a_full_device_is_tried_once_more_with_more_parts_and_the_run_says_so(stage, launch_here, tmp_path, capsys):
-    few = ("distill.steps=1", "distill.evaluate_every=9", "evaluation.consistency_count=0")
-    settings = stage("distill.micro_batches=1", *few)
-    with Full(2):
-        assert launch_here(settings) == [1, 2]
-    assert "goes on with distill.micro_batches=2, the same update up to rounding" in capsys.readouterr().out
-    told = tracked(settings).tags["out_of_memory"]
-    assert told.startswith(
-        "goes on with distill.micro_batches=2. trainer: out of device memory at the fake score's update; set "
-        "distill.micro_batches=2 or"
-    )
-    state = load_state(kept(tmp_path)[-1])[0]
-    shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "result.json").unlink()
-    (tmp_path / "more_parts.json").unlink()
-    with Full(2):  # it needed no more than two parts
-        assert launch_here(stage("distill.micro_batches=2", *few))[2:] == [2]
-    other = load_state(kept(tmp_path)[-1])[0]
-    assert all(torch.equal(value, other["student"][name]) for name, value in state["student"].items())
-
-
-@pytest.mark.full
-def test_a_device_that_is_full_again_or_not_in_an_update_ends_the_stage(stage, launch_here, tmp_path, monkeypatch):
-    settings = stage("distill.micro_batches=1", "distill.steps=1", "evaluation.consistency_count=0")
-    with Full(1), pytest.raises(StageFailed, match=r"at the fake score's update; set distill\.micro_batches=4 or"):
-        launch_here(settings)
-    assert json.loads((tmp_path / "more_parts.json").read_text())["micro_batches"] == 2
-    with Full(1), pytest.raises(StageFailed, match=r"set distill\.micro_batches=4 or"):  # begins with two, and ends
-        launch_here(settings)
-    (tmp_path / "more_parts.json").unlink()
-
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(distill.Observer, "before", full)
-    with pytest.raises(StageFailed, match="trainer: out of device memory"):
-        launch_here(settings)
-    assert not (tmp_path / "more_parts.json").exists()

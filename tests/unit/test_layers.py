@@ -1,4 +1,7 @@
-"""Imports of the package point one way, and stand at the top of a file (raydistill/README.md has the map of the rooms)."""
+"""Imports of the package point one way, and stand at the top of a file (raydistill/README.md has the map of the rooms).
+
+Files, classes and constructors stay short enough to be read at once.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ LAYERS = (  # rooms of one line do not know each other; a room knows those of th
     {"library"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+STORY = ("driver/job.py", "driver/pipeline.py", "workers/distill.py", "distillation/updates.py")  # read top to bottom
 MAY_IMPORT_RAY = {"teachers", "data", "workers", "driver", "benchmark"}
 
 
@@ -117,3 +121,19 @@ def test_an_import_inside_a_function_says_why(file):
     }
     silent = [f"line {line}: {', '.join(imported(node))}" for line, node in inner.items() if not commented(lines, node)]
     assert not silent
+
+
+@pytest.mark.parametrize("file", modules(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_files_classes_and_constructors_are_short(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= (300 if str(file.relative_to(PACKAGE)) in STORY else 450)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            assert node.end_lineno - node.lineno < 200, node.name
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            assert len(node.args.args) - 1 <= 6, f"line {node.lineno}: positional parameters of a constructor"
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.parent.joinpath("tests").rglob("*.py")), ids=lambda file: file.name)
+def test_files_of_tests_are_short(file):
+    assert len(file.read_text().splitlines()) <= 450
