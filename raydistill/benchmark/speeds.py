@@ -47,18 +47,22 @@ def shares(
     """By role, of the data sheet's peak.
 
     Args:
-        scores: of them the best eager one of each model counts, as teachers run, and of the models the median.
+        scores: of them the best of each model counts, eager and compiled apart, and of the models the median.
         student: seconds and FLOPs of a student's step.
         other: as `encoders` gives it.
     """
-    eager = [row for row in scores if row["kind"] == "eager"]
-    best = {row["model"]: max(one["tflops"] for one in eager if one["model"] == row["model"]) for row in eager}
     found = {
         "trainer": gpu.seconds(Cost(student["flops"], 0, student["flops_32"]), 1.0) / student["seconds"],
         "text": other["text_flops"] / (1e12 * gpu.bf16_tflops) / other["text_s"],
         "vae": other["vae_flops"] / (1e12 * gpu.float32(tf32=True)) / other["vae_s"],
     }
-    return found | ({"teacher": statistics.median(best.values()) / gpu.bf16_tflops} if best else {})
+    for kind, role in (("eager", "teacher"), ("compiled", "teacher_compiled")):
+        best: dict[str, float] = {}
+        for row in (row for row in scores if row["kind"] == kind):
+            best[row["model"]] = max(row["tflops"], best.get(row["model"], 0.0))
+        if best:
+            found[role] = statistics.median(best.values()) / gpu.bf16_tflops
+    return found
 
 
 def keep(arguments: argparse.Namespace, device: str, result: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ GIB = 1 << 30
 GPU_TABLE = Path(__file__).with_name("gpus.yaml")
 MEASURED = "speeds.yaml"  # beside the counts: what `jobs/benchmark.py gpu` has measured on this machine
 USUAL_SHARE = 0.4  # of the peak, where nothing is known
-SPEED_ROLES = ("teacher", "trainer", "text", "vae")  # of a run, those whose networks compute
 
 
 class Speed(Section):
@@ -36,7 +35,9 @@ class Speeds(Section):
     """By role; None: not known."""
 
     teacher: Speed | None = None
+    teacher_compiled: Speed | None = None
     trainer: Speed | None = None
+    trainer_compiled: Speed | None = None
     text: Speed | None = None
     vae: Speed | None = None
 
@@ -56,12 +57,20 @@ class Gpu(Section):
     speed: Speeds = Speeds()
 
     def of(self, role: str, config: Config) -> Speed:
-        """What a role reaches: the configured share, else the table's."""
+        """What a role reaches: the configured share, else the table's, as the role's networks run."""
         if config.plan.efficiency is not None:
             return Speed(share=config.plan.efficiency, source="plan.efficiency")
-        if (known := getattr(self.speed, role)) is not None:
+        eager = self._known(role, "")
+        compiled = self._known(role, "_compiled") if is_compiled(role, config) else None
+        return compiled if compiled is not None and compiled.share > eager.share else eager
+
+    def _known(self, role: str, how: str) -> Speed | None:
+        """The table's share; a trainer runs the teacher's kinds of networks. None: not known of compiled ones."""
+        if (known := getattr(self.speed, role + how, None)) is not None:
             return known
-        alike = self.speed.teacher if role == "trainer" else None  # the same kinds of networks, run eagerly too
+        alike = getattr(self.speed, f"teacher{how}") if role == "trainer" else None
+        if alike is None and how:
+            return None
         return Speed(share=alike.share if alike else USUAL_SHARE, source="assumed")
 
     def share(self, role: str, config: Config) -> float:
@@ -78,6 +87,11 @@ class Gpu(Section):
 
     def flops_per_s(self, dtype: str, efficiency: float) -> float:
         return 1e12 * efficiency * (self.fp32_tflops if dtype == "float32" else self.bf16_tflops)
+
+
+def is_compiled(role: str, config: Config) -> bool:
+    """Whether the role's networks run compiled."""
+    return {"teacher": config.teachers.compile, "trainer": config.distill.compile}.get(role, False)
 
 
 def read_gpus(further: str | None = None) -> dict[str, Gpu]:

@@ -13,7 +13,7 @@ from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
 from raydistill.planning.counts import Counts, makes_pairs, pairs_made
-from raydistill.planning.gpus import GIB, Gpu
+from raydistill.planning.gpus import GIB, Gpu, is_compiled
 from raydistill.planning.memory import ROLES, encoder_gpu, keeping_parts, memory
 from raydistill.planning.schedule import (
     Phase,
@@ -183,7 +183,8 @@ def speeds(config: Config, gpus: dict[str, Gpu]) -> str:
     names = {"teacher": "teachers", "trainer": "trainers", "text": "text encoders", "vae": "VAEs"}
     for role, kind in kinds.items():
         speed = gpus[kind].of(role, config)
-        lines.append(f"{names[role]} {speed.share:.0%} on {kind} ({speed.source})")
+        how = ", compiled" if is_compiled(role, config) else ""
+        lines.append(f"{names[role]} {speed.share:.0%} on {kind} ({speed.source}{how})")
     return ", ".join(lines)
 
 
@@ -231,6 +232,12 @@ def _changes(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Iterator[t
     if makes_pairs(config) and (made := pairs_made(config)) > FEWER_PAIRS:
         key = "count" if config.synthesis.images is None else "image_count"
         yield f"synthesis.{key}={FEWER_PAIRS} (of {made:,})", _with(config, "synthesis", **{key: FEWER_PAIRS})
+    if not config.distill.compile:
+        yield "distill.compile=true", _with(config, "distill", compile=True)
+    if config.teachers.backend != "zero3" and not config.teachers.compile:  # which need it whole
+        compiled = _with(config, "teachers", compile=True)
+        if all_fits(counts, compiled, gpus):
+            yield "teachers.compile=true", compiled
     if not config.plan.spot:
         yield "plan.spot=true", _with(config, "plan", spot=True)
     bridge = bridge_schedule(counts, config, gpus)

@@ -41,6 +41,23 @@ def test_a_configured_share_is_that_of_every_role():
     assert set(told(known_gpus(config), "H100", config).values()) == {(0.2, "plan.efficiency")}
 
 
+def test_compiled_networks_reach_more_where_that_is_known(tmp_path):
+    config = load(overrides=["teachers.compile=true", "distill.compile=true"])
+    gpus = known_gpus(config)
+    compiled = {kind: told(gpus, kind, config) for kind in ("H100", "L40S")}
+    assert compiled["H100"]["teacher"] == (0.45, "published")
+    assert compiled["H100"]["trainer"] == (0.45, "assumed")
+    assert compiled["L40S"] == told(gpus, "L40S")  # not known
+    alone = load(overrides=["distill.compile=true"])
+    assert told(gpus, "H100", alone)["teacher"] == (0.30, "published")
+    assert told(gpus, "H100", alone)["trainer"] == (0.45, "assumed")
+    keep_measured(cache_folder() / MEASURED, "H100", {"trainer": 0.5, "teacher_compiled": 0.52})
+    assert told(known_gpus(alone), "H100", alone)["trainer"] == (0.52, "assumed")
+    keep_measured(cache_folder() / MEASURED, "H100", {"trainer_compiled": 0.4})
+    assert told(known_gpus(alone), "H100", alone)["trainer"] == (0.5, "measured"), "what is less was badly compiled"
+    assert ", trainers 45% on H100 (assumed, compiled), " in verdict.speeds(alone, gpus)
+
+
 def test_what_was_measured_here_is_read_over_the_table_role_by_role(tmp_path):
     keep_measured(cache_folder() / MEASURED, "L40S", {"teacher": 0.31234567})
     keep_measured(cache_folder() / MEASURED, "L40S", {"trainer": 0.25})
@@ -100,6 +117,7 @@ def test_shares_are_of_the_data_sheet_and_teachers_count_as_they_run():
     assert found["teacher"] == pytest.approx(
         300 / 989
     )  # the best eager one of each model, and of the models the median
+    assert found["teacher_compiled"] == pytest.approx(900 / 989)
     assert found["trainer"] == pytest.approx((1 / 989 + 1 / 67) / 0.1)
     assert found["vae"] == pytest.approx(1 / 494 / 0.01)
     assert found["text"] == pytest.approx(5 / 989 / 0.01)
