@@ -392,10 +392,13 @@ def test_what_would_save_most_is_what_the_plan_of_that_would_say(config, large):
         ("bridge.pairs=… (pairs that you have)", "bridge.pairs=/mine"),
         ("synthesis.images=… (pictures that you have)", "synthesis.images=/mine"),
         ("plan.spot=true", "plan.spot=true"),
-        ("distill.compile=true", "distill.compile=true"),
     ):
         other = settings(config, *RENTED, "synthesis.count=2000000", "bridge.pairs=null", "plan.spot=false", told)
         assert by_change[change] == pytest.approx(price(phases(large, other, gpus), other, gpus))
+    alone = (*RENTED, "bridge.pairs=/mine")  # distillation decides the price
+    by_change = {change: cost for cost, change in savings(large, settings(config, *alone), gpus)}
+    other = settings(config, *alone, "distill.compile=true")
+    assert by_change["distill.compile=true"] == pytest.approx(price(phases(large, other, gpus), other, gpus))
     assert "teachers.compile=true" not in by_change, "of an L40S nobody knows what that saves"
 
 
