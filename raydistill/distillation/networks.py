@@ -303,8 +303,8 @@ class Networks:
 def new_discriminator(networks: Networks) -> Discriminator:
     """Fresh heads, as wide as the fake score's features are."""
     space, device = networks.teacher_space, networks.device
-    conditioning = {
-        name: torch.zeros(1, *shape, dtype=kind, device=device)
+    conditioning = {  # ones: of masks and lengths, they keep a token
+        name: torch.ones(1, *shape, dtype=kind, device=device)
         for name, (shape, kind) in space.conditioning_layout.items()
     }
     latents, t_B = torch.zeros(1, *space.latent_shape, device=device), torch.full((1,), 0.5, device=device)
