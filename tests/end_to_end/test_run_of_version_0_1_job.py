@@ -1,4 +1,4 @@
-"""A run that version 0.1 began is resumed by this version, to the weights that version 0.1 ends with."""
+"""A run that version 0.1 began is resumed by this version, to weights that do not change from version to version."""
 
 import json
 import shutil
