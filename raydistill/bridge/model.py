@@ -8,6 +8,7 @@ Shapes: z_S [B, Cs, h, w] and ẑ_T [B, Ct, H, W], both normalised latents on th
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,7 +184,9 @@ class Bridge(nn.Module):
         return list(self.projector.parameters())
 
     # -- files -------------------------------------------------------------------------------------
-    def description(self, metrics: dict[str, float] | None = None) -> dict[str, Any]:
+    def description(
+        self, metrics: dict[str, float] | None = None, pictures: Sequence[tuple[str, str | None]] = ()
+    ) -> dict[str, Any]:
         """What bridge.json says."""
         architecture = {key: getattr(self.architecture, key) for key in ARCHITECTURE_KEYS}
         sides = {
@@ -195,10 +198,15 @@ class Bridge(nn.Module):
             }
             for role, space in (("student", self.student), ("teacher", self.teacher))
         }
-        return {"architecture": architecture, **sides, "metrics": metrics or {}}
+        sets = [{"source": source, "licence": licence} for source, licence in pictures]
+        return {"architecture": architecture, **sides, "metrics": metrics or {}} | ({"pictures": sets} if sets else {})
 
     def save(
-        self, folder: str | Path, metrics: dict[str, float] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        folder: str | Path,
+        metrics: dict[str, float] | None = None,
+        dtype: torch.dtype = torch.float32,
+        pictures: Sequence[tuple[str, str | None]] = (),
     ) -> Path:
         """Write the projector (the prior is the student's own) and bridge.json; an existing Bridge is replaced.
 
@@ -206,13 +214,14 @@ class Bridge(nn.Module):
             folder: appears only when complete.
             metrics: measured quality, kept in bridge.json.
             dtype: of the stored weights (float16 halves the file).
+            pictures: (source, licence) of real pictures that it was trained on, for the cards of its students.
         """
         folder = Path(folder)
         with replacing(folder) as fresh:
             fresh.mkdir()
             weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.projector.state_dict().items()}
             save_file(weights, fresh / WEIGHTS_FILE)
-            (fresh / DESCRIPTION_FILE).write_text(json.dumps(self.description(metrics), indent=2) + "\n")
+            (fresh / DESCRIPTION_FILE).write_text(json.dumps(self.description(metrics, pictures), indent=2) + "\n")
         return folder
 
     @classmethod

@@ -107,6 +107,8 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         images = _open_stream(config, distils)
     else:
         images = None if config.synthesis.images is None else _opened_images(config)
+    if images is not None and config.synthesis.licence is None:
+        notes += ("synthesis.licence names no terms of the pictures, and the model card will say so",)
     if isinstance(images, ImageSet):  # of a stream, held-out captions are left out
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))

@@ -5,11 +5,14 @@ Short summaries of what the models' own pages and licence files state; those are
 
 from __future__ import annotations
 
+from raydistill.bridge.model import read_description
+from raydistill.config.reading import needs_pairs
 from raydistill.config.schema import Config
+from raydistill.config.stages import streams_bridge
 from raydistill.data.shards import notes_of
 from raydistill.spaces import find_family, hub_models
 from raydistill.spaces.hub_model import Licence
-from raydistill.storage.resolve import input_place
+from raydistill.storage.resolve import input_place, resolve
 
 _EMBEDDED = Licence("the project's own licence", "other", "No third-party weights.")
 _LOOK_UP = "Look up the terms of this model before sharing anything."
@@ -31,12 +34,21 @@ _PICTURES = "The terms of the set, and of the pictures in it, are those of their
 
 
 def picture_sets(config: Config) -> list[tuple[str, str | None]]:
-    """(source, licence) of the real pictures that a run learns from: those it encodes, and those in sets of pairs that it is given."""
-    found = [] if config.synthesis.images is None else [(config.synthesis.images, config.synthesis.licence)]
+    """(source, licence) of the real pictures that a run learns from: those it encodes, and those of what it is given.
+
+    That are sets of pairs, and a Bridge whose training told (`bridge.json`).
+    """
+    encodes = streams_bridge(config) or (needs_pairs(config) and config.bridge.pairs is None)
+    images, found = config.synthesis.images, []
+    if images is not None and encodes:
+        found.append((images, config.synthesis.licence))
     for folder in (config.bridge.pairs, config.discriminator.real_data):
         notes = {} if folder is None else notes_of(input_place(folder))
         if notes.get("pictures"):
             found.append((str(notes["pictures"]), notes.get("licence")))
+    if config.bridge.checkpoint is not None:
+        told = read_description(resolve(config.bridge.checkpoint)).get("pictures", [])
+        found += [(str(one["source"]), one.get("licence")) for one in told]
     return list(dict.fromkeys(found))
 
 

@@ -65,5 +65,5 @@ class BestStudent:
         if config.bridge.trainable:
             folders.append(self.stage.path("bridge"))
             with writing(folders[1]) as folder:
-                networks.bridge.save(folder, {"step": step})
+                networks.bridge.save(folder, {"step": step}, pictures=picture_sets(config))
         return folders

@@ -21,6 +21,7 @@ from raydistill.data.pairs import Pairs, open_pairs
 from raydistill.data.pictures import Pictures
 from raydistill.device_memory import naming_out_of_memory, part
 from raydistill.errors import StageFailed
+from raydistill.export.licences import picture_sets
 from raydistill.precision import allow_tf32
 from raydistill.spaces import load_space
 from raydistill.storage import lease
@@ -211,7 +212,9 @@ def _train_with(config: Config, settings: dict[str, Any]) -> None:
                     shown = {"loss": losses["loss/bridge"], "pairs/s": rate}
                     write_progress(progress, step=step, total=last, **shown)
             if step % config.bridge.checkpoint_every == 0 or step == last:
-                _checkpoint(trainer, log, progress.parent / BRIDGE_FOLDER, runs, feed.cursors(worker))
+                _checkpoint(
+                    trainer, log, progress.parent / BRIDGE_FOLDER, runs, feed.cursors(worker), picture_sets(config)
+                )
     finally:
         feed.close()
         log.close()
@@ -227,12 +230,18 @@ def _timed(batches: Iterator[Pairs]) -> Iterator[tuple[Pairs, float]]:
 
 
 def _checkpoint(
-    trainer: BridgeTrainer, log: MetricLog, stage: Place, runs: Runs, cursors: list[dict[str, int]] | None
+    trainer: BridgeTrainer,
+    log: MetricLog,
+    stage: Place,
+    runs: Runs,
+    cursors: list[dict[str, int]] | None,
+    pictures: list[tuple[str, str | None]],
 ) -> None:
     """Validate and save on rank 0; a barrier for all workers. Every checkpoint holds a usable Bridge.
 
     Args:
         cursors: where each worker goes on in its stream; None: pairs are stored.
+        pictures: (source, licence) of the real ones that it is trained on.
     """
     if trainer.objective.rank:
         ray.train.report({})
@@ -243,7 +252,7 @@ def _checkpoint(
     log.metrics(metrics, step)
     log.image(picture, "reconstruction", step)
     with scratch(stage) as folder:
-        trainer.bridge.save(folder / BRIDGE_FOLDER, metrics | {"step": step})
+        trainer.bridge.save(folder / BRIDGE_FOLDER, metrics | {"step": step}, pictures=pictures)
         state = trainer.state_dict() | {CURVES: log.curves} | ({CURSORS: cursors} if cursors else {})
         save_state(folder, state, {"step": step} | mark(runs))
         lease.check(stage)

