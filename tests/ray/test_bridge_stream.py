@@ -92,7 +92,7 @@ def test_a_killed_job_gives_the_bridge_of_plain_torch(ray_cluster, settings, tmp
     """kill -9 of the driver between two checkpoints, then the same command: the same weights, and nothing is stored."""
     overrides = [
         *settings, f"storage={tmp_path}", "run.name=streamed", f"bridge.steps={STEPS}", "bridge.checkpoint_every=2",
-        "evaluation.judge=null",
+        "evaluation.judge=null", "synthesis.licence=CC0",
     ]  # fmt: skip
     checkpoints, log = tmp_path / "streamed" / "bridge-checkpoints", tmp_path / "log"
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -118,6 +118,8 @@ def test_a_killed_job_gives_the_bridge_of_plain_torch(ray_cluster, settings, tmp
     weights, validation = in_plain_torch(load(overrides=overrides), STEPS)
     assert largest_difference(tmp_path / "streamed" / "bridge", weights) == 0
     assert not (tmp_path / "streamed" / "pairs").exists()
+    told = json.loads((tmp_path / "streamed" / "bridge" / "bridge.json").read_text())["pictures"]
+    assert [one["licence"] for one in told] == ["CC0"]
     assert "resumes at update" in log.read_text()
 
     from mlflow import MlflowClient
