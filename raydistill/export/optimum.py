@@ -28,8 +28,8 @@ TOLERANCE = 0.05  # 255ths: other kernels, in float32
 class Runtime:
     """One of optimum's runtimes."""
 
-    module: str  # has the pipeline
-    pipeline: str
+    module: str  # has the pipelines
+    probe: str  # one that it has where it is complete
     packages: str  # for pip, in an environment of its own
     clash: str  # why it has to be one of its own
     options: dict[str, dict[str, str]]  # of `from_pretrained`, for float32
@@ -70,7 +70,7 @@ def check_environment(kind: str, python: str | None) -> str:
     found = shutil.which(python)
     if found is None:
         raise InputError(f"--optimum {python}: no such program")
-    done = _run(found, "-c", f"from {runtime.module} import {runtime.pipeline}")
+    done = _run(found, "-c", f"from {runtime.module} import {runtime.probe}")
     if done.returncode != 0:
         raise InputError(f"--optimum {python}: {_last_line(done)}; install with: {make}")
     return found
@@ -91,11 +91,11 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
         RuntimeError: the exporter failed, or its picture is another one.
     """
     space, start = open_one_step(export, f"--format {kind}")
-    if space.pipeline_class != "StableDiffusionPipeline":
+    if kind not in space.runtimes:
         raise InputError(
             f"--format {kind}: {export.folder} is a {space.pipeline_class}, which is not written; take the folder"
         )
-    runtime = RUNTIMES[kind]
+    runtime, pipeline = RUNTIMES[kind], space.runtimes[kind]
     with tempfile.TemporaryDirectory(prefix="raydistill-") as scratch:
         own = _for_older_transformers(Path(space.folder), Path(scratch, "export"))
         command = ("export", kind, "--model", str(own), "--task", "text-to-image", str(folder))
@@ -104,13 +104,13 @@ def write_optimum(export: Export, kind: str, python: str, folder: Path) -> float
             raise RuntimeError(f"optimum-cli export {kind}: {_last_line(done)}")
         asked = {"own": str(own), "other": str(folder), "prompt": PROMPT, "shape": list(space.latent_shape)}
         asked["options"] = runtime.options
-        done = _run(python, "-c", _COMPARE, runtime.module, runtime.pipeline, json.dumps(asked))
+        done = _run(python, "-c", _COMPARE, runtime.module, pipeline, space.pipeline_class, json.dumps(asked))
     if done.returncode != 0:
-        raise RuntimeError(f"{runtime.pipeline}: {_last_line(done)}")
+        raise RuntimeError(f"{pipeline}: {_last_line(done)}")
     found = float(done.stdout.splitlines()[-1])
     if not found <= TOLERANCE:
         raise RuntimeError(f"{kind}: draws another picture than {space.folder} (mean difference {found:.3g} / 255)")
-    usage = _USAGE.format(kind=kind, module=runtime.module, pipeline=runtime.pipeline, start=start, apart=found,
+    usage = _USAGE.format(kind=kind, module=runtime.module, pipeline=pipeline, start=start, apart=found,
                           packages=runtime.packages,
                           options="".join(f", {name}={value!r}" for name, value in runtime.options.items()))  # fmt: skip
     (folder / "README.md").write_text(outside_card(Path(space.folder), usage), encoding="utf-8")
@@ -158,14 +158,13 @@ def _last_line(done: subprocess.CompletedProcess[str]) -> str:
 # Runs in the other environment, which has no raydistill.
 _COMPARE = """
 import importlib, json, sys
-import numpy, torch
-from diffusers import StableDiffusionPipeline
-module, name, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+import diffusers, numpy, torch
+module, name, plain, asked = *sys.argv[1:4], json.loads(sys.argv[4])
 noise = torch.randn(1, *asked["shape"], generator=torch.Generator().manual_seed(0))
 def draw(pipe, latents):
     return numpy.asarray(pipe(asked["prompt"], latents=latents, num_inference_steps=1, guidance_scale=0,
                               output_type="np").images, dtype="float64")
-own = draw(StableDiffusionPipeline.from_pretrained(asked["own"], torch_dtype=torch.float32, use_safetensors=True), noise)
+own = draw(getattr(diffusers, plain).from_pretrained(asked["own"], torch_dtype=torch.float32, use_safetensors=True), noise)
 pipe = getattr(importlib.import_module(module), name).from_pretrained(asked["other"], **asked["options"])
 print(abs(own - draw(pipe, noise)).mean() * 255)
 """

@@ -10,8 +10,8 @@ import math
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 
 from raydistill.errors import InputError
 from raydistill.export.cards import outside_card
@@ -59,15 +59,15 @@ def write_single_file(export: Export, folder: Path) -> float:
     (folder / f"{name}-comfyui.json").write_text(json.dumps(graph, indent=2) + "\n", encoding="utf-8")
     usage = _USAGE.format(file=file.name, start=start, sigma=f"{sigma:.6f}", side=space.resolution, name=name)
     (folder / "README.md").write_text(outside_card(Path(space.folder), usage), encoding="utf-8")
-    found = difference(space, lambda: load_single_file(file))
+    found = difference(space, lambda: load_single_file(file, space.pipeline_class))
     if found > TOLERANCE:
         raise InputError(f"{file}: draws another picture than {space.folder} (mean difference {found:.3g} / 255)")
     return found
 
 
-def load_single_file(file: Path) -> StableDiffusionPipeline:
+def load_single_file(file: Path, pipeline_class: str = "StableDiffusionPipeline") -> diffusers.DiffusionPipeline:
     """The written file in float32, as its README says. No network."""
-    return StableDiffusionPipeline.from_single_file(
+    return getattr(diffusers, pipeline_class).from_single_file(
         str(file), config=str(file.parent / CONFIG), local_files_only=True, dtype=torch.float32
     )
 

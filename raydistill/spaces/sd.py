@@ -38,6 +38,7 @@ class StableDiffusionSpace(DiscreteSpace):
     student_parts = ("vae", "text_encoder", "tokenizer")
     student_noun = "Stable Diffusion UNet"
     original_layout = True
+    runtimes = {"onnx": "ORTStableDiffusionPipeline", "openvino": "OVStableDiffusionPipeline"}
 
     @property
     def conditioning_layout(self) -> Layout:

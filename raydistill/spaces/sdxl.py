@@ -31,6 +31,7 @@ class SDXLSpace(StableDiffusionSpace):
     student_parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     plain_start = True
     original_layout = False
+    runtimes = {}
 
     @property
     def distilled_sign(self) -> str | None:

@@ -25,6 +25,9 @@ class StudentFamily(ModelFolder):
     last_layer: ClassVar[str] = "conv_out"  # of the network, which stays float32 where the rest of it is float16
     plain_start: ClassVar[bool] = False  # a student sees plain noise wherever it starts, not noise times sigma
     original_layout: ClassVar[bool] = False  # `export.original_layout` names its tensors
+    runtimes: ClassVar[
+        Mapping[str, str]
+    ] = {}  # onnx, openvino -> optimum's pipeline for it, as `export.optimum` writes it
     call_arguments: ClassVar[Mapping[str, Any]] = {}  # of the pipeline's call, besides one step without guidance
 
     def one_step_scheduler(self, start_timestep: int) -> SchedulerMixin:
