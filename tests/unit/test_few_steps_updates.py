@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_few_steps import state_of, updated, worker_of, world  # noqa: F401 (a fixture)
+from test_few_steps import fixture_world, state_of, updated, worker_of  # noqa: F401
 
 from raydistill.config.reading import load
 from raydistill.data.prompts import PromptSet
