@@ -314,7 +314,7 @@ def test_numbers_of_a_lost_run_do_not_reach_the_others_mlflow_run(stage, work_he
     with holding(Lease(tmp_path, "mine")), pytest.raises(RunLost):
         work_here(settings)
     client = mlflow.MlflowClient(settings["mlflow_uri"])
-    assert [metric.step for metric in client.get_metric_history(settings["mlflow_run"], "loss")] == [1]
+    assert [metric.step for metric in client.get_metric_history(settings["mlflow_run"], "loss/gan")] == [1]
     pictures = [file.path.split("+") for file in client.list_artifacts(settings["mlflow_run"], "images")]
     assert {parts[2] for parts in pictures if parts[0] == "images/periodic"} == {"0", "1"}
     assert len((tmp_path / "steps-0.jsonl").read_text().splitlines()) == 1
