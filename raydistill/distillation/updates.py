@@ -14,7 +14,6 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.rates import shares
-from raydistill.distillation.readings import Readings, Row, mean_of
+from raydistill.distillation.readings import Readings, Row, mean_of, take_roots
 from raydistill.distillation.reward import Reward, RewardTerm
 from raydistill.distillation.rollout import Rollout
 from raydistill.distillation.watch import REFERENCE, Watch
@@ -101,8 +100,9 @@ class Distiller:
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
-        parts = config.distill.workers * config.distill.micro_batches  # of a batch of all workers
-        self.workers = parts / self.gradients.mean_parts  # that there are now
+        self.workers = (
+            config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
+        )  # now there are
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
@@ -180,8 +180,7 @@ class Distiller:
         self.metrics |= read | self.watch.observe(*numbers)
         if self.watch.left_out:
             self.metrics["guard/left_out"] += round(self.watch.left_out * self.workers)
-        for name in [name for name in self.metrics if name.endswith("/gradient_square")]:
-            self.metrics[name.replace("square", "norm")] = math.sqrt(self.metrics.pop(name))
+        take_roots(self.metrics)
         if scores is not None:
             self.metrics["time/wait_teacher"] += waiting.seconds
         self.updates += 1
