@@ -100,9 +100,8 @@ class Distiller:
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
-        self.workers = (
-            config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
-        )  # now there are
+        # that there are now
+        self.workers = config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
@@ -209,8 +208,7 @@ class Distiller:
         if self.reward is not None:
             loss = loss + self.reward.pull(row, z_student, made, self.updates)
         names = ["student"]
-        if made.weight != 1:  # what is left out counts as 0; the pairs are all there
-            loss = made.weight * loss
+        loss = loss if made.weight == 1 else made.weight * loss  # what is left out counts as 0; the pairs are all there
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
             loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
