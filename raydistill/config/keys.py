@@ -35,7 +35,7 @@ def dotted(places: Any) -> Any:
         if isinstance(values, dict)
         for part, value in values.items()
     }
-    return {name: value for name, value in places.items() if not isinstance(value, dict)} | inner
+    return inner | {name: value for name, value in places.items() if not isinstance(value, dict)}
 
 
 Places = Annotated[dict[str, str], BeforeValidator(dotted)]  # of weights, by name

@@ -61,7 +61,7 @@ def load_reward(config: Config, space: Space, places: Mapping[str, str] | None) 
 
     Args:
         space: the student's.
-        places: folder of each of the reward's weights, by name (`evaluation.metrics.reward_of_run`).
+        places: folder of each of the reward's weights, by name (`evaluation.metrics.reward_places`).
 
     Raises:
         InputError: weights that cannot be read.

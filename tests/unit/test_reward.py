@@ -288,9 +288,8 @@ def test_encoders_bring_what_a_reward_knows_of_a_prompt_and_nothing_of_teacher_s
 
 
 def test_a_reward_that_would_pick_the_best_as_well_is_refused(clip, tmp_path, monkeypatch):
-    clips = "".join(f'"{name}": "{clip}", ' for name in ("clipscore", "pickscore", "pickscore.processor"))
-    both = ["evaluation.metrics=[clipscore,pickscore]", "evaluation.judge=null", "reward.weight=1"]
-    both.append(f"evaluation.weights={{{clips}}}")
+    clips = [f"evaluation.weights.{name}={clip}" for name in ("clipscore", "pickscore", "pickscore.processor")]
+    both = ["evaluation.metrics=[clipscore,pickscore]", "evaluation.judge=null", "reward.weight=1", *clips]
     for trained, picks in (("clipscore", "pickscore"), ("pickscore", "clipscore")):
         settings = [*both, f"reward.metric={trained}"]
         found = check_reward(load(overrides=[*settings, f"evaluation.metric={picks}"]))
