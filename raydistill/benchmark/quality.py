@@ -15,7 +15,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ from raydistill.distillation.local import LocalScores, local_distillation
 from raydistill.distillation.networks import guidance_scale
 from raydistill.distillation.schedule import distillation_step
 from raydistill.evaluation.evaluator import FixedPrompts, StudentEvaluator, draw_teacher
+from raydistill.evaluation.metrics import reward_places
 from raydistill.evaluation.summary import write_summary
+from raydistill.pictures.grids import grid
 from raydistill.planning.counting import count_teacher, count_trainer, distiller
 from raydistill.planning.counts import changed
 from raydistill.planning.meter import counted
@@ -62,6 +64,7 @@ class Variant:
         return [f"fake_score.kind={self.kind}", f"fake_score.updates={self.k}", *gan, *self.more]
 
 
+SHOWN = 48  # pictures in a cell's grid
 DEFAULT, DMD2 = "default: lora, k = 2, GAN", "DMD2's: full, k = 5, separate passes"
 VARIANTS = (
     Variant(DEFAULT),
@@ -93,11 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--pictures", 512, "pictures of an evaluation")
     option(parser, "--parallel", 2, "cells at once, one thread each")
     option(parser, "--only", None, "variants whose name contains one of these", nargs="*", metavar="TEXT")
+    option(
+        parser,
+        "--more",
+        None,
+        "keys that every cell sets besides, such as reward.weight=0.1",
+        nargs="*",
+        metavar="KEY=VALUE",
+    )
     option(parser, "--no-real-size", False, "leave out what an update costs at real size")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     variants = [v for v in VARIANTS if not arguments.only or any(text in v.name for text in arguments.only)]
+    if more := tuple(arguments.more or ()):
+        variants = [replace(v, name=f"{v.name}, {', '.join(more)}", more=(*v.more, *more)) for v in variants]
     folder = arguments.storage / "benchmark" / "quality"
     folder.mkdir(parents=True, exist_ok=True)
     shares = sorted(arguments.shares)
@@ -118,7 +131,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             updates = [[crossing(cell["curve"], share * cell["teacher"]) for cell in done] for share in shares]
             best = max(accuracy for cell in done for _, accuracy in cell["curve"])
             cost = {size: future.result() for size, future in costs[v].items()}
-            rows.append(asdict(v) | {"updates": updates, "best": best} | cost)
+            rows.append(asdict(v) | {"updates": updates, "best": best, "last": [cell["last"] for cell in done]} | cost)
     first = next(iter(waiting)).result()
     common = {"teacher": first["teacher"], "start": first["curve"][0][1], "seeds": arguments.seeds, "shares": shares}
     return {"rows": rows} | common | settings
@@ -138,37 +151,43 @@ class Cell:
     @property
     def file(self) -> str:
         words = "".join(c if c.isalnum() else " " for c in self.variant.name).split()
-        return f"{'-'.join(words)}-{self.share:g}-seed{self.seed}.json"
+        return f"{'-'.join(words)[:150]}-{self.share:g}-seed{self.seed}.json"
 
 
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Distil until the student is good enough, or read what an earlier call has found of the same.
 
     Returns:
-        `curve`: (updates, accuracy) of every evaluation; `teacher`: its accuracy.
+        `curve`: (updates, accuracy) of every evaluation; `last`: all that the judge says of the last; `teacher`: its accuracy.
+        Its pictures lie beside the file.
     """
     config = reading.load(reading.CONFIGS / "shapes.yaml", [f"run.seed={cell.seed}", *cell.variant.overrides()])
     file, key = folder / cell.file, {"config": reading.config_hash(config), "files": _hashes(config, FILES_OF_CELL)}
+    places = reward_places(config)
+    key["files"] |= {f"reward {name}": content_hash(Path(place)) for name, place in (places or {}).items()}
     key |= json.loads(json.dumps(asdict(cell)))
     if file.is_file() and (known := json.loads(file.read_text()))["cell"] == key:
         return known
     torch.set_num_threads(1)
-    distiller, scores = local_distillation(config)
+    distiller, scores = local_distillation(config, places)
     fixed = FixedPrompts(training_prompts(config), cell.pictures, config.evaluation.seed + 1)
     evaluator = StudentEvaluator(distiller.networks.student_space, fixed, config.evaluation, "cpu")
     teacher = _teacher_accuracy(config, scores, evaluator, folder / f"teacher-{cell.pictures}.json")
 
-    def accuracy() -> float:
-        return evaluator.accuracy(
-            evaluator.draw(distiller.networks.evaluated, config.student.start_timestep, config.student.steps)
-        )["mean"]
+    def judged() -> tuple[torch.Tensor, dict[str, float]]:
+        drawn = evaluator.draw(distiller.networks.evaluated, config.student.start_timestep, config.student.steps)
+        return drawn, evaluator.accuracy(drawn)
 
-    curve = [[0, accuracy()]]
+    pictures, last = judged()
+    curve = [[0, last["mean"]]]
     while curve[-1][0] < cell.most and crossing(curve, cell.share * teacher) is None:
         for _ in range(cell.every):
             distillation_step(distiller, scores, config.fake_score.updates, overlap=False)
-        curve.append([curve[-1][0] + cell.every, accuracy()])
-    found = {"cell": key, "teacher": teacher, "curve": curve}
+        pictures, last = judged()
+        curve.append([curve[-1][0] + cell.every, last["mean"]])
+    found = {"cell": key, "teacher": teacher, "curve": curve, "last": last}
+    title = f"{cell.variant.name}, seed {cell.seed}, after {curve[-1][0]} updates"
+    grid(pictures[:SHOWN], fixed.captions[:SHOWN], title=title).save(file.with_suffix(".png"))
     write_summary(file, found)
     return found
 

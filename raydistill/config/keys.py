@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 if TYPE_CHECKING:
     from raydistill.config.schema import Config
@@ -23,6 +23,22 @@ Seconds = Annotated[float, Field(ge=0, le=1e9)]  # 30 years
 Patience = Annotated[Seconds, Field(gt=0)]
 Gpus = Annotated[float, Field(ge=0, le=10_000)]  # of one process, in Ray's count
 Cpus = Annotated[Gpus, Field(gt=0)]
+
+
+def dotted(places: Any) -> Any:
+    """`weights.hpsv3.base=PLACE` names hpsv3.base, as a file does that writes the name with its point."""
+    if not isinstance(places, dict):
+        return places
+    inner = {
+        f"{name}.{part}": value
+        for name, values in places.items()
+        if isinstance(values, dict)
+        for part, value in values.items()
+    }
+    return inner | {name: value for name, value in places.items() if not isinstance(value, dict)}
+
+
+Places = Annotated[dict[str, str], BeforeValidator(dotted)]  # of weights, by name
 
 
 class Section(BaseModel):

@@ -1,4 +1,4 @@
-"""Sections about networks: student, teacher and its service, Bridge, fake score, discriminator, VSD."""
+"""Sections about networks: student, teacher and its service, Bridge, fake score, discriminator, VSD, reward."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from raydistill.config.keys import (
     Gpus,
     NonNegative,
     Patience,
+    Places,
     Positive,
     Seconds,
     Section,
@@ -28,6 +29,12 @@ Optimizer = Literal["adamw", "adamw8bit"]
 MOMENTS = (
     "adamw: moments in 32 bits; adamw8bit: in 8 (torchao), 2 bytes a trained number instead of 8, and other numbers"
 )
+
+
+REWARD_MODELS = {  # their authors' on the hub
+    "clipscore": "openai/clip-vit-large-patch14",
+    "pickscore": "yuvalkirstain/PickScore_v1",
+}
 
 
 class StudentConfig(Section):
@@ -362,3 +369,36 @@ class VsdConfig(Section):
         if self.t_min >= self.t_max:
             raise ValueError(f"t_min ({self.t_min}) must be below t_max ({self.t_max})")
         return self
+
+
+class RewardConfig(Section):
+    metric: Literal["judge", "clipscore", "pickscore"] | None = Field(
+        None,
+        description="what the student's own pictures, decoded by its whole VAE, are rewarded by in its loss: clipscore, pickscore, "
+        "or judge (log-probability of a shapes caption's attributes); null: nothing. Another metric must pick the best",
+    )
+    weight: NonNegative = Field(
+        0.0, description="weight of the mean reward in the student's loss, in the metric's own units; 0: none"
+    )
+    ramp_steps: int = Field(
+        0, ge=0, le=1_000_000_000, description="updates over which weight grows from 0 to its value; 0: none"
+    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="share of the samples that are decoded and rewarded, evenly over the sample ids; weight counts for all",
+    )
+    weights: Places = free(
+        {},
+        description="its weights by name (judge, clipscore, pickscore, pickscore.processor): a folder, or org/name of the hub; else "
+        "those of evaluation.weights (the judge: evaluation.judge), else their authors' from the hub",
+    )
+
+    @model_validator(mode="after")
+    def _named(self) -> RewardConfig:
+        if self.weight > 0 and self.metric is None:
+            raise ValueError(f"weight={self.weight:g}, and reward.metric names no reward: name one, or set weight to 0")
+        return self
+
+    @property
+    def is_on(self) -> bool:
+        return self.metric is not None and self.weight > 0

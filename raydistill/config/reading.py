@@ -175,6 +175,10 @@ def _override(text: str) -> dict:
     if len(parts) > MOST_LEVELS:
         raise InputError(f"unknown key {key[:MOST_SHOWN]}…: {TOO_DEEP}")
     parsed = parse(value, key)
+    for count in range(1, len(parts)):  # a name in a mapping may have a point itself: weights.pickscore.processor
+        if ".".join(parts[:count]) in _mappings():
+            parts = [*parts[:count], ".".join(parts[count:])]
+            break
     for part in reversed(parts):
         parsed = {part: parsed}
     return parsed

@@ -15,6 +15,7 @@ from raydistill.config.networks import (
     BridgeConfig,
     DiscriminatorConfig,
     FakeScoreConfig,
+    RewardConfig,
     StudentConfig,
     TeacherConfig,
     TeacherServiceConfig,
@@ -48,6 +49,7 @@ class Config(Section):
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     vsd: VsdConfig = VsdConfig()
+    reward: RewardConfig = RewardConfig()
     distill: DistillConfig = DistillConfig()
     controls: list[Literal["no_vsd", "shared_space"]] = free(
         [], description="extra runs for comparison: VSD off; the student's own weak model as teacher (identity Bridge)"

@@ -16,6 +16,7 @@ from raydistill.config.keys import (
     Gpus,
     NonNegative,
     Patience,
+    Places,
     Positive,
     Seconds,
     Section,
@@ -303,7 +304,7 @@ class EvaluationConfig(Section):
         "imagereward, or command:NAME=PROGRAM",
     )
     judge: str | None = Field("shapes:judge", description="judge of attribute accuracy; null: none")
-    weights: dict[str, str] = free(
+    weights: Places = free(
         {},
         description="weights of metrics by name (clipscore, pickscore, …): a folder, a file or org/name of the hub; "
         "else their authors' from the hub",
@@ -330,20 +331,6 @@ class EvaluationConfig(Section):
         description="how many prompts the picture `scores` of each evaluation during training has: the student's picture, and "
         "below it what teacher and fake score (the two whose difference it learns from) make of it with noise; 0: none",
     )
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _dotted(cls, weights: Any) -> Any:
-        """`evaluation.weights.hpsv3.base=PLACE` names hpsv3.base."""
-        if not isinstance(weights, dict):
-            return weights
-        inner = {
-            f"{name}.{part}": v
-            for name, value in weights.items()
-            if isinstance(value, dict)
-            for part, v in value.items()
-        }
-        return {name: value for name, value in weights.items() if not isinstance(value, dict)} | inner
 
     @property
     def measured(self) -> list[str]:

@@ -3,7 +3,7 @@
 The two round differently in the last bits: `PromptTable` encodes batches as they are, `TextEncoder` fills them up.
 
 Columns of a batch of B rows: sample_id (int64, the position), prompt_id (int64), prompt (str), real (bool: the caption of a
-teacher sample, which no student reads), cut (bool: longer than a role's text encoders read), and one "role.name" array [B, …] per conditioning tensor. numpy has no bfloat16: such
+teacher sample, which no student reads), cut (bool: longer than a role's text encoders read), and one "role.name" array [B, …] per conditioning tensor, of the roles student, teacher and, where there is a reward, reward. numpy has no bfloat16: such
 tensors travel as uint16.
 """
 
@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from raydistill.data.bits import to_numpy, to_torch
+from raydistill.data.reward_texts import REWARD, RewardTexts
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
 from raydistill.spaces.text_lengths import are_cut
@@ -42,7 +43,7 @@ class PromptTable:
     The text encoders are dropped when all prompts are encoded. Conditioning always lies on the CPU.
 
     Args:
-        space: whose text encoders to load.
+        space: whose text encoders to load; or what a reward knows prompts by.
         prompts: every prompt that may be asked for; batches are cut from the distinct ones in this order.
         dtype: of the text encoders and of the conditioning.
         device: where the text encoders run.
@@ -56,7 +57,7 @@ class PromptTable:
 
     def __init__(
         self,
-        space: Space,
+        space: Space | RewardTexts,
         prompts: Iterable[str],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -109,7 +110,11 @@ class TextEncoder:
     """
 
     def __init__(
-        self, space: Space, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", chunk: int = CHUNK
+        self,
+        space: Space | RewardTexts,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        chunk: int = CHUNK,
     ) -> None:
         self.space = space
         self.chunk = chunk
@@ -173,6 +178,7 @@ class PromptEncoder:
         dtype: name of a torch dtype, for all roles or per role.
         device, chunk: as of `TextEncoder`.
         threads: CPU threads of this process; None leaves them as they are.
+        reward: what knows prompts for the student's reward, in float32; None: there is none.
     """
 
     def __init__(
@@ -182,6 +188,8 @@ class PromptEncoder:
         device: str = "cpu",
         chunk: int = CHUNK,
         threads: int | None = None,
+        *,
+        reward: RewardTexts | None = None,
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
@@ -195,6 +203,7 @@ class PromptEncoder:
             if key not in shared:
                 shared[key] = TextEncoder(load_space(folder), getattr(torch, dtypes[role]), device, chunk)
             self.encoders[role] = shared[key]
+        self.reward = None if reward is None else TextEncoder(reward, torch.float32, device, chunk)
 
     def __call__(self, batch: Batch) -> Batch:
         """Batch with a "prompt" column -> the same with "role.name" columns.
@@ -213,6 +222,10 @@ class PromptEncoder:
             columns[CUT] |= encoder.are_cut(read)
             for name, value in encoder.encode(read).items():
                 columns[f"{role}.{name}"] = to_numpy(value)
+        if self.reward is not None:
+            of_student = ["" if real else text for text, real in zip(prompts, reals, strict=True)]
+            for name, value in self.reward.encode(of_student).items():
+                columns[f"{REWARD}.{name}"] = to_numpy(value)
         return columns
 
 

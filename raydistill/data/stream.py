@@ -39,6 +39,7 @@ from raydistill.data.encode import CHUNK, REAL, Batch, PromptEncoder
 from raydistill.data.prompts import PromptSet
 from raydistill.data.ray_data import dataset_of
 from raydistill.data.reals import RealOrder, RealSet
+from raydistill.data.reward_texts import RewardTexts
 
 IDLE_S = 0.02  # pause of the executor's loop while the trainer has batches waiting
 
@@ -138,6 +139,7 @@ def conditioned_batches(
     slot_size: int,
     fake: FakeRows | None = None,
     reals: RealCaptions | None = None,
+    reward: RewardTexts | None = None,
     dtype: str | Mapping[str, str] = "float32",
     chunk: int = CHUNK,
     encoders: int = 1,
@@ -154,7 +156,7 @@ def conditioned_batches(
 
     Args:
         prompts: the prompt set; stored once in the object store.
-        folders, dtype, chunk, threads: see `PromptEncoder`. Folders must exist on every node.
+        folders, dtype, chunk, threads, reward: see `PromptEncoder`. Folders must exist on every node.
         seed: of the order of prompts.
         first, stop: slots to read; a resume starts at the first slot that was not consumed.
         rows: of each slot, those of this worker: B of them.
@@ -186,6 +188,7 @@ def conditioned_batches(
         "device": "cuda" if gpus_per_encoder else "cpu",
         "chunk": chunk,
         "threads": threads,
+        "reward": reward,
     }
     share = {"num_cpus": cpus_per_encoder, "num_gpus": gpus_per_encoder, "label_selector": node_labels or None}
     conditioned = (

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -23,6 +23,7 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import CUT
 from raydistill.data.encode import conditioning as columns_of
 from raydistill.data.reals import Grouped, RealOrder, RealSet
+from raydistill.data.reward_texts import REWARD
 from raydistill.diffusion.noise import normal, uniform
 from raydistill.diffusion.path import Path, expand
 from raydistill.diffusion.timesteps import sample_t
@@ -171,6 +172,7 @@ class MicroBatch:
     student_conditioning: Conditioning
     teacher_conditioning: Conditioning  # as it is sent to the teachers
     fake_conditioning: Conditioning  # the same for the fake score
+    reward_conditioning: Conditioning = field(default_factory=dict)  # what the student's reward knows of the prompts
     rows: torch.Tensor | None = None  # [B] places of the samples in the part that they are left of; None: all are there
     weight: float = 1.0  # share of that part that they are; 0: they stand in for a part of which nothing is left
 
@@ -256,10 +258,18 @@ class Batches:
         source: conditioned batches (`data.encode.conditioned_batches`).
         parts: equal micro-batches that each of them is cut into.
         device: of the worker's networks.
+        rewarded: whether the source brings what a reward knows of the prompts.
     """
 
-    def __init__(self, source: Iterator[dict[str, Any]], parts: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        source: Iterator[dict[str, Any]],
+        parts: int,
+        device: torch.device | str = "cpu",
+        rewarded: bool = False,
+    ) -> None:
         self.source, self.parts, self.device = source, parts, torch.device(device)
+        self.roles = ("student", "teacher", *((REWARD,) if rewarded else ()))
         self._consumed: list[list[int]] = []
         self._metrics: dict[str, float] = defaultdict(float)
         self._part_size = 0  # of the last whole batch; 0: there was none yet
@@ -275,7 +285,7 @@ class Batches:
         if CUT in batch:
             self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
-        student, teacher = (columns_of(batch, role) for role in ("student", "teacher"))
+        columns = {role: columns_of(batch, role) for role in self.roles}
         size, some = self._part_size, chosen is not None and len(chosen) < self.parts
         if not (some and len(ids) == len(chosen) * size):  # it is whole
             if len(ids) % self.parts:
@@ -286,15 +296,20 @@ class Batches:
         if some and len(ids) == self.parts * size:
             kept = torch.cat([torch.arange(part * size, (part + 1) * size) for part in chosen])
             ids = ids[kept]
-            student, teacher = ({name: value[kept] for name, value in it.items()} for it in (student, teacher))
+            columns = {role: {name: value[kept] for name, value in it.items()} for role, it in columns.items()}
         self._consumed.append(ids.tolist())
-        held, fake = ({name: upload(value, self.device) for name, value in it.items()} for it in (student, teacher))
+        held = {role: {name: upload(value, self.device) for name, value in it.items()} for role, it in columns.items()}
+
+        def part(it: Conditioning, rows: slice) -> Conditioning:
+            return {name: value[rows] for name, value in it.items()}
+
         return [
             MicroBatch(
                 sample_ids=ids[rows],
-                student_conditioning={name: value[rows] for name, value in held.items()},
-                teacher_conditioning={name: value[rows] for name, value in teacher.items()},
-                fake_conditioning={name: value[rows] for name, value in fake.items()},
+                student_conditioning=part(held["student"], rows),
+                teacher_conditioning=part(columns["teacher"], rows),
+                fake_conditioning=part(held["teacher"], rows),
+                reward_conditioning=part(held.get(REWARD, {}), rows),
             )
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]

@@ -11,8 +11,10 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import Batch, PromptTable, TextEncoder
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet, training_prompts
+from raydistill.data.reward_texts import REWARD, RewardTexts
 from raydistill.distillation.batches import Made
 from raydistill.distillation.networks import guidance_scale, load_real, load_unet
+from raydistill.distillation.reward import load_reward
 from raydistill.distillation.schedule import Unchecked
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.spaces import load_space
@@ -45,16 +47,20 @@ def local_batches(prompts: PromptSet, tables: Mapping[str, PromptTable], size: i
         yield {"sample_id": list(positions)} | columns
 
 
-def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
+def local_distillation(config: Config, reward_places: Mapping[str, str] | None = None) -> tuple[Distiller, LocalScores]:
     """The Distiller that a run of one worker has, and its teacher; for `schedule.distillation_step`.
 
     The conditioning of every prompt is kept in memory, and so are both copies of the teacher.
+
+    Args:
+        reward_places: `evaluation.metrics.reward_places` of the configuration; None: it asks for no reward.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     prompts = training_prompts(config)
-    tables = {
-        role: PromptTable(space, prompts.prompts) for role, space in {"student": student, "teacher": teacher}.items()
-    }
+    reward, texts = load_reward(config, student, reward_places), {"student": student, "teacher": teacher}
+    if reward is not None:
+        texts[REWARD] = RewardTexts(config.reward.metric, reward_places)
+    tables = {role: PromptTable(one, prompts.prompts) for role, one in texts.items()}
     gan = config.discriminator
     real = load_real(resolve(gan.real_data), teacher, gan.real_count) if gan.weight > 0 else None
     distiller = build_distiller(
@@ -66,6 +72,7 @@ def local_distillation(config: Config) -> tuple[Distiller, LocalScores]:
         fake_network=teacher.load_network(),
         source=local_batches(prompts, tables, config.distill.batch_size, config.run.seed),
         real=real,
+        reward=reward,
     )
     empty = TextEncoder(teacher).encode_unconditional()
     guidance = guidance_scale(config, teacher), config.vsd.guidance_rescale

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from raydistill.config.networks import DiscriminatorConfig, StudentConfig
+from raydistill.config.networks import DiscriminatorConfig, RewardConfig, StudentConfig
 from raydistill.config.schema import Config
 from raydistill.config.stages import DistillConfig, decays
 
@@ -43,6 +43,11 @@ def shares(config: Config) -> Callable[[int], float] | None:
 def gan_weight(gan: DiscriminatorConfig, n: int) -> float:
     """Of the generator's loss."""
     return gan.weight * ramp(n, gan.ramp_steps)
+
+
+def reward_weight(reward: RewardConfig, n: int) -> float:
+    """Of the mean reward in the student's loss."""
+    return reward.weight * ramp(n, reward.ramp_steps)
 
 
 def power_of(sigma_rel: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -14,6 +15,12 @@ Row = dict[str, torch.Tensor]  # scalars, of one micro-batch or of an update
 def mean_of(rows: Sequence[Row]) -> Row:
     """Mean of each scalar over the micro-batches, on their device."""
     return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
+
+
+def take_roots(metrics: dict[str, float]) -> None:
+    """Each `…/gradient_square`, a mean square over micro-batches, becomes `…/gradient_norm`, its root."""
+    for name in [name for name in metrics if name.endswith("/gradient_square")]:
+        metrics[name.replace("square", "norm")] = math.sqrt(metrics.pop(name))
 
 
 class Readings:

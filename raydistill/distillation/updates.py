@@ -5,7 +5,7 @@
     fake_update     fake score:     min  |prediction(x_t) - target|^2              on fresh student samples
                     discriminator:  min  softplus(-D(real_t)) + softplus(D(x_t))   on the fake score's features
     student_update  g = (x0_fake - x0_real) / mean|x - x0_real|
-                    student:        min  1/2 |x - sg(x - g)|^2  +  w_GAN softplus(-D(x_t))
+                    student:        min  1/2 |x - sg(x - g)|^2  +  w_GAN softplus(-D(x_t))  -  w_r r(D_S(z_student), prompt)
 
 Every random number comes from (seed, purpose, sample id): nothing here keeps generator state.
 
@@ -14,7 +14,6 @@ Shapes: B samples of a micro-batch, C×H×W teacher latents.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +34,8 @@ from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
 from raydistill.distillation.rates import shares
-from raydistill.distillation.readings import Readings, Row, mean_of
+from raydistill.distillation.readings import Readings, Row, mean_of, take_roots
+from raydistill.distillation.reward import Reward, RewardTerm
 from raydistill.distillation.rollout import Rollout
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
@@ -93,14 +93,15 @@ class Distiller:
         self.feed = None if real is None else RealFeed(config, real)
         gan = networks.discriminator is not None
         self.adversary = Adversary(networks, self.draws, self.feed, self.gradients) if gan else None
+        self.reward: RewardTerm | None = None  # in the student's loss
         self.fake_side = FakeSide(networks, self.draws, self.gradients, self.leaving_out, self.adversary)
         self.alarm = CollapseAlarm(config.distill.drift_limit, None if real is None else real.first(REFERENCE))
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
-        parts = config.distill.workers * config.distill.micro_batches  # of a batch of all workers
-        self.workers = parts / self.gradients.mean_parts  # that there are now
+        # that there are now
+        self.workers = config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
@@ -178,9 +179,7 @@ class Distiller:
         self.metrics |= read | self.watch.observe(*numbers)
         if self.watch.left_out:
             self.metrics["guard/left_out"] += round(self.watch.left_out * self.workers)
-        for loss in ("vsd", "gan"):
-            if (square := self.metrics.pop(f"{loss}/gradient_square", None)) is not None:
-                self.metrics[f"{loss}/gradient_norm"] = math.sqrt(square)
+        take_roots(self.metrics)
         if scores is not None:
             self.metrics["time/wait_teacher"] += waiting.seconds
         self.updates += 1
@@ -190,7 +189,8 @@ class Distiller:
         """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
         config, row = self.config, {}
         self.finite.of(made.sample_ids)
-        x = self.networks.x(made.seen, made.student_conditioning, made.timestep_B)
+        z_student = self.networks.z_student(made.seen, made.student_conditioning, made.timestep_B)
+        x = self.networks.bridged(z_student if self.reward is None else self.reward.watched(row, z_student, made))
         judged = x if self.adversary is None else self.adversary.watched(row, x, made)
         loss, features = x.new_zeros(()), None
         if x0_real is not None:
@@ -205,9 +205,10 @@ class Distiller:
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
         if self.adversary is not None:
             loss = loss + self.adversary.pull(row, judged, made, self.updates, features)
+        if self.reward is not None:
+            loss = loss + self.reward.pull(row, z_student, made, self.updates)
         names = ["student"]
-        if made.weight != 1:  # what is left out counts as 0; the pairs are all there
-            loss = made.weight * loss
+        loss = loss if made.weight == 1 else made.weight * loss  # what is left out counts as 0; the pairs are all there
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
             loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
@@ -249,17 +250,22 @@ def build_distiller(
     real: Reals | None = None,
     anchor: Objective | None = None,
     average: Average = alone,
+    reward: Reward | None = None,
     parts: int | None = None,
     **others: Any,
 ) -> Distiller:
     """One worker's Distiller from its parts. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
 
     Args:
+        reward: of the student's pictures (`load_reward`).
         parts: micro-batches of this worker; None: `distill.micro_batches`.
     """
     shares = {name: others.pop(name) for name in ("mean_parts", "fake_parts", "fake_mean_parts") if name in others}
     if config.fake_score.batch_size is not None and "fake_parts" not in shares:
         shares |= {"fake_parts": range(config.fake_parts), "fake_mean_parts": config.fake_parts}
-    batches = Batches(source, parts or config.distill.micro_batches, others.get("device", "cpu"))
+    batches = Batches(source, parts or config.distill.micro_batches, others.get("device", "cpu"), reward is not None)
     own = Networks(config, **others)
-    return Distiller(config, own, batches, real=real, anchor=anchor, average=average, **shares)
+    distiller = Distiller(config, own, batches, real=real, anchor=anchor, average=average, **shares)
+    if reward is not None:
+        distiller.reward = RewardTerm(reward, own, distiller.gradients)
+    return distiller

@@ -19,7 +19,7 @@ from raydistill.data.synthesis import fingerprint_of
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError
-from raydistill.evaluation.metrics import metrics_of_run
+from raydistill.evaluation.metrics import metrics_of_run, reward_places
 from raydistill.spaces import load_space
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.fingerprint import fingerprint
@@ -36,6 +36,7 @@ PIPELINES = ("student.model", "teacher.model", "synthesis.teacher")
 MODELS = (*PIPELINES, "student.unet", *FILE_KEYS, "bridge.checkpoint", "evaluation.judge")
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 WEIGHTS = "evaluation.weights."  # begins the keys of weights of metrics
+REWARD_WEIGHTS = "reward.weights."  # and of the student's reward
 PAIRS = ("bridge.pairs", "discriminator.real_data")
 READ_IN_PARTS = ("discriminator.real_data",)  # staged nowhere
 
@@ -104,6 +105,8 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     places = {key: read.get(key, resolve)(value) for key, value in named.items() if value}
     for metric in metrics_of_run(config.evaluation) if inputs.distils else ():
         places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}
+    for option, place in ((reward_places(config) if inputs.distils else None) or {}).items():
+        places[f"{REWARD_WEIGHTS}{option}"] = Path(place)
     return found | {key: _fingerprint(key, place) for key, place in places.items()}
 
 
@@ -111,6 +114,10 @@ def _named(config: Config, key: str) -> str:
     """What the configuration names there."""
     if key.startswith(WEIGHTS):
         return config.evaluation.weights.get(key.removeprefix(WEIGHTS), "its authors'")
+    if key.startswith(REWARD_WEIGHTS):
+        name = key.removeprefix(REWARD_WEIGHTS)
+        of_evaluation = {"judge": config.evaluation.judge} | config.evaluation.weights
+        return (of_evaluation | config.reward.weights).get(name, "its authors'")
     if key == "evaluation.prompts" and config.evaluation.holdout is not None:
         return f"{config.evaluation.holdout:g} of {config.prompts.path}"
     return str(get(config, key))

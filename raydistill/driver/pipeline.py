@@ -84,6 +84,7 @@ def shared_space(config: Config) -> Config:
             "bridge": {"checkpoint": None, "projector": "identity", "trainable": False},
             "discriminator": {"weight": 0.0, "real_data": None},
             "vsd": {"shift": None},
+            "reward": {"weight": 0.0},
             "teachers": {"compile": False, "attention": "auto", "quantize": "none"},  # chosen for another network
         },
     )

@@ -30,7 +30,7 @@ from raydistill.distillation.fake_score import feature_blocks, truncate
 from raydistill.distillation.networks import adapted
 from raydistill.driver.run_folder import RunFolder, as_storage_error
 from raydistill.errors import InputError, reason
-from raydistill.evaluation.metrics import check_chosen, metrics_of_run
+from raydistill.evaluation.metrics import check_chosen, check_reward, metrics_of_run
 from raydistill.export.few_steps import few_step_scheduler
 from raydistill.shapes.captions import parse
 from raydistill.spaces import check_everywhere, load_space, load_student_space
@@ -339,18 +339,24 @@ def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> N
     """What is measured can be, and is what students are compared by; the judge can read every prompt."""
     check_chosen(config.evaluation)
     metrics_of_run(config.evaluation)
+    check_reward(config)
     if not config.evaluation.measured and config.distill.stop_on_plateau is not None:
         raise InputError("distill.stop_on_plateau: nothing is measured: evaluation.metrics names no metric")
-    if not config.evaluation.judged:
-        return
-    for key, some in (("prompts.path", prompts), ("evaluation.prompts", held_out)):
+    judged, rewarded = config.evaluation.judged, config.reward.is_on and config.reward.metric == "judge"
+    read = {"prompts.path": prompts} if judged or rewarded else {}
+    read |= {"evaluation.prompts": held_out} if judged else {}
+    cure = (
+        "evaluation.judge reads no other prompts: evaluation.judge=null"
+        if judged
+        else "reward.metric=judge reads no other"
+    )
+    for key, some in read.items():
         for row, prompt in zip(some.ids, some.prompts, strict=True):
             try:
                 parse(prompt)
             except ValueError as error:
                 raise InputError(
-                    f"{key}: row {row}: {error}; evaluation.judge reads no other prompts: evaluation.judge=null "
-                    "goes without it"
+                    f"{key}: row {row}: {error}; {cure}{' goes without it' if judged else ' prompts'}"
                 ) from None
 
 

@@ -48,9 +48,13 @@ def _facts(config: Config) -> dict[str, object]:
     file, teachers = config.origin.file, config.teachers
     how = {f"teachers.{key}": getattr(teachers, key) for key in ("backend", "compile", "attention", "quantize")}
     how |= {"distill.compile": config.distill.compile, "student.autocast": config.student.autocast}
+    reward = (
+        {f"reward.{key}": getattr(config.reward, key) for key in ("metric", "weight")} if config.reward.is_on else {}
+    )
     return (
         {"steps": config.distill.steps, "student.kind": config.student.kind}
         | how
+        | reward
         | ({} if file is None else {"recipe": Path(file).stem})
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raydistill.config.schema import Config
 from raydistill.config.stages import EvaluationConfig
 from raydistill.errors import InputError
 from raydistill.evaluation.command import PREFIX, parse_command
@@ -18,6 +19,7 @@ from raydistill.export.sampling import SHEETS
 from raydistill.pictures.picture import Picture
 from raydistill.shapes.captions import parse
 from raydistill.shapes.judge import COLUMNS as OF_JUDGE
+from raydistill.storage.fingerprint import content_hash
 from raydistill.storage.resolve import resolve
 
 PICTURE_METRICS = ("judge", "clipscore", "pickscore", "hpsv3", "hpsv2", "imagereward")  # scores of single pictures
@@ -55,6 +57,7 @@ class Naming:
 
 
 IN_A_RUN = Naming("evaluation.metrics", "evaluation.weights.")
+OF_REWARD = Naming("reward.metric", "reward.weights.")
 
 
 def find_metrics(
@@ -138,6 +141,50 @@ def metrics_of_run(evaluation: EvaluationConfig, only: str | None = None) -> lis
                 "evaluation.gpus_per_scorer to the GPUs of its actor (0: it runs on a CPU)"
             )
     return find_metrics(texts, evaluation.weights, (), "", IN_A_RUN)
+
+
+def reward_places(config: Config) -> dict[str, str] | None:
+    """Folder of each of the weights that the student's reward needs, by name; None: there is no reward.
+
+    Raises:
+        InputError: weights that are not to be had.
+    """
+    reward, evaluation = config.reward, config.evaluation
+    if not reward.is_on:
+        return None
+    known = ["judge", *(weights.option for metric in CLIPS for weights in WEIGHTS[metric])]
+    if unknown := [name for name in reward.weights if name not in known]:
+        raise InputError(f"reward.weights.{unknown[0]}: no reward has such weights; names: {', '.join(known)}")
+    if reward.metric == "judge":
+        place = reward.weights.get("judge", evaluation.judge)
+        if place is None:
+            raise InputError("reward.metric=judge: reward.weights.judge must name a judge's folder")
+        folder = resolve(place)
+        if not (folder / "judge.safetensors").is_file():
+            raise InputError(f"reward.weights.judge={place}: no judge (judge.safetensors)")
+        return {"judge": str(folder.resolve())}
+    return find_metrics([reward.metric], evaluation.weights | reward.weights, (), "", OF_REWARD)[0].weights
+
+
+def check_reward(config: Config) -> dict[str, str] | None:
+    """`reward_places`, where the student's reward is not what picks the best student: a report on it would say nothing.
+
+    Raises:
+        InputError: it is; or weights that are not to be had.
+    """
+    places, evaluation = reward_places(config), config.evaluation
+    if places is None or not evaluation.measured:
+        return places
+    same = config.reward.metric == evaluation.metric
+    if config.reward.metric == "judge" and evaluation.judged and evaluation.metric in OF_JUDGE:
+        same = content_hash(Path(places["judge"])) == content_hash(resolve(evaluation.judge))
+    if same:
+        raise InputError(
+            f"evaluation.metric={evaluation.metric}: the student is trained on it (reward.metric={config.reward.metric}), so it "
+            "may not pick the best one too; name another of evaluation.metrics"
+            + (", or another judge in reward.weights.judge" if config.reward.metric == "judge" else "")
+        )
+    return places
 
 
 def check_chosen(evaluation: EvaluationConfig) -> None:

@@ -27,12 +27,15 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import CHUNK
 from raydistill.data.pairs import Pairs
 from raydistill.data.reals import most_bytes
+from raydistill.data.reward_texts import REWARD, RewardTexts, clip_config, empty_clip
 from raydistill.data.vae import VAE_BATCH
 from raydistill.diffusion.guidance import is_guided
 from raydistill.distillation.batches import Real
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale
 from raydistill.distillation.optimizers import moments_bytes
+from raydistill.distillation.reward import Reward
+from raydistill.distillation.reward_models import empty_model_of
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.export.licences import student_licences
 from raydistill.planning.counts import (
@@ -74,9 +77,20 @@ def empty_bridge(config: Config, student: Space, teacher: Space, device: str = "
         return Bridge.create(student, teacher, bridge_settings(config))
 
 
+def reward_places(config: Config) -> dict[str, str]:
+    """Where the weights of the student's reward are, as the configuration names them; here or not."""
+    return config.evaluation.weights | config.reward.weights
+
+
 def distiller(config: Config, student: Space, teacher: Space, batch: int, device: str = "meta") -> Distiller:
     """The worker's Distiller, fed with endless batches of zeros; on another device than meta with a fresh Bridge."""
     layouts = {"student": student.conditioning_layout, "teacher": teacher.conditioning_layout}
+    reward = None
+    if config.reward.is_on:
+        metric, places = config.reward.metric, reward_places(config)
+        layouts[REWARD] = RewardTexts(metric, places).layout
+        model = empty_model_of(metric, places, student.resolution)
+        reward = Reward(student, model, config.distill.gradient_checkpointing)
     columns = {"sample_id": np.arange(batch)} | {
         f"{role}.{name}": np.zeros((batch, *shape), torch.empty(0, dtype=kind).numpy().dtype)
         for role, layout in layouts.items()
@@ -97,6 +111,7 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
         source=itertools.repeat(columns),
         real=real if config.discriminator.weight > 0 else None,
         anchor=_Losses(config, student, teacher, share) if config.bridge.trainable else None,
+        reward=reward,
         device=device,
         average=torch._utils._flatten_dense_tensors if config.distill.workers > 1 else alone,
     )
@@ -129,7 +144,8 @@ def count_trainer(
         networks = worker.networks
         if networks.discriminator is not None:
             networks.discriminator.measured = True  # the first update alone measures, and needs no more than an update
-        meter.hold(networks.student, networks.bridge, networks.fake, networks.ema, probe)
+        reward = None if worker.reward is None else worker.reward.model
+        meter.hold(networks.student, networks.bridge, networks.fake, networks.ema, reward, probe)
         part = (batch or config.distill.batch_size) // config.distill.micro_batches
         x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
         scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
@@ -173,6 +189,7 @@ def count_trainer(
                 for state in optimizer.state.values()
             )
             - saved,
+            reward=0 if reward is None else nbytes(reward.parameters()),
         )
         gradients = {"student": nbytes(learning), "fake": nbytes(trained)}
         if discriminator:
@@ -289,6 +306,18 @@ def count_text(space: Space) -> dict[str, Text]:
     return result
 
 
+def count_reward_text(config: Config) -> dict[str, Text]:
+    """The text tower of the student's reward; none of the judge, which reads captions by their grammar."""
+    if not config.reward.is_on or config.reward.metric == "judge":
+        return {}
+    settings = clip_config(config.reward.metric, reward_places(config).get(config.reward.metric))
+    tower = empty_clip(settings, vision=False)
+    with counted() as meter, torch.no_grad():
+        ids = torch.zeros(1, settings.text_config.max_position_embeddings, dtype=torch.long, device="meta")
+        prompt = _without_weights(meter, tower, lambda: tower.get_text_features(ids))
+    return {"reward text_encoder": Text(numel(tower), prompt, CHUNK)}
+
+
 def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Cost:
     """Of a part that runs a module, what is alive beside the module's tensors."""
     before, work = meter.hold(module), meter.count(part)
@@ -372,7 +401,8 @@ def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
         return count_bridge(config, student, teacher, max(1, config.bridge.batch_size // config.distill.fewest))
     if it.kind == "text":
         spaces |= {"drawer": meta.open_space(config.synthesis.teacher)} if other_drawer(config) else {}
-        return {f"{role} {part}": one for role, space in spaces.items() for part, one in count_text(space).items()}
+        own = {f"{role} {part}": one for role, space in spaces.items() for part, one in count_text(space).items()}
+        return own | count_reward_text(config)
     if it.kind == "vae":
         return {role: count_vae(space) for role, space in spaces.items()}
     return count_models(config, student, teacher)

@@ -40,6 +40,7 @@ class Weights:
     bridge: int
     discriminator: int
     optimizers: int
+    reward: int = 0  # with the student's VAE decoder
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from raydistill.tracking.screen import duration, screen
 READ = {  # keys that a count reads, and sections of which it reads any
     "trainer": (
         "run.seed", "student", "teacher", "teachers.dtype", "bridge", "fake_score", "discriminator", "vsd", "distill",
+        "reward", "evaluation.weights",
     ),
     "teacher": ("student.model", "teacher", "teachers.slice", "teachers.dtype"),
     "drawer": (
@@ -46,7 +47,10 @@ READ = {  # keys that a count reads, and sections of which it reads any
         "student.model", "teacher.model", "teachers.dtype", "bridge", "bridge.steps", "bridge.lr", "distill",
         "prompts.encoder_dtype",
     ),
-    "text": ("student.model", "teacher.model", "synthesis.teacher"),
+    "text": (
+        "student.model", "teacher.model", "synthesis.teacher", "reward.metric", "reward.weight", "reward.weights",
+        "evaluation.weights",
+    ),
     "vae": ("student.model", "teacher.model"),
     "models": (
         "student.model", "student.unet", "student.lora_start", "teacher", "distill.batch_size", "distill.micro_batches",
@@ -57,7 +61,7 @@ UNREAD = frozenset(  # of the sections, what people vary in plans and no count r
     {
         "teacher.sampling_steps", "bridge.pairs", "bridge.source", "bridge.shuffle", "bridge.steps", "bridge.lr", "discriminator.real_data",
         "discriminator.real_count", "discriminator.real_source", "distill.steps", "distill.warmup_steps", "distill.schedule", "distill.non_finite_share",
-        "discriminator.ramp_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
+        "discriminator.ramp_steps", "reward.ramp_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
         "distill.evaluate_every", "distill.max_failures", "distill.max_failures_without_progress", "distill.max_failures_of_node", "distill.resize_after_s",
         "distill.collective_timeout_s", "distill.network_interface", "distill.compile", "distill.stop_on_plateau", "distill.stop_on_collapse", "distill.gpus_per_worker", "distill.cpus_per_worker",
         "distill.threads", "distill.node_labels",
@@ -164,11 +168,14 @@ def _file(it: Wanted, around: dict[str, Any] | None) -> Path | None:
         return None
     config, bridge = it.config, it.config.bridge.checkpoint
     drawers = [config.synthesis.teacher] if it.kind in ("drawer", "text", "models") and other_drawer(config) else []
+    metric, weights = config.reward.metric, config.evaluation.weights | config.reward.weights
+    rewards = [weights[metric]] if config.reward.is_on and it.kind in ("trainer", "text") and metric in weights else []
     told = {
         "count": [it.kind, it.batch],
         "configuration": {key: value for key, value in flatten(config).items() if reads(it.kind, key)},
         "models": [_model(model) for model in (config.student.model, config.teacher.model, *drawers)],
         "bridge": _folder_of(bridge, "bridge.json") if bridge and it.kind in ("trainer", "bridge") else None,
+        "reward": [_folder_of(place, "*.json") for place in rewards],
         **around,
     }
     return _folder() / f"{it.kind}-{_hash(json.dumps(told, sort_keys=True))[:24]}.json"

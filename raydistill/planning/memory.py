@@ -246,8 +246,8 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
 
 
 def _element(name: str, config: Config) -> int:
-    """Bytes of a number of a text encoder: the student's are float32 (see `workers.parts.batches_after`)."""
-    return ITEMSIZE["float32" if name.startswith("student") else config.prompts.encoder_dtype]
+    """Bytes of a number of a text encoder: the student's and its reward's are float32 (see `workers.parts.batches_after`)."""
+    return ITEMSIZE["float32" if name.startswith(("student", "reward")) else config.prompts.encoder_dtype]
 
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:

@@ -81,6 +81,8 @@ def _sizes(counts: Counts, config: Config) -> str:
         "Bridge, with its frozen prior": trainer.weights.bridge // 4,
         "discriminator": trainer.weights.discriminator // 4,
     }
+    if trainer.weights.reward:
+        rows["reward, with the student's VAE decoder"] = trainer.weights.reward // 4
     rows |= {name: encoder.parameters for name, encoder in counts.text.items()}
     pipelines = f"{counts.models.teacher} teaches {counts.models.student}; {config.fake_score.updates} fake-score updates to a student's"
     return "\n".join(
@@ -99,7 +101,8 @@ def _terms(counts: Counts) -> str:
 
 def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     weights, distill = counts.trainer.weights, config.distill
-    state = sum((weights.student, weights.fake_frozen, weights.fake_trained, weights.bridge, weights.discriminator))
+    frozen = weights.fake_frozen + weights.bridge + weights.reward
+    state = weights.student + weights.fake_trained + weights.discriminator + frozen
     rows = [
         (
             fit.role,

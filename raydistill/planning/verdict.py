@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from raydistill.config.networks import REWARD_MODELS
 from raydistill.config.reading import draws, draws_pairs, flatten, get, needs_pairs, other_drawer
 from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
@@ -284,6 +285,10 @@ def _needs(counts: Counts, config: Config) -> str:
             hub.append(f"{place} (evaluation.metrics)")
         else:
             (here if _is_here(place) else away).append(f"{place} (evaluation.weights.{name})")
+    if config.reward.is_on and (of_reward := config.reward.metric) != "judge":
+        place = (config.evaluation.weights | config.reward.weights).get(of_reward, REWARD_MODELS[of_reward])
+        on_hub = is_hub_id(place) and not local_path(place).exists()
+        (hub if on_hub else here if _is_here(place) else away).append(f"{place} (reward.metric)")
     found = [", ".join(here)] if here else []
     found += [f"not on this machine: {', '.join(away)}"] if away else []
     found += [f"from the hub: {', '.join(hub)}"] if hub else []

@@ -20,6 +20,27 @@ from raydistill.shapes.captions import ATTRIBUTES, BACKGROUNDS, COLORS, POSITION
 COLUMNS = ("mean", "all", *ATTRIBUTES)  # of the judge's table
 _HEADS = {"shape": 1 + len(SHAPES), "color": len(COLORS), "size": len(SIZES)}
 RESOLUTION = 64
+UNASKED = -100  # what cross_entropy leaves out: an attribute that a caption does not name
+
+
+def attributes_of(captions: Sequence[str]) -> torch.Tensor:
+    """What each caption asks of each of the P positions, int64 [B, 3 P + 1]: shape (0: nothing there), colour, size; background.
+
+    Of an empty caption nothing is asked. Raises ValueError: another is not of the grammar.
+    """
+    rows = torch.full((len(captions), len(_HEADS) * len(POSITIONS) + 1), UNASKED)
+    for row, caption in enumerate(captions):
+        if not caption:
+            continue
+        scene = parse(caption)
+        shape, color, size = rows[row, :-1].view(len(_HEADS), len(POSITIONS))
+        shape[:] = 0
+        for item in scene.objects:
+            place = POSITIONS.index(item.position)
+            shape[place] = 1 + SHAPES.index(item.shape)
+            color[place], size[place] = COLORS.index(item.color), SIZES.index(item.size)
+        rows[row, -1] = BACKGROUNDS.index(scene.background)
+    return rows
 
 
 class Judge(nn.Module):
@@ -68,6 +89,20 @@ class Judge(nn.Module):
         background = torch.tensor([BACKGROUNDS.index(scene.background) for scene in scenes])
         terms = [F.cross_entropy(logits[name].flatten(0, 1), target[name].flatten()) for name in _HEADS]
         return sum(terms) + F.cross_entropy(logits["background"], background)
+
+    def log_likelihood(self, images: torch.Tensor, attributes: torch.Tensor) -> torch.Tensor:
+        """Log-probability [B] of each picture's own attributes, differentiable: -`loss` of the picture alone.
+
+        Args:
+            attributes: [B, 3 P + 1], of `attributes_of`.
+        """
+        logits = self(images)
+        *objects, background = attributes.split([len(POSITIONS)] * len(_HEADS) + [1], dim=1)
+        result = -F.cross_entropy(logits["background"].float(), background[:, 0], reduction="none")
+        for name, asked in zip(_HEADS, objects, strict=True):
+            each = F.cross_entropy(logits[name].float().flatten(0, 1), asked.flatten(), reduction="none")
+            result = result - each.view(asked.shape).sum(1) / (asked != UNASKED).sum(1).clamp_min(1)
+        return result
 
     def _read(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
         """Logit of an object being there [B, P]; most likely shape, color and size [B, P]; background [B]."""

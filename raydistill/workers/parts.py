@@ -14,13 +14,16 @@ from raydistill.config.schema import Config
 from raydistill.data.encode import TextEncoder
 from raydistill.data.prompts import training_prompts
 from raydistill.data.reals import RealOrder, RealSet
+from raydistill.data.reward_texts import RewardTexts
 from raydistill.data.stream import FakeRows, RealCaptions, conditioned_batches, own_rows
 from raydistill.distillation.batches import Made, StreamedReals
 from raydistill.distillation.gradients import alone
 from raydistill.distillation.networks import guidance_scale, load_unet
+from raydistill.distillation.reward import load_reward
 from raydistill.distillation.schedule import Unchecked
 from raydistill.distillation.updates import Distiller, build_distiller
 from raydistill.evaluation.evaluator import FixedPrompts
+from raydistill.evaluation.metrics import reward_places
 from raydistill.precision import allow_tf32, sum_float16_in_float32
 from raydistill.spaces import Conditioning, load_space
 from raydistill.storage.resolve import input_place, resolve
@@ -54,6 +57,7 @@ def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | N
 def batches_after(config: Config, worker: Worker, first: int, reals: RealCaptions | None = None) -> Any:
     """Conditioned batches of the updates after `first`; a generator."""
     distill, prompts, own = config.distill, config.prompts, own_part(config, worker)
+    places = reward_places(config)
     per_step, parts = 1 + config.fake_score.updates, distill.micro_batches
     return conditioned_batches(
         training_prompts(config),
@@ -65,6 +69,7 @@ def batches_after(config: Config, worker: Worker, first: int, reals: RealCaption
         fake=FakeRows.of(own, distill.batch_size // parts, parts, config.fake_parts, config.fake_score.updates),
         slot_size=distill.workers * distill.batch_size,
         reals=reals,
+        reward=RewardTexts(config.reward.metric, places) if places else None,
         dtype={"student": "float32", "teacher": prompts.encoder_dtype},
         encoders=prompts.encoders,
         cpus_per_encoder=prompts.cpus_per_encoder,
@@ -121,6 +126,7 @@ def load_distiller(
         source=source,
         real=StreamedReals(source, reals.samples, reals.order) if reals else None,
         anchor=anchor,
+        reward=load_reward(config, student_space, reward_places(config)),
         device=device,
         mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
         average=worker.average if worker.world > 1 else alone,

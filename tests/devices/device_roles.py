@@ -26,9 +26,12 @@ from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder
 from raydistill.distillation import fake_score
 from raydistill.distillation.batches import Made
+from raydistill.distillation.reward import load_reward
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
 from raydistill.evaluation.evaluator import StudentEvaluator
+from raydistill.shapes import WEIGHTS
+from raydistill.shapes.judge import attributes_of
 from raydistill.teachers.request import GenerateRequest, Memory, ScoreRequest
 from raydistill.teachers.shard import TeacherRank
 
@@ -231,6 +234,17 @@ def update_few_steps(bench: Bench, mode: PretendedTensors) -> None:
     _update(worker)
 
 
+def update_reward(bench: Bench, mode: PretendedTensors) -> None:
+    """A reward of what ships, whose decoder is recomputed, of all samples one by one. The update alone is noted."""
+    settings = ("reward.metric=judge", "reward.weight=1", "distill.gradient_checkpointing=true", "fake_score.updates=1")
+    reward = load_reward(bench.config(*settings), bench.student, {"judge": str(WEIGHTS / "judge")})
+    bench.tables |= {"reward": {"attributes": attributes_of(CAPTIONS)}}
+    worker = bench.distiller(*settings, reward=reward)
+    assert {p.device for p in worker.reward.model.parameters()} == {CUDA}
+    mode.notes.__init__()
+    _update(worker)
+
+
 def update_truncated(bench: Bench, mode: PretendedTensors) -> None:
     _update(bench.distiller("fake_score.kind=truncated"))
 
@@ -355,7 +369,7 @@ ROLES: dict[str, Role] = {
     role.__name__: role
     for role in (
         rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_float16, update_student_lora,
-        update_few_steps, update_truncated, update_joint,
+        update_few_steps, update_reward, update_truncated, update_joint,
         update_float32, update_shared, update_shard, resume, bridge,
         bridge_resumed,
     )

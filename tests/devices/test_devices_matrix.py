@@ -18,6 +18,7 @@ BESIDE_ALL = (
     "update_student_lora",
     "update_few_steps",
     "update_float16",
+    "update_reward",
 )  # the student is the same beside every teacher
 CELLS += [("sd3", role) for role in BESIDE_ALL]
 TRANSFORMERS = ("sd3+pixart-alpha", "sd3+sana")  # students that are no UNets

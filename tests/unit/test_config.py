@@ -124,6 +124,7 @@ DECISIVE = {
     "discriminator": "depth_fraction depths fake_weight lr r1_sigma r1_weight ramp_steps real_count real_data real_source shared_pass "
     "standardize step_together weight width",
     "vsd": "guidance_rescale shift t_max t_min weight",
+    "reward": "metric ramp_steps share weight",
     "distill": "batch_size compile evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads "
     "warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
