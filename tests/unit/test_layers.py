@@ -37,7 +37,14 @@ LAYERS = (  # rooms of one line do not know each other; a room knows those of th
     {"library"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-STORY = ("driver/job.py", "driver/pipeline.py", "workers/distill.py", "distillation/updates.py")  # read top to bottom
+STORY = (  # read top to bottom
+    "driver/job.py",
+    "driver/pipeline.py",
+    "driver/stages.py",
+    "workers/distill.py",
+    "distillation/schedule.py",
+    "distillation/updates.py",
+)
 MAY_IMPORT_RAY = {"teachers", "data", "workers", "driver", "benchmark"}
 
 
