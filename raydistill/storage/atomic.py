@@ -1,6 +1,6 @@
 """Files and folders that are whole at every moment, local paths for those in a bucket, and scratch folders.
 
-Imports no other package: every room and every small process reads and writes by it.
+It needs no other library and is quick to import: the smallest processes use it too.
 """
 
 from __future__ import annotations
