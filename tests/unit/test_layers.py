@@ -1,16 +1,19 @@
 """Imports of the package point one way, and stand at the top of a file (raydistill/README.md has the map of the rooms).
 
-Files, classes and constructors stay short enough to be read at once.
+Files, classes and constructors stay short enough to be read at once. The page of the tests names every file of tests.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "raydistill"
+TESTS = PACKAGE.parent / "tests"
 ROOT = {
     "__init__",
     "errors",
@@ -141,6 +144,13 @@ def test_files_classes_and_constructors_are_short(file):
             assert len(node.args.args) - 1 <= 6, f"line {node.lineno}: positional parameters of a constructor"
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.parent.joinpath("tests").rglob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: file.name)
 def test_files_of_tests_are_short(file):
     assert len(file.read_text().splitlines()) <= 450
+
+
+def test_the_page_of_the_tests_names_every_file_of_tests_and_no_other():
+    patterns = re.findall(r"`(?:\w+/)?(test_\w[\w*]*\.py)`", (TESTS / "README.md").read_text())
+    files = [file.name for file in TESTS.rglob("test_*.py")]
+    assert not [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(fnmatch(file, pattern) for file in files)]
