@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from raydistill.library.sampler import Sampler
     from raydistill.spaces import load_space
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Bridge", "Sampler", "__version__", "distill", "evaluate", "load_config", "load_space"]
 
 _HOMES = {

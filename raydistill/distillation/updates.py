@@ -1,4 +1,6 @@
-"""The three updates of cross-space distillation, in plain torch (METHOD.md section 3; DMD2 in teacher space).
+"""The three updates of cross-space distillation, in plain torch: DMD2 in teacher space (arXiv 2606.32020).
+
+README.md of this room tells them in words, under "One update".
 
     make            xi ~ N(0, I); z_student = student's x0; x = B(z_student); x_t = alpha_t x + sigma_t eps     no graph
                     a later step of several sees the student's own x0 of the step before, noised again (`rollout.py`)

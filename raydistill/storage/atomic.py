@@ -1,6 +1,6 @@
 """Files and folders that are whole at every moment, local paths for those in a bucket, and scratch folders.
 
-Imports the standard library alone: `evaluation/parts.py` is also read in environments of other packages.
+It needs no other library and is quick to import: the smallest processes use it too.
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """Imports of the package point one way, and stand at the top of a file (raydistill/README.md has the map of the rooms).
 
-Files, classes and constructors stay short enough to be read at once.
+Files, classes and constructors stay short enough to be read at once. The page of the tests names every file of tests.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "raydistill"
+TESTS = PACKAGE.parent / "tests"
 ROOT = {
     "__init__",
     "errors",
@@ -37,7 +40,14 @@ LAYERS = (  # rooms of one line do not know each other; a room knows those of th
     {"library"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-STORY = ("driver/job.py", "driver/pipeline.py", "workers/distill.py", "distillation/updates.py")  # read top to bottom
+STORY = (  # read top to bottom
+    "driver/job.py",
+    "driver/pipeline.py",
+    "driver/stages.py",
+    "workers/distill.py",
+    "distillation/schedule.py",
+    "distillation/updates.py",
+)
 MAY_IMPORT_RAY = {"teachers", "data", "workers", "driver", "benchmark"}
 
 
@@ -134,6 +144,13 @@ def test_files_classes_and_constructors_are_short(file):
             assert len(node.args.args) - 1 <= 6, f"line {node.lineno}: positional parameters of a constructor"
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.parent.joinpath("tests").rglob("*.py")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: file.name)
 def test_files_of_tests_are_short(file):
     assert len(file.read_text().splitlines()) <= 450
+
+
+def test_the_page_of_the_tests_names_every_file_of_tests_and_no_other():
+    patterns = re.findall(r"`(?:\w+/)?(test_\w[\w*]*\.py)`", (TESTS / "README.md").read_text())
+    files = [file.name for file in TESTS.rglob("test_*.py")]
+    assert not [file for file in files if not any(fnmatch(file, pattern) for pattern in patterns)]
+    assert not [pattern for pattern in patterns if not any(fnmatch(file, pattern) for file in files)]
