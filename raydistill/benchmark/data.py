@@ -108,7 +108,7 @@ def table(result: dict[str, Any]) -> str:
         "encoding them for student and teacher, streamed | {streaming[per_s]:,.0f} prompts/s",
         "memory of all processes after the first fifth, and {streaming[prompts]:,} prompts later | "
         "{streaming[early_bytes]:MB}, {streaming[end_bytes]:MB} ({growth:+.1%})",
-        "a trainer's wait for data, of a step of {wait[step_s]:ms} | {wait[data_s]:ms}; {wait[share]:.2%} of all steps' time",
+        "a trainer's wait for data, of an update of {wait[step_s]:ms} | {wait[data_s]:ms}; {wait[share]:.2%} of all updates' time",
     )
     table = markdown("what | measured", " |\n| ".join(lines), [result | {"each": each, "growth": growth}])
     notes = f"Miniature text encoders, batches of {result['batch_size']}, one encoder actor. Target: a wait below {TARGET:.0%}."

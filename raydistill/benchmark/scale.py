@@ -122,13 +122,13 @@ def table(result: dict[str, Any]) -> str:
         result["replicas"],
     )
     trainers = markdown(
-        "trainers | replicas | steps/s | of linear | wait for teachers a step",
+        "trainers | replicas | updates/s | of linear | wait for teachers an update",
         "{trainers} | {replicas} | {per_s:.2f} | {of_linear:.1%} | {waited_s:ms}",
         result["trainers"],
     )
     notes = (
         f"Simulated: a replica sleeps {result['seconds']:g} s a request of {result['megabytes']:g} MB, and stands for a GPU; "
-        f"{result['requests']} requests a replica, {result['steps']} steps a trainer. Linear: replicas / "
+        f"{result['requests']} requests a replica, {result['steps']} updates a trainer. Linear: replicas / "
         f"{result['seconds']:g} s, and trainers / ({1.5 * result['seconds']:g} s of their own sleep). All processes share "
         f"this machine's cores. Target: {TARGET:.0%}."
     )
@@ -142,5 +142,5 @@ def _saturation(row: dict[str, float]) -> str:
         f"With {row['replicas']} replicas such a request took {milliseconds(driver)} of the driver's CPU, {milliseconds(router)} of "
         f"them in Serve's router, which is one thread of that process: one core of the driver is full at {1 / driver:.0f} "
         f"requests/s, the router's thread at {1 / router:.0f}. In a run each trainer is such a driver, with a router of its own, "
-        f"and a step is one request for each micro-batch: at most {1 / driver:.0f} / distill.micro_batches steps/s a trainer."
+        f"and an update is one request for each micro-batch: at most {1 / driver:.0f} / distill.micro_batches updates/s a trainer."
     )

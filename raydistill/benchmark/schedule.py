@@ -126,12 +126,12 @@ def table(result: dict[str, Any]) -> str:
             row["in_process"] = row["in_process_s"] / row["overlapped_s"]
         if (taken := row.get("in_process_all_s")) is not None:
             all_cores += (
-                f" On {row['cores']} threads, when the service was gone, such a step takes {milliseconds(taken)}, "
+                f" On {row['cores']} threads, when the service was gone, such an update takes {milliseconds(taken)}, "
                 f"{taken / row['overlapped_s']:.2f} of the overlapped one."
             )
         rows.append(row)
     notes = (
-        f"Medians of {result['steps']} steps of {result['batch_size']} samples, k = {result['fake_updates']}. Bound: T_make + "
+        f"Medians of {result['steps']} updates of {result['batch_size']} samples, k = {result['fake_updates']}. Bound: T_make + "
         "max(k T_fake, T_teacher) + T_student, each measured in the sequential steps, T_teacher from sending a request to "
         "having its answer. A teacher that sleeps is a replica of the real service whose rank sleeps instead of computing: "
         "it stands for a GPU. The real teacher shares the machine with the trainer. Sequential steps ask the service too; in "

@@ -166,7 +166,7 @@ def test_the_scale_section_says_where_the_process_that_asks_is_full():
     assert text.splitlines()[3] == "| 8 | 7.80 | 97.0% | 10 ms | 4 ms |"
     assert "With 8 replicas such a request took 10 ms of the driver's CPU, 4 ms of them in Serve's router" in text
     assert "one core of the driver is full at 100 requests/s, the router's thread at 250." in text
-    assert text.endswith("at most 100 / distill.micro_batches steps/s a trainer.")
+    assert text.endswith("at most 100 / distill.micro_batches updates/s a trainer.")
 
 
 def test_actions_take_turns_and_give_medians():
