@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from raydistill.config.stages import SynthesisConfig
+from raydistill.data.holdout import key_of
 from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
 from raydistill.data.picture_tables import TABLES, table_entries
@@ -94,15 +95,18 @@ class Filters:
 
     Args:
         min_pixels: pictures whose smaller side has fewer pixels.
-        captions: pictures with one of these captions: held-out prompts.
+        captions: pictures with one of these captions: held-out prompts. They are kept by `key_of`.
     """
 
     min_pixels: int = 0
     captions: Collection[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "captions", frozenset(map(key_of, self.captions)))
+
     def why(self, raw: RawRow, caption: str) -> str:
         """Why a row is left out, or ""; raises whatever a broken picture leads Pillow to."""
-        if caption and caption in self.captions:
+        if self.captions and caption and key_of(caption) in self.captions:
             return "held-out caption"
         if self.min_pixels and not raw.failure:
             with Image.open(io.BytesIO(raw.data)) as image:  # reads the head alone

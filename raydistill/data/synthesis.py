@@ -27,6 +27,7 @@ from tqdm import tqdm
 from raydistill.config.stages import LatentDtype, Posterior
 from raydistill.data.bits import to_numpy
 from raydistill.data.encode import TextEncoder
+from raydistill.data.holdout import also_held_out
 from raydistill.data.images import BadImage, ImageSet, decoded
 from raydistill.data.ordered_shards import OrderedWriter
 from raydistill.data.pictures import Filters, PictureRow, Pictures
@@ -385,7 +386,7 @@ def _synthesise_stream(recipe: Recipe, folder: str | Path, max_failed_rows: int,
 
 
 def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:
-    common = set(forbidden).intersection(source.prompts)
+    common = also_held_out(source.prompts, forbidden)
     if common:
         name = source.report.source if isinstance(source, PromptSet) else source.source
-        raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")
+        raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {common[0]!r}")

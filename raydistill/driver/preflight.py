@@ -20,6 +20,7 @@ from raydistill.config.reading import (
     trains_bridge,
 )
 from raydistill.config.schema import Config
+from raydistill.data.holdout import also_held_out
 from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
@@ -353,10 +354,10 @@ def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> N
 
 
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
-    common = set(held_out.prompts).intersection(training)
+    common = also_held_out(training, held_out.prompts)
     if common:
         where = f"the held-out part of {held_out.report.source}" if held_out.report.held_out else "evaluation.prompts"
         raise InputError(
-            f"{key}: {len(common)} prompts are also in {where} (for example {min(common)!r}); "
+            f"{key}: {len(common)} prompts are also in {where} (for example {common[0]!r}); "
             "held-out prompts must occur in no training set"
         )
