@@ -152,11 +152,12 @@ def test_captions_may_be_utf_16_and_what_is_no_text_is_a_failed_row(tmp_path):
 
 
 def test_the_caption_column_can_be_named_and_may_be_absent(tmp_path):
-    file = write_parquet(tmp_path / "x.parquet", [encoded(noise_picture(0))], ["one"], name="text")
+    file = write_parquet(tmp_path / "x.parquet", [encoded(noise_picture(0))], ["one"], name="title")
     assert open_images(file).prompts == [""]
-    assert open_images(file, caption_column="text").prompts == ["one"]
+    assert str(open_images(file)).endswith("0 with captions; no captions: its columns are 'image', 'title'")
+    assert open_images(file, caption_column="title").prompts == ["one"]
     with pytest.raises(
-        InputError, match=r"no column 'caption' \(synthesis.caption_column\); the file has: 'image', 't"
+        InputError, match=r"no column 'caption' of strings \(synthesis.caption_column\); the file has: 'image', 't"
     ):
         open_images(file, caption_column="caption")
 
