@@ -101,9 +101,11 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
+        notes += _silent("discriminator.real_data", pairs)
     if config.bridge.pairs is not None:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
+        notes += _silent("bridge.pairs", pairs)
     if streams_bridge(config):
         images = _open_stream(config, distils)
     else:
@@ -122,6 +124,15 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         return open_pairs(place, teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def _silent(key: str, pairs: PairSet) -> tuple[str, ...]:
+    """A note where pairs may be of other VAEs, for they do not say of which."""
+    if not pairs.silent:
+        return ()
+    which = "pairs" if pairs.silent == len(pairs.files) else f"{pairs.silent} of {len(pairs.files)} files of pairs"
+    text = f"{which} in {pairs.folder} do not say which VAEs made them; only their shapes were compared"
+    return (f"note: {key}: {text}",)
 
 
 def _open_stream(config: Config, distils: bool) -> Pictures:

@@ -9,6 +9,7 @@ import os
 import random
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from picture_sets import png, write_hub_parquet, write_tar
@@ -16,9 +17,14 @@ from picture_sets import png, write_hub_parquet, write_tar
 from raydistill.data import pictures as pictures_module
 from raydistill.data.holdout import Side, is_held_out
 from raydistill.data.images import BadImage, ImageSet
-from raydistill.data.picture_shards import ListedShards
-from raydistill.data.pictures import Filters, PictureRow, Pictures, open_pictures, open_source
+from raydistill.data.ordered_shards import OrderedWriter
+from raydistill.data.pair_stream import read
+from raydistill.data.picture_order import PictureOrder, Position
+from raydistill.data.picture_probe import check_first
+from raydistill.data.picture_shards import ListedShards, TarShards
+from raydistill.data.pictures import Cursor, Filters, PictureRow, Pictures, open_pictures, open_source
 from raydistill.data.prompts import read_prompts
+from raydistill.data.synthesis import check_beginning
 from raydistill.errors import InputError
 
 
@@ -207,6 +213,8 @@ def test_a_table_and_a_folder_say_where_their_captions_are(tmp_path):
 def test_a_table_is_never_in_memory_as_a_whole(tmp_path):
     count = 9_000
     (tmp_path / "t.csv").write_text("file_name,text\n" + "".join(f"{n}.png,{'word ' * 20}{n}\n" for n in range(count)))
+    (tmp_path / "one.csv").write_text("file_name,text\na.png,x\n")
+    open_pictures(str(tmp_path / "one.csv"))  # what is imported with the first table is no table
     tracemalloc.start()
     pictures = open_pictures(str(tmp_path / "t.csv"))
     _, peak = tracemalloc.get_traced_memory()
@@ -252,3 +260,82 @@ def test_a_picture_that_a_sample_lacks_is_a_failed_row_that_names_the_key(tmp_pa
         open_pictures(str(tar))
     )
     assert "is taken" not in str(open_pictures(str(tar), "jpg"))
+
+
+# -- sets of which nothing can be used ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Pictures:
+    """Tars of 1,000, 1,000 and 500 pictures: the first ten of each have 12 pixels a side, the others 8."""
+    folder, small, large = tmp_path_factory.mktemp("many"), png(1, 8, 8), png(2, 12, 12)
+    for shard in range(3):
+        count = 500 if shard == 2 else 1000
+        write_tar(folder / f"{shard}.tar", ((f"{n}.png", large if n < 10 else small) for n in range(count)))
+    return open_pictures(str(folder))
+
+
+def read_rows(monkeypatch) -> list[tuple[int, int]]:
+    """Fills with what is read from now on."""
+    read, seen = TarShards.rows, []
+
+    def counted(self, shard: int, start: int = 0):
+        for number, row in enumerate(read(self, shard, start), start=start):
+            seen.append((shard, number))
+            yield row
+
+    monkeypatch.setattr(TarShards, "rows", counted)
+    return seen
+
+
+def test_a_set_that_is_nearly_all_left_out_is_refused_after_its_first_rows(many, monkeypatch):
+    seed = next(seed for seed in range(99) if many.order(seed, 0)[-1] == 2)  # the short tar comes last
+    seen = read_rows(monkeypatch)
+    check_first(many, seed, Filters(min_pixels=12))  # 20 of 2,000 are 1 %
+    assert len(seen) == 1010
+    seen.clear()
+    every = Filters(min_pixels=13)
+    refusals = []
+    for _ in range(2):
+        with pytest.raises(InputError) as refused:
+            check_first(many, seed, every)
+        refusals.append(str(refused.value))
+    assert refusals[0] == refusals[1]
+    why = "of the first 2,000 pictures 0 can be used: 2,000 are smaller than synthesis.min_pixels=13"
+    assert refusals[0].startswith(f"synthesis.images: {many.source}: {why}; name another set")
+    assert len(seen) == 2 * 2000
+    seen.clear()
+    check_first(many, seed, Filters())
+    assert len(seen) == 20
+    other = next(seed for seed in range(99) if many.order(seed, 0)[0] == 2)
+    check_first(many, other, Filters(min_pixels=12), wanted=15)
+
+
+def test_what_left_pictures_out_is_counted_by_reason(tmp_path):
+    small, broken = png(1, 8, 8), png(2, 16, 16)[:-60]
+    members = [one for n in range(1200) for one in ((f"{n}.png", small), (f"{n}.txt", "Held  out" if n < 700 else "c"))]
+    members += [(f"b{n}.png", broken) for n in range(820)]
+    pictures = open_pictures(str(write_tar(tmp_path / "a.tar", members)))
+    with pytest.raises(InputError) as refused:
+        check_first(pictures, 0, Filters(min_pixels=9, captions=["held out"]))
+    text = str(refused.value)
+    assert "0 can be used: 800 cannot be read (the last one: a.tar, b799: " in text
+    assert "), 700 have captions that are held out, 500 are smaller than synthesis.min_pixels=9; " in text
+    few = write_tar(tmp_path / "few.tar", members[: 2 * 1100])
+    check_first(open_pictures(str(few)), 0, Filters(min_pixels=9))  # is read whole, and refused then
+
+
+def test_synthesis_and_bridge_look_first_and_never_where_something_was_made(many, tmp_path):
+    every = Filters(min_pixels=13)
+    order = PictureOrder(pictures=many, seed=0, held_out=0.5, window=4, filters=every)
+    with pytest.raises(InputError, match="2,000 are smaller than synthesis.min_pixels=13"):
+        next(read(order, Position(), 1, 4))
+    with pytest.raises(InputError, match="no picture is held out"):  # all are read, as this run's were
+        next(read(order, Position(Cursor(0, 1, 3)), 1, 4))
+    recipe = SimpleNamespace(source=many, seed=0, filters=every, count=None)
+    settings = {"limit": None, "shard_size": 4, "shards": 3, "seed": 0, "teacher": ("t", "r"), "max_failed_rows": 0}
+    writer = OrderedWriter(tmp_path, **settings, settings={}, notes={})
+    with pytest.raises(InputError, match="2,000 are smaller than synthesis.min_pixels=13"):
+        check_beginning(recipe, writer)
+    writer.cursor = (0, 7)
+    check_beginning(recipe, writer)

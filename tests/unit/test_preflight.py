@@ -169,7 +169,9 @@ def test_pairs_of_the_bridge_must_hold_out_the_held_out_prompts_and_be_of_these_
             check_inputs(configure(pair_set(tmp_path / name, prompt)))
     with pytest.raises(InputError, match="z_T"):
         check_inputs(configure(pair_set(tmp_path / "foreign", CAPTION, ((4, 16, 16), (4, 8, 8)))))
-    check_inputs(configure(pair_set(tmp_path / "good", CAPTION), store))
+    notes = check_inputs(configure(pair_set(tmp_path / "good", CAPTION), store)).notes
+    said = "do not say which VAEs made them; only their shapes were compared"
+    assert notes[-1] == f"note: bridge.pairs: pairs in {tmp_path / 'good'} {said}"
 
 
 def test_changed_pictures_are_no_real_data_of_the_discriminator(configure, tmp_path):
