@@ -101,11 +101,11 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
-        notes += _silent("discriminator.real_data", pairs)
+        notes += _silent(config, "discriminator.real_data", pairs)
     if config.bridge.pairs is not None:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
-        notes += _silent("bridge.pairs", pairs)
+        notes += _silent(config, "bridge.pairs", pairs)
     if streams_bridge(config):
         images = _open_stream(config, distils)
     else:
@@ -126,9 +126,9 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         raise InputError(f"{key}: {error}") from None
 
 
-def _silent(key: str, pairs: PairSet) -> tuple[str, ...]:
-    """A note where pairs may be of other VAEs, for they do not say of which."""
-    if not pairs.silent:
+def _silent(config: Config, key: str, pairs: PairSet) -> tuple[str, ...]:
+    """A note where pairs may be of other VAEs, for they do not say of which. Those of the package are of its models."""
+    if not pairs.silent or get(config, key).startswith("shapes:"):
         return ()
     which = "pairs" if pairs.silent == len(pairs.files) else f"{pairs.silent} of {len(pairs.files)} files of pairs"
     text = f"{which} in {pairs.folder} do not say which VAEs made them; only their shapes were compared"
