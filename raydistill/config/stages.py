@@ -231,12 +231,12 @@ class SynthesisConfig(Section):
     image_column: str = Field(
         "image",
         description="column of synthesis.images: in parquet the encoded picture (bytes, or a struct with `bytes`), in a table "
-        "its path, in a tar the suffix where a sample has several pictures",
+        "its path, in a tar the suffix of the picture, as in depth.png",
     )
     caption_column: str | None = Field(
         None,
         description="column or key of captions, or several, as in `a,b_*`, of which each picture gets one; null: caption, "
-        "and of sets that are streamed (tars, tables, patterns, hf://) also text, prompt and caption_*",
+        "text, prompt and caption_*, else the same in any case, captions and *_caption",
     )
     licence: str | None = free(
         None, description="name and licence of the set that synthesis.images names, for the student's model card"

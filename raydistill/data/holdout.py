@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from raydistill.errors import InputError
 
 FEWEST = 16  # distinct prompts on either side; a mean over fewer says nothing
+
+
+def key_of(text: str) -> str:
+    """What a prompt or caption is compared by: its words, in whatever case and spacing."""
+    return " ".join(text.casefold().split())
+
+
+def also_held_out(texts: Iterable[str], held_out: Iterable[str]) -> list[str]:
+    """Held-out prompts that stand among the texts too, one of each `key_of`, in the order of letters."""
+    wanted = {key_of(prompt): prompt for prompt in held_out}
+    return sorted({wanted[key] for key in map(key_of, texts) if key in wanted})
 
 
 def is_held_out(prompt: str, share: float) -> bool:
@@ -16,8 +28,7 @@ def is_held_out(prompt: str, share: float) -> bool:
     So copies of a prompt are on one side, whichever files they are in, and a file that grows changes no side. A larger
     share holds out what a smaller one does, and more.
     """
-    words = " ".join(prompt.casefold().split())
-    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) < share * 2**64
+    return int.from_bytes(hashlib.blake2b(key_of(prompt).encode(), digest_size=8).digest()) < share * 2**64
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import io
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,8 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from raydistill.data.text_files import LONE, read_text, undecodable
-from raydistill.data.texts import holds_bytes, holds_text, undecoded
+from raydistill.data.picture_columns import NOT_UTF8, choice, columns_of, flat, names_of, texts_of, told
+from raydistill.data.text_files import printable, read_text, undecodable
+from raydistill.data.texts import holds_text
 from raydistill.errors import InputError, reason
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place
@@ -43,6 +44,9 @@ Listing = list[tuple[str, int]]  # (name, what else tells one version from anoth
 class BadImage(Exception):
     """Why one row has no picture; the text names the file, and the row where a file has several."""
 
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))  # it is written to a file
+
 
 class ImageSet(ABC):
     """Images as rows 0 … N - 1.
@@ -52,9 +56,11 @@ class ImageSet(ABC):
         prompts: N captions, "" where there is none.
         ids: int64 [N], see the top of this file.
         bad_captions: row -> why its caption cannot be read.
+        about: where the captions are, for people, or "".
     """
 
     source: str
+    about = ""
 
     def __init__(self, source: Place, listing: Listing, captions: Sequence[str | None], bad: dict[int, str]) -> None:
         self.source = str(source)
@@ -81,7 +87,8 @@ class ImageSet(ABC):
         return len(self.prompts)
 
     def __str__(self) -> str:
-        return f"{self.source}: {len(self)} images, {sum(map(bool, self.prompts))} with captions"
+        about = self.about and f"; {self.about}"
+        return f"{self.source}: {len(self)} images, {sum(map(bool, self.prompts))} with captions{about}"
 
     def at(self, seed: int, rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, list[str]]:
         """(ids [B], captions) of some rows; as `PromptSet.at`, but the order has no seed."""
@@ -192,16 +199,20 @@ def _files(folder: Place) -> dict[str, int]:
 
 
 class ParquetImages(ImageSet):
-    """Images in a column of one or more parquet files: bytes, or structs with a field `bytes`."""
+    """Images in a column of one or more parquet files: bytes, or structs with a field `bytes`.
+
+    Captions are found as in streams (`picture_columns`); of several a hash of the row chooses one. But a column `caption`
+    of strings is taken alone, as earlier versions did: the rows of their sets stay.
+    """
 
     def __init__(self, source: Place, files: Sequence[Place], image_column: str, caption_column: str | None) -> None:
         self.files = ["." if file == source else file.name for file in files]
-        self.column = image_column
-        lengths, captions = [], []
+        self.columns: list[str] = []  # of the pictures, of each file
+        lengths, captions, names = [], [], names_of(caption_column)
         for file in files:
-            texts = _read_captions(file, image_column, caption_column)
-            lengths.append(len(texts))
-            captions += texts
+            before = len(captions)
+            captions += self._read_captions(file, image_column, names, before)
+            lengths.append(len(captions) - before)
         self.starts = np.concatenate([[0], np.cumsum(lengths)])
         if not captions:
             raise InputError(f"{source}: no rows")
@@ -209,66 +220,60 @@ class ParquetImages(ImageSet):
         bad = {row: why for row, (_, why) in enumerate(captions) if why}
         super().__init__(source, listing, [text for text, _ in captions], bad)
 
-    def _place(self, row: int) -> tuple[Place, int]:
-        """(file, row in it)."""
+    def _read_captions(
+        self, file: Place, image_column: str, names: Sequence[str] | None, before: int
+    ) -> Iterator[tuple[str | None, str | None]]:
+        """(caption, why it cannot be read) of each row of one file, whose columns are checked. `before`: rows of other files."""
+        try:
+            with _parquet(file) as parquet:
+                schema = parquet.schema_arrow
+                image, found = columns_of(file, schema, image_column, names)
+                if names is None and "caption" in found and holds_text(schema.field("caption").type):
+                    found = ["caption"]
+                if not self.columns:
+                    self.about = told(found, schema.names)
+                self.columns.append(image)
+                if not found:
+                    yield from [(None, None)] * parquet.metadata.num_rows
+                    return
+                table = parquet.read(columns=found)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+        for row, values in enumerate(zip(*(texts_of(table[name]) for name in found), strict=True), start=before):
+            captions = flat(values)
+            if any(map(undecodable, captions)):
+                yield None, NOT_UTF8
+            else:
+                yield (captions[choice((row,), len(captions))] if captions else None), None
+
+    def _place(self, row: int) -> tuple[int, Place, int]:
+        """(number of the file, file, row in it)."""
         index = int(np.searchsorted(self.starts, row, side="right")) - 1
         name = self.files[index]
-        return self.root if name == "." else self.root / name, int(row - self.starts[index])
+        return index, self.root if name == "." else self.root / name, int(row - self.starts[index])
 
     def name(self, row: int) -> str:
-        file, inside = self._place(row)
+        _, file, inside = self._place(row)
         return f"{file.name}, row {inside + 1}"
 
     def read(self, row: int) -> bytes:
-        file, inside = self._place(row)
+        index, file, inside = self._place(row)
+        column = self.columns[index]
         try:
             starts = _group_starts(file)
             group = int(np.searchsorted(starts, inside, side="right")) - 1
-            value = _group(file, group, self.column)[inside - int(starts[group])].as_py()
+            value = _group(file, group, column)[inside - int(starts[group])].as_py()
         except (pa.ArrowInvalid, OSError) as error:
             raise BadImage(f"{self.name(row)}: {' '.join(str(error).split())[:200]}") from None
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
-            raise BadImage(f"{self.name(row)}: no bytes in column {self.column!r}")
+            raise BadImage(f"{self.name(row)}: no bytes in column {column!r}")
         return data
-
-
-def _read_captions(file: Place, image_column: str, caption_column: str | None) -> list[tuple[str | None, str | None]]:
-    """(caption, why it cannot be read) of each row of one file, whose columns are checked."""
-    try:
-        with _parquet(file) as parquet:
-            schema = parquet.schema_arrow
-            _check_column(file, schema, image_column, "synthesis.image_column", holds_picture, "bytes")
-            if caption_column is None and "caption" not in schema.names:
-                return [(None, None)] * parquet.metadata.num_rows
-            name = caption_column or "caption"
-            _check_column(file, schema, name, "synthesis.caption_column", holds_text, "strings")
-            raws = undecoded(parquet.read(columns=[name])[name])
-            return [_text(None if raw is None else raw.decode(errors=LONE)) for raw in raws]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _check_column(
-    file: Place, schema: pa.Schema, name: str, key: str, fits: Callable[[pa.DataType], bool], wanted: str
-) -> None:
-    if name not in schema.names:
-        raise InputError(f"{file}: no column {name!r} ({key}); the file has: {', '.join(map(repr, schema.names))}")
-    if not fits(schema.field(name).type):
-        raise InputError(f"{file}: column {name!r} ({key}) holds {schema.field(name).type}, not {wanted}")
-
-
-def holds_picture(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes, or structs with a field `bytes`."""
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and holds_picture(kind.field(index).type)
-    return holds_bytes(kind)
 
 
 def _text(caption: str | None) -> tuple[str | None, str | None]:
     """(caption, why it cannot be used)."""
-    return (None, "the caption is not valid UTF-8") if caption and undecodable(caption) else (caption, None)
+    return (None, NOT_UTF8) if caption and undecodable(caption) else (caption, None)
 
 
 def _parquet(file: Place) -> pq.ParquetFile:
@@ -296,7 +301,7 @@ def open_images(path: str | Place, image_column: str = "image", caption_column: 
     """List a folder of image files, a parquet file, or a folder of parquet files; what a URI names stays there.
 
     Args:
-        image_column, caption_column: of parquet files; no caption column: "caption" where there is one, else no captions.
+        image_column, caption_column: of parquet files; see `ParquetImages`.
 
     Raises:
         InputError: nothing there, both kinds there, an unreadable file, or a missing or wrong column.

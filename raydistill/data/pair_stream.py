@@ -36,6 +36,7 @@ from raydistill.data.bits import to_torch
 from raydistill.data.images import BadImage
 from raydistill.data.pairs import Pairs
 from raydistill.data.picture_order import PictureOrder, Position
+from raydistill.data.picture_probe import check_first
 from raydistill.data.pictures import Cursor, PictureRow
 from raydistill.data.ray_data import dataset_of, telling
 from raydistill.data.stage_error import StageError
@@ -100,6 +101,8 @@ class Chunk:
 def read(order: PictureOrder, start: Position, validation: int, size: int) -> Iterator[Chunk]:
     """Chunks of at most `size` pictures: the first `validation` that are held out, then those to train on, endlessly."""
     if validation:
+        if start == Position():
+            check_first(order.pictures, order.seed, order.filters)
         held_out = order.validation(validation)
         while rows := list(itertools.islice(held_out, size)):
             yield Chunk(rows=rows, after=None, failure=_failures(rows))

@@ -297,6 +297,7 @@ class PairSet:
 
     Attributes:
         vaes: role -> sha256 of each VAE that encoded some of it -> the first shard that says so.
+        silent: shards that do not say which VAEs encoded them.
         groups: rows of each row group of each file.
 
     Raises:
@@ -317,6 +318,7 @@ class PairSet:
             raise InputError(f"{folder}: no pairs-*.parquet files; make them with jobs/synthesize.py")
         expected: dict[str, tuple[int, ...] | None] = {"z_T": z_teacher_shape, "z_S": z_student_shape}
         self.vaes: dict[str, dict[str, Place]] = {}
+        self.silent = 0
         self._numbers: set[pa.DataType] = set()
         self.groups = [self._check(file, expected) for file in self.files]
         self.shapes = expected
@@ -345,7 +347,9 @@ class PairSet:
                 expected[column] = shape
             elif shape != tuple(expected[column]):
                 raise InputError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
-        for role, sha256 in json.loads((parquet.metadata.metadata or {}).get(VAES, "{}")).items():
+        vaes = json.loads((parquet.metadata.metadata or {}).get(VAES, "{}"))
+        self.silent += not vaes
+        for role, sha256 in vaes.items():
             self.vaes.setdefault(role, {}).setdefault(sha256, file)
         return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
 

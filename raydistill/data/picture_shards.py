@@ -10,7 +10,7 @@ the numbers of shards to its tasks, and pictures from there; what reads one shar
 
 from __future__ import annotations
 
-import fnmatch
+import errno
 import hashlib
 import itertools
 import json
@@ -26,19 +26,36 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.data.images import SUFFIXES, holds_picture
+from raydistill.data.images import SUFFIXES
+from raydistill.data.picture_columns import (
+    IMAGE,
+    NOT_UTF8,
+    by_wider_rule,
+    chosen,
+    columns_of,
+    flat,
+    named_captions,
+    told,
+)
 from raydistill.data.text_files import decoded_text
-from raydistill.data.texts import Texts, holds_text
+from raydistill.data.texts import Texts
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found
 from raydistill.storage.place import Place, Remote, as_os_errors, cause
 
-CAPTIONS = ("caption", "text", "prompt", "caption_*")  # columns or keys, where none is named
 TEXT_FILES = ("txt", "text", "caption")  # of a tar, with a caption each
 MOST_BYTES = 256 << 20  # of a picture, or of one file in a tar
 LISTED = 256  # picture files of a listing that are one shard
 READERS, AT_ONCE = 8, 32  # threads that read them, and how many lie in memory
 PARQUET_ROWS, PARQUET_BUFFER = 16, 4 << 20  # read at a time; bytes of one request to a store
+LONGEST_KEY = 1024  # bytes of an object's name in a bucket
+NO_PATH = {
+    errno.ENAMETOOLONG: "the path is too long",
+    errno.ENOTDIR: "no such file",
+    errno.ELOOP: "its links lead in a circle",
+}
+
+Files = Mapping[str, bytes | None]  # of a sample in a tar, by suffix; None: it is too large
 
 
 @dataclass(frozen=True)
@@ -52,9 +69,17 @@ class RawRow:
 
 
 class Shards(ABC):
-    """Shards 0 … N - 1 of one kind; can be pickled."""
+    """Shards 0 … N - 1 of one kind; can be pickled.
+
+    Attributes:
+        kind: what messages call them.
+        about: where the first one's captions are, for people.
+        wider: names of captions that earlier versions did not find, which make another set.
+    """
 
     kind: str
+    about = ""
+    wider: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -70,20 +95,6 @@ class Shards(ABC):
         Raises:
             OSError: the store does not answer; another call may go on at the row that did not come.
         """
-
-
-# -- captions -------------------------------------------------------------------------------------------
-
-
-def named_captions(record: Mapping[str, Any], names: Sequence[str] | None) -> tuple[str, ...]:
-    """The captions that a record of columns or keys holds, several where it has several or lists of them.
-
-    `names`: of the columns, with `*` for any letters; None: CAPTIONS.
-    """
-    chosen = [key for name in names or CAPTIONS for key in record if fnmatch.fnmatchcase(key, name)]
-    values = (record[key] for key in dict.fromkeys(chosen))
-    flat = (text for value in values for text in (value if isinstance(value, list | tuple) else [value]))
-    return tuple(one for text in flat if isinstance(text, str) and (one := " ".join(text.split())))
 
 
 def _opened(place: Place) -> IO[bytes]:
@@ -107,53 +118,108 @@ class TarShards(Shards):
     def name(self, shard: int) -> str:
         return self.files[shard].place.name
 
+    def look(self) -> RawRow | None:
+        """The first row, of whose sample `about` and `wider` then tell; None: the tar is empty. Raises OSError."""
+        for name, files, failure in self._samples(0, 0):
+            if not failure:
+                self.about, self.wider = self._told(files)
+            return self._row(name, files, failure)
+        return None
+
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
+        for sample in self._samples(shard, start):
+            yield self._row(*sample)
+
+    def _samples(self, shard: int, start: int) -> Iterator[tuple[str, Files, str]]:
+        """(name, files by suffix, why they are no sample)."""
         place, seen, last, number = self.files[shard].place, set[int](), "its beginning", 0
+        again = "the files of its sample are not next to each other; make the tar again with `tar --sort=name`"
         try:
             with _opened(place) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
                 for key, members in itertools.groupby(_members(archive), lambda member: member[0]):
                     # what is skipped is read too: a tar that breaks off does so at the same row for everybody
                     files = {suffix: _extracted(archive, member) for _, suffix, member in members}
                     if number >= start:
-                        yield self._row(f"{place.name}, {key}", files, hash(key) in seen)
+                        yield f"{place.name}, {key}", files, again if hash(key) in seen else ""
                     seen.add(hash(key))
                     last, number = key, number + 1
         except (tarfile.TarError, EOFError, zlib.error) as error:
             if number >= start:
-                why = f"the tar breaks off ({' '.join(str(error).split())})"
-                yield RawRow(f"{place.name}, after {last}", failure=why)
+                yield f"{place.name}, after {last}", {}, f"the tar breaks off ({' '.join(str(error).split())})"
 
-    def _row(self, name: str, files: dict[str, bytes | None], again: bool) -> RawRow:
-        if again:
-            why = "the files of its sample are not next to each other; make the tar again with `tar --sort=name`"
-            return RawRow(name, failure=why)
-        pictures = [suffix for suffix in files if f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES]
-        if not pictures:
-            return RawRow(name, failure=f"no picture among its files ({', '.join(files)})")
-        suffix = next((one for one in pictures if one == self.image_column), pictures[0])
-        data = files[suffix]
-        if data is None:
-            return RawRow(name, failure=f"more than {MOST_BYTES >> 20} MiB")
+    def _row(self, name: str, files: Files, failure: str) -> RawRow:
+        if failure:
+            return RawRow(name, failure=failure)
         try:
-            captions = self._captions(files)
+            data = files[self._picture(files)]
+            if data is None:
+                return RawRow(name, failure=f"more than {MOST_BYTES >> 20} MiB")
+            return RawRow(name, data, self._captions(files))
         except ValueError as error:
             return RawRow(name, failure=str(error))
-        return RawRow(name, data, captions)
 
-    def _captions(self, files: Mapping[str, bytes | None]) -> tuple[str, ...]:
-        """Of text files, else of the JSON file. Raises ValueError: why they cannot be read."""
-        wanted = self.captions or TEXT_FILES
-        texts = {s: decoded_text(data) for s, data in files.items() if data and s.lower() in {*TEXT_FILES, *wanted}}
-        found = named_captions(texts, wanted)
-        if any("\udcff" in text for text in found):
-            raise ValueError("the caption is not valid UTF-8")
-        if found or not files.get("json"):
-            return found
+    def _picture(self, files: Files) -> str:
+        """The suffix of the sample's picture. Raises ValueError: it has none."""
+        pictures = [suffix for suffix in files if _is_picture(suffix)]
+        if not pictures:
+            raise ValueError(f"no picture among its files ({', '.join(files)})")
+        if self.image_column == IMAGE:
+            return pictures[0]
+        wanted = self.image_column.lower()
+        for is_it in (
+            self.image_column.__eq__,
+            lambda one: one.lower() == wanted,
+            lambda one: _role(one) == _role(wanted),
+        ):
+            if (found := next(filter(is_it, pictures), None)) is not None:
+                return found
+        raise ValueError(f"no {self.image_column!r} (synthesis.image_column) among its files ({', '.join(files)})")
+
+    def _captions(self, files: Files) -> tuple[str, ...]:
+        """Of text files, else of the JSON file. Raises ValueError: why that cannot be read."""
+        found = flat(decoded_text(files[suffix] or b"") for suffix in self._text_files(files))
+        return found or named_captions(_record(files), self.captions)
+
+    def _text_files(self, files: Files) -> list[str]:
+        others = (suffix for suffix in files if not _is_picture(suffix) and suffix.lower() != "json")
+        return chosen(others, self.captions, TEXT_FILES, TEXT_FILES)
+
+    def _told(self, files: Files) -> tuple[str, list[str]]:
+        """(where the captions of a sample are, and what its pictures are; names that only the wider rule finds)."""
+        pictures = [f".{suffix}" for suffix in files if _is_picture(suffix)]
+        several = ""
+        if len(pictures) > 1 and self.image_column == IMAGE:
+            several = f"; of {', '.join(pictures)} the first is taken (synthesis.image_column names another)"
+        if texts := self._text_files(files):
+            return told([f".{suffix}" for suffix in texts], ()) + several, by_wider_rule(
+                texts, self.captions, TEXT_FILES
+            )
         try:
-            record = json.loads(files["json"] or b"")
-        except (ValueError, RecursionError):
-            raise ValueError("its JSON file is none") from None
-        return named_captions(record, self.captions) if isinstance(record, dict) else ()
+            record = _record(files)
+        except ValueError:
+            record = {}
+        keys = chosen(record, self.captions)
+        about = told(keys, record, "JSON file's keys") if record else told((), (f".{one}" for one in files), "files")
+        return about + several, by_wider_rule(keys, self.captions)
+
+
+def _is_picture(suffix: str) -> bool:
+    return f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
+
+
+def _role(suffix: str) -> str:
+    """What a picture is among those of its sample, whatever its format: "depth" of depth.png, "" of jpg."""
+    return suffix.lower().rpartition(".")[0] if _is_picture(suffix) else suffix.lower()
+
+
+def _record(files: Files) -> Mapping[str, Any]:
+    """What a sample's JSON file holds; {}: it has none, or one of something else than keys. Raises ValueError."""
+    named = next((suffix for suffix in sorted(files, reverse=True) if suffix.lower() == "json" and files[suffix]), None)
+    try:
+        record = json.loads(files[named] or b"") if named else {}
+    except (ValueError, RecursionError):
+        raise ValueError("its JSON file is none") from None
+    return record if isinstance(record, dict) else {}
 
 
 class _Header(tarfile.TarInfo):
@@ -205,7 +271,9 @@ class ParquetShards(Shards):
         self.files, self.image_column, self.captions = files, image_column, captions
         try:
             with as_os_errors(), self._parquet(0) as parquet:
-                self._columns(0, parquet.schema_arrow)
+                schema = parquet.schema_arrow
+                _, found = columns_of(files[0].place, schema, image_column, captions)
+                self.about, self.wider = told(found, schema.names), by_wider_rule(found, captions)
         except (pa.ArrowInvalid, OSError) as error:
             place = files[0].place
             why = cause(error, place.scheme) if isinstance(place, Remote) else " ".join(str(error).split())
@@ -223,36 +291,12 @@ class ParquetShards(Shards):
         source = place.key if isinstance(place, Remote) else place
         return pq.ParquetFile(source, buffer_size=PARQUET_BUFFER, pre_buffer=False, **where)
 
-    def _columns(self, shard: int, schema: pa.Schema) -> tuple[str, list[str]]:
-        """(column of pictures, columns of captions). Raises InputError."""
-        place, names = self.files[shard].place, schema.names
-        pictures = [name for name in names if holds_picture(schema.field(name).type)]
-        image = self.image_column if self.image_column in names else ""
-        if not image and len(pictures) == 1 and self.image_column == "image":  # the default, which names nothing
-            image = pictures[0]
-        listed = ", ".join(map(repr, names))
-        if not image:
-            raise InputError(
-                f"{place}: no column {self.image_column!r} (synthesis.image_column); the file has: {listed}"
-            )
-        if image not in pictures:
-            kind = schema.field(image).type
-            raise InputError(f"{place}: column {image!r} (synthesis.image_column) holds {kind}, not bytes")
-        texts = [name for name in names if name != image and _holds_texts(schema.field(name).type)]
-        wanted = self.captions or CAPTIONS
-        found = [name for name in texts if any(fnmatch.fnmatchcase(name, one) for one in wanted)]
-        if self.captions and not found:
-            said = ",".join(self.captions)
-            raise InputError(
-                f"{place}: no column {said!r} of strings (synthesis.caption_column); the file has: {listed}"
-            )
-        return image, found
-
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
         file, number = self.name(shard), 0
         try:
             with self._parquet(shard) as parquet:
-                image, texts = self._columns(shard, parquet.schema_arrow)
+                place = self.files[shard].place
+                image, texts = columns_of(place, parquet.schema_arrow, self.image_column, self.captions)
                 for group in range(parquet.metadata.num_row_groups):
                     rows = parquet.metadata.row_group(group).num_rows
                     # Of a group that ends at `start` the last row is read again: a file that breaks off there must say so again.
@@ -260,9 +304,9 @@ class ParquetShards(Shards):
                         number += rows
                         continue
                     for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[image, *texts]):
-                        for place in range(batch.num_rows):
+                        for row in range(batch.num_rows):
                             if number >= start:
-                                yield self._row(f"{file}, row {number + 1}", batch, place, image, texts)
+                                yield self._row(f"{file}, row {number + 1}", batch, row, image, texts)
                             number += 1
         except (pa.ArrowInvalid, OSError) as error:
             if isinstance(error, OSError) and isinstance(self.files[shard].place, Remote):
@@ -277,16 +321,9 @@ class ParquetShards(Shards):
         if not data:
             return RawRow(name, failure=f"no bytes in column {image!r}")
         try:
-            record = {text: _plain(batch.column(text)[place].as_py()) for text in texts}
+            return RawRow(name, data, flat(_plain(batch.column(text)[place].as_py()) for text in texts))
         except UnicodeDecodeError:
-            return RawRow(name, failure="the caption is not valid UTF-8")
-        return RawRow(name, data, named_captions(record, self.captions))
-
-
-def _holds_texts(kind: pa.DataType) -> bool:
-    """Strings, or lists of them."""
-    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return holds_text(kind.value_type if listed else kind)
+            return RawRow(name, failure=NOT_UTF8)
 
 
 def _plain(value: Any) -> Any:
@@ -303,14 +340,16 @@ class ListedShards(Shards):
     """Picture files below a folder, as a listing names them; LISTED of them are one shard.
 
     Args:
-        kind: what messages call them.
+        kind, about: as attributes of all shards.
         base: the folder.
         entries: (path below it, captions) of each; None for captions that stand in a .txt file of the same name. A text
             instead of captions says why the entry cannot be used.
     """
 
-    def __init__(self, kind: str, base: Place, entries: Iterable[tuple[str, Sequence[str] | str | None]]) -> None:
-        self.kind, self.base = kind, base
+    def __init__(
+        self, kind: str, base: Place, entries: Iterable[tuple[str, Sequence[str] | str | None]], about: str = ""
+    ) -> None:
+        self.kind, self.base, self.about = kind, base, about
         digest = hashlib.blake2b(digest_size=16)
 
         def texts() -> Iterator[str]:
@@ -342,17 +381,32 @@ class ListedShards(Shards):
         if path.startswith("/") or ".." in parts:
             return RawRow(path, failure="the path leads out of the folder")
         path = "/".join(part for part in parts if part not in ("", "."))
+        if why := self._no_path(path):
+            return RawRow(path, failure=why)
         try:
             if captions is None:
-                text = decoded_text(self._read(f"{path.rpartition('.')[0]}.txt"))
-                if "\udcff" in text:
-                    return RawRow(path, failure="the caption is not valid UTF-8")
-                captions = [text]
-            return RawRow(path, self._read(path), named_captions({"": captions}, [""]))
+                captions = [decoded_text(self._read(f"{path.rpartition('.')[0]}.txt"))]
+            return RawRow(path, self._read(path), flat(captions))
         except (FileNotFoundError, IsADirectoryError):
             return RawRow(path, failure="no such file")
         except PermissionError:
             return RawRow(path, failure="it may not be read")
+        except OSError as error:  # others may be gone at the next attempt
+            if isinstance(self.base, Remote) or error.errno not in NO_PATH:
+                raise
+            return RawRow(path, failure=NO_PATH[error.errno])
+
+    def _no_path(self, path: str) -> str:
+        """Why no store has such a name, or ""."""
+        is_remote = isinstance(self.base, Remote)
+        try:
+            encoded = path.encode(
+                errors="strict" if is_remote else "surrogateescape"
+            )  # as local names of odd bytes are
+        except UnicodeEncodeError:
+            return "the path is not valid UTF-8"
+        too_long = is_remote and len(f"{self.base.key}/".encode() + encoded) > LONGEST_KEY
+        return "the path has a null character" if b"\0" in encoded else NO_PATH[errno.ENAMETOOLONG] if too_long else ""
 
     def _read(self, path: str) -> bytes:
         with _opened(self.base / path) as stream:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import posixpath
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raydistill.data.picture_shards import named_captions
+from raydistill.data.picture_columns import NOT_UTF8, chosen, named_captions, told
 from raydistill.data.tables import CsvRecords, TsvRecords
 from raydistill.data.text_files import lines_of, open_text, undecodable
 from raydistill.errors import InputError
@@ -26,25 +28,45 @@ def table_entries(table: Place, folder: Place, image_column: str, captions: Sequ
     Raises:
         InputError: the table cannot be read, or names no pictures.
     """
+    with _readable(table):
+        yield from _entries(table, folder, image_column, captions)
+
+
+def about_table(table: Place, image_column: str, captions: Sequence[str] | None) -> str:
+    """Which columns of a table have captions, by its first row. Raises InputError."""
+    with _readable(table):
+        record = next((record for _, record in _records(table) if not isinstance(record, str)), {})
+        columns = [name for name in record if name != _path_column(table, record, image_column)]
+    return told(chosen(columns, captions), record)
+
+
+@contextlib.contextmanager
+def _readable(table: Place) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{table}: its compressed bytes are damaged ({error})") from error
+    except OSError as error:
+        text = cause(error, table.scheme) if isinstance(table, Remote) else str(error)
+        raise InputError(f"{table}: cannot be read: {text}") from error
+
+
+def _entries(table: Place, folder: Place, image_column: str, captions: Sequence[str] | None) -> Iterator[Entry]:
     below = posixpath.relpath(str(table.parent), str(folder))
     named, column = f"{table.name}, row", None
-    try:
-        for number, record in _records(table):
-            if isinstance(record, str):
-                yield f"{named} {number}", record
-                continue
-            column = column or _path_column(table, record, image_column)
-            path = record.get(column)
-            if not isinstance(path, str) or not path.strip():
-                yield f"{named} {number}", f"no path in {column!r}"
-                continue
-            texts = named_captions({key: value for key, value in record.items() if key != column}, captions)
-            bad = any(map(undecodable, texts))
-            where = path.strip() if below == "." else posixpath.join(below, path.strip())
-            yield where, "the caption is not valid UTF-8" if bad else texts
-    except (OSError, EOFError) as error:
-        text = cause(error, table.scheme) if isinstance(table, Remote) and isinstance(error, OSError) else str(error)
-        raise InputError(f"{table}: cannot be read: {text}") from error
+    for number, record in _records(table):
+        if isinstance(record, str):
+            yield f"{named} {number}", record
+            continue
+        column = column or _path_column(table, record, image_column)
+        path = record.get(column)
+        if not isinstance(path, str) or not path.strip():
+            yield f"{named} {number}", f"no path in {column!r}"
+            continue
+        texts = named_captions({key: value for key, value in record.items() if key != column}, captions)
+        bad = any(map(undecodable, texts))
+        where = path.strip() if below == "." else posixpath.join(below, path.strip())
+        yield where, NOT_UTF8 if bad else texts
 
 
 def _path_column(table: Place, record: Mapping[str, Any], image_column: str) -> str:

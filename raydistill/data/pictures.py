@@ -27,9 +27,12 @@ import numpy as np
 from PIL import Image
 
 from raydistill.config.stages import SynthesisConfig
+from raydistill.data.holdout import key_of
 from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
+from raydistill.data.picture_columns import NOT_UTF8, choice, names_of
 from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
-from raydistill.data.picture_tables import TABLES, table_entries
+from raydistill.data.picture_tables import TABLES, about_table, table_entries
+from raydistill.data.text_files import printable, undecodable
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found, expand, is_pattern
@@ -94,15 +97,18 @@ class Filters:
 
     Args:
         min_pixels: pictures whose smaller side has fewer pixels.
-        captions: pictures with one of these captions: held-out prompts.
+        captions: pictures with one of these captions: held-out prompts. They are kept by `key_of`.
     """
 
     min_pixels: int = 0
     captions: Collection[str] = frozenset()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "captions", frozenset(map(key_of, self.captions)))
+
     def why(self, raw: RawRow, caption: str) -> str:
         """Why a row is left out, or ""; raises whatever a broken picture leads Pillow to."""
-        if caption and caption in self.captions:
+        if self.captions and caption and key_of(caption) in self.captions:
             return "held-out caption"
         if self.min_pixels and not raw.failure:
             with Image.open(io.BytesIO(raw.data)) as image:  # reads the head alone
@@ -125,7 +131,7 @@ class Pictures:
         self.source, self.shards, self.bytes, self.fingerprint = source, shards, size, fingerprint
 
     def __str__(self) -> str:
-        return f"{self.source}: {len(self.shards)} {self.shards.kind}, {self.bytes / 1e9:.3g} GB"
+        return f"{self.source}: {len(self.shards)} {self.shards.kind}, {self.bytes / 1e9:.3g} GB; {self.shards.about}"
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The epoch's permutation of the shards, int64 [N]."""
@@ -187,12 +193,15 @@ class Pictures:
     def _told(
         self, shard: int, row: int, raw: RawRow, drawn: tuple[int, int], after: Cursor, filters: Filters
     ) -> PictureRow:
-        caption = raw.captions[_choice((*drawn, shard, row), len(raw.captions))] if raw.captions else ""
+        if any(map(undecodable, raw.captions)):  # no tokenizer takes it, and no file
+            raw = RawRow(raw.name, failure=raw.failure or NOT_UTF8)
+        caption = raw.captions[choice((*drawn, shard, row), len(raw.captions))] if raw.captions else ""
         try:
             left_out = filters.why(raw, caption)
         except Exception as error:  # decoders raise whatever a broken file leads them to
             left_out, raw = "", replace(raw, data=b"", failure=decoders_reason(error))
-        return PictureRow(shard, row, raw.name, raw.data, caption, raw.failure, left_out, after)
+        name, failure = printable(raw.name), printable(raw.failure)
+        return PictureRow(shard, row, name, raw.data, caption, failure, left_out, after)
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
         """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""
@@ -215,11 +224,6 @@ class Pictures:
 def _next(rows: Iterator[RawRow]) -> RawRow | None:
     with as_os_errors():
         return next(rows, None)
-
-
-def _choice(identity: tuple[int, ...], count: int) -> int:
-    """One of `count`, by a hash of the identity."""
-    return int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()) % count
 
 
 # -- opening --------------------------------------------------------------------------------------------
@@ -256,8 +260,18 @@ def open_source(
 
 
 def _streams(folder: Place) -> bool:
-    """Whether a folder holds tars, or pictures that a table names."""
-    return any(_kind(file.name) == "tar" or _is_metadata(file) for file in folder.iterdir())
+    """Whether a folder holds tars, pictures that a table names, or parquet files in folders alone.
+
+    One with parquet files right in it is listed, whatever lies further down.
+    """
+    here = [file for file in folder.iterdir() if not _hidden(file.name)]
+    if any(_kind(file.name) == "tar" or _is_metadata(file) for file in here):
+        return True
+    if any(_kind(file.name) == "parquet" for file in here):
+        return False
+    below = [one.place for one in _files(str(folder))[1]]
+    kinds = {_kind(place.name) for place in below}
+    return "tar" in kinds or any(map(_is_metadata, below)) or ("parquet" in kinds and "picture" not in kinds)
 
 
 def open_pictures(path: str, image_column: str = "image", caption_column: str | None = None) -> Pictures:
@@ -269,13 +283,13 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
             before all else, then parquet files, then metadata.csv or metadata.jsonl, then pictures.
         image_column: column of a parquet file or table, or the suffix in a tar where a sample has several pictures.
         caption_column: one name or several, separated by commas, with `*` for any letters; None: see
-            `picture_shards.CAPTIONS`.
+            `picture_columns`.
 
     Raises:
         InputError: nothing there, kinds that do not go together, an unreadable file, or a missing column.
         OSError: the store does not answer.
     """
-    captions = None if caption_column is None else [name.strip() for name in caption_column.split(",")]
+    captions = names_of(caption_column)
     base, found = _files(path)
     kinds: dict[str, list[Found]] = {}
     for one in found:
@@ -292,26 +306,32 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
         shards, files = ParquetShards(parquet, image_column, captions), parquet
     elif tables:
         folder = base if base not in {one.place for one in tables} else base.parent
-        entries = [entry for one in tables for entry in table_entries(one.place, folder, image_column, captions)]
-        shards, files = ListedShards("parts of a table of pictures", folder, entries), tables
+        entries = (entry for one in tables for entry in table_entries(one.place, folder, image_column, captions))
+        about = about_table(tables[0].place, image_column, captions)
+        shards, files = ListedShards("parts of a table of pictures", folder, entries, about), tables
         if not len(shards):
             raise InputError(f"{path}: no rows")
     elif pictures := kinds.get("picture"):
         beside = {str(one.place) for one in kinds.get("text", [])}
-        names = [(_below(base, one.place), None if _caption_file(one.place) in beside else []) for one in pictures]
-        shards, files = ListedShards("parts of a folder of pictures", base, names), [*pictures, *kinds.get("text", [])]
+        have = [_caption_file(one.place) in beside for one in pictures]
+        names = ((_below(base, one.place), None if has else []) for one, has in zip(pictures, have, strict=True))
+        about = (
+            f"captions of {sum(have)} in .txt files" if any(have) else "no captions: no .txt files of the same names"
+        )
+        shards = ListedShards("parts of a folder of pictures", base, names, about)
+        files = [*pictures, *kinds.get("text", [])]
     else:
         raise InputError(f"{path}: no tars, parquet files, tables of pictures or pictures ({', '.join(SUFFIXES)})")
-    said = shards.digest if isinstance(shards, ListedShards) else ""
-    return Pictures(
-        path, shards, sum(one.size for one in files), _fingerprint(base, files, [said, image_column, captions])
-    )
+    said = [shards.digest if isinstance(shards, ListedShards) else "", image_column, captions]
+    said += [list(shards.wider)] if shards.wider else []
+    return Pictures(path, shards, sum(one.size for one in files), _fingerprint(base, files, said))
 
 
 def _look(path: str, shards: TarShards) -> None:
     """Raises InputError where the first tar begins with something else than a sample."""
     try:
-        first = _next(shards.rows(0))
+        with as_os_errors():
+            first = shards.look()
     except OSError as error:
         place = shards.files[0].place
         why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)

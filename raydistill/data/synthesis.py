@@ -27,8 +27,10 @@ from tqdm import tqdm
 from raydistill.config.stages import LatentDtype, Posterior
 from raydistill.data.bits import to_numpy
 from raydistill.data.encode import TextEncoder
+from raydistill.data.holdout import also_held_out
 from raydistill.data.images import BadImage, ImageSet, decoded
 from raydistill.data.ordered_shards import OrderedWriter
+from raydistill.data.picture_probe import check_first
 from raydistill.data.pictures import Filters, PictureRow, Pictures
 from raydistill.data.prompts import PromptSet
 from raydistill.data.shards import Batch, PairWriter, Request
@@ -375,6 +377,7 @@ def _synthesise_stream(recipe: Recipe, folder: str | Path, max_failed_rows: int,
     writer = recipe.writer(folder, max_failed_rows)
     before = writer.done
     if not writer.complete:
+        check_beginning(recipe, writer)
         encoder = recipe.encoder(device)
         for batch in streamed_rows(recipe.source.rows(recipe.seed, start=writer.cursor, filters=recipe.filters)):
             writer.add(encode_rows(encoder, decode_rows(batch, recipe.teacher.resolution)))
@@ -384,8 +387,14 @@ def _synthesise_stream(recipe: Recipe, folder: str | Path, max_failed_rows: int,
     return writer.done - before
 
 
+def check_beginning(recipe: Recipe, writer: PairWriter | OrderedWriter) -> None:
+    """Look at the first pictures of a stream of which nothing was made yet. Raises as `picture_probe.check_first`."""
+    if isinstance(writer, OrderedWriter) and writer.cursor == (0, 0):
+        check_first(recipe.source, recipe.seed, recipe.filters, recipe.count)
+
+
 def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:
-    common = set(forbidden).intersection(source.prompts)
+    common = also_held_out(source.prompts, forbidden)
     if common:
         name = source.report.source if isinstance(source, PromptSet) else source.source
-        raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {min(common)!r}")
+        raise InputError(f"{name}: {len(common)} held-out prompts are among the prompts, for example {common[0]!r}")

@@ -33,7 +33,7 @@ from raydistill.data.picture_stream import decoded_stream
 from raydistill.data.ray_data import dataset_of, telling
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
-from raydistill.data.synthesis import Recipe, TeacherAsker, encode_rows, load_rows
+from raydistill.data.synthesis import Recipe, TeacherAsker, check_beginning, encode_rows, load_rows
 from raydistill.data.vae import PairEncoder
 from raydistill.errors import InputError, StageFailed
 from raydistill.pictures.grids import grid
@@ -65,13 +65,14 @@ def synthesise_on_ray(
         watch: called with the writer, and the shards just written, whenever rows arrive.
 
     Raises:
-        InputError: the folder's set was made with other settings.
+        InputError: the folder's set was made with other settings, or next to no picture of a stream can be used.
         StageFailed: too many rows failed, the actors cannot be placed, or they failed.
         TeacherError: the service cannot answer.
     """
     writer = recipe.writer(folder, settings.max_failed_rows)
     before = writer.done
     if not writer.complete:
+        check_beginning(recipe, writer)
         placement.wait_for_room(lambda: actor_needs(settings, recipe.samples, isinstance(writer, OrderedWriter)))
         batches = _encoded(recipe, writer, settings, client)
         try:

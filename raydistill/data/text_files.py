@@ -107,6 +107,11 @@ def lines_of(stream: Iterable[str]) -> Iterator[str]:
         yield held
 
 
+def printable(text: str) -> str:
+    """The same text where it can be written; lone surrogates, as of file names that are no UTF-8, are spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def undecodable(text: str) -> bool:
     """Whether a text has what no encoding has, and no tokenizer takes."""
     return _LONE_SURROGATES.search(text) is not None

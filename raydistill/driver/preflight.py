@@ -20,6 +20,7 @@ from raydistill.config.reading import (
     trains_bridge,
 )
 from raydistill.config.schema import Config
+from raydistill.data.holdout import also_held_out
 from raydistill.data.images import ImageSet
 from raydistill.data.pairs import PairSet, open_pairs
 from raydistill.data.pictures import Pictures, is_stream, open_pictures, open_source
@@ -100,9 +101,11 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
+        notes += _silent(config, "discriminator.real_data", pairs)
     if config.bridge.pairs is not None:
         pairs = _open_pairs(config, "bridge.pairs", teacher, student)
         _check_disjoint("bridge.pairs", pairs.prompts(), held_out)
+        notes += _silent(config, "bridge.pairs", pairs)
     if streams_bridge(config):
         images = _open_stream(config, distils)
     else:
@@ -123,6 +126,15 @@ def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None 
         return open_pairs(place, teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def _silent(config: Config, key: str, pairs: PairSet) -> tuple[str, ...]:
+    """A note where pairs may be of other VAEs, for they do not say of which. Those of the package are of its models."""
+    if not pairs.silent or get(config, key).startswith("shapes:"):
+        return ()
+    which = "pairs" if pairs.silent == len(pairs.files) else f"{pairs.silent} of {len(pairs.files)} files of pairs"
+    text = f"{which} in {pairs.folder} do not say which VAEs made them; only their shapes were compared"
+    return (f"note: {key}: {text}",)
 
 
 def _open_stream(config: Config, distils: bool) -> Pictures:
@@ -361,10 +373,10 @@ def _check_metrics(config: Config, prompts: PromptSet, held_out: PromptSet) -> N
 
 
 def _check_disjoint(key: str, training: Iterable[str], held_out: PromptSet) -> None:
-    common = set(held_out.prompts).intersection(training)
+    common = also_held_out(training, held_out.prompts)
     if common:
         where = f"the held-out part of {held_out.report.source}" if held_out.report.held_out else "evaluation.prompts"
         raise InputError(
-            f"{key}: {len(common)} prompts are also in {where} (for example {min(common)!r}); "
+            f"{key}: {len(common)} prompts are also in {where} (for example {common[0]!r}); "
             "held-out prompts must occur in no training set"
         )

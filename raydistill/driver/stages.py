@@ -174,7 +174,7 @@ def recipe_of(config: Config, inputs: Inputs, drawn: bool = False) -> Recipe:
         "augment_share": 0.0 if drawn else synthesis.augment_share,  # drawn ones are the discriminator's alone
     }
     if isinstance(images, Pictures):
-        filters = Filters(min_pixels=synthesis.min_pixels, captions=frozenset(inputs.held_out.prompts))
+        filters = Filters(min_pixels=synthesis.min_pixels, captions=inputs.held_out.prompts)
         count = synthesis.image_count
         return Recipe(source=images, count=count, filters=filters, licence=synthesis.licence, **shared)
     if images is not None:

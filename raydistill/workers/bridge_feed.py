@@ -83,7 +83,7 @@ class Streamed:
             share=(objective.rank, objective.world_size),
             held_out=bridge.validation_share,
             window=bridge.shuffle,
-            filters=Filters(min_pixels=synthesis.min_pixels, captions=frozenset(held_out)),
+            filters=Filters(min_pixels=synthesis.min_pixels, captions=held_out),
         )
         state = cursors[objective.rank] if cursors else None
         validation = VALIDATION_PAIRS if objective.rank == 0 else 0

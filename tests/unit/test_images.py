@@ -152,11 +152,12 @@ def test_captions_may_be_utf_16_and_what_is_no_text_is_a_failed_row(tmp_path):
 
 
 def test_the_caption_column_can_be_named_and_may_be_absent(tmp_path):
-    file = write_parquet(tmp_path / "x.parquet", [encoded(noise_picture(0))], ["one"], name="text")
+    file = write_parquet(tmp_path / "x.parquet", [encoded(noise_picture(0))], ["one"], name="title")
     assert open_images(file).prompts == [""]
-    assert open_images(file, caption_column="text").prompts == ["one"]
+    assert str(open_images(file)).endswith("0 with captions; no captions: its columns are 'image', 'title'")
+    assert open_images(file, caption_column="title").prompts == ["one"]
     with pytest.raises(
-        InputError, match=r"no column 'caption' \(synthesis.caption_column\); the file has: 'image', 't"
+        InputError, match=r"no column 'caption' of strings \(synthesis.caption_column\); the file has: 'image', 't"
     ):
         open_images(file, caption_column="caption")
 
@@ -247,8 +248,8 @@ def test_an_interrupted_set_of_images_goes_on_to_the_same_bytes(folder, spaces, 
 
 
 def test_held_out_captions_and_changed_images_are_refused(folder, spaces, tmp_path):
-    with pytest.raises(InputError, match="1 held-out prompts.*'a red circle'"):
-        encode_images(open_images(folder), *spaces, tmp_path / "set", forbidden={"a red circle"})
+    with pytest.raises(InputError, match="1 held-out prompts.*'A red  circle'"):
+        encode_images(open_images(folder), *spaces, tmp_path / "set", forbidden={"A red  circle"})
     encode_images(open_images(folder), *spaces, tmp_path / "set", max_failed_rows=1)
     (folder / "d.png").write_bytes(encoded(noise_picture(7)))
     with pytest.raises(InputError, match="images was"):

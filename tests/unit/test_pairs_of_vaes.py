@@ -76,6 +76,7 @@ def test_pairs_are_of_the_vaes_that_encoded_them(pairs, spaces, others):
         said = rf"pairs-00000\.parquet: column {column} was encoded by another VAE \(sha256 [0-9a-f]{{12}}…\) than the {role}'s"
         with pytest.raises(InputError, match=said):
             open_pairs(pairs, *pair)
+    assert open_pairs(pairs, teacher, student).silent == 0
     open_pairs(pairs, teacher)  # a discriminator has no use for the student's side
 
 

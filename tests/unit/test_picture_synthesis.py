@@ -122,10 +122,12 @@ def test_failed_and_left_out_rows_are_told_and_survive_an_interruption(spaces, t
 def test_a_run_takes_bound_filters_and_licence_from_its_configuration(spaces, tars):
     settings = ["image_count=7", "min_pixels=9", "licence=CC0 1.0", "shard_size=3"]
     config = load(overrides=[f"synthesis.{setting}" for setting in [f"images={tars}", *settings]])
-    held_out = PromptSet(["cap 3", "cap 5"])
+    held_out = PromptSet(["Cap  3", "cap 5"])
     told = recipe_of(config, Inputs(*spaces, PromptSet(["x"]), held_out, images=open_pictures(str(tars))))
     assert (told.count, told.shard_size, told.licence) == (7, 3, "CC0 1.0")
     assert told.filters == Filters(min_pixels=9, captions=frozenset(held_out.prompts))
+    out = [row.caption for row in told.source.rows(5, filters=told.filters) if row.left_out]
+    assert sorted(out) == ["cap 3", "cap 5"]
     assert not told.samples
 
 

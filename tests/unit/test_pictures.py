@@ -49,7 +49,8 @@ def test_a_webdataset_gives_every_sample_once_with_its_picture_and_caption(tars)
     number = int(row.caption.split()[1])
     assert row.data == png(number)
     assert np.array_equal(row.picture(64), np.asarray(Image.open(io.BytesIO(png(number)))).transpose(2, 0, 1))
-    assert str(pictures) == f"{tars}: 3 tars, {sum(f.stat().st_size for f in tars.iterdir()) / 1e9:.3g} GB"
+    size = sum(f.stat().st_size for f in tars.iterdir()) / 1e9
+    assert str(pictures) == f"{tars}: 3 tars, {size:.3g} GB; captions in '.txt'"
 
 
 def test_the_order_is_of_seed_and_epoch_alone_and_rows_of_a_shard_keep_theirs(tars):
