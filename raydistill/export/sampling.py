@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import interpolate
 
+import raydistill
 from raydistill.data.prompts import PromptSet
 from raydistill.diffusion.guidance import is_guided
 from raydistill.diffusion.noise import normal
@@ -147,7 +147,7 @@ class Album:
     def add(self, picture: Picture, image: torch.Tensor) -> Path:
         """Write one picture [3, S, S]; returns its file."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        drawn, software = to_pil(image), f"raydistill {metadata.version('raydistill')}"
+        drawn, software = to_pil(image), f"raydistill {raydistill.__version__}"
         save_png(self.folder / picture.file_name, drawn, picture.facts | self.about | {"Software": software})
         if len(self._images) < self.shown:
             self._images.append(drawn)

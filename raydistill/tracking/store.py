@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+import raydistill
 from raydistill.config.reading import config_hash
 from raydistill.config.schema import Config
 from raydistill.errors import InputError, mask, reason
@@ -190,7 +191,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def source_version() -> str:
-    """Git commit of the source tree (« -dirty» if tracked files changed), else the installed package's version."""
+    """Git commit of the source tree (« -dirty» if tracked files changed), else the package's version."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -202,10 +203,7 @@ def source_version() -> str:
             return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         pass
-    try:
-        return metadata.version("raydistill")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return raydistill.__version__
 
 
 def run_tags(config: Config, stage: str) -> dict[str, str]:
