@@ -246,6 +246,15 @@ def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tm
     assert not [note for note in inputs.notes if "start_timestep" in note]
 
 
+def test_the_sdxl_style_miniature_is_a_student_that_trains_its_bridge_first(tmp_path):
+    config = load(CONFIGS / "shapes_flux_sdxl.yaml", [f"storage={tmp_path}"])
+    inputs = check_inputs(config)
+    assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / "flux"), str(WEIGHTS / "sdxl"))
+    assert (config.student.unet, config.student.start_timestep) == (None, 999)
+    assert stages_of(config) == ["synthesis", "bridge", "distill"]
+    assert inputs.student.latent_shape[1:] == inputs.teacher.latent_shape[1:]
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """The folder of a hub model with the published configurations and weights without numbers; made once."""
