@@ -250,7 +250,7 @@ def test_the_sdxl_style_miniature_is_a_student_that_trains_its_bridge_first(tmp_
     config = load(CONFIGS / "shapes_flux_sdxl.yaml", [f"storage={tmp_path}"])
     inputs = check_inputs(config)
     assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / "flux"), str(WEIGHTS / "sdxl"))
-    assert (config.student.unet, config.student.start_timestep) == (None, 999)
+    assert (config.student.unet, config.student.start_timestep) == (None, 399)
     assert stages_of(config)[:3] == ["synthesis", "bridge", "distill"]
     assert inputs.student.latent_shape[1:] == inputs.teacher.latent_shape[1:]
 
