@@ -236,7 +236,7 @@ def test_a_rehearsal_has_every_stage_on_one_gpu(file):
     assert config.distill.batch_size % config.distill.micro_batches == 0
 
 
-@pytest.mark.parametrize("teacher", full_but(["flux", "sd3", "sdxl"], "sdxl"))
+@pytest.mark.parametrize("teacher", full_but(["flux", "sd3", "sdxl", "sana"], "sdxl"))
 @pytest.mark.parametrize(("student", "start"), [("sd15", 999), ("sd21", 625)])
 def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tmp_path):
     config = load(CONFIGS / f"shapes_{teacher}_{student}.yaml", [f"storage={tmp_path}"])
