@@ -4,7 +4,7 @@
 
 Every stage ends in one finished folder and is skipped when that folder is there; an interrupted stage goes on from its
 last training state. The renders' captions never include a held-out one. Flux and SD 3 share a VAE, as both students do,
-so that two Bridges serve six pairs.
+so that two Bridges serve six pairs. Runs with Sana, or with SDXL as the student, train their own Bridge first.
 """
 
 from __future__ import annotations

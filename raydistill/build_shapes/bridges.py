@@ -10,8 +10,10 @@ from tqdm import tqdm
 
 from raydistill.bridge.trainer import build_trainer
 from raydistill.build_shapes.frame import Build
+from raydistill.build_shapes.models import TEACHERS
 from raydistill.build_shapes.starts import training_prompts
 from raydistill.config.reading import CONFIGS, load, validate
+from raydistill.config.stages import LatentDtype
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.pairs import Pairs, PairSet, existing_shards, write_pairs
 from raydistill.data.synthesis import Recipe, synthesise
@@ -26,7 +28,9 @@ SAMPLE_GUIDANCE = 3.0  # of the teacher's samples
 SHIPPED_SAMPLES = 192
 
 
-def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed: int) -> Path:
+def _synthesise(
+    build: Build, teacher_name: str, folder: Path, count: int, seed: int, dtype: LatentDtype = "float16"
+) -> Path:
     teacher, student = load_space(build.weights / teacher_name), load_space(build.weights / "sd15")
     recipe = Recipe(
         teacher=teacher,
@@ -38,6 +42,7 @@ def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed:
         seed=seed,
         steps=SAMPLE_STEPS,
         guidance_scale=SAMPLE_GUIDANCE,
+        dtype=dtype,
     )
     held_out = {scene.caption for scene in single_scenes(held_out=True)}
     synthesise(recipe, folder, LocalTeacher(teacher, teacher.load_network()), forbidden=held_out)
@@ -46,7 +51,8 @@ def _synthesise(build: Build, teacher_name: str, folder: Path, count: int, seed:
 
 def build_samples(build: Build, name: str) -> None:
     """A small teacher-sampled set that is shipped, without previews: the discriminator's real data."""
-    pairs = PairSet(_synthesise(build, name, build.work / f"samples_{name}", SHIPPED_SAMPLES, build.seed))
+    folder, kind = build.work / f"samples_{name}", TEACHERS[name].samples
+    pairs = PairSet(_synthesise(build, name, folder, SHIPPED_SAMPLES, build.seed, kind))
     rows = pairs.rows(range(SHIPPED_SAMPLES))
     write_pairs(
         build.weights / "samples" / name, 0, prompts=rows.prompts, prompt_ids=rows.prompt_ids, seeds=rows.seeds, z_teacher=rows.z_teacher, z_student=rows.z_student,
@@ -124,10 +130,10 @@ def build_varied_pairs(build: Build, name: str, folder: Path, count: int) -> Non
 
 
 def build_bridge(build: Build, name: str) -> None:
-    """The shipped Bridge: configs/shapes.yaml's, on teacher samples and varied ones, by the same trainer as a job."""
+    """The shipped Bridge: its pair's in configs/, on teacher samples and varied ones, by the same trainer as a job."""
     pairs = build.work / f"varied_{name}"
     build_varied_pairs(build, name, pairs, max(512, round(8192 * min(1.0, build.scale))))
-    config = load(CONFIGS / "shapes.yaml").model_dump()
+    config = load(CONFIGS / f"shapes_{name}_sd15.yaml").model_dump()
     config["student"]["model"], config["teacher"]["model"] = str(build.weights / "sd15"), str(build.weights / name)
     config["bridge"]["steps"] = build.steps(config["bridge"]["steps"])
     settings = validate(config)

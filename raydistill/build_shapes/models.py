@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from raydistill.build_shapes.frame import Build, cached, fit, scenes_for
 from raydistill.build_shapes.parts import text_part, vae_part
+from raydistill.config.stages import LatentDtype
 from raydistill.data.encode import PromptTable
 from raydistill.diffusion.path import add_noise, expand, target
 from raydistill.shapes import miniatures
@@ -41,6 +42,7 @@ class Model:
     lr: float
     corruption: float = 0.0  # of the captions of the last third of the steps; students only
     start_timestep: int | None = None  # of the one-step start; students only
+    samples: LatentDtype = "float16"  # numbers of the shipped samples; teachers only
 
 
 def _flux(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
@@ -71,6 +73,11 @@ def _sdxl(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
     )  # fmt: skip
 
 
+def _sana(build: Build, network: nn.Module) -> diffusers.DiffusionPipeline:
+    tokenizer, gemma = text_part(build, "gemma")
+    return diffusers.SanaPipeline(tokenizer, gemma, vae_part(build, "sana_vae"), network, miniatures.sana_scheduler())
+
+
 def _stable_diffusion(build: Build, network: nn.Module, tokenizer, encoder) -> diffusers.DiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
         vae_part(build, "sd_vae"), encoder, tokenizer, network, miniatures.student_scheduler(), None, None,
@@ -91,7 +98,11 @@ TEACHERS = {
     "flux": Model(network=miniatures.flux_transformer, assemble=_flux, vae="flux_vae", seed=2, steps=6000, lr=1.5e-3),
     "sd3": Model(network=miniatures.sd3_transformer, assemble=_sd3, vae="flux_vae", seed=4, steps=5000, lr=1.5e-3),
     "sdxl": Model(network=miniatures.sdxl_unet, assemble=_sdxl, vae="sdxl_vae", seed=5, steps=6000, lr=1.0e-3),
-}
+    "sana": Model(
+        network=miniatures.sana_transformer, assemble=_sana, vae="sana_vae", seed=7, steps=3500, lr=2e-3,
+        samples="bfloat16",
+    ),
+}  # fmt: skip
 STUDENTS = {
     "sd15": Model(
         network=miniatures.student_unet, assemble=_sd15, vae="sd_vae", seed=3, steps=5400, lr=1e-3,
@@ -115,9 +126,9 @@ def build_model(build: Build, name: str) -> None:
         if part.is_symlink():  # to another model's part, which must not be written over
             part.unlink()
     # random weights first, so that the folder can be read as a Space
-    model.assemble(build, copy.deepcopy(network)).half().save_pretrained(folder)
+    model.assemble(build, copy.deepcopy(network)).to(torch.float16).save_pretrained(folder)
     trained = train_diffusion(build, name, load_space(folder), network)
-    model.assemble(build, trained).half().save_pretrained(folder)
+    model.assemble(build, trained).to(torch.float16).save_pretrained(folder)
 
 
 # -- training --------------------------------------------------------------------------------------------
@@ -151,6 +162,15 @@ def caption_table(space: Space, captions: Iterable[str]) -> PromptTable:
     return table
 
 
+def without_padding(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Conditioning cut after the longest caption: Sana's has 300 tokens, and its network does not read the padding."""
+    mask = columns.get("prompt_attention_mask")
+    if mask is None:
+        return columns
+    longest = int(mask.sum(1).max())
+    return {name: value[:, :longest] for name, value in columns.items()}
+
+
 def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -> nn.Module:
     """Denoising pre-training on renders, in the network's native prediction.
 
@@ -161,6 +181,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
     latents, *captions = render_latents(build, space, model.vae, model.corruption)
     table = caption_table(space, captions[0] + captions[1])
     clean, corrupted = map(table.rows, captions)
+    columns = without_padding(table.columns)
     corrupt_from = build.steps(round(model.steps * 2 / 3))
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
@@ -172,7 +193,7 @@ def train_diffusion(build: Build, name: str, space: Space, network: nn.Module) -
         if space.prediction == "velocity":
             t_B = torch.sigmoid(torch.randn(batch, generator=generator) + 0.4)
         x_t = add_noise(space.path, latents[pick], noise, t_B)
-        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in table.columns.items()})
+        prediction = space.predict(network, x_t, t_B, {k: v[row] for k, v in columns.items()})
         error = prediction - target(space.path, space.prediction, latents[pick], noise, t_B)
         if space.prediction == "epsilon":
             # as the error of v: otherwise noisy times, where the caption decides the picture, hardly count

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL
 from torch import nn
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Model,
+    GemmaTokenizer,
     PreTrainedModel,
     T5EncoderModel,
     T5Tokenizer,
@@ -49,12 +51,14 @@ class Text(Part):
     encoder_class: type[PreTrainedModel]
     width: int = miniatures.TEXT_WIDTH
     steps: int = 1500
+    instruction: Callable[[], str] = str  # what its pipeline puts in front of a prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vae(Part):
     folder: str = "vae"
     vae: Callable[[], nn.Module]
+    vae_class: type[nn.Module] = AutoencoderKL
     pixels: int = 64
     shift: bool = False  # whether its latents are centred
 
@@ -74,11 +78,17 @@ TEXTS = {
         seed=3, owner="sd3", folder="text_encoder_3", encoder=partial(miniatures.t5_text_encoder, width=WIDE),
         width=WIDE, **T5,
     ),
+    "gemma": Text(
+        seed=4, owner="sana", folder="text_encoder", tokenizer=miniatures.gemma_tokenizer,
+        tokenizer_class=GemmaTokenizer, encoder=miniatures.gemma_text_encoder, encoder_class=Gemma2Model,
+        width=miniatures.GEMMA_WIDTH, instruction=miniatures.sana_instruction,
+    ),
 }  # fmt: skip
 VAES = {
     "flux_vae": Vae(seed=0, owner="flux", vae=miniatures.teacher_vae, shift=True, steps=2000),
     "sdxl_vae": Vae(seed=6, owner="sdxl", vae=miniatures.sdxl_vae, steps=3000),
     "sd_vae": Vae(seed=1, owner="sd15", vae=miniatures.student_vae, pixels=32, steps=4500),
+    "sana_vae": Vae(seed=7, owner="sana", vae=miniatures.sana_vae, vae_class=AutoencoderDC, steps=5000),
 }
 PARTS = TEXTS | VAES
 
@@ -107,8 +117,8 @@ def text_part(build: Build, name: str) -> tuple[Any, PreTrainedModel]:
     return tokenizer, text.encoder_class.from_pretrained(part_folder(build, name))
 
 
-def vae_part(build: Build, name: str) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(part_folder(build, name))
+def vae_part(build: Build, name: str) -> nn.Module:
+    return VAES[name].vae_class.from_pretrained(part_folder(build, name))
 
 
 # -- judge ---------------------------------------------------------------------------------------------
@@ -138,14 +148,24 @@ def build_judge(build: Build) -> None:
 
 
 class _AttributeReader(nn.Module):
-    """Text encoder with a linear read-out of all attributes of both objects: how the encoders learn to read."""
+    """Text encoder with a linear read-out of all attributes of both objects: how the encoders learn to read.
 
-    def __init__(self, encoder: nn.Module, width: int) -> None:
+    Where a pipeline puts an instruction in front of every prompt, its `lead` [1, L] of tokens is read once for all rows:
+    a causal encoder reads it without what follows.
+    """
+
+    def __init__(self, encoder: nn.Module, width: int, lead: torch.Tensor | None = None) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.lead = encoder, lead
         self.head = nn.Linear(width, 2 * (len(SIZES) + len(COLORS) + len(SHAPES) + len(POSITIONS)) + 4)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.lead is not None:
+            before = self.encoder(self.lead, use_cache=True).past_key_values
+            before.batch_repeat_interleave(len(tokens))
+            output = self.encoder(tokens, past_key_values=before, use_cache=True).last_hidden_state
+            read = (tokens != self.encoder.config.pad_token_id).unsqueeze(2)
+            return self.head((output * read).sum(1) / read.sum(1))
         output = self.encoder(tokens)
         if isinstance(self.encoder, CLIPTextModel):
             return self.head(output.pooler_output)
@@ -169,17 +189,22 @@ def _build_text(build: Build, name: str) -> None:
     text = TEXTS[name]
     tokenizer = text.tokenizer()
     encoder = text.encoder(tokenizer)
+    instruction = text.instruction()
+    # the instruction's last token is a space, which becomes part of the caption's first word
+    lead = torch.tensor([tokenizer.encode(instruction)[:-1]]) if instruction else None
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = random.Random(f"text/{build.seed}/{step}")
         scenes = [sample_scene(rng, two_objects=0.5) for _ in range(64)]
+        captions = [s.caption if lead is None else f" {s.caption}" for s in scenes]
         tokens = tokenizer(
-            [s.caption for s in scenes], padding="max_length", max_length=20, truncation=True, return_tensors="pt"
+            captions, padding="max_length", max_length=20, truncation=True, return_tensors="pt", **behind
         )
         wanted = torch.stack([attribute_vector(s) for s in scenes])
         return F.binary_cross_entropy_with_logits(reader(tokens.input_ids), wanted)
 
-    reader = _AttributeReader(encoder, text.width)
+    behind = {} if lead is None else {"add_special_tokens": False, "padding_side": "right"}
+    reader = _AttributeReader(encoder, text.width, lead)
     trained = fit(build, f"text_{name}", reader, loss, build.steps(text.steps), 2e-3).encoder
     folder = build.work / "parts" / name
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -189,25 +214,43 @@ def _build_text(build: Build, name: str) -> None:
 # -- VAEs ------------------------------------------------------------------------------------------------
 
 
+def _coded(vae: nn.Module, images: torch.Tensor, generator: torch.Generator | None = None) -> tuple[Any, Any]:
+    """Latents of pictures [B, 3, S, S], and their Kullback-Leibler divergence a number.
+
+    Args:
+        generator: of the posterior's sample while a VAE learns; None for its mode. A DC-AE has no posterior: its latents
+            are disturbed by a tenth of their deviation, so that near latents mean like pictures.
+    """
+    coded = vae.encode(images)
+    if not isinstance(vae, AutoencoderDC):
+        posterior = coded.latent_dist
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return latents, posterior.kl().mean() / posterior.mean[0].numel()
+    latents = coded.latent
+    if generator is not None:
+        latents = latents + 0.1 * latents.std() * torch.randn(latents.shape, generator=generator)
+    return latents, 0.0
+
+
 def _build_vae(build: Build, name: str) -> None:
     part = VAES[name]
     vae = part.vae()
 
     def loss(step: int, generator: torch.Generator) -> torch.Tensor:
         images = render(scenes_for(step, 8, build.seed), part.pixels, step)
-        posterior = vae.encode(images).latent_dist
-        reconstruction = vae.decode(posterior.sample(generator)).sample
+        latents, kl = _coded(vae, images, generator)
+        reconstruction = vae.decode(latents).sample
         edges = sum(
             (torch.diff(reconstruction, dim=d) - torch.diff(images, dim=d)).abs().mean() for d in (2, 3)
         )  # sharp contours, where the shape is told
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
         fidelity = F.l1_loss(reconstruction, images) + 2 * F.mse_loss(reconstruction, images)
         return fidelity + 0.5 * edges + 1e-4 * kl
 
     trained = fit(build, name, vae, loss, build.steps(part.steps), 2e-3, ema_decay=0.995)
     with torch.no_grad():
         images = render(scenes_for(10**6, 512, build.seed), part.pixels, 10**6)
-        latents = torch.cat([trained.encode(part).latent_dist.mode() for part in images.split(64)])
+        latents = torch.cat([_coded(trained, some)[0] for some in images.split(64)])
     offset = latents.mean().item() if part.shift else 0.0
-    trained.register_to_config(scaling_factor=1 / (latents - offset).std().item(), shift_factor=offset or None)
+    scale = {"scaling_factor": 1 / (latents - offset).std().item()}
+    trained.register_to_config(**scale if part.vae_class is AutoencoderDC else scale | {"shift_factor": offset or None})
     trained.half().save_pretrained(build.work / "parts" / name / "model")

@@ -5,15 +5,20 @@ Weights are random here; `build_shapes/` trains them and writes them into ordina
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -22,6 +27,9 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -32,6 +40,7 @@ from raydistill.shapes.captions import WORDS
 TEACHER_PIXELS, STUDENT_PIXELS = 64, 32
 TEXT_LENGTH = 20  # tokens that a text encoder reads: the longest caption, 19 words of two objects, and T5's end token
 TEXT_WIDTH = 64
+GEMMA_WIDTH = 48
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -110,6 +119,49 @@ def t5_text_encoder(tokenizer: T5Tokenizer, width: int = TEXT_WIDTH) -> T5Encode
             feed_forward_proj="gated-gelu",
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def sana_instruction() -> str:
+    """What a SanaPipeline puts in front of every prompt but the empty one."""
+    lines = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    return "\n".join(lines)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """BPE with one token a word of the grammar and of the pipeline's instruction, letters for anything else.
+
+    Every merge puts one letter to the beginning of a word, so that their order decides nothing.
+    """
+    pieces, merges = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\n", "▁", *map(chr, range(33, 127))], []
+    for word in sorted({*WORDS, *sana_instruction().split()}):
+        piece = "▁"
+        for letter in word:
+            if (piece, letter) not in merges:
+                merges.append((piece, letter))
+                pieces.append(piece + letter)
+            piece += letter
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges)
+
+
+def gemma_text_encoder(tokenizer: GemmaTokenizer) -> Gemma2Model:
+    """Two layers of grouped queries; 512 tokens hold the pipeline's instruction and the 300 that it keeps."""
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=GEMMA_WIDTH,
+            intermediate_size=2 * GEMMA_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_key_value_heads=1,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            max_position_embeddings=512,
+            sliding_window=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
     )
 
@@ -199,6 +251,44 @@ def sdxl_unet() -> UNet2DConditionModel:
     )
 
 
+def sana_vae() -> AutoencoderDC:
+    """64 px -> 16 x 4 x 4: a deep-compression autoencoder of 16 times, a grid coarser than the students'."""
+    blocks = ("ResBlock",) * 4 + ("EfficientViTBlock",)
+    widths, layers, scales = (16, 16, 32, 32, 32), (0, 1, 1, 1, 1), ((), (), (), (), (5,))
+    return AutoencoderDC(
+        latent_channels=16,
+        attention_head_dim=16,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=scales,
+        decoder_qkv_multiscales=scales,
+        upsample_block_type="interpolate",
+        downsample_block_type="Conv",
+    )
+
+
+def sana_transformer() -> SanaTransformer2DModel:
+    """4 blocks of linear attention, 64 wide, patches of 1 x 1, with RMS-normalised queries and keys, as Sana 1.5."""
+    return SanaTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=4,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=16,
+        cross_attention_dim=64,
+        caption_channels=GEMMA_WIDTH,
+        sample_size=4,
+        patch_size=1,
+        qk_norm="rms_norm_across_heads",
+    )
+
+
 def _student_unet(**settings: Any) -> UNet2DConditionModel:
     """Two cross-attention levels: 8 x 8 and 4 x 4."""
     return UNet2DConditionModel(
@@ -226,6 +316,13 @@ def sd21_unet() -> UNet2DConditionModel:
 
 def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=2.0)
+
+
+def sana_scheduler() -> DPMSolverMultistepScheduler:
+    """Sana's: a DPM-Solver of second order on flow sigmas."""
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=2.0
+    )
 
 
 SD_NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

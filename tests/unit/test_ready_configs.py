@@ -236,7 +236,7 @@ def test_a_rehearsal_has_every_stage_on_one_gpu(file):
     assert config.distill.batch_size % config.distill.micro_batches == 0
 
 
-@pytest.mark.parametrize("teacher", full_but(["flux", "sd3", "sdxl"], "sdxl"))
+@pytest.mark.parametrize("teacher", full_but(["flux", "sd3", "sdxl", "sana"], "sdxl"))
 @pytest.mark.parametrize(("student", "start"), [("sd15", 999), ("sd21", 625)])
 def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tmp_path):
     config = load(CONFIGS / f"shapes_{teacher}_{student}.yaml", [f"storage={tmp_path}"])
@@ -244,6 +244,15 @@ def test_a_miniature_pair_passes_the_checks_of_a_job(teacher, student, start, tm
     assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / teacher), str(WEIGHTS / student))
     assert config.student.start_timestep == start
     assert not [note for note in inputs.notes if "start_timestep" in note]
+
+
+def test_the_sdxl_style_miniature_is_a_student_that_trains_its_bridge_first(tmp_path):
+    config = load(CONFIGS / "shapes_flux_sdxl.yaml", [f"storage={tmp_path}"])
+    inputs = check_inputs(config)
+    assert (inputs.teacher.folder, inputs.student.folder) == (str(WEIGHTS / "flux"), str(WEIGHTS / "sdxl"))
+    assert (config.student.unet, config.student.start_timestep) == (None, 399)
+    assert stages_of(config)[:3] == ["synthesis", "bridge", "distill"]
+    assert inputs.student.latent_shape[1:] == inputs.teacher.latent_shape[1:]
 
 
 @pytest.fixture(scope="module")

@@ -87,12 +87,13 @@ def test_a_default_run_counts_no_prompt_as_cut():
 def test_no_shipped_prompt_is_cut_but_one_word_longer_is(name, shipped_prompts):
     text = TextEncoder(load_space(WEIGHTS / name))
     assert not text.are_cut(shipped_prompts).any()
-    assert text.are_cut([f"{p} at" for p in shipped_prompts if " and " in p]).all()
+    more = " at" * (300 - 19 if name == "sana" else 1)  # Sana keeps 300 tokens, one of them in front
+    assert text.are_cut([p + more for p in shipped_prompts if " and " in p]).all()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_an_encoder_reads_a_caption_of_two_objects_but_for_its_last_word_at_most(name, shipped_prompts):
-    """T5 reads all of it; CLIP cuts the word "background", and nothing else."""
+    """T5 and Gemma read all of it; CLIP cuts the word "background", and nothing else."""
     pipeline = load_space(WEIGHTS / name).load_text()
     tokenizers = {part: value for part, value in pipeline.components.items() if part.startswith("tokenizer")}
     assert tokenizers
@@ -105,7 +106,7 @@ def test_an_encoder_reads_a_caption_of_two_objects_but_for_its_last_word_at_most
         pairs = [prompt for prompt in shipped_prompts if " and " in prompt]
         singles = [prompt for prompt in shipped_prompts if " and " not in prompt]
         assert max(len(ids) for ids in tokenizer(singles)["input_ids"]) <= 20
-        if "T5" in type(tokenizer).__name__:
+        if "CLIP" not in type(tokenizer).__name__:
             assert {len(ids) for ids in tokenizer(pairs)["input_ids"]} == {20}
         else:
             assert {len(ids) for ids in tokenizer(pairs, verbose=False)["input_ids"]} == {21}
@@ -139,7 +140,7 @@ def test_the_judge_sees_what_is_wrong(judge, held_out):
 
 
 @pytest.mark.parametrize(
-    "folder", full_but(["flux", "sdxl", "sd15"], "sd15")
+    "folder", full_but(["flux", "sdxl", "sana", "sd15"], "sd15")
 )  # SD 3 has FLUX's VAE, SD 2.1 has SD 1.5's
 def test_reconstructions_keep_their_attributes(judge, held_out, folder):
     space = load_space(WEIGHTS / folder)
@@ -153,11 +154,12 @@ def test_reconstructions_keep_their_attributes(judge, held_out, folder):
 
 def test_models_that_share_a_vae_have_its_very_weights():
     prints = {name: vae_fingerprint(load_space(WEIGHTS / name)) for name in MODELS}
-    assert prints["flux"] == prints["sd3"] != prints["sdxl"]
+    assert prints["flux"] == prints["sd3"]
     assert prints["sd15"] == prints["sd21"]
+    assert len(set(prints.values())) == 4
     for student in STUDENTS:
-        for teacher in TEACHERS:
-            bridge = WEIGHTS / "bridge" / ("sd15-sdxl" if teacher == "sdxl" else "sd15-flux")
+        for teacher in ("flux", "sd3", "sdxl"):  # no Bridge to Sana's space is shipped
+            bridge = WEIGHTS / "bridge" / f"sd15-{'flux' if teacher == 'sd3' else teacher}"
             check_pair(bridge, load_space(WEIGHTS / student), load_space(WEIGHTS / teacher))
 
 

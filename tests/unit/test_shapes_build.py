@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
 
-from raydistill.build_shapes import forget_paths, link_duplicates
+from raydistill.build_shapes import forget_paths, link_duplicates, run_stages
 from raydistill.build_shapes.bridges import vary
 from raydistill.build_shapes.frame import Build
-from raydistill.build_shapes.parts import build_part, text_part
+from raydistill.build_shapes.models import without_padding
+from raydistill.build_shapes.parts import _AttributeReader, build_part, text_part, vae_part
 from raydistill.shapes import WEIGHTS
 from raydistill.shapes.captions import single_scenes
+from raydistill.shapes.miniatures import GEMMA_WIDTH, sana_instruction
 from raydistill.shapes.render import render
+from raydistill.spaces import load_space
 
 
 def generator(seed: int) -> torch.Generator:
@@ -85,13 +89,55 @@ def test_parts_that_models_share_are_shipped_once(tmp_path):
     assert (tmp_path / "flux" / "vae" / "weights").read_text() == "a"
 
 
-@pytest.mark.parametrize(("part", "shipped"), [("clip", "tokenizer"), ("t5", "tokenizer_2")])
+@pytest.mark.parametrize(
+    ("part", "shipped"), [("clip", "flux/tokenizer"), ("t5", "flux/tokenizer_2"), ("gemma", "sana/tokenizer")]
+)
 def test_a_rebuilt_tokenizer_is_the_shipped_one_byte_by_byte(tmp_path, part, shipped):
     build = Build(tmp_path / "work", tmp_path / "weights", scale=0)
     build_part(build, part)
     text_part(build, part)[0].save_pretrained(tmp_path / "saved")
     files = {file.name: file.read_bytes() for file in (tmp_path / "saved").iterdir()}
-    assert files == {file.name: file.read_bytes() for file in (WEIGHTS / "flux" / shipped).iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (WEIGHTS / shipped).iterdir()}
+
+
+@torch.no_grad()
+def test_sanas_encoder_learned_from_the_tokens_that_its_pipeline_reads():
+    """The instruction once in front of all captions gives what the pipeline's tokens, all of them in every row, give."""
+    space = load_space(WEIGHTS / "sana")
+    captions = [single_scenes()[5].caption, f"{single_scenes()[7].caption.split(' on ')[0]} and a small red circle"]
+    text = space.load_text()
+    lead = torch.tensor([text.tokenizer.encode(sana_instruction())[:-1]])
+    reader = _AttributeReader(text.text_encoder, GEMMA_WIDTH, lead)
+    behind = text.tokenizer(
+        [f" {caption}" for caption in captions], padding="max_length", max_length=20, add_special_tokens=False,
+        padding_side="right", return_tensors="pt",
+    )  # fmt: skip
+    coded = space.encode_prompts(text, captions)
+    read = coded["prompt_attention_mask"][:, 1:, None]  # without the pipeline's mark in front
+    wanted = (coded["prompt_embeds"][:, 1:] * read).sum(1) / read.sum(1)
+    torch.testing.assert_close(reader(behind.input_ids), reader.head(wanted), atol=1e-5, rtol=1e-4)
+
+    # and the network does not read the padding that the builder leaves out
+    network, x_t = space.load_network(), torch.randn(2, *space.latent_shape, generator=generator(3))
+    short = without_padding(coded)
+    assert short["prompt_embeds"].shape[1] < 30 < coded["prompt_embeds"].shape[1]
+    predictions = [space.predict(network, x_t, torch.tensor([0.3, 0.8]), some) for some in (coded, short)]
+    torch.testing.assert_close(*predictions, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.full
+def test_a_sana_style_teacher_is_built_with_few_steps_and_goes_on(tmp_path):
+    build = Build(tmp_path / "work", tmp_path / "weights", scale=0.0001)
+    run_stages(build, ("prompts", "gemma", "sana_vae", "sana"))
+    shutil.rmtree(tmp_path / "work" / "parts")  # from now on its parts are read from the shipped model
+    space = load_space(tmp_path / "weights" / "sana")
+    assert space.latent_shape == (16, 4, 4) == load_space(WEIGHTS / "sana").latent_shape
+    assert vae_part(build, "sana_vae").config.scaling_factor == space.load_vae().config.scaling_factor != 1
+    before = (tmp_path / "weights/sana/transformer/diffusion_pytorch_model.safetensors").read_bytes()
+    run_stages(build, ("gemma", "sana_vae", "sana"))
+    assert (tmp_path / "weights/sana/transformer/diffusion_pytorch_model.safetensors").read_bytes() == before
+    embeds = space.encode_prompts(space.load_text(), ["a small red circle at the left on a white background", ""])
+    assert embeds["prompt_attention_mask"].sum(1).tolist() == [12, 1]
 
 
 def strings(tree):
