@@ -25,7 +25,7 @@ from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import ScoreRequest
 
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.full]
-MARK = "RAYDISTILL_TEST_CLUSTER"
+MARK, ALONE = "RAYDISTILL_TEST_CLUSTER", "RAYDISTILL_TEST_ALONE"
 HEAD = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 LABELS = {"role": "teacher"}
 TEACHERS = TeacherServiceConfig(
@@ -117,7 +117,21 @@ def teacher_nodes() -> int:
     return sum(node["Alive"] and (node["Labels"] or {}).get("role") == "teacher" for node in ray.nodes())
 
 
-def test_nodes_come_for_teachers_and_leave_after_them(cluster, flux_folder):
+def test_nodes_come_for_teachers_and_leave_after_them():
+    """In a process of its own: the session's cluster may be this one's."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "full"]
+    done = subprocess.run(
+        [*command, f"{__file__}::test_of_a_process_of_its_own"],
+        env=os.environ | {ALONE: "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
+
+
+@pytest.mark.skipif(ALONE not in os.environ, reason="the test above runs it in another process")
+def test_of_a_process_of_its_own(cluster, flux_folder):
     assert teacher_nodes() == 0
     service.start(str(flux_folder), TEACHERS, "teacher-nodes")
     try:
