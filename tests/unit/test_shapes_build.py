@@ -137,7 +137,7 @@ def test_a_sana_style_teacher_is_built_with_few_steps_and_goes_on(tmp_path):
     run_stages(build, ("gemma", "sana_vae", "sana"))
     assert (tmp_path / "weights/sana/transformer/diffusion_pytorch_model.safetensors").read_bytes() == before
     embeds = space.encode_prompts(space.load_text(), ["a small red circle at the left on a white background", ""])
-    assert embeds["prompt_attention_mask"].sum(1).tolist() == [12, 1]
+    assert embeds["prompt_attention_mask"].sum(1).tolist() == [12, 0]  # 11 words, and the instruction's first one
 
 
 def strings(tree):
