@@ -12,6 +12,7 @@ Shapes: B samples, C×H×W normalised latents, images [B, 3, S, S] in [-1, 1].
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections import deque
@@ -390,7 +391,8 @@ def _synthesise_stream(recipe: Recipe, folder: str | Path, max_failed_rows: int,
 def check_beginning(recipe: Recipe, writer: PairWriter | OrderedWriter) -> None:
     """Look at the first pictures of a stream of which nothing was made yet. Raises as `picture_probe.check_first`."""
     if isinstance(writer, OrderedWriter) and writer.cursor == (0, 0):
-        check_first(recipe.source, recipe.seed, recipe.filters, recipe.count)
+        with contextlib.suppress(OSError):  # the stream itself meets it, and says which stage failed
+            check_first(recipe.source, recipe.seed, recipe.filters, recipe.count)
 
 
 def _refuse(source: PromptSet | ImageSet, forbidden: Collection[str]) -> None:
