@@ -70,7 +70,7 @@ def test_other_weights_or_another_configuration_are_another_cell(tmp_path, monke
     weights, configs = tmp_path / "weights", tmp_path / "configs"
     shutil.copytree(WEIGHTS, weights, symlinks=True)
     shutil.copytree(CONFIGS, configs)
-    monkeypatch.setattr("raydistill.shapes.WEIGHTS", weights)
+    monkeypatch.setattr("raydistill.storage.resolve.WEIGHTS", weights)
     monkeypatch.setattr("raydistill.config.reading.CONFIGS", configs)
     cell = Cell(Variant("k = 1", k=1), seed=0, share=0.9, most=0, every=1, pictures=8)
 
