@@ -110,7 +110,7 @@ def test_the_gans_pull_is_the_students_gradient_of_that_loss_alone(spaces, table
             vsd__weight=weight, fake_score__updates=1, discriminator__ramp_steps=2, distill__micro_batches=parts
         )
         distiller, taken = make_distiller(config, spaces, tables), []
-        plain = distiller.networks.x
+        plain = distiller.networks.bridged
 
         def x(*inputs, plain=plain, taken=taken):
             found = plain(*inputs)
@@ -118,7 +118,7 @@ def test_the_gans_pull_is_the_students_gradient_of_that_loss_alone(spaces, table
                 found.register_hook(lambda g: taken.append(g * found.numel() * parts))
             return found
 
-        distiller.networks.x = x
+        distiller.networks.bridged = x
         if weight:
             run(config, spaces, tables, steps=1, distiller=distiller)
         else:
