@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 
 import pytest
+import student_updates
+import tiny_flow_pipelines
 import torch
 from test_updates import configuration, flat, make_distiller, run
 
@@ -20,6 +22,7 @@ from raydistill.distillation.losses import approximate_r1, fake_logits_loss, rea
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError
 from raydistill.planning.counting import count_trainer
+from raydistill.spaces import load_space
 from raydistill.spaces.meta import open_space
 
 THREE = "[0.2,0.5,0.9]"
@@ -256,3 +259,10 @@ def test_the_planner_counts_what_is_computed_besides(switches):
     if "r1_weight=1" not in switches:
         assert more.student.flops > 1.02 * plain.student.flops
         assert more.weights.discriminator > 1.5 * plain.weights.discriminator
+
+
+def test_heads_are_made_for_a_teacher_that_reads_no_empty_text(spaces, tmp_path):
+    """Z-Image's text refiner takes at least one token; the last block lies behind it."""
+    teacher = load_space(tiny_flow_pipelines.SAVE["z-image"](tmp_path / "z-image"))
+    worker = student_updates.distiller(spaces[0], teacher, "discriminator.depths=[1]", "student.kind=full")
+    assert [p.shape[1] for p in worker.networks.discriminator.parameters() if p.ndim == 4]
