@@ -79,7 +79,7 @@ class Adversary:
         """
         logits = self.networks.logits(features if self.shapes_features else [one.detach() for one in features])
         loss = over_heads(fake_logits_loss, logits)
-        row |= {"discriminator": loss, "accuracy": share_of(logits, lambda one: one < 0)}
+        row |= {"discriminator": loss.detach(), "accuracy": share_of(logits, lambda one: one < 0)}
         return self._head_gradients(loss, weight)
 
     def real_gradients(self, row: Row, batch: MicroBatch) -> None:
@@ -93,12 +93,13 @@ class Adversary:
         if self.gan.r1_weight > 0:
             near = latents + self.gan.r1_sigma * self.draws.normal(ids, latents.shape[1:], "r1_noise")
             found = self._logits_at(near, eps, t_B, conditioning)
-            row["r1"] = over_heads(partial(approximate_r1, sigma=self.gan.r1_sigma), logits, found)
-            loss = loss + self.gan.r1_weight * row["r1"]
+            r1 = over_heads(partial(approximate_r1, sigma=self.gan.r1_sigma), logits, found)
+            row["r1"] = r1.detach()
+            loss = loss + self.gan.r1_weight * r1
         share = self._head_gradients(loss, batch.weight)
         if self.shapes_features:
             self.gradients.accumulate(share, "fake", weight=batch.weight)
-        row["discriminator"] = loss + row["discriminator"]
+        row["discriminator"] = loss.detach() + row["discriminator"]
 
     def begin(self, batches: Sequence[MicroBatch]) -> None:
         """A new update: of which parts it is made. None: it is over."""
@@ -168,8 +169,9 @@ class Adversary:
             x_t = add_noise(self.path, judged, self.draws.normal(ids, judged.shape[1:], "gan_noise"), t_B)
             features = self.networks.features(x_t, t_B, batch.fake_conditioning)
         logits = self.networks.logits(features)
-        row["loss/gan"] = over_heads(generator_loss, logits)
-        return gan_weight(self.gan, updates) * self.networks.finite.note(row["loss/gan"], "the GAN loss")
+        loss = self.networks.finite.note(over_heads(generator_loss, logits), "the GAN loss")
+        row["loss/gan"] = loss.detach()
+        return gan_weight(self.gan, updates) * loss
 
     # -- statistics of the features -------------------------------------------------------------------
     @torch.no_grad()

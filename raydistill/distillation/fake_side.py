@@ -99,7 +99,7 @@ class FakeSide:
             x_t = add_noise(path, x, eps, t_B)
         prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
         loss = F.mse_loss(prediction.float(), target(path, self.space.prediction, x, eps, t_B))
-        row = {"fake": loss}
+        row = {"fake": loss.detach()}
         if self.adversary is not None:
             loss = loss + self.adversary.fake_gradients(row, features, batch.weight)
         self.gradients.accumulate(loss, "fake", weight=batch.weight)

@@ -9,12 +9,14 @@ import torch
 
 from raydistill.distillation.finite import Finite
 
-Row = dict[str, torch.Tensor]  # scalars, of one micro-batch or of an update
+# Scalars, of one micro-batch or of an update. They have no graph: hooks write to a row, and a graph that holds a hook that
+# holds a loss of that graph is never freed.
+Row = dict[str, torch.Tensor]
 
 
 def mean_of(rows: Sequence[Row]) -> Row:
     """Mean of each scalar over the micro-batches, on their device."""
-    return {name: torch.stack([row[name].detach() for row in rows]).mean() for name in rows[0]}
+    return {name: torch.stack([row[name] for row in rows]).mean() for name in rows[0]}
 
 
 def take_roots(metrics: dict[str, float]) -> None:

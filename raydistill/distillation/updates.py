@@ -203,8 +203,9 @@ class Distiller:
             else:
                 x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
-            row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
-            loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
+            vsd = self.finite.note(vsd_loss(x, g), "the VSD loss")
+            row |= {"loss/vsd": vsd.detach(), "vsd/gradient_square": g.square().mean()}
+            loss = loss + config.vsd.weight * vsd
         if self.adversary is not None:
             loss = loss + self.adversary.pull(row, judged, made, self.updates, features)
         if self.reward is not None:
@@ -214,7 +215,7 @@ class Distiller:
         if pairs is not None:
             own, losses = self.anchor(self.networks.bridge, pairs, self.updates)
             loss = loss + config.bridge.anchor_weight * self.finite.note(own, "the Bridge's own loss")
-            row |= {f"bridge/{name}": value for name, value in losses.items()}
+            row |= {f"bridge/{name}": value.detach() for name, value in losses.items()}
             names.append("bridge")
         self.gradients.accumulate(loss, *names)
         return row
@@ -222,8 +223,7 @@ class Distiller:
     # -- metrics and state ---------------------------------------------------------------------------
     def pop_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call."""
-        read, metrics = self.readings.read()[0], self.metrics
-        self.metrics = defaultdict(float)
+        read, metrics, self.metrics = self.readings.read()[0], self.metrics, defaultdict(float)
         metrics |= read
         if told := self.leaving_out.pop_told():
             self.left_out += told

@@ -272,9 +272,12 @@ def least(config: Config) -> Config:
 
 
 def small_batch(config: Config) -> int:
-    """A second batch size, by which it is seen how memory grows: one sample a part, or two."""
+    """A second batch size, by which it is seen how memory grows: two samples a part, or one where the batch has two.
+
+    Of one sample attention copies less than its share: what is transposed to another order of a dimension of 1 stays.
+    """
     batch, parts = config.distill.batch_size, config.distill.micro_batches
-    return parts if batch > parts else 2 * parts
+    return parts if batch == 2 * parts else 2 * parts
 
 
 def as_counts(config: Config, found: dict[str, Any]) -> Counts:

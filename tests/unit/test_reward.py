@@ -14,7 +14,7 @@ from captions import CAPTIONS
 from lanes import full_but
 from PIL import Image
 from test_leaving_out import gradients_of, scores_of, without
-from test_updates import batches, configuration, flat, run
+from test_updates import SWITCHES, batches, configuration, flat, graphs, run
 from tiny_clip import write_clip
 from transformers import CLIPImageProcessorPil
 
@@ -83,6 +83,13 @@ def rewarded(spaces, tables, places=JUDGE, stream=lambda source: source, **chang
         source=stream(source()),
         reward=load_reward(config, student, places),
     )
+
+
+def test_no_graph_outlives_an_update_with_a_reward(spaces, tables):
+    before = graphs()
+    distiller = rewarded(spaces, tables, **SWITCHES)
+    run(distiller.config, spaces, tables, steps=1, distiller=distiller)
+    assert graphs() == before
 
 
 def students(distiller, spaces, tables):

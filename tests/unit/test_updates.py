@@ -1,6 +1,7 @@
 """The three updates of a worker: what they change, their order, resumes, the fake score, a Bridge trained along."""
 
 import copy
+import gc
 import itertools
 
 import pytest
@@ -381,7 +382,7 @@ def test_a_bridge_trained_along_takes_both_losses_and_keeps_its_prior(spaces, ta
 def test_the_teachers_scores_decide_where_a_bridge_goes_that_is_trained_along(spaces, tables, pairs):
     projectors = []
     for guidance in (1.0, 3.0):
-        config, distiller = make_joint(spaces, tables, pairs)
+        _, distiller = make_joint(spaces, tables, pairs)
         teacher = LocalTeacher(spaces[1], {name: value[3:] for name, value in tables[1].items()})
 
         def scores(made, guidance=guidance, teacher=teacher):
@@ -417,6 +418,23 @@ def test_the_best_student_is_kept_with_the_bridge_of_its_update(spaces, tables, 
     distiller.networks.load_best_state(best)
     assert torch.equal(student, flat(distiller.networks.evaluated))
     assert torch.equal(projector, flat(distiller.networks.bridge.projector))
+
+
+def graphs():
+    gc.collect()
+    return sum(isinstance(one, torch.Tensor) and one.grad_fn is not None for one in gc.get_objects())
+
+
+GAN = {"depths": [0.5, 1.0], "r1_weight": 1, "standardize": True, "fake_weight": 0.25}
+SWITCHES = {f"discriminator__{key}": value for key, value in GAN.items()}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_no_graph_outlives_its_update(spaces, tables, pairs, shared):
+    before = graphs()  # one that did would hold a hook that holds it, for ever
+    config, distiller = make_joint(spaces, tables, pairs, discriminator__shared_pass=shared, **SWITCHES)
+    run(config, spaces, tables, steps=1, distiller=distiller)
+    assert graphs() == before
 
 
 def test_without_pairs_no_bridge_is_trained_along(spaces, tables):
