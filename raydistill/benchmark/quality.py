@@ -229,7 +229,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     scale = guidance_scale(config, teacher)
     network, trainer = count_teacher(config, teacher, scale), count_trainer(config, student, teacher)
     forward = network.score.flops / network.samples / network.evaluations
-    parts = {
+    flops = {
         "make": trainer.make.flops,
         "fake": k * trainer.fake.flops,
         "student": trainer.student.flops,
@@ -239,9 +239,9 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
         with counted() as meter, torch.no_grad():
             fake = distiller(config, student, teacher, batch).networks.fake
             x_t, t_B, conditioning, _ = score_inputs(teacher, batch, device="meta")
-            parts["separate"] = k * meter.count(lambda: fake.features(x_t, t_B, conditioning)).flops
-    each = {f"{part}_forwards": flops / forward for part, flops in parts.items()}
-    return each | {"forwards": sum(parts.values()) / forward, "batch": batch}
+            flops["separate"] = k * meter.count(lambda: fake.features(x_t, t_B, conditioning)).flops
+    each = {f"{phase}_forwards": count / forward for phase, count in flops.items()}
+    return each | {"forwards": sum(flops.values()) / forward, "batch": batch}
 
 
 def table(result: dict[str, Any]) -> str:

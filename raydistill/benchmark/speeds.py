@@ -87,8 +87,8 @@ def keep(arguments: argparse.Namespace, device: str, result: dict[str, Any]) -> 
 
 def line(told: dict[str, Any]) -> str:
     """What a person reads of `keep`."""
-    parts = [f"{role} {share:.1%}" for role, share in told.get("shares", {}).items()]
+    shares = [f"{role} {share:.1%}" for role, share in told.get("shares", {}).items()]
     text = (
-        f"of the data sheet's peak of {told['kind']}: {', '.join(parts)}" if parts else "speeds for the planner: none"
+        f"of the data sheet's peak of {told['kind']}: {', '.join(shares)}" if shares else "speeds for the planner: none"
     )
     return f"{text}; {told['skipped'] if 'skipped' in told else 'the planner reads ' + told['file']}"

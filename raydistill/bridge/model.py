@@ -259,7 +259,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{file}: holds no JSON object")
     missing = [key for key in ("architecture", *SIDES) if not isinstance(saved.get(key), dict)]
     keys = {"architecture": ARCHITECTURE_KEYS} | dict.fromkeys(SIDES, SIDE_KEYS)
-    missing += [f"{part}.{key}" for part in keys if part not in missing for key in keys[part] if key not in saved[part]]
+    missing += [f"{name}.{key}" for name in keys if name not in missing for key in keys[name] if key not in saved[name]]
     if missing:
         raise InputError(f"{file}: lacks {', '.join(missing)}")
     try:

@@ -184,7 +184,7 @@ def _files(folder: Place) -> dict[str, int]:
     """Files below a folder, by name relative to it, with their bytes; -1: a link that leads nowhere. No hidden ones."""
     if isinstance(folder, Remote):
         entries = ((name, size) for name, size, _ in folder.entries())
-        return {name: size for name, size in entries if not any(part.startswith(".") for part in name.split("/"))}
+        return {name: size for name, size in entries if not any(one.startswith(".") for one in name.split("/"))}
     found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

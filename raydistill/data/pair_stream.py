@@ -290,15 +290,15 @@ class StreamedPairs:
 
     def held_out(self) -> Pairs:
         """The held-out pairs, which the stream begins with. Raises InputError where none can be used."""
-        parts, why, chunk = [], "", next(self._chunks)
+        sets, why, chunk = [], "", next(self._chunks)
         while chunk.after is None:
             good = np.flatnonzero(chunk.failure == "")
-            parts += [self._pairs([(chunk, int(place)) for place in good], good)] if len(good) else []
+            sets += [self._pairs([(chunk, int(place)) for place in good], good)] if len(good) else []
             why, chunk = chunk.failure[-1], next(self._chunks)
         self._put(chunk)
-        if not parts:
+        if not sets:
             raise InputError(f"synthesis.images: no picture that is held out can be used; the last one: {why}")
-        pairs = Pairs.joined(parts)
+        pairs = Pairs.joined(sets)
         return dataclasses.replace(pairs, ids=np.arange(len(pairs)))
 
     def next(self, ids: np.ndarray) -> Pairs:

@@ -377,10 +377,10 @@ class ListedShards(Shards):
         path, captions = json.loads(self._entries[number])
         if isinstance(captions, str):
             return RawRow(path, failure=captions)
-        parts = path.replace("\\", "/").split("/")
-        if path.startswith("/") or ".." in parts:
+        segments = path.replace("\\", "/").split("/")
+        if path.startswith("/") or ".." in segments:
             return RawRow(path, failure="the path leads out of the folder")
-        path = "/".join(part for part in parts if part not in ("", "."))
+        path = "/".join(segment for segment in segments if segment not in ("", "."))
         if why := self._no_path(path):
             return RawRow(path, failure=why)
         try:

@@ -369,7 +369,7 @@ def _files(path: str) -> tuple[Place, list[Found]]:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(segment.startswith(".") for segment in name.split("/"))
 
 
 def _common(found: Sequence[Found]) -> Place:

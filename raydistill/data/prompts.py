@@ -63,13 +63,13 @@ class PromptReport:
 
     def bad_rows(self) -> str:
         """« 2 blank (rows 3, 8), 1 not JSON (row 9) », or « 1 blank (2.txt) »."""
-        parts = []
+        kinds = []
         for kind, count in self.bad.items():
             rows = self.first_bad[kind]
             what = "" if self.names else "rows " if count > 1 else "row "
             more = ", …" if count > len(rows) else ""
-            parts.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
-        return ", ".join(parts) + (f"; in their quotation marks lie {self.hidden} more lines" if self.hidden else "")
+            kinds.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
+        return ", ".join(kinds) + (f"; in their quotation marks lie {self.hidden} more lines" if self.hidden else "")
 
 
 class PromptSet:

@@ -76,14 +76,14 @@ def _round(network: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Leave this worker its share of the parts' frozen parameters, on the mesh's device; what is trained stays whole."""
+def _partition(blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Leave this worker its share of the blocks' frozen parameters, on the mesh's device; what is trained stays whole."""
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    for part in parts:
-        trained = {p for p in part.parameters() if p.requires_grad}
+    for block in blocks:
+        trained = {p for p in block.parameters() if p.requires_grad}
         # a root's default is not to reshard
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 class FakeScore(nn.Module):
@@ -117,7 +117,7 @@ class FakeScore(nn.Module):
             if config.base_dtype != "float32":
                 _round(network, getattr(torch, config.base_dtype))
             if mesh is not None:
-                _partition(space.large_parts(network), mesh)
+                _partition(space.large_blocks(network), mesh)
         else:
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)

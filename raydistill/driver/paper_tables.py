@@ -93,8 +93,8 @@ def cells(table: str, config: Config, storage: Path, seeds: int, quick: bool) ->
 
 def _pair(config: Config, student: str, teacher: str) -> Config:
     """`config` with one student and one teacher of the miniature world."""
-    parts = [read_yaml(CONFIGS / "shapes" / f"{name}.yaml")[0] for name in (student, teacher)]
-    return changed(config, {section: values for part in parts for section, values in part.items()})
+    trees = [read_yaml(CONFIGS / "shapes" / f"{name}.yaml")[0] for name in (student, teacher)]
+    return changed(config, {section: values for tree in trees for section, values in tree.items()})
 
 
 def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -> None:

@@ -310,22 +310,22 @@ def _check_micro_batches(config: Config) -> None:
     shares = {"distill.batch_size": config.distill.batch_size}
     if config.bridge.trainable:
         shares["bridge.batch_size / distill.workers"] = config.bridge.batch_size // config.distill.workers
-    _check_parts("distill.micro_batches", config.distill.micro_batches, shares)
+    _check_divides("distill.micro_batches", config.distill.micro_batches, shares)
     if trains_bridge(config):
         workers = "distill.min_workers" if config.distill.min_workers else "distill.workers"
         share = {f"bridge.batch_size / {workers}": config.bridge.batch_size // config.distill.fewest}
-        _check_parts("bridge.micro_batches", config.bridge.micro_batches, share)
+        _check_divides("bridge.micro_batches", config.bridge.micro_batches, share)
 
 
-def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
-    """Raises InputError with the nearest numbers of parts that divide every share, by name."""
+def _check_divides(key: str, micro_batches: int, shares: Mapping[str, int]) -> None:
+    """Raises InputError with the nearest numbers of micro-batches that divide every share, by name."""
     for name, share in shares.items():
-        if share % parts:
+        if share % micro_batches:
             common = math.gcd(*shares.values())
             fitting = [count for count in range(1, common + 1) if common % count == 0]
-            near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
+            near = sorted(fitting, key=lambda count: abs(count - micro_batches))[:2]
             raise InputError(
-                f"{key}: {name} = {share} cannot be divided by {parts}; set {key} to "
+                f"{key}: {name} = {share} cannot be divided by {micro_batches}; set {key} to "
                 f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
             )
 

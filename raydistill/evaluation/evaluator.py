@@ -53,8 +53,8 @@ class FixedPrompts:
 
     def batches(self, size: int) -> Iterator[tuple[int, int, list[str]]]:
         for start in range(0, len(self.captions), size):
-            part = self.captions[start : start + size]
-            yield start, start + len(part), part
+            captions = self.captions[start : start + size]
+            yield start, start + len(captions), captions
 
 
 Scores = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics

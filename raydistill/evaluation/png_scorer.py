@@ -31,11 +31,11 @@ class PngScorer:
         columns: Columns = {}
         with tempfile.TemporaryDirectory() as folder:
             for start in range(0, len(pictures), at_once):
-                part = range(start, min(start + at_once, len(pictures)))
-                files = [Path(folder, f"{index}.png") for index in part]
-                for file, index in zip(files, part, strict=True):
+                chunk = range(start, min(start + at_once, len(pictures)))
+                files = [Path(folder, f"{index}.png") for index in chunk]
+                for file, index in zip(files, chunk, strict=True):
                     file.write_bytes(pictures[index])
-                scores = self._work([str(file) for file in files], [prompts[index] for index in part])
+                scores = self._work([str(file) for file in files], [prompts[index] for index in chunk])
                 for name, values in scores.items():
                     columns.setdefault(name, []).extend(values)
                 for file in files:

@@ -88,7 +88,7 @@ def original_names(
 
 def _order(name: str) -> tuple[str, int]:
     """Query before key before value; all else by name."""
-    number = next((number for number, part in enumerate(_QKV) if f".{part}." in name), 0)
+    number = next((number for number, one in enumerate(_QKV) if f".{one}." in name), 0)
     return (re.sub(r"\.self_attn\.[qkv]_proj\.", ".self_attn.qkv.", name), number)
 
 

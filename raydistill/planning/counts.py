@@ -149,7 +149,7 @@ class Counts:
     recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
     keeping: Trainer | None = None  # at `batch`, without it; None: `trainer` is
     small_keeping: Trainer | None = None  # at `small_batch`
-    least: Trainer | None = None  # one sample a part, with all that saves memory and changes no number
+    least: Trainer | None = None  # one sample a micro-batch, with all that saves memory and changes no number
     network: Teacher
     drawer: Teacher  # what draws pictures
     bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
@@ -263,7 +263,7 @@ LEAST_PARTS = 2  # of which `least` is counted: more of them need no more but th
 
 
 def least(config: Config) -> Config:
-    """With one sample a part, activations recomputed, and a frozen copy in bfloat16 where that changes no number."""
+    """With micro-batches of one sample, activations recomputed, and a frozen copy in bfloat16 where that changes no number."""
     fake = config.fake_score
     if fake.kind == "lora" and config.distill.mixed_precision:
         fake = fake.model_copy(update={"base_dtype": "bfloat16"})
@@ -272,9 +272,9 @@ def least(config: Config) -> Config:
 
 
 def small_batch(config: Config) -> int:
-    """A second batch size, by which it is seen how memory grows: one sample a part, or two."""
-    batch, parts = config.distill.batch_size, config.distill.micro_batches
-    return parts if batch > parts else 2 * parts
+    """A second batch size, by which it is seen how memory grows: one sample a micro-batch, or two."""
+    batch, micro_batches = config.distill.batch_size, config.distill.micro_batches
+    return micro_batches if batch > micro_batches else 2 * micro_batches
 
 
 def as_counts(config: Config, found: dict[str, Any]) -> Counts:

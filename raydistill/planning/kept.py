@@ -113,7 +113,7 @@ def find_counts(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Any
 
         for name in lacking:
             found[name] = count(
-                asked[name], lambda part, name=name: bar.update(next(done), total, f"{NAMES[name]}{part}")
+                asked[name], lambda phase, name=name: bar.update(next(done), total, f"{NAMES[name]}{phase}")
             )
             _write(files[name], asked[name].kind, found[name])
     screen.say(f"counted in {duration(time.monotonic() - started)}; kept for the next time in {_folder()}")
@@ -183,7 +183,7 @@ def _file(it: Wanted, around: dict[str, Any] | None) -> Path | None:
 
 def reads(kind: str, key: str) -> bool:
     """Whether a count may read this key of the configuration."""
-    return key in READ[kind] or (key not in UNREAD and any(key.startswith(f"{part}.") for part in READ[kind]))
+    return key in READ[kind] or (key not in UNREAD and any(key.startswith(f"{section}.") for section in READ[kind]))
 
 
 def _folder_of(path: str, pattern: str) -> str | None:

@@ -134,10 +134,10 @@ class Meter(TorchDispatchMode):
         self._known.discard(address)
         self.live -= nbytes
 
-    def count(self, part: Callable[[], Any]) -> Cost:
-        """Run a part while this mode is active; goes on from what is alive."""
+    def count(self, call: Callable[[], Any]) -> Cost:
+        """Run a call while this mode is active; goes on from what is alive."""
         self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
-        part()
+        call()
         return Cost(self.flops - flops, self.peak, self.flops_32 - flops_32)
 
 

@@ -120,7 +120,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
     # of the fake loss, and the real samples' features, with R1 once more; the student's fake score, and its features there
     # and back.
-    of_fake = passes * gathered * config.fake_parts / distill.micro_batches
+    of_fake = passes * gathered * config.fake_micro_batches / distill.micro_batches
     fake += of_fake + reduced["fake"] + reduced.get("discriminator", 0.0)
     shared = config.discriminator.shared_pass and config.vsd.weight > 0
     student += (1 if not gan else 2 if shared else 3) * gathered + reduced["student"]

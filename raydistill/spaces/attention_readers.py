@@ -27,10 +27,10 @@ class Recording:
     k: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def image_part(self, tokens: int | None, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_image(self, tokens: int | None, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k of the image tokens, which come last unless they come `first`, with their positions applied."""
-        place = slice(None) if tokens is None else slice(0, tokens) if first else slice(-tokens, None)
-        q, k = self.q[:, place], self.k[:, place]
+        rows = slice(None) if tokens is None else slice(0, tokens) if first else slice(-tokens, None)
+        q, k = self.q[:, rows], self.k[:, rows]
         if self.rotary is not None:
             rotary = tuple(table[-q.shape[1] :] for table in self.rotary)
             q, k = (apply_rotary_emb(value, rotary, sequence_dim=1) for value in (q, k))

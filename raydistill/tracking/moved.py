@@ -26,9 +26,9 @@ PLACES = (  # (table, column) of the database that name places below an experime
 
 def local(place: str | None) -> Path | None:
     """The folder that a place names; None: it is none of this machine."""
-    parts = urlsplit(place or "")
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
+    uri = urlsplit(place or "")
+    if uri.scheme == "file":
+        return Path(url2pathname(uri.path))
     return Path(place) if place and place.startswith("/") else None
 
 

@@ -337,8 +337,8 @@ def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags:
 
     entries = [("params", Param(k, v)) for k, v in params.items()] + [("tags", RunTag(k, v)) for k, v in tags.items()]
     for start in range(0, len(entries), 100):  # MLflow's limit per request
-        part = entries[start : start + 100]
-        client.log_batch(run_id, **{kind: [e for k, e in part if k == kind] for kind in ("params", "tags")})
+        chunk = entries[start : start + 100]
+        client.log_batch(run_id, **{kind: [e for k, e in chunk if k == kind] for kind in ("params", "tags")})
 
 
 def newest_model(client: MlflowClient, experiment: str, run_id: str) -> LoggedModel | None:

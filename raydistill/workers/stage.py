@@ -33,8 +33,8 @@ class Stage:
     runs: Runs = ()  # ids of the run, its own first; its checkpoints bear one of them
     lease: Lease | None = None  # under which workers write
 
-    def path(self, *parts: str) -> Place:
-        return functools.reduce(operator.truediv, parts, to_place(self.folder))
+    def path(self, *names: str) -> Place:
+        return functools.reduce(operator.truediv, names, to_place(self.folder))
 
     def result(self) -> dict[str, Any]:
         return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")

@@ -117,7 +117,7 @@ def batches(config, worker, first, reals=None):
         }
 
     def read():
-        own, size = parts.own_part(config, worker), config.distill.workers * config.distill.batch_size
+        own, size = parts.own_slot_rows(config, worker), config.distill.workers * config.distill.batch_size
         for slot in itertools.count(first * (1 + config.fake_score.updates)):
             ids = slot_positions(slot, own, size)
             yield {"sample_id": ids} | columns(ids)

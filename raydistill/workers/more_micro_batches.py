@@ -1,6 +1,6 @@
-"""A trainer whose device is full in an update starts once more, with batches in more equal parts.
+"""A trainer whose device is full in an update starts once more, with more micro-batches.
 
-The update stays the same up to rounding, and what is alive at once is one part. All workers leave first, so what they held
+The update stays the same up to rounding, and one micro-batch is alive at once. All workers leave first, so their memory
 is free. A file of the stage keeps the number: whoever goes on with the stage later has it too.
 """
 
@@ -18,23 +18,24 @@ from raydistill.errors import OutOfMemory
 from raydistill.storage import lease
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.tracking.tracker import Tracker
-from raydistill.workers.remedies import more_parts
+from raydistill.workers.remedies import next_micro_batches
 from raydistill.workers.stage import Stage
 
 FILE = "more_parts.json"
 
 
 @contextmanager
-def noting_more_parts(stage: Stage) -> Iterator[None]:
-    """Around a worker's updates: where one finds the device full, write down how many parts may do, in file and MLflow run.
+def noting_more_micro_batches(stage: Stage) -> Iterator[None]:
+    """Around a worker's updates: where one finds the device full, write down how many micro-batches may do.
 
-    Nothing is written where a batch has no more parts, or where there was a second try already; the error goes on either way.
+    In a file and in the MLflow run. Nothing is written where a batch has no more, or where there was a second try already. The
+    error goes on either way.
     """
     try:
         yield
     except OutOfMemory as error:
-        count = None if stage.path(FILE).is_file() else more_parts_of(validate(stage.config))
-        if error.part in UPDATE and count is not None:
+        count = None if stage.path(FILE).is_file() else more_micro_batches(validate(stage.config))
+        if error.doing in UPDATE and count is not None:
             lease.check(stage.path())
             replace_text(stage.path(FILE), json.dumps({"micro_batches": count, "why": str(error)}))
             tracker = Tracker(stage.mlflow_uri, stage.mlflow_run)
@@ -43,18 +44,18 @@ def noting_more_parts(stage: Stage) -> Iterator[None]:
         raise
 
 
-def more_parts_of(config: Config) -> int | None:
-    """The next number of parts of an update that divides all that it takes; None: there is none."""
+def more_micro_batches(config: Config) -> int | None:
+    """The next number of micro-batches of an update that divides all that it takes; None: there is none."""
     batch, fake = config.distill.batch_size, config.fake_score.batch_size or config.distill.batch_size
     anchored = config.bridge.batch_size // config.distill.workers if config.bridge.trainable else batch
-    parts = more_parts(batch, config.distill.micro_batches)
-    while parts is not None and (anchored % parts or fake % (batch // parts)):
-        parts = more_parts(batch, parts)
-    return parts
+    count = next_micro_batches(batch, config.distill.micro_batches)
+    while count is not None and (anchored % count or fake % (batch // count)):
+        count = next_micro_batches(batch, count)
+    return count
 
 
-def in_more_parts(stage: Stage) -> Stage:
-    """The stage with the parts that its file tells of; itself where there is none."""
+def in_more_micro_batches(stage: Stage) -> Stage:
+    """The stage with the micro-batches that its file tells of; itself where there is none."""
     if not stage.path(FILE).is_file():
         return stage
     told = read_json(stage.path(FILE), "remove it, and the stage goes on with distill.micro_batches as configured")
