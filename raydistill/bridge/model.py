@@ -26,7 +26,7 @@ from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
 from raydistill.storage.resolve import resolve
 

@@ -34,7 +34,7 @@ from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.pictures.files import load_image
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place

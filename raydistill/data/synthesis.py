@@ -39,7 +39,7 @@ from raydistill.data.vae import PairEncoder
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import vae_fingerprint
+from raydistill.spaces.loaded import vae_fingerprint
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 

@@ -38,7 +38,7 @@ from raydistill.spaces import check_everywhere, load_space, load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.distilled import check_scores, drawing
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.spaces.starts import check_lora

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import weight_files
-from raydistill.spaces.held import exact_dtypes, held_weights
+from raydistill.spaces.loaded import exact_dtypes, held_weights
 from raydistill.spaces.weights import DTYPES, Entry, read_header
 
 _CODES = {name: code for code, name in DTYPES.items()}  # torch's names -> safetensors'
