@@ -165,8 +165,8 @@ class BridgeCell:
         files = _hashes(config, SPACES if self.subset else (*SPACES, "bridge.checkpoint"))
         pairs = {name: digest for name, (_, digest) in self.measured.items()}
         pairs |= {"training": self.subset[1]} if self.subset else {}
-        told = {"source": self.source, "size": self.size, "seed": self.seed}
-        return told | {"config": reading.config_hash(config), "files": files, "pairs": pairs}
+        identity = {"source": self.source, "size": self.size, "seed": self.seed}
+        return identity | {"config": reading.config_hash(config), "files": files, "pairs": pairs}
 
     @property
     def place(self) -> str:
@@ -224,9 +224,9 @@ class Student:
     def key(self) -> dict[str, Any]:
         """Without the Bridge's place, which is a folder of the user."""
         config = _config(self.bridge.seed)
-        told = {"updates": self.updates, "pictures": self.pictures, "seed": self.bridge.seed}
+        identity = {"updates": self.updates, "pictures": self.pictures, "seed": self.bridge.seed}
         files = {"config": reading.config_hash(config), "files": _hashes(config, FILES)}
-        return {"bridge": self.bridge.key, "student": told | files}
+        return {"bridge": self.bridge.key, "student": identity | files}
 
     def run(self) -> Values:
         """Mean attribute accuracy on held-out captions, of the student's last weights."""

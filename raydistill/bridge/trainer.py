@@ -121,7 +121,7 @@ class BridgeTrainer:
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
         size = teacher.vae_batch(DECODE_BATCH)
-        scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
+        values: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None
         self.bridge.eval()
         for batch in self.objective.held_out(VALIDATION_PAIRS, size):
@@ -129,11 +129,11 @@ class BridgeTrainer:
             z_hat = self.bridge(batch.z_student.to(self.device).float())
             true, made = teacher.decode(self._vae, z_teacher), teacher.decode(self._vae, z_hat)
             for key, metric in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
-                scores[key].append(metric(made, true).cpu())
-            scores["latent_l1"].append(latent_l1(z_hat, z_teacher).cpu().expand(len(batch)))
+                values[key].append(metric(made, true).cpu())
+            values["latent_l1"].append(latent_l1(z_hat, z_teacher).cpu().expand(len(batch)))
             shown = shown or _comparison(true, made, batch.prompts)
         self.bridge.train()
-        return {f"eval/{key}": float(torch.cat(values).mean()) for key, values in scores.items()}, shown
+        return {f"eval/{key}": float(torch.cat(each).mean()) for key, each in values.items()}, shown
 
     # -- state -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

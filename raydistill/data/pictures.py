@@ -167,11 +167,13 @@ class Pictures:
         rank, world = share
         own = self.own_shards(seed, epoch, share)
         by_row = len(self.shards) < world
-        for place in range(start[0], len(own) if stop is None else stop):
-            first = start[1] if place == start[0] else 0
-            for row, raw in enumerate(self._patient(int(own[place]), first), start=first):
+        for index in range(start[0], len(own) if stop is None else stop):
+            first = start[1] if index == start[0] else 0
+            for row, raw in enumerate(self._patient(int(own[index]), first), start=first):
                 if not by_row or row % world == rank:
-                    yield self._told(int(own[place]), row, raw, (seed, epoch), Cursor(epoch, place, row + 1), filters)
+                    yield self._picture_row(
+                        int(own[index]), row, raw, (seed, epoch), Cursor(epoch, index, row + 1), filters
+                    )
 
     def endless(
         self,
@@ -190,7 +192,7 @@ class Pictures:
                 raise InputError(f"{self.source}: no usable picture in all of reader {share[0]}'s share of {share[1]}")
             start = Cursor(start.epoch + 1)
 
-    def _told(
+    def _picture_row(
         self, shard: int, row: int, raw: RawRow, drawn: tuple[int, int], after: Cursor, filters: Filters
     ) -> PictureRow:
         if any(map(undecodable, raw.captions)):  # no tokenizer takes it, and no file

@@ -240,9 +240,9 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
     objects, number = _Objects(folder, columns), 0
     for file in files:
         listed = _suffix(file) == ".json"
-        for place, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
+        for position, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
             number += 1
-            name = f"{file.name}, entry {place}" if listed else file.name
+            name = f"{file.name}, entry {position}" if listed else file.name
             yield objects.row(number, entry, name, file.stem if listed else None)
     objects.end()
 

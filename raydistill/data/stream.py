@@ -20,7 +20,6 @@ bytes as in rows of captions, and encoders would hold the window of row groups o
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -37,7 +36,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from raydistill.background import in_background
 from raydistill.data.encode import CHUNK, REAL, Batch, PromptEncoder
 from raydistill.data.prompts import PromptSet
-from raydistill.data.ray_data import dataset_of
+from raydistill.data.ray_data import dataset_of, fetched
 from raydistill.data.reals import RealOrder, RealSet
 from raydistill.data.reward_texts import RewardTexts
 
@@ -72,12 +71,6 @@ class FakeRows:
         if fake_count == count:
             return None
         return cls(tuple(row for row in own if row // size % count < fake_count), updates)
-
-
-@functools.lru_cache(maxsize=4)
-def _fetch(stored: ray.ObjectRef) -> Any:
-    """A prompt set, whose columns stay where they lie in the object store of this node, or a set of teacher samples."""
-    return ray.get(stored)
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class _Reader:
 
     def _rows(self, slot: int, real: bool) -> Batch:
         positions = slot_positions(slot, _read_rows(slot, real, self.rows, self.fake), self.slot_size)
-        ids, texts = _fetch(self.reals).at(positions) if real else _fetch(self.prompts).at(self.seed, positions)
+        ids, texts = fetched(self.reals).at(positions) if real else fetched(self.prompts).at(self.seed, positions)
         prompts = np.array(texts, dtype=object)
         return {"sample_id": positions, "prompt_id": ids, "prompt": prompts, REAL: np.full(len(ids), real)}
 

@@ -189,10 +189,10 @@ class Adversary:
         sums: list[torch.Tensor] = []
         for micro_batch in batch:
             ids, (latents, conditioning) = micro_batch.sample_ids, self._reals(micro_batch)
-            for place in range(TIMES):
-                u_B = (place + self.draws.uniform(ids, f"statistics_t/{place}")) / TIMES
+            for index in range(TIMES):
+                u_B = (index + self.draws.uniform(ids, f"statistics_t/{index}")) / TIMES
                 t_B = sample_t(u_B, T_MIN, T_MAX, self.draws.shift)
-                eps = self.draws.normal(ids, latents.shape[1:], f"statistics_noise/{place}")
+                eps = self.draws.normal(ids, latents.shape[1:], f"statistics_noise/{index}")
                 features = self.networks.features(add_noise(self.path, latents, eps, t_B), t_B, conditioning)
                 for one in features:
                     self.networks.finite.note(one, "the features of the teacher samples")

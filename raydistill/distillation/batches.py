@@ -106,15 +106,15 @@ class StreamedReals:
 
         Raises RuntimeError where the stream brings others than are asked for.
         """
-        places, had, latents, conditioning = self._left or self._next()
-        if positions[0] > places[-1]:
-            places, had, latents, conditioning = self._next()
-        first = int(np.searchsorted(places, positions[0]))
+        streamed, had, latents, conditioning = self._left or self._next()
+        if positions[0] > streamed[-1]:
+            streamed, had, latents, conditioning = self._next()
+        first = int(np.searchsorted(streamed, positions[0]))
         stop = first + len(rows)
         if not np.array_equal(had[first:stop], rows):
             raise RuntimeError(f"the stream brings teacher samples {had[first:stop]}, and the update asks for {rows}")
         left = {name: value[stop:] for name, value in conditioning.items()}
-        self._left = (places[stop:], had[stop:], latents[stop:], left) if len(had) > stop else None
+        self._left = (streamed[stop:], had[stop:], latents[stop:], left) if len(had) > stop else None
         return latents[first:stop].float(), {name: value[first:stop] for name, value in conditioning.items()}
 
     def _next(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor, Conditioning]:
@@ -203,11 +203,11 @@ class Made(MicroBatch):
     timestep_B: torch.Tensor | None  # of it; None: the start timestep, for all
     x_t: torch.Tensor  # [B, C, H, W] in main memory
     t_B: torch.Tensor  # in main memory
-    held: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
+    on_device: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
 
     def with_graph(self, path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`held`: its own numbers, and the gradient of x_t = alpha x + sigma eps with respect to the student's x."""
-        x_t, t_B = self.held
+        """`on_device`: its own numbers, and the gradient of x_t = alpha x + sigma eps with respect to the student's x."""
+        x_t, t_B = self.on_device
         return x_t + expand(path.alpha_sigma(t_B)[0], x) * (x - x.detach()), t_B
 
 
@@ -300,7 +300,9 @@ class Batches:
             ids = ids[kept]
             columns = {role: {name: value[kept] for name, value in it.items()} for role, it in columns.items()}
         self._consumed.append(ids.tolist())
-        held = {role: {name: upload(value, self.device) for name, value in it.items()} for role, it in columns.items()}
+        on_device = {
+            role: {name: upload(value, self.device) for name, value in it.items()} for role, it in columns.items()
+        }
 
         def cut(it: Conditioning, rows: slice) -> Conditioning:
             return {name: value[rows] for name, value in it.items()}
@@ -308,10 +310,10 @@ class Batches:
         return [
             MicroBatch(
                 sample_ids=ids[rows],
-                student_conditioning=cut(held["student"], rows),
+                student_conditioning=cut(on_device["student"], rows),
                 teacher_conditioning=cut(columns["teacher"], rows),
-                fake_conditioning=cut(held["teacher"], rows),
-                reward_conditioning=cut(held.get(REWARD, {}), rows),
+                fake_conditioning=cut(on_device["teacher"], rows),
+                reward_conditioning=cut(on_device.get(REWARD, {}), rows),
             )
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]

@@ -55,10 +55,10 @@ def feature_blocks(space: Space, network: nn.Module, depths: Sequence[float]) ->
         InputError: two of the depths are the same block, as in a network of few blocks.
     """
     blocks = space.feature_blocks(network, depths)
-    for place, block in enumerate(blocks[1:], 1):
-        if any(block is other for other in blocks[:place]):
+    for index, block in enumerate(blocks[1:], 1):
+        if any(block is other for other in blocks[:index]):
             raise InputError(
-                f"discriminator.depths: {depths[place - 1]:g} and {depths[place]:g} are the same block of the fake score; "
+                f"discriminator.depths: {depths[index - 1]:g} and {depths[index]:g} are the same block of the fake score; "
                 "name fewer depths, or depths that are further apart"
             )
     return blocks
@@ -126,12 +126,12 @@ class FakeScore(nn.Module):
         self._stop = self._ends_graph = False
         blocks = feature_blocks(space, self.network, depths)
         self._count = len(blocks)
-        for place, block in enumerate(blocks):
-            block.register_forward_hook(functools.partial(self._keep, place))
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(functools.partial(self._keep, index))
 
-    def _keep(self, place: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._features[place] = output
-        if place < self._count - 1:
+    def _keep(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._features[index] = output
+        if index < self._count - 1:
             return
         if self._stop:
             raise _FeaturesReached
@@ -174,4 +174,4 @@ class FakeScore(nn.Module):
 
     def _take(self, x_t: torch.Tensor) -> list[torch.Tensor]:
         outputs, self._features = self._features, {}
-        return [self.space.feature_map(outputs[place], x_t) for place in range(self._count)]
+        return [self.space.feature_map(outputs[index], x_t) for index in range(self._count)]

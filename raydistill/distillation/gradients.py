@@ -162,9 +162,9 @@ class Gradients:
             (of_samples, self.finite.of_samples, OTHERS_SAMPLE),
             (of_any, self.finite.of_any, OTHERS_VALUE),
         ):
-            if asked and (told := bad()) is not None:
-                self.average([told])
-                self.finite.note((1 - (told > 0).float()).log()[0], source, elsewhere=True)  # log 0
+            if asked and (flag := bad()) is not None:
+                self.average([flag])
+                self.finite.note((1 - (flag > 0).float()).log()[0], source, elsewhere=True)  # log 0
 
     def scaled(self, phase: Callable[[], T], names: Sequence[str]) -> T:
         """A phase of the student, which accumulates for the named optimizers and steps them; see `GradientScale.run`."""

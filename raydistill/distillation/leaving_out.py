@@ -64,7 +64,7 @@ class LeavingOut:
         device: of the networks.
 
     Attributes:
-        told: of what was left out since it was taken last: the error's words, and the sample ids.
+        left_out: of what was left out since it was taken last: the error's words, and the sample ids.
         count: samples of it, since it was taken last.
     """
 
@@ -74,7 +74,7 @@ class LeavingOut:
         self.most, self.micro_batches, self.gradients = most, micro_batches, gradients
         self.finite, self.device = finite, device
         gradients.tolerant = most > 0
-        self.told: list[tuple[str, list[int]]] = []
+        self.left_out: list[tuple[str, list[int]]] = []
         self.count = 0
 
     def run(
@@ -113,7 +113,7 @@ class LeavingOut:
                 if not self._of_any(bool(more)):  # it would come again
                     raise
                 if error.samples:
-                    self._tell(error)
+                    self._leave_out(error)
                 restore()
                 undo()
 
@@ -132,7 +132,7 @@ class LeavingOut:
             left |= set(error.samples)
             if why := self._too_many(left, micro_batch, count):
                 raise _with(error, why) from error
-            self._tell(error)
+            self._leave_out(error)
             return [self.zeroed(micro_batch, left, value.cpu()) for value in values]
 
     def zeroed(self, micro_batch: MicroBatch, left: set[int], value: torch.Tensor) -> torch.Tensor:
@@ -147,18 +147,18 @@ class LeavingOut:
         rows = micro_batch.without(left).rows
         return values if rows is None else tuple(value[rows.to(value.device)] for value in values)
 
-    def pop_told(self) -> list[tuple[str, list[int]]]:
+    def pop_left_out(self) -> list[tuple[str, list[int]]]:
         """What was left out since the last call."""
-        told, self.told = self.told, []
-        return told
+        left_out, self.left_out = self.left_out, []
+        return left_out
 
     def pop_count(self) -> int:
         """How many samples were left out since the last call."""
         count, self.count = self.count, 0
         return count
 
-    def _tell(self, error: NonFiniteError) -> None:
-        self.told.append((str(error), list(error.samples)))
+    def _leave_out(self, error: NonFiniteError) -> None:
+        self.left_out.append((str(error), list(error.samples)))
         self.count += len(error.samples)
 
     def _of_any(self, mine: bool) -> bool:

@@ -129,7 +129,7 @@ class Distiller:
                 name: self.leaving_out.zeroed(batch, self._left, v) for name, v in batch.teacher_conditioning.items()
             }
             own = vars(batch) | {"teacher_conditioning": texts}
-            made = Made(**own, seen=seen, timestep_B=timestep_B, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            made = Made(**own, seen=seen, timestep_B=timestep_B, x_t=sent[0], t_B=sent[1], on_device=(x_t, t_B))
             self.watch.made(*self.leaving_out.left_of(made, self._left, z_student, x))
             self.metrics["time/make"] += time.perf_counter() - started
             yield made
@@ -201,7 +201,7 @@ class Distiller:
                 x_t, t_B = made.with_graph(self.path, judged)
                 x0_fake, features = self.networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
             else:
-                x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
+                x0_fake = self.networks.x0_fake(*made.on_device, made.fake_conditioning)
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             row |= {"loss/vsd": vsd_loss(x, g), "vsd/gradient_square": g.square().mean()}
             loss = loss + config.vsd.weight * self.finite.note(row["loss/vsd"], "the VSD loss")
@@ -225,8 +225,8 @@ class Distiller:
         read, metrics = self.readings.read()[0], self.metrics
         self.metrics = defaultdict(float)
         metrics |= read
-        if told := self.leaving_out.pop_told():
-            self.left_out += told
+        if left_out := self.leaving_out.pop_left_out():
+            self.left_out += left_out
         for source in (self.batches, self.feed, self.gradients.scale):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value

@@ -20,7 +20,7 @@ class PngScorer:
         self._make, self._arguments = make, dict(arguments)
         self._work: Any = None
 
-    def score(self, pictures: Sequence[bytes], prompts: Sequence[str], at_once: int) -> Columns:
+    def measure(self, pictures: Sequence[bytes], prompts: Sequence[str], at_once: int) -> Columns:
         """Columns of N numbers.
 
         Args:
@@ -35,8 +35,8 @@ class PngScorer:
                 files = [Path(folder, f"{index}.png") for index in chunk]
                 for file, index in zip(files, chunk, strict=True):
                     file.write_bytes(pictures[index])
-                scores = self._work([str(file) for file in files], [prompts[index] for index in chunk])
-                for name, values in scores.items():
+                found = self._work([str(file) for file in files], [prompts[index] for index in chunk])
+                for name, values in found.items():
                     columns.setdefault(name, []).extend(values)
                 for file in files:
                     file.unlink()

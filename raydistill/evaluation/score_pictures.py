@@ -84,7 +84,7 @@ class ScorePictures:
                 timestep_B=None,
                 x_t=seen[0],
                 t_B=t_B,
-                held=seen,  # in main memory too, for it goes to other workers
+                on_device=seen,  # in main memory too, for it goes to other workers
             )
             micro_batches.append((x.cpu(), made))
         return micro_batches

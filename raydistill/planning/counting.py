@@ -165,7 +165,7 @@ def count_trainer(
             - moments_bytes(worker.gradients.parameters(name), kind)
             for name, kind in (("student", config.student.optimizer), ("fake", config.fake_score.optimizer))
         )
-        held = meter.live - saved
+        resident = meter.live - saved
         make, fake, updated = (replace(work, peak=work.peak - saved) for work in works)
         trained = list(networks.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
@@ -195,7 +195,7 @@ def count_trainer(
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
         kept = [value for value in tree_leaves(worker.state_dict()) if isinstance(value, torch.Tensor)]
-        return Trainer(weights, held, make, fake, updated, gradients, nbytes(kept))
+        return Trainer(weights, resident, make, fake, updated, gradients, nbytes(kept))
 
 
 def make_moments(worker: Distiller) -> None:

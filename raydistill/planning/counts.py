@@ -48,7 +48,7 @@ class Trainer:
     """One worker's step: its state, and what make, one fake update and the student update do."""
 
     weights: Weights
-    held: int  # bytes between steps
+    resident: int  # bytes between steps
     make: Cost
     fake: Cost
     student: Cost

@@ -234,8 +234,8 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
     if role == "synthesis, pictures":
         vaes = counts.vae.values()
         pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
-        held = 4 * sum(vae.parameters for vae in vaes) + pictures
-        return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
+        resident = 4 * sum(vae.parameters for vae in vaes) + pictures
+        return resident + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
     own = {name: t for name, t in counts.text.items() if not name.startswith("drawer ")}
     texts = own if role == "text encoder" else drawer_text(counts.text)
     size = {name: _element(name, config) for name in texts}
@@ -309,14 +309,16 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     own = {name: one for name, one in counts.text.items() if not name.startswith("drawer ")}
     encoders = sum(_element(name, config) * encoder.parameters for name, encoder in own.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
-    held = {"text encoders": encoders}
+    resident = {"text encoders": encoders}
     if config.discriminator.weight > 0:
         counted = [config.discriminator.real_count] if config.discriminator.real_count else []
         if config.discriminator.real_data is None:
             counted.append(config.synthesis.count if draws(config) else pairs_made(config))
         models = counts.models
-        held["real samples"] = min([models.real_window_bytes, *(count * models.real_row_bytes for count in counted)])
-    return held
+        resident["real samples"] = min(
+            [models.real_window_bytes, *(count * models.real_row_bytes for count in counted)]
+        )
+    return resident
 
 
 # -- before a launch --------------------------------------------------------------------------------------

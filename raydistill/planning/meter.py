@@ -80,9 +80,9 @@ def autocast() -> Iterator[None]:
 
     products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
     products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
-    places = [(*place, False) for place in products] + [(F, name, True) for name in ("layer_norm", "group_norm")]
+    calls = [(*product, False) for product in products] + [(F, name, True) for name in ("layer_norm", "group_norm")]
     with contextlib.ExitStack() as stack:
-        for owner, name, high in places:
+        for owner, name, high in calls:
             stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), high)))
         yield
 

@@ -122,11 +122,11 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             _line(
                 f"trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
                 f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
-                f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // distill.micro_batches} "
+                f"{(counts.trainer.peak - counts.trainer.resident) / GIB:.1f} with {counts.batch // distill.micro_batches} "
                 f"samples at once; weights in float32, forward passes in {'bfloat16' if distill.mixed_precision else 'float32'}"
             ),
             _line(
-                f"teacher rank: {_held_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
+                f"teacher rank: {_resident_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
                 f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}"
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
@@ -138,7 +138,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     )
 
 
-def _held_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+def _resident_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     teachers = config.teachers
     if not is_whole(counts, config, gpus[config.plan.teacher_gpu]):
         return f"{teachers.shards} shard(s)"

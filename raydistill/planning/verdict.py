@@ -87,7 +87,7 @@ def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], all_phases: list
         return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
     nodes = "; ".join(
         f"{_nodes(gpus[kind], kind, count)} ({', '.join(dict.fromkeys(who))})"
-        for kind, (count, who) in _held(config, all_phases).items()
+        for kind, (count, who) in _gpus_by_kind(config, all_phases).items()
     )
     total, market = price(all_phases, config, gpus), "spot" if config.plan.spot else "on-demand"
     run = f"{nodes}: {_time(hours)}, ${total:,.0f} at {market} prices"
@@ -113,7 +113,7 @@ def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
     return all(fit.fits for fit in memory(counts, config, gpus))
 
 
-def _held(config: Config, all_phases: list[Phase]) -> dict[str, tuple[float, list[str]]]:
+def _gpus_by_kind(config: Config, all_phases: list[Phase]) -> dict[str, tuple[float, list[str]]]:
     """Kind of GPU -> (the most that is held at a time, who holds them)."""
     roles = [(it.kind(config), WHO.get(role, "encoders")) for role, it in ROLES.items() if _asks(config, role)]
     kinds = dict.fromkeys(kind for phase in all_phases for kind in phase.gpus)

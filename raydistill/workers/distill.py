@@ -207,8 +207,8 @@ class DistillationRun:
 
     def _tell_left_out(self, step: int) -> None:
         """Name the samples that this worker has left out of the update, on the screen and in the stage's run."""
-        told, self.distiller.left_out = self.distiller.left_out, []
-        lines = [f"step {step}, worker {self.worker.rank}: left out: {words}" for words, _ in told]
+        left_out, self.distiller.left_out = self.distiller.left_out, []
+        lines = [f"step {step}, worker {self.worker.rank}: left out: {words}" for words, _ in left_out]
         for line in lines:
             screen.say(line)
         if lines:

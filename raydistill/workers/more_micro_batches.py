@@ -58,8 +58,8 @@ def in_more_micro_batches(stage: Stage) -> Stage:
     """The stage with the micro-batches that its file tells of; itself where there is none."""
     if not stage.path(FILE).is_file():
         return stage
-    told = read_json(stage.path(FILE), "remove it, and the stage goes on with distill.micro_batches as configured")
+    noted = read_json(stage.path(FILE), "remove it, and the stage goes on with distill.micro_batches as configured")
     distill = stage.config["distill"]
-    if told["micro_batches"] <= distill["micro_batches"]:
+    if noted["micro_batches"] <= distill["micro_batches"]:
         return stage
-    return replace(stage, config=stage.config | {"distill": distill | {"micro_batches": told["micro_batches"]}})
+    return replace(stage, config=stage.config | {"distill": distill | {"micro_batches": noted["micro_batches"]}})

@@ -19,7 +19,7 @@ from raydistill.errors import RunLost
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.lease import Lease, check, holding
 from raydistill.storage.resolve import to_place
-from raydistill.workers.left_out_nodes import LeftOutNodes, name_place
+from raydistill.workers.left_out_nodes import LeftOutNodes, note_node
 
 FATAL_FILE = "fatal.txt"  # of a stage's folder: workers that find it end at once, and the driver reads the reason
 ELSEWHERE_FILE = "fatal-elsewhere.txt"  # the same, of workers that met what another one can name better
@@ -31,7 +31,7 @@ NODE_DIED = "node has died"  # what Ray says of an actor that was lost with its 
 def name_node(error: BaseException) -> None:
     """Note on an error which node it arose on. The note travels with it to Ray Train's controller."""
     error.add_note(f"{ON_NODE}{socket.gethostname()} ({ray.util.get_node_ip_address()})")
-    name_place(error)
+    note_node(error)
 
 
 def node_of(error: BaseException) -> str | None:
