@@ -218,8 +218,8 @@ class Pictures:
             except OSError as error:
                 attempt += 1
                 if attempt == ATTEMPTS or isinstance(error, FileNotFoundError):
-                    place = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
-                    raise OSError(f"{place}: {' '.join(str(error).split())[:300]}") from error
+                    where = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
+                    raise OSError(f"{where}: {' '.join(str(error).split())[:300]}") from error
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
 
 
