@@ -109,13 +109,13 @@ def _bridges(arguments: argparse.Namespace, sets: Sets, folder: Path) -> list[Br
             else:
                 tqdm.write(f"{source}: there are no {size} pairs, so this cell is left out")
     known = {"measured": measured, "folder": folder / "bridges"}
+    trained = known | {"steps": arguments.steps, "batch": arguments.batch}
+    shipped = known | {"source": SHIPPED, "size": 0, "steps": 0, "batch": 0, "subset": None}
     cells = [
-        BridgeCell(source, size, seed, arguments.steps, arguments.batch, subset=subset, **known)
+        BridgeCell(source=source, size=size, seed=seed, subset=subset, **trained)
         for seed, ((source, size), subset) in itertools.product(range(arguments.seeds), subsets.items())
     ]
-    return cells + [
-        BridgeCell(SHIPPED, 0, seed, 0, 0, subset=None, **known) for seed in range(max(1, arguments.students))
-    ]
+    return cells + [BridgeCell(seed=seed, **shipped) for seed in range(max(1, arguments.students))]
 
 
 def _config(seed: int, *more: str) -> Config:
@@ -130,7 +130,7 @@ def _hashes(config: Config, keys: Sequence[str]) -> dict[str, str]:
 # -- cells --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BridgeCell:
     """A Bridge, trained on `subset` of a set, or the shipped one.
 

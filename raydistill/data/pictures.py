@@ -52,7 +52,7 @@ class Cursor:
     row: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PictureRow:
     """One picture as it lies in its shard.
 
@@ -203,7 +203,16 @@ class Pictures:
         except Exception as error:  # decoders raise whatever a broken file leads them to
             left_out, raw = "", replace(raw, data=b"", failure=decoders_reason(error))
         name, failure = printable(raw.name), printable(raw.failure)
-        return PictureRow(shard, row, name, raw.data, caption, failure, left_out, after)
+        return PictureRow(
+            shard=shard,
+            row=row,
+            name=name,
+            data=raw.data,
+            caption=caption,
+            failure=failure,
+            left_out=left_out,
+            after=after,
+        )
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
         """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""

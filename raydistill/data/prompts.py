@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ class PromptReport:
     source: str
     rows: int = 0
     good: int = 0
+    _: KW_ONLY
     duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
     aside: int = 0  # prompts of the other side (`holdout`)
     held_out: bool = False  # the good ones are the held-out side

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
@@ -55,6 +55,7 @@ class Inputs:
     teacher: Space
     prompts: PromptSet
     held_out: PromptSet
+    _: KW_ONLY
     notes: tuple[str, ...] = ()  # lines that the job prints first
     images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
     drawer: Space | None = None  # what draws pictures, when it is not the teacher
@@ -116,7 +117,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images, drawer, distils)
+    return Inputs(student, teacher, prompts, held_out, notes=notes, images=images, drawer=drawer, distils=distils)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:

@@ -195,7 +195,15 @@ def count_trainer(
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
         kept = [value for value in tree_leaves(worker.state_dict()) if isinstance(value, torch.Tensor)]
-        return Trainer(weights, resident, make, fake, updated, gradients, nbytes(kept))
+        return Trainer(
+            weights=weights,
+            resident=resident,
+            make=make,
+            fake=fake,
+            student=updated,
+            gradients=gradients,
+            checkpoint=nbytes(kept),
+        )
 
 
 def make_moments(worker: Distiller) -> None:

@@ -43,7 +43,7 @@ class Weights:
     reward: int = 0  # with the student's VAE decoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """One worker's step: its state, and what make, one fake update and the student update do."""
 
@@ -60,13 +60,13 @@ class Trainer:
         return max(self.make.peak, self.fake.peak, self.student.peak)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """The frozen teacher: its size, and one forward of `samples` scored samples (two networks' rows with CFG)."""
 
     parameters: int
     buffers: int  # elements
-    piece: int  # elements of the largest part that ZeRO-3 gathers at once
+    piece: int  # elements of the largest module that ZeRO-3 gathers at once
     samples: int
     score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance

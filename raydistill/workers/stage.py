@@ -40,7 +40,7 @@ class Stage:
         return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Standing:
     """Where a stage stands; part of every checkpoint (`about.json`)."""
 
