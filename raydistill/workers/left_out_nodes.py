@@ -7,6 +7,7 @@ left out by its id, until the controller ends.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,19 +22,20 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from raydistill.teachers import placement
 
 LABEL = "ray.io/node-id"  # of every node, by Ray
-PLACED = "placed on "  # what a note of an error begins with
+ON_NODE = "on node "  # what a note of an error begins with
 FREED_WITHIN_S = 10.0  # the resources of workers that were ended
 
 
-def note_node(error: BaseException) -> None:
-    """Note on an error the id of its node. The note travels with it."""
-    error.add_note(f"{PLACED}{ray.get_runtime_context().get_node_id()}")
+def name_node(error: BaseException) -> None:
+    """Note on an error which node it arose on. The note travels with it to Ray Train's controller."""
+    node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
+    error.add_note(f"{ON_NODE}{node}: {host} ({ray.util.get_node_ip_address()})")
 
 
-def node_of(error: BaseException) -> str | None:
-    """Id of the node of an error that says so."""
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PLACED)]
-    return notes[-1].removeprefix(PLACED) if notes else None
+def node_of(error: BaseException) -> tuple[str, str] | None:
+    """(id, name) of the node of an error that says so."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(ON_NODE)]
+    return tuple(notes[-1].removeprefix(ON_NODE).split(": ", 1)) if notes else None
 
 
 def follows_from_others(error: BaseException) -> bool:
@@ -68,7 +70,7 @@ class LeftOutNodes(ControllerCallback):
             errors: by rank.
             begins: whether an update was done since the failure before.
         """
-        nodes = {node for error in errors.values() if not follows_from_others(error) and (node := node_of(error))}
+        nodes = {node[0] for error in errors.values() if not follows_from_others(error) and (node := node_of(error))}
         if self.limit < 1 or len(nodes) != 1:
             self._last = ("", 0)
             return
