@@ -22,7 +22,7 @@ class RunLost(Exception):
 
 
 class OutOfMemory(RuntimeError):
-    """A device is full. The message names role, part of the work, and settings that need less.
+    """A device is full. The message names role, what it was doing, and settings that need less.
 
     Attributes:
         doing: what the role was doing; empty: not known.

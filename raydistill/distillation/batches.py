@@ -277,7 +277,7 @@ class Batches:
         self._size = 0  # of the last whole batch; 0: there was none yet
 
     def next(self, chosen: Sequence[int] | None = None) -> list[MicroBatch]:
-        """The next batch in equal parts, or the chosen ones of them, which may be all that the source brings.
+        """The next batch in micro-batches, or the chosen ones of them, which may be all that the source brings.
 
         Raises ValueError where it cannot be divided.
         """

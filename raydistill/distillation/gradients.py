@@ -1,6 +1,6 @@
 """Gradients of one worker's micro-batches, their mean over all workers, and the optimizers that take them.
 
-A batch is computed in `distill.micro_batches` equal parts. Every loss is a mean over samples of what each sample gives
+A batch is computed in `distill.micro_batches` micro-batches. Every loss is a mean over samples of what each sample gives
 by itself, so the mean of the micro-batches' gradients is the batch's, up to rounding. Where fewer workers than usual share
 them, some have more of them than others: each divides by what they have on average, before the mean of all.
 """

@@ -233,7 +233,7 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
     """Most bytes of tensors of an actor that encodes prompts or pictures."""
     if role == "synthesis, pictures":
         vaes = counts.vae.values()
-        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
+        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in chunks, and joined
         resident = 4 * sum(vae.parameters for vae in vaes) + pictures
         return resident + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
     own = {name: t for name, t in counts.text.items() if not name.startswith("drawer ")}
