@@ -49,11 +49,11 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     if trains_bridge(config) or not draws(config) or other_drawer(config):  # the teachers are not held meanwhile
         sets = make_sets(record)
         bridge = train_bridge_on(record, sets[0]) if trains_bridge(config) else bridge
-    scores = record.scores("the teacher's pictures")
+    scorers = record.scorers("the teacher's pictures")
     # teachers start while the trainers do
-    with contextlib.closing(scores), teacher_service(record, config, service) as ready:
-        scores.start()
-        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scores))
+    with contextlib.closing(scorers), teacher_service(record, config, service) as ready:
+        scorers.start()
+        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scorers))
         if sets is None:
             ready.result()
             sets = make_sets(record, TeacherClient(service, config.teachers))

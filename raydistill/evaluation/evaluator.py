@@ -53,11 +53,11 @@ class FixedPrompts:
 
     def batches(self, size: int) -> Iterator[tuple[int, int, list[str]]]:
         for start in range(0, len(self.captions), size):
-            part = self.captions[start : start + size]
-            yield start, start + len(part), part
+            captions = self.captions[start : start + size]
+            yield start, start + len(captions), captions
 
 
-Scores = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics
+Scorers = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Measured:
         return Measured(table, spread, each)
 
 
-def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scores: Scores | None) -> Measured:
+def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scorers: Scorers | None) -> Measured:
     """By the judge and by other metrics, where there are any."""
     found = Measured()
     if judge is not None:
-        judged = judge.score(pictures, captions)
+        judged = judge.compare(pictures, captions)
         columns = {name: values.tolist() for name, values in columns_of(judged).items()}
         found = Measured(table_of(judged)).with_columns(columns)
-    return found if scores is None else found.with_columns(scores(pictures, captions))
+    return found if scorers is None else found.with_columns(scorers(pictures, captions))
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:
@@ -109,10 +109,10 @@ class StudentEvaluator:
         fixed: FixedPrompts,
         config: EvaluationConfig,
         device: torch.device | str,
-        scores: Scores | None = None,
+        scorers: Scorers | None = None,
     ) -> None:
-        """`scores`: of the metrics beside the judge; None: they are left out."""
-        self.scores = scores
+        """`scorers`: of the metrics beside the judge; None: they are left out."""
+        self.scorers = scorers
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
         self.table = PromptTable(space, fixed.captions)
         self.vae = space.load_vae().to(device)
@@ -133,7 +133,7 @@ class StudentEvaluator:
 
     def measured(self, pictures: torch.Tensor) -> Measured:
         """Empty where nothing is measured."""
-        return measure(pictures, self.fixed.captions, self.judge, self.scores)
+        return measure(pictures, self.fixed.captions, self.judge, self.scorers)
 
     def accuracy(self, pictures: torch.Tensor) -> dict[str, float]:
         """The table of means."""
@@ -147,7 +147,7 @@ def draw_teacher(
     fixed: FixedPrompts,
     config: Config,
     guidance_scale: float,
-    scores: Scores | None = None,
+    scorers: Scorers | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
@@ -170,4 +170,4 @@ def draw_teacher(
             images.append(space.decode(vae, latents))
             bar.update(len(images), len(batches))
     images = torch.cat(images)
-    return images, measure(images, fixed.captions, judge_of(config.evaluation), scores).table
+    return images, measure(images, fixed.captions, judge_of(config.evaluation), scorers).table

@@ -158,9 +158,9 @@ def test_a_killed_task_that_reads_images_changes_no_byte(ray_cluster, spaces, tm
     synthesise_on_ray(told, tmp_path / "quiet", SynthesisConfig())
     read, killed = synthesis_stream._read_images, []
 
-    def long_read(requests, recipe):
+    def long_read(requests, stored):
         time.sleep(1)
-        return read(requests, recipe)
+        return read(requests, stored)
 
     def kill_one():
         deadline = time.monotonic() + 60
