@@ -36,6 +36,7 @@ from raydistill.data.text_files import printable, undecodable
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found, expand, is_pattern
+from raydistill.storage.hub_sets import is_hub_set, pinned_set
 from raydistill.storage.place import DENIED, Place, Remote, as_os_errors, cause
 from raydistill.storage.resolve import to_place
 
@@ -277,6 +278,8 @@ def _streams(folder: Place) -> bool:
 def open_pictures(path: str, image_column: str = "image", caption_column: str | None = None) -> Pictures:
     """List a set of pictures and look into its first file; no picture is read, and nothing is fetched.
 
+    A data set of the hub is opened at the commit that its revision is at now; `source` names it.
+
     Args:
         path: a file or folder, a pattern of files (`storage.globs`), by path, s3://, gs:// or hf://. Files are tars
             (WebDataset), parquet files, pictures, or one table (.csv, .tsv, .jsonl) that names pictures beside it. In a folder tars count
@@ -290,6 +293,7 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
         OSError: the store does not answer.
     """
     captions = names_of(caption_column)
+    path = pinned_set(path) if is_hub_set(path) else path  # which every node then reads
     base, found = _files(path)
     kinds: dict[str, list[Found]] = {}
     for one in found:
