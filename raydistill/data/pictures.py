@@ -30,8 +30,9 @@ from raydistill.config.stages import SynthesisConfig
 from raydistill.data.holdout import key_of
 from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_columns import NOT_UTF8, choice, names_of
-from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
+from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, Torn
 from raydistill.data.picture_tables import TABLES, about_table, table_entries
+from raydistill.data.picture_tars import TarShards
 from raydistill.data.text_files import printable, undecodable
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
@@ -205,7 +206,10 @@ class Pictures:
         return PictureRow(shard, row, name, raw.data, caption, failure, left_out, after)
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
-        """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""
+        """Rows of a shard; a store that does not answer is asked again, at the row that did not come.
+
+        Rows that are lost, since a shard breaks off whenever it is read, are told as failed ones.
+        """
         attempt = 0
         while True:
             rows = self.shards.rows(shard, start)
@@ -216,8 +220,11 @@ class Pictures:
                 return
             except OSError as error:
                 attempt += 1
+                if isinstance(error, Torn) and (attempt == ATTEMPTS or not self.shards.is_remote):
+                    yield from error.rows(start)
+                    return
                 if attempt == ATTEMPTS or isinstance(error, FileNotFoundError):
-                    place = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
+                    place = f"{self.shards.where(shard)}, row {start + 1}"
                     raise OSError(f"{place}: {' '.join(str(error).split())[:300]}") from error
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
 
@@ -336,14 +343,14 @@ def _look(path: str, shards: TarShards) -> None:
     try:
         with as_os_errors():
             first = shards.look()
+    except Torn as error:
+        raise InputError(f"{path}: {error}") from None
     except OSError as error:
         place = shards.files[0].place
         why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)
         raise InputError(f"{path}: {shards.name(0)}: cannot be read: {why}") from error
     if first is None:
         raise InputError(f"{path}: {shards.name(0)} has no files")
-    if "breaks off" in first.failure:
-        raise InputError(f"{path}: {first.name}: {first.failure}")
 
 
 def _files(path: str) -> tuple[Place, list[Found]]:

@@ -18,6 +18,7 @@ from hub_server import HubHandler, serving
 from picture_sets import png, write_hub_parquet, write_tars
 
 from raydistill.config.reading import load
+from raydistill.data import pictures as pictures_module
 from raydistill.data.images import ImageSet
 from raydistill.data.pictures import open_pictures, open_source
 from raydistill.data.prompts import training_prompts
@@ -127,6 +128,25 @@ def test_pictures_in_a_bucket_are_read_where_they_lie(tmp_path, bucket, monkeypa
         open_pictures(f"{folder}/none-*.tar")
 
 
+def test_what_a_bucket_has_torn_is_asked_for_again_and_told_by_uri_and_rows(tmp_path, bucket, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(pictures_module.time, "sleep", pauses.append)
+    folder = remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
+    write_tars(tmp_path / "set", (4,))
+    whole = (tmp_path / "set" / "00000.tar").read_bytes()
+    (tmp_path / "set" / "00000.tar").write_bytes(whole[: whole.rindex(b"000002.png")])  # as an upload that broke off
+    folder.upload(tmp_path / "set")
+    rows = list(open_pictures(f"{folder}/*.tar").rows(0))
+    assert [row.caption for row in rows] == ["cap 0", ""]
+    assert rows[1].name == f"{folder}/00000.tar, after 000000"
+    assert rows[1].failure.endswith("; at least 1 row is lost")
+    assert pauses == [2.0, 4.0, 8.0]
+    pictures = open_pictures(f"{folder}/*.tar")
+    (folder / "00000.tar").write_bytes(whole[:5000])  # shorter than it was listed
+    with pytest.raises(OSError, match=rf"{folder}/00000\.tar, row 1: only 5,000 of \d\d,\d\d\d bytes came"):
+        list(pictures.rows(0))
+
+
 def test_prompts_by_pattern_and_compressed_name_file_and_row(tmp_path, bucket):
     folder = remote(f"{bucket}/{uuid.uuid4().hex[:8]}")
     files = {
@@ -169,11 +189,16 @@ class Hub(HubHandler):
     files: dict[str, bytes] = {}
     main = SHA  # the commit of the files
     before: dict[str, dict[str, bytes]] = {}  # files of other commits
-    lost = 0  # of files, requests that are cut off from now on
+    lost = 0  # requests for the parquet file that are cut off from now on
+    cut = 0  # of a tar, those of which half of the answer comes
 
     @classmethod
     def push(cls, commit: str, files: dict[str, bytes]) -> None:
         cls.before, cls.main, cls.files = cls.before | {cls.main: cls.files}, commit, files
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _entry(self, name: str) -> dict:
         data = self.there[name]
@@ -201,13 +226,20 @@ class Hub(HubHandler):
                 return self._send(404, X_Error_Code="EntryNotFound")
             if name.endswith("train-00000-of-00001.parquet") and Hub.lost:
                 Hub.lost -= 1
-                self.close_connection = True
-                return self.connection.shutdown(socket.SHUT_RDWR)
+                return self._hang_up()
             data, asked = self.there[name], self.headers.get("Range")
             if asked is None:
                 return self._send(200, data, ETag='"x"', X_Repo_Commit=SHA)
             first, last = asked.removeprefix("bytes=").split("-")
             part = data[int(first) : int(last or len(data)) + 1]
+            if name.endswith("00001.tar") and Hub.cut:
+                Hub.cut -= 1
+                self.send_response(206)
+                self.send_header("Content-Length", str(len(part)))
+                self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}")
+                self.end_headers()
+                self.wfile.write(part[: len(part) // 2])
+                return self._hang_up()
             return self._send(
                 206, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}", ETag='"x"'
             )
@@ -241,18 +273,18 @@ def hub(tmp_path):
     (sets / "prompts.txt.gz").write_bytes(gzip.compress(b"a cup\na mug\n"))
     (sets / "README.md").write_text("a card")
     Hub.files = {str(file.relative_to(sets)): file.read_bytes() for file in sorted(sets.rglob("*")) if file.is_file()}
-    Hub.lost, Hub.main, Hub.before = 0, SHA, {}
+    Hub.lost, Hub.cut, Hub.main, Hub.before = 0, 0, SHA, {}
     with serving(Hub) as address:
         yield address
 
 
 READ = """
-import hashlib, json, pickle, sys
+import hashlib, json, pickle, sys, time
 from raydistill.config.reading import load
 from raydistill.data.pictures import open_pictures
 from raydistill.data.prompts import training_prompts
 from raydistill.storage.resolve import check_paths
-told = {}
+told, time.sleep = {}, lambda seconds: None
 for source in json.loads(sys.argv[1]):
     try:
         if "/prompt" in source:
@@ -270,7 +302,7 @@ print(json.dumps(told))
 
 
 def ask(sources: list[str], endpoint: str, home: Path, **environment: str) -> dict:
-    """In a process of its own: the hub's client reads its environment once, when it is imported."""
+    """In a process of its own: the hub's client reads its environment once."""
     variables = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     variables |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1", **environment}
     variables |= {"RAYDISTILL_CACHE": str(home / "cache")}
@@ -294,9 +326,9 @@ def test_data_sets_of_the_hub_are_streamed_and_prompts_in_them_staged(hub, tmp_p
         f"{there}/none.tar": "no such file or folder",
     }  # fmt: skip
     prompts = [f"{there}/prompts.txt.gz", f"{there}/prompt*.gz"]
-    Hub.lost = 2
+    Hub.lost, Hub.cut = 2, 2
     told = ask([*named.values(), *prompts, *wrong], hub, tmp_path, HF_TOKEN=TOKEN)
-    assert Hub.lost == 0
+    assert (Hub.lost, Hub.cut) == (0, 0)
     for local, uri in named.items():
         pictures = open_pictures(str(here / local))
         rows = [[row.name, row.caption, hashlib.sha1(row.data).hexdigest()] for row in pictures.rows(3)]
@@ -398,9 +430,10 @@ def test_a_run_reads_the_commit_that_it_began_with_when_its_data_set_is_publishe
         process.stdin.close()
 
 
-def test_a_gated_set_without_a_token_says_what_is_missing(hub, tmp_path):
-    uri = "hf://datasets/org/gated/tars"
-    said = ask([uri], hub, tmp_path)[uri]
+def test_a_gated_set_without_a_token_and_a_connection_that_is_always_cut_are_one_line(hub, tmp_path):
+    Hub.cut = 1000
+    said, cut = ask(["hf://datasets/org/gated/tars", "hf://datasets/org/set/tars"], hub, tmp_path).values()
+    assert cut.startswith(f"OSError: hf://datasets/org/set@{SHA}/tars/00001.tar, row 1: RemoteProtocolError: ")
     assert "InputError" in said
     assert "HF_TOKEN, or what `hf auth login` has written; a gated set's licence must be accepted" in said
 

@@ -119,20 +119,37 @@ def test_captions_of_a_sample_come_from_text_files_then_from_its_json(tmp_path):
 def test_a_tar_that_breaks_off_or_is_out_of_order_loses_nothing_silently(tmp_path, tars):
     data = (tars / "00001.tar").read_bytes()
     header = data.rindex(b"000007.png")
-    for name, cut in (("in-a-picture", header + 1000), ("in-a-header", header + 100), ("between", header)):
-        (tmp_path / f"{name}.tar").write_bytes(data[:cut])
-    (tmp_path / "damaged.tar").write_bytes(data[:header] + b"\xff" * 512 + data[header + 512 :])
+    texts = {
+        "in-a-picture": data[: header + 1000],
+        "in-a-header": data[: header + 100],
+        "between": data[:header],
+        "damaged": data[:header] + b"\xff" * 512 + data[header + 512 :],
+        "only-zeros": data[:header] + bytes(2 << 20),
+        "one-behind-the-other": data + data,
+    }
+    for name, content in texts.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
     for file in sorted(tmp_path.iterdir()):
         pictures = open_pictures(str(file))
         rows = list(pictures.rows(0))
-        sure = ["cap 4", "cap 5", "cap 6"][
-            : 3 if file.stem == "in-a-picture" else 2
-        ]  # a sample's last file is known by the next one
-        assert [row.caption for row in rows] == [*sure, ""]
-        assert rows[-1].name == f"{file.name}, after {3 + len(sure):06d}"
-        assert rows[-1].failure.startswith("the tar breaks off (")
+        # a sample's last file is known by the next one
+        sure = {"in-a-picture": 3, "only-zeros": 3, "one-behind-the-other": 6}.get(file.stem, 2)
+        assert [row.caption for row in rows[:sure]] == [f"cap {4 + n}" for n in range(sure)]
+        lost = rows[sure:]
+        assert {row.name for row in lost} == {f"{file.name}, after {3 + sure:06d}"}
+        assert all(row.failure.startswith("the tar breaks off (") for row in lost)
+        assert all(row.failure.endswith(f"{len(lost)} row{'s are' if len(lost) > 1 else ' is'} lost") for row in lost)
+        if len(texts[file.stem]) <= header + 1000:  # all of it came, and nobody knows what there was
+            assert "at least 1 row is lost" in lost[0].failure
+        elif file.stem != "only-zeros":
+            assert abs(len(lost) - (6 - sure or 6)) <= 1
+        else:
+            assert len(lost) > 20
         for start in range(5):
             assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    padded = data + bytes(900_000)  # as of a writer with large records
+    (tmp_path / "padded.tar").write_bytes(padded)
+    assert [row.failure for row in open_pictures(str(tmp_path / "padded.tar")).rows(0)] == [""] * 6
     mixed = write_tar(tmp_path / "m.tar", [("1.png", png(1)), ("2.png", png(2)), ("1.txt", "one"), ("2.txt", "two")])
     failures = [row.failure for row in open_pictures(str(mixed)).rows(0)]
     assert failures[:2] == ["", ""]
@@ -209,7 +226,9 @@ def test_a_parquet_file_that_breaks_off_ends_with_a_row_that_says_so(tmp_path):
     file.write_bytes(data)
     pictures = open_pictures(str(file))
     rows = list(pictures.rows(0))
-    assert rows[-1].failure.startswith("the file breaks off (")
+    assert all(row.failure.startswith("the file breaks off (") for row in rows[20:])
+    assert rows[-1].failure.endswith("; 20 rows are lost")
+    assert [row.usable for row in rows] == [True] * 20 + [False] * 20
     assert rows[-1].name == "x.parquet, after row 20"
     for start in range(len(rows) + 1):
         assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
@@ -306,7 +325,7 @@ def test_a_store_that_goes_away_is_asked_again_at_the_row_that_did_not_come(tars
     assert told(pictures.rows(0)) == expected
     assert pauses == [2.0, 4.0, 2.0]
     lost.update(range(10_000))
-    with pytest.raises(OSError, match=r"tars.*, 0000\d\.tar, row 1: connection reset"):
+    with pytest.raises(OSError, match=r"tars.*/0000\d\.tar, row 1: connection reset"):
         list(pictures.rows(0))
 
 
