@@ -134,12 +134,15 @@ def carry_out(job: Job, prepared: Prepared, dashboard: bool = False) -> Any:
     from raydistill.driver import room
     from raydistill.driver.binding import keep
     from raydistill.driver.cluster import connected
+    from raydistill.driver.metric_weights import fetch_weights
 
     config, folder = prepared.config, prepared.folder
     fresh = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
     with _no_trace(folder.path, fresh), lock_run(folder.path), connected(dashboard), stop_on_signals():
         room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
+        if "distill" in job.stages:
+            fetch_weights(config)
         if prepared.extended:
             finished.reopen(folder, config)
         create_run_folder(folder, config)

@@ -189,8 +189,7 @@ class Hub(HubHandler):
     files: dict[str, bytes] = {}
     main = SHA  # the commit of the files
     before: dict[str, dict[str, bytes]] = {}  # files of other commits
-    lost = 0  # requests for the parquet file that are cut off from now on
-    cut = 0  # of a tar, those of which half of the answer comes
+    lost, cut = 0, 0  # requests that get no answer from now on (parquet), or half of one (a tar)
 
     @classmethod
     def push(cls, commit: str, files: dict[str, bytes]) -> None:
