@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,9 @@ READERS, AT_ONCE = 8, 32  # threads that read them, and how many are read ahead
 AHEAD_BYTES = 128 << 20  # of what is read ahead; above it no other picture is begun
 PARQUET_ROWS, PARQUET_BUFFER = 16, 4 << 20  # read at a time; bytes of one request to a store
 LONGEST_KEY = 1024  # bytes of an object's name in a bucket
+OF_STORE = re.compile(
+    r"AWS Error|google::cloud|HTTP status|curlCode|httpx"
+)  # in errors of Arrow's and the hub's stores
 NO_PATH = {
     errno.ENAMETOOLONG: "the path is too long",
     errno.ENOTDIR: "no such file",
@@ -98,16 +102,20 @@ class Shards(ABC):
 
 
 class Torn(OSError):
-    """A shard breaks off: from row `first` on, `lost` rows of it cannot be read. `rows`: as which they are told."""
+    """A part of a shard cannot be read, or its end.
 
-    def __init__(self, name: str, why: str, first: int, lost: int, about: str = "") -> None:
-        told = f"{why}; {about}{lost:,} row{'s are' if lost > 1 else ' is'} lost"
+    Attributes:
+        stop: number of the row behind the lost ones, where reading may go on; None: nothing is behind them.
+    """
+
+    def __init__(self, name: str, why: str, lost: range, *, about: str = "", ends: bool = True) -> None:
+        told = f"{why}; {about}{len(lost):,} row{'s are' if len(lost) > 1 else ' is'} lost"
         super().__init__(f"{name}: {told}")
-        self._row, self._rows = RawRow(name, failure=told), range(first, first + lost)
+        self._row, self._lost, self.stop = RawRow(name, failure=told), lost, None if ends else lost.stop
 
     def rows(self, start: int) -> Iterator[RawRow]:
         """One for each lost row from number `start` on."""
-        return (self._row for _ in range(max(start, self._rows.start), self._rows.stop))
+        return (self._row for _ in range(max(start, self._lost.start), self._lost.stop))
 
 
 class FileShards(Shards):
@@ -129,10 +137,10 @@ class FileShards(Shards):
     def is_remote(self) -> bool:
         return isinstance(self.files[0].place, Remote)
 
-    def torn(self, shard: int, behind: str, why: str, first: int, lost: int, about: str = "") -> Torn:
+    def torn(self, shard: int, behind: str, why: str, lost: range, **more: Any) -> Torn:
         """As `Torn`, of a shard that breaks off `behind` something."""
         name = self.where(shard) if self.is_remote else self.name(shard)
-        return Torn(f"{name}, after {behind}", why, first, lost, about)
+        return Torn(f"{name}, after {behind}", why, lost, **more)
 
 
 def opened(place: Place) -> IO[bytes]:
@@ -172,17 +180,15 @@ class ParquetShards(FileShards):
         return pq.ParquetFile(source, buffer_size=PARQUET_BUFFER, pre_buffer=False, **where)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
-        file, number, count = self.name(shard), 0, 0
+        file, number, end = self.name(shard), 0, None  # end: of the row group that is read
         try:
             with self._parquet(shard) as parquet:
-                count = parquet.metadata.num_rows
                 place = self.files[shard].place
                 image, texts = columns_of(place, parquet.schema_arrow, self.image_column, self.captions)
                 for group in range(parquet.metadata.num_row_groups):
-                    rows = parquet.metadata.row_group(group).num_rows
-                    # Of a group that ends at `start` the last row is read again: a file that breaks off there must say so again.
-                    if number + rows < start:
-                        number += rows
+                    end = number + parquet.metadata.row_group(group).num_rows
+                    if end <= start:
+                        number = end
                         continue
                     for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[image, *texts]):
                         for row in range(batch.num_rows):
@@ -190,11 +196,11 @@ class ParquetShards(FileShards):
                                 yield self._row(f"{file}, row {number + 1}", batch, row, image, texts)
                             number += 1
         except (pa.ArrowInvalid, OSError) as error:
-            # Of a store, perhaps it was away; of a disk, it has a number. What is wrong with the file has none.
-            if isinstance(error, OSError) and (self.is_remote or error.errno is not None):
+            if isinstance(error, OSError) and not _is_of_file(error):
                 raise
             why = f"the file breaks off ({' '.join(str(error).split())[:200]})"
-            raise self.torn(shard, f"row {number}", why, number, max(1, count - number)) from error
+            lost = range(number, number + 1 if end is None else max(end, number + 1))
+            raise self.torn(shard, f"row {number}", why, lost, ends=end is None) from error
 
     def _row(self, name: str, batch: pa.RecordBatch, place: int, image: str, texts: list[str]) -> RawRow:
         value = batch.column(image)[place].as_py()
@@ -205,6 +211,11 @@ class ParquetShards(FileShards):
             return RawRow(name, data, flat(_plain(batch.column(text)[place].as_py()) for text in texts))
         except UnicodeDecodeError:
             return RawRow(name, failure=NOT_UTF8)
+
+
+def _is_of_file(error: OSError) -> bool:
+    """Whether a file is damaged. Arrow says so by an OSError too, which no system, store or HTTP client has made."""
+    return type(error) is OSError and error.errno is None and not OF_STORE.search(str(error))
 
 
 def _plain(value: Any) -> Any:

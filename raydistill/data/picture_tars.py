@@ -69,7 +69,8 @@ class TarShards(FileShards):
             # else the other samples are as large as those before
             lost = 0 if is_cut or not came else round((size - came) * number / came)
             why = f"the tar breaks off ({' '.join(str(error).split())})"
-            raise self.torn(shard, last, why, number, max(1, lost), "about " if lost else "at least ") from error
+            rows = range(number, number + max(1, lost))
+            raise self.torn(shard, last, why, rows, about="about " if lost else "at least ") from error
 
     def _row(self, name: str, files: Files, failure: str) -> RawRow:
         if failure:

@@ -222,7 +222,10 @@ class Pictures:
                 attempt += 1
                 if isinstance(error, Torn) and (attempt == ATTEMPTS or not self.shards.is_remote):
                     yield from error.rows(start)
-                    return
+                    if error.stop is None:
+                        return
+                    start, attempt = error.stop, 0
+                    continue
                 if attempt == ATTEMPTS or isinstance(error, FileNotFoundError):
                     place = f"{self.shards.where(shard)}, row {start + 1}"
                     raise OSError(f"{place}: {' '.join(str(error).split())[:300]}") from error

@@ -23,6 +23,7 @@ from raydistill.data.images import BadImage, ImageSet
 from raydistill.data.picture_shards import LISTED
 from raydistill.data.pictures import Cursor, Filters, Pictures, open_pictures, open_source
 from raydistill.errors import InputError
+from raydistill.storage.place import remote
 
 
 def told(rows) -> list[tuple[str, str, str]]:
@@ -184,8 +185,7 @@ def test_memory_does_not_grow_with_a_shard(tmp_path):
         assert traced + peak < 40 << 20, (name, traced, peak)
 
 
-def test_a_parquet_file_that_broke_off_at_the_end_of_a_row_group_does_so_again(tmp_path):
-    """Whoever goes on behind the row that said so must not read the groups behind it."""
+def test_a_damaged_row_group_costs_its_own_rows_wherever_reading_begins(tmp_path):
     pages = {"write_batch_size": 1, "data_page_size": 1, "use_dictionary": False, "compression": "none"}  # one a row
     file = write_hub_parquet(tmp_path / "x.parquet", range(40), row_group_size=17, **pages)
     data = bytearray(file.read_bytes())
@@ -194,9 +194,14 @@ def test_a_parquet_file_that_broke_off_at_the_end_of_a_row_group_does_so_again(t
     file.write_bytes(data)
     pictures = open_pictures(str(file))
     rows = list(pictures.rows(0))
-    assert [bool(row.failure) for row in rows] == [False] * 16 + [True]
-    assert list(pictures.rows(0, start=(0, rows[-1].after.row))) == []
-    assert [row.name for row in pictures.rows(0, start=(0, 16))] == [rows[-1].name]
+    assert [bool(row.failure) for row in rows] == [False] * 16 + [True] + [False] * 23
+    assert (rows[16].name, rows[17].name) == ("x.parquet, after row 16", "x.parquet, row 18")
+    assert rows[16].failure.endswith("; 1 row is lost")
+    for start in range(len(rows) + 1):
+        assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    file.write_bytes(data[:-100])  # without what says how many rows there are
+    [lost] = pictures.rows(0)
+    assert (lost.name, lost.failure[:19]) == ("x.parquet, after row 0", "the file breaks off")
 
 
 def test_parquet_as_the_hub_has_it(tmp_path):
@@ -218,7 +223,7 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     ]
 
 
-def test_a_parquet_file_that_breaks_off_ends_with_a_row_that_says_so(tmp_path):
+def test_a_parquet_file_that_breaks_off_ends_with_rows_that_say_so(tmp_path, bucket, monkeypatch):
     file = write_hub_parquet(tmp_path / "x.parquet", range(40), row_group_size=20)
     data = bytearray(file.read_bytes())
     middle = pq.read_metadata(file).row_group(1).column(0).dictionary_page_offset
@@ -232,6 +237,14 @@ def test_a_parquet_file_that_breaks_off_ends_with_a_row_that_says_so(tmp_path):
     assert rows[-1].name == "x.parquet, after row 20"
     for start in range(len(rows) + 1):
         assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    pauses: list[float] = []
+    monkeypatch.setattr(pictures_module.time, "sleep", pauses.append)
+    folder = remote(f"{bucket}/set")
+    folder.upload(tmp_path)
+    there = list(open_pictures(f"{folder}/*.parquet").rows(0))
+    assert [(row.data, row.failure) for row in there] == [(row.data, row.failure) for row in rows]
+    assert there[-1].name == f"{folder}/x.parquet, after row 20"
+    assert pauses == [2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
