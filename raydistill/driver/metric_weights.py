@@ -6,12 +6,12 @@ A node without a shared cache of the hub fetches gigabytes. In the middle of an 
 from __future__ import annotations
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raydistill.config.reading import validate
 from raydistill.config.schema import Config
-from raydistill.errors import InputError
+from raydistill.errors import InputError, reason
 from raydistill.evaluation.metrics import metrics_of_run, reward_places
 from raydistill.evaluation.rewards import WEIGHTS
 from raydistill.teachers.placement import labelled_nodes
@@ -42,6 +42,8 @@ def fetch_weights(config: Config) -> None:
     for task in [*done, *left]:
         try:
             problem = ray.get(task)
+        except RayTaskError as error:
+            problem = reason(error.cause or error)
         except RayError:  # the node is gone, and needs none
             continue
         if problem is not None:
