@@ -62,6 +62,7 @@ class Observer:
         evaluation, networks = config.evaluation, distiller.networks
         scope = next(iter(stage.runs), None) or ""
         self.scorers = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
+        self.scorers.fetch()
 
         def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
             fixed = FixedPrompts(prompts, count, seed)
