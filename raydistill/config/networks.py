@@ -81,6 +81,12 @@ class StudentConfig(Section):
         description="of distill.mixed_precision, what the student computes in: auto is bfloat16, and float32 for one that starts "
         "at t = 999; float16, of as many digits as TF32 at twice its speed, has scaled gradients and a last layer in float32",
     )
+    shard: bool = free(
+        False,
+        description="full: every worker holds 1/distill.workers of the student's blocks, of their gradients, AdamW moments and "
+        "average, and gathers the blocks one by one (FSDP2): less memory, the same numbers up to rounding, more communication; "
+        "checkpoints are the same files",
+    )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     optimizer: Optimizer = Field("adamw", description=MOMENTS)
     ema: Literal["constant", "power", "half_life"] = Field(
@@ -101,6 +107,12 @@ class StudentConfig(Section):
     def _adapted(self) -> StudentConfig:
         if self.targets and self.kind == "full":
             raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
+        if self.shard and self.kind != "full":
+            raise ValueError(
+                "shard: a LoRA is small, and nothing else of kind=lora is trained; use kind=full, or shard=false"
+            )
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(f"shard: the parts of a network have no moments of {self.optimizer}; use optimizer=adamw")
         least = least_start(self.steps)
         if self.start_timestep < least:
             raise ValueError(f"start_timestep: {self.steps} steps (student.steps) begin at {least} or above")

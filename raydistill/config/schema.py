@@ -101,6 +101,8 @@ class Config(Section):
             )
         if self.fake_score.shard and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with fake_score.shard the number of workers is fixed")
+        if self.student.shard and self.distill.fewest < self.distill.workers:
+            raise ValueError("distill.min_workers: with student.shard the number of workers is fixed")
         if self.bridge.trainable and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with bridge.trainable the number of workers is fixed")
         return self

@@ -172,6 +172,7 @@ def count_trainer(
         learning = list(adapter.trained(networks.student).values())
         ema = [] if networks.ema is None else adapter.trained(networks.ema).values()
         discriminator = [] if networks.discriminator is None else list(networks.discriminator.parameters())
+        blocks = student.large_parts(networks.student) if config.student.kind == "full" else []
         weights = Weights(
             student=nbytes(networks.student.parameters()) + nbytes(ema),
             student_frozen=nbytes(networks.student.parameters()) - nbytes(learning),
@@ -190,6 +191,8 @@ def count_trainer(
             )
             - saved,
             reward=0 if reward is None else nbytes(reward.parameters()),
+            student_blocks=sum(nbytes(block.parameters()) for block in blocks),
+            student_block=max((nbytes(block.parameters()) for block in blocks), default=0),
         )
         gradients = {"student": nbytes(learning), "fake": nbytes(trained)}
         if discriminator:

@@ -24,6 +24,7 @@ from raydistill.planning.schedule import (
     replicas,
     schedule,
     shared_gather_seconds,
+    shared_student_seconds,
 )
 from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, speeds, wrapped
 
@@ -170,6 +171,9 @@ def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     if config.fake_score.shard and config.distill.workers > 1:
         seconds = shared_gather_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
         lines.append(f"fake_score.shard: a trainer receives the frozen copy's other parts in {seconds:.3f} s a pass")
+    if config.student.shard and config.distill.workers > 1:
+        seconds = shared_student_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
+        lines.append(f"student.shard: a trainer receives the student's other parts in {seconds:.3f} s a pass")
     sizes = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
     return "\n".join(("TRAFFIC", *map(_line, [*lines, f"averaged gradients of a step: {sizes}"])))
 
