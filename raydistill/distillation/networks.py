@@ -147,7 +147,11 @@ class Networks(Weights):
             stay_float32(self.student.get_submodule(student_space.last_layer))
         if config.distill.gradient_checkpointing:
             _recompute_activations(self)
-        self.shared = {name: Shared(student_space, it, mesh) for name, it in self.students().items()} if share else {}
+        self.shared = (
+            {name: Shared(student_space, it, mesh, self.device) for name, it in self.students().items()}
+            if share
+            else {}
+        )
         self.discriminator = new_discriminator(self) if config.discriminator.weight > 0 else None
         if self.device.type != "meta" and config.distill.compile:  # the planner counts what is not compiled
             _compile(self)

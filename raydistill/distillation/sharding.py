@@ -55,10 +55,10 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _part_of(like: DTensor, whole: torch.Tensor) -> torch.Tensor:
-    """This worker's part of a whole tensor."""
+    """A copy of this worker's part of a whole tensor."""
     mesh = like.device_mesh
     parts = torch.chunk(whole, mesh.size(), dim=0)
-    return parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else whole[:0]
+    return (parts[mesh.get_local_rank()] if mesh.get_local_rank() < len(parts) else whole[:0]).clone()
 
 
 class Shared:
@@ -70,10 +70,9 @@ class Shared:
         own: what this worker trains.
     """
 
-    def __init__(self, space: Space, network: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, space: Space, network: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         """Args: network: whole, on the CPU; it is changed in place. `adapter.trained` of it is cut."""
         self.network, self.mesh, self.whole = network, mesh, None
-        device = torch.device(mesh.device_type)
         if mesh.get_local_rank() == 0:
             hollow = {id(p): nn.Parameter(p.new_empty(0), requires_grad=False) for p in network.parameters()}
             self.whole = copy.deepcopy(network, hollow).to(device)

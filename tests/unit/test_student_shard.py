@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.multiprocessing
@@ -51,10 +53,10 @@ def worker(rank: int, folders, results) -> None:
         if rank == 0:
             told |= {"best": two.networks.best_state()["student"], "drawn": drawn(two.networks, student)}
     told |= {"released": held(two.networks.student)}
-    resumed = built(rank, shared, student, teacher, first=1, state=state)
+    resumed = built(rank, shared, student, teacher, first=1, state=copy.deepcopy(state))
     told |= {"resumed": (trained(resumed, 1), kept(resumed))}
     # the other way around: a shared student's checkpoint in a whole one, and what that keeps
-    one.load_state_dict(state)
+    one.load_state_dict(copy.deepcopy(state))
     told |= {"first": state, "changed": kept(one)}
     torch.save(told, results / f"{rank}.pt")
     torch.distributed.destroy_process_group()
