@@ -157,6 +157,11 @@ class TeacherServiceConfig(Section):
     compile: bool = Field(
         False, description="compile the teacher's repeated blocks (plain only): faster, other scores in the last digits"
     )
+    channels_last: bool = Field(
+        False,
+        description="a UNet's convolutions have their channels last in memory (plain only): on GPUs faster, other scores in the "
+        "last digits; transformers stay as they are",
+    )
     attention: Attention = Field(
         "auto",
         description="what computes the teacher's attention (diffusers' backends); auto: as the model has it; native, math, "
@@ -169,7 +174,11 @@ class TeacherServiceConfig(Section):
         0.98,
         description="smallest cosine of quantised against unquantised scores on a fixed batch; below it no service starts",
     )
-    slice: Batch = Field(8, description="samples per forward and rank; requests are cut into equal slices")
+    slice: Batch | Literal["auto"] = Field(
+        8,
+        description="samples per forward and rank, with and without prompt at once; requests are cut into equal slices; auto: as "
+        "many as fit where ranks ask for GPUs, by the plan's count, else 8; decided once, before the launch",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
     cpus_per_rank: Cpus = free(0.2, description="Ray CPUs each rank reserves")
     gpus_per_rank: Gpus = free(0, description="Ray GPUs each rank reserves")
@@ -192,7 +201,7 @@ class TeacherServiceConfig(Section):
     @model_validator(mode="after")
     def _bounds(self) -> TeacherServiceConfig:
         fewest, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
-        for key, value in (("compile", self.compile), ("quantize", self.quantize != "none")):
+        for key, value in self.of_whole.items():
             if value and self.backend == "zero3":
                 raise ValueError(f"{key} needs whole networks: teachers.backend=plain, or auto, not zero3")
         if self.max_replicas is None and self.min_replicas is not None:
@@ -204,9 +213,19 @@ class TeacherServiceConfig(Section):
         return self
 
     @property
+    def of_whole(self) -> dict[str, bool]:
+        """Keys of what whole networks alone can have, and whether it is asked for."""
+        return {"compile": self.compile, "channels_last": self.channels_last, "quantize": self.quantize != "none"}
+
+    @property
+    def counted_slice(self) -> int:
+        """teachers.slice; of auto what is counted first, and what it is where nothing is counted."""
+        return 8 if self.slice == "auto" else self.slice
+
+    @property
     def plain(self) -> bool:
         """Whether every rank holds the whole teacher. Where auto is not decided (`driver.backend`), it must need to."""
-        return self.backend == "plain" or (self.backend == "auto" and (self.compile or self.quantize != "none"))
+        return self.backend == "plain" or (self.backend == "auto" and any(self.of_whole.values()))
 
     @property
     def decided_backend(self) -> Literal["zero3", "plain"]:

@@ -12,6 +12,7 @@ Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -38,9 +39,12 @@ from raydistill.errors import InputError
 from raydistill.precision import autocast, stay_float32
 from raydistill.spaces import Conditioning, Space
 from raydistill.spaces.adapter import add_lora, copy_of
+from raydistill.spaces.channels_last import lay_out, untouched
 from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gain
 from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
+
+log = logging.getLogger(__name__)
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
@@ -141,6 +145,8 @@ class Networks(Weights):
             teacher_space, fake_network, config.fake_score, depths, mesh if config.fake_score.shard else None
         )
         self.fake.to(device)
+        if config.distill.channels_last:
+            _lay_out(self)
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
         self.gradient_scale = GradientScale() if config.student.autocast == "float16" else None
         if self.gradient_scale is not None:  # whose rounding x0 multiplies at once
@@ -260,6 +266,13 @@ def _compile(networks: Networks) -> None:
     compile_network(networks.student_space, networks.student)
     compile_network(networks.teacher_space, networks.fake.network)
     compile_projector(networks.bridge.projector)
+
+
+def _lay_out(networks: Networks) -> None:
+    """UNets of student and fake score; a line where there is none."""
+    pairs = (networks.student_space, networks.student), (networks.teacher_space, networks.fake.network)
+    if not any([lay_out(space, network) for space, network in pairs]):
+        log.warning(untouched(networks.student, "distill.channels_last"))
 
 
 def _recompute_activations(networks: Networks) -> None:

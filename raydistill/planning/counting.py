@@ -215,7 +215,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
     """One forward of teachers.slice samples in teachers.dtype, as a rank computes it."""
     from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE  # it imports deepspeed, which takes seconds
 
-    dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
+    dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.counted_slice
     layout = teacher.conditioning_layout
     with counted() as meter:
         network = teacher.load_network(dtype)

@@ -75,7 +75,7 @@ def is_whole(counts: Any, config: Config, gpu: Gpu, drawer: bool = False) -> boo
     teachers = config.teachers
     if teachers.backend != "auto" or teachers.plain or teachers.gpus_per_rank == 0:
         return teachers.plain
-    return whole_bytes(counts, config, drawer) <= _has(config, "teacher rank", gpu)
+    return whole_bytes(counts, config, drawer) <= room_of(config, "teacher rank", gpu)
 
 
 def trainer_bytes(counts: Counts, batch: int, config: Config | None = None) -> float:
@@ -115,7 +115,7 @@ def keeping_parts(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int |
     if counts.keeping is None or counts.small_keeping is None:
         return None
     kept = replace(counts, trainer=counts.keeping, small_trainer=counts.small_keeping)
-    parts, has = config.distill.micro_batches, _has(config, "trainer", gpus[config.plan.trainer_gpu])
+    parts, has = config.distill.micro_batches, room_of(config, "trainer", gpus[config.plan.trainer_gpu])
     for more in range(parts, counts.batch + 1):
         if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * parts, config) <= has:
             return more
@@ -220,7 +220,7 @@ ROLES = {
 }
 
 
-def _has(config: Config, role: str, gpu: Gpu) -> float:
+def room_of(config: Config, role: str, gpu: Gpu) -> float:
     """Bytes of tensors that one process of a role may have on a kind of GPU."""
     share = get(config, ROLES[role].key) or 1.0
     return min(1.0, share) * gpu.memory_gib * GIB * (1 - config.plan.reserve)
@@ -238,7 +238,7 @@ def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
 
 def _fit(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
     """Args: counts: a Counts, or anything with those of its fields that the role needs."""
-    has = _has(config, role, gpu)
+    has = room_of(config, role, gpu)
     if role == "trainer":
         return _fit_trainer(counts, config, kind, has)
     if role in ("teacher rank", "drawer rank"):
@@ -252,7 +252,7 @@ def _fit(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
 
 
 def _fit_rank(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
-    drawer, has = role == "drawer rank", _has(config, role, gpu)
+    drawer, has = role == "drawer rank", room_of(config, role, gpu)
     least = next((s for s in SHARDS if teacher_bytes(counts, config, s, drawer) <= has), None)
     advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
     if least:
@@ -263,8 +263,8 @@ def _fit_rank(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fi
     needs = whole_bytes(counts, config, drawer)
     if needs <= has:
         advice = "with teachers.backend=plain"
-    elif config.teachers.compile or config.teachers.quantize != "none":
-        advice = "lower teachers.slice, or do without teachers.compile and teachers.quantize, which need it whole"
+    elif asked := [f"teachers.{key}" for key, value in config.teachers.of_whole.items() if value]:
+        advice = f"lower teachers.slice, or do without {' and '.join(asked)}, which cannot be shared"
     elif least:
         advice = f"teachers.backend=zero3 with {advice}"
     return Fit(role, kind, needs, has, advice)
@@ -406,7 +406,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
     lines, wrong = [], []
     for role in used:
         key, kind = ROLES[role].key, ROLES[role].kind(config)
-        has = _has(config, role, gpus[kind])
+        has = room_of(config, role, gpus[kind])
         if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
             counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, [*GROWTH, "models"]))
         fit = _fit(role, counts, config, kind, gpus[kind])

@@ -14,7 +14,13 @@ from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
 from raydistill.planning.counts import ITEMSIZE, Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import encoder_gpu, host_bytes, is_whole, memory, trainer_remedies
+from raydistill.planning.memory import (
+    encoder_gpu,
+    host_bytes,
+    is_whole,
+    memory,
+    trainer_remedies,
+)
 from raydistill.planning.schedule import (
     bridge_schedule,
     gather_seconds,
@@ -26,6 +32,7 @@ from raydistill.planning.schedule import (
     shared_gather_seconds,
     shared_student_seconds,
 )
+from raydistill.planning.slices import largest_slice
 from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, speeds, wrapped
 
 PAPER_HOURS = "64 GPU-hours for the Bridge, 160 for 3,000 student updates (8 H100, teachers in the trainers' processes)"
@@ -128,7 +135,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             ),
             _line(
                 f"teacher rank: {_held_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
-                f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}"
+                f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}{_most_samples(counts, config, gpus)}"
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
             _line(f"host memory of one trainer: {host}"),
@@ -137,6 +144,11 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             ),
         )
     )
+
+
+def _most_samples(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    most = largest_slice(counts, config, gpus[config.plan.teacher_gpu])
+    return "" if most is None else f"; it has room for teachers.slice={most}"
 
 
 def _held_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
