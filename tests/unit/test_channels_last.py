@@ -59,7 +59,7 @@ def test_a_student_that_is_a_unet_learns_alike(sd_folder, flux_folder):
     ("settings", "key"),
     [
         (("distill.channels_last=true", "student.shard=true", "distill.workers=2"), "distill.channels_last"),
-        (("teachers.channels_last=true", "teachers.backend=zero3"), "channels_last"),
+        (("distill.channels_last=true", "fake_score.shard=true", "distill.workers=2"), "distill.channels_last"),
     ],
 )
 def test_what_has_no_such_layout_is_refused(settings, key):
