@@ -104,7 +104,7 @@ class FakeScore(nn.Module):
             if config.base_dtype != "float32":
                 _round(network, getattr(torch, config.base_dtype))
             if mesh is not None:
-                partition(space.large_parts(network), mesh, [p for p in network.parameters() if p.requires_grad])
+                partition(space.large_parts(network), mesh, trained_whole=True)
         else:
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)

@@ -32,17 +32,16 @@ from raydistill.spaces.base import Space
 Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
 
-def partition(parts: Iterable[nn.Module], mesh: DeviceMesh, whole: Iterable[nn.Parameter] = ()) -> None:
+def partition(parts: Iterable[nn.Module], mesh: DeviceMesh, *, trained_whole: bool = False) -> None:
     """Leave this worker its share of the parts' parameters, on the mesh's device.
 
     Args:
-        whole: parameters that every worker keeps.
+        trained_whole: every worker keeps what is trained.
     """
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    kept = set(whole)
     for part in parts:
-        own = {parameter for parameter in part.parameters() if parameter in kept}
+        own = {parameter for parameter in part.parameters() if trained_whole and parameter.requires_grad}
         # a root's default is not to reshard
         unit = fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=own)
         if mesh.device_type == "cpu":  # gloo has sums alone

@@ -284,32 +284,47 @@ def update_float32(bench: Bench, mode: PretendedTensors) -> None:
 
 
 def update_shard(bench: Bench, mode: PretendedTensors) -> None:
-    """FSDP2 of the frozen copy and of the student among eight workers, whose collectives move nothing."""
+    """FSDP2 of the frozen copy among eight workers, whose collectives move nothing."""
+    worker = _of_eight(bench, "fake_score.shard=true", "fake_score.base_dtype=bfloat16")
+    _are_cut(worker.networks.fake.network)
+    _update(worker)
+
+
+def update_student_shard(bench: Bench, mode: PretendedTensors) -> None:
+    """FSDP2 of the student and its average among eight workers. The update alone is noted."""
+    worker = _of_eight(bench, "student.shard=true", "student.ema_decay=0.99")
+    _are_cut(worker.networks.student)
+    _are_cut(worker.networks.ema)
+    mode.notes.__init__()
+    _update(worker)
+    for kept in worker.gradients.optimizers["student"].state.values():
+        assert {value.device for key, value in kept.items() if key != "step"} == {CUDA}
+
+
+def _are_cut(network: torch.nn.Module) -> None:
+    held = list(network.parameters())
+    assert sum(hasattr(p, "to_local") for p in held) > len(held) / 4
+    assert {(p.to_local() if hasattr(p, "to_local") else p).device for p in held} == {CUDA}
+
+
+def _of_eight(bench: Bench, *settings: str) -> Distiller:
+    """One of eight workers that share networks, whose collectives move nothing."""
     _fake_group(8)
     partition, plain = sharding.partition, torch.nn.Module.to
 
     def moved_to(module: Any, *device: Any, **others: Any) -> Any:
         return _moved(module) if device == (CUDA,) and not others else plain(module, *device, **others)
 
-    def moved_and_cut(parts: Any, *others: Any) -> None:
-        partition([_moved(part) for part in parts], *others)
+    def moved_and_cut(parts: Any, mesh: Any, **how: bool) -> None:
+        partition([_moved(part) for part in parts], mesh, **how)
 
     fake_score.partition = sharding.partition = moved_and_cut
     torch.nn.Module.to = moved_to  # FSDP2 and `Module.to` swap what a parameter holds, which fakes do not follow
     try:
-        settings = ("fake_score.shard=true", "distill.workers=8", "distill.gradient_checkpointing=true", IN_PARTS)
-        settings += ("fake_score.base_dtype=bfloat16", "student.shard=true", "student.ema_decay=0.99")
-        worker = bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
+        settings += ("distill.workers=8", "distill.gradient_checkpointing=true", IN_PARTS)
+        return bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
     finally:
         fake_score.partition, sharding.partition, torch.nn.Module.to = partition, partition, plain
-    networks = worker.networks
-    for network in (networks.fake.network, networks.student, networks.ema):
-        held = list(network.parameters())
-        assert sum(hasattr(p, "to_local") for p in held) > len(held) / 4
-        assert {(p.to_local() if hasattr(p, "to_local") else p).device for p in held} == {CUDA}
-    _update(worker)
-    for kept in worker.gradients.optimizers["student"].state.values():
-        assert {value.device for key, value in kept.items() if key != "step"} == {CUDA}
 
 
 def _fake_group(world: int) -> None:
@@ -381,7 +396,7 @@ ROLES: dict[str, Role] = {
     for role in (
         rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_float16, update_student_lora,
         update_few_steps, update_reward, update_truncated, update_joint,
-        update_float32, update_shared, update_shard, resume, bridge,
+        update_float32, update_shared, update_shard, update_student_shard, resume, bridge,
         bridge_resumed,
     )
 }  # fmt: skip

@@ -19,6 +19,7 @@ BESIDE_ALL = (
     "update_few_steps",
     "update_float16",
     "update_reward",
+    "update_student_shard",
 )  # the student is the same beside every teacher
 CELLS += [("sd3", role) for role in BESIDE_ALL]
 TRANSFORMERS = ("sd3+pixart-alpha", "sd3+sana")  # students that are no UNets
