@@ -26,12 +26,19 @@ def main() -> int:
     from raydistill.planning.gpus import known_gpus
     from raydistill.planning.kept import find_counts
     from raydistill.planning.report import details
-    from raydistill.planning.verdict import title, verdict
+    from raydistill.planning.slices import with_slice
+    from raydistill.planning.verdict import title, verdict, wrapped
 
     logging.disable(logging.WARNING)
     try:
         gpus = known_gpus(config)
         print(title(config), flush=True)
+        if config.teachers.slice == "auto":
+            config = with_slice(config)
+            print(
+                wrapped("slice", f"teachers.slice=auto is {config.teachers.slice} on {config.plan.teacher_gpu}"),
+                flush=True,
+            )
         counts = as_counts(config, find_counts(config))
         print(verdict(counts, config, gpus))
     except (ValueError, OSError) as error:  # every input error of the project is a ValueError, and says what to do

@@ -81,6 +81,12 @@ class StudentConfig(Section):
         description="of distill.mixed_precision, what the student computes in: auto is bfloat16, and float32 for one that starts "
         "at t = 999; float16, of as many digits as TF32 at twice its speed, has scaled gradients and a last layer in float32",
     )
+    shard: bool = free(
+        False,
+        description="full: every worker holds 1/distill.workers of the student's blocks, of their gradients, AdamW moments and "
+        "average, and gathers the blocks one by one (FSDP2): less memory, the same numbers up to rounding, more communication; "
+        "checkpoints are the same files",
+    )
     lr: Positive = Field(1e-6, description="AdamW learning rate of the student")
     optimizer: Optimizer = Field("adamw", description=MOMENTS)
     ema: Literal["constant", "power", "half_life"] = Field(
@@ -101,6 +107,12 @@ class StudentConfig(Section):
     def _adapted(self) -> StudentConfig:
         if self.targets and self.kind == "full":
             raise ValueError("targets: kind=full trains every layer; set kind=lora, or leave the targets out")
+        if self.shard and self.kind != "full":
+            raise ValueError(
+                "shard: a LoRA is small, and nothing else of kind=lora is trained; use kind=full, or shard=false"
+            )
+        if self.shard and self.optimizer != "adamw":
+            raise ValueError(f"shard: the parts of a network have no moments of {self.optimizer}; use optimizer=adamw")
         least = least_start(self.steps)
         if self.start_timestep < least:
             raise ValueError(f"start_timestep: {self.steps} steps (student.steps) begin at {least} or above")
@@ -145,6 +157,11 @@ class TeacherServiceConfig(Section):
     compile: bool = Field(
         False, description="compile the teacher's repeated blocks (plain only): faster, other scores in the last digits"
     )
+    channels_last: bool = Field(
+        False,
+        description="a UNet's convolutions have their channels last in memory (plain only): on GPUs faster, other scores in the "
+        "last digits; transformers stay as they are",
+    )
     attention: Attention = Field(
         "auto",
         description="what computes the teacher's attention (diffusers' backends); auto: as the model has it; native, math, "
@@ -157,7 +174,11 @@ class TeacherServiceConfig(Section):
         0.98,
         description="smallest cosine of quantised against unquantised scores on a fixed batch; below it no service starts",
     )
-    slice: Batch = Field(8, description="samples per forward and rank; requests are cut into equal slices")
+    slice: Batch | Literal["auto"] = Field(
+        8,
+        description="samples per forward and rank, with and without prompt at once; requests are cut into equal slices; auto: as "
+        "many as fit where ranks ask for GPUs, by the plan's count, else 8; decided once, before the launch",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the teacher's weights")
     cpus_per_rank: Cpus = free(0.2, description="Ray CPUs each rank reserves")
     gpus_per_rank: Gpus = free(0, description="Ray GPUs each rank reserves")
@@ -180,7 +201,7 @@ class TeacherServiceConfig(Section):
     @model_validator(mode="after")
     def _bounds(self) -> TeacherServiceConfig:
         fewest, most = self.min_replicas or self.replicas, self.max_replicas or self.replicas
-        for key, value in (("compile", self.compile), ("quantize", self.quantize != "none")):
+        for key, value in self.of_whole.items():
             if value and self.backend == "zero3":
                 raise ValueError(f"{key} needs whole networks: teachers.backend=plain, or auto, not zero3")
         if self.max_replicas is None and self.min_replicas is not None:
@@ -192,9 +213,19 @@ class TeacherServiceConfig(Section):
         return self
 
     @property
+    def of_whole(self) -> dict[str, bool]:
+        """Keys of what whole networks alone can have, and whether it is asked for."""
+        return {"compile": self.compile, "channels_last": self.channels_last, "quantize": self.quantize != "none"}
+
+    @property
+    def counted_slice(self) -> int:
+        """teachers.slice; of auto what is counted first, and what it is where nothing is counted."""
+        return 8 if self.slice == "auto" else self.slice
+
+    @property
     def plain(self) -> bool:
         """Whether every rank holds the whole teacher. Where auto is not decided (`driver.backend`), it must need to."""
-        return self.backend == "plain" or (self.backend == "auto" and (self.compile or self.quantize != "none"))
+        return self.backend == "plain" or (self.backend == "auto" and any(self.of_whole.values()))
 
     @property
     def decided_backend(self) -> Literal["zero3", "plain"]:

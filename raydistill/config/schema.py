@@ -101,6 +101,13 @@ class Config(Section):
             )
         if self.fake_score.shard and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with fake_score.shard the number of workers is fixed")
+        if self.student.shard and self.distill.fewest < self.distill.workers:
+            raise ValueError("distill.min_workers: with student.shard the number of workers is fixed")
+        for section in ("student", "fake_score"):
+            if self.distill.channels_last and getattr(self, section).shard:
+                raise ValueError(
+                    f"distill.channels_last: FSDP2 has no such layout; set {section}.shard=false, or leave it out"
+                )
         if self.bridge.trainable and self.distill.fewest < self.distill.workers:
             raise ValueError("distill.min_workers: with bridge.trainable the number of workers is fixed")
         return self

@@ -148,6 +148,11 @@ class DistillConfig(Section):
         description="compile the repeated blocks of student, fake score and SwinIR (torch.compile): faster, the same numbers "
         "up to rounding; the first updates take minutes longer",
     )
+    channels_last: bool = Field(
+        False,
+        description="UNets of student and fake score have their channels last in memory: on GPUs faster, the same numbers up to "
+        "rounding; transformers stay as they are",
+    )
     drift_limit: Positive | None = free(
         1.0,
         description="collapse alarm: largest moving average of guard/latent_drift, the distance between the channels' "

@@ -6,15 +6,12 @@
 
 Its features at one block, or at several, also feed the discriminator.
 
-A frozen copy can be shared by all workers (`mesh`): each holds an equal part of every block, and gathers a block for as
-long as it computes with it, forwards and backwards. Blocks are FSDP2 units of their own, without a common root: a pass
-for features alone ends in the middle, and leaves no unit waiting for the others. All workers must run equally many passes.
+A frozen copy can be shared by all workers (`mesh`; sharding.py). What is trained of it stays whole.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +19,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 
 from raydistill.config.networks import FakeScoreConfig
+from raydistill.distillation.sharding import partition
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
 
@@ -76,16 +73,6 @@ def _round(network: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _partition(blocks: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Leave this worker its share of the blocks' frozen parameters, on the mesh's device; what is trained stays whole."""
-    # of views that are changed in place, which no network here does: the numbers are those of the whole copy
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    for block in blocks:
-        trained = {p for p in block.parameters() if p.requires_grad}
-        # a root's default is not to reshard
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
-
-
 class FakeScore(nn.Module):
     """Network with trainable part, its denoising prediction and its features."""
 
@@ -117,7 +104,7 @@ class FakeScore(nn.Module):
             if config.base_dtype != "float32":
                 _round(network, getattr(torch, config.base_dtype))
             if mesh is not None:
-                _partition(space.large_blocks(network), mesh)
+                partition(space.large_blocks(network), mesh, trained_whole=True)
         else:
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)

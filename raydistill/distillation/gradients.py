@@ -8,7 +8,7 @@ them, some have more of them than others: each divides by what they have on aver
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,10 +20,9 @@ from raydistill.distillation import optimizers
 from raydistill.distillation.finite import OTHERS_SAMPLE, OTHERS_VALUE, Finite
 from raydistill.distillation.gradient_scale import GradientScale
 from raydistill.distillation.networks import Networks
-from raydistill.spaces.adapter import trained
+from raydistill.distillation.sharding import Average, Shared
 
 T = TypeVar("T")
-Average = Callable[[list[torch.Tensor]], None]  # tensors of one dtype, in place, over all workers
 
 OF_FAKE = ("fake", "discriminator")  # optimizers whose updates have a batch of their own
 OTHERS = "another worker's part of the"  # of a mean over workers, where this one's own part is finite
@@ -44,7 +43,7 @@ def optimizers_of(networks: Networks, config: Config) -> dict[str, Optimizer]:
         return optimizers.make(parameters, lr, kind, fused=fused)
 
     found = {
-        "student": adamw(list(trained(networks.student).values()), config.student.lr, config.student.optimizer),
+        "student": adamw(networks.learning(), config.student.lr, config.student.optimizer),
         "fake": adamw(list(networks.fake.trainable().values()), config.fake_score.lr, config.fake_score.optimizer),
     }
     if config.bridge.trainable:
@@ -65,6 +64,7 @@ class Gradients:
         mean_fake_micro_batches: those of the fake score's and the discriminator's updates; None: as many.
         share: of the learning rates, by the number of student updates before this one; None: always all of them.
         scale: of the student's gradients; None: there is none.
+        shared: by optimizer's name, networks that lie on all workers.
     """
 
     def __init__(
@@ -77,9 +77,11 @@ class Gradients:
         mean_fake_micro_batches: float | None = None,
         share: Callable[[int], float] | None = None,
         scale: GradientScale | None = None,
+        shared: Mapping[str, Shared] | None = None,
     ) -> None:
         self.optimizers, self.mean_micro_batches, self.finite = by_name, mean_micro_batches, finite
         self.average, self.share, self.scale = average, share, scale
+        self.shared = {name: it for name, it in (shared or {}).items() if name in by_name}
         self.mean_fake_micro_batches = mean_fake_micro_batches or mean_micro_batches
         self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
@@ -96,6 +98,26 @@ class Gradients:
         """Those of one optimizer."""
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
+    def _leaves(self, name: str) -> list[torch.Tensor]:
+        return self.shared[name].leaves() if name in self.shared else self.parameters(name)
+
+    def _whole(self, name: str) -> list[nn.Parameter]:
+        """Of `parameters`, those of which a gradient is this worker's alone; that of a part is the mean of all already."""
+        return self.shared[name].uncut if name in self.shared else self.parameters(name)
+
+    def _norm(self, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Of all of what one optimizer steps on, or of its gradients."""
+        shared = self.shared.get(name)
+        return nn.utils.get_total_norm(tensors) if shared is None else shared.norm(tensors, self.average)
+
+    def _clip(self, name: str, group: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+        """Returns the norm before."""
+        if name not in self.shared:
+            return nn.utils.clip_grad_norm_(group, max_norm)
+        norm = self._norm(name, [p.grad for p in group])
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        return norm
+
     def accumulate(self, loss: torch.Tensor, *names: str, keep: bool = False, weight: float = 1.0) -> None:
         """Add a micro-batch's share of the mean gradient to that of the named optimizers' parameters.
 
@@ -105,10 +127,13 @@ class Gradients:
                 the loss is another micro-batch's: its passes run, as those of all workers must, and add nothing.
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
-        parameters = [p for name in names for p in self.parameters(name)]
+        leaves = [p for name in names for p in self._leaves(name)]
         mean_micro_batches = self.mean_fake_micro_batches if names[0] in OF_FAKE else self.mean_micro_batches
         own = loss / (mean_micro_batches / weight) if weight else 0 * loss
-        torch.autograd.backward(own, inputs=parameters, retain_graph=keep)
+        torch.autograd.backward(own, inputs=leaves, retain_graph=keep)
+        for name in names:
+            if name in self.shared:
+                self.shared[name].collect()
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
         """Average the gradients over workers, clip them and step the named optimizers. It waits for the device once.
@@ -129,14 +154,15 @@ class Gradients:
         scaled = "student" if self.scale is not None else None
         self._hear_of_others(self.tolerant, scaled in groups)
         if self.average is not alone:  # the mean of all workers does not say whose part it was
-            for name, group in groups.items():
+            for name in groups:
                 # of scaled ones the largest number: squares may be infinite here, and not in the mean, on which all decide
-                norm = nn.utils.get_total_norm([p.grad for p in group], math.inf if name == scaled else 2.0)
+                own = [p.grad for p in self._whole(name)]
+                norm = nn.utils.get_total_norm(own, math.inf if name == scaled else 2.0)
                 self.finite.note(norm, f"the {name} gradient", scaled=name == scaled)
-        self.average([p.grad for p in parameters])
+        self.average([p.grad for name in groups for p in self._whole(name)])
         if scaled in groups:
             self.scale.leave([p.grad for p in groups[scaled]])
-        norms = {name: nn.utils.clip_grad_norm_(group, max_norms[name]) for name, group in groups.items()}
+        norms = {name: self._clip(name, group, max_norms[name]) for name, group in groups.items()}
         of_all = self.average is not alone
         for name, norm in norms.items():
             source = f"{OTHERS if of_all else 'the'} {name} gradient"
@@ -146,7 +172,7 @@ class Gradients:
             optimizers.step(self.optimizers[name])
             self.optimizers[name].zero_grad(set_to_none=True)
             with torch.no_grad():
-                self.finite.note(nn.utils.get_total_norm(group), f"the {name} weights after their update")
+                self.finite.note(self._norm(name, group), f"the {name} weights after their update")
         return norms
 
     def _hear_of_others(self, of_samples: bool, of_any: bool) -> None:
@@ -187,11 +213,14 @@ class Gradients:
         return restore
 
     def state_dict(self) -> dict[str, Any]:
-        state = {"optimizers": {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}}
+        states = {name: optimizers.state_dict(one) for name, one in self.optimizers.items()}
+        states |= {name: shared.moments(states[name]) for name, shared in self.shared.items()}
+        state = {"optimizers": states}
         return state | ({} if self.scale is None else {"gradient_scale": self.scale.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
-            optimizers.load_state_dict(optimizer, state["optimizers"][name])
+            own = state["optimizers"][name]
+            optimizers.load_state_dict(optimizer, self.shared[name].own_moments(own) if name in self.shared else own)
         if self.scale is not None:
             self.scale.load_state_dict(state["gradient_scale"])

@@ -1,4 +1,4 @@
-"""The networks of one worker: how they are loaded, what they compute, and what a checkpoint keeps of them.
+"""The networks of one worker: how they are loaded, and what they compute. What is kept of them: weights.py.
 
 With `distill.mixed_precision` forward passes run under bfloat16 autocast, without loss scaling: bfloat16 has float32's
 range. What stays float32: weights, sums of gradients, optimizers, losses, the discriminator's head, the conversions to
@@ -12,10 +12,10 @@ Shapes: B samples, C×H×W teacher latents, c×h×w student latents.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -33,14 +33,18 @@ from raydistill.distillation.discriminator import Discriminator
 from raydistill.distillation.fake_score import FakeScore
 from raydistill.distillation.finite import Finite
 from raydistill.distillation.gradient_scale import GradientScale
-from raydistill.distillation.rates import decay
+from raydistill.distillation.sharding import Shared
+from raydistill.distillation.weights import Weights
 from raydistill.errors import InputError
 from raydistill.precision import autocast, stay_float32
 from raydistill.spaces import Conditioning, Space
-from raydistill.spaces.adapter import add_lora, copy_of, load_own_state, own_state, trained
+from raydistill.spaces.adapter import add_lora, copy_of
+from raydistill.spaces.channels_last import lay_out, untouched
 from raydistill.spaces.one_step import one_step_x0, through_steps, x0_at, x0_gain
 from raydistill.spaces.starts import load_start
 from raydistill.transfer import upload
+
+log = logging.getLogger(__name__)
 
 MAX_GAIN = 4.0  # of a prediction's error in x0: at 2.6 (SD 2.1 from t = 625) bfloat16 does no harm
 
@@ -100,7 +104,7 @@ def load_real(
     return Real(samples.first(len(samples)), table.columns, table.rows(captions), samples.starts)
 
 
-class Networks:
+class Networks(Weights):
     """Student, Bridge, fake score and discriminator of one worker, on its device.
 
     Attributes:
@@ -125,38 +129,38 @@ class Networks:
         """
         Args:
             fake_network: the teacher's, of its own copy: it is changed in place.
-            mesh: of the workers that share one frozen copy of the teacher (`fake_score.shard`); None: each has its own.
+            mesh: of the workers that share student (`student.shard`) or the frozen copy of the teacher (`fake_score.shard`);
+                None: each has its own.
         """
         self.config, self.student_space, self.teacher_space = config, student_space, teacher_space
         self.device, self.finite = torch.device(device), Finite()
         torch.manual_seed(config.run.seed)  # LoRA's and the head's initial weights
-        self.student = adapted(config, student_space, student).to(device).eval()
+        share = mesh is not None and config.student.shard
+        self.student = adapted(config, student_space, student).to("cpu" if share else device).eval()
         self.bridge = bridge.to(device).eval().requires_grad_(False)
         if config.bridge.trainable:
             self.bridge.projector.requires_grad_(True)
         depths = config.discriminator.read_depths
-        self.fake = FakeScore(teacher_space, fake_network, config.fake_score, depths, mesh).to(device)
+        self.fake = FakeScore(
+            teacher_space, fake_network, config.fake_score, depths, mesh if config.fake_score.shard else None
+        )
+        self.fake.to(device)
+        if config.distill.channels_last:
+            _lay_out(self)
         self.ema = copy_of(self.student).requires_grad_(False) if config.student.is_averaged else None
         self.gradient_scale = GradientScale() if config.student.autocast == "float16" else None
         if self.gradient_scale is not None:  # whose rounding x0 multiplies at once
             stay_float32(self.student.get_submodule(student_space.last_layer))
         if config.distill.gradient_checkpointing:
-            self._recompute_activations()
+            _recompute_activations(self)
+        self.shared = (
+            {name: Shared(student_space, it, mesh, self.device) for name, it in self.students().items()}
+            if share
+            else {}
+        )
         self.discriminator = new_discriminator(self) if config.discriminator.weight > 0 else None
         if self.device.type != "meta" and config.distill.compile:  # the planner counts what is not compiled
-            self._compile()
-
-    def _compile(self) -> None:
-        """The repeated blocks of all that runs forward and backward. An EMA, which is drawn with alone, stays as it is."""
-        compile_network(self.student_space, self.student)
-        compile_network(self.teacher_space, self.fake.network)
-        compile_projector(self.bridge.projector)
-
-    def _recompute_activations(self) -> None:
-        """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
-        self.student_space.recompute_activations(self.student)
-        self.teacher_space.recompute_activations(self.fake.network)
-        self.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
+            _compile(self)
 
     # -- forward passes ----------------------------------------------------------------------------
     def on_device(self, conditioning: Conditioning) -> Conditioning:
@@ -256,48 +260,26 @@ class Networks:
         """What the discriminator says of the features of each depth."""
         return self.discriminator([self.finite.note(one, "the fake score's features") for one in features])
 
-    # -- state -------------------------------------------------------------------------------------
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated and exported: the EMA when there is one."""
-        return self.ema if self.ema is not None else self.student
 
-    def update_ema(self, updates: int) -> None:
-        """Move the average towards the student; `updates`: of the student, before this one."""
-        if self.ema is None:
-            return
-        share = 1 - decay(self.config.student, updates)
-        with torch.no_grad():
-            averages, now = (list(trained(network).values()) for network in (self.ema, self.student))
-            torch._foreach_lerp_(averages, now, share)
+def _compile(networks: Networks) -> None:
+    """The repeated blocks of all that runs forward and backward. An EMA, which is drawn with alone, stays as it is."""
+    compile_network(networks.student_space, networks.student)
+    compile_network(networks.teacher_space, networks.fake.network)
+    compile_projector(networks.bridge.projector)
 
-    def best_state(self) -> dict[str, Any]:
-        """What is kept of the best update: the evaluated student, and a Bridge that is trained along."""
-        state = {"student": own_state(self.evaluated)}
-        return state | ({"bridge": self.bridge.projector.state_dict()} if self.config.bridge.trainable else {})
 
-    def load_best_state(self, state: dict[str, Any]) -> None:
-        load_own_state(self.evaluated, state["student"])
-        if self.config.bridge.trainable:
-            self.bridge.projector.load_state_dict(state["bridge"])
+def _lay_out(networks: Networks) -> None:
+    """UNets of student and fake score; a line where there is none."""
+    pairs = (networks.student_space, networks.student), (networks.teacher_space, networks.fake.network)
+    if not any([lay_out(space, network) for space, network in pairs]):
+        log.warning(untouched(networks.student, "distill.channels_last"))
 
-    def state_dict(self) -> dict[str, Any]:
-        """All trained weights; frozen ones are not in it."""
-        fake = {name: p.detach() for name, p in self.fake.trainable().items()}
-        return {"fake": fake} | {name: own_state(module) for name, module in self._trained().items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.fake.trainable().items():
-                parameter.copy_(state["fake"][name])
-        for name, module in self._trained().items():
-            load_own_state(module, state[name])
-
-    def _trained(self) -> dict[str, nn.Module]:
-        """By its name in a checkpoint, whatever it keeps; of the fake score only a part may be trained."""
-        bridge = self.bridge.projector if self.config.bridge.trainable else None
-        kept = {"student": self.student, "ema": self.ema, "discriminator": self.discriminator, "bridge": bridge}
-        return {name: module for name, module in kept.items() if module is not None}
+def _recompute_activations(networks: Networks) -> None:
+    """In backward passes, block by block, instead of keeping them: same numbers, a third more work."""
+    networks.student_space.recompute_activations(networks.student)
+    networks.teacher_space.recompute_activations(networks.fake.network)
+    networks.bridge.projector.gradient_checkpointing = True  # read by SwinIR; other projectors have no use for it
 
 
 def new_discriminator(networks: Networks) -> Discriminator:

@@ -54,15 +54,23 @@ class Rollout:
         for step in range(1, self.steps):
             rows = (step_B >= step).nonzero().flatten()
             if not len(rows):
-                break
+                if not self.networks.shared:
+                    break
+                with finite.aside():  # workers that share the student must all run equally many passes
+                    self._evaluated(micro_batch, x_t, torch.zeros(1, dtype=torch.long), step - 1)
+                continue
             own, at = ids[rows], upload(rows, device)
-            before_R, then_R = (
-                upload(self._timesteps[number].repeat(len(rows)), device) for number in (step - 1, step)
-            )
-            text = {name: value[at] for name, value in micro_batch.student_conditioning.items()}
             finite.of(own)
-            z_R = self.networks.z_student(x_t[at], text, before_R)
+            z_R = self._evaluated(micro_batch, x_t, rows, step - 1)
+            then_R = upload(self._timesteps[step].repeat(len(rows)), device)
             eps = self.draws.normal(own, shape, "student_noise", step)
             x_t = x_t.index_copy(0, at, noised_again(self.networks.student_space, z_R, eps, then_R))
         finite.of(ids)
         return x_t, upload(timestep_B, device)
+
+    def _evaluated(self, micro_batch: MicroBatch, x_t: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """The student's x0 [R, c, h, w] of this step, of some rows [R] of the micro-batch."""
+        at, device = upload(rows, self.networks.device), self.networks.device
+        timestep_R = upload(self._timesteps[step].repeat(len(rows)), device)
+        text = {name: value[at] for name, value in micro_batch.student_conditioning.items()}
+        return self.networks.z_student(x_t[at], text, timestep_R)

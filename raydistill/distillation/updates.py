@@ -31,7 +31,7 @@ from raydistill.distillation.adversary import Adversary
 from raydistill.distillation.batches import Batches, Draws, Made, RealFeed, Reals
 from raydistill.distillation.collapse import CollapseAlarm
 from raydistill.distillation.fake_side import NAMES, FakeSide
-from raydistill.distillation.gradients import Average, Gradients, alone, optimizers_of
+from raydistill.distillation.gradients import Gradients, alone, optimizers_of
 from raydistill.distillation.leaving_out import LeavingOut, Waiting
 from raydistill.distillation.losses import vsd_gradient, vsd_loss
 from raydistill.distillation.networks import Networks
@@ -39,6 +39,7 @@ from raydistill.distillation.rates import shares
 from raydistill.distillation.readings import Readings, Row, mean_of, take_roots
 from raydistill.distillation.reward import Reward, RewardTerm
 from raydistill.distillation.rollout import Rollout
+from raydistill.distillation.sharding import Average
 from raydistill.distillation.watch import REFERENCE, Watch
 from raydistill.transfer import upload
 
@@ -83,6 +84,7 @@ class Distiller:
             mean_fake_micro_batches=mean_fake_micro_batches,
             share=shares(config),
             scale=networks.gradient_scale,
+            shared=networks.shared,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
@@ -101,8 +103,7 @@ class Distiller:
         self.watch = Watch(self.alarm)
         self.metrics: dict[str, float] = defaultdict(float)
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
-        self.updates = 0  # of the student
-        # that there are now
+        self.updates = 0  # of the student; workers: that there are now
         self.workers = config.distill.workers * config.distill.micro_batches / self.gradients.mean_micro_batches
         self._shares_pass = gan and config.discriminator.shared_pass
 

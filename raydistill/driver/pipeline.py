@@ -85,6 +85,11 @@ def shared_space(config: Config) -> Config:
             "discriminator": {"weight": 0.0, "real_data": None},
             "vsd": {"shift": None},
             "reward": {"weight": 0.0},
-            "teachers": {"compile": False, "attention": "auto", "quantize": "none"},  # chosen for another network
+            "teachers": {  # chosen for another network
+                "compile": False,
+                "channels_last": False,
+                "attention": "auto",
+                "quantize": "none",
+            },
         },
     )

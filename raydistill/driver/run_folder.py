@@ -127,10 +127,11 @@ def _as_begun(config: Config, saved: Config, run: RunFolder) -> Config:
 
 
 def with_backend(config: Config, saved: Config) -> Config:
-    """With teachers.backend=auto, the backend that a saved configuration names. One of before the key is of zero3."""
-    if config.teachers.backend != "auto":
-        return config
-    return changed(config, {"teachers": {"backend": saved.teachers.decided_backend}})
+    """With teachers.backend=auto or slice=auto, what a saved configuration names. One of before the backend is of zero3."""
+    own, was = config.teachers, saved.teachers
+    decided = {"backend": was.decided_backend} if own.backend == "auto" else {}
+    decided |= {"slice": was.counted_slice} if own.slice == "auto" else {}
+    return changed(config, {"teachers": decided}) if decided else config
 
 
 def _of_revisions(config: Config, saved: Config, run: RunFolder) -> Config:

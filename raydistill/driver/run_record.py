@@ -46,8 +46,12 @@ DESCRIBED_WITHIN_S = 10.0  # a store that is away is told at the end
 def _facts(config: Config) -> dict[str, object]:
     """Tags that say what a run is, beside `run_tags`."""
     file, teachers = config.origin.file, config.teachers
-    how = {f"teachers.{key}": getattr(teachers, key) for key in ("backend", "compile", "attention", "quantize")}
-    how |= {"distill.compile": config.distill.compile, "student.autocast": config.student.autocast}
+    how = {
+        f"teachers.{key}": getattr(teachers, key)
+        for key in ("backend", "compile", "channels_last", "attention", "quantize")
+    }
+    how |= {f"distill.{key}": getattr(config.distill, key) for key in ("compile", "channels_last")}
+    how |= {"student.autocast": config.student.autocast}
     reward = (
         {f"reward.{key}": getattr(config.reward, key) for key in ("metric", "weight")} if config.reward.is_on else {}
     )

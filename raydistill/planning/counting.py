@@ -172,6 +172,7 @@ def count_trainer(
         learning = list(adapter.trained(networks.student).values())
         ema = [] if networks.ema is None else adapter.trained(networks.ema).values()
         discriminator = [] if networks.discriminator is None else list(networks.discriminator.parameters())
+        blocks = student.large_blocks(networks.student) if config.student.kind == "full" else []
         weights = Weights(
             student=nbytes(networks.student.parameters()) + nbytes(ema),
             student_frozen=nbytes(networks.student.parameters()) - nbytes(learning),
@@ -190,6 +191,8 @@ def count_trainer(
             )
             - saved,
             reward=0 if reward is None else nbytes(reward.parameters()),
+            student_blocks=sum(nbytes(block.parameters()) for block in blocks),
+            student_block=max((nbytes(block.parameters()) for block in blocks), default=0),
         )
         gradients = {"student": nbytes(learning), "fake": nbytes(trained)}
         if discriminator:
@@ -220,7 +223,7 @@ def count_teacher(config: Config, teacher: Space, guidance_scale: float) -> Teac
     """One forward of teachers.slice samples in teachers.dtype, as a rank computes it."""
     from raydistill.teachers.zero3 import PIECE_NUMEL, PIECE_SHARE  # it imports deepspeed, which takes seconds
 
-    dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.slice
+    dtype, samples = getattr(torch, config.teachers.dtype), config.teachers.counted_slice
     layout = teacher.conditioning_layout
     with counted() as meter:
         network = teacher.load_network(dtype)

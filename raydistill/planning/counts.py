@@ -41,6 +41,8 @@ class Weights:
     discriminator: int
     optimizers: int
     reward: int = 0  # with the student's VAE decoder
+    student_blocks: int = 0  # of a student that is trained whole, without its EMA
+    student_block: int = 0  # of them, the largest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,8 +63,8 @@ UNREAD = frozenset(  # of the sections, what people vary in plans and no count r
         "discriminator.real_count", "discriminator.real_source", "distill.steps", "distill.warmup_steps", "distill.schedule", "distill.non_finite_share",
         "discriminator.ramp_steps", "reward.ramp_steps", "distill.overlap", "distill.in_flight", "distill.checkpoint_every",
         "distill.evaluate_every", "distill.max_failures", "distill.max_failures_without_progress", "distill.max_failures_of_node", "distill.resize_after_s",
-        "distill.collective_timeout_s", "distill.network_interface", "distill.compile", "distill.stop_on_plateau", "distill.stop_on_collapse", "distill.gpus_per_worker", "distill.cpus_per_worker",
-        "distill.threads", "distill.node_labels",
+        "distill.collective_timeout_s", "distill.network_interface", "distill.compile", "distill.channels_last", "distill.stop_on_plateau", "distill.stop_on_collapse", "distill.gpus_per_worker", "distill.cpus_per_worker",
+        "distill.threads", "distill.node_labels", "student.shard",
     }
 )  # fmt: skip
 TYPES = {

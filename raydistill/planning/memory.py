@@ -19,7 +19,9 @@ from raydistill.planning.counts import (
     GROWTH,
     ITEMSIZE,
     Counts,
+    Trainer,
     Weights,
+    changed,
     drawer_text,
     pairs_made,
     small_batch,
@@ -29,6 +31,7 @@ from raydistill.planning.gpus import GIB, Gpu, known_gpus
 from raydistill.planning.kept import find_counts
 
 EIGHT_BITS = 0.74  # of AdamW's moments, what 8 bits save; of SD 1.5's 0.745, for small parameters keep 32
+STUDENT_SHARD = "student.shard=true"
 SHARDS = (1, 2, 4, 8, 16, 32)  # replica sizes that are tried
 PREFETCHED = 50_000_000  # elements DeepSpeed gathers ahead (its default stage3_prefetch_bucket_size)
 
@@ -72,18 +75,36 @@ def is_whole(counts: Any, config: Config, gpu: Gpu, drawer: bool = False) -> boo
     teachers = config.teachers
     if teachers.backend != "auto" or teachers.plain or teachers.gpus_per_rank == 0:
         return teachers.plain
-    return whole_bytes(counts, config, drawer) <= _has(config, "teacher rank", gpu)
+    return whole_bytes(counts, config, drawer) <= room_of(config, "teacher rank", gpu)
 
 
-def trainer_bytes(counts: Counts, batch: int) -> float:
+def trainer_bytes(counts: Counts, batch: int, config: Config | None = None) -> float:
     """Most bytes of tensors on a trainer at up to the configured number of samples, in distill.micro_batches.
 
     Straight lines through the two counted batch sizes: the truth bends upwards, so between them they never say less.
+
+    Args:
+        config: whose workers may share networks; None: they share none.
     """
     small, large = counts.small_trainer, counts.trainer
     step = (batch - counts.small_batch) / (counts.batch - counts.small_batch)
-    pairs = ((small.make, large.make), (small.fake, large.fake), (small.student, large.student))
-    return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
+    pairs = {name: (getattr(small, name).peak, getattr(large, name).peak) for name in ("make", "fake", "student")}
+    return max(a + (b - a) * step - saved_by_sharing(large, config, name) for name, (a, b) in pairs.items())
+
+
+def trainer_needs(trainer: Trainer, config: Config) -> float:
+    """Most bytes of tensors on a trainer, without what the other workers hold of the networks that they share."""
+    return max(
+        getattr(trainer, name).peak - saved_by_sharing(trainer, config, name) for name in ("make", "fake", "student")
+    )
+
+
+def saved_by_sharing(trainer: Trainer, config: Config | None, phase: str) -> float:
+    """Bytes that other workers hold for this one during make, fake or student (`fake_score.shard`, `student.shard`)."""
+    if config is None:
+        return 0
+    fake = shared_bytes(trainer.weights, config) if config.fake_score.shard else 0
+    return fake + (shared_student_bytes(trainer.weights, config, phase) if config.student.shard else 0)
 
 
 def keeping_micro_batches(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int | None:
@@ -94,10 +115,9 @@ def keeping_micro_batches(counts: Counts, config: Config, gpus: dict[str, Gpu]) 
     if counts.keeping is None or counts.small_keeping is None:
         return None
     kept = replace(counts, trainer=counts.keeping, small_trainer=counts.small_keeping)
-    count, has = config.distill.micro_batches, _has(config, "trainer", gpus[config.plan.trainer_gpu])
-    shared = shared_bytes(counts.keeping.weights, config) if config.fake_score.shard else 0
+    count, has = config.distill.micro_batches, room_of(config, "trainer", gpus[config.plan.trainer_gpu])
     for more in range(count, counts.batch + 1):
-        if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * count) - shared <= has:
+        if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * count, config) <= has:
             return more
     return None
 
@@ -117,13 +137,19 @@ def together(counts: Any, config: Config, has: float) -> str | None:
     taken += ["fake_score.base_dtype=bfloat16"] if narrow else []
     shared = shared_bytes(weights, config) if fake.kind == "lora" else 0
     needs -= shared if fake.shard else 0
+    of_student = shared_student_bytes(weights, changed(config, micro_batches=counts.batch), "student")
+    needs -= of_student if config.student.shard else 0
     savings = {"fake_score.shard=true": 0 if fake.shard else shared}
+    whole_moments = config.student.optimizer == "adamw"
+    savings[STUDENT_SHARD] = of_student if whole_moments and not config.student.shard else 0
     for section, name in (("student", "student"), ("fake_score", "fake")):
-        plain = getattr(config, section).optimizer == "adamw"
+        plain = getattr(config, section).optimizer == "adamw" and not (section == "student" and config.student.shard)
         savings[f"{section}.optimizer=adamw8bit"] = EIGHT_BITS * 2 * counts.least.gradients[name] if plain else 0
     able = [change for change, saved in savings.items() if saved > 0]
     for count in range(len(able) + 1):
         for chosen in itertools.combinations(able, count):
+            if {STUDENT_SHARD, "student.optimizer=adamw8bit"} <= set(chosen):  # which do not go together
+                continue
             if needs - sum(savings[change] for change in chosen) <= has:
                 return " ".join([*taken, *chosen])
     return None
@@ -133,6 +159,21 @@ def shared_bytes(weights: Weights, config: Config) -> float:
     """Of the frozen teacher copy, what `fake_score.shard` leaves to the other workers; two gathered blocks stay."""
     workers, frozen = config.distill.workers, weights.fake_frozen
     return max(0, frozen - frozen // workers - 2 * weights.fake_block) if workers > 1 else 0
+
+
+def shared_student_bytes(weights: Weights, config: Config, phase: str = "make") -> float:
+    """Of the student, what `student.shard` leaves to the other workers in a phase: weights, AdamW's moments in float32, average.
+
+    Two gathered blocks stay. In the student's update two blocks' gradients do, too, before all workers have their mean. What
+    is saved of the others counts where a batch has several parts: else they are not there yet when most is.
+    """
+    workers, blocks, block = config.distill.workers, weights.student_blocks, weights.student_block
+    copies = 4 if config.student.is_averaged else 3
+    kept = 2 * block
+    if phase == "student":
+        copies += config.distill.micro_batches > 1
+        kept += 2 * block
+    return max(0, copies * blocks * (1 - 1 / workers) - kept) if workers > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -179,7 +220,7 @@ ROLES = {
 }
 
 
-def _has(config: Config, role: str, gpu: Gpu) -> float:
+def room_of(config: Config, role: str, gpu: Gpu) -> float:
     """Bytes of tensors that one process of a role may have on a kind of GPU."""
     share = get(config, ROLES[role].key) or 1.0
     return min(1.0, share) * gpu.memory_gib * GIB * (1 - config.plan.reserve)
@@ -197,7 +238,7 @@ def memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Fit]:
 
 def _fit(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
     """Args: counts: a Counts, or anything with those of its fields that the role needs."""
-    has = _has(config, role, gpu)
+    has = room_of(config, role, gpu)
     if role == "trainer":
         return _fit_trainer(counts, config, kind, has)
     if role in ("teacher rank", "drawer rank"):
@@ -211,7 +252,7 @@ def _fit(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
 
 
 def _fit_rank(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fit:
-    drawer, has = role == "drawer rank", _has(config, role, gpu)
+    drawer, has = role == "drawer rank", room_of(config, role, gpu)
     least = next((s for s in SHARDS if teacher_bytes(counts, config, s, drawer) <= has), None)
     advice = f"not even with {SHARDS[-1]} shards; lower teachers.slice"
     if least:
@@ -222,8 +263,8 @@ def _fit_rank(role: str, counts: Any, config: Config, kind: str, gpu: Gpu) -> Fi
     needs = whole_bytes(counts, config, drawer)
     if needs <= has:
         advice = "with teachers.backend=plain"
-    elif config.teachers.compile or config.teachers.quantize != "none":
-        advice = "lower teachers.slice, or do without teachers.compile and teachers.quantize, which need it whole"
+    elif asked := [f"teachers.{key}" for key, value in config.teachers.of_whole.items() if value]:
+        advice = f"lower teachers.slice, or do without {' and '.join(asked)}, which cannot be shared"
     elif least:
         advice = f"teachers.backend=zero3 with {advice}"
     return Fit(role, kind, needs, has, advice)
@@ -251,14 +292,12 @@ def _element(name: str, config: Config) -> int:
 
 
 def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
-    saved, sharded = shared_bytes(counts.trainer.weights, config), config.fake_score.shard
-    shared = saved if sharded else 0
-    needs = counts.trainer.peak - shared
+    needs = trainer_needs(counts.trainer, config)
     if needs <= has:
         return Fit("trainer", gpu, needs, has, f"with distill.batch_size={counts.batch}")
 
-    def need(batch: int) -> float:
-        return trainer_bytes(counts, batch) - shared
+    def need(batch: int, settings: Config = config) -> float:
+        return trainer_bytes(counts, batch, settings)
 
     count = config.distill.micro_batches
     # one micro-batch is alive at once, so more of them need what a smaller batch in as many as now would
@@ -267,8 +306,14 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     fitting = [batch for batch in range(count, counts.batch, count) if need(batch) <= has]
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
-    would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak - shared <= has else []
-    would += ["fake_score.shard=true"] if saved and not sharded and needs - saved <= has else []
+    would += ["distill.gradient_checkpointing=true"] if trainer_needs(counts.recomputing, config) <= has else []
+    for section, able in (
+        ("fake_score", config.fake_score.kind == "lora"),
+        ("student", config.student.kind == "full" and config.student.optimizer == "adamw"),
+    ):
+        others = with_shared(config, section)
+        able = able and config.distill.workers > 1 and not getattr(config, section).shard
+        would += [f"{section}.shard=true"] if able and trainer_needs(counts.trainer, others) <= has else []
     if would:
         return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would")
     all_of = together(counts, config, has)
@@ -276,20 +321,31 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     return Fit("trainer", gpu, needs, has, advice)
 
 
+def with_shared(config: Config, section: str) -> Config:
+    """With fake_score.shard, or student.shard."""
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={"shard": True})})
+
+
 def trainer_remedies(counts: Counts, config: Config) -> list[tuple[str, float]]:
     """(what, bytes that remain) of measures that are not taken yet and add up, at the configured batch; the last is no
     setting.
 
-    Recomputing is counted; the others take away what they move: the frozen base to the other workers' GPUs (a gathered
-    piece stays), AdamW's two moments to the host.
+    Recomputing is counted; the others take away what they move: the frozen base and the student to the other workers' GPUs
+    (gathered blocks stay), AdamW's two moments to the host.
     """
-    needs, weights, steps = counts.recomputing.peak, counts.trainer.weights, []
+    weights, steps = counts.trainer.weights, []
     if not config.distill.gradient_checkpointing:
-        steps.append(("distill.gradient_checkpointing", needs))
-    if saved := shared_bytes(weights, config):
-        needs -= saved
-        steps += [] if config.fake_score.shard else [("fake_score.shard", needs)]
-    needs -= weights.optimizers
+        steps.append(("distill.gradient_checkpointing", trainer_needs(counts.recomputing, config)))
+    for section, saved in (
+        ("fake_score", shared_bytes(weights, config)),
+        ("student", shared_student_bytes(weights, config) if config.student.optimizer == "adamw" else 0),
+    ):
+        if saved and not getattr(config, section).shard:
+            config = with_shared(config, section)
+            steps.append((f"{section}.shard", trainer_needs(counts.recomputing, config)))
+    workers, moments = config.distill.workers, 2 * weights.student_blocks
+    elsewhere = moments * (1 - 1 / workers) if config.student.shard and workers > 1 else 0
+    needs = trainer_needs(counts.recomputing, config) - (weights.optimizers - elsewhere)
     return [*steps, ("optimizers on the host", needs)]
 
 
@@ -352,7 +408,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
     lines, wrong = [], []
     for role in used:
         key, kind = ROLES[role].key, ROLES[role].kind(config)
-        has = _has(config, role, gpus[kind])
+        has = room_of(config, role, gpus[kind])
         if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
             counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, [*GROWTH, "models"]))
         fit = _fit(role, counts, config, kind, gpus[kind])

@@ -14,7 +14,13 @@ from raydistill.config.schema import Config
 from raydistill.config.stages import streams_bridge
 from raydistill.planning.counts import ITEMSIZE, Counts, makes_pairs
 from raydistill.planning.gpus import GIB, Gpu
-from raydistill.planning.memory import encoder_gpu, host_bytes, is_whole, memory, trainer_remedies
+from raydistill.planning.memory import (
+    encoder_gpu,
+    host_bytes,
+    is_whole,
+    memory,
+    trainer_remedies,
+)
 from raydistill.planning.schedule import (
     bridge_schedule,
     gather_seconds,
@@ -24,7 +30,9 @@ from raydistill.planning.schedule import (
     replicas,
     schedule,
     shared_gather_seconds,
+    shared_student_seconds,
 )
+from raydistill.planning.slices import largest_slice
 from raydistill.planning.verdict import WIDTH, filled_up, on_one_kind, speeds, wrapped
 
 PAPER_HOURS = "64 GPU-hours for the Bridge, 160 for 3,000 student updates (8 H100, teachers in the trainers' processes)"
@@ -127,7 +135,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             ),
             _line(
                 f"teacher rank: {_resident_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
-                f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}"
+                f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}{_most_samples(counts, config, gpus)}"
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
             _line(f"host memory of one trainer: {host}"),
@@ -136,6 +144,11 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             ),
         )
     )
+
+
+def _most_samples(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+    most = largest_slice(counts, config, gpus[config.plan.teacher_gpu])
+    return "" if most is None else f"; it has room for teachers.slice={most}"
 
 
 def _resident_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
@@ -170,6 +183,9 @@ def _requests(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     if config.fake_score.shard and config.distill.workers > 1:
         seconds = shared_gather_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
         lines.append(f"fake_score.shard: a trainer receives the frozen copy's other parts in {seconds:.3f} s a pass")
+    if config.student.shard and config.distill.workers > 1:
+        seconds = shared_student_seconds(counts.trainer.weights, gpus[config.plan.trainer_gpu], config)
+        lines.append(f"student.shard: a trainer receives the student's other parts in {seconds:.3f} s a pass")
     sizes = ", ".join(f"{name} {_amount(size, 'B')}" for name, size in counts.trainer.gradients.items())
     return "\n".join(("TRAFFIC", *map(_line, [*lines, f"averaged gradients of a step: {sizes}"])))
 

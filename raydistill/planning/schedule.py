@@ -116,7 +116,10 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     gathered = distill.micro_batches * shared_gather_seconds(trainer.weights, gpu, config)
     gan = config.discriminator.weight > 0
     passes = 2 + gan + (gan and config.discriminator.r1_weight > 0)
-    reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in trainer.gradients.items()}
+    summed = trainer.gradients
+    if config.student.shard:
+        summed = summed | {"student": summed["student"] - trainer.weights.student_blocks}
+    reduced = {name: _all_reduce(nbytes, gpu, config) for name, nbytes in summed.items()}
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
     # of the fake loss, and the real samples' features, with R1 once more; the student's fake score, and its features there
     # and back.
@@ -124,6 +127,11 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     fake += of_fake + reduced["fake"] + reduced.get("discriminator", 0.0)
     shared = config.discriminator.shared_pass and config.vsd.weight > 0
     student += (1 if not gan else 2 if shared else 3) * gathered + reduced["student"]
+    # a shared student is gathered for each of its passes; its update has one back, after which gradients go the same way
+    own, steps = shared_student_seconds(trainer.weights, gpu, config), config.student.steps
+    make += distill.micro_batches * steps * own
+    fake += config.fake_micro_batches * steps * own
+    student += distill.micro_batches * 3 * own
     one = request_seconds(counts, config, teacher_gpu, config.teachers.shards) if config.vsd.weight > 0 else 0.0
     requests, at_once = workers * distill.micro_batches, asked_at_once(config)
     rounds = [-(-requests // count) for count in range(1, at_once + 1)]
@@ -147,6 +155,14 @@ def shared_gather_seconds(weights: Weights, gpu: Gpu, config: Config) -> float:
     if not config.fake_score.shard or workers == 1:
         return 0.0
     return weights.fake_frozen * (1 - 1 / workers) / _link(gpu, workers, config)
+
+
+def shared_student_seconds(weights: Weights, gpu: Gpu, config: Config) -> float:
+    """Seconds in which a trainer receives the other workers' parts of the student's blocks, once."""
+    workers = config.distill.workers
+    if not config.student.shard or workers == 1:
+        return 0.0
+    return weights.student_blocks * (1 - 1 / workers) / _link(gpu, workers, config)
 
 
 @dataclass(frozen=True)

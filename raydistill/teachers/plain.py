@@ -9,6 +9,7 @@ import torch
 
 from raydistill.config.networks import TeacherServiceConfig
 from raydistill.spaces.base import Space
+from raydistill.spaces.channels_last import lay_out
 from raydistill.spaces.meta import numel
 from raydistill.teachers import speed
 
@@ -28,6 +29,8 @@ class Whole:
         speed.set_attention(self.network, config)
         if quantised:
             self._facts["quantize_cosine"] = speed.measured_quantise(space, self.network, config, device)
+        if config.channels_last:
+            lay_out(space, self.network)
         if config.compile:
             speed.compile_blocks(space, self.network)
             batch = speed.FixedBatch(space, config.slice, dtype, device)

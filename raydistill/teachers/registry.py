@@ -40,7 +40,17 @@ IDLE_S = 5.0  # how long it stays without a service
 RESTART_S = 60.0  # how long a driver waits for a registry that fails again and again
 LAUNCH, TAKE_OVER, WAIT = "launch", "take over", "wait"  # what a driver does that starts a service
 # They decide the bits of an answer.
-SETTINGS_OF_SCORES = ("dtype", "slice", "shards", "threads_per_rank", "backend", "compile", "attention", "quantize")
+SETTINGS_OF_SCORES = (
+    "dtype",
+    "slice",
+    "shards",
+    "threads_per_rank",
+    "backend",
+    "compile",
+    "channels_last",
+    "attention",
+    "quantize",
+)
 # They do not change the service itself.
 SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}
 

@@ -206,7 +206,7 @@ def remedies(config: TeacherServiceConfig) -> list[str]:
     found = [f"teachers.slice={max(1, config.slice // 2)}"] if config.slice > 1 else []
     if config.dtype == "float32":
         found.append("teachers.dtype=bfloat16")
-    if config.plain and config.quantize == "none" and not config.compile:
+    if config.plain and not any(config.of_whole.values()):
         found.append("teachers.backend=zero3 with more teachers.shards")
     return found if config.plain else [*found, f"teachers.shards={2 * config.shards}"]
 

@@ -21,6 +21,7 @@ from raydistill.config.networks import TeacherServiceConfig
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.spaces.base import Conditioning, Space
+from raydistill.spaces.channels_last import untouched
 from raydistill.spaces.folder import cast
 from raydistill.spaces.meta import empty_part
 
@@ -58,7 +59,7 @@ def check(config: TeacherServiceConfig, space: Space) -> list[str]:
 
     Raises InputError: a package is missing, the model or its dtype does not allow a setting, or it needs a GPU.
     """
-    as_it_is = config.attention == "auto" and not config.compile and config.quantize == "none"
+    as_it_is = config.attention == "auto" and not (config.compile or config.channels_last) and config.quantize == "none"
     if as_it_is:
         return []
     if config.quantize != "none":
@@ -73,9 +74,9 @@ def check(config: TeacherServiceConfig, space: Space) -> list[str]:
             f"teachers.quantize={config.quantize}: no linear layer in the blocks of {space.folder} has sizes that are "
             f"multiples of {MULTIPLE}; use none"
         )
-    if config.compile and not repeated_blocks(space, network):
-        return [_uncompiled(network)]
-    return []
+    notes = [_uncompiled(network)] if config.compile and not repeated_blocks(space, network) else []
+    transformer = config.channels_last and space.blocks(network)
+    return [*notes, *([untouched(network, "teachers.channels_last")] if transformer else [])]
 
 
 def _check_quantise(config: TeacherServiceConfig) -> None:

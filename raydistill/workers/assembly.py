@@ -128,7 +128,7 @@ def load_distiller(
         anchor=anchor,
         reward=load_reward(config, student_space, reward_places(config)),
         device=device,
-        mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
+        mesh=worker.mesh() if worker.world > 1 and (config.student.shard or config.fake_score.shard) else None,
         average=worker.average if worker.world > 1 else alone,
         micro_batches=len(own),
         mean_micro_batches=count / worker.world,

@@ -111,8 +111,9 @@ def distil(stage: Stage) -> None:
                 break
             if leave:
                 return run.leave()
-        if run.observer:
-            run.observer.finish()
+        with run.distiller.networks.gathered():
+            if run.observer:
+                run.observer.finish()
 
 
 @contextmanager
@@ -184,8 +185,10 @@ class DistillationRun:
         """Look at the start, or catch up with what was logged; then wait until the teachers are there."""
         if self.observer:
             self.observer.catch_up()
-            if self.standing.step == 0:
-                self.observer.before()
+        if self.standing.step == 0:
+            with self.distiller.networks.gathered():
+                if self.observer:
+                    self.observer.before()
         if self.teachers and self.remaining_steps():
             self.teachers.wait_for_start()
 
@@ -198,8 +201,8 @@ class DistillationRun:
         self.standing.step = step
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         self._tell_left_out(step)
-        if self.observer:
-            with doing("an evaluation"):
+        with doing("an evaluation"), self.distiller.networks.gathered(evaluation_is_due(self.config, step)):
+            if self.observer:
                 self.observer.after_step(step, self.worker.world, metrics)
         with doing("pictures of the scores"):
             self._show_scores(step)
@@ -224,7 +227,8 @@ class DistillationRun:
         config, networks = self.config, self.distiller.networks
         if not (self.teachers and config.evaluation.scores_grid and evaluation_is_due(config, step)):
             return
-        made = self.observer.score_pictures.make() if self.observer else []
+        with networks.gathered():
+            made = self.observer.score_pictures.make() if self.observer else []
         if config.fake_score.shard:
             made = self.worker.from_rank_0(made)
         # the next update would be blamed for what is not finite here
@@ -256,12 +260,14 @@ class DistillationRun:
     def checkpoint(self) -> None:
         """Report the state; a barrier for all workers."""
         self.log.keep()  # before the checkpoint counts these steps as done
+        if not self.worker.rank or self.distiller.networks.shared:
+            state = self.distiller.state_dict()
         if self.worker.rank:
             ray.train.report({})
             return
         with scratch(self.stage.path()) as folder:
             about = self.standing.about(self.stage.mlflow_run, self.stage.runs)
-            save_state(folder, self.distiller.state_dict(), about)
+            save_state(folder, state, about)
             if isinstance(storage := self.stage.path(), Path):
                 require_room(storage, sum(file.stat().st_size for file in folder.iterdir()))
             metrics = {"step": self.standing.step, "score": self.standing.score}

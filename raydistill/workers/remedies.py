@@ -20,6 +20,9 @@ def trainer_remedies(config: Config) -> list[str]:
         found.append("fake_score.base_dtype=bfloat16")
     if config.fake_score.kind == "lora" and not config.fake_score.shard and distill.workers > 1:
         found.append("fake_score.shard=true")
+    whole = config.student.kind == "full" and config.student.optimizer == "adamw" and not config.student.shard
+    if whole and distill.workers > 1:
+        found.append("student.shard=true")
     if distill.batch_size > 1:
         found.append("a smaller distill.batch_size")
     return found

@@ -24,7 +24,7 @@ from raydistill.config.networks import TeacherServiceConfig
 from raydistill.data.encode import PromptEncoder, PromptTable
 from raydistill.data.synthesis import encode_rows
 from raydistill.data.vae import PairEncoder
-from raydistill.distillation import fake_score
+from raydistill.distillation import fake_score, sharding
 from raydistill.distillation.batches import Made
 from raydistill.distillation.reward import load_reward
 from raydistill.distillation.schedule import distillation_step
@@ -285,20 +285,46 @@ def update_float32(bench: Bench, mode: PretendedTensors) -> None:
 
 def update_shard(bench: Bench, mode: PretendedTensors) -> None:
     """FSDP2 of the frozen copy among eight workers, whose collectives move nothing."""
-    _fake_group(8)
-    partition, plain = fake_score._partition, fake_score.FakeScore.to
-    fake_score.FakeScore.to = _moved  # FSDP2 and `Module.to` swap what a parameter holds, which fakes do not follow
-    fake_score._partition = lambda parts, mesh: partition([_moved(part) for part in parts], mesh)
-    try:
-        settings = ("fake_score.shard=true", "distill.workers=8", "distill.gradient_checkpointing=true", IN_PARTS)
-        settings += ("fake_score.base_dtype=bfloat16",)
-        worker = bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
-    finally:
-        fake_score._partition, fake_score.FakeScore.to = partition, plain
-    held = list(worker.networks.fake.network.parameters())
+    worker = _of_eight(bench, "fake_score.shard=true", "fake_score.base_dtype=bfloat16")
+    _are_cut(worker.networks.fake.network)
+    _update(worker)
+
+
+def update_student_shard(bench: Bench, mode: PretendedTensors) -> None:
+    """FSDP2 of the student and its average among eight workers. The update alone is noted."""
+    worker = _of_eight(bench, "student.shard=true", "student.ema_decay=0.99")
+    _are_cut(worker.networks.student)
+    _are_cut(worker.networks.ema)
+    mode.notes.__init__()
+    _update(worker)
+    for kept in worker.gradients.optimizers["student"].state.values():
+        assert {value.device for key, value in kept.items() if key != "step"} == {CUDA}
+
+
+def _are_cut(network: torch.nn.Module) -> None:
+    held = list(network.parameters())
     assert sum(hasattr(p, "to_local") for p in held) > len(held) / 4
     assert {(p.to_local() if hasattr(p, "to_local") else p).device for p in held} == {CUDA}
-    _update(worker)
+
+
+def _of_eight(bench: Bench, *settings: str) -> Distiller:
+    """One of eight workers that share networks, whose collectives move nothing."""
+    _fake_group(8)
+    partition, plain = sharding.partition, torch.nn.Module.to
+
+    def moved_to(module: Any, *device: Any, **others: Any) -> Any:
+        return _moved(module) if device == (CUDA,) and not others else plain(module, *device, **others)
+
+    def moved_and_cut(parts: Any, mesh: Any, **how: bool) -> None:
+        partition([_moved(part) for part in parts], mesh, **how)
+
+    fake_score.partition = sharding.partition = moved_and_cut
+    torch.nn.Module.to = moved_to  # FSDP2 and `Module.to` swap what a parameter holds, which fakes do not follow
+    try:
+        settings += ("distill.workers=8", "distill.gradient_checkpointing=true", IN_PARTS)
+        return bench.distiller(*settings, mesh=init_device_mesh("cuda", (8,)))
+    finally:
+        fake_score.partition, sharding.partition, torch.nn.Module.to = partition, partition, plain
 
 
 def _fake_group(world: int) -> None:
@@ -315,7 +341,7 @@ def _fake_group(world: int) -> None:
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
 
 
-def _moved(module: Any, device: Any = None) -> Any:
+def _moved(module: Any) -> Any:
     """`module.to(CUDA)` by new parameters."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -370,7 +396,7 @@ ROLES: dict[str, Role] = {
     for role in (
         rules, text, score, sample, zero3, vae, evaluation, update, update_full, update_float16, update_student_lora,
         update_few_steps, update_reward, update_truncated, update_joint,
-        update_float32, update_shared, update_shard, resume, bridge,
+        update_float32, update_shared, update_shard, update_student_shard, resume, bridge,
         bridge_resumed,
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ from raydistill.spaces.published_students import load_student
 from raydistill.storage.lease import LEASE_FILE, Lease, holding
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.request import TeacherStartError
-from raydistill.workers import adoption, distill, parts, ray_train
+from raydistill.workers import adoption, assembly, distill, ray_train
 from raydistill.workers.checkpoint import CheckpointError, load_state
 from raydistill.workers.distill import launch
 from raydistill.workers.stage import Stage
@@ -100,7 +100,7 @@ def damage(folder):
 
 
 def batches(config, worker, first, reals=None):
-    """As `parts.batches_after`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
+    """As `assembly.batches_after`, of eight captions, which are encoded at once: the rest runs beside what loads networks."""
     from raydistill.data.encode import TextEncoder
     from raydistill.spaces import load_space
 
@@ -117,7 +117,7 @@ def batches(config, worker, first, reals=None):
         }
 
     def read():
-        own, size = parts.own_slot_rows(config, worker), config.distill.workers * config.distill.batch_size
+        own, size = assembly.own_slot_rows(config, worker), config.distill.workers * config.distill.batch_size
         for slot in itertools.count(first * (1 + config.fake_score.updates)):
             ids = slot_positions(slot, own, size)
             yield {"sample_id": ids} | columns(ids)
@@ -425,7 +425,7 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
         mlflow_run="",
     )
     workers = [ray_train.Worker(rank, 2, torch.device("cpu")) for rank in (0, 1)]
-    clients = [parts.load_distiller(stage, config, worker, iter(()))[1].client for worker in workers]
+    clients = [assembly.load_distiller(stage, config, worker, iter(()))[1].client for worker in workers]
     assert torch.get_float32_matmul_precision() == "high", "distill.tf32"
     assert [(client.name, client.position) for client in clients] == [
         ("teacher-of-another", 0.0),
@@ -437,6 +437,6 @@ def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
     monkeypatch.setattr(parts, "conditioned_batches", lambda *args, **settings: settings)
     prompts = ["prompts.node_labels={role: teacher}", "prompts.encoders=3", "prompts.gpus_per_encoder=0.25"]
     prompts += ["prompts.encoder_dtype=bfloat16"]
-    asked = parts.batches_after(load(overrides=prompts), ray_train.Worker(0, 1, torch.device("cpu")), 0)
+    asked = assembly.batches_after(load(overrides=prompts), ray_train.Worker(0, 1, torch.device("cpu")), 0)
     assert asked["dtype"] == {"student": "float32", "teacher": "bfloat16"}
     assert (asked["node_labels"], asked["encoders"], asked["gpus_per_encoder"]) == ({"role": "teacher"}, 3, 0.25)

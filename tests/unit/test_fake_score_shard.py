@@ -5,84 +5,27 @@ Bits differ because the processor's kernels sum in another order where a gathere
 
 from __future__ import annotations
 
-import itertools
-import os
-
 import pytest
 import torch
-import torch.distributed
 import torch.multiprocessing
-from answers import Answer
+from two_workers import SETTINGS, WORLD, built, join, resident, trained
 
-from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
-from raydistill.distillation.batches import Real
-from raydistill.distillation.schedule import distillation_step
-from raydistill.distillation.updates import build_distiller
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
-from raydistill.workers.ray_train import Worker
-
-WORLD, BATCH = 2, 2
-SETTINGS = (
-    "bridge.embed_dim=16", "bridge.depths=[1]", "bridge.heads=2", "fake_score.rank=4", "fake_score.updates=2",
-    "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "distill.workers=2",
-    "discriminator.depths=[0.3,1]", "discriminator.standardize=true",
-)  # fmt: skip
-CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
-
-
-def train(rank: int, config, student, teacher) -> tuple[dict, list, int]:
-    """Two updates of one worker: its state, its metrics, and how many parameters of the fake score it held."""
-    tables = [space.encode_prompts(space.load_text(), CAPTIONS) for space in (student, teacher)]
-
-    def batches():
-        for slot in itertools.count():
-            ids = list(range((slot * WORLD + rank) * BATCH, (slot * WORLD + rank + 1) * BATCH))
-            yield {"sample_id": ids} | {
-                f"{role}.{name}": value[[i % len(CAPTIONS) for i in ids]].numpy()
-                for role, table in zip(("student", "teacher"), tables, strict=True)
-                for name, value in table.items()
-            }
-
-    torch.manual_seed(7)
-    bridge = Bridge.create(student, teacher, config.bridge)
-    latents = torch.randn(4, *teacher.latent_shape, generator=torch.Generator().manual_seed(5))
-    real = Real(latents, tables[1], torch.arange(4) % len(CAPTIONS))
-    own = Worker(rank, WORLD, torch.device("cpu"))
-    distiller = build_distiller(
-        config,
-        student_space=student,
-        teacher_space=teacher,
-        student=student.load_network(),
-        bridge=bridge,
-        fake_network=teacher.load_network(),
-        real=real,
-        source=batches(),
-        average=own.average,
-        mesh=own.mesh() if config.fake_score.shard else None,
-    )
-    metrics = []
-    for _ in range(2):
-        distillation_step(distiller, lambda made: Answer(torch.zeros_like(made.x_t)), config.fake_score.updates, True)
-        metrics.append({k: v for k, v in distiller.pop_metrics().items() if not k.startswith("time/")})
-    # once all is computed no block is left gathered
-    held = sum(
-        (p.to_local() if hasattr(p, "to_local") else p).numel() for p in distiller.networks.fake.network.parameters()
-    )
-    return distiller.state_dict(), metrics, held
 
 
 def worker(rank: int, folders, overrides, results) -> None:
-    """The same with a whole copy and with a shared one."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(results / "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    """The same two updates with a whole copy and with a shared one: state, metrics, how much of the fake score it resident."""
+    join(rank, results)
     student, teacher = (load_space(folder) for folder in folders)
     for shard in (False, True):
         config = load(overrides=[*SETTINGS, *overrides, f"fake_score.shard={shard}"])
-        torch.save(train(rank, config, student, teacher), results / f"{shard}-{rank}.pt")
+        distiller = built(rank, config, student, teacher)
+        metrics = trained(distiller)
+        # once all is computed no block is left gathered
+        told = distiller.state_dict(), metrics, resident(distiller.networks.fake.network)
+        torch.save(told, results / f"{shard}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

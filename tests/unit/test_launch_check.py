@@ -77,7 +77,7 @@ def test_what_fits_only_together_fits_as_it_is_advised(tmp_path, small_gpu):
     with pytest.raises(InputError, match="together would") as refused:
         check_launch(load(overrides=settings), ["trainer"])
     advised = re.search(r"has [\d.]+; (.*) together would", str(refused.value)).group(1).split()
-    assert set(advised) <= {*all_of, "fake_score.optimizer=adamw8bit"}
+    assert set(advised) <= {*all_of, "fake_score.optimizer=adamw8bit", "student.shard=true"}
     assert len(advised) >= 3
     (line,) = check_launch(load(overrides=[*settings, *advised]), ["trainer"])
     assert line.startswith("fits: trainer")

@@ -51,7 +51,7 @@ def test_a_trainer_names_role_part_and_remedy_and_is_not_started_again(full_at, 
         distillation_step(distiller, None, 1, overlap=False)
     assert str(error.value) == (
         f"trainer: out of device memory at {part}; set distill.micro_batches=3 or distill.gradient_checkpointing=true or "
-        "fake_score.shard=true or a smaller distill.batch_size ('raydistill plan' counts what fits). torch: CUDA out of "
+        "fake_score.shard=true or student.shard=true or a smaller distill.batch_size ('raydistill plan' counts what fits). torch: CUDA out of "
         "memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.00 GiB is free."
     )
     assert is_fatal(error.value)

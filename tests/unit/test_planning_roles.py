@@ -21,7 +21,7 @@ from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_run, count_trainer, count_vae
 from raydistill.planning.counts import changed
 from raydistill.planning.gpus import GIB, read_gpus
-from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes
+from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes, saved_by_sharing
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
 from raydistill.spaces import load_space, meta
@@ -293,6 +293,29 @@ def test_shared_copies_are_gathered_once_a_pass_and_part(counts):
     assert shared.make == alone.make
     assert shared.fake - alone.fake == pytest.approx(2 * 3 * once)
     assert shared.student - alone.student == pytest.approx(2 * 3 * once)
+
+
+def test_a_shared_student_is_gathered_for_each_pass_and_its_other_parts_lie_elsewhere(counts):
+    """Two passes of a make and a fake update of two steps; three ways of an update's part: there twice, and gradients back."""
+    gpus = read_gpus()
+    settings = [*GPUS, "distill.workers=8", "distill.micro_batches=2", "student.steps=2", "student.ema_decay=0.9"]
+    whole, own = (load(overrides=[*settings, f"student.shard={on}"]) for on in ("false", "true"))
+    alone, shared = (schedule(counts, config, gpus) for config in (whole, own))
+    weights = counts.trainer.weights
+    assert 0.9 * counts.trainer.gradients["student"] < weights.student_blocks < counts.trainer.gradients["student"]
+    speed = 1e9 * gpus["H100"].link_gbytes
+    once = weights.student_blocks * 7 / 8 / speed
+    assert shared.make - alone.make == pytest.approx(2 * 2 * once)
+    assert shared.fake - alone.fake == pytest.approx(2 * 2 * once)
+    summed = 2 * 7 / 8 * weights.student_blocks / speed
+    assert shared.student - alone.student == pytest.approx(2 * 3 * once - summed)
+    # of weights, moments and average, and of gradients in the student's update
+    blocks, block = weights.student_blocks, weights.student_block
+    for phase, copies, gathered in (("make", 4, 2), ("student", 5, 4)):
+        saved = saved_by_sharing(counts.trainer, own, phase)
+        assert saved == pytest.approx(copies * blocks * 7 / 8 - gathered * block)
+        assert saved_by_sharing(counts.trainer, whole, phase) == 0
+    assert "student.shard: a trainer receives" in report._requests(counts, own, gpus)
 
 
 def test_a_request_that_is_filled_up_with_repeats_is_said(counts):

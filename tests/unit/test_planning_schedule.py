@@ -216,13 +216,14 @@ def test_what_does_not_fit_says_what_would(config, large):
     )
     remedies = trainer_remedies(large, settings(config))
     assert [label for label, _ in remedies] == [
-        "distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host",
+        "distill.gradient_checkpointing", "fake_score.shard", "student.shard", "optimizers on the host",
     ]  # fmt: skip
-    taken = settings(config, "distill.gradient_checkpointing=true", "fake_score.shard=true")
+    taken = settings(config, "distill.gradient_checkpointing=true", "fake_score.shard=true", "student.shard=true")
     assert trainer_remedies(large, taken) == remedies[-1:], "those that are taken already are no advice"
     sizes = [trainer_bytes(large, large.batch), *(size for _, size in remedies)]
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-2] - sizes[-1] == large.trainer.weights.optimizers
+    weights, workers = large.trainer.weights, settings(config).distill.workers
+    assert sizes[-2] - sizes[-1] == weights.optimizers - 2 * weights.student_blocks * (1 - 1 / workers)
 
 
 def test_settings_that_fit_only_together_are_named_together_and_the_fewest(config, large):

@@ -57,6 +57,28 @@ def test_a_run_that_goes_on_keeps_what_was_decided(config, tmp_path):
         open_run_folder(config(1.0, "teachers.backend=zero3"))
 
 
+def test_a_slice_is_as_large_as_fits_and_as_a_request_fills(config, tmp_path):
+    """Of 32 samples two ranks have 16 each, which a small GPU takes in several equal forwards."""
+    auto = ("teachers.slice=auto", "teachers.backend=plain", "distill.batch_size=32")
+
+    def decided_slice(gib, *others):
+        return decided(config(gib, *auto, *others), open_run_folder(config(gib, *auto, *others))).teachers.slice
+
+    assert decided_slice(1.0) == 16
+    assert decided_slice(1.0, "distill.micro_batches=4") == 4
+    small = next(gib for gib in (0.016, 0.012, 0.008, 0.006, 0.004, 0.003) if decided_slice(gib) < 16)
+    found = config(small, *auto[1:], f"teachers.slice={decided_slice(small)}")
+    assert all("fits" in line for line in check_launch(found, ["teacher rank"]))
+    create_run_folder(RunFolder(tmp_path, "mine"), found)
+    assert decided_slice(1.0) == found.teachers.slice, "a run that goes on keeps it"
+    assert (
+        decided(
+            load(overrides=[f"storage={tmp_path}", "run.name=other", *auto]), RunFolder(tmp_path, "other")
+        ).teachers.slice
+        == 8
+    )
+
+
 def test_a_run_of_a_version_without_the_key_shares_its_teachers(config, tmp_path):
     run = RunFolder(tmp_path, "mine")
     create_run_folder(run, config(1.0))
@@ -78,7 +100,7 @@ def test_the_checks_before_a_launch_decide(tmp_path):
     assert prepared.config.origin == config.origin
 
 
-@pytest.mark.parametrize("setting", ["compile=true", "quantize=int8", "quantize=fp8"])
+@pytest.mark.parametrize("setting", ["compile=true", "channels_last=true", "quantize=int8", "quantize=fp8"])
 def test_what_needs_whole_networks_says_so(setting):
     with pytest.raises(InputError, match=f"{setting.split('=')[0]} needs whole networks: teachers.backend=plain"):
         load(overrides=[f"teachers.{setting}", "teachers.backend=zero3"])
