@@ -27,7 +27,7 @@ from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
-from raydistill.storage.resolve import resolve
+from raydistill.storage.resolve import input_place, resolve
 from raydistill.transfer import upload
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
@@ -181,7 +181,7 @@ def build_objective(
         InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = open_pairs(resolve(str(pairs_folder)), teacher, student)
+    pairs = open_pairs(input_place(str(pairs_folder)), teacher, student)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         probe = _probe(config, teacher, device)

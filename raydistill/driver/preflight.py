@@ -46,6 +46,8 @@ from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
 
+PAIRS = ("bridge.pairs", "discriminator.real_data")  # read part by part; nothing of a bucket's is staged
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -76,8 +78,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
             "teacher.model",
             *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
-            "bridge.pairs",
-            *([] if is_uri(config.discriminator.real_data or "") else ["discriminator.real_data"]),  # nothing is staged
+            *(key for key in PAIRS if not is_uri(get(config, key) or "")),
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -121,11 +122,11 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
     try:
-        named = get(config, key)
-        place = input_place(named) if key == "discriminator.real_data" else resolve(named)
-        return open_pairs(place, teacher, student)
+        return open_pairs(input_place(get(config, key)), teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{key}: {get(config, key)} cannot be read: {reason(error)}") from error
 
 
 def _silent(config: Config, key: str, pairs: PairSet) -> tuple[str, ...]:

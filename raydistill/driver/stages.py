@@ -109,7 +109,7 @@ def make_pairs_alone(record: RunRecord) -> str:
     """Pairs for stages that need no teachers themselves; real images, and pairs that are there, need none either."""
     config = record.config
     if config.bridge.pairs is not None:
-        return str(resolve(config.bridge.pairs))
+        return str(input_place(config.bridge.pairs))
     return _made(record, "synthesis", PAIRS_FOLDER, recipe_of(config, record.inputs))
 
 
@@ -123,7 +123,7 @@ def make_sets(record: RunRecord, client: TeacherClient | None = None) -> tuple[s
     if needs_pairs(config):
         recipe = recipe_of(config, record.inputs)
         named = config.bridge.pairs
-        pairs = str(resolve(named)) if named else _made(record, "synthesis", PAIRS_FOLDER, recipe, client)
+        pairs = str(input_place(named)) if named else _made(record, "synthesis", PAIRS_FOLDER, recipe, client)
     if real is not None:
         return pairs, str(input_place(real))
     if draws_samples(config):

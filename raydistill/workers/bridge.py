@@ -27,7 +27,7 @@ from raydistill.spaces import load_space
 from raydistill.storage import lease
 from raydistill.storage.atomic import replacing, scratch
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import resolve, to_place
+from raydistill.storage.resolve import input_place, resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.adoption import Runs, mark
@@ -108,7 +108,7 @@ def _check(config: Config, pairs_folder: str | Path | None) -> None:
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     reach(student, teacher, config.bridge.prior)
     if pairs_folder is not None:
-        open_pairs(resolve(str(pairs_folder)), teacher, student)
+        open_pairs(input_place(str(pairs_folder)), teacher, student)
     if config.bridge.projector == "identity":
         raise StageFailed("bridge.projector identity has nothing to train")
 

@@ -8,14 +8,21 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from pair_sets import write_upscaled
 
+from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load, to_yaml
 from raydistill.config.schema import Config
 from raydistill.data.images import open_images
-from raydistill.data.pairs import PairSet
+from raydistill.data.pairs import PairSet, fingerprint
 from raydistill.data.prompts import read_prompts
+from raydistill.driver import binding
+from raydistill.driver.preflight import check_inputs
+from raydistill.driver.stages import make_pairs_alone
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -26,6 +33,7 @@ from raydistill.storage.atomic import reading, replace_text, writing
 from raydistill.storage.place import Remote, remote
 from raydistill.storage.resolve import check_paths, local_path, resolve, to_place
 from raydistill.storage.staging import on_this_machine
+from raydistill.workers import bridge
 
 
 @pytest.fixture
@@ -57,6 +65,22 @@ def test_prompts_pairs_weights_and_models_are_read_by_uri(folder):
         assert all((staged / file).read_bytes() == (WEIGHTS / name / file).read_bytes() for file in files)
     space = load_space(resolve(f"{folder}/sd15"), "StableDiffusionPipeline")
     check_folder(space)
+
+
+def test_the_pairs_of_a_bridge_are_read_where_they_lie(folder, cache, tmp_path):
+    (folder / "pairs").upload(write_upscaled(tmp_path / "pairs"))
+    asked = [f"storage={tmp_path}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "bridge.checkpoint=null"]
+    config = load(overrides=[*asked, f"bridge.pairs={folder}/pairs"])
+    inputs = check_inputs(config)
+    assert binding._fingerprints(config, inputs)["bridge.pairs"] == fingerprint(tmp_path / "pairs")
+    named = make_pairs_alone(SimpleNamespace(config=config))
+    bridge._check(config, named)
+    here, there = (build_objective(config, place).batch(3) for place in (tmp_path / "pairs", named))
+    assert here.prompts == there.prompts
+    assert torch.equal(here.z_teacher, there.z_teacher)
+    assert not (cache / "staged").exists(), "a node has copied the whole set"
+    with pytest.raises(InputError, match=r"^bridge\.pairs: s3://.*/nowhere: no pairs-"):
+        check_inputs(load(overrides=[*asked, f"bridge.pairs={folder}/nowhere"]))
 
 
 def test_several_processes_fetch_once(folder, cache, tmp_path):
