@@ -185,6 +185,7 @@ def _train_with(config: Config, settings: dict[str, Any]) -> None:
     if (found := newest_state("bridge", worker, progress.parent / CHECKPOINTS, runs)) is not None:
         trainer.load_state_dict(found.state)
         curves, cursors = found.state.get(CURVES, curves), found.state.get(CURSORS)
+    del found  # a whole checkpoint in main memory
     tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
     log = MetricLog(progress.parent, *tracking, curves)
     last = config.bridge.steps

@@ -127,6 +127,7 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     with part("loading its networks"):
         distiller, teachers = load_distiller(stage, config, worker, batches, reals)
     run = DistillationRun(stage, config, worker, distiller, teachers, found)
+    del found  # a whole checkpoint in main memory, and this frame lives as long as the run
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if worker.rank == 0 else None
     try:
         yield run
