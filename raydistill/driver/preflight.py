@@ -94,6 +94,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, student, teacher)
+    notes += _waits(config) if distils else ()
     prompts, held_out = training_prompts(config), held_out_prompts(config)
     if config.evaluation.holdout is None:
         _check_disjoint("prompts.path", prompts.prompts, held_out)
@@ -261,6 +262,20 @@ def _check_steps(student: StudentConfig, space: Space) -> list[str]:
         f"note: student.steps={student.steps}: its first evaluation sees plain noise at t = {len(scheduler.betas) - 1}, which no "
         "scheduler of diffusers scales there; a start that was trained on scaled noise first learns the difference"
     ]
+
+
+def _waits(config: Config) -> tuple[str, ...]:
+    """A note where a teacher that is away for as long as it may be would end the workers that wait for one another.
+
+    No refusal: the run has its checkpoints, and older ones have been begun so.
+    """
+    patience, limit = config.teachers.retry_for_s, config.distill.collective_timeout_s
+    if config.vsd.weight == 0 or config.distill.workers == 1 or patience < limit:
+        return ()
+    return (
+        f"note: teachers.retry_for_s={patience:g} cannot be waited for: workers give each other up after "
+        f"distill.collective_timeout_s={limit:g}; set this above it",
+    )
 
 
 def _check_bucket(storage: Place) -> None:
