@@ -23,6 +23,7 @@ from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
 from raydistill.distillation.compiled import as_it_is
+from raydistill.distillation.schedule import Unchecked
 from raydistill.evaluation.png_scorer import Columns
 from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
@@ -151,7 +152,8 @@ def draw_teacher(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
-    Without a metric only those are drawn that the grid shows.
+    Without a metric only those are drawn that the grid shows. A picture that is not finite is black, is said, and counts
+    in no mean. Raises NonFiniteError where none is finite.
     """
     if not config.evaluation.measured:
         fixed = fixed.first(config.evaluation.grid)
@@ -162,12 +164,19 @@ def draw_teacher(
     def ask(batch: tuple[int, int, list[str]]) -> Any:
         start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
-        return generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale)
+        return Unchecked(generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale))
 
     batches, images = list(fixed.batches(config.evaluation.batch_size)), []
     with screen.bar("teacher draws", "batch") as bar:
         for latents in in_order(batches, ask, ahead=1):
-            images.append(space.decode(vae, latents))
+            images.append(space.decode_each(vae, latents))
             bar.update(len(images), len(batches))
     images = torch.cat(images)
-    return images, measure(images, fixed.captions, judge_of(config.evaluation), scores).table
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.any():
+        space.decode(vae, latents)  # says which part it was
+    if bad := (~finite).nonzero().flatten().tolist():
+        screen.say(f"teacher   {len(bad)} of {len(images)} pictures are not finite, and left out of its row: {bad}")
+    captions = [caption for caption, good in zip(fixed.captions, finite.tolist(), strict=True) if good]
+    measured = measure(images[finite], captions, judge_of(config.evaluation), scores)
+    return images.nan_to_num(-1.0), measured.table
