@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from raydistill.background import in_background
@@ -32,6 +33,7 @@ from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.bridge import train_bridge
 from raydistill.workers.distill import launch
+from raydistill.workers.ray_train import network_variables
 from raydistill.workers.stage import Stage
 
 PAIRS_FOLDER = "pairs"  # of a run
@@ -50,7 +52,9 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
     given_up, begun = threading.Event(), threading.Event()
 
     def start() -> None:
-        how = registry.attach if name == config.teachers.service else registry.start
+        how = registry.attach
+        if name != config.teachers.service:
+            how = partial(registry.start, network=network_variables(config))
         with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher"), given_up.is_set):
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
