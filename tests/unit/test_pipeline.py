@@ -259,7 +259,7 @@ def test_a_teacher_s_row_that_fails_ends_no_distillation(run, monkeypatch, capsy
     ):  # fmt: skip
         monkeypatch.setattr(pipeline, name, stand_in)
     record = SimpleNamespace(
-        config=changed(run[0], {"controls": []}),
+        config=run[0].model_copy(update={"controls": []}),
         run=run[1],
         scores=lambda _: SimpleNamespace(start=lambda: None, close=lambda: None),
     )
