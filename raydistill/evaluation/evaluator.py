@@ -111,11 +111,17 @@ class StudentEvaluator:
         config: EvaluationConfig,
         device: torch.device | str,
         scores: Scores | None = None,
+        *,
+        table: PromptTable | None = None,
     ) -> None:
-        """`scores`: of the metrics beside the judge; None: they are left out."""
+        """
+        Args:
+            scores: of the metrics beside the judge; None: they are left out.
+            table: the student's conditioning of the set; None: it is made here, on the CPU.
+        """
         self.scores = scores
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
-        self.table = PromptTable(space, fixed.captions)
+        self.table = PromptTable(space, fixed.captions) if table is None else table
         self.vae = space.load_vae().to(device)
         self.judge = judge_of(config)
 

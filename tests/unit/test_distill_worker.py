@@ -11,7 +11,6 @@ import json
 import shutil
 import socket
 import threading
-import weakref
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,26 +288,6 @@ def test_samples_that_are_left_out_are_named_in_the_run_which_goes_on(stage, wor
     assert "non_finite" not in data.tags
     history = mlflow.MlflowClient(settings["mlflow_uri"]).get_metric_history(settings["mlflow_run"], "guard/left_out")
     assert [(one.step, one.value) for one in history] == [(1, 1.0)]
-
-
-def test_a_worker_keeps_no_copy_of_the_checkpoint_that_it_went_on_from(monkeypatch):
-    """It would lie in main memory for as long as the run."""
-    weights = torch.zeros(3)
-    state, seen = {"student": weights}, []
-    gone = weakref.ref(weights)
-    found = [adoption.Found(Path("checkpoint"), state, {"step": 3})]
-    for name in ("open_reals", "batches_after"):
-        monkeypatch.setattr(distill, name, lambda *_: iter(()))
-    monkeypatch.setattr(distill, "newest_state", lambda *_: found.pop())
-    monkeypatch.setattr(distill.Worker, "current", lambda _: distill.Worker(1, 2, torch.device("cpu")))
-    monkeypatch.setattr(distill, "load_distiller", lambda *_: (None, None))
-    run = SimpleNamespace(log=SimpleNamespace(close=lambda: None), close=lambda _: None)
-    monkeypatch.setattr(distill, "DistillationRun", lambda *given: seen.append(given[-1].about["step"]) or run)
-    config = load()
-    del weights, state
-    with distill._opened(Stage(name="distill", config=config.model_dump(), folder="/nowhere"), config):
-        assert seen == [3]
-        assert gone() is None
 
 
 def test_a_worker_whose_own_part_was_finite_leaves_the_naming_to_the_one_whose_was_not():
