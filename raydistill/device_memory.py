@@ -9,16 +9,16 @@ import torch
 
 from raydistill.errors import OutOfMemory
 
-_PART = "at work on: "  # what a note of an error begins with
+_DOING = "at work on: "  # what a note of an error begins with
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
-    """The block is this part of its role's work: an error of a full device is marked with it, the innermost one first."""
+def doing(name: str) -> Iterator[None]:
+    """What the role is doing in the block: an error of a full device is marked with it, the innermost one first."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        error.add_note(f"{_PART}{name}")
+        error.add_note(f"{_DOING}{name}")
         raise
 
 
@@ -40,16 +40,16 @@ def naming_out_of_memory(role: str, remedies: Sequence[str]) -> Iterator[None]:
 
 
 def _marked(error: BaseException) -> str:
-    """The innermost part that has marked an error; empty: none has."""
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_PART)]
-    return notes[0].removeprefix(_PART) if notes else ""
+    """What was being done, of the innermost block that has marked an error; empty: none has."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(_DOING)]
+    return notes[0].removeprefix(_DOING) if notes else ""
 
 
 def out_of_memory(error: BaseException, role: str, remedies: Sequence[str], what: str = "") -> str:
     """The line.
 
     Args:
-        what: the part, where no block has marked it.
+        what: was being done, where no block has marked the error.
     """
     where = _marked(error) or what
     said = " ".join(str(error).split()).partition(" If reserved but unallocated")[0]  # a hint for torch's own allocator

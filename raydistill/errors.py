@@ -22,15 +22,15 @@ class RunLost(Exception):
 
 
 class OutOfMemory(RuntimeError):
-    """A device is full. The message names role, part of the work, and settings that need less.
+    """A device is full. The message names role, what it was doing, and settings that need less.
 
     Attributes:
-        part: of the work; empty: not known.
+        doing: what the role was doing; empty: not known.
     """
 
-    def __init__(self, message: str, part: str = "") -> None:
-        super().__init__(message, part)
-        self.part = part
+    def __init__(self, message: str, doing: str = "") -> None:
+        super().__init__(message, doing)
+        self.doing = doing
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -121,7 +121,7 @@ def _without(text: str, secrets: Iterable[str]) -> str:
     return "".join([*shown, text[end:]])
 
 
-def _parts(uri: str) -> tuple[str, str, str]:
+def _split(uri: str) -> tuple[str, str, str]:
     """(userinfo, host and path, query with what it begins with) of what comes after `://`.
 
     A secret that is not encoded may hold any character. Where there is no telling what is userinfo, all of it is.
@@ -148,7 +148,7 @@ def _without_query(rest: str) -> tuple[str, str]:
 
 def _mask_uri(uri: str) -> str:
     """A text that is one URI, whatever characters it holds."""
-    userinfo, head, query = _parts(uri)
+    userinfo, head, query = _split(uri)
     shown = uri.partition("://")[0] + "://" + (f"{MASK}@" if userinfo else "") + head
     return shown + re.sub(r"([?&;#])(?:([^=?&;#]*=)[^?&;#]*|[^?&;#]+)", rf"\1\2{MASK}", query)
 
@@ -161,9 +161,9 @@ def _mask_text(text: str) -> str:
 
 def _secrets(uri: str) -> tuple[str, set[str]]:
     """What of a URI no message may show: the user's name, and the rest in every form in which a library may write it."""
-    userinfo, _, query = _parts(uri)
-    parts = {*re.split(r"[?&;#]", query), *re.split(r"[&;]", query)}  # a value may hold ? and #
-    found = {userinfo} | {part.partition("=")[2] if "=" in part else part for part in parts}
+    userinfo, _, query = _split(uri)
+    fields = {*re.split(r"[?&;#]", query), *re.split(r"[&;]", query)}  # a value may hold ? and #
+    found = {userinfo} | {field.partition("=")[2] if "=" in field else field for field in fields}
     for end in re.finditer("@", f"{userinfo}@"):  # a password may hold @
         user, _, password = userinfo[: end.start()].partition(":")
         found.add(password)
@@ -178,9 +178,9 @@ def _nested(value: str) -> set[str]:
     found: set[str] = set()
     while value:
         for delimiters in _DELIMITERS:
-            found |= {part.partition("=")[2].strip() for part in re.split(delimiters, value)}
+            found |= {field.partition("=")[2].strip() for field in re.split(delimiters, value)}
         found |= {group.replace("}}", "}") for groups in _BRACKETED.findall(value) for group in groups}
-        inner = [_parts(uri)[0] for uri in _IN_TEXT.findall(value)]
+        inner = [_split(uri)[0] for uri in _IN_TEXT.findall(value)]
         found |= {*inner, *(userinfo.partition(":")[2] for userinfo in inner)}
         decoded = unquote_plus(value)
         value = decoded if decoded != value else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from answers import Answer
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
@@ -40,5 +41,5 @@ def stepped(worker, teacher, steps):
     """The worker after these updates, whose teacher always answers the same."""
     scores = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(2))
     for _ in range(steps):
-        distillation_step(worker, lambda made: type("Done", (), {"result": lambda _: scores})(), 1, overlap=True)
+        distillation_step(worker, lambda made: Answer(scores), 1, overlap=True)
     return worker

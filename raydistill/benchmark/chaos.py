@@ -180,7 +180,7 @@ def _differing(one: Any, other: Any, name: str = "state") -> list[str]:
         same = isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
         return [] if same else [name]
     if isinstance(one, (dict, list, tuple)):
-        mine, others = (part if isinstance(part, dict) else dict(enumerate(part)) for part in (one, other))
+        mine, others = (tree if isinstance(tree, dict) else dict(enumerate(tree)) for tree in (one, other))
         if type(one) is not type(other) or mine.keys() != others.keys():
             return [name]
         return [leaf for key in mine for leaf in _differing(mine[key], others[key], f"{name}.{key}")]

@@ -60,8 +60,8 @@ def _read(count: int) -> tuple[dict[str, float], PromptSet]:
                 lines.write(f"a photograph of thing number {i}, oil on canvas, soft light, highly detailed, 35 mm\n")
         size, before = file.stat().st_size, resident()
         taken = timed(lambda: found.append(read_prompts(file, "prompt", "fail", 2000)))
-    held = resident() - before
-    return {"rows": count, "file_bytes": size, "held_bytes": held, "per_s": count / taken}, found[0]
+    kept = resident() - before
+    return {"rows": count, "file_bytes": size, "held_bytes": kept, "per_s": count / taken}, found[0]
 
 
 def _drain(stream: Iterable[Any], arguments: argparse.Namespace) -> dict[str, float]:

@@ -185,13 +185,13 @@ def _bridges(arguments: argparse.Namespace, device: torch.device) -> list[dict[s
         bridge = _bridge(student, teacher, arguments, device).to(dtype)
         vae = random_weights(teacher.load_part("vae", dtype), device)
         z_teacher = torch.randn(1, *teacher.latent_shape, device=device, dtype=dtype)
-        parts = {
+        calls = {
             "bridge_s": lambda b=bridge: b(z_student),
             "teacher_decoder_s": lambda v=vae, z=z_teacher: v.decode(z),
             "student_decoder_s": lambda: student_vae.decode(z_student),
         }
         with torch.no_grad():
-            row = interleaved(parts, 4 * arguments.repeats, 2, device)
+            row = interleaved(calls, 4 * arguments.repeats, 2, device)
         row["added_s"] = row["bridge_s"] + row["teacher_decoder_s"] - row["student_decoder_s"]
         rows.append({"teacher": name, "paper_added_ms": PAPER_ADDED_MS[name]} | row)
     return rows

@@ -96,8 +96,8 @@ class IdleService:
         self.config = self.config.model_copy(update={"replicas": replicas})
         service.start(str(self.folder), self.config, self.name, IdleReplica)
 
-    def client(self, place: float | None = None) -> TeacherClient:
-        return TeacherClient(self.name, self.config, place)
+    def client(self, position: float | None = None) -> TeacherClient:
+        return TeacherClient(self.name, self.config, position)
 
 
 @contextlib.contextmanager

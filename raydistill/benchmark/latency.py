@@ -56,14 +56,14 @@ def measure_one(student: str, pair: str | None, device: str, dtype: str, repeats
     with torch.no_grad():
         z_student = painter.latents(picture)
         z = z_student if decoder.bridge is None else decoder.bridge(z_student)
-        parts = {
+        calls = {
             "student": lambda: painter.latents(picture),
             "decode": lambda: decoder.space.decode(decoder.vae, z),
             "total": lambda: decoder(painter.latents(picture)),
         }
         if decoder.bridge is not None:
-            parts["bridge"] = lambda: decoder.bridge(z_student)
-        seconds = interleaved(parts, repeats, 3, device)
+            calls["bridge"] = lambda: decoder.bridge(z_student)
+        seconds = interleaved(calls, repeats, 3, device)
     if device.startswith("cuda"):
         peak = torch.cuda.max_memory_allocated()
     else:

@@ -97,15 +97,15 @@ def peak(*kinds: str) -> Iterator[SimpleNamespace]:
         found.bytes = max(found.bytes, resident(kinds=kinds) - before)
 
 
-def measure(role: str, teacher: str, batch_size: int, **place: int) -> dict[str, Any]:
+def measure(role: str, teacher: str, batch_size: int, **of_rank: int) -> dict[str, Any]:
     """`planned` and `measured` peak bytes of a role.
 
     Args:
         teacher: its folder.
-        place: rank, world and port of the store of a ZeRO-3 group.
+        of_rank: rank, world and port of the store of a ZeRO-3 group.
     """
     if role == "rank":
-        return {"role": role} | _rank(teacher, **place)
+        return {"role": role} | _rank(teacher, **of_rank)
     keys = {"teacher.model": teacher, "bridge.checkpoint": "null", "fake_score.updates": 1}
     keys |= {"distill.batch_size": batch_size, "teachers.slice": batch_size}
     config = load(overrides=[f"{key}={value}" for key, value in keys.items()])
@@ -147,8 +147,8 @@ def _rank(teacher: str, rank: int, world: int, port: int) -> dict[str, Any]:
         with peak("RssAnon") as found:
             engine = zero3.load_partitioned(space, torch.float32, CPU, rank, world)
             torch.distributed.barrier()
-    planned, held = 4 * (numel(network) / world + layer), 4 * zero3.partition_numel(engine)
-    return {"numel": numel(network), "layer": layer, "held": held, "planned": planned, "measured": found.bytes}
+    planned, kept = 4 * (numel(network) / world + layer), 4 * zero3.partition_numel(engine)
+    return {"numel": numel(network), "layer": layer, "held": kept, "planned": planned, "measured": found.bytes}
 
 
 def _warm_up() -> None:

@@ -80,7 +80,7 @@ class Sets:
         vaes = self.teacher.load_vae(), self.student.load_vae()
         z_teacher, z_student, _ = varied_pairs(encoder, vaes, rows, torch.Generator().manual_seed(self.seed))
         beside = dataclasses.replace(rows, z_teacher=z_teacher, z_student=z_student)
-        yield BESIDE, _part(beside, slice(count // 4, None))  # the others are samples
+        yield BESIDE, _rows(beside, slice(count // 4, None))  # the others are samples
 
     # -- sets -------------------------------------------------------------------------------------------------
     def _sampled(self, count: int, captions: str, seed: int) -> PairSet:
@@ -119,9 +119,9 @@ class Sets:
         return PairSet(folder)
 
     def _mix(self) -> PairSet:
-        parts = [self._encoded(name, self.share) for name in PLAIN]
-        count = min(self.count, 3 * min(map(len, parts)))
-        rows = [part.rows(range(-(-(count - place) // 3))) for place, part in enumerate(parts)]
+        sets = [self._encoded(name, self.share) for name in PLAIN]
+        count = min(self.count, 3 * min(map(len, sets)))
+        rows = [pairs.rows(range(-(-(count - i) // 3))) for i, pairs in enumerate(sets)]
         columns = {}
         for field in dataclasses.fields(Pairs):
             column = [getattr(rows[row % 3], field.name)[row // 3] for row in range(count)]
@@ -179,7 +179,7 @@ class Sets:
             yield square.resize((pixels, pixels), Image.Resampling.BICUBIC), ""
 
 
-def _part(pairs: Pairs, rows: slice) -> Pairs:
+def _rows(pairs: Pairs, rows: slice) -> Pairs:
     return Pairs(**{field.name: getattr(pairs, field.name)[rows] for field in dataclasses.fields(pairs)})
 
 

@@ -109,13 +109,13 @@ def _bridges(arguments: argparse.Namespace, sets: Sets, folder: Path) -> list[Br
             else:
                 tqdm.write(f"{source}: there are no {size} pairs, so this cell is left out")
     known = {"measured": measured, "folder": folder / "bridges"}
+    trained = known | {"steps": arguments.steps, "batch": arguments.batch}
+    shipped = known | {"source": SHIPPED, "size": 0, "steps": 0, "batch": 0, "subset": None}
     cells = [
-        BridgeCell(source, size, seed, arguments.steps, arguments.batch, subset=subset, **known)
+        BridgeCell(source=source, size=size, seed=seed, subset=subset, **trained)
         for seed, ((source, size), subset) in itertools.product(range(arguments.seeds), subsets.items())
     ]
-    return cells + [
-        BridgeCell(SHIPPED, 0, seed, 0, 0, subset=None, **known) for seed in range(max(1, arguments.students))
-    ]
+    return cells + [BridgeCell(seed=seed, **shipped) for seed in range(max(1, arguments.students))]
 
 
 def _config(seed: int, *more: str) -> Config:
@@ -130,7 +130,7 @@ def _hashes(config: Config, keys: Sequence[str]) -> dict[str, str]:
 # -- cells --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BridgeCell:
     """A Bridge, trained on `subset` of a set, or the shipped one.
 
@@ -165,8 +165,8 @@ class BridgeCell:
         files = _hashes(config, SPACES if self.subset else (*SPACES, "bridge.checkpoint"))
         pairs = {name: digest for name, (_, digest) in self.measured.items()}
         pairs |= {"training": self.subset[1]} if self.subset else {}
-        told = {"source": self.source, "size": self.size, "seed": self.seed}
-        return told | {"config": reading.config_hash(config), "files": files, "pairs": pairs}
+        identity = {"source": self.source, "size": self.size, "seed": self.seed}
+        return identity | {"config": reading.config_hash(config), "files": files, "pairs": pairs}
 
     @property
     def place(self) -> str:
@@ -224,9 +224,9 @@ class Student:
     def key(self) -> dict[str, Any]:
         """Without the Bridge's place, which is a folder of the user."""
         config = _config(self.bridge.seed)
-        told = {"updates": self.updates, "pictures": self.pictures, "seed": self.bridge.seed}
+        identity = {"updates": self.updates, "pictures": self.pictures, "seed": self.bridge.seed}
         files = {"config": reading.config_hash(config), "files": _hashes(config, FILES)}
-        return {"bridge": self.bridge.key, "student": told | files}
+        return {"bridge": self.bridge.key, "student": identity | files}
 
     def run(self) -> Values:
         """Mean attribute accuracy on held-out captions, of the student's last weights."""

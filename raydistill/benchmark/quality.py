@@ -229,7 +229,7 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
     scale = guidance_scale(config, teacher)
     network, trainer = count_teacher(config, teacher, scale), count_trainer(config, student, teacher)
     forward = network.score.flops / network.samples / network.evaluations
-    parts = {
+    flops = {
         "make": trainer.make.flops,
         "fake": k * trainer.fake.flops,
         "student": trainer.student.flops,
@@ -239,9 +239,9 @@ def update_cost(variant: Variant, name: str) -> dict[str, float]:
         with counted() as meter, torch.no_grad():
             fake = distiller(config, student, teacher, batch).networks.fake
             x_t, t_B, conditioning, _ = score_inputs(teacher, batch, device="meta")
-            parts["separate"] = k * meter.count(lambda: fake.features(x_t, t_B, conditioning)).flops
-    each = {f"{part}_forwards": flops / forward for part, flops in parts.items()}
-    return each | {"forwards": sum(parts.values()) / forward, "batch": batch}
+            flops["separate"] = k * meter.count(lambda: fake.features(x_t, t_B, conditioning)).flops
+    each = {f"{phase}_forwards": count / forward for phase, count in flops.items()}
+    return each | {"forwards": sum(flops.values()) / forward, "batch": batch}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -259,15 +259,15 @@ def table(result: dict[str, Any]) -> str:
     return "\n\n".join([*texts, notes])
 
 
-def _table(result: dict[str, Any], place: int) -> str:
+def _table(result: dict[str, Any], column: int) -> str:
     """Of one share."""
     known = {row["name"]: row for row in result["rows"]}
     sizes = [size for size in ("miniature", "real") if size in result["rows"][0]]
 
     def in_all(row: dict[str, Any], size: str) -> float | None:
-        if None in row["updates"][place]:
+        if None in row["updates"][column]:
             return None
-        return statistics.fmean(row["updates"][place]) * row[size]["forwards"] / row[size]["batch"]
+        return statistics.fmean(row["updates"][column]) * row[size]["forwards"] / row[size]["batch"]
 
     def costs(row: dict[str, Any], size: str) -> tuple[float | None, ...]:
         """Of an update, in all, and of DMD2's; per sample of a batch."""
@@ -276,7 +276,7 @@ def _table(result: dict[str, Any], place: int) -> str:
         return row[size]["forwards"] / row[size]["batch"], found, share
 
     def updates(row: dict[str, Any]) -> str:
-        counts = row["updates"][place]
+        counts = row["updates"][column]
         if None in counts:
             return f"not within {result['most']} (best {row['best']:.3f})"
         return f"{statistics.fmean(counts):.0f} ({', '.join(f'{count:.0f}' for count in counts)})"

@@ -38,9 +38,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     unet = _filled(student.load_network()).requires_grad_(True)
     unet.enable_gradient_checkpointing()
     bridge = Bridge.create(student, teacher, config.bridge)  # a real projector on a decoder without weights
-    for name, part in bridge.named_children():
-        if any(parameter.is_meta for parameter in part.parameters()):
-            setattr(bridge, name, _filled(part))
+    for name, module in bridge.named_children():
+        if any(parameter.is_meta for parameter in module.parameters()):
+            setattr(bridge, name, _filled(module))
     bridge = bridge.eval().requires_grad_(False)
     bridge.projector.gradient_checkpointing = True
     optimizer = torch.optim.SGD(unet.parameters(), lr=1e-6)  # AdamW's two moments would add 7 GB and no shape

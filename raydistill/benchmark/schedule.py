@@ -22,7 +22,7 @@ from raydistill.distillation.updates import Distiller
 from raydistill.driver.cluster import connected
 from raydistill.teachers import service
 from raydistill.teachers.client import TeacherClient
-from raydistill.workers.parts import Teachers
+from raydistill.workers.assembly import Teachers
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 TARGET = 1.05

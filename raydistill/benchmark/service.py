@@ -67,8 +67,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _use_the_store() -> None:
     """Fill a part of the object store that the calls then stay within."""
-    part = np.ones(256 << 20, np.uint8)
-    kept = [ray.put(part) for _ in range(8)]
+    block = np.ones(256 << 20, np.uint8)
+    kept = [ray.put(block) for _ in range(8)]
     del kept
 
 

@@ -125,7 +125,7 @@ class AttentionProbe:
         tokens = self.reader.image_tokens(x_t)
         result = []
         for layer in self.layers:
-            q, k = recordings.pop(layer).image_part(tokens, self.reader.image_first)
+            q, k = recordings.pop(layer).of_image(tokens, self.reader.image_first)
             q = q[:, upload(rows(layer, q.shape[1]), q.device)]
             result.append(log_probabilities(q, k, self.temperature, self.normalize))
         return result

@@ -46,7 +46,7 @@ def bridge_loss(
     conditioning: Conditioning | None = None,
     rows: RowSampler | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Total loss and its parts, `latent_l1` and (with a probe) `attention`, as scalars.
+    """Total loss and its terms, `latent_l1` and (with a probe) `attention`, as scalars.
 
     Both latents are noised at step 1 of the teacher's path with the same noise, and read at the same rows.
 

@@ -26,7 +26,7 @@ from raydistill.config.networks import BridgeConfig
 from raydistill.errors import InputError
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
 from raydistill.storage.resolve import resolve
 
@@ -259,7 +259,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{file}: holds no JSON object")
     missing = [key for key in ("architecture", *SIDES) if not isinstance(saved.get(key), dict)]
     keys = {"architecture": ARCHITECTURE_KEYS} | dict.fromkeys(SIDES, SIDE_KEYS)
-    missing += [f"{part}.{key}" for part in keys if part not in missing for key in keys[part] if key not in saved[part]]
+    missing += [f"{name}.{key}" for name in keys if name not in missing for key in keys[name] if key not in saved[name]]
     if missing:
         raise InputError(f"{file}: lacks {', '.join(missing)}")
     try:

@@ -83,7 +83,7 @@ class Losses(ABC):
         """At most `most` pairs that are never trained on, `size` at a time."""
 
     def __call__(self, bridge: nn.Module, batch: Pairs, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Total loss and its parts (see `bridge_loss`) of step `step`, as float32 scalars with gradients.
+        """Total loss and its terms (see `bridge_loss`) of step `step`, as float32 scalars with gradients.
 
         With `bridge.mixed_precision` the networks run in bfloat16 where that is safe; weights and losses stay float32.
         """

@@ -103,8 +103,8 @@ class WindowAttention(nn.Module):
         windows = partition(x, self.window)
         # Windows ride along the head axis, so that bias and mask broadcast over the batch and are never copied for it.
         q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
-            for part in self.qkv(windows).chunk(3, dim=-1)
+            value.unflatten(-1, (self.heads, -1)).transpose(2, 3).flatten(1, 2)
+            for value in self.qkv(windows).chunk(3, dim=-1)
         )
         attended = attend(q, k, v, self._bias(windows.shape[1], mask_WNN).to(q.dtype))
         attended = attended.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)

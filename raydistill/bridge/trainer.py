@@ -77,26 +77,26 @@ class BridgeTrainer:
             group["lr"] = self.lr(self.step_count)
         self.optimizer.zero_grad(set_to_none=True)
         count = self.settings.micro_batches
-        rows = [self._accumulate(batch.part(i, count), last=i == count - 1) for i in range(count)]
+        rows = [self._accumulate(batch.micro_batch(i, count), last=i == count - 1) for i in range(count)]
         gradients = [p.grad for p in self.bridge.trainable_parameters() if p.grad is not None]
         values = self._finite(rows, torch.nn.utils.get_total_norm(gradients))
         self.optimizer.step()
         self.step_count += 1
         return {name: sum(row[name] for row in values) / count for name in values[0]}
 
-    def _accumulate(self, part: Pairs, last: bool) -> dict[str, torch.Tensor]:
-        """Add a part's share of the mean gradient; the workers' are averaged after the last. Returns its losses."""
+    def _accumulate(self, micro_batch: Pairs, last: bool) -> dict[str, torch.Tensor]:
+        """Add a micro-batch's share of the mean gradient; the workers' are averaged after the last. Returns its losses."""
         alone = self.module.no_sync if self.module is not self.bridge and not last else contextlib.nullcontext
         with alone():
-            loss, parts = self.objective(self.module, part, self.step_count)
+            loss, terms = self.objective(self.module, micro_batch, self.step_count)
             (loss / self.settings.micro_batches).backward()
-        return {f"loss/{name}": value.detach() for name, value in (("bridge", loss), *parts.items())}
+        return {f"loss/{name}": value.detach() for name, value in (("bridge", loss), *terms.items())}
 
     def _finite(self, rows: Sequence[dict[str, torch.Tensor]], norm: torch.Tensor) -> list[dict[str, float]]:
-        """The losses of each part, by one wait for the device; `norm`: of the gradient, the mean of all workers.
+        """The losses of each micro-batch, by one wait for the device; `norm`: of the gradient, the mean of all workers.
 
         Raises:
-            NonFiniteError: names the losses of the first part that has one, else the gradient.
+            NonFiniteError: names the losses of the first micro-batch that has one, else the gradient.
         """
         scalars = [value.float() for row in rows for value in row.values()]
         numbers = iter(download([torch.stack([*scalars, norm])])[0].tolist())
@@ -121,7 +121,7 @@ class BridgeTrainer:
         if self._vae is None:
             self._vae = teacher.load_vae().to(self.device)
         size = teacher.vae_batch(DECODE_BATCH)
-        scores: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
+        values: dict[str, list[torch.Tensor]] = {key: [] for key in ("psnr", "ssim", "l1", "latent_l1")}
         shown: Image.Image | None = None
         self.bridge.eval()
         for batch in self.objective.held_out(VALIDATION_PAIRS, size):
@@ -129,11 +129,11 @@ class BridgeTrainer:
             z_hat = self.bridge(batch.z_student.to(self.device).float())
             true, made = teacher.decode(self._vae, z_teacher), teacher.decode(self._vae, z_hat)
             for key, metric in (("psnr", psnr), ("ssim", ssim), ("l1", l1)):
-                scores[key].append(metric(made, true).cpu())
-            scores["latent_l1"].append(latent_l1(z_hat, z_teacher).cpu().expand(len(batch)))
+                values[key].append(metric(made, true).cpu())
+            values["latent_l1"].append(latent_l1(z_hat, z_teacher).cpu().expand(len(batch)))
             shown = shown or _comparison(true, made, batch.prompts)
         self.bridge.train()
-        return {f"eval/{key}": float(torch.cat(values).mean()) for key, values in scores.items()}, shown
+        return {f"eval/{key}": float(torch.cat(each).mean()) for key, each in values.items()}, shown
 
     # -- state -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

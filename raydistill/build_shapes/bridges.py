@@ -91,7 +91,7 @@ def varied_pairs(
         z_teacher, z_student and previews, N of each.
     """
     (teacher, student), (teacher_vae, student_vae), count = (encoder.teacher, encoder.student), vaes, len(rows)
-    images = torch.cat([teacher.decode(teacher_vae, part.float()) for part in rows.z_teacher.split(32)])
+    images = torch.cat([teacher.decode(teacher_vae, chunk.float()) for chunk in rows.z_teacher.split(32)])
     plain, pictures, beside = images.tensor_split([count // 4, count * 9 // 16])
     z_teacher, z_student, pngs = encoder.encode(torch.cat([plain, vary(pictures, generator)]))
     latents = rows.z_student[-len(beside) :].float()
@@ -99,7 +99,7 @@ def varied_pairs(
     share, strength = torch.rand(2, len(latents), 1, 1, 1, generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
     latents = torch.lerp(latents, other, share**3) + 0.6 * strength * noise
-    drawn = torch.cat([student.decode(student_vae, part) for part in latents.split(32)])
+    drawn = torch.cat([student.decode(student_vae, chunk) for chunk in latents.split(32)])
     z_beside, _, beside_pngs = encoder.encode(resized(drawn, teacher.resolution))
     return torch.cat([z_teacher, z_beside]), torch.cat([z_student, latents]), pngs + beside_pngs
 
@@ -143,9 +143,9 @@ def build_bridge(build: Build, name: str) -> None:
         trainer.load_state_dict(torch.load(state, weights_only=True))
     first, last = trainer.step_count, settings.bridge.steps
     for step in tqdm(range(first, last), desc=f"bridge_{name}", initial=first, total=last, disable=None):
-        parts = trainer.step(trainer.objective.batch(step))
+        losses = trainer.step(trainer.objective.batch(step))
         if step % 100 == 0:
-            tqdm.write(f"bridge {step}: {parts}")
+            tqdm.write(f"bridge {step}: {losses}")
             with replacing(state, alone=True) as fresh:
                 torch.save(trainer.state_dict(), fresh)
     metrics, picture = trainer.validation()

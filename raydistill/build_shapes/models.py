@@ -145,8 +145,8 @@ def render_latents(
     def make() -> dict[str, torch.Tensor]:
         vae = space.load_vae()
         bar = tqdm(enumerate(chunks), total=len(chunks), desc="encode renders", disable=None, mininterval=5)
-        parts = [space.encode(vae, render(scenes, space.resolution, 10**7 + i)) for i, scenes in bar]
-        return {"latents": torch.cat(parts)}
+        latents = [space.encode(vae, render(scenes, space.resolution, 10**7 + i)) for i, scenes in bar]
+        return {"latents": torch.cat(latents)}
 
     latents = cached(build.work / f"latents_{vae_name}.safetensors", make)["latents"]
     rng = random.Random(f"corrupt/{build.seed}")

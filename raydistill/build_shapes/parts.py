@@ -176,12 +176,12 @@ class _AttributeReader(nn.Module):
 
 def attribute_vector(scene: Scene) -> torch.Tensor:
     """Multi-hot target of `_AttributeReader`: each object's attributes by its slot, then background, then count."""
-    parts = []
+    values = []
     for slot in range(2):
         item = scene.objects[slot] if slot < len(scene.objects) else None
         for name, choices in (("size", SIZES), ("color", COLORS), ("shape", SHAPES), ("position", POSITIONS)):
-            parts += [float(item is not None and getattr(item, name) == choice) for choice in choices]
-    return torch.tensor(parts + [float(scene.background == b) for b in BACKGROUNDS] + [float(len(scene.objects) == 2)])
+            values += [float(item is not None and getattr(item, name) == choice) for choice in choices]
+    return torch.tensor(values + [float(scene.background == b) for b in BACKGROUNDS] + [float(len(scene.objects) == 2)])
 
 
 def _build_text(build: Build, name: str) -> None:

@@ -19,13 +19,13 @@ def main() -> int:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the rest is the configuration's
     own.add_argument("--quick", action="store_true")
     own.add_argument("--seeds", nargs="?", const="")
-    told, arguments = own.parse_known_args()
-    quick, seeds = told.quick, 1 if told.quick else 2
-    if told.seeds is not None:
-        if not told.seeds.isdecimal() or int(told.seeds) < 1:
+    options, arguments = own.parse_known_args()
+    quick, seeds = options.quick, 1 if options.quick else 2
+    if options.seeds is not None:
+        if not options.seeds.isdecimal() or int(options.seeds) < 1:
             print("error: --seeds needs a number of at least 1", file=sys.stderr)
             return 2
-        seeds = int(told.seeds)
+        seeds = int(options.seeds)
     wanted = [argument for argument in arguments if argument in TABLES]
     if len(wanted) != 1 and not {"-h", "--help"} & set(arguments):
         print(f"error: name one table, {' or '.join(TABLES)}", file=sys.stderr)

@@ -45,26 +45,26 @@ def from_command_line(
     parser.add_argument("-h", "--help", nargs="?", const="")
     parser.add_argument("--print-config", action="store_true")
     parser.add_argument("--config", nargs="?", const="")
-    told, overrides = parser.parse_known_args(arguments)
-    topic = told.help or ""
+    given, overrides = parser.parse_known_args(arguments)
+    topic = given.help or ""
     if "=" in topic:  # an override that follows --help
         topic, overrides = "", [topic, *overrides]
     try:
-        if told.config == "":
+        if given.config == "":
             raise InputError("--config needs a name or a file")
         if unknown := [argument for argument in overrides if argument.startswith("-")]:
             known = ", ".join(["--config", "--help", "--print-config", *options])
             raise InputError(f"unknown option {unknown[0]}; options are {known}")
-        config = load(told.config, overrides)
+        config = load(given.config, overrides)
         config.of(dataclasses.replace(config.origin, program=program()))
-        page = None if told.help is None else help_text(purpose, program(), config, topic, options)
+        page = None if given.help is None else help_text(purpose, program(), config, topic, options)
     except InputError as error:
         print("configuration error:\n  " + str(error).replace("\n", "\n  "), file=sys.stderr)
         raise SystemExit(2) from None
     if page is not None:
         print(page)
         raise SystemExit(0)
-    if told.print_config:
+    if given.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config

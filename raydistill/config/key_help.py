@@ -40,7 +40,7 @@ def type_name(annotation: Any) -> str:
             str(value).lower() if isinstance(value, bool) else str(value) for value in typing.get_args(annotation)
         )
     if origin in (typing.Union, types.UnionType):
-        return "|".join("null" if part is type(None) else type_name(part) for part in typing.get_args(annotation))
+        return "|".join("null" if one is type(None) else type_name(one) for one in typing.get_args(annotation))
     if origin is dict:
         return "{key: value, …}"
     if origin is list:
@@ -102,8 +102,8 @@ def _entries(entries: Iterable[tuple[str, FieldInfo]], config: Config, width: in
 
 
 def _paragraphs(text: str, width: int) -> list[str]:
-    parts = [textwrap.fill(" ".join(part.split()), width) for part in text.strip().split("\n\n")]
-    return "\n\n".join(parts).splitlines()
+    paragraphs = [textwrap.fill(" ".join(one.split()), width) for one in text.strip().split("\n\n")]
+    return "\n\n".join(paragraphs).splitlines()
 
 
 def _wrapped(text: str, width: int, hanging: int) -> list[str]:

@@ -30,10 +30,10 @@ def dotted(places: Any) -> Any:
     if not isinstance(places, dict):
         return places
     inner = {
-        f"{name}.{part}": value
+        f"{name}.{option}": value
         for name, values in places.items()
         if isinstance(values, dict)
-        for part, value in values.items()
+        for option, value in values.items()
     }
     return inner | {name: value for name, value in places.items() if not isinstance(value, dict)}
 
@@ -51,7 +51,7 @@ class Section(BaseModel):
         listed = typing.get_origin(cls.model_fields[str(field.field_name)].annotation) is list
         if not listed or isinstance(value, bool) or not isinstance(value, str | int):
             return value
-        return [part.strip() for part in str(value).split(",")]
+        return [one.strip() for one in str(value).split(",")]
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """What differs from the defaults."""

@@ -139,8 +139,8 @@ def read_yaml(
     below: dict = {}
     origins: dict[str, str] = {}
     for name in parents:
-        part, part_origins = read_yaml(find_config(name, file.parent), (*extended_by, file), opened)
-        below, origins = _merge(below, part), origins | part_origins
+        parent, parent_origins = read_yaml(find_config(name, file.parent), (*extended_by, file), opened)
+        below, origins = _merge(below, parent), origins | parent_origins
     return _merge(below, tree), origins | dict.fromkeys(_keys(tree), str(file))
 
 
@@ -171,16 +171,16 @@ def _override(text: str) -> dict:
         raise InputError(f"{mask('override', text)!r}: overrides look like section.key=value (see --help)")
     if not value.strip():
         raise InputError(f"{key}: there is nothing after the =")
-    parts = key.split(".")
-    if len(parts) > MOST_LEVELS:
+    segments = key.split(".")
+    if len(segments) > MOST_LEVELS:
         raise InputError(f"unknown key {key[:MOST_SHOWN]}…: {TOO_DEEP}")
     parsed = parse(value, key)
-    for count in range(1, len(parts)):  # a name in a mapping may have a point itself: weights.pickscore.processor
-        if ".".join(parts[:count]) in _mappings():
-            parts = [*parts[:count], ".".join(parts[count:])]
+    for count in range(1, len(segments)):  # a name in a mapping may have a point itself: weights.pickscore.processor
+        if ".".join(segments[:count]) in _mappings():
+            segments = [*segments[:count], ".".join(segments[count:])]
             break
-    for part in reversed(parts):
-        parsed = {part: parsed}
+    for segment in reversed(segments):
+        parsed = {segment: parsed}
     return parsed
 
 
@@ -212,9 +212,11 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
         lines = []
         problems = error.errors()
         for problem in problems[:MOST_MISTAKES]:
-            loc = [str(part) for part in problem["loc"]]
+            loc = [str(segment) for segment in problem["loc"]]
             of_a_name = loc[-1:] == [_OF_A_NAME]
-            key = ".".join(part for part in loc if not part.startswith(("constrained", "function", _OF_A_NAME)))
+            key = ".".join(
+                segment for segment in loc if not segment.startswith(("constrained", "function", _OF_A_NAME))
+            )
             if of_a_name:
                 name = shown(problem["input"])
                 lines.append(
@@ -250,8 +252,8 @@ def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Confi
 def get(config: Config, key: str) -> Any:
     """Value of a dotted key."""
     value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
+    for segment in key.split("."):
+        value = getattr(value, segment)
     return value
 
 

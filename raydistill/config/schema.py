@@ -62,7 +62,7 @@ class Config(Section):
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     @property
-    def fake_parts(self) -> int:
+    def fake_micro_batches(self) -> int:
         """Micro-batches of a worker in an update of the fake score."""
         distill, fake = self.distill, self.fake_score.batch_size
         return distill.micro_batches if fake is None else fake * distill.micro_batches // distill.batch_size
@@ -93,10 +93,10 @@ class Config(Section):
                 f"student.autocast={self.student.autocast} is a part of mixed precision: set distill.mixed_precision=true, or "
                 "use auto"
             )
-        part, fake = self.distill.batch_size // self.distill.micro_batches, self.fake_score.batch_size
-        if fake is not None and (fake > self.distill.batch_size or fake % max(1, part)):
+        size, fake = self.distill.batch_size // self.distill.micro_batches, self.fake_score.batch_size
+        if fake is not None and (fake > self.distill.batch_size or fake % max(1, size)):
             raise ValueError(
-                f"fake_score.batch_size={fake}: it must be a multiple of a micro-batch of {part} samples, and at most "
+                f"fake_score.batch_size={fake}: it must be a multiple of a micro-batch of {size} samples, and at most "
                 f"distill.batch_size={self.distill.batch_size}"
             )
         if self.fake_score.shard and self.distill.fewest < self.distill.workers:

@@ -86,10 +86,10 @@ def _check(node: yaml.Node, name: str, seen: dict[int, tuple[int, int] | None]) 
     below = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         _check_keys(node, name)
-        below = [part for pair in below for part in pair]
+        below = [child for pair in below for child in pair]
     values, levels = 1, 0
-    for part in below:
-        more, deep = _check(part, name, seen)
+    for child in below:
+        more, deep = _check(child, name, seen)
         values, levels = values + more, max(levels, deep)
     if values > MOST_VALUES:
         raise InputError(f"{name}: line {line}: more than {MOST_VALUES} values, with its aliases written out")

@@ -71,14 +71,14 @@ class PromptTable:
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         self.columns: Conditioning | None = None
         self._space, self._text = space, space.load_text(dtype).to(device) if text is None else text
-        part = self._encode(distinct[:batch_size])
-        row_bytes = sum(value[0].nbytes for value in part.values())
+        chunk = self._encode(distinct[:batch_size])
+        row_bytes = sum(value[0].nbytes for value in chunk.values())
         if max_bytes is not None and len(distinct) * row_bytes > max_bytes:
             return
-        self.columns = {name: value.new_empty(len(distinct), *value.shape[1:]) for name, value in part.items()}
+        self.columns = {name: value.new_empty(len(distinct), *value.shape[1:]) for name, value in chunk.items()}
         for start in range(0, len(distinct), batch_size):
-            part = self._encode(distinct[start : start + batch_size]) if start else part
-            for name, value in part.items():
+            chunk = self._encode(distinct[start : start + batch_size]) if start else chunk
+            for name, value in chunk.items():
                 self.columns[name][start : start + batch_size] = value
         self._text = None
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from raydistill.data.picture_columns import NOT_UTF8, choice, columns_of, flat, names_of, texts_of, told
+from raydistill.data.picture_columns import NOT_UTF8, captions_in_words, choice, columns_of, flat, names_of, texts_of
 from raydistill.data.text_files import printable, read_text, undecodable
 from raydistill.data.texts import holds_text
 from raydistill.errors import InputError, reason
@@ -152,9 +152,9 @@ class FolderImages(ImageSet):
             raise InputError(f"{folder}: no images ({', '.join(SUFFIXES)}) and no parquet files")
         self.files = [name for name, _ in listing]
         with ThreadPoolExecutor(READERS) as readers:
-            told = list(readers.map(lambda name: _caption(folder, _text_file(name), found), self.files))
-        bad = {row: why for row, (_, why) in enumerate(told) if why}
-        super().__init__(folder, listing, [caption for caption, _ in told], bad)
+            read = list(readers.map(lambda name: _caption(folder, _text_file(name), found), self.files))
+        bad = {row: why for row, (_, why) in enumerate(read) if why}
+        super().__init__(folder, listing, [caption for caption, _ in read], bad)
 
     def name(self, row: int) -> str:
         return self.files[row]
@@ -184,7 +184,7 @@ def _files(folder: Place) -> dict[str, int]:
     """Files below a folder, by name relative to it, with their bytes; -1: a link that leads nowhere. No hidden ones."""
     if isinstance(folder, Remote):
         entries = ((name, size) for name, size, _ in folder.entries())
-        return {name: size for name, size in entries if not any(part.startswith(".") for part in name.split("/"))}
+        return {name: size for name, size in entries if not any(one.startswith(".") for one in name.split("/"))}
     found = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -231,7 +231,7 @@ class ParquetImages(ImageSet):
                 if names is None and "caption" in found and holds_text(schema.field("caption").type):
                     found = ["caption"]
                 if not self.columns:
-                    self.about = told(found, schema.names)
+                    self.about = captions_in_words(found, schema.names)
                 self.columns.append(image)
                 if not found:
                     yield from [(None, None)] * parquet.metadata.num_rows
@@ -246,18 +246,18 @@ class ParquetImages(ImageSet):
             else:
                 yield (captions[choice((row,), len(captions))] if captions else None), None
 
-    def _place(self, row: int) -> tuple[int, Place, int]:
+    def _position(self, row: int) -> tuple[int, Place, int]:
         """(number of the file, file, row in it)."""
         index = int(np.searchsorted(self.starts, row, side="right")) - 1
         name = self.files[index]
         return index, self.root if name == "." else self.root / name, int(row - self.starts[index])
 
     def name(self, row: int) -> str:
-        _, file, inside = self._place(row)
+        _, file, inside = self._position(row)
         return f"{file.name}, row {inside + 1}"
 
     def read(self, row: int) -> bytes:
-        index, file, inside = self._place(row)
+        index, file, inside = self._position(row)
         column = self.columns[index]
         try:
             starts = _group_starts(file)

@@ -119,16 +119,16 @@ class OrderedWriter:
             StageFailed: more than `max_failed_rows` rows failed.
         """
         written = []
-        for place in range(len(batch["row"])):
+        for i in range(len(batch["row"])):
             if self.complete:
                 break
-            self.left_out += int(batch["left_out"][place])
-            if batch["shard"][place] < 0:
+            self.left_out += int(batch["left_out"][i])
+            if batch["shard"][i] < 0:
                 continue
             for name in COLUMNS:
-                self._open[name].append(np.array(batch[name][place]) if name in ("z_T", "z_S") else batch[name][place])
+                self._open[name].append(np.array(batch[name][i]) if name in ("z_T", "z_S") else batch[name][i])
             self.done += 1
-            self.cursor = (int(batch["shard"][place]), int(batch["next"][place]))
+            self.cursor = (int(batch["shard"][i]), int(batch["next"][i]))
             self._note_failure()
             if len(self._open["row"]) == self.shard_size or self.complete:
                 written.append(self._write(end=False))
@@ -163,9 +163,9 @@ class OrderedWriter:
     def _write(self, end: bool) -> Place:
         rows = len(self._open["row"])
         first = self.done - rows
-        good = [place for place in range(rows) if not self._open["failure"][place]]
-        captions = [str(self._open["caption"][place]) for place in good]
-        keys = [int(self._open["row"][place]) for place in good]
+        good = [i for i in range(rows) if not self._open["failure"][i]]
+        captions = [str(self._open["caption"][i]) for i in good]
+        keys = [int(self._open["row"][i]) for i in good]
         failed = [failure for failure in self.failures if failure.row >= first]
 
         def latents(name: str) -> torch.Tensor:
@@ -180,8 +180,8 @@ class OrderedWriter:
             seeds=[self.seed] * len(good),
             z_teacher=latents("z_T"),
             z_student=latents("z_S"),
-            previews=[self._open["preview"][place] for place in good],
-            rows=[first + place for place in good],
+            previews=[self._open["preview"][i] for i in good],
+            rows=[first + i for i in good],
             teacher=self.teacher,
             about={
                 "rows": rows,

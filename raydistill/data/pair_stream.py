@@ -119,11 +119,11 @@ def _failures(rows: Any) -> np.ndarray:
 def decode(chunk: Chunk, pixels: int) -> Chunk:
     """Pictures at `pixels` a side; those that cannot be decoded are black, and say why."""
     pictures, failure = np.zeros((len(chunk.rows), 3, pixels, pixels), np.uint8), chunk.failure.copy()
-    for place, row in enumerate(chunk.rows):
+    for index, row in enumerate(chunk.rows):
         try:
-            pictures[place] = row.picture(pixels)
+            pictures[index] = row.picture(pixels)
         except BadImage as bad:
-            failure[place] = str(bad)
+            failure[index] = str(bad)
     rows = [dataclasses.replace(row, data=b"") for row in chunk.rows]
     return dataclasses.replace(chunk, rows=rows, pixels=pictures, failure=failure)
 
@@ -147,11 +147,11 @@ def _packed(chunk: Chunk) -> pa.Table:
 
 class _Reader:
     def __init__(self, order: ray.ObjectRef, start: Position, validation: int, size: int) -> None:
-        self._told = order, start, validation, size
+        self._arguments = order, start, validation, size
 
     @telling
     def __call__(self, _: dict[str, np.ndarray]) -> Iterator[pa.Table]:
-        order, *rest = self._told
+        order, *rest = self._arguments
         for chunk in read(ray.get(order), *rest):
             yield _packed(chunk)
 
@@ -290,15 +290,15 @@ class StreamedPairs:
 
     def held_out(self) -> Pairs:
         """The held-out pairs, which the stream begins with. Raises InputError where none can be used."""
-        parts, why, chunk = [], "", next(self._chunks)
+        sets, why, chunk = [], "", next(self._chunks)
         while chunk.after is None:
             good = np.flatnonzero(chunk.failure == "")
-            parts += [self._pairs([(chunk, int(place)) for place in good], good)] if len(good) else []
+            sets += [self._pairs([(chunk, int(index)) for index in good], good)] if len(good) else []
             why, chunk = chunk.failure[-1], next(self._chunks)
         self._put(chunk)
-        if not parts:
+        if not sets:
             raise InputError(f"synthesis.images: no picture that is held out can be used; the last one: {why}")
-        pairs = Pairs.joined(parts)
+        pairs = Pairs.joined(sets)
         return dataclasses.replace(pairs, ids=np.arange(len(pairs)))
 
     def next(self, ids: np.ndarray) -> Pairs:
@@ -317,32 +317,32 @@ class StreamedPairs:
         while True:
             if not self._waiting:
                 self._put(next(self._chunks))
-            chunk, place = self._waiting.popleft()
-            after = chunk.after[place]
+            chunk, index = self._waiting.popleft()
+            after = chunk.after[index]
             if after.window.epoch != self._position.window.epoch:
                 self.failed = 0
             self._position = after
-            if not chunk.failure[place]:
-                return chunk, place
+            if not chunk.failure[index]:
+                return chunk, index
             self.failed += 1
             if self.failed > self._limit:
                 raise InputError(
                     f"synthesis.images: {self.failed} pictures of this worker's epoch cannot be used, more than "
-                    f"synthesis.max_failed_rows={self._limit}; the last one: {chunk.failure[place]}"
+                    f"synthesis.max_failed_rows={self._limit}; the last one: {chunk.failure[index]}"
                 )
 
     def _put(self, chunk: Chunk) -> None:
-        self._waiting.extend((chunk, place) for place in range(len(chunk.rows)))
+        self._waiting.extend((chunk, index) for index in range(len(chunk.rows)))
 
     def _pairs(self, chosen: list[tuple[Chunk, int]], ids: np.ndarray) -> Pairs:
-        rows = [chunk.rows[place] for chunk, place in chosen]
+        rows = [chunk.rows[index] for chunk, index in chosen]
         return Pairs(
             ids=ids,
             prompts=[row.caption for row in rows],
             prompt_ids=torch.tensor([row.key for row in rows]),
             seeds=torch.full((len(rows),), self._seed),
-            z_teacher=to_torch(np.stack([chunk.z_T[place] for chunk, place in chosen])),
-            z_student=to_torch(np.stack([chunk.z_S[place] for chunk, place in chosen])),
+            z_teacher=to_torch(np.stack([chunk.z_T[index] for chunk, index in chosen])),
+            z_student=to_torch(np.stack([chunk.z_S[index] for chunk, index in chosen])),
             previews=[None] * len(rows),
         )
 

@@ -34,7 +34,7 @@ from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.pictures.files import load_image
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.storage.atomic import replacing
 from raydistill.storage.place import Place, Remote
 from raydistill.storage.resolve import to_place
@@ -64,8 +64,8 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def part(self, index: int, count: int) -> Pairs:
-        """The rows of one of `count` equal parts. Raises ValueError where they cannot be equal."""
+    def micro_batch(self, index: int, count: int) -> Pairs:
+        """The rows of one of `count` equal micro-batches. Raises ValueError where they cannot be equal."""
         if len(self) % count:
             raise ValueError(f"micro_batches: {len(self)} pairs have no {count} equal parts")
         size = len(self) // count
@@ -77,11 +77,11 @@ class Pairs:
         return Pairs(**{field.name: getattr(self, field.name)[some] for field in dataclasses.fields(self)})
 
     @classmethod
-    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
-        """The rows of all parts, in their order."""
+    def joined(cls, sets: Sequence[Pairs]) -> Pairs:
+        """The rows of all sets, in their order."""
         columns = {}
         for name in (field.name for field in dataclasses.fields(cls)):
-            values = [getattr(part, name) for part in parts]
+            values = [getattr(one, name) for one in sets]
             join = {np.ndarray: np.concatenate, torch.Tensor: torch.cat}.get(type(values[0]))
             columns[name] = join(values) if join else [value for some in values for value in some]
         return cls(**columns)
@@ -389,13 +389,13 @@ class PairSet:
         if not ids.size or ids.min() < 0 or ids.max() >= len(self):
             raise IndexError(f"{self.folder}: rows must be 0 … {len(self) - 1}, at least one")
         shards = np.searchsorted(self._starts, ids, side="right") - 1
-        parts, positions = [], []
+        tables, positions = [], []
         for shard in np.unique(shards):
             (where,) = np.nonzero(shards == shard)
-            parts.append(self._shard(int(shard)).take(pa.array(ids[where] - self._starts[shard])))
+            tables.append(self._shard(int(shard)).take(pa.array(ids[where] - self._starts[shard])))
             positions.append(where)
         back = np.argsort(np.concatenate(positions))
-        table = pa.concat_tables(parts, promote_options="default").combine_chunks().take(pa.array(back))
+        table = pa.concat_tables(tables, promote_options="default").combine_chunks().take(pa.array(back))
         return self._pairs(ids, table.combine_chunks())
 
     @staticmethod

@@ -71,7 +71,7 @@ def choice(identity: tuple[int, ...], count: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(identity).encode(), digest_size=8).digest()) % count
 
 
-def told(found: Sequence[str], available: Iterable[str], kind: str = "columns") -> str:
+def captions_in_words(found: Sequence[str], available: Iterable[str], kind: str = "columns") -> str:
     """Where captions are, for people."""
     if found:
         return f"captions in {_listed(found)}"

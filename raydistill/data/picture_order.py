@@ -58,8 +58,8 @@ class PictureOrder:
         cursor, taken = start.window, start.taken
         while True:
             whole, any_good = (cursor.shard, cursor.row, taken) == (0, 0, 0), False
-            place = (cursor.shard, cursor.row)
-            rows = self.pictures.rows(self.seed, cursor.epoch, self.share, place, self.filters)
+            at = (cursor.shard, cursor.row)
+            rows = self.pictures.rows(self.seed, cursor.epoch, self.share, at, self.filters)
             while window := list(itertools.islice(rows, self.window)):
                 after = window[-1].after
                 for number, row in self._mixed(window, cursor.epoch):

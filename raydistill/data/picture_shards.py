@@ -31,11 +31,11 @@ from raydistill.data.picture_columns import (
     IMAGE,
     NOT_UTF8,
     by_wider_rule,
+    captions_in_words,
     chosen,
     columns_of,
     flat,
     named_captions,
-    told,
 )
 from raydistill.data.text_files import decoded_text
 from raydistill.data.texts import Texts
@@ -122,7 +122,7 @@ class TarShards(Shards):
         """The first row, of whose sample `about` and `wider` then tell; None: the tar is empty. Raises OSError."""
         for name, files, failure in self._samples(0, 0):
             if not failure:
-                self.about, self.wider = self._told(files)
+                self.about, self.wider = self._about(files)
             return self._row(name, files, failure)
         return None
 
@@ -184,14 +184,14 @@ class TarShards(Shards):
         others = (suffix for suffix in files if not _is_picture(suffix) and suffix.lower() != "json")
         return chosen(others, self.captions, TEXT_FILES, TEXT_FILES)
 
-    def _told(self, files: Files) -> tuple[str, list[str]]:
+    def _about(self, files: Files) -> tuple[str, list[str]]:
         """(where the captions of a sample are, and what its pictures are; names that only the wider rule finds)."""
         pictures = [f".{suffix}" for suffix in files if _is_picture(suffix)]
         several = ""
         if len(pictures) > 1 and self.image_column == IMAGE:
             several = f"; of {', '.join(pictures)} the first is taken (synthesis.image_column names another)"
         if texts := self._text_files(files):
-            return told([f".{suffix}" for suffix in texts], ()) + several, by_wider_rule(
+            return captions_in_words([f".{suffix}" for suffix in texts], ()) + several, by_wider_rule(
                 texts, self.captions, TEXT_FILES
             )
         try:
@@ -199,7 +199,11 @@ class TarShards(Shards):
         except ValueError:
             record = {}
         keys = chosen(record, self.captions)
-        about = told(keys, record, "JSON file's keys") if record else told((), (f".{one}" for one in files), "files")
+        about = (
+            captions_in_words(keys, record, "JSON file's keys")
+            if record
+            else captions_in_words((), (f".{one}" for one in files), "files")
+        )
         return about + several, by_wider_rule(keys, self.captions)
 
 
@@ -273,7 +277,7 @@ class ParquetShards(Shards):
             with as_os_errors(), self._parquet(0) as parquet:
                 schema = parquet.schema_arrow
                 _, found = columns_of(files[0].place, schema, image_column, captions)
-                self.about, self.wider = told(found, schema.names), by_wider_rule(found, captions)
+                self.about, self.wider = captions_in_words(found, schema.names), by_wider_rule(found, captions)
         except (pa.ArrowInvalid, OSError) as error:
             place = files[0].place
             why = cause(error, place.scheme) if isinstance(place, Remote) else " ".join(str(error).split())
@@ -315,13 +319,13 @@ class ParquetShards(Shards):
                 why = f"the file breaks off ({' '.join(str(error).split())[:200]})"
                 yield RawRow(f"{file}, after row {number}", failure=why)
 
-    def _row(self, name: str, batch: pa.RecordBatch, place: int, image: str, texts: list[str]) -> RawRow:
-        value = batch.column(image)[place].as_py()
+    def _row(self, name: str, batch: pa.RecordBatch, index: int, image: str, texts: list[str]) -> RawRow:
+        value = batch.column(image)[index].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not data:
             return RawRow(name, failure=f"no bytes in column {image!r}")
         try:
-            return RawRow(name, data, flat(_plain(batch.column(text)[place].as_py()) for text in texts))
+            return RawRow(name, data, flat(_plain(batch.column(text)[index].as_py()) for text in texts))
         except UnicodeDecodeError:
             return RawRow(name, failure=NOT_UTF8)
 
@@ -377,10 +381,10 @@ class ListedShards(Shards):
         path, captions = json.loads(self._entries[number])
         if isinstance(captions, str):
             return RawRow(path, failure=captions)
-        parts = path.replace("\\", "/").split("/")
-        if path.startswith("/") or ".." in parts:
+        segments = path.replace("\\", "/").split("/")
+        if path.startswith("/") or ".." in segments:
             return RawRow(path, failure="the path leads out of the folder")
-        path = "/".join(part for part in parts if part not in ("", "."))
+        path = "/".join(segment for segment in segments if segment not in ("", "."))
         if why := self._no_path(path):
             return RawRow(path, failure=why)
         try:

@@ -8,7 +8,6 @@ staged, and memory does not grow with the set. Why its own readers do not serve 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,32 +15,27 @@ import ray
 import ray.data
 
 from raydistill.config.stages import SynthesisConfig
-from raydistill.data.ray_data import dataset_of
+from raydistill.data.ray_data import dataset_of, fetched
 from raydistill.data.shards import Batch
 from raydistill.data.synthesis import STREAMED, STREAMED_BYTES, Recipe, decode_rows, streamed_rows
 
 AHEAD = 2  # shards that are read besides one for each encoder
 
 
-@functools.lru_cache(maxsize=2)
-def _fetch(recipe: ray.ObjectRef) -> Recipe:
-    """One copy per process."""
-    return ray.get(recipe)
-
-
-def read_shard(places: Batch, recipe: ray.ObjectRef) -> Iterator[Batch]:
-    """The rows of one shard, from row `first` on, as `streamed_rows`. `places`: one row (shard, first)."""
-    told, place, first = _fetch(recipe), int(places["shard"][0]), int(places["first"][0])
-    rows = told.source.rows(told.seed, start=(place, first), filters=told.filters, stop=place + 1)
+def read_shard(shards: Batch, stored: ray.ObjectRef) -> Iterator[Batch]:
+    """The rows of one shard, from row `first` on, as `streamed_rows`. `shards`: one row (shard, first)."""
+    recipe: Recipe = fetched(stored)
+    shard, first = int(shards["shard"][0]), int(shards["first"][0])
+    rows = recipe.source.rows(recipe.seed, start=(shard, first), filters=recipe.filters, stop=shard + 1)
     yield from streamed_rows(rows)
 
 
-def _decode(batch: Batch, recipe: ray.ObjectRef) -> Batch:
-    return decode_rows(batch, _fetch(recipe).teacher.resolution)
+def _decode(batch: Batch, stored: ray.ObjectRef) -> Batch:
+    return decode_rows(batch, fetched(stored).teacher.resolution)
 
 
 def decoded_stream(
-    told: ray.ObjectRef,
+    stored: ray.ObjectRef,
     recipe: Recipe,
     cursor: tuple[int, int],
     settings: SynthesisConfig,
@@ -50,15 +44,15 @@ def decoded_stream(
     """Batches of decoded pictures from a cursor on, in order.
 
     Args:
-        told: the recipe in the object store.
+        stored: the recipe in the object store.
         telling: wraps what tasks call, so that the driver learns why one failed.
     """
-    places = range(cursor[0], len(recipe.source.shards))
-    rows = [{"shard": place, "first": cursor[1] if place == cursor[0] else 0} for place in places]
+    shards = range(cursor[0], len(recipe.source.shards))
+    rows = [{"shard": shard, "first": cursor[1] if shard == cursor[0] else 0} for shard in shards]
     data = dataset_of(rows, in_order=True)
     data.context.raise_original_map_exception = True  # a StageError
     data.context.target_max_block_size = STREAMED_BYTES  # what a task gathers before others see it
-    task = {"fn_kwargs": {"recipe": told}, "num_cpus": settings.cpus_per_encoder, "batch_format": "numpy"}
+    task = {"fn_kwargs": {"stored": stored}, "num_cpus": settings.cpus_per_encoder, "batch_format": "numpy"}
     task |= {"label_selector": settings.node_labels or None}
     readers = ray.data.TaskPoolStrategy(size=settings.encoders + AHEAD)
     read = data.map_batches(telling(read_shard), batch_size=1, compute=readers, **task)

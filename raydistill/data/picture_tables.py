@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from raydistill.data.picture_columns import NOT_UTF8, chosen, named_captions, told
+from raydistill.data.picture_columns import NOT_UTF8, captions_in_words, chosen, named_captions
 from raydistill.data.tables import CsvRecords, TsvRecords
 from raydistill.data.text_files import lines_of, open_text, undecodable
 from raydistill.errors import InputError
@@ -37,7 +37,7 @@ def about_table(table: Place, image_column: str, captions: Sequence[str] | None)
     with _readable(table):
         record = next((record for _, record in _records(table) if not isinstance(record, str)), {})
         columns = [name for name in record if name != _path_column(table, record, image_column)]
-    return told(chosen(columns, captions), record)
+    return captions_in_words(chosen(columns, captions), record)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ class Cursor:
     row: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PictureRow:
     """One picture as it lies in its shard.
 
@@ -167,11 +167,13 @@ class Pictures:
         rank, world = share
         own = self.own_shards(seed, epoch, share)
         by_row = len(self.shards) < world
-        for place in range(start[0], len(own) if stop is None else stop):
-            first = start[1] if place == start[0] else 0
-            for row, raw in enumerate(self._patient(int(own[place]), first), start=first):
+        for index in range(start[0], len(own) if stop is None else stop):
+            first = start[1] if index == start[0] else 0
+            for row, raw in enumerate(self._patient(int(own[index]), first), start=first):
                 if not by_row or row % world == rank:
-                    yield self._told(int(own[place]), row, raw, (seed, epoch), Cursor(epoch, place, row + 1), filters)
+                    yield self._picture_row(
+                        int(own[index]), row, raw, (seed, epoch), Cursor(epoch, index, row + 1), filters
+                    )
 
     def endless(
         self,
@@ -190,7 +192,7 @@ class Pictures:
                 raise InputError(f"{self.source}: no usable picture in all of reader {share[0]}'s share of {share[1]}")
             start = Cursor(start.epoch + 1)
 
-    def _told(
+    def _picture_row(
         self, shard: int, row: int, raw: RawRow, drawn: tuple[int, int], after: Cursor, filters: Filters
     ) -> PictureRow:
         if any(map(undecodable, raw.captions)):  # no tokenizer takes it, and no file
@@ -201,7 +203,16 @@ class Pictures:
         except Exception as error:  # decoders raise whatever a broken file leads them to
             left_out, raw = "", replace(raw, data=b"", failure=decoders_reason(error))
         name, failure = printable(raw.name), printable(raw.failure)
-        return PictureRow(shard, row, name, raw.data, caption, failure, left_out, after)
+        return PictureRow(
+            shard=shard,
+            row=row,
+            name=name,
+            data=raw.data,
+            caption=caption,
+            failure=failure,
+            left_out=left_out,
+            after=after,
+        )
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
         """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""
@@ -216,8 +227,8 @@ class Pictures:
             except OSError as error:
                 attempt += 1
                 if attempt == ATTEMPTS or isinstance(error, FileNotFoundError):
-                    place = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
-                    raise OSError(f"{place}: {' '.join(str(error).split())[:300]}") from error
+                    where = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
+                    raise OSError(f"{where}: {' '.join(str(error).split())[:300]}") from error
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
 
 
@@ -369,7 +380,7 @@ def _files(path: str) -> tuple[Place, list[Found]]:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(segment.startswith(".") for segment in name.split("/"))
 
 
 def _common(found: Sequence[Found]) -> Place:

@@ -37,7 +37,7 @@ class Row(NamedTuple):
     number: int  # from 1
     prompt: Callable[[], Any]  # the prompt, unchecked; raises BadRow
     name: str | None = None  # what messages call it, where a number says too little
-    part: str | None = None  # the list of a folder that it is in
+    listed_in: str | None = None  # the list of a folder that it is in
     bare: bool = False  # a text of a list or folder, which no column holds
     lines: int = 1  # of the file, which it covers
 
@@ -178,12 +178,12 @@ class _Objects:
             self._keys.update(dict.fromkeys(record))
         raise BadRow(f"without {self.columns[0]!r}")
 
-    def row(self, number: int, entry: Any, name: str, part: str | None = None) -> Row:
+    def row(self, number: int, entry: Any, name: str, listed_in: str | None = None) -> Row:
         """An entry of a list, where a bare text is a prompt, whatever the column is called."""
         if isinstance(entry, dict):
-            return Row(number, functools.partial(self.prompt_of, entry), name, part)
+            return Row(number, functools.partial(self.prompt_of, entry), name, listed_in)
         self._found |= isinstance(entry, str)
-        return Row(number, lambda: entry, name, part, bare=True)
+        return Row(number, lambda: entry, name, listed_in, bare=True)
 
     def end(self) -> None:
         """Raises InputError where objects had keys, but never the prompt's."""
@@ -240,9 +240,9 @@ def _folder_rows(folder: Path, columns: Sequence[str]) -> Iterator[Row]:
     objects, number = _Objects(folder, columns), 0
     for file in files:
         listed = _suffix(file) == ".json"
-        for place, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
+        for position, entry in enumerate(_list(file) if listed else [read_text(file)], start=1):
             number += 1
-            name = f"{file.name}, entry {place}" if listed else file.name
+            name = f"{file.name}, entry {position}" if listed else file.name
             yield objects.row(number, entry, name, file.stem if listed else None)
     objects.end()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +38,7 @@ class PromptReport:
     source: str
     rows: int = 0
     good: int = 0
+    _: KW_ONLY
     duplicates: int = 0  # rows whose text appeared before (equal hashes of 64 bits); they are kept
     aside: int = 0  # prompts of the other side (`holdout`)
     held_out: bool = False  # the good ones are the held-out side
@@ -63,13 +64,13 @@ class PromptReport:
 
     def bad_rows(self) -> str:
         """« 2 blank (rows 3, 8), 1 not JSON (row 9) », or « 1 blank (2.txt) »."""
-        parts = []
+        kinds = []
         for kind, count in self.bad.items():
             rows = self.first_bad[kind]
             what = "" if self.names else "rows " if count > 1 else "row "
             more = ", …" if count > len(rows) else ""
-            parts.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
-        return ", ".join(parts) + (f"; in their quotation marks lie {self.hidden} more lines" if self.hidden else "")
+            kinds.append(f"{count} {kind} ({what}{', '.join(self.names.get(row, str(row)) for row in rows)}{more})")
+        return ", ".join(kinds) + (f"; in their quotation marks lie {self.hidden} more lines" if self.hidden else "")
 
 
 class PromptSet:

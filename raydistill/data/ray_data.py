@@ -18,6 +18,12 @@ from raydistill.teachers.request import TeacherError
 MAX_BLOCKS = 4096  # Ray Data spends about 0.6 ms per block before the first batch
 
 
+@functools.lru_cache(maxsize=4)
+def fetched(stored: ray.ObjectRef) -> Any:
+    """What lies in the object store, one copy a process; arrays stay where they lie."""
+    return ray.get(stored)
+
+
 def dataset_of(rows: list[dict[str, Any]], in_order: bool = False) -> ray.data.Dataset:
     """One row a block where they are not too many, without lines on the screen; settings are this data set's alone.
 
@@ -37,16 +43,16 @@ def telling(call: Callable[..., Any]) -> Callable[..., Any]:
     """Raise StageError from whatever `call` raises."""
 
     @functools.wraps(call)
-    def told(*arguments: Any, **keywords: Any) -> Any:
+    def wrapped(*arguments: Any, **keywords: Any) -> Any:
         with _as_stage_error():
             return call(*arguments, **keywords)
 
     @functools.wraps(call)
-    def told_of_each(*arguments: Any, **keywords: Any) -> Iterator[Any]:
+    def wrapped_generator(*arguments: Any, **keywords: Any) -> Iterator[Any]:
         with _as_stage_error():
             yield from call(*arguments, **keywords)
 
-    return told_of_each if inspect.isgeneratorfunction(call) else told
+    return wrapped_generator if inspect.isgeneratorfunction(call) else wrapped
 
 
 @contextlib.contextmanager

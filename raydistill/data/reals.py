@@ -96,8 +96,8 @@ class RealOrder:
 
     def slot(self, slot: int) -> int | None:
         """Number of the fake score's update that a slot of prompts belongs to; None: the slot is the student's."""
-        update, place = divmod(slot, 1 + self.fakes)
-        return update * self.fakes + place - 1 if place else None
+        update, turn = divmod(slot, 1 + self.fakes)
+        return update * self.fakes + turn - 1 if turn else None
 
     def positions(self, sample_ids: Rows) -> np.ndarray:
         """Positions [B] of the teacher samples that the fake score's update of these sample ids sees.
@@ -105,12 +105,12 @@ class RealOrder:
         Ids of the student's own slots, which see none, count as those of the slot behind them.
         """
         slot, row = np.divmod(np.asarray(sample_ids, dtype=np.int64), self.slot_size)
-        update, place = np.divmod(slot, 1 + self.fakes)
-        return (update * self.fakes + np.maximum(place, 1) - 1) * self.slot_size + row
+        update, turn = np.divmod(slot, 1 + self.fakes)
+        return (update * self.fakes + np.maximum(turn, 1) - 1) * self.slot_size + row
 
     def rows(self, positions: Rows) -> np.ndarray:
         """Rows [B] of the set at these positions, int64."""
-        lane, epoch, offset = self._places(np.asarray(positions, dtype=np.int64))
+        lane, epoch, offset = self._lanes(np.asarray(positions, dtype=np.int64))
         rows = np.empty_like(lane)
         for one in np.unique(np.stack([lane, epoch]), axis=1).T:
             here = (lane == one[0]) & (epoch == one[1])
@@ -119,11 +119,11 @@ class RealOrder:
 
     def epoch(self, position: int) -> float:
         """How often this position's lane has read its rows when it has read this one."""
-        lane, epoch, offset = self._places(np.asarray([position], dtype=np.int64))
+        lane, epoch, offset = self._lanes(np.asarray([position], dtype=np.int64))
         first, stop = self._bounds(int(lane[0]))
         return float(epoch[0] + (offset[0] + 1) / (stop - first))
 
-    def _places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _lanes(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(lane, epoch, offset in the epoch) of positions."""
         slot, row = np.divmod(positions, self.slot_size)
         lane, within = np.divmod(row, self.size)
@@ -185,8 +185,8 @@ class RealSet:
 
     def _begin(self, lanes: int) -> None:
         self.lanes, self.reads = lanes, 0
-        held = lanes * (window_of(self.starts, self.row_bytes) + 2)
-        self._latents = functools.lru_cache(maxsize=held)(self._read_latents)
+        groups = lanes * (window_of(self.starts, self.row_bytes) + 2)
+        self._latents = functools.lru_cache(maxsize=groups)(self._read_latents)
         self._captions = functools.lru_cache(maxsize=CAPTION_GROUPS)(self._read_captions)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,18 +202,18 @@ class RealSet:
 
     def latents(self, rows: Rows) -> torch.Tensor:
         """Teacher latents [B, C, H, W] of these rows, as they are stored."""
-        return torch.stack([self._latents(group)[place] for group, place in self._places(rows)])
+        return torch.stack([self._latents(group)[index] for group, index in self._groups(rows)])
 
     def captions(self, rows: Rows) -> list[str]:
         """Captions of these rows."""
-        return [self._captions(group)[place] for group, place in self._places(rows)]
+        return [self._captions(group)[index] for group, index in self._groups(rows)]
 
     def first(self, count: int) -> torch.Tensor:
         """Latents of the first `count` rows, or of all."""
         return self.latents(range(min(count, len(self))))
 
-    def _places(self, rows: Rows) -> list[tuple[int, int]]:
-        """(group, place in it) of each row. Raises IndexError."""
+    def _groups(self, rows: Rows) -> list[tuple[int, int]]:
+        """(group, index in it) of each row. Raises IndexError."""
         rows = np.asarray(rows, dtype=np.int64)
         if not rows.size or rows.min() < 0 or rows.max() >= len(self):
             raise IndexError(f"rows of the teacher samples must be 0 … {len(self) - 1}, at least one")

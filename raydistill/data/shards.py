@@ -70,13 +70,13 @@ class _Shard:
 
     def put(self, batch: Batch, pick: np.ndarray) -> None:
         """Copy: what Ray hands out lies in the object store, and would stay there for as long as it is referred to."""
-        places = batch["row"][pick] - self.start
+        rows = batch["row"][pick] - self.start
         for name in ("z_T", "z_S", "preview"):
             values = batch[name]
             if name not in self.columns:
                 self.columns[name] = np.zeros((len(self.here), *values.shape[1:]), values.dtype)
-            self.columns[name][places] = values[pick]
-        self.here[places] = True
+            self.columns[name][rows] = values[pick]
+        self.here[rows] = True
 
 
 class PairWriter:

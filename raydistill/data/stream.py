@@ -20,7 +20,6 @@ bytes as in rows of captions, and encoders would hold the window of row groups o
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
@@ -37,16 +36,16 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from raydistill.background import in_background
 from raydistill.data.encode import CHUNK, REAL, Batch, PromptEncoder
 from raydistill.data.prompts import PromptSet
-from raydistill.data.ray_data import dataset_of
+from raydistill.data.ray_data import dataset_of, fetched
 from raydistill.data.reals import RealOrder, RealSet
 from raydistill.data.reward_texts import RewardTexts
 
 IDLE_S = 0.02  # pause of the executor's loop while the trainer has batches waiting
 
 
-def own_rows(rank: int, world: int, parts: int, part_size: int) -> range:
-    """Rows of every slot that worker `rank` of `world` reads: consecutive parts out of `parts`, as evenly as it goes."""
-    return range(rank * parts // world * part_size, (rank + 1) * parts // world * part_size)
+def own_rows(rank: int, world: int, count: int, size: int) -> range:
+    """Rows of every slot that worker `rank` of `world` reads: micro-batches of `size`, in a row, out of `count`."""
+    return range(rank * count // world * size, (rank + 1) * count // world * size)
 
 
 def slot_positions(slot: int, rows: Sequence[int], slot_size: int) -> np.ndarray:
@@ -67,17 +66,11 @@ class FakeRows:
     updates: int
 
     @classmethod
-    def of(cls, own: range, part_size: int, parts: int, fake_parts: int, updates: int) -> FakeRows | None:
-        """Those of the first `fake_parts` of each `parts` parts of a slot. None: all of the worker's own."""
-        if fake_parts == parts:
+    def of(cls, own: range, size: int, count: int, fake_count: int, updates: int) -> FakeRows | None:
+        """Those of the first `fake_count` of each `count` micro-batches of a slot. None: all of the worker's own."""
+        if fake_count == count:
             return None
-        return cls(tuple(row for row in own if row // part_size % parts < fake_parts), updates)
-
-
-@functools.lru_cache(maxsize=4)
-def _fetch(stored: ray.ObjectRef) -> Any:
-    """A prompt set, whose columns stay where they lie in the object store of this node, or a set of teacher samples."""
-    return ray.get(stored)
+        return cls(tuple(row for row in own if row // size % count < fake_count), updates)
 
 
 @dataclass(frozen=True)
@@ -118,12 +111,12 @@ class _Reader:
         self.rows, self.fake = rows, fake
 
     def read(self, slots: Batch) -> Batch:
-        parts = [self._rows(*slot) for slot in zip(slots["slot"].tolist(), slots["real"].tolist(), strict=True)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        rows = [self._rows(*slot) for slot in zip(slots["slot"].tolist(), slots["real"].tolist(), strict=True)]
+        return {name: np.concatenate([columns[name] for columns in rows]) for name in rows[0]}
 
     def _rows(self, slot: int, real: bool) -> Batch:
         positions = slot_positions(slot, _read_rows(slot, real, self.rows, self.fake), self.slot_size)
-        ids, texts = _fetch(self.reals).at(positions) if real else _fetch(self.prompts).at(self.seed, positions)
+        ids, texts = fetched(self.reals).at(positions) if real else fetched(self.prompts).at(self.seed, positions)
         prompts = np.array(texts, dtype=object)
         return {"sample_id": positions, "prompt_id": ids, "prompt": prompts, REAL: np.full(len(ids), real)}
 

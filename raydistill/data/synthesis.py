@@ -39,7 +39,7 @@ from raydistill.data.vae import PairEncoder
 from raydistill.diffusion.noise import normal
 from raydistill.errors import InputError
 from raydistill.spaces.base import Space
-from raydistill.spaces.held import vae_fingerprint
+from raydistill.spaces.loaded import vae_fingerprint
 from raydistill.storage.fingerprint import identify
 from raydistill.storage.place import Place
 
@@ -223,11 +223,11 @@ def load_rows(images: ImageSet, request: Request, pixels: int) -> Batch:
     rows = request.rows
     pictures = np.zeros((len(rows), 3, pixels, pixels), np.uint8)
     failure = np.full(len(rows), "", dtype=object)
-    for place, row in enumerate(rows.tolist()):
+    for index, row in enumerate(rows.tolist()):
         try:
-            pictures[place] = images.picture(row, pixels)
+            pictures[index] = images.picture(row, pixels)
         except BadImage as bad:
-            failure[place] = str(bad)
+            failure[index] = str(bad)
     return {"row": rows, "pixels": pictures, "failure": failure}
 
 
@@ -255,13 +255,13 @@ def streamed_rows(rows: Iterable[PictureRow], size: int = STREAMED) -> Iterator[
 
 
 def _streamed(row: PictureRow | None, left_out: int) -> dict[str, Any]:
-    told = {"row": 0, "name": "", "caption": "", "data": b"", "failure": "", "shard": -1, "next": 0}
+    columns = {"row": 0, "name": "", "caption": "", "data": b"", "failure": "", "shard": -1, "next": 0}
     if row is not None:
-        told = {name: getattr(row, name) for name in ("name", "caption", "data", "failure")}
-        told |= {"row": row.key, "shard": row.after.shard, "next": row.after.row}
+        columns = {name: getattr(row, name) for name in ("name", "caption", "data", "failure")}
+        columns |= {"row": row.key, "shard": row.after.shard, "next": row.after.row}
         if row.failure:
-            told["failure"] = f"{row.name}: {row.failure}"
-    return told | {"left_out": left_out}
+            columns["failure"] = f"{row.name}: {row.failure}"
+    return columns | {"left_out": left_out}
 
 
 def _columns(rows: list[dict[str, Any]]) -> Batch:
@@ -276,12 +276,12 @@ def _columns(rows: list[dict[str, Any]]) -> Batch:
 def decode_rows(batch: Batch, pixels: int) -> Batch:
     """Column data -> column pixels [B, 3, pixels, pixels] uint8; pictures of failed rows are black."""
     pictures, failure = np.zeros((len(batch["row"]), 3, pixels, pixels), np.uint8), batch["failure"].astype(object)
-    for place, (data, name) in enumerate(zip(batch["data"], batch["name"], strict=True)):
-        if batch["shard"][place] >= 0 and not failure[place]:
+    for index, (data, name) in enumerate(zip(batch["data"], batch["name"], strict=True)):
+        if batch["shard"][index] >= 0 and not failure[index]:
             try:
-                pictures[place] = decoded(data, name, pixels)
+                pictures[index] = decoded(data, name, pixels)
             except BadImage as bad:
-                failure[place] = str(bad)
+                failure[index] = str(bad)
     return {name: values for name, values in batch.items() if name != "data"} | {"pixels": pictures, "failure": failure}
 
 
@@ -308,8 +308,8 @@ def encode_rows(encoder: PairEncoder, batch: Batch) -> Batch:
     if encoder.with_previews:
         columns["preview"] = np.empty(len(pngs), dtype=object)
         columns["preview"][:] = pngs
-    told = {name: batch[name] for name in OF_STREAM if name in batch}
-    return columns | {"failure": failure, **told}
+    of_stream = {name: batch[name] for name in OF_STREAM if name in batch}
+    return columns | {"failure": failure, **of_stream}
 
 
 def in_order(requests: Iterable[Any], ask: Callable[[Any], Any], ahead: int) -> Iterator[Any]:

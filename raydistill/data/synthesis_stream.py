@@ -30,7 +30,7 @@ from raydistill.config.stages import SynthesisConfig
 from raydistill.data.ordered_shards import OrderedWriter
 from raydistill.data.pairs import captioned_previews, existing_shards, shard_file
 from raydistill.data.picture_stream import decoded_stream
-from raydistill.data.ray_data import dataset_of, telling
+from raydistill.data.ray_data import dataset_of, fetched, telling
 from raydistill.data.shards import FAILURES_FILE, Batch, PairWriter, Request
 from raydistill.data.stage_error import StageError
 from raydistill.data.synthesis import Recipe, TeacherAsker, check_beginning, encode_rows, load_rows
@@ -92,21 +92,15 @@ def synthesise_on_ray(
 # -- the stages -----------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=2)
-def _fetch(recipe: ray.ObjectRef) -> Recipe:
-    """One copy per process."""
-    return ray.get(recipe)
-
-
 # The actors load their models at the first call: what a constructor raises, Ray prints four times over.
 
 
 class _Asker:
     """Draws the pictures of one request after the other; several threads wait for the service at once."""
 
-    def __init__(self, recipe: ray.ObjectRef, client: TeacherClient, device: str, threads: int) -> None:
+    def __init__(self, stored: ray.ObjectRef, client: TeacherClient, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._load = functools.partial(TeacherAsker, client, _fetch(recipe), device)
+        self._load = functools.partial(TeacherAsker, client, fetched(stored), device)
         self._alone = threading.Lock()  # the text encoders' cache is not for several threads
 
     @functools.cached_property
@@ -123,9 +117,9 @@ class _Asker:
 class _Encoder:
     """Pictures or teacher samples -> the columns of the set."""
 
-    def __init__(self, recipe: ray.ObjectRef, device: str, threads: int) -> None:
+    def __init__(self, stored: ray.ObjectRef, device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._load = functools.partial(_fetch(recipe).encoder, device)
+        self._load = functools.partial(fetched(stored).encoder, device)
 
     @functools.cached_property
     def _encoder(self) -> PairEncoder:
@@ -137,9 +131,9 @@ class _Encoder:
 
 
 @telling
-def _read_images(requests: Batch, recipe: ray.ObjectRef) -> Batch:
-    told = _fetch(recipe)
-    return load_rows(told.source, _request(requests), told.teacher.resolution)
+def _read_images(requests: Batch, stored: ray.ObjectRef) -> Batch:
+    recipe: Recipe = fetched(stored)
+    return load_rows(recipe.source, _request(requests), recipe.teacher.resolution)
 
 
 def _request(requests: Batch) -> Request:
@@ -151,14 +145,14 @@ def _encoded(
     recipe: Recipe, writer: PairWriter | OrderedWriter, settings: SynthesisConfig, client: TeacherClient | None
 ) -> Iterator[Batch]:
     """Encoded rows of all that the writer lacks, in any order, or of a stream in its own. Closing the generator ends the actors."""
-    told = ray.put(recipe)
+    stored = ray.put(recipe)
     device = "cuda" if settings.gpus_per_encoder else "cpu"
     where = {"label_selector": settings.node_labels or None}
     share = {"num_cpus": settings.cpus_per_encoder, "num_gpus": settings.gpus_per_encoder} | where
-    actor = {"recipe": told, "device": device, "threads": settings.threads_per_encoder}
+    actor = {"stored": stored, "device": device, "threads": settings.threads_per_encoder}
     one_by_one = {"batch_size": 1, "batch_format": "numpy"}
     if isinstance(writer, OrderedWriter):
-        pictures = decoded_stream(told, recipe, writer.cursor, settings, telling)
+        pictures = decoded_stream(stored, recipe, writer.cursor, settings, telling)
     elif recipe.samples:
         rows = _dataset(list(writer.requests(recipe.batch_size)))
         # Pictures leave an actor with their request, also where a block has several: many hours of teachers would be held back.
@@ -175,7 +169,7 @@ def _encoded(
         )
     else:
         pictures = _dataset(list(writer.requests(recipe.batch_size))).map_batches(
-            _read_images, fn_kwargs={"recipe": told}, num_cpus=settings.cpus_per_encoder, **where, **one_by_one
+            _read_images, fn_kwargs={"stored": stored}, num_cpus=settings.cpus_per_encoder, **where, **one_by_one
         )
     encoded = pictures.map_batches(
         _Encoder,

@@ -93,18 +93,18 @@ def read_text(path: Place) -> str:
 
 def lines_of(stream: Iterable[str]) -> Iterator[str]:
     """Lines of an `open_text`, with their ends; of `\\r\\r\\n`, which two programs made of one end, as one."""
-    held = ""
+    pending = ""
     for line in stream:
-        if held and line != "\r\n":
-            yield held
-            held = ""
+        if pending and line != "\r\n":
+            yield pending
+            pending = ""
         if line.endswith("\r"):
-            held = line
+            pending = line
         else:
-            yield held + line
-            held = ""
-    if held:
-        yield held
+            yield pending + line
+            pending = ""
+    if pending:
+        yield pending
 
 
 def printable(text: str) -> str:

@@ -45,9 +45,9 @@ def in_chunks(space: Space, forward: Callable[..., torch.Tensor], *inputs: torch
     The last chunk is filled up by repeating its last row.
     """
     size, results = space.vae_batch(VAE_BATCH), []
-    for parts in zip(*(tensor.split(size) for tensor in inputs), strict=True):
-        count = len(parts[0])
-        filled = [torch.cat([part, part[-1:].expand(size - count, *part.shape[1:])]) for part in parts]
+    for chunks in zip(*(tensor.split(size) for tensor in inputs), strict=True):
+        count = len(chunks[0])
+        filled = [torch.cat([chunk, chunk[-1:].expand(size - count, *chunk.shape[1:])]) for chunk in chunks]
         results.append(forward(*filled)[:count])
     return torch.cat(results)
 
@@ -85,7 +85,7 @@ class PairEncoder:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents [B, C, H, W] of the teacher -> pictures on `device`; one that is not finite is NaN."""
         return in_chunks(
-            self.teacher, lambda part: self.teacher.decode_each(self._teacher_vae, part), latents.to(self.device)
+            self.teacher, lambda chunk: self.teacher.decode_each(self._teacher_vae, chunk), latents.to(self.device)
         )
 
     @torch.no_grad()
@@ -115,13 +115,13 @@ class PairEncoder:
         purpose: str,
     ) -> torch.Tensor:
         if self.posterior == "mean":
-            return in_chunks(space, lambda part: space.encode(vae, part), pictures).float().cpu()
+            return in_chunks(space, lambda chunk: space.encode(vae, chunk), pictures).float().cpu()
         if rows is None:
             raise ValueError("a sample of the posterior is drawn for a row of the set: rows must be given")
         noise = normal(self.seed, rows, space.latent_shape, purpose).to(pictures)
 
-        def sample(part: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-            mean, deviation = space.posterior(vae, part)
+        def sample(chunk: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            mean, deviation = space.posterior(vae, chunk)
             return space.normalise(mean + deviation * noise.to(mean))
 
         return in_chunks(space, sample, pictures, noise).float().cpu()

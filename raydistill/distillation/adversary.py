@@ -66,8 +66,9 @@ class Adversary:
         self.gan, self.path = networks.config.discriminator, networks.teacher_space.path
         self.shapes_features = self.gan.fake_weight > 0
         self.waits = self.shapes_features or self.gan.step_together
-        self._taken: dict[int, Reals] = {}  # teacher samples of this update, by the first sample id of their part
-        self._parts: dict[int, MicroBatch] = {}  # of this update, by sample id
+        # teacher samples of this update, by the first sample id of their micro-batch
+        self._taken: dict[int, Reals] = {}
+        self._micro_batches: dict[int, MicroBatch] = {}  # of this update, by sample id
         self._measures = False  # whether this update is the one that measures the features
 
     # -- the discriminator's own losses ---------------------------------------------------------------
@@ -82,10 +83,10 @@ class Adversary:
         row |= {"discriminator": loss.detach(), "accuracy": share_of(logits, lambda one: one < 0)}
         return self._head_gradients(loss, weight)
 
-    def real_gradients(self, row: Row, batch: MicroBatch) -> None:
+    def real_gradients(self, row: Row, micro_batch: MicroBatch) -> None:
         """Its other half: teacher samples with their own captions, noised over the full range of t."""
-        ids = batch.sample_ids
-        latents, conditioning = self._reals(batch)
+        ids = micro_batch.sample_ids
+        latents, conditioning = self._reals(micro_batch)
         eps, t_B = self.draws.normal(ids, latents.shape[1:], "real_noise"), self.draws.t(ids, "real_t")
         logits = self._logits_at(latents, eps, t_B, conditioning)
         loss = over_heads(real_logits_loss, logits)
@@ -96,31 +97,33 @@ class Adversary:
             r1 = over_heads(partial(approximate_r1, sigma=self.gan.r1_sigma), logits, found)
             row["r1"] = r1.detach()
             loss = loss + self.gan.r1_weight * r1
-        share = self._head_gradients(loss, batch.weight)
+        share = self._head_gradients(loss, micro_batch.weight)
         if self.shapes_features:
-            self.gradients.accumulate(share, "fake", weight=batch.weight)
+            self.gradients.accumulate(share, "fake", weight=micro_batch.weight)
         row["discriminator"] = loss.detach() + row["discriminator"]
 
-    def begin(self, batches: Sequence[MicroBatch]) -> None:
-        """A new update: of which parts it is made. None: it is over."""
-        self._taken, self._parts = {}, {int(number): batch for batch in batches for number in batch.sample_ids}
+    def begin(self, batch: Sequence[MicroBatch]) -> None:
+        """A new update: of which micro-batches it is made. None: it is over."""
+        self._taken = {}
+        self._micro_batches = {int(number): one for one in batch for number in one.sample_ids}
         self._measures = not self.networks.discriminator.measured
 
     def undo(self) -> None:
         """The statistics of this update are measured again."""
         self.networks.discriminator.measured = not self._measures
 
-    def _reals(self, batch: MicroBatch) -> Reals:
+    def _reals(self, micro_batch: MicroBatch) -> Reals:
         """The teacher samples that the update of these sample ids sees, the latents on the device; read once an update."""
-        whole = self._parts.get(int(batch.sample_ids[0]), batch).sample_ids
+        whole = self._micro_batches.get(int(micro_batch.sample_ids[0]), micro_batch).sample_ids
         key = int(whole[0])
         if key not in self._taken:
             self._taken[key] = self.feed.of(whole)
         latents, conditioning = self._taken[key]
-        if batch.rows is not None:
-            latents, conditioning = latents[batch.rows], {name: v[batch.rows] for name, v in conditioning.items()}
+        if micro_batch.rows is not None:
+            rows = micro_batch.rows
+            latents, conditioning = latents[rows], {name: v[rows] for name, v in conditioning.items()}
         latents, finite = upload(latents, self.networks.device), self.networks.finite
-        finite.of(batch.sample_ids)
+        finite.of(micro_batch.sample_ids)
         return finite.note(latents, "the teacher samples of discriminator.real_data"), conditioning
 
     def _logits_at(
@@ -137,13 +140,13 @@ class Adversary:
         return self.gan.fake_weight * loss if self.shapes_features else torch.zeros_like(loss)
 
     # -- the student ----------------------------------------------------------------------------------
-    def watched(self, row: Row, x: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def watched(self, row: Row, x: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """The student's x [B, C, H, W] as the discriminator's loss takes it.
 
         A backward pass adds to the row the mean square of x's gradient of this loss alone, in the units of the VSD gradient,
         which is that of a sum over x's elements and not of their mean.
         """
-        scale = x.numel() * self.gradients.mean_parts / (batch.weight or 1.0)
+        scale = x.numel() * self.gradients.mean_micro_batches / (micro_batch.weight or 1.0)
         judged = x.view_as(x)
         judged.register_hook(lambda g: row.update({"gan/gradient_square": g.float().square().mean() * scale**2}))
         return judged
@@ -152,7 +155,7 @@ class Adversary:
         self,
         row: Row,
         judged: torch.Tensor,
-        batch: MicroBatch,
+        micro_batch: MicroBatch,
         updates: int,
         features: Sequence[torch.Tensor] | None = None,
     ) -> torch.Tensor:
@@ -164,10 +167,10 @@ class Adversary:
             features: of it noised, from the pass that gave the VSD loss its fake score (`discriminator.shared_pass`).
         """
         if features is None:
-            ids = batch.sample_ids
+            ids = micro_batch.sample_ids
             t_B = self.draws.t(ids, "gan_t")
             x_t = add_noise(self.path, judged, self.draws.normal(ids, judged.shape[1:], "gan_noise"), t_B)
-            features = self.networks.features(x_t, t_B, batch.fake_conditioning)
+            features = self.networks.features(x_t, t_B, micro_batch.fake_conditioning)
         logits = self.networks.logits(features)
         loss = self.networks.finite.note(over_heads(generator_loss, logits), "the GAN loss")
         row["loss/gan"] = loss.detach()
@@ -175,10 +178,10 @@ class Adversary:
 
     # -- statistics of the features -------------------------------------------------------------------
     @torch.no_grad()
-    def measure(self, batches: Sequence[MicroBatch]) -> None:
+    def measure(self, batch: Sequence[MicroBatch]) -> None:
         """At the start of a run, what `discriminator.standardize` needs: of the first update's teacher samples.
 
-        Each part counts alike, however many of its samples are left.
+        Each micro-batch counts alike, however many of its samples are left.
 
         Each is noised at `TIMES` times, one in every equal part of their distribution. The statistics are the mean over all
         workers. They depend on seed and samples alone, and are part of the checkpoint.
@@ -186,18 +189,18 @@ class Adversary:
         if self.networks.discriminator.measured:
             return
         sums: list[torch.Tensor] = []
-        for batch in batches:
-            ids, (latents, conditioning) = batch.sample_ids, self._reals(batch)
-            for place in range(TIMES):
-                u_B = (place + self.draws.uniform(ids, f"statistics_t/{place}")) / TIMES
+        for micro_batch in batch:
+            ids, (latents, conditioning) = micro_batch.sample_ids, self._reals(micro_batch)
+            for index in range(TIMES):
+                u_B = (index + self.draws.uniform(ids, f"statistics_t/{index}")) / TIMES
                 t_B = sample_t(u_B, T_MIN, T_MAX, self.draws.shift)
-                eps = self.draws.normal(ids, latents.shape[1:], f"statistics_noise/{place}")
+                eps = self.draws.normal(ids, latents.shape[1:], f"statistics_noise/{index}")
                 features = self.networks.features(add_noise(self.path, latents, eps, t_B), t_B, conditioning)
                 for one in features:
                     self.networks.finite.note(one, "the features of the teacher samples")
                 moments = moments_of(features)
                 sums = [a + b for a, b in zip(sums, moments, strict=True)] if sums else moments
-        sums = [one / (TIMES * self.gradients.fake_mean_parts) for one in sums]
+        sums = [one / (TIMES * self.gradients.mean_fake_micro_batches) for one in sums]
         self.gradients.average(sums)
         self.networks.finite.note(torch.stack([one.sum() for one in sums]).sum(), "the features' statistics")
         self.networks.discriminator.take(sums)

@@ -1,7 +1,7 @@
 """What a worker's updates are fed with: its share of the prompts in micro-batches, teacher samples, random numbers.
 
-A worker's device gets a batch's conditioning once, and keeps it for the length of an update. Noise comes part by part, so
-that the device computes with one part's while the next part's is drawn.
+A worker's device gets a batch's conditioning once, and keeps it for the length of an update. Noise comes micro-batch by
+micro-batch, so that the device computes with that of one while that of the next is drawn.
 
 Shapes: B samples of a micro-batch, C×H×W teacher latents, c×h×w student latents.
 """
@@ -106,15 +106,15 @@ class StreamedReals:
 
         Raises RuntimeError where the stream brings others than are asked for.
         """
-        places, had, latents, conditioning = self._left or self._next()
-        if positions[0] > places[-1]:
-            places, had, latents, conditioning = self._next()
-        first = int(np.searchsorted(places, positions[0]))
+        streamed, had, latents, conditioning = self._left or self._next()
+        if positions[0] > streamed[-1]:
+            streamed, had, latents, conditioning = self._next()
+        first = int(np.searchsorted(streamed, positions[0]))
         stop = first + len(rows)
         if not np.array_equal(had[first:stop], rows):
             raise RuntimeError(f"the stream brings teacher samples {had[first:stop]}, and the update asks for {rows}")
         left = {name: value[stop:] for name, value in conditioning.items()}
-        self._left = (places[stop:], had[stop:], latents[stop:], left) if len(had) > stop else None
+        self._left = (streamed[stop:], had[stop:], latents[stop:], left) if len(had) > stop else None
         return latents[first:stop].float(), {name: value[first:stop] for name, value in conditioning.items()}
 
     def _next(self) -> tuple[np.ndarray, np.ndarray, torch.Tensor, Conditioning]:
@@ -173,11 +173,13 @@ class MicroBatch:
     teacher_conditioning: Conditioning  # as it is sent to the teachers
     fake_conditioning: Conditioning  # the same for the fake score
     reward_conditioning: Conditioning = field(default_factory=dict)  # what the student's reward knows of the prompts
-    rows: torch.Tensor | None = None  # [B] places of the samples in the part that they are left of; None: all are there
-    weight: float = 1.0  # share of that part that they are; 0: they stand in for a part of which nothing is left
+    rows: torch.Tensor | None = None  # [B] positions in the whole micro-batch of what is left of it; None: all is there
+    weight: float = (
+        1.0  # share of the whole micro-batch that is left; 0: these stand in for one of which nothing is left
+    )
 
     def without(self, samples: Collection[int]) -> Self:
-        """The part without these sample ids; perhaps of none, with the weight 0."""
+        """The micro-batch without these sample ids; perhaps of none, with the weight 0."""
         kept = torch.tensor([number not in samples for number in self.sample_ids.tolist()])
         if bool(kept.all()):
             return self
@@ -201,11 +203,11 @@ class Made(MicroBatch):
     timestep_B: torch.Tensor | None  # of it; None: the start timestep, for all
     x_t: torch.Tensor  # [B, C, H, W] in main memory
     t_B: torch.Tensor  # in main memory
-    held: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
+    on_device: tuple[torch.Tensor, torch.Tensor]  # x_t and t_B on the device
 
     def with_graph(self, path: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`held`: its own numbers, and the gradient of x_t = alpha x + sigma eps with respect to the student's x."""
-        x_t, t_B = self.held
+        """`on_device`: its own numbers, and the gradient of x_t = alpha x + sigma eps with respect to the student's x."""
+        x_t, t_B = self.on_device
         return x_t + expand(path.alpha_sigma(t_B)[0], x) * (x - x.detach()), t_B
 
 
@@ -256,7 +258,7 @@ class Batches:
 
     Attributes:
         source: conditioned batches (`data.encode.conditioned_batches`).
-        parts: equal micro-batches that each of them is cut into.
+        micro_batches: equal micro-batches that each of them is cut into.
         device: of the worker's networks.
         rewarded: whether the source brings what a reward knows of the prompts.
     """
@@ -264,18 +266,18 @@ class Batches:
     def __init__(
         self,
         source: Iterator[dict[str, Any]],
-        parts: int,
+        micro_batches: int,
         device: torch.device | str = "cpu",
         rewarded: bool = False,
     ) -> None:
-        self.source, self.parts, self.device = source, parts, torch.device(device)
+        self.source, self.micro_batches, self.device = source, micro_batches, torch.device(device)
         self.roles = ("student", "teacher", *((REWARD,) if rewarded else ()))
         self._consumed: list[list[int]] = []
         self._metrics: dict[str, float] = defaultdict(float)
-        self._part_size = 0  # of the last whole batch; 0: there was none yet
+        self._size = 0  # of the last whole batch; 0: there was none yet
 
     def next(self, chosen: Sequence[int] | None = None) -> list[MicroBatch]:
-        """The next batch in equal parts, or the chosen ones of them, which may be all that the source brings.
+        """The next batch in micro-batches, or the chosen ones of them, which may be all that the source brings.
 
         Raises ValueError where it cannot be divided.
         """
@@ -286,30 +288,32 @@ class Batches:
             self._metrics["data/cut_prompts"] += float(np.sum(batch[CUT]))
         ids = torch.tensor(batch["sample_id"], dtype=torch.long)
         columns = {role: columns_of(batch, role) for role in self.roles}
-        size, some = self._part_size, chosen is not None and len(chosen) < self.parts
+        size, some = self._size, chosen is not None and len(chosen) < self.micro_batches
         if not (some and len(ids) == len(chosen) * size):  # it is whole
-            if len(ids) % self.parts:
+            if len(ids) % self.micro_batches:
                 raise ValueError(
-                    f"distill.micro_batches: a batch of {len(ids)} samples has no {self.parts} equal parts"
+                    f"distill.micro_batches: a batch of {len(ids)} samples has no {self.micro_batches} equal parts"
                 )
-            self._part_size = size = len(ids) // self.parts
-        if some and len(ids) == self.parts * size:
-            kept = torch.cat([torch.arange(part * size, (part + 1) * size) for part in chosen])
+            self._size = size = len(ids) // self.micro_batches
+        if some and len(ids) == self.micro_batches * size:
+            kept = torch.cat([torch.arange(number * size, (number + 1) * size) for number in chosen])
             ids = ids[kept]
             columns = {role: {name: value[kept] for name, value in it.items()} for role, it in columns.items()}
         self._consumed.append(ids.tolist())
-        held = {role: {name: upload(value, self.device) for name, value in it.items()} for role, it in columns.items()}
+        on_device = {
+            role: {name: upload(value, self.device) for name, value in it.items()} for role, it in columns.items()
+        }
 
-        def part(it: Conditioning, rows: slice) -> Conditioning:
+        def cut(it: Conditioning, rows: slice) -> Conditioning:
             return {name: value[rows] for name, value in it.items()}
 
         return [
             MicroBatch(
                 sample_ids=ids[rows],
-                student_conditioning=part(held["student"], rows),
-                teacher_conditioning=part(columns["teacher"], rows),
-                fake_conditioning=part(held["teacher"], rows),
-                reward_conditioning=part(held.get(REWARD, {}), rows),
+                student_conditioning=cut(on_device["student"], rows),
+                teacher_conditioning=cut(columns["teacher"], rows),
+                fake_conditioning=cut(on_device["teacher"], rows),
+                reward_conditioning=cut(on_device.get(REWARD, {}), rows),
             )
             for rows in (slice(first, first + size) for first in range(0, len(ids), size))
         ]

@@ -65,15 +65,15 @@ class CollapseAlarm:
         self._moments.append(moments(x))
 
     def of_update(
-        self, mean_parts: float, average: Callable[[list[torch.Tensor]], None] = lambda tensors: None
+        self, mean_micro_batches: float, average: Callable[[list[torch.Tensor]], None] = lambda tensors: None
     ) -> torch.Tensor:
         """`moments` of the update whose batch was added, [2, C] on its device.
 
         Args:
-            mean_parts: parts of a worker, on average over all workers.
+            mean_micro_batches: micro-batches of a worker, on average over all workers.
             average: mean of tensors over the workers, in place.
         """
-        total = torch.stack(self._moments).sum(0) / mean_parts
+        total = torch.stack(self._moments).sum(0) / mean_micro_batches
         average([total])
         return total
 

@@ -55,10 +55,10 @@ def feature_blocks(space: Space, network: nn.Module, depths: Sequence[float]) ->
         InputError: two of the depths are the same block, as in a network of few blocks.
     """
     blocks = space.feature_blocks(network, depths)
-    for place, block in enumerate(blocks[1:], 1):
-        if any(block is other for other in blocks[:place]):
+    for index, block in enumerate(blocks[1:], 1):
+        if any(block is other for other in blocks[:index]):
             raise InputError(
-                f"discriminator.depths: {depths[place - 1]:g} and {depths[place]:g} are the same block of the fake score; "
+                f"discriminator.depths: {depths[index - 1]:g} and {depths[index]:g} are the same block of the fake score; "
                 "name fewer depths, or depths that are further apart"
             )
     return blocks
@@ -76,14 +76,14 @@ def _round(network: nn.Module, dtype: torch.dtype) -> None:
                     parameter.data = parameter.data.to(dtype)
 
 
-def _partition(parts: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Leave this worker its share of the parts' frozen parameters, on the mesh's device; what is trained stays whole."""
+def _partition(blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Leave this worker its share of the blocks' frozen parameters, on the mesh's device; what is trained stays whole."""
     # of views that are changed in place, which no network here does: the numbers are those of the whole copy
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    for part in parts:
-        trained = {p for p in part.parameters() if p.requires_grad}
+    for block in blocks:
+        trained = {p for p in block.parameters() if p.requires_grad}
         # a root's default is not to reshard
-        fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 class FakeScore(nn.Module):
@@ -117,7 +117,7 @@ class FakeScore(nn.Module):
             if config.base_dtype != "float32":
                 _round(network, getattr(torch, config.base_dtype))
             if mesh is not None:
-                _partition(space.large_parts(network), mesh)
+                _partition(space.large_blocks(network), mesh)
         else:
             network = truncate(space, network, config) if config.kind == "truncated" else network
             network.requires_grad_(True)
@@ -126,12 +126,12 @@ class FakeScore(nn.Module):
         self._stop = self._ends_graph = False
         blocks = feature_blocks(space, self.network, depths)
         self._count = len(blocks)
-        for place, block in enumerate(blocks):
-            block.register_forward_hook(functools.partial(self._keep, place))
+        for index, block in enumerate(blocks):
+            block.register_forward_hook(functools.partial(self._keep, index))
 
-    def _keep(self, place: int, module: nn.Module, inputs: Any, output: Any) -> None:
-        self._features[place] = output
-        if place < self._count - 1:
+    def _keep(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._features[index] = output
+        if index < self._count - 1:
             return
         if self._stop:
             raise _FeaturesReached
@@ -174,4 +174,4 @@ class FakeScore(nn.Module):
 
     def _take(self, x_t: torch.Tensor) -> list[torch.Tensor]:
         outputs, self._features = self._features, {}
-        return [self.space.feature_map(outputs[place], x_t) for place in range(self._count)]
+        return [self.space.feature_map(outputs[index], x_t) for index in range(self._count)]

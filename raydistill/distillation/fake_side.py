@@ -54,53 +54,53 @@ class FakeSide:
         self.leaving_out, self.adversary = leaving_out, adversary
         self.config, self.space = networks.config, networks.teacher_space
 
-    def update(self, batches: Sequence[MicroBatch]) -> list[Row]:
-        """One update of the fake score on fresh student samples, and one of the discriminator; each part's metrics."""
+    def update(self, batch: Sequence[MicroBatch]) -> list[Row]:
+        """One update of the fake score on fresh student samples, and one of the discriminator. Metrics of each micro-batch."""
         adversary = self.adversary
         if adversary is None:
-            return self.leaving_out.run(self._student_half, batches, ["fake"])
+            return self.leaving_out.run(self._student_half, batch, ["fake"])
         both = ["fake", "discriminator"]
-        adversary.begin(batches)
+        adversary.begin(batch)
         if adversary.waits:
             rows = self.leaving_out.run(
-                lambda parts: self._teacher_half(parts, self._student_half(parts)), batches, both, undo=adversary.undo
+                lambda batch: self._teacher_half(batch, self._student_half(batch)), batch, both, undo=adversary.undo
             )
         else:
-            first = self.leaving_out.run(self._student_half, batches, both, undo=adversary.undo)
-            rows = self.leaving_out.run(lambda parts: self._teacher_half(parts, first), batches, both)
+            first = self.leaving_out.run(self._student_half, batch, both, undo=adversary.undo)
+            rows = self.leaving_out.run(lambda batch: self._teacher_half(batch, first), batch, both)
         adversary.begin([])
         return rows
 
-    def _student_half(self, parts: Sequence[MicroBatch]) -> list[Row]:
+    def _student_half(self, batch: Sequence[MicroBatch]) -> list[Row]:
         if self.adversary is not None:
-            self.adversary.measure(parts)
-        rows = [self.student_gradients(part) for part in parts]
+            self.adversary.measure(batch)
+        rows = [self.student_gradients(micro_batch) for micro_batch in batch]
         if self.adversary is None or not self.adversary.waits:
             self.gradients.step(fake=self.config.fake_score.max_grad_norm)
         return rows
 
-    def _teacher_half(self, parts: Sequence[MicroBatch], rows: Sequence[Row]) -> list[Row]:
+    def _teacher_half(self, batch: Sequence[MicroBatch], rows: Sequence[Row]) -> list[Row]:
         """Returns the rows of both halves."""
         rows = [dict(row) for row in rows]
-        for row, part in zip(rows, parts, strict=True):
-            self.adversary.real_gradients(row, part)
+        for row, micro_batch in zip(rows, batch, strict=True):
+            self.adversary.real_gradients(row, micro_batch)
         norms = {"fake": self.config.fake_score.max_grad_norm} if self.adversary.waits else {}
         self.gradients.step(**norms, discriminator=self.config.student.max_grad_norm)
         return rows
 
-    def student_gradients(self, batch: MicroBatch) -> Row:
+    def student_gradients(self, micro_batch: MicroBatch) -> Row:
         """Of the fake score's loss, and of the discriminator's on its features of student samples."""
-        ids, path = batch.sample_ids, self.space.path
+        ids, path = micro_batch.sample_ids, self.space.path
         self.networks.finite.of(ids)
         with torch.no_grad():
-            seen, timestep_B = self.rollout.seen(batch)
-            x = self.networks.x(seen, batch.student_conditioning, timestep_B)
+            seen, timestep_B = self.rollout.seen(micro_batch)
+            x = self.networks.x(seen, micro_batch.student_conditioning, timestep_B)
             eps, t_B = self.draws.normal(ids, x.shape[1:], "fake_noise"), self.draws.t(ids, "fake_t")
             x_t = add_noise(path, x, eps, t_B)
-        prediction, features = self.networks.fake_score(x_t, t_B, batch.fake_conditioning)
+        prediction, features = self.networks.fake_score(x_t, t_B, micro_batch.fake_conditioning)
         loss = F.mse_loss(prediction.float(), target(path, self.space.prediction, x, eps, t_B))
         row = {"fake": loss.detach()}
         if self.adversary is not None:
-            loss = loss + self.adversary.fake_gradients(row, features, batch.weight)
-        self.gradients.accumulate(loss, "fake", weight=batch.weight)
+            loss = loss + self.adversary.fake_gradients(row, features, micro_batch.weight)
+        self.gradients.accumulate(loss, "fake", weight=micro_batch.weight)
         return row

@@ -89,14 +89,14 @@ class Finite:
         flags = [torch.cat([note.bad for note in noted])] if noted else []
         copies = download([*values, *flags])
         if noted and (bad := copies.pop()).any():
-            parts = bad.split([len(note.bad) for note in noted])
-            raise _error([(note, part) for note, part in zip(noted, parts, strict=True) if part.any()])
+            each = bad.split([len(note.bad) for note in noted])
+            raise _error([(note, one) for note, one in zip(noted, each, strict=True) if one.any()])
         return copies
 
 
 def _error(found: list[tuple[_Note, torch.Tensor]]) -> NonFiniteError:
     """Of the notes that were not finite, with the samples [B] concerned of each."""
-    own = [(note, part) for note, part in found if note.ids is not None]
+    own = [(note, one) for note, one in found if note.ids is not None]
     if any(note.source == OTHERS_SAMPLE for note, _ in found):  # means over workers noted before it follow from it
         if not own:
             return NonFiniteError(f"{OTHERS_SAMPLE} is not finite", 1, (), True, ())
@@ -107,6 +107,6 @@ def _error(found: list[tuple[_Note, torch.Tensor]]) -> NonFiniteError:
     if first.ids is None:
         kind = GradientOverflow if first.scaled else NonFiniteError
         return kind(message, len(rows), rows, first.elsewhere)
-    samples = sorted({number for note, part in own for number in note.ids[part].tolist()})
+    samples = sorted({number for note, one in own for number in note.ids[one].tolist()})
     ids = first.ids[bad].tolist()
     return NonFiniteError(f"{message} (sample ids {ids[:8]})", len(rows), rows, first.elsewhere, samples)

@@ -1,8 +1,8 @@
 """Gradients of one worker's micro-batches, their mean over all workers, and the optimizers that take them.
 
-A batch is computed in `distill.micro_batches` equal parts. Every loss is a mean over samples of what each sample gives
-by itself, so the mean of the parts' gradients is the batch's, up to rounding. Where fewer workers than usual share the
-parts of all, some have more of them than others: each divides by what they have on average, before the mean of all.
+A batch is computed in `distill.micro_batches` micro-batches. Every loss is a mean over samples of what each sample gives
+by itself, so the mean of the micro-batches' gradients is the batch's, up to rounding. Where fewer workers than usual share
+them, some have more of them than others: each divides by what they have on average, before the mean of all.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Gradients:
 
     Args:
         by_name: the optimizers.
-        mean_parts: micro-batches of a worker, on average over all workers.
+        mean_micro_batches: micro-batches of a worker, on average over all workers.
         finite: looked at before every step.
         average: mean of tensors over the workers.
-        fake_mean_parts: those of the fake score's and the discriminator's updates; None: as many.
+        mean_fake_micro_batches: those of the fake score's and the discriminator's updates; None: as many.
         share: of the learning rates, by the number of student updates before this one; None: always all of them.
         scale: of the student's gradients; None: there is none.
     """
@@ -70,17 +70,17 @@ class Gradients:
     def __init__(
         self,
         by_name: dict[str, Optimizer],
-        mean_parts: float,
+        mean_micro_batches: float,
         finite: Finite,
         average: Average = alone,
         *,
-        fake_mean_parts: float | None = None,
+        mean_fake_micro_batches: float | None = None,
         share: Callable[[int], float] | None = None,
         scale: GradientScale | None = None,
     ) -> None:
-        self.optimizers, self.mean_parts, self.finite = by_name, mean_parts, finite
+        self.optimizers, self.mean_micro_batches, self.finite = by_name, mean_micro_batches, finite
         self.average, self.share, self.scale = average, share, scale
-        self.fake_mean_parts = fake_mean_parts or mean_parts
+        self.mean_fake_micro_batches = mean_fake_micro_batches or mean_micro_batches
         self.tolerant = False  # whether samples may be left out: all workers have to know of another's
         self._rates = {name: float(one.param_groups[0]["lr"]) for name, one in by_name.items()}
 
@@ -102,12 +102,12 @@ class Gradients:
         Args:
             keep: the graph, for another loss that shares it.
             weight: share of the micro-batch's samples that the loss is the mean of; the others count as 0. Where it is 0,
-                the loss is another part's: its passes run, as those of all workers must, and add nothing.
+                the loss is another micro-batch's: its passes run, as those of all workers must, and add nothing.
         """
         self.finite.note(loss, f"the {' and '.join(names)} loss")
         parameters = [p for name in names for p in self.parameters(name)]
-        mean_parts = self.fake_mean_parts if names[0] in OF_FAKE else self.mean_parts
-        own = loss / (mean_parts / weight) if weight else 0 * loss
+        mean_micro_batches = self.mean_fake_micro_batches if names[0] in OF_FAKE else self.mean_micro_batches
+        own = loss / (mean_micro_batches / weight) if weight else 0 * loss
         torch.autograd.backward(own, inputs=parameters, retain_graph=keep)
 
     def step(self, **max_norms: float) -> dict[str, torch.Tensor]:
@@ -162,9 +162,9 @@ class Gradients:
             (of_samples, self.finite.of_samples, OTHERS_SAMPLE),
             (of_any, self.finite.of_any, OTHERS_VALUE),
         ):
-            if asked and (told := bad()) is not None:
-                self.average([told])
-                self.finite.note((1 - (told > 0).float()).log()[0], source, elsewhere=True)  # log 0
+            if asked and (flag := bad()) is not None:
+                self.average([flag])
+                self.finite.note((1 - (flag > 0).float()).log()[0], source, elsewhere=True)  # log 0
 
     def scaled(self, phase: Callable[[], T], names: Sequence[str]) -> T:
         """A phase of the student, which accumulates for the named optimizers and steps them; see `GradientScale.run`."""

@@ -91,17 +91,17 @@ class RewardTerm:
         self.model, self.networks, self.gradients = model.to(networks.device), networks, gradients
         self.config = networks.config.reward
 
-    def watched(self, row: Row, z_student: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    def watched(self, row: Row, z_student: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
         """z_S [B, c, h, w] as the other losses take it, through the Bridge.
 
         A backward pass adds to the row the mean square of their gradient, in the units of `Adversary.watched`.
         """
-        scale = z_student.numel() * self.gradients.mean_parts / (batch.weight or 1.0)
+        scale = z_student.numel() * self.gradients.mean_micro_batches / (micro_batch.weight or 1.0)
         through = z_student.view_as(z_student)
         through.register_hook(lambda g: row.update({"others/gradient_square": g.float().square().mean() * scale**2}))
         return through
 
-    def pull(self, row: Row, z_student: torch.Tensor, batch: MicroBatch, updates: int) -> torch.Tensor:
+    def pull(self, row: Row, z_student: torch.Tensor, micro_batch: MicroBatch, updates: int) -> torch.Tensor:
         """-w · mean r, of the samples that are chosen; those that are not count as their mean.
 
         Args:
@@ -109,10 +109,10 @@ class RewardTerm:
         """
         finite, detached = self.networks.finite, z_student.detach()
         rewards, gradients = detached.new_zeros(len(detached), dtype=torch.float32), torch.zeros_like(detached)
-        for place, sample_id in enumerate(batch.sample_ids.tolist()):
+        for index, sample_id in enumerate(micro_batch.sample_ids.tolist()):
             if is_chosen(self.config, sample_id):
-                one = slice(place, place + 1)
-                texts = {name: value[one] for name, value in batch.reward_conditioning.items()}
+                one = slice(index, index + 1)
+                texts = {name: value[one] for name, value in micro_batch.reward_conditioning.items()}
                 rewards[one], gradients[one] = self._with_gradient(detached[one], texts)
         finite.note(rewards, "the reward")
         finite.note(gradients, "the reward's gradient")

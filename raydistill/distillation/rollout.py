@@ -43,9 +43,9 @@ class Rollout:
         return (sample_ids + begins.long()) % self.steps
 
     @torch.no_grad()
-    def seen(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def seen(self, micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the trained step of each sample sees [B, c, h, w], and its timesteps [B]; of one step noise, and None."""
-        ids, shape = batch.sample_ids, self.networks.student_space.latent_shape
+        ids, shape = micro_batch.sample_ids, self.networks.student_space.latent_shape
         noise = self.draws.normal(ids, shape, "latents")
         if self.steps == 1:
             return noise, None
@@ -59,7 +59,7 @@ class Rollout:
             before_R, then_R = (
                 upload(self._timesteps[number].repeat(len(rows)), device) for number in (step - 1, step)
             )
-            text = {name: value[at] for name, value in batch.student_conditioning.items()}
+            text = {name: value[at] for name, value in micro_batch.student_conditioning.items()}
             finite.of(own)
             z_R = self.networks.z_student(x_t[at], text, before_R)
             eps = self.draws.normal(own, shape, "student_noise", step)

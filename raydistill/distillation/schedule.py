@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
-from raydistill.device_memory import part
+from raydistill.device_memory import doing
 from raydistill.distillation.batches import Made
 from raydistill.distillation.updates import Distiller
 
-UPDATE = ("the student's next batch", "the fake score's update", "the student's update")  # its parts, in errors
+UPDATE = ("the student's next batch", "the fake score's update", "the student's update")  # its phases, in errors
 
 
 class Pending(Protocol):
@@ -52,7 +52,7 @@ class Unchecked:
 
 
 class Requests:
-    """The score requests of one student update: at most `in_flight` under way, answers in the order of the parts."""
+    """The score requests of one student update: at most `in_flight` under way, answers in their order."""
 
     def __init__(self, submit: Submit, in_flight: int) -> None:
         self._submit, self._in_flight = submit, in_flight
@@ -71,7 +71,7 @@ class Requests:
             self._sent.append(self._submit(self._unsent.popleft()))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """Scores [B, C, H, W] of each part, waited for one by one."""
+        """Scores [B, C, H, W] of each micro-batch, waited for one by one."""
         while self._unsent or self._sent:
             self.send()
             scores = self._sent.popleft().result()
@@ -87,19 +87,19 @@ def distillation_step(distiller: Distiller, submit: Submit | None, fake_updates:
     """
     started = time.perf_counter()
     requests = Requests(submit, distiller.config.distill.in_flight) if submit is not None else None
-    parts = []
-    with part(UPDATE[0]):
+    batch = []
+    with doing(UPDATE[0]):
         for made in distiller.make():
-            parts.append(made)
+            batch.append(made)
             if requests is not None:
                 requests.add(made)
                 if overlap:
                     requests.send()
     for _ in range(fake_updates):
-        with part(UPDATE[1]):
+        with doing(UPDATE[1]):
             distiller.fake_update()
         if requests is not None and overlap:
             requests.send()
-    with part(UPDATE[2]):
-        distiller.student_update(parts, requests)
+    with doing(UPDATE[2]):
+        distiller.student_update(batch, requests)
     distiller.metrics["time/step"] = time.perf_counter() - started

@@ -50,9 +50,9 @@ class Distiller:
         real: teacher samples, needed where there is a discriminator.
         anchor: the Bridge's own losses, needed where `bridge.trainable` has it trained along.
         average: mean of tensors over the workers.
-        mean_parts: micro-batches of a worker, on average over all workers; None: as many as this one has.
-        fake_parts: which of its micro-batches the fake score's updates take; None: all.
-        fake_mean_parts: how many, on average over all workers; None: `mean_parts`.
+        mean_micro_batches: micro-batches of a worker, on average over all workers; None: as many as this one has.
+        fake_micro_batches: which of its micro-batches the fake score's updates take; None: all.
+        mean_fake_micro_batches: how many, on average over all workers; None: `mean_micro_batches`.
     """
 
     def __init__(
@@ -64,30 +64,30 @@ class Distiller:
         real: Reals | None = None,
         anchor: Objective | None = None,
         average: Average = alone,
-        mean_parts: float | None = None,
-        fake_parts: Sequence[int] | None = None,
-        fake_mean_parts: float | None = None,
+        mean_micro_batches: float | None = None,
+        fake_micro_batches: Sequence[int] | None = None,
+        mean_fake_micro_batches: float | None = None,
     ) -> None:
         if config.bridge.trainable and anchor is None:
             raise ValueError("bridge.trainable is true, but there are no pairs to anchor the Bridge")
         if networks.discriminator is not None and real is None:
             raise ValueError("discriminator.weight is above 0, but there are no real data")
         self.config, self.networks, self.batches, self.real = config, networks, batches, real
-        self.anchor, self.fake_parts = anchor if config.bridge.trainable else None, fake_parts
+        self.anchor, self.fake_micro_batches = anchor if config.bridge.trainable else None, fake_micro_batches
         self.finite, self.readings = networks.finite, Readings(networks.finite)
         self.gradients = Gradients(
             optimizers_of(networks, config),
-            mean_parts or batches.parts,
+            mean_micro_batches or batches.micro_batches,
             self.finite,
             average,
-            fake_mean_parts=fake_mean_parts,
+            mean_fake_micro_batches=mean_fake_micro_batches,
             share=shares(config),
             scale=networks.gradient_scale,
         )
         self.teacher_space, self.path = networks.teacher_space, networks.teacher_space.path
         shift = self.teacher_space.default_shift if config.vsd.shift is None else config.vsd.shift
         self.leaving_out = LeavingOut(
-            config.distill.non_finite_share, batches.parts, self.gradients, self.finite, networks.device
+            config.distill.non_finite_share, batches.micro_batches, self.gradients, self.finite, networks.device
         )
         self._left: set[int] = set()  # sample ids of the student's batch that are left out
         self.draws = Draws(config.run.seed, shift, networks.device)
@@ -103,7 +103,7 @@ class Distiller:
         self.left_out: list[tuple[str, list[int]]] = []  # words and sample ids of what was left out, until it is told
         self.updates = 0  # of the student
         # that there are now
-        self.workers = config.distill.workers * config.distill.micro_batches / self.gradients.mean_parts
+        self.workers = config.distill.workers * config.distill.micro_batches / self.gradients.mean_micro_batches
         self._shares_pass = gan and config.discriminator.shared_pass
 
     # -- make ----------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Distiller:
                 name: self.leaving_out.zeroed(batch, self._left, v) for name, v in batch.teacher_conditioning.items()
             }
             own = vars(batch) | {"teacher_conditioning": texts}
-            made = Made(**own, seen=seen, timestep_B=timestep_B, x_t=sent[0], t_B=sent[1], held=(x_t, t_B))
+            made = Made(**own, seen=seen, timestep_B=timestep_B, x_t=sent[0], t_B=sent[1], on_device=(x_t, t_B))
             self.watch.made(*self.leaving_out.left_of(made, self._left, z_student, x))
             self.metrics["time/make"] += time.perf_counter() - started
             yield made
@@ -140,7 +140,7 @@ class Distiller:
         """One update of the fake score on fresh student samples, and one of the discriminator."""
         started = time.perf_counter()
         self.gradients.set_rates(self.updates)
-        rows = self.fake_side.update(self.batches.next(self.fake_parts))
+        rows = self.fake_side.update(self.batches.next(self.fake_micro_batches))
         mean = mean_of(rows)
         self.readings.add({name: mean[row] for row, name in NAMES.items() if row in mean})
         self.watch.faked([row["fake"] for row in rows])
@@ -153,7 +153,7 @@ class Distiller:
         A Bridge that is trained along takes the same losses plus its own, on the pairs of this update.
 
         Args:
-            scores: the teacher's guided x0 estimates at each part's `x_t`, in order; waited for one by one. None: no VSD.
+            scores: the teacher's guided x0 estimates at each micro-batch's `x_t`, in order; None: no VSD.
         """
         started = time.perf_counter()
         self.gradients.set_rates(self.updates)
@@ -161,22 +161,22 @@ class Distiller:
         pairs = None if self.anchor is None else self.anchor.batch(self.updates)
         names = ("student",) if self.anchor is None else ("student", "bridge")
 
-        def phase(parts: list[Made]) -> tuple[list[Row], dict[str, torch.Tensor]]:
+        def phase(batch: list[Made]) -> tuple[list[Row], dict[str, torch.Tensor]]:
             rows = []
-            for index, part in enumerate(parts):
-                own = None if pairs is None else pairs.part(index, len(parts))
-                row = self._student_gradients(part, waiting.of(index, part), own)
-                rows += [row] if part.weight else []
+            for index, micro_batch in enumerate(batch):
+                own = None if pairs is None else pairs.micro_batch(index, len(batch))
+                row = self._student_gradients(micro_batch, waiting.of(index, micro_batch), own)
+                rows += [row] if micro_batch.weight else []
             return rows, self.gradients.step(**dict.fromkeys(names, self.config.student.max_grad_norm))
 
         rows, norms = self.leaving_out.run(
-            lambda parts: self.gradients.scaled(lambda: phase(parts), names), made, names, left=self._left
+            lambda batch: self.gradients.scaled(lambda: phase(batch), names), made, names, left=self._left
         )
         self.readings.add(mean_of(rows))
         self.readings.add({f"{name}/grad_norm": norm for name, norm in norms.items()})
         self.networks.update_ema(self.updates)
         left_out = self.leaving_out.pop_count()
-        seen = self.watch.of_update(self.gradients.mean_parts, self.gradients.average, left_out)
+        seen = self.watch.of_update(self.gradients.mean_micro_batches, self.gradients.average, left_out)
         read, numbers = self.readings.read(*seen)
         self.metrics |= read | self.watch.observe(*numbers)
         if self.watch.left_out:
@@ -188,7 +188,7 @@ class Distiller:
         self.metrics["time/student"] += time.perf_counter() - started - waiting.seconds
 
     def _student_gradients(self, made: Made, x0_real: torch.Tensor | None, pairs: Pairs | None) -> Row:
-        """Of the student's loss, and with pairs of the Bridge's; returns the losses' parts."""
+        """Of the student's loss, and with pairs of the Bridge's; returns each loss by itself."""
         config, row = self.config, {}
         self.finite.of(made.sample_ids)
         z_student = self.networks.z_student(made.seen, made.student_conditioning, made.timestep_B)
@@ -201,7 +201,7 @@ class Distiller:
                 x_t, t_B = made.with_graph(self.path, judged)
                 x0_fake, features = self.networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
             else:
-                x0_fake = self.networks.x0_fake(*made.held, made.fake_conditioning)
+                x0_fake = self.networks.x0_fake(*made.on_device, made.fake_conditioning)
             g = self.finite.note(vsd_gradient(x, x0_real, x0_fake), "the VSD gradient")
             vsd = self.finite.note(vsd_loss(x, g), "the VSD loss")
             row |= {"loss/vsd": vsd.detach(), "vsd/gradient_square": g.square().mean()}
@@ -225,8 +225,8 @@ class Distiller:
         """Metrics gathered since the last call."""
         read, metrics, self.metrics = self.readings.read()[0], self.metrics, defaultdict(float)
         metrics |= read
-        if told := self.leaving_out.pop_told():
-            self.left_out += told
+        if left_out := self.leaving_out.pop_left_out():
+            self.left_out += left_out
         for source in (self.batches, self.feed, self.gradients.scale):
             for name, value in source.pop_metrics().items() if source else ():
                 metrics[name] += value
@@ -253,19 +253,28 @@ def build_distiller(
     anchor: Objective | None = None,
     average: Average = alone,
     reward: Reward | None = None,
-    parts: int | None = None,
+    micro_batches: int | None = None,
     **others: Any,
 ) -> Distiller:
-    """One worker's Distiller from its parts. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
+    """One worker's Distiller. Arguments of `Batches` and `Distiller`; the others are those of `Networks`.
 
     Args:
         reward: of the student's pictures (`load_reward`).
-        parts: micro-batches of this worker; None: `distill.micro_batches`.
+        micro_batches: micro-batches of this worker; None: `distill.micro_batches`.
     """
-    shares = {name: others.pop(name) for name in ("mean_parts", "fake_parts", "fake_mean_parts") if name in others}
-    if config.fake_score.batch_size is not None and "fake_parts" not in shares:
-        shares |= {"fake_parts": range(config.fake_parts), "fake_mean_parts": config.fake_parts}
-    batches = Batches(source, parts or config.distill.micro_batches, others.get("device", "cpu"), reward is not None)
+    shares = {
+        name: others.pop(name)
+        for name in ("mean_micro_batches", "fake_micro_batches", "mean_fake_micro_batches")
+        if name in others
+    }
+    if config.fake_score.batch_size is not None and "fake_micro_batches" not in shares:
+        shares |= {
+            "fake_micro_batches": range(config.fake_micro_batches),
+            "mean_fake_micro_batches": config.fake_micro_batches,
+        }
+    batches = Batches(
+        source, micro_batches or config.distill.micro_batches, others.get("device", "cpu"), reward is not None
+    )
     own = Networks(config, **others)
     distiller = Distiller(config, own, batches, real=real, anchor=anchor, average=average, **shares)
     if reward is not None:

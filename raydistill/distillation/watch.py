@@ -68,16 +68,16 @@ class Watch:
     def begin(self) -> None:
         """A new update's batch is made."""
         self.alarm.begin()
-        self._latents: list[torch.Tensor] = []  # mean and mean square of each part of which samples are left
-        self._parts = 0
-        self._losses: list[torch.Tensor] = []  # of each fake update, summed over the parts
+        self._latents: list[torch.Tensor] = []  # mean and mean square of each micro-batch of which samples are left
+        self._micro_batches = 0
+        self._losses: list[torch.Tensor] = []  # of each fake update, summed over the micro-batches
 
     def made(self, z_student: torch.Tensor, x: torch.Tensor) -> None:
         """An equal part of the batch: latents of the student [B, c, h, w], and in teacher space [B, C, H, W].
 
         One without samples counts as the mean of the others.
         """
-        self._parts += 1
+        self._micro_batches += 1
         if not len(x):
             return
         z = z_student.detach().double()
@@ -85,23 +85,23 @@ class Watch:
         self.alarm.add(x)
 
     def faked(self, losses: Sequence[torch.Tensor]) -> None:
-        """Losses of a fake update's parts."""
+        """Losses of a fake update's micro-batches."""
         self._losses.append(torch.stack([loss.detach().double() for loss in losses]).sum())
 
     def of_update(
-        self, mean_parts: float, average: Average = lambda tensors: None, left_out: int = 0
+        self, mean_micro_batches: float, average: Average = lambda tensors: None, left_out: int = 0
     ) -> list[torch.Tensor]:
         """What `observe` takes of the update that was begun last, on its device. It waits for nothing.
 
         Args:
-            mean_parts: parts of a worker, on average over all workers.
+            mean_micro_batches: micro-batches of a worker, on average over all workers.
             average: mean of tensors over the workers, in place.
             left_out: samples that this worker has left out of it.
         """
-        share = len(self._latents) / self._parts
-        moments = self.alarm.of_update(share * mean_parts, average)
+        share = len(self._latents) / self._micro_batches
+        moments = self.alarm.of_update(share * mean_micro_batches, average)
         latents = torch.stack(self._latents).sum(0) / share
-        numbers = torch.cat([latents, *(loss[None] for loss in self._losses)]) / mean_parts
+        numbers = torch.cat([latents, *(loss[None] for loss in self._losses)]) / mean_micro_batches
         numbers = torch.cat([numbers, numbers.new_full((1,), left_out)])
         average([numbers])
         return [moments, numbers]

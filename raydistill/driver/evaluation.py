@@ -62,9 +62,9 @@ def run_evaluation(
 
 def _of_set(evaluation: Evaluation, folder: EvaluationFolder, metric: Metric) -> float:
     if metric.name == "fid":
-        told, drawn = evaluation.resources, str(evaluation.folder / PICTURES)
-        arguments = (drawn, str(evaluation.reference), metric.weights, told.device)
-        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=told.gpus)
+        resources, drawn = evaluation.resources, str(evaluation.folder / PICTURES)
+        arguments = (drawn, str(evaluation.reference), metric.weights, resources.device)
+        return run_once(inception_fid, *arguments, runtime_env=runtime_env("fid"), gpus=resources.gpus)
     files = [str(folder.file_of(picture)) for picture in folder.pictures]
     reference = [str(file) for file in pictures_in(evaluation.reference)]
     return run_once(judge_frechet, metric.weights["judge"], files, reference, evaluation.resources.threads)

@@ -19,12 +19,12 @@ from raydistill import export
 from raydistill.config.schema import Config
 from raydistill.driver.finished import SUMMARY
 from raydistill.driver.run_folder import RunFolder
-from raydistill.errors import mask
+from raydistill.errors import mask, reason
 from raydistill.export.few_steps import steps_of_folder
 from raydistill.storage.atomic import read_json, reading
 from raydistill.storage.place import Place
 from raydistill.tracking.screen import screen
-from raydistill.tracking.store import client_of, told, tracking_uri
+from raydistill.tracking.store import client_of, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,13 +58,13 @@ def log_student(uri: str, run_id: str, folder: Place, metric: str | None, regist
             _register(client, run, model, metric, register)
     except Exception as error:  # noqa: BLE001 (mlflow, sqlalchemy and requests all have their own)
         screen.say(
-            f"MLflow    {mask('uri', uri)} does not take the student as a model ({told(uri, error)}): it is in {folder}"
+            f"MLflow    {mask('uri', uri)} does not take the student as a model ({reason(error, uri)}): it is in {folder}"
         )
         return False
     return True
 
 
-def has_score(config: Config, summary: dict[str, Any]) -> bool:
+def has_value(config: Config, summary: dict[str, Any]) -> bool:
     """Whether the exported student has a number by which it is compared with others."""
     return config.evaluation.metric in summary.get("student_after", {})
 
@@ -81,7 +81,7 @@ def log_if_refused(config: Config, run: RunFolder) -> None:
     """A finished run's student, where MLflow did not take it when the run ended."""
     kept = run.recall()
     if kept.get(REFUSED):
-        measured = has_score(config, read_json(run.path / SUMMARY, "restore it, or use another run.name"))
+        measured = has_value(config, read_json(run.path / SUMMARY, "restore it, or use another run.name"))
         log_of_run(config, run, tracking_uri(config, run.storage), kept["mlflow"]["pipeline"], measured)
 
 
@@ -132,7 +132,7 @@ def _register(client: MlflowClient, run: Run, model: LoggedModel, metric: str | 
             raise
     mine = run.data.metrics.get(metric)
     champion = client.get_registered_model(name).aliases.get(CHAMPION)
-    best = None if champion is None else _score(client, name, champion, metric, run.info.run_id)
+    best = None if champion is None else _value(client, name, champion, metric, run.info.run_id)
     tags = {} if mine is None else {METRIC: str(metric), SCORE: repr(mine)}
     with _as_the_process_s_own(client.tracking_uri):  # where MLflow looks a `models:/` up, whichever the client's
         version = client.create_model_version(
@@ -164,7 +164,7 @@ def _as_the_process_s_own(uri: str) -> Iterator[None]:
             os.environ[TRACKING_URI] = inherited
 
 
-def _score(client: MlflowClient, name: str, version: str, metric: str | None, run_id: str) -> float | None:
+def _value(client: MlflowClient, name: str, version: str, metric: str | None, run_id: str) -> float | None:
     """How well a version did by the metric; None: not known. The metric of a run that was extended is not its old version's."""
     champion = client.get_model_version(name, version)
     if SCORE in champion.tags:

@@ -23,8 +23,8 @@ JOIN_S = 1.0  # a process that was started inside the block may hold the pipe op
 
 
 @contextmanager
-def native_lines(told: Callable[[str], str]) -> Iterator[None]:
-    """Pass on what `told` leaves of each line that is written to descriptor 2; an empty text is dropped.
+def native_lines(rewrite: Callable[[str], str]) -> Iterator[None]:
+    """Pass on what `rewrite` leaves of each line that is written to descriptor 2; an empty text is dropped.
 
     Where standard error is closed nothing is changed.
     """
@@ -40,7 +40,7 @@ def native_lines(told: Callable[[str], str]) -> Iterator[None]:
         sys.stderr = ours
     os.dup2(write, STDERR)
     os.close(write)
-    reader = threading.Thread(target=_pass_on, args=(read, told), name="native-lines", daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(read, rewrite), name="native-lines", daemon=True)
     reader.start()
     try:
         yield
@@ -70,7 +70,7 @@ def _apart(descriptor: int) -> io.TextIOWrapper | None:
     return io.TextIOWrapper(raw, sys.stderr.encoding, sys.stderr.errors, line_buffering=True, write_through=True)
 
 
-def _pass_on(descriptor: int, told: Callable[[str], str]) -> None:
+def _pass_on(descriptor: int, rewrite: Callable[[str], str]) -> None:
     rest = b""
     while True:
         whole = bool(select.select([descriptor], [], [], PARTIAL_S if rest else None)[0])
@@ -79,19 +79,19 @@ def _pass_on(descriptor: int, told: Callable[[str], str]) -> None:
         rest += data if whole else b""
         *lines, rest = rest.split(b"\n")
         for line in lines:
-            _write(line, told, "\n")
+            _write(line, rewrite, "\n")
         if not whole:  # a prompt, or a bar of a library
-            _write(rest, told, "")
+            _write(rest, rewrite, "")
             rest = b""
     if rest:
-        _write(rest, told, "")
+        _write(rest, rewrite, "")
     os.close(descriptor)
 
 
-def _write(line: bytes, told: Callable[[str], str], end: str) -> None:
+def _write(line: bytes, rewrite: Callable[[str], str], end: str) -> None:
     """To Python's standard error, which a bar of the screen keeps above itself."""
     text = line.decode(errors="replace")
-    shown = told(text)
+    shown = rewrite(text)
     if shown or not text:
         with contextlib.suppress(OSError, ValueError):  # nobody listens any more
             sys.stderr.write(shown + end)  # in one piece: a line of another thread may come in between

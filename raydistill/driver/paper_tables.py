@@ -93,8 +93,8 @@ def cells(table: str, config: Config, storage: Path, seeds: int, quick: bool) ->
 
 def _pair(config: Config, student: str, teacher: str) -> Config:
     """`config` with one student and one teacher of the miniature world."""
-    parts = [read_yaml(CONFIGS / "shapes" / f"{name}.yaml")[0] for name in (student, teacher)]
-    return changed(config, {section: values for part in parts for section, values in part.items()})
+    trees = [read_yaml(CONFIGS / "shapes" / f"{name}.yaml")[0] for name in (student, teacher)]
+    return changed(config, {section: values for tree in trees for section, values in tree.items()})
 
 
 def check(table: str, seeds: int, quick: bool, config: Config, run: RunFolder) -> None:
@@ -200,13 +200,13 @@ def merge(student: str, seed: int, members: Sequence[Cell], record: RunRecord) -
             space = check_inputs(config).student
             evaluation = config.evaluation
             fixed = FixedPrompts(inputs.held_out, evaluation.count, evaluation.seed)
-            scores = record.scores(name, torch.device("cpu"))
-            evaluator = StudentEvaluator(space, fixed, evaluation, "cpu", scores)
+            scorers = record.scorers(name, torch.device("cpu"))
+            evaluator = StudentEvaluator(space, fixed, evaluation, "cpu", scorers)
             pictures = evaluator.draw(
                 load_unet(space, str(folder / "export")), config.student.start_timestep, config.student.steps
             )
             accuracy = evaluator.accuracy(pictures)
-            scores.close()
+            scorers.close()
             save_pictures(folder / "after.safetensors", pictures[: evaluation.grid])
             run_id = record.stage_run(config, name)
             tracker = Tracker(record.uri, run_id)
@@ -249,12 +249,12 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found + [_row("teacher", who, [values]) for who, values in seen.items()]
 
 
-def _row(student: str, row: str, scores: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _row(student: str, row: str, tables: Sequence[dict[str, float]]) -> dict[str, Any]:
     values = {}
-    for key in scores[0]:
-        numbers = [score[key] for score in scores]
+    for key in tables[0]:
+        numbers = [table[key] for table in tables]
         values[key] = [statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else 0.0]
-    return {"student": student, "row": row, "seeds": len(scores), "values": values}
+    return {"student": student, "row": row, "seeds": len(tables), "values": values}
 
 
 def markdown(summary: dict[str, Any]) -> str:

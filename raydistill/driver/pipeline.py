@@ -21,7 +21,7 @@ from raydistill.driver.stages import (
     train_bridge_on,
 )
 from raydistill.driver.summary import summarise
-from raydistill.evaluation.evaluator import Scores
+from raydistill.evaluation.evaluator import Scorers
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.client import TeacherClient
 from raydistill.teachers.request import one_line
@@ -53,11 +53,11 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     if trains_bridge(config) or not draws(config) or other_drawer(config):  # the teachers are not held meanwhile
         sets = make_sets(record)
         bridge = train_bridge_on(record, sets[0]) if trains_bridge(config) else bridge
-    scores = record.scores("the teacher's pictures")
+    scorers = record.scorers("the teacher's pictures")
     # teachers start while the trainers do
-    with contextlib.closing(scores), teacher_service(record, config, service) as ready:
-        scores.start()
-        pictures = in_background(lambda: _teacher_row(record, service, ready, scores))
+    with contextlib.closing(scorers), teacher_service(record, config, service) as ready:
+        scorers.start()
+        pictures = in_background(lambda: _teacher_row(record, service, ready, scorers))
         if sets is None:
             ready.result()
             sets = make_sets(record, TeacherClient(service, config.teachers))
@@ -72,10 +72,10 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     return results
 
 
-def _teacher_row(record: RunRecord, service: str, ready: Future[None], scores: Scores) -> dict[str, float]:
+def _teacher_row(record: RunRecord, service: str, ready: Future[None], scorers: Scorers) -> dict[str, float]:
     """The teacher's row of the table. What fails there is said, and costs no more than the row: the student learns."""
     try:
-        return draw_teacher_pictures(record, service, ready, scores)
+        return draw_teacher_pictures(record, service, ready, scorers)
     except Exception as error:  # noqa: BLE001 (whatever it is, weeks of training are worth more)
         if not (ready.done() and ready.exception()):  # which ends the run by itself
             screen.say(f"teacher   its row of the table failed, and the run goes on without it: {one_line(error)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from raydistill.bridge.attention import reader_of
 from raydistill.bridge.model import Bridge, check_pair, projector_parameters
@@ -38,7 +38,7 @@ from raydistill.spaces import check_everywhere, load_space, load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.distilled import check_scores, drawing
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
 from raydistill.spaces.starts import check_lora
@@ -57,6 +57,7 @@ class Inputs:
     teacher: Space
     prompts: PromptSet
     held_out: PromptSet
+    _: KW_ONLY
     notes: tuple[str, ...] = ()  # lines that the job prints first
     images: ImageSet | Pictures | None = None  # real ones, when synthesis.images names them
     drawer: Space | None = None  # what draws pictures, when it is not the teacher
@@ -118,7 +119,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         _check_disjoint("synthesis.images", images.prompts, held_out)
     _check_bucket(check_storage(config))
     _check_tracking(config)  # last: it makes the store, and other mistakes leave nothing behind
-    return Inputs(student, teacher, prompts, held_out, notes, images, drawer, distils)
+    return Inputs(student, teacher, prompts, held_out, notes=notes, images=images, drawer=drawer, distils=distils)
 
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
@@ -326,22 +327,22 @@ def _check_micro_batches(config: Config) -> None:
     shares = {"distill.batch_size": config.distill.batch_size}
     if config.bridge.trainable:
         shares["bridge.batch_size / distill.workers"] = config.bridge.batch_size // config.distill.workers
-    _check_parts("distill.micro_batches", config.distill.micro_batches, shares)
+    _check_divides("distill.micro_batches", config.distill.micro_batches, shares)
     if trains_bridge(config):
         workers = "distill.min_workers" if config.distill.min_workers else "distill.workers"
         share = {f"bridge.batch_size / {workers}": config.bridge.batch_size // config.distill.fewest}
-        _check_parts("bridge.micro_batches", config.bridge.micro_batches, share)
+        _check_divides("bridge.micro_batches", config.bridge.micro_batches, share)
 
 
-def _check_parts(key: str, parts: int, shares: Mapping[str, int]) -> None:
-    """Raises InputError with the nearest numbers of parts that divide every share, by name."""
+def _check_divides(key: str, micro_batches: int, shares: Mapping[str, int]) -> None:
+    """Raises InputError with the nearest numbers of micro-batches that divide every share, by name."""
     for name, share in shares.items():
-        if share % parts:
+        if share % micro_batches:
             common = math.gcd(*shares.values())
             fitting = [count for count in range(1, common + 1) if common % count == 0]
-            near = sorted(fitting, key=lambda count: abs(count - parts))[:2]
+            near = sorted(fitting, key=lambda count: abs(count - micro_batches))[:2]
             raise InputError(
-                f"{key}: {name} = {share} cannot be divided by {parts}; set {key} to "
+                f"{key}: {name} = {share} cannot be divided by {micro_batches}; set {key} to "
                 f"{' or '.join(map(str, sorted(near)))}, or change {name.split(' ')[0]}"
             )
 

@@ -126,7 +126,7 @@ class RunRecord:
         tracker.dataset(context, str(folder), fingerprint(folder), count_rows(folder))
         tracker.close(DESCRIBED_WITHIN_S)
 
-    def scores(self, what: str, device: torch.device | None = None) -> RunScorers:
+    def scorers(self, what: str, device: torch.device | None = None) -> RunScorers:
         """What scores pictures that the driver has; a metric that fails is said. `device`: as in `RunScorers`."""
 
         def failed(metric: str, reason: str) -> None:
@@ -170,7 +170,7 @@ class RunRecord:
 
     def _wait_for_store(self, open_it: Callable[[], T]) -> T:
         """Ask the store, to open a run for example; a store that is away is waited for, since training before and after does not need it."""
-        deadline, told = time.monotonic() + self.config.tracking.retry_for_s, float("-inf")
+        deadline, said_at = time.monotonic() + self.config.tracking.retry_for_s, float("-inf")
         while True:
             try:
                 return open_it()
@@ -178,8 +178,8 @@ class RunRecord:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise
-                if time.monotonic() - told > 60:
-                    told = time.monotonic()
+                if time.monotonic() - said_at > 60:
+                    said_at = time.monotonic()
                     screen.say(f"waiting for MLflow, up to {left:.0f} s more (tracking.retry_for_s): {error}")
                 time.sleep(min(5.0, left))
 

@@ -21,7 +21,7 @@ from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
 from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.preflight import Inputs, open_drawer
 from raydistill.driver.run_record import RunRecord
-from raydistill.evaluation.evaluator import FixedPrompts, Scores, draw_teacher
+from raydistill.evaluation.evaluator import FixedPrompts, Scorers, draw_teacher
 from raydistill.pictures.files import save_pictures
 from raydistill.spaces.distilled import drawing
 from raydistill.storage.atomic import read_json, replace_text
@@ -73,9 +73,9 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
 
 
 def draw_teacher_pictures(
-    record: RunRecord, service: str, teachers: Future[None], scores: Scores | None = None
+    record: RunRecord, service: str, teachers: Future[None], scorers: Scorers | None = None
 ) -> dict[str, float]:
-    """The teacher's row of the table; drawn once a run, when its teachers are ready. `scores`: as in `draw_teacher`."""
+    """The teacher's row of the table; drawn once a run, when its teachers are ready. `scorers`: as in `draw_teacher`."""
     config, folder = record.config, record.run.path
     if (folder / "teacher.json").is_file():
         return read_json(folder / "teacher.json", "remove it, and the teacher is drawn again")
@@ -85,7 +85,7 @@ def draw_teacher_pictures(
         fixed = FixedPrompts(record.inputs.held_out, config.evaluation.count, config.evaluation.seed)
         client = TeacherClient(service, config.teachers)
         guidance = guidance_scale(config, space)
-        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scores)
+        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scorers)
         save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
         replace_text(folder / "teacher.json", json.dumps(table))
     return table
@@ -151,8 +151,8 @@ def _made(record: RunRecord, stage: str, name: str, recipe: Recipe, client: Teac
             with ProgressWatcher(progress, stage, "row"):
                 synthesise_on_ray(recipe, folder, config.synthesis, client if recipe.samples else None, log)
             log.finish(folder, covered_rows(folder))
-            if not recipe.samples and (told := fewer_than_asked(folder, recipe.count)) is not None:
-                screen.say(f"{stage}: {told}")
+            if not recipe.samples and (fewer := fewer_than_asked(folder, recipe.count)) is not None:
+                screen.say(f"{stage}: {fewer}")
         finally:
             tracker.close()
         record.finish(run_id)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raydistill.config.command_line import shown_command
-from raydistill.driver.logged_model import has_score, log_of_run
+from raydistill.driver.logged_model import has_value, log_of_run
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts, judge_of
 from raydistill.evaluation.summary import markdown, table, write_summary
@@ -36,7 +36,7 @@ def summarise(record: RunRecord, results: Results) -> dict[str, Any]:
     stage = record.run.path / "distill"
     if (stage / "export").is_dir():
         move_folder(stage / "export", record.run.path / "export")
-    log_of_run(record.config, record.run, record.uri, record.parent, has_score(record.config, summary))
+    log_of_run(record.config, record.run, record.uri, record.parent, has_value(record.config, summary))
     write_summary(record.run.path / "summary.json", summary)
     _show(record, results, summary, rows)
     return summary

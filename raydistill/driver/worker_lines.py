@@ -53,7 +53,7 @@ def lines_to_show(data: Mapping[str, Any]) -> list[str]:
         return []
     if who == "autoscaler":  # which nodes come and go; the rest is its own log
         return [f"(autoscaler) {line.partition(EVENT)[2]}" for line in data["lines"] if EVENT in line]
-    lines = [text for line in data["lines"] if (text := _told(line)).strip() and not NARRATION.search(text)]
+    lines = [text for line in data["lines"] if (text := _shown(line)).strip() and not NARRATION.search(text)]
     if not data.get("is_err") and data.get("actor_name"):
         return lines  # our workers print what concerns the user, and name the stage themselves
     pid = data.get("pid")
@@ -61,7 +61,7 @@ def lines_to_show(data: Mapping[str, Any]) -> list[str]:
     return [f"({name}) {line}" for line in lines]
 
 
-def _told(line: str) -> str:
+def _shown(line: str) -> str:
     """A line without the prefix of Ray's C++ side, which is heard where a process dies of it, or a node is short of memory or disk."""
     prefix = NATIVE.match(line)
     if prefix is None:
@@ -99,7 +99,7 @@ class _Shown:
 def worker_lines() -> Iterator[None]:
     """Show them this way for the length of the block; `ray.init` must come inside."""
     theirs = getattr(ray_worker, HOOK, None)
-    with native_lines(_told):
+    with native_lines(_shown):
         if theirs is None or list(inspect.signature(theirs).parameters) != ["data", "ignore_prefix"]:
             screen.say(f"ray       {ray.__version__} has another {HOOK}: all that Ray's processes print is shown")
             yield

@@ -54,11 +54,11 @@ class FixedPrompts:
 
     def batches(self, size: int) -> Iterator[tuple[int, int, list[str]]]:
         for start in range(0, len(self.captions), size):
-            part = self.captions[start : start + size]
-            yield start, start + len(part), part
+            captions = self.captions[start : start + size]
+            yield start, start + len(captions), captions
 
 
-Scores = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics
+Scorers = Callable[[torch.Tensor, Sequence[str]], Columns]  # pictures, captions -> columns of metrics
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ class Measured:
         return Measured(table, spread, each)
 
 
-def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scores: Scores | None) -> Measured:
+def measure(pictures: torch.Tensor, captions: Sequence[str], judge: Judge | None, scorers: Scorers | None) -> Measured:
     """By the judge and by other metrics, where there are any."""
     found = Measured()
     if judge is not None:
-        judged = judge.score(pictures, captions)
+        judged = judge.compare(pictures, captions)
         columns = {name: values.tolist() for name, values in columns_of(judged).items()}
         found = Measured(table_of(judged)).with_columns(columns)
-    return found if scores is None else found.with_columns(scores(pictures, captions))
+    return found if scorers is None else found.with_columns(scorers(pictures, captions))
 
 
 def judge_of(config: EvaluationConfig) -> Judge | None:
@@ -110,16 +110,16 @@ class StudentEvaluator:
         fixed: FixedPrompts,
         config: EvaluationConfig,
         device: torch.device | str,
-        scores: Scores | None = None,
+        scorers: Scorers | None = None,
         *,
         table: PromptTable | None = None,
     ) -> None:
         """
         Args:
-            scores: of the metrics beside the judge; None: they are left out.
+            scorers: of the metrics beside the judge; None: they are left out.
             table: the student's conditioning of the set; None: it is made here, on the CPU.
         """
-        self.scores = scores
+        self.scorers = scorers
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
         self.table = PromptTable(space, fixed.captions) if table is None else table
         self.vae = space.load_vae().to(device)
@@ -140,7 +140,7 @@ class StudentEvaluator:
 
     def measured(self, pictures: torch.Tensor) -> Measured:
         """Empty where nothing is measured."""
-        return measure(pictures, self.fixed.captions, self.judge, self.scores)
+        return measure(pictures, self.fixed.captions, self.judge, self.scorers)
 
     def accuracy(self, pictures: torch.Tensor) -> dict[str, float]:
         """The table of means."""
@@ -154,7 +154,7 @@ def draw_teacher(
     fixed: FixedPrompts,
     config: Config,
     guidance_scale: float,
-    scores: Scores | None = None,
+    scorers: Scorers | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
@@ -184,5 +184,5 @@ def draw_teacher(
     if bad := (~finite).nonzero().flatten().tolist():
         screen.say(f"teacher   {len(bad)} of {len(images)} pictures are not finite, and left out of its row: {bad}")
     captions = [caption for caption, good in zip(fixed.captions, finite.tolist(), strict=True) if good]
-    measured = measure(images[finite], captions, judge_of(config.evaluation), scores)
+    measured = measure(images[finite], captions, judge_of(config.evaluation), scorers)
     return images.nan_to_num(-1.0), measured.table

@@ -21,7 +21,7 @@ from raydistill.storage.json_lines import lines_of
 SETTINGS_FILE, LIST_FILE, PICTURES, SCORES = "evaluation.json", "items.jsonl", "pictures", "parts"
 DRAW = "draw"  # what is done before all metrics
 
-Scores = Mapping[str, Sequence[float | None]]  # column -> a number for each picture; None where it has none
+Values = Mapping[str, Sequence[float | None]]  # column -> a number for each picture; None where it has none
 
 
 class EvaluationFolder:
@@ -67,10 +67,12 @@ class EvaluationFolder:
     def missing(self, metric: str) -> list[int]:
         return [batch for batch in self.batches if not self.has(metric, batch)]
 
-    def write(self, metric: str, batch: int, scores: Scores) -> None:
+    def write(self, metric: str, batch: int, columns: Values) -> None:
         """Raises ValueError where a column has not one number for each picture of the batch."""
         count = len(self.batch(batch))
-        columns = {name: [None if v is None or v != v else float(v) for v in values] for name, values in scores.items()}
+        columns = {
+            name: [None if v is None or v != v else float(v) for v in values] for name, values in columns.items()
+        }
         for name, values in columns.items():
             if len(values) != count:
                 raise ValueError(f"{metric}: {len(values)} values of {name} for {count} pictures")
@@ -97,7 +99,7 @@ class EvaluationFolder:
         return self.path / SCORES / metric / "set.json"
 
 
-Scorer = Callable[[list[str], list[str]], Scores]  # picture files, prompts -> scores
+Scorer = Callable[[list[str], list[str]], Values]  # picture files, prompts -> columns
 
 
 class BatchActor:

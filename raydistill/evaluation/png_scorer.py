@@ -20,7 +20,7 @@ class PngScorer:
         self._make, self._arguments = make, dict(arguments)
         self._work: Any = None
 
-    def score(self, pictures: Sequence[bytes], prompts: Sequence[str], at_once: int) -> Columns:
+    def measure(self, pictures: Sequence[bytes], prompts: Sequence[str], at_once: int) -> Columns:
         """Columns of N numbers.
 
         Args:
@@ -31,12 +31,12 @@ class PngScorer:
         columns: Columns = {}
         with tempfile.TemporaryDirectory() as folder:
             for start in range(0, len(pictures), at_once):
-                part = range(start, min(start + at_once, len(pictures)))
-                files = [Path(folder, f"{index}.png") for index in part]
-                for file, index in zip(files, part, strict=True):
+                chunk = range(start, min(start + at_once, len(pictures)))
+                files = [Path(folder, f"{index}.png") for index in chunk]
+                for file, index in zip(files, chunk, strict=True):
                     file.write_bytes(pictures[index])
-                scores = self._work([str(file) for file in files], [prompts[index] for index in part])
-                for name, values in scores.items():
+                found = self._work([str(file) for file in files], [prompts[index] for index in chunk])
+                for name, values in found.items():
                     columns.setdefault(name, []).extend(values)
                 for file in files:
                     file.unlink()

@@ -124,8 +124,8 @@ def _categories(path: Path, column: str | None) -> dict[int, str]:
     columns = False
     try:
         for row in rows_of(path, [column] if column else CATEGORY_COLUMNS):
-            if row.part:
-                found[row.number] = row.part.removeprefix("benchmark_")
+            if row.listed_in:
+                found[row.number] = row.listed_in.removeprefix("benchmark_")
             if row.bare:
                 continue
             columns = True

@@ -28,7 +28,7 @@ _NOT_IN_A_NAME = re.compile(r"[^\w\-. ]")
 Columns = Mapping[str, Sequence[float | None]]
 
 
-def write_scores(file: Path, pictures: Sequence[Picture], columns: Columns) -> None:
+def write_columns(file: Path, pictures: Sequence[Picture], columns: Columns) -> None:
     """Parquet, one row a picture: index, prompt_id, prompt, seed, category, file, then the scores as float64."""
     table = {
         "index": pa.array([p.index for p in pictures], pa.int64()),
@@ -49,14 +49,14 @@ def mean_table(pictures: Sequence[Picture], columns: Columns) -> dict[str, dict[
     A row lacks a column in which none of its pictures has one.
     """
     rows = {ALL: list(range(len(pictures)))}
-    for place, picture in enumerate(pictures):
+    for index, picture in enumerate(pictures):
         if picture.category:
-            rows.setdefault(picture.category, []).append(place)
+            rows.setdefault(picture.category, []).append(index)
     table: dict[str, dict[str, float]] = {}
-    for who, places in rows.items():
+    for who, indices in rows.items():
         table[who] = {}
         for name, values in columns.items():
-            numbers = [values[place] for place in places if values[place] is not None]
+            numbers = [values[index] for index in indices if values[index] is not None]
             if numbers:
                 table[who][name] = sum(numbers) / len(numbers)
     return table
@@ -66,8 +66,8 @@ def mlflow_names(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """eval/<column> as in training, and eval/<category>/<column>; what MLflow takes in no name becomes _."""
     return {
         f"eval/{column}" if who == ALL else f"eval/{_NOT_IN_A_NAME.sub('_', who)}/{column}": value
-        for who, scores in table.items()
-        for column, value in scores.items()
+        for who, means in table.items()
+        for column, value in means.items()
     }
 
 
@@ -88,7 +88,7 @@ def collect(
 
 def finish(evaluation: Evaluation, table: dict[str, dict[str, float]], columns: dict[str, list[float | None]]) -> None:
     """scores.parquet, results.json and grid.png."""
-    write_scores(evaluation.folder / SCORES_FILE, evaluation.pictures, columns)
+    write_columns(evaluation.folder / SCORES_FILE, evaluation.pictures, columns)
     about = {
         "model": evaluation.subject.title,
         "prompts": evaluation.prompts.name,

@@ -117,10 +117,10 @@ class HPSv3:
 def with_base_model(config: str, base: str) -> str:
     """HPSv3's configuration with another place of Qwen2-VL. Raises ValueError where it names none."""
     lines = config.split("\n")
-    places = [i for i, line in enumerate(lines) if line.startswith("model_name_or_path:")]
-    if len(places) != 1:
+    found = [i for i, line in enumerate(lines) if line.startswith("model_name_or_path:")]
+    if len(found) != 1:
         raise ValueError("hpsv3's configuration has no single line model_name_or_path")
-    lines[places[0]] = f'model_name_or_path: "{base}"'
+    lines[found[0]] = f'model_name_or_path: "{base}"'
     return "\n".join(lines)
 
 
@@ -138,11 +138,11 @@ class HPSv2:
         # `score` reads the checkpoint anew at each call, and takes one prompt a call
         torch.load = functools.lru_cache(maxsize=1)(torch.load)
         img_score.device = device
-        self._score, self._checkpoint = img_score.score, weights["hpsv2"]
+        self._rate, self._checkpoint = img_score.score, weights["hpsv2"]
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
         def one(file: str, prompt: str) -> float:
-            (value,) = self._score(img_path=[file], prompt=prompt, cp=self._checkpoint, hps_version="v2.1")
+            (value,) = self._rate(img_path=[file], prompt=prompt, cp=self._checkpoint, hps_version="v2.1")
             return 100 * float(value)
 
         return {"hpsv2": [one(file, prompt) for file, prompt in zip(files, prompts, strict=True)]}

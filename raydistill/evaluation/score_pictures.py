@@ -62,7 +62,7 @@ class ScorePictures:
     @torch.no_grad()
     def make(self) -> list[tuple[torch.Tensor, Made]]:
         """(x, what the scores see) of the student as it trains now, in parts as large as micro-batches, in main memory."""
-        networks, distill, parts = self.networks, self.config.distill, []
+        networks, distill, micro_batches = self.networks, self.config.distill, []
         size = distill.batch_size // distill.micro_batches
         for start in range(0, len(self.fixed.captions), size):
             rows = slice(start, min(start + size, len(self.fixed.captions)))
@@ -84,10 +84,10 @@ class ScorePictures:
                 timestep_B=None,
                 x_t=seen[0],
                 t_B=t_B,
-                held=seen,  # in main memory too, for it goes to other workers
+                on_device=seen,  # in main memory too, for it goes to other workers
             )
-            parts.append((x.cpu(), made))
-        return parts
+            micro_batches.append((x.cpu(), made))
+        return micro_batches
 
     def picture(self, latents: Sequence[torch.Tensor], step: int) -> Image.Image:
         """One column a prompt, one row each of `latents` [N, C, H, W]: x, the teacher's x0, the fake score's."""

@@ -49,7 +49,7 @@ class JudgeScorer:
 
     def __call__(self, files: Sequence[str], prompts: Sequence[str]) -> dict[str, list[float]]:
         images = torch.stack([load_image(file) for file in files])
-        columns = columns_of(self.judge.score(images, prompts))
+        columns = columns_of(self.judge.compare(images, prompts))
         columns["relation"] = self.judge.relation(images, prompts)
         return {name: values.tolist() for name, values in columns.items()}
 

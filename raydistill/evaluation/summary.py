@@ -24,7 +24,7 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     """
     columns = _columns(rows, first)
     result = Table(title=title, box=None, title_justify="left", padding=(0, 2, 0, 0), pad_edge=False)
-    cells = {name: [_cells(scores, [name])[0] for scores in rows.values()] for name in columns}
+    cells = {name: [_cells(means, [name])[0] for means in rows.values()] for name in columns}
     if max(map(len, rows), default=0) + sum(2 + max(map(len, [name, *cells[name]])) for name in columns) > WIDTH:
         for name in ("", *rows):
             result.add_column(name, justify="right" if name else "left", no_wrap=not name)
@@ -34,26 +34,26 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str | None = None, fir
     result.add_column("", no_wrap=True)
     for name in columns:
         result.add_column(name, justify="right", style="bold" if name == first else None)
-    for who, scores in rows.items():
-        result.add_row(who, *_cells(scores, columns))
+    for who, means in rows.items():
+        result.add_row(who, *_cells(means, columns))
     return result
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]], first: str = "mean") -> str:
     """The same table in Markdown, for a run's description."""
     columns = _columns(rows, first)
-    body = [[who, *_cells(scores, columns)] for who, scores in rows.items()]
+    body = [[who, *_cells(means, columns)] for who, means in rows.items()]
     lines = [" | ".join(["", *cells]) + " |" for cells in (["", *columns], *body)]
     lines.insert(1, "|---" * (len(columns) + 1) + "|")
     return "\n".join(line.strip() for line in lines)
 
 
-def _cells(scores: Mapping[str, float], columns: list[str]) -> list[str]:
-    return [f"{scores[name]:.3f}" if name in scores else "–" for name in columns]
+def _cells(means: Mapping[str, float], columns: list[str]) -> list[str]:
+    return [f"{means[name]:.3f}" if name in means else "–" for name in columns]
 
 
 def _columns(rows: Mapping[str, Mapping[str, float]], first: str) -> list[str]:
-    columns = dict.fromkeys(name for scores in rows.values() for name in scores)
+    columns = dict.fromkeys(name for means in rows.values() for name in means)
     return sorted(columns, key=lambda name: name != first)
 
 

@@ -18,8 +18,10 @@ class _Paragraphs(argparse.HelpFormatter):
     """Wraps each paragraph to the terminal. One with indented lines, as examples are, stays as it is."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        parts = text.strip().split("\n\n")
-        return "\n\n".join(p if "\n  " in p else super(_Paragraphs, self)._fill_text(p, width, indent) for p in parts)
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            p if "\n  " in p else super(_Paragraphs, self)._fill_text(p, width, indent) for p in paragraphs
+        )
 
 
 def parser_of(description: str | None, examples: str) -> argparse.ArgumentParser:

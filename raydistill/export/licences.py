@@ -47,8 +47,8 @@ def picture_sets(config: Config) -> list[tuple[str, str | None]]:
         if notes.get("pictures"):
             found.append((str(notes["pictures"]), notes.get("licence")))
     if config.bridge.checkpoint is not None:
-        told = read_description(resolve(config.bridge.checkpoint)).get("pictures", [])
-        found += [(str(one["source"]), one.get("licence")) for one in told]
+        sources = read_description(resolve(config.bridge.checkpoint)).get("pictures", [])
+        found += [(str(one["source"]), one.get("licence")) for one in sources]
     return list(dict.fromkeys(found))
 
 

@@ -139,12 +139,12 @@ def weighted_mean(name: str, files: Sequence[Path], shares: Sequence[float], dty
     tensors = [read_tensor(file, name).contiguous() for file in files]
     result = torch.empty(tensors[0].shape, dtype=dtype)
     pieces = [tensor.flatten().split(PIECE) for tensor in (result, *tensors)]
-    for target, *parts in zip(*pieces, strict=True):  # a whole tensor in float64 would be four times its size
+    for target, *values in zip(*pieces, strict=True):  # a whole tensor in float64 would be four times its size
         total = torch.zeros(len(target), dtype=torch.float64)
-        for file, part, share in zip(files, parts, shares, strict=True):
-            if not part.isfinite().all():
+        for file, value, share in zip(files, values, shares, strict=True):
+            if not value.isfinite().all():
                 raise InputError(f"{file}: {name} holds NaN or infinity")
-            total += part.double() * share
+            total += value.double() * share
         target.copy_(total)
     if not result.isfinite().all():
         raise InputError(f"{name}: the mean is not finite in {dtype}, the dtype of {files[0]}")

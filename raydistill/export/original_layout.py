@@ -88,7 +88,7 @@ def original_names(
 
 def _order(name: str) -> tuple[str, int]:
     """Query before key before value; all else by name."""
-    number = next((number for number, part in enumerate(_QKV) if f".{part}." in name), 0)
+    number = next((number for number, one in enumerate(_QKV) if f".{one}." in name), 0)
     return (re.sub(r"\.self_attn\.[qkv]_proj\.", ".self_attn.qkv.", name), number)
 
 
@@ -99,7 +99,7 @@ def _unet(name: str, layers: int, attention: list[bool]) -> str | None:
         return f"model.diffusion_model.{_UNET_TOP[stem]}.{kind}"
     if match := _UNET_MIDDLE.fullmatch(name):
         what, number, rest = match.groups()
-        place = "middle_block.1" if what == "attentions" else f"middle_block.{2 * int(number)}"
+        block = "middle_block.1" if what == "attentions" else f"middle_block.{2 * int(number)}"
     elif match := _UNET_BLOCK.fullmatch(name):
         way, level, what, number, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
         first = level * (layers + 1) + (1 if way == "down" else 0)
@@ -108,13 +108,13 @@ def _unet(name: str, layers: int, attention: list[bool]) -> str | None:
             return f"model.diffusion_model.{side}.{first + layers}.0.op.{kind}"
         if what == "upsamplers":
             return f"model.diffusion_model.{side}.{first + layers}.{2 if attention[level] else 1}.conv.{kind}"
-        place = f"{side}.{first + number}.{1 if what == 'attentions' else 0}"
+        block = f"{side}.{first + number}.{1 if what == 'attentions' else 0}"
     else:
         return None
     if what == "resnets":
         layer = _UNET_RESNET.get(rest.rpartition(".")[0])
         rest = None if layer is None else f"{layer}.{kind}"
-    return None if rest is None else f"model.diffusion_model.{place}.{rest}"
+    return None if rest is None else f"model.diffusion_model.{block}.{rest}"
 
 
 def _vae(name: str, blocks: int) -> str | None:
@@ -130,9 +130,9 @@ def _vae(name: str, blocks: int) -> str | None:
         return f"first_stage_model.{side}.mid.block_{int(number) + 1}.{_shortcut(layer)}.{kind}"
     if match := _VAE_BLOCK.fullmatch(name):
         side, level, what, number, rest = match[1], int(match[2]), match[3], match[4], match[5]
-        place = f"down.{level}" if side == "encoder" else f"up.{blocks - 1 - level}"  # the original counts from below
+        block = f"down.{level}" if side == "encoder" else f"up.{blocks - 1 - level}"  # the original counts from below
         inner = f"block.{number}" if what == "resnets" else what.removesuffix("rs")
-        return f"first_stage_model.{side}.{place}.{inner}.{_shortcut(rest)}"
+        return f"first_stage_model.{side}.{block}.{inner}.{_shortcut(rest)}"
     return None
 
 
@@ -151,8 +151,8 @@ def _open_clip(name: str) -> str | None:
     if match is None:
         return None
     number, layer, kind = match.groups()
-    place = f"cond_stage_model.model.transformer.resblocks.{number}"
+    block = f"cond_stage_model.model.transformer.resblocks.{number}"
     if layer in _QKV:
-        return f"{place}.attn.in_proj_{kind}"
+        return f"{block}.attn.in_proj_{kind}"
     layer = _OPEN_CLIP_LAYER.get(layer)
-    return None if layer is None else f"{place}.{layer}.{kind}"
+    return None if layer is None else f"{block}.{layer}.{kind}"

@@ -65,9 +65,9 @@ def _copy_weights(source: Path, target: Path, stem: str, dtype: torch.dtype | No
     if index is not None:
         shutil.copyfile(index, target / plain_name(index))
         if any(name != copy for name, copy in names.items()):
-            told = read_settings(index)
-            told["weight_map"] = {tensor: names[str(file)] for tensor, file in told["weight_map"].items()}
-            (target / plain_name(index)).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            settings = read_settings(index)
+            settings["weight_map"] = {tensor: names[str(file)] for tensor, file in settings["weight_map"].items()}
+            (target / plain_name(index)).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return kinds
 
 

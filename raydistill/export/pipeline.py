@@ -80,7 +80,7 @@ class ModelCard:
             teacher=self.teacher,
             usage=usage(family, str(dtype).removeprefix("torch."), evaluations),
             provenance=table_rows(provenance),
-            scores=_scores(self.metrics),
+            metrics=_metrics(self.metrics),
             licences="\n".join(f"- {role}, {model}: {terms.name}. {terms.terms}" for role, model, terms in licences),
         )
 
@@ -140,7 +140,7 @@ A {noun} that draws in {evaluations}, distilled from {teacher} with raydistill.
 | | |
 |---|---|
 {provenance}
-{scores}
+{metrics}
 ## Licence
 
 The student inherits the terms of its teacher **and** of the model and weights it started from, and of real pictures where it
@@ -165,7 +165,7 @@ def table_rows(values: Mapping[str, object]) -> str:
     return "\n".join(f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items())
 
 
-def _scores(metrics: Mapping[str, float]) -> str:
+def _metrics(metrics: Mapping[str, float]) -> str:
     rows = table_rows({name: f"{value:.4g}" for name, value in metrics.items()})
     return f"\n## Scores\n\n| metric | value |\n|---|---|\n{rows}\n" if metrics else ""
 

@@ -73,12 +73,12 @@ def load_single_file(file: Path, pipeline_class: str = "StableDiffusionPipeline"
 
 
 def _write_weights(space: Space, file: Path, metadata: dict[str, str]) -> None:
-    places = {part: locate(Path(space.folder, part)) for part in ("unet", "vae", "text_encoder")}
-    names = original_names(*places.values(), space.part_config("unet"))
+    located = {part: locate(Path(space.folder, part)) for part in ("unet", "vae", "text_encoder")}
+    names = original_names(*located.values(), space.part_config("unet"))
 
     def entry(original: str) -> Entry:
         part, joined = names[original]
-        (rows, *rest), dtype = places[part][joined[0]][1]
+        (rows, *rest), dtype = located[part][joined[0]][1]
         # the original's attention in the VAE has convolutions of one pixel where diffusers has linear layers
         pixel = (1, 1) if ".attn_1." in original and len(rest) == 1 else ()
         return Entry((rows * len(joined), *rest, *pixel), dtype)
@@ -87,7 +87,7 @@ def _write_weights(space: Space, file: Path, metadata: dict[str, str]) -> None:
 
     def tensor(original: str) -> torch.Tensor:
         part, joined = names[original]
-        rows = [read_tensor(places[part][name][0], name) for name in joined]
+        rows = [read_tensor(located[part][name][0], name) for name in joined]
         return torch.cat(rows).reshape(entries[original].shape)
 
     write_safetensors(file, entries, tensor, metadata)

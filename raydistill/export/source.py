@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raydistill.config.schema import Config
-from raydistill.errors import InputError, mask
+from raydistill.errors import InputError, mask, reason
 from raydistill.export.few_steps import is_few_step, steps_of
 from raydistill.spaces import load_student_space
 from raydistill.spaces.base import Space
@@ -17,7 +17,7 @@ from raydistill.storage.resolve import SHAPES_PREFIX, local_path, to_place
 from raydistill.storage.run_files import CONFIGURATION, config_of, notes_of
 from raydistill.storage.staging import local_copy
 from raydistill.tracking.screen import screen
-from raydistill.tracking.store import client_of, newest_model, told
+from raydistill.tracking.store import client_of, newest_model
 
 EXPORT_FOLDER = "export"  # of a run, and of its artifacts
 IN_MODEL = f"artifacts/{EXPORT_FOLDER}"  # of an MLflow model
@@ -107,7 +107,7 @@ def _of_model(model: str, storage: Place, uri: str | None) -> Export:
         folder = _fetched(client.get_logged_model(made).artifact_location, IN_MODEL, made, storage, uri)
         return Export(folder, f"{name} {version.version}")
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise InputError(f"{model}: {mask('uri', uri)}: {told(uri, error)}") from error
+        raise InputError(f"{model}: {mask('uri', uri)}: {reason(error, uri)}") from error
 
 
 def _fetched(root: str, path: str, name: str, storage: Place, uri: str) -> Path:
@@ -152,7 +152,7 @@ def _of_artifacts(run_id: str, uri: str, storage: Path) -> Export:
                 continue
             return Export(_fetched(root, path, made_by, storage, uri), name)
     except Exception as error:  # sqlalchemy, requests and mlflow all have their own
-        raise InputError(f"{run_id}: {mask('uri', uri)}: {told(uri, error)}") from error
+        raise InputError(f"{run_id}: {mask('uri', uri)}: {reason(error, uri)}") from error
     raise InputError(f"{run_id}: neither this MLflow run nor a distillation nested in it has logged a student")
 
 

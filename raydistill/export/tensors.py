@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from raydistill.spaces.base import Space
 from raydistill.spaces.folder import weight_files
-from raydistill.spaces.held import exact_dtypes, held_weights
+from raydistill.spaces.loaded import exact_dtypes, loaded_weights
 from raydistill.spaces.weights import DTYPES, Entry, read_header
 
 _CODES = {name: code for code, name in DTYPES.items()}  # torch's names -> safetensors'
@@ -43,10 +43,10 @@ def first_difference(one: Space, other: Space, part: str) -> str | None:
     What the loaded modules hold is compared. Where one is a half-precision copy, the other is rounded to that first.
 
     Raises:
-        InputError: as `held_weights`.
+        InputError: as `loaded_weights`.
     """
-    ours, theirs = held_weights(one, part), held_weights(other, part)
-    coarser = min((exact_dtypes(held)[0] for held in (ours, theirs)), key=lambda dtype: dtype.itemsize)
+    ours, theirs = loaded_weights(one, part), loaded_weights(other, part)
+    coarser = min((exact_dtypes(weights)[0] for weights in (ours, theirs)), key=lambda dtype: dtype.itemsize)
     here, there = Path(one.folder, part), Path(other.folder, part)
     for name in sorted({*ours, *theirs}):
         if name not in ours or name not in theirs:

@@ -61,8 +61,8 @@ class Run:
         updates = [f"{self.summary['steps']} updates"] if "steps" in self.summary else []
         rows = [("before", "student_before"), ("after", "student_after"), ("teacher", "teacher")]
         tables = ((who, self.summary.get(key, {})) for who, key in rows)  # without a judge there are none
-        scores = [f"{who} {table[self.metric]:.3f}" for who, table in tables if table.get(self.metric) is not None]
-        return f"Run({self.name}: {', '.join([*updates, *scores])}; {self.folder})"
+        values = [f"{who} {table[self.metric]:.3f}" for who, table in tables if table.get(self.metric) is not None]
+        return f"Run({self.name}: {', '.join([*updates, *values])}; {self.folder})"
 
 
 def distill(config: Config | str | Path | None = None, *overrides: str) -> Run:

@@ -77,8 +77,8 @@ def augmented(pictures: torch.Tensor, seed: int, rows: Sequence[int] | np.ndarra
     if not len(chosen):
         return pictures
     result = pictures.clone()
-    for place in chosen.tolist():  # one by one: in a batch of another size the last bits may differ
-        result[place] = _changed(pictures[place : place + 1], seed, rows[place])[0]
+    for index in chosen.tolist():  # one by one: in a batch of another size the last bits may differ
+        result[index] = _changed(pictures[index : index + 1], seed, rows[index])[0]
     return result
 
 

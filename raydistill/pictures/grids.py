@@ -140,9 +140,9 @@ def before_after(
     scale = _scale(first, scale)
     bands = []
     for start in range(0, len(first), columns):
-        part = slice(start, start + columns)
-        marks = {label: row[part] for label, row in (right or {}).items()}
-        bands.append(_band({label: images[part] for label, images in rows.items()}, captions[part], scale, marks))
+        shown = slice(start, start + columns)
+        marks = {label: row[shown] for label, row in (right or {}).items()}
+        bands.append(_band({label: images[shown] for label, images in rows.items()}, captions[shown], scale, marks))
     width = max(band.width for band in bands)
     font = ImageFont.load_default(size=16)
     heading = wrap(title, font, width - 2 * MARGIN, 2) if title else []

@@ -120,8 +120,8 @@ def distiller(config: Config, student: Space, teacher: Space, batch: int, device
 def in_32_bits(config: Config) -> Config:
     """With AdamW's moments in float32: those in 8 bits are counted without torchao, which need not be where a plan is made."""
     kept = {"optimizer": "adamw"}
-    parts = {name: getattr(config, name).model_copy(update=kept) for name in ("student", "fake_score")}
-    return config.model_copy(update=parts)
+    sections = {name: getattr(config, name).model_copy(update=kept) for name in ("student", "fake_score")}
+    return config.model_copy(update=sections)
 
 
 def count_trainer(
@@ -129,13 +129,13 @@ def count_trainer(
     student: Space,
     teacher: Space,
     batch: int | None = None,
-    begins: Callable[[str], None] = lambda part: None,
+    begins: Callable[[str], None] = lambda what: None,
 ) -> Trainer:
     """One worker's step, counted by running it on meta tensors.
 
     Args:
         batch: samples; a multiple of distill.micro_batches. None: distill.batch_size.
-        begins: is told of each of four parts before it is counted.
+        begins: called with the name of each phase before it is counted.
     """
     with counted() as meter:
         begins(", its networks")
@@ -146,26 +146,26 @@ def count_trainer(
             networks.discriminator.measured = True  # the first update alone measures, and needs no more than an update
         reward = None if worker.reward is None else worker.reward.model
         meter.hold(networks.student, networks.bridge, networks.fake, networks.ema, reward, probe)
-        part = (batch or config.distill.batch_size) // config.distill.micro_batches
-        x0_real = torch.empty(part, *teacher.latent_shape, device="meta")
+        size = (batch or config.distill.batch_size) // config.distill.micro_batches
+        x0_real = torch.empty(size, *teacher.latent_shape, device="meta")
         scores = [x0_real] * config.distill.micro_batches if config.vsd.weight > 0 else None
 
         make_moments(worker)
         made: list[Any] = []
         works = []
-        for name, part in {
+        for name, call in {
             "make": lambda: made.extend(worker.make()),
             "fake score": worker.fake_update,
             "student": lambda: worker.student_update(made, scores),
         }.items():
             begins(f", {name}")
-            works.append(meter.count(part))
+            works.append(meter.count(call))
         saved = sum(
             moments_bytes(worker.gradients.parameters(name), "adamw")
             - moments_bytes(worker.gradients.parameters(name), kind)
             for name, kind in (("student", config.student.optimizer), ("fake", config.fake_score.optimizer))
         )
-        held = meter.live - saved
+        resident = meter.live - saved
         make, fake, updated = (replace(work, peak=work.peak - saved) for work in works)
         trained = list(networks.fake.trainable().values())
         frozen = {id(parameter) for parameter in trained}
@@ -178,7 +178,7 @@ def count_trainer(
             fake_frozen=nbytes(p for p in networks.fake.parameters() if id(p) not in frozen),
             fake_block=max(
                 nbytes(p for p in block.parameters() if id(p) not in frozen)
-                for block in teacher.large_parts(networks.fake.network)
+                for block in teacher.large_blocks(networks.fake.network)
             ),
             fake_trained=nbytes(trained),
             bridge=nbytes(networks.bridge.parameters()),
@@ -195,7 +195,15 @@ def count_trainer(
         if discriminator:
             gradients["discriminator"] = nbytes(discriminator)
         kept = [value for value in tree_leaves(worker.state_dict()) if isinstance(value, torch.Tensor)]
-        return Trainer(weights, held, make, fake, updated, gradients, nbytes(kept))
+        return Trainer(
+            weights=weights,
+            resident=resident,
+            make=make,
+            fake=fake,
+            student=updated,
+            gradients=gradients,
+            checkpoint=nbytes(kept),
+        )
 
 
 def make_moments(worker: Distiller) -> None:
@@ -318,9 +326,9 @@ def count_reward_text(config: Config) -> dict[str, Text]:
     return {"reward text_encoder": Text(numel(tower), prompt, CHUNK)}
 
 
-def _without_weights(meter: Meter, module: nn.Module, part: Callable[[], Any]) -> Cost:
-    """Of a part that runs a module, what is alive beside the module's tensors."""
-    before, work = meter.hold(module), meter.count(part)
+def _without_weights(meter: Meter, module: nn.Module, call: Callable[[], Any]) -> Cost:
+    """Of a call that runs a module, what is alive beside the module's tensors."""
+    before, work = meter.hold(module), meter.count(call)
     return replace(work, peak=work.peak - before)
 
 
@@ -352,7 +360,7 @@ def request_bytes(teacher: Space, batch: int, guided: bool, dtype: torch.dtype =
 def count_models(config: Config, student: Space, teacher: Space) -> Models:
     """Facts of the models, and bytes of what travels."""
     latents, encoding = 4 * math.prod(teacher.latent_shape), getattr(torch, config.prompts.encoder_dtype)
-    part, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
+    size, guided = config.distill.batch_size // config.distill.micro_batches, is_guided(guidance_scale(config, teacher))
     models = config.teacher.model, config.student.model
     drawer = config.synthesis.teacher if other_drawer(config) else None
     terms = student_licences(
@@ -372,15 +380,15 @@ def count_models(config: Config, student: Space, teacher: Space) -> Models:
         student=student.pipeline_class,
         teacher=teacher.pipeline_class,
         terms=[Terms(role, model, it.name, it.terms, model in gated) for role, model, it in terms],
-        request_bytes=request_bytes(teacher, part, guided, encoding),
-        answer_bytes=part * latents,
+        request_bytes=request_bytes(teacher, size, guided, encoding),
+        answer_bytes=size * latents,
         real_row_bytes=latents // 2,
         real_window_bytes=most_bytes(latents // 2),
     )
 
 
-def count(it: Wanted, begins: Callable[[str], None] = lambda part: None) -> Any:
-    """Count one thing: seconds to a minute. Downloads nothing. `begins` is told of each part of it that begins.
+def count(it: Wanted, begins: Callable[[str], None] = lambda what: None) -> Any:
+    """Count one thing: seconds to a minute. Downloads nothing. `begins` is called with the name of each phase.
 
     Raises InputError: models that are unknown, or do not fit each other.
     """

@@ -43,12 +43,12 @@ class Weights:
     reward: int = 0  # with the student's VAE decoder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
     """One worker's step: its state, and what make, one fake update and the student update do."""
 
     weights: Weights
-    held: int  # bytes between steps
+    resident: int  # bytes between steps
     make: Cost
     fake: Cost
     student: Cost
@@ -60,13 +60,13 @@ class Trainer:
         return max(self.make.peak, self.fake.peak, self.student.peak)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Teacher:
     """The frozen teacher: its size, and one forward of `samples` scored samples (two networks' rows with CFG)."""
 
     parameters: int
     buffers: int  # elements
-    piece: int  # elements of the largest part that ZeRO-3 gathers at once
+    piece: int  # elements of the largest module that ZeRO-3 gathers at once
     samples: int
     score: Cost  # one guided x0 estimate; the peak is without weights
     evaluations: int  # rows the network sees for one sample: 2 with classifier-free guidance
@@ -149,7 +149,7 @@ class Counts:
     recomputing: Trainer  # at `batch`, with distill.gradient_checkpointing
     keeping: Trainer | None = None  # at `batch`, without it; None: `trainer` is
     small_keeping: Trainer | None = None  # at `small_batch`
-    least: Trainer | None = None  # one sample a part, with all that saves memory and changes no number
+    least: Trainer | None = None  # one sample a micro-batch, with all that saves memory and changes no number
     network: Teacher
     drawer: Teacher  # what draws pictures
     bridge: BridgeTraining | None  # one worker's share; None: nothing is trained
@@ -263,7 +263,7 @@ LEAST_PARTS = 2  # of which `least` is counted: more of them need no more but th
 
 
 def least(config: Config) -> Config:
-    """With one sample a part, activations recomputed, and a frozen copy in bfloat16 where that changes no number."""
+    """With micro-batches of one sample, activations recomputed, and a frozen copy in bfloat16 where that changes no number."""
     fake = config.fake_score
     if fake.kind == "lora" and config.distill.mixed_precision:
         fake = fake.model_copy(update={"base_dtype": "bfloat16"})
@@ -272,12 +272,12 @@ def least(config: Config) -> Config:
 
 
 def small_batch(config: Config) -> int:
-    """A second batch size, by which it is seen how memory grows: two samples a part, or one where the batch has two.
+    """A second batch size, by which it is seen how memory grows: two samples a micro-batch, or one where it has two.
 
     Of one sample attention copies less than its share: what is transposed to another order of a dimension of 1 stays.
     """
-    batch, parts = config.distill.batch_size, config.distill.micro_batches
-    return parts if batch == 2 * parts else 2 * parts
+    batch, micro_batches = config.distill.batch_size, config.distill.micro_batches
+    return micro_batches if batch == 2 * micro_batches else 2 * micro_batches
 
 
 def as_counts(config: Config, found: dict[str, Any]) -> Counts:

@@ -113,7 +113,7 @@ def find_counts(config: Config, fields: Sequence[str] = FIELDS) -> dict[str, Any
 
         for name in lacking:
             found[name] = count(
-                asked[name], lambda part, name=name: bar.update(next(done), total, f"{NAMES[name]}{part}")
+                asked[name], lambda phase, name=name: bar.update(next(done), total, f"{NAMES[name]}{phase}")
             )
             _write(files[name], asked[name].kind, found[name])
     screen.say(f"counted in {duration(time.monotonic() - started)}; kept for the next time in {_folder()}")
@@ -132,8 +132,8 @@ def _read(file: Path | None, kind: str) -> Any:
     if file is None:
         return None
     try:
-        told, _, value = file.read_bytes().partition(b"\n")
-        if told.decode() != hashlib.sha256(value).hexdigest():
+        digest, _, value = file.read_bytes().partition(b"\n")
+        if digest.decode() != hashlib.sha256(value).hexdigest():
             raise ValueError("its checksum differs")
         return TYPES[kind].validate_json(value)
     except FileNotFoundError:
@@ -170,7 +170,7 @@ def _file(it: Wanted, around: dict[str, Any] | None) -> Path | None:
     drawers = [config.synthesis.teacher] if it.kind in ("drawer", "text", "models") and other_drawer(config) else []
     metric, weights = config.reward.metric, config.evaluation.weights | config.reward.weights
     rewards = [weights[metric]] if config.reward.is_on and it.kind in ("trainer", "text") and metric in weights else []
-    told = {
+    inputs = {
         "count": [it.kind, it.batch],
         "configuration": {key: value for key, value in flatten(config).items() if reads(it.kind, key)},
         "models": [_model(model) for model in (config.student.model, config.teacher.model, *drawers)],
@@ -178,12 +178,12 @@ def _file(it: Wanted, around: dict[str, Any] | None) -> Path | None:
         "reward": [_folder_of(place, "*.json") for place in rewards],
         **around,
     }
-    return _folder() / f"{it.kind}-{_hash(json.dumps(told, sort_keys=True))[:24]}.json"
+    return _folder() / f"{it.kind}-{_hash(json.dumps(inputs, sort_keys=True))[:24]}.json"
 
 
 def reads(kind: str, key: str) -> bool:
     """Whether a count may read this key of the configuration."""
-    return key in READ[kind] or (key not in UNREAD and any(key.startswith(f"{part}.") for part in READ[kind]))
+    return key in READ[kind] or (key not in UNREAD and any(key.startswith(f"{section}.") for section in READ[kind]))
 
 
 def _folder_of(path: str, pattern: str) -> str | None:

@@ -49,7 +49,7 @@ class Fit:
 
 
 def teacher_bytes(counts: Any, config: Config, shards: int, drawer: bool = False) -> int:
-    """Most bytes of tensors on one of `shards` ranks: its part, what is gathered at once, and a forward's activations.
+    """Most bytes of tensors on one of `shards` ranks: its shard, what is gathered at once, and a forward's activations.
 
     `drawer`: of what draws pictures, instead of the teacher.
     """
@@ -76,7 +76,7 @@ def is_whole(counts: Any, config: Config, gpu: Gpu, drawer: bool = False) -> boo
 
 
 def trainer_bytes(counts: Counts, batch: int) -> float:
-    """Most bytes of tensors on a trainer at up to the configured number of samples, in distill.micro_batches parts.
+    """Most bytes of tensors on a trainer at up to the configured number of samples, in distill.micro_batches.
 
     Straight lines through the two counted batch sizes: the truth bends upwards, so between them they never say less.
     """
@@ -86,7 +86,7 @@ def trainer_bytes(counts: Counts, batch: int) -> float:
     return max(a.peak + (b.peak - a.peak) * step for a, b in pairs)
 
 
-def keeping_parts(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int | None:
+def keeping_micro_batches(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int | None:
     """The fewest distill.micro_batches with which a trainer need not recompute; None: it does not, or there are none.
 
     By straight lines, as `trainer_bytes`.
@@ -94,10 +94,10 @@ def keeping_parts(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int |
     if counts.keeping is None or counts.small_keeping is None:
         return None
     kept = replace(counts, trainer=counts.keeping, small_trainer=counts.small_keeping)
-    parts, has = config.distill.micro_batches, _has(config, "trainer", gpus[config.plan.trainer_gpu])
+    count, has = config.distill.micro_batches, _has(config, "trainer", gpus[config.plan.trainer_gpu])
     shared = shared_bytes(counts.keeping.weights, config) if config.fake_score.shard else 0
-    for more in range(parts, counts.batch + 1):
-        if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * parts) - shared <= has:
+    for more in range(count, counts.batch + 1):
+        if counts.batch % more == 0 and trainer_bytes(kept, counts.batch // more * count) - shared <= has:
             return more
     return None
 
@@ -105,12 +105,12 @@ def keeping_parts(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> int |
 def together(counts: Any, config: Config, has: float) -> str | None:
     """Settings that make a trainer fit all together, as few as will do; None: not even all of them are enough.
 
-    One sample a part, recomputed activations and a frozen copy in bfloat16 change no number but by rounding, and come first.
+    Micro-batches of one sample, recomputed activations and a copy in bfloat16 change no number but by rounding. They come first.
     """
     if counts.least is None:
         return None
     distill, fake, weights = config.distill, config.fake_score, counts.least.weights
-    needs = counts.least.peak + counts.models.request_bytes * distill.micro_batches  # the inputs of more parts
+    needs = counts.least.peak + counts.models.request_bytes * distill.micro_batches  # the inputs of more micro-batches
     taken = [f"distill.micro_batches={counts.batch}"] if distill.micro_batches < counts.batch else []
     taken += [] if distill.gradient_checkpointing else ["distill.gradient_checkpointing=true"]
     narrow = fake.kind == "lora" and distill.mixed_precision and fake.base_dtype == "float32"
@@ -233,9 +233,9 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
     """Most bytes of tensors of an actor that encodes prompts or pictures."""
     if role == "synthesis, pictures":
         vaes = counts.vae.values()
-        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in parts, and joined
-        held = 4 * sum(vae.parameters for vae in vaes) + pictures
-        return held + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
+        pictures = 2 * 4 * 3 * config.synthesis.batch_size * counts.vae["teacher"].side ** 2  # in chunks, and joined
+        resident = 4 * sum(vae.parameters for vae in vaes) + pictures
+        return resident + max(work.peak for vae in vaes for work in (vae.encode, vae.decode))
     own = {name: t for name, t in counts.text.items() if not name.startswith("drawer ")}
     texts = own if role == "text encoder" else drawer_text(counts.text)
     size = {name: _element(name, config) for name in texts}
@@ -246,7 +246,7 @@ def encoder_bytes(counts: Any, config: Config, role: str) -> float:
 
 
 def _element(name: str, config: Config) -> int:
-    """Bytes of a number of a text encoder: the student's and its reward's are float32 (see `workers.parts.batches_after`)."""
+    """Bytes of a number of a text encoder: the student's and its reward's are float32 (see `workers.assembly.batches_after`)."""
     return ITEMSIZE["float32" if name.startswith(("student", "reward")) else config.prompts.encoder_dtype]
 
 
@@ -260,11 +260,11 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     def need(batch: int) -> float:
         return trainer_bytes(counts, batch) - shared
 
-    parts = config.distill.micro_batches
-    # what is alive at once is one part, so more parts need what a smaller batch in as many parts as now would
-    more = [m for m in range(parts + 1, counts.batch + 1) if counts.batch % m == 0]
-    more = [m for m in more if need(counts.batch // m * parts) <= has]
-    fitting = [batch for batch in range(parts, counts.batch, parts) if need(batch) <= has]
+    count = config.distill.micro_batches
+    # one micro-batch is alive at once, so more of them need what a smaller batch in as many as now would
+    more = [m for m in range(count + 1, counts.batch + 1) if counts.batch % m == 0]
+    more = [m for m in more if need(counts.batch // m * count) <= has]
+    fitting = [batch for batch in range(count, counts.batch, count) if need(batch) <= has]
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
     would += ["distill.gradient_checkpointing=true"] if counts.recomputing.peak - shared <= has else []
@@ -300,8 +300,8 @@ def _bridge_advice(config: Config, fits: bool) -> str:
     share = bridge.batch_size // config.distill.fewest
     more = [count for count in range(bridge.micro_batches + 1, share + 1) if share % count == 0]
     recompute = [] if bridge.gradient_checkpointing else ["set bridge.gradient_checkpointing=true"]
-    parts = [f"raise bridge.micro_batches ({', '.join(map(str, more))})"] if more else []
-    return " or ".join([*recompute, *parts, "lower bridge.batch_size or bridge.attention.depth_fraction"])
+    divide = [f"raise bridge.micro_batches ({', '.join(map(str, more))})"] if more else []
+    return " or ".join([*recompute, *divide, "lower bridge.batch_size or bridge.attention.depth_fraction"])
 
 
 def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
@@ -309,14 +309,16 @@ def host_bytes(counts: Counts, config: Config) -> dict[str, int]:
     own = {name: one for name, one in counts.text.items() if not name.startswith("drawer ")}
     encoders = sum(_element(name, config) * encoder.parameters for name, encoder in own.items())
     encoders *= 0 if config.prompts.gpus_per_encoder else config.prompts.encoders
-    held = {"text encoders": encoders}
+    resident = {"text encoders": encoders}
     if config.discriminator.weight > 0:
         counted = [config.discriminator.real_count] if config.discriminator.real_count else []
         if config.discriminator.real_data is None:
             counted.append(config.synthesis.count if draws(config) else pairs_made(config))
         models = counts.models
-        held["real samples"] = min([models.real_window_bytes, *(count * models.real_row_bytes for count in counted)])
-    return held
+        resident["real samples"] = min(
+            [models.real_window_bytes, *(count * models.real_row_bytes for count in counted)]
+        )
+    return resident
 
 
 # -- before a launch --------------------------------------------------------------------------------------

@@ -80,9 +80,9 @@ def autocast() -> Iterator[None]:
 
     products = [(F, name) for name in ("linear", "conv1d", "conv2d", "scaled_dot_product_attention")]
     products += [(torch, "bmm"), (torch, "baddbmm"), (torch, "matmul"), (torch.Tensor, "__matmul__")]
-    places = [(*place, False) for place in products] + [(F, name, True) for name in ("layer_norm", "group_norm")]
+    calls = [(*product, False) for product in products] + [(F, name, True) for name in ("layer_norm", "group_norm")]
     with contextlib.ExitStack() as stack:
-        for owner, name, high in places:
+        for owner, name, high in calls:
             stack.enter_context(mock.patch.object(owner, name, cast(getattr(owner, name), high)))
         yield
 
@@ -134,10 +134,10 @@ class Meter(TorchDispatchMode):
         self._known.discard(address)
         self.live -= nbytes
 
-    def count(self, part: Callable[[], Any]) -> Cost:
-        """Run a part while this mode is active; goes on from what is alive."""
+    def count(self, call: Callable[[], Any]) -> Cost:
+        """Run a call while this mode is active; goes on from what is alive."""
         self.peak, flops, flops_32 = self.live, self.flops, self.flops_32
-        part()
+        call()
         return Cost(self.flops - flops, self.peak, self.flops_32 - flops_32)
 
 

@@ -122,11 +122,11 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             _line(
                 f"trainer: weights {state / GIB:.1f} (frozen teacher copy {weights.fake_frozen / GIB:.1f}), optimizers "
                 f"{weights.optimizers / GIB:.1f}, activations and gradients at the peak "
-                f"{(counts.trainer.peak - counts.trainer.held) / GIB:.1f} with {counts.batch // distill.micro_batches} "
+                f"{(counts.trainer.peak - counts.trainer.resident) / GIB:.1f} with {counts.batch // distill.micro_batches} "
                 f"samples at once; weights in float32, forward passes in {'bfloat16' if distill.mixed_precision else 'float32'}"
             ),
             _line(
-                f"teacher rank: {_held_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
+                f"teacher rank: {_resident_by_rank(counts, config, gpus)} in {config.teachers.dtype}, activations of "
                 f"{counts.network.samples} samples {counts.network.score.peak / GIB:.1f}"
             ),
             _line(f"a trainer could do with (adding up; the last is no setting): {remedies}"),
@@ -138,7 +138,7 @@ def _memory(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     )
 
 
-def _held_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
+def _resident_by_rank(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     teachers = config.teachers
     if not is_whole(counts, config, gpus[config.plan.teacher_gpu]):
         return f"{teachers.shards} shard(s)"
@@ -231,8 +231,8 @@ def _step(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
 
 
 def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
-    parts, plan = phases(counts, config, gpus), config.plan
-    total = sum(phase.hours for phase in parts)
+    all_phases, plan = phases(counts, config, gpus), config.plan
+    total = sum(phase.hours for phase in all_phases)
     rows = [
         (
             phase.name,
@@ -242,12 +242,12 @@ def _run(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
             f"{phase.gpu_hours:.0f} GPU-h",
             phase.bound,
         )
-        for phase in parts
+        for phase in all_phases
     ]
-    gpu_hours = sum(phase.gpu_hours for phase in parts)
+    gpu_hours = sum(phase.gpu_hours for phase in all_phases)
     kind = "spot" if plan.spot else "on-demand"
     lines = [
-        f"in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(parts, config, gpus):,.0f} ({kind}, whole nodes, the "
+        f"in all {total:.2f} h, {gpu_hours:.0f} GPU-hours, ${price(all_phases, config, gpus):,.0f} ({kind}, whole nodes, the "
         "head node in it)",
         f"the paper's own: {PAPER_HOURS}",
     ]
@@ -287,13 +287,13 @@ def _kinds(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     rows = []
     for name in dict.fromkeys((config.plan.trainer_gpu, config.plan.teacher_gpu, encoder_gpu(config))):
         other = on_one_kind(config, name)
-        timing, parts = schedule(counts, other, gpus), phases(counts, other, gpus)
+        timing, all_phases = schedule(counts, other, gpus), phases(counts, other, gpus)
         lacking = [fit.role for fit in memory(counts, other, gpus) if not fit.fits]
         needed = "-" if timing.replicas_needed is None else f"{timing.replicas_needed:g}"
-        hours = sum(phase.hours for phase in parts)
+        hours = sum(phase.hours for phase in all_phases)
         unfit = f"does not fit: {', '.join(lacking)}" if lacking else ""
         rows.append(
-            (name, f"{timing.step:.2f} s", needed, f"{hours:.1f} h", f"${price(parts, other, gpus):,.0f}", unfit)
+            (name, f"{timing.step:.2f} s", needed, f"{hours:.1f} h", f"${price(all_phases, other, gpus):,.0f}", unfit)
         )
     return "\n".join(
         (

@@ -120,7 +120,7 @@ def schedule(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> Schedule:
     # FSDP2 gathers a block when it is reached, and each block is a root of its own: nothing hides it. Forwards and backwards
     # of the fake loss, and the real samples' features, with R1 once more; the student's fake score, and its features there
     # and back.
-    of_fake = passes * gathered * config.fake_parts / distill.micro_batches
+    of_fake = passes * gathered * config.fake_micro_batches / distill.micro_batches
     fake += of_fake + reduced["fake"] + reduced.get("discriminator", 0.0)
     shared = config.discriminator.shared_pass and config.vsd.weight > 0
     student += (1 if not gan else 2 if shared else 3) * gathered + reduced["student"]
@@ -163,12 +163,12 @@ class Phase:
         return self.hours * sum(self.gpus.values())
 
 
-def _held(*groups: tuple[str, float]) -> dict[str, float]:
+def _gpus_by_kind(*groups: tuple[str, float]) -> dict[str, float]:
     """GPUs of each kind."""
-    held: dict[str, float] = {}
+    gpus_by_kind: dict[str, float] = {}
     for kind, count in groups:
-        held[kind] = held.get(kind, 0.0) + count
-    return {kind: count for kind, count in held.items() if count}
+        gpus_by_kind[kind] = gpus_by_kind.get(kind, 0.0) + count
+    return {kind: count for kind, count in gpus_by_kind.items() if count}
 
 
 def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
@@ -185,18 +185,18 @@ def phases(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[Phase]:
         result.append(_set("samples", counts, config, gpus, drawn=True))
     if (bridge := bridge_schedule(counts, config, gpus)) is not None:
         encoders = distill.fewest * config.synthesis.encoders * config.synthesis.gpus_per_encoder
-        held = _held(
+        gpus_by_kind = _gpus_by_kind(
             (trainers[0], distill.fewest * distill.gpus_per_worker),
             (encoder_gpu(config), encoders if streams_bridge(config) else 0),
         )
         bound = "VAE encoders" if bridge.encoders > bridge.trainers else "trainers"
-        result.append(Phase("Bridge training", config.bridge.steps * bridge.step / 3600, held, bound))
+        result.append(Phase("Bridge training", config.bridge.steps * bridge.step / 3600, gpus_by_kind, bound))
     bound = "teachers" if timing.wait > 0 else "trainers"
     bound = "text encoders" if timing.text >= timing.work + timing.wait else bound
     texts = encoder_gpu(config), distill.workers * config.prompts.encoders * config.prompts.gpus_per_encoder
     scoring = config if ROLES["teacher rank"].used(config) else None
-    held = _held(trainers, (plan.teacher_gpu, 0 if scoring is None else _ranks(scoring)), texts)
-    result.append(Phase("distillation", distill.steps * timing.step / 3600, held, bound))
+    gpus_by_kind = _gpus_by_kind(trainers, (plan.teacher_gpu, 0 if scoring is None else _ranks(scoring)), texts)
+    result.append(Phase("distillation", distill.steps * timing.step / 3600, gpus_by_kind, bound))
     return result
 
 
@@ -210,7 +210,7 @@ def _set(name: str, counts: Counts, config: Config, gpus: dict[str, Gpu], *, dra
     synthesis, asked = config.synthesis, config.synthesis.encoders * config.synthesis.in_flight
     kind, gpu = encoder_gpu(config), gpus[encoder_gpu(config)]
     seconds = {"VAEs": picture_seconds(counts, config, gpus, drawn=drawn)}
-    held = [(kind, synthesis.encoders * (2 if drawn else 1) * synthesis.gpus_per_encoder)]
+    gpus_by_kind = [(kind, synthesis.encoders * (2 if drawn else 1) * synthesis.gpus_per_encoder)]
     if drawn:
         drawers, network, teacher_gpu = drawing_config(config), counts.drawer, gpus[config.plan.teacher_gpu]
         ranks = min(replicas(drawers, asked), asked) * drawers.teachers.shards
@@ -224,10 +224,10 @@ def _set(name: str, counts: Counts, config: Config, gpus: dict[str, Gpu], *, dra
         text = sum(encoder.prompt.flops for encoder in counts.drawer_text().values())
         tflops = gpu.fp32_tflops if float32 else gpu.bf16_tflops
         seconds["text encoders"] = _on_encoders("text", text, tflops, config, gpu)
-        held.append((config.plan.teacher_gpu, _ranks(drawers, asked)))
+        gpus_by_kind.append((config.plan.teacher_gpu, _ranks(drawers, asked)))
     bound = max(seconds, key=seconds.get)
     rows = config.synthesis.count if drawn else pairs_made(config)
-    return Phase(name, rows * seconds[bound] / 3600, _held(*held), bound)
+    return Phase(name, rows * seconds[bound] / 3600, _gpus_by_kind(*gpus_by_kind), bound)
 
 
 def _on_encoders(role: str, flops: float, tflops: float, config: Config, gpu: Gpu) -> float:

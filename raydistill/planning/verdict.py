@@ -15,7 +15,7 @@ from raydistill.config.stages import streams_bridge
 from raydistill.errors import InputError
 from raydistill.planning.counts import Counts, makes_pairs, pairs_made
 from raydistill.planning.gpus import GIB, Gpu, is_compiled
-from raydistill.planning.memory import ROLES, encoder_gpu, keeping_parts, memory
+from raydistill.planning.memory import ROLES, encoder_gpu, keeping_micro_batches, memory
 from raydistill.planning.schedule import (
     Phase,
     Schedule,
@@ -66,12 +66,12 @@ def title(config: Config) -> str:
 
 def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     """A handful of lines, each with what it says at its beginning."""
-    parts, timing = phases(counts, config, gpus), schedule(counts, config, gpus)
-    rents = any(part.gpus for part in parts)
+    all_phases, timing = phases(counts, config, gpus), schedule(counts, config, gpus)
+    rents = any(phase.gpus for phase in all_phases)
     lines = {
-        "fits": _fits(counts, config, gpus, parts),
+        "fits": _fits(counts, config, gpus, all_phases),
         "watch": "; ".join(_watch(counts, config, gpus, timing)) if rents else "",
-        "money": _money(config, gpus, parts) if rents else "no GPU is rented",
+        "money": _money(config, gpus, all_phases) if rents else "no GPU is rented",
         "savings": _saved(counts, config, gpus) if rents else "",
         "speeds": speeds(config, gpus) if rents else "",
         "needs": _needs(counts, config),
@@ -80,16 +80,16 @@ def verdict(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> str:
     return "\n".join(wrapped(label, text) for label, text in lines.items() if text)
 
 
-def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
+def _fits(counts: Counts, config: Config, gpus: dict[str, Gpu], all_phases: list[Phase]) -> str:
     """Whether, on what, hours and price; of what does not fit, what would help."""
-    hours = sum(part.hours for part in parts)
-    if not any(part.gpus for part in parts):
+    hours = sum(phase.hours for phase in all_phases)
+    if not any(phase.gpus for phase in all_phases):
         return f"no GPU is asked for; on one {config.plan.trainer_gpu} the arithmetic takes {_time(hours)}"
     nodes = "; ".join(
         f"{_nodes(gpus[kind], kind, count)} ({', '.join(dict.fromkeys(who))})"
-        for kind, (count, who) in _held(config, parts).items()
+        for kind, (count, who) in _gpus_by_kind(config, all_phases).items()
     )
-    total, market = price(parts, config, gpus), "spot" if config.plan.spot else "on-demand"
+    total, market = price(all_phases, config, gpus), "spot" if config.plan.spot else "on-demand"
     run = f"{nodes}: {_time(hours)}, ${total:,.0f} at {market} prices"
     small = [fit for fit in memory(counts, config, gpus) if not fit.fits]
     if not small:
@@ -113,12 +113,12 @@ def all_fits(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> bool:
     return all(fit.fits for fit in memory(counts, config, gpus))
 
 
-def _held(config: Config, parts: list[Phase]) -> dict[str, tuple[float, list[str]]]:
+def _gpus_by_kind(config: Config, all_phases: list[Phase]) -> dict[str, tuple[float, list[str]]]:
     """Kind of GPU -> (the most that is held at a time, who holds them)."""
     roles = [(it.kind(config), WHO.get(role, "encoders")) for role, it in ROLES.items() if _asks(config, role)]
-    kinds = dict.fromkeys(kind for part in parts for kind in part.gpus)
+    kinds = dict.fromkeys(kind for phase in all_phases for kind in phase.gpus)
     return {
-        kind: (max(part.gpus.get(kind, 0) for part in parts), [who for of, who in roles if of == kind])
+        kind: (max(phase.gpus.get(kind, 0) for phase in all_phases), [who for of, who in roles if of == kind])
         for kind in sorted(kinds, key=lambda kind: kind != config.plan.trainer_gpu)
     }
 
@@ -163,12 +163,12 @@ def filled_up(counts: Counts, config: Config) -> tuple[int, int]:
     return size, -(-size // at_once) * at_once
 
 
-def _money(config: Config, gpus: dict[str, Gpu], parts: list[Phase]) -> str:
-    total = price(parts, config, gpus)
+def _money(config: Config, gpus: dict[str, Gpu], all_phases: list[Phase]) -> str:
+    total = price(all_phases, config, gpus)
     return "; ".join(
-        f"{part.name} ${price([part], config, gpus):,.0f} ({price([part], config, gpus) / total:.0%}, {part.hours:,.1f} h, "
-        f"decided by {part.bound})"
-        for part in parts
+        f"{phase.name} ${price([phase], config, gpus):,.0f} ({price([phase], config, gpus) / total:.0%}, {phase.hours:,.1f} h, "
+        f"decided by {phase.bound})"
+        for phase in all_phases
     )
 
 
@@ -213,11 +213,11 @@ def savings(counts: Counts, config: Config, gpus: dict[str, Gpu]) -> list[tuple[
         for kind in gpus
     ]
     found = [(cost(other), change) for change, other in _changes(counts, config, gpus)]
-    if parts := keeping_parts(counts, config, gpus):
+    if count := keeping_micro_batches(counts, config, gpus):
         change = "distill.gradient_checkpointing=false" + (
-            f" distill.micro_batches={parts}" if parts > config.distill.micro_batches else ""
+            f" distill.micro_batches={count}" if count > config.distill.micro_batches else ""
         )
-        other = _with(config, "distill", gradient_checkpointing=False, micro_batches=parts)
+        other = _with(config, "distill", gradient_checkpointing=False, micro_batches=count)
         found.append((cost(other, replace(counts, trainer=counts.keeping)), change))
     kinds = [(cost(other), change) for change, other in others if all_fits(counts, other, gpus)]
     return sorted(it for it in [*found, min(kinds, default=(now, ""))] if it[0] <= WORTH_SAYING * now)

@@ -36,9 +36,9 @@ def attributes_of(captions: Sequence[str]) -> torch.Tensor:
         shape, color, size = rows[row, :-1].view(len(_HEADS), len(POSITIONS))
         shape[:] = 0
         for item in scene.objects:
-            place = POSITIONS.index(item.position)
-            shape[place] = 1 + SHAPES.index(item.shape)
-            color[place], size[place] = COLORS.index(item.color), SIZES.index(item.size)
+            cell = POSITIONS.index(item.position)
+            shape[cell] = 1 + SHAPES.index(item.shape)
+            color[cell], size[cell] = COLORS.index(item.color), SIZES.index(item.size)
         rows[row, -1] = BACKGROUNDS.index(scene.background)
     return rows
 
@@ -113,7 +113,7 @@ class Judge(nn.Module):
         return occupied_logit, found, logits["background"].argmax(1)
 
     @torch.no_grad()
-    def score(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    def compare(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         """Per image and attribute: the share of the caption's objects that were drawn as asked, [B] in [0, 1].
 
         Position: of the asked positions, how many are among the n most likely occupied ones (n objects asked).
@@ -130,10 +130,10 @@ class Judge(nn.Module):
             free = [position for position in best if position not in asked]
             for item, position in zip(scene.objects, asked, strict=True):
                 hit = position in best
-                place = position if hit else free.pop(0)
+                cell = position if hit else free.pop(0)
                 result["position"][row] += hit / len(asked)
                 for name, choices in names.items():
-                    right = choices[int(found[name][row, place])] == getattr(item, name)
+                    right = choices[int(found[name][row, cell])] == getattr(item, name)
                     result[name][row] += right / len(asked)
             result["background"][row] = float(BACKGROUNDS[int(background[row])] == scene.background)
         return result
@@ -152,24 +152,24 @@ class Judge(nn.Module):
             objects = parse(caption).objects
             if len(objects) != 2:
                 continue
-            places = [POSITIONS.index(item.position) for item in objects]
+            cells = [POSITIONS.index(item.position) for item in objects]
             wanted = [(SIZES.index(o.size), COLORS.index(o.color), SHAPES.index(o.shape)) for o in objects]
-            seen = [tuple(int(values[row, place]) for values in read) for place in places]
+            seen = [tuple(int(values[row, cell]) for values in read) for cell in cells]
             straight, exchanged = (
                 sum(a == b for want, got in zip(wanted, order, strict=True) for a, b in zip(want, got, strict=True))
                 for order in (seen, seen[::-1])
             )
-            there = set(occupied_logit[row].topk(2).indices.tolist()) == set(places)
+            there = set(occupied_logit[row].topk(2).indices.tolist()) == set(cells)
             result[row] = float(there and (straight > exchanged or wanted[0] == wanted[1]))
         return result
 
     def accuracy(self, images: torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
         """Mean accuracy per attribute, their mean under `mean`, and `all` (every attribute right)."""
-        return table_of(self.score(images, captions))
+        return table_of(self.compare(images, captions))
 
     def right(self, images: torch.Tensor, captions: Sequence[str]) -> list[bool]:
         """Whether every attribute of a picture is right."""
-        return _all_right(self.score(images, captions)).tolist()
+        return _all_right(self.compare(images, captions)).tolist()
 
     def save(self, folder: Path) -> None:
         """Write `judge.safetensors` (fp16) and `config.json`."""
@@ -185,18 +185,18 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
 
-def table_of(scores: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The table of `Judge.accuracy`, of what `Judge.score` gives."""
-    table = {name: float(scores[name].mean()) for name in ATTRIBUTES}
-    return table | {"mean": sum(table.values()) / len(table), "all": float(_all_right(scores).float().mean())}
+def table_of(right: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The table of `Judge.accuracy`, of what `Judge.compare` gives."""
+    table = {name: float(right[name].mean()) for name in ATTRIBUTES}
+    return table | {"mean": sum(table.values()) / len(table), "all": float(_all_right(right).float().mean())}
 
 
-def columns_of(scores: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def columns_of(right: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The columns of that table, one number a picture, each [B]."""
-    table = torch.stack([scores[name] for name in ATTRIBUTES])
-    return {"mean": table.mean(0), "all": _all_right(scores).float(), **scores}
+    table = torch.stack([right[name] for name in ATTRIBUTES])
+    return {"mean": table.mean(0), "all": _all_right(right).float(), **right}
 
 
-def _all_right(scores: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B] booleans, of the scores of every attribute."""
-    return torch.stack([scores[name] for name in ATTRIBUTES]).amin(0) > 0.999
+def _all_right(right: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B] booleans: every attribute is right."""
+    return torch.stack([right[name] for name in ATTRIBUTES]).amin(0) > 0.999

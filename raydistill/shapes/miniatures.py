@@ -68,7 +68,7 @@ def t5_tokenizer() -> T5Tokenizer:
     """Unigram tokenizer: one token a word of the grammar, letters for anything else."""
     letters = [(chr(c), -20.0) for c in range(33, 127)]
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), *((f"▁{w}", -1.0) for w in WORDS), *letters]
-    vocab = list({piece: (piece, score) for piece, score in reversed(vocab)}.values())[::-1]
+    vocab = list({piece: (piece, log_p) for piece, log_p in reversed(vocab)}.values())[::-1]
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 

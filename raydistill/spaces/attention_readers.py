@@ -27,10 +27,10 @@ class Recording:
     k: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def image_part(self, tokens: int | None, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_image(self, tokens: int | None, first: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k of the image tokens, which come last unless they come `first`, with their positions applied."""
-        place = slice(None) if tokens is None else slice(0, tokens) if first else slice(-tokens, None)
-        q, k = self.q[:, place], self.k[:, place]
+        rows = slice(None) if tokens is None else slice(0, tokens) if first else slice(-tokens, None)
+        q, k = self.q[:, rows], self.k[:, rows]
         if self.rotary is not None:
             rotary = tuple(table[-q.shape[1] :] for table in self.rotary)
             q, k = (apply_rotary_emb(value, rotary, sequence_dim=1) for value in (q, k))
@@ -92,10 +92,10 @@ def cut_unet(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list
     """Transformer blocks down, middle, up: everything after the last one kept is removed."""
     keep = math.ceil(depth_fraction * len(_unet_attention_blocks(network)))
     network = copy.deepcopy(network)
-    places = _unet_attention_blocks(network)[:keep]
-    if not places:
+    found = _unet_attention_blocks(network)[:keep]
+    if not found:
         raise InputError("this UNet has no transformer blocks to compare")
-    last, i, j = places[-1]
+    last, i, j = found[-1]
     last.attentions[i].transformer_blocks = last.attentions[i].transformer_blocks[: j + 1]
     last.attentions = last.attentions[: i + 1]
     # The middle block has one residual block before its first transformer.
@@ -110,7 +110,7 @@ def cut_unet(network: nn.Module, depth_fraction: float) -> tuple[nn.Module, list
     network.mid_block = network.mid_block if position >= downs else None
     network.up_blocks = network.up_blocks[: max(0, position - downs)]
     network.conv_norm_out, network.conv_out = None, nn.Identity()
-    return network, [block.attentions[i].transformer_blocks[j].attn1 for block, i, j in places]
+    return network, [block.attentions[i].transformer_blocks[j].attn1 for block, i, j in found]
 
 
 def _unet_attention_blocks(network: nn.Module) -> list[tuple[nn.Module, int, int]]:

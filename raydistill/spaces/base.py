@@ -133,7 +133,7 @@ class LatentSpace(ModelFolder, ABC):
     def decode_each(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
         """As `decode`, but a picture that is not finite is NaN in every pixel, and the others are as they are."""
         raw = self.denormalise(latents).to(vae.dtype)
-        decoded = torch.cat([self.decode_raw(vae, part).float() for part in raw.split(self.vae_batch(len(raw)))])
+        decoded = torch.cat([self.decode_raw(vae, chunk).float() for chunk in raw.split(self.vae_batch(len(raw)))])
         finite = decoded.isfinite().flatten(1).all(1)  # before infinity is clamped to white
         return decoded.clamp(-1, 1).masked_fill(~finite[:, None, None, None], torch.nan)
 

@@ -76,7 +76,7 @@ def _check_text_weights(space: Space, part: str) -> None:
     network_class = space.text_class(part)
     with reading(folder), without_bars():
         config = network_class.config_class.from_pretrained(folder)
-        _, told = network_class.from_pretrained(
+        _, loading_info = network_class.from_pretrained(
             None,
             config=config,
             state_dict=hollow,
@@ -84,7 +84,7 @@ def _check_text_weights(space: Space, part: str) -> None:
             ignore_mismatched_sizes=True,  # they are told below
             output_loading_info=True,
         )
-    check_loaded(folder, told)
+    check_loaded(folder, loading_info)
 
 
 def _check_passes(space: Space, network: nn.Module, vae: nn.Module, encoders: dict[str, nn.Module]) -> None:

@@ -24,7 +24,7 @@ class Depth(ModelFolder):
         """The transformer blocks that image tokens pass, in order; none in a UNet, which is no plain list of blocks."""
         return [block for name in self.block_lists for block in getattr(network, name)]
 
-    def large_parts(self, network: nn.Module) -> list[nn.Module]:
+    def large_blocks(self, network: nn.Module) -> list[nn.Module]:
         """Modules that run one after another and hold nearly all of the network: its blocks, also those of a UNet."""
         return self.blocks(network)
 

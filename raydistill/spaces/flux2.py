@@ -57,7 +57,7 @@ class Flux2KleinSpace(FlowSpace):
         single = range(self.part_config("transformer").whole("num_single_layers"))
         return (
             *JOINT_ATTENTION,
-            *(f"{part}.linear_{end}" for part in ("ff", "ff_context") for end in ("in", "out")),
+            *(f"{name}.linear_{end}" for name in ("ff", "ff_context") for end in ("in", "out")),
             "attn.to_qkv_mlp_proj",
             *(f"single_transformer_blocks.{i}.attn.to_out" for i in single),
         )

@@ -189,9 +189,9 @@ class ModelFolder:
         Raises:
             InputError: `model_max_length` or `max_position_embeddings` is no number of tokens.
         """
-        told, encoder = self.tokenizer_config(tokenizer), self.part_config(encoder_of(tokenizer))
+        config, encoder = self.tokenizer_config(tokenizer), self.part_config(encoder_of(tokenizer))
         limits = []
-        for settings, key in ((told, "model_max_length"), (encoder, "max_position_embeddings")):
+        for settings, key in ((config, "model_max_length"), (encoder, "max_position_embeddings")):
             if settings.get(key) is not None:
                 limits.append(settings.whole(key, most=10**40))  # transformers writes 10^30 for "no limit"
         return min((limit for limit in limits if limit < 10**9), default=math.inf)
@@ -210,10 +210,10 @@ class ModelFolder:
         kind = variant(folder, NETWORK_WEIGHTS)
         where = {} if device is None or device.type == "cpu" else {"device_map": {"": device}}
         with reading(folder), without_bars():
-            module, told = module_class.from_pretrained(
+            module, loading_info = module_class.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, variant=kind, output_loading_info=True, **where
             )
-        check_loaded(folder, told)
+        check_loaded(folder, loading_info)
         return module.eval().requires_grad_(False)
 
     def load_network(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> nn.Module:
@@ -273,7 +273,7 @@ class ModelFolder:
         folder = Path(self.folder, part)
         network_class, kind = self.text_class(part), variant(folder, TEXT_WEIGHTS)
         with reading(folder), without_bars():
-            encoder, told = network_class.from_pretrained(
+            encoder, loading_info = network_class.from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -281,7 +281,7 @@ class ModelFolder:
                 ignore_mismatched_sizes=True,  # they are told below
                 output_loading_info=True,
             )
-        check_loaded(folder, told)
+        check_loaded(folder, loading_info)
         return encoder.eval()
 
     def text_class(self, part: str) -> type[transformers.PreTrainedModel]:
@@ -337,19 +337,21 @@ def _library(name: str) -> types.ModuleType | None:
     return found if isinstance(found, types.ModuleType) and not name.startswith("_") else None
 
 
-def check_loaded(folder: Path, told: Mapping[str, Any]) -> None:
+def check_loaded(folder: Path, loading_info: Mapping[str, Any]) -> None:
     """See that a network's files held all its weights.
 
     transformers fills up what is missing with random numbers, and diffusers leaves it on the meta device.
 
     Args:
-        told: what `from_pretrained(output_loading_info=True)` says.
+        loading_info: what `from_pretrained(output_loading_info=True)` says.
 
     Raises:
         InputError: weights are missing, or have other shapes.
     """
-    wrong = [f"{name} is missing" for name in sorted(told["missing_keys"])]
-    wrong += [f"{name} has shape {tuple(found)}, not {tuple(shape)}" for name, found, shape in told["mismatched_keys"]]
+    wrong = [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
+    wrong += [
+        f"{name} has shape {tuple(found)}, not {tuple(shape)}" for name, found, shape in loading_info["mismatched_keys"]
+    ]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise InputError(f"{folder}: weights do not fit config.json: {wrong[0]}{more}")

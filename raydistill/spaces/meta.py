@@ -81,8 +81,8 @@ def _effect(func: torch._ops.OpOverload) -> tuple[bool, bool]:
 
 def _are_new(made: tuple[Any, ...], *given: Any) -> bool:
     """Plain tensors or None, and no views of what was given: `_unsafe_view` is one, though its schema does not say so."""
-    held = {one.untyped_storage()._cdata for one in tree_leaves(given) if isinstance(one, torch.Tensor)}
-    return all(t is None or (_is_plain(t) and t.untyped_storage()._cdata not in held) for t in made)
+    storages = {one.untyped_storage()._cdata for one in tree_leaves(given) if isinstance(one, torch.Tensor)}
+    return all(t is None or (_is_plain(t) and t.untyped_storage()._cdata not in storages) for t in made)
 
 
 def _is_plain(tensor: Any) -> bool:

@@ -171,8 +171,8 @@ def _weight_files(space: Space, path: Path) -> tuple[Path, ...]:
         return (_weight_file(path),)
     found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
     if found is None:
-        held = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
-        raise InputError(f"{path}: no weights of a {_kind(space)} ({', '.join(WEIGHT_FILES)}); it holds {held}")
+        files = ", ".join(sorted(file.name for file in path.iterdir())) or "nothing"
+        raise InputError(f"{path}: no weights of a {_kind(space)} ({', '.join(WEIGHT_FILES)}); it holds {files}")
     if found.suffix != ".json":
         return (found,)
     return tuple(weight_files(path, "diffusion_pytorch_model"))
@@ -323,8 +323,8 @@ def _start(space: Space, path: Path, numbers: dict[str, int]) -> tuple[int | Non
             f"{scheduler}: its {_kind(space)} predicts {prediction!r}, but {space.folder} is read as {space.prediction!r}"
         )
     stated = [(value, name) for name, value in numbers.items() if name.rsplit(".", 1)[-1] in START_NAMES]
-    told = space.start_of(config) if config else None
-    stated += [] if told is None else [(told, "its scheduler")]
+    start = space.start_of(config) if config else None
+    stated += [] if start is None else [(start, "its scheduler")]
     in_name = re.search(r"(?<![A-Za-z0-9])t(\d{3,4})(?![A-Za-z0-9])", path.name)
     if in_name:
         stated.append((int(in_name[1]), "its name"))

@@ -59,7 +59,7 @@ class StableDiffusionSpace(DiscreteSpace):
             return_dict=False,
         )[0]
 
-    def large_parts(self, network):
+    def large_blocks(self, network):
         return [*self._encoder(network), *network.up_blocks]
 
     def _encoder(self, network) -> list:

@@ -63,8 +63,8 @@ def lora_file(path: Path) -> Path:
         found = sorted(path.glob("*.safetensors"))
         usual = [file for file in found if file.name == LORA_FILE]
         if len(usual or found) != 1:
-            held = ", ".join(file.name for file in found) or "none"
-            raise InputError(f"student.lora_start: {path}: name one file; its .safetensors: {held}")
+            names = ", ".join(file.name for file in found) or "none"
+            raise InputError(f"student.lora_start: {path}: name one file; its .safetensors: {names}")
         return (usual or found)[0]
     if path.suffix != ".safetensors":
         raise InputError(f"student.lora_start: {path}: a LoRA is read from .safetensors alone, never from a pickle")

@@ -49,8 +49,8 @@ class StudentFamily(ModelFolder):
         With trailing timesteps it is the last of the scheduler's path.
         """
         steps = scheduler.get("num_train_timesteps")
-        told = scheduler.get("timestep_spacing") == "trailing" and isinstance(steps, int)
-        return steps - 1 if told else None
+        trailing = scheduler.get("timestep_spacing") == "trailing" and isinstance(steps, int)
+        return steps - 1 if trailing else None
 
     @property
     def takes_lora(self) -> bool:

@@ -53,11 +53,11 @@ def expand(pattern: str) -> list[Found]:
     """
     if _QUERY.search(pattern):
         remote(pattern)  # which refuses it without repeating what may be a secret
-    parts = list(dict.fromkeys(_spelled_out(pattern)))
-    named = [part for part in parts if not _WILD.search(part)]
+    patterns = list(dict.fromkeys(_spelled_out(pattern)))
+    named = [name for name in patterns if not _WILD.search(name)]
     found = [
         *_exactly(named, pattern),
-        *(one for part in parts if _WILD.search(part) for one in _matching(part, pattern)),
+        *(one for name in patterns if _WILD.search(name) for one in _matching(name, pattern)),
     ]
     if not found:
         raise InputError(f"{pattern}: no such files")
@@ -114,30 +114,30 @@ def _files_in(folder: Place, pattern: str) -> Iterator[tuple[Place, int]]:
         yield from ((file, file.stat().st_size) for file in folder.iterdir() if file.is_file())
 
 
-def _matching(part: str, pattern: str) -> Iterator[Found]:
+def _matching(name: str, pattern: str) -> Iterator[Found]:
     """Files that a pattern without braces names."""
-    if not _is_remote(part):
-        names = glob.iglob(str(_local_path(part)), recursive=True)
+    if not _is_remote(name):
+        names = glob.iglob(str(_local_path(name)), recursive=True)
         yield from (Found(file, file.stat().st_size) for file in map(Path, names) if file.is_file())
         return
-    scheme, _, key = part.partition("://")
+    scheme, _, key = name.partition("://")
     folders = key.split("/")
     fixed = next(index for index, name in enumerate(folders) if _WILD.search(name))
     base, wanted = remote(f"{scheme}://{'/'.join(folders[:fixed])}"), _regex("/".join(folders[fixed:]))
     yield from (Found(base / name, size) for name, size, _ in _listed(base, pattern) if wanted.fullmatch(name))
 
 
-def _is_remote(part: str) -> bool:
-    return is_uri(part) and not part.startswith("file://")
+def _is_remote(name: str) -> bool:
+    return is_uri(name) and not name.startswith("file://")
 
 
-def _local_path(part: str) -> Path:
-    if part.startswith("file://"):
-        return Path(unquote(part.removeprefix("file://")))
+def _local_path(name: str) -> Path:
+    if name.startswith("file://"):
+        return Path(unquote(name.removeprefix("file://")))
     try:
-        return Path(part).expanduser()
+        return Path(name).expanduser()
     except RuntimeError as error:  # ~somebody who has no home here
-        raise InputError(f"{part}: {error}") from None
+        raise InputError(f"{name}: {error}") from None
 
 
 def _listed(base: Remote, pattern: str) -> list[tuple[str, int, int]]:
@@ -152,19 +152,19 @@ def _listed(base: Remote, pattern: str) -> list[tuple[str, int, int]]:
 
 def _regex(pattern: str) -> re.Pattern[str]:
     """As glob.glob matches: a hidden name must be spelled out."""
-    parts, begins = [], True  # whether a name begins
+    pieces, begins = [], True  # whether a name begins
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^\]]+\]|.", pattern):
         if begins and _WILD.match(token) and token != "**/":
-            parts.append(r"(?!\.)")
+            pieces.append(r"(?!\.)")
         begins = token.endswith("/")
         if token == "**/":
-            parts.append(r"(?:(?!\.)[^/]+/)*")
+            pieces.append(r"(?:(?!\.)[^/]+/)*")
         elif token == "**":
-            parts.append(r".*")
+            pieces.append(r".*")
         elif token in ("*", "?"):
-            parts.append(r"[^/]*" if token == "*" else r"[^/]")
+            pieces.append(r"[^/]*" if token == "*" else r"[^/]")
         elif len(token) > 2:
-            parts.append("[" + ("^" + token[2:-1] if token[1] == "!" else token[1:-1]) + "]")
+            pieces.append("[" + ("^" + token[2:-1] if token[1] == "!" else token[1:-1]) + "]")
         else:
-            parts.append(re.escape(token))
-    return re.compile("".join(parts))
+            pieces.append(re.escape(token))
+    return re.compile("".join(pieces))

@@ -43,7 +43,7 @@ def is_hub_id(text: str) -> bool:
     return HUB_ID.fullmatch(text) is not None
 
 
-def _parts(model: str) -> tuple[str, str | None]:
+def _repo_and_revision(model: str) -> tuple[str, str | None]:
     match = HUB_ID.fullmatch(model)
     if match is None:
         raise InputError(f"{model}: not a model of the hub (org/name or org/name@revision)")
@@ -55,7 +55,7 @@ def cached(model: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, revision = _parts(model)
+    repo, revision = _repo_and_revision(model)
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=["model_index.json"], local_files_only=True)
     except LocalEntryNotFoundError:
@@ -89,7 +89,7 @@ def pinned(model: str) -> str:
 
     Raises InputError: see `download`.
     """
-    repo, revision = _parts(model)
+    repo, revision = _repo_and_revision(model)
     return model if revision else f"{repo}@{download(model).name}"
 
 
@@ -160,7 +160,7 @@ def download(model: str) -> Path:
         InputError: no network and no complete copy, an unknown model or revision, or one whose licence must be
             accepted first. The message says what to do.
     """
-    repo, revision = _parts(model)
+    repo, revision = _repo_and_revision(model)
     with _problems_of(model, repo, revision):
         folder = _fetch(repo, revision)
     if not (folder / "model_index.json").is_file():

@@ -62,7 +62,7 @@ class Lease:
         return f"{target}/".startswith(f"{self.folder}/")
 
 
-def held_by_others(storage: Path) -> list[str]:
+def runs_of_others(storage: Path) -> list[str]:
     """Names of the runs in a local folder that other living jobs hold: their drivers touch the file every few seconds."""
     now, found = time.time(), []
     for file in sorted(storage.glob(f"*/{LEASE_FILE}")):
@@ -73,24 +73,24 @@ def held_by_others(storage: Path) -> list[str]:
     return found
 
 
-_held: list[Lease] = []  # of this process
+_leases: list[Lease] = []  # of this process
 
 
 @contextmanager
 def holding(lease: Lease | None) -> Iterator[None]:
     """For the length of the block, `check` asks for this lease; None: for none."""
     leases = [] if lease is None else [lease]
-    _held.extend(leases)
+    _leases.extend(leases)
     try:
         yield
     finally:
         for one in leases:
-            _held.remove(one)
+            _leases.remove(one)
 
 
 def lease_of(target: Place) -> Lease | None:
     """The lease that this process writes to `target` under, if it needs one."""
-    return next((lease for lease in _held if lease.covers(target)), None)
+    return next((lease for lease in _leases if lease.covers(target)), None)
 
 
 def check(target: Place) -> None:

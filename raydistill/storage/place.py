@@ -239,18 +239,18 @@ def remote(uri: str) -> Remote:
             f"{scheme}://…: credentials and options do not belong in a URI; they are read from the environment "
             f"({_CREDENTIALS[scheme]}{'; AWS_ENDPOINT_URL' if scheme == 's3' else ''})"
         )
-    parts = PurePosixPath(key).parts
-    if not bucket or ".." in parts:
+    segments = PurePosixPath(key).parts
+    if not bucket or ".." in segments:
         raise InputError(f"{uri}: not a bucket and a key, as in {scheme}://bucket/folder/file")
-    return Remote(scheme, "/".join(parts))
+    return Remote(scheme, "/".join(segments))
 
 
 def _of_hub(uri: str, key: str) -> Remote:
-    parts = PurePosixPath(key).parts
-    if ".." in parts or not _HUB_SET.fullmatch("/".join(parts[:3])):
+    segments = PurePosixPath(key).parts
+    if ".." in segments or not _HUB_SET.fullmatch("/".join(segments[:3])):
         form = "hf://datasets/org/name[@revision]/path"
         raise InputError(f"{mask('uri', uri)}: not a data set of the hub, as in {form}")
-    return Remote("hf", "/".join(parts))
+    return Remote("hf", "/".join(segments))
 
 
 def cause(error: Exception, scheme: str) -> str:

@@ -27,9 +27,9 @@ def notes_of(run: Place, cure: str) -> dict[str, Any]:
         return {}
     found = read_json(file, cure)
     for key, kinds in (("mlflow", (str,)), ("seconds", (int, float))):
-        part = found.get(key, {})
-        if not isinstance(part, dict) or any(type(value) not in kinds for value in part.values()):
-            raise InputError(f"{file} is damaged ({key}: {str(part)[:40]}): {cure}")
+        section = found.get(key, {})
+        if not isinstance(section, dict) or any(type(value) not in kinds for value in section.values()):
+            raise InputError(f"{file} is damaged ({key}: {str(section)[:40]}): {cure}")
     return found
 
 

@@ -24,20 +24,20 @@ class TeacherClient:
     """A client of the service `name` (see `service.start`). It connects at its first request.
 
     Args:
-        place: where its requests begin to look among equally busy replicas, 0 <= place < 1. `rank / world` keeps clients
+        position: where its requests begin to look among equally busy replicas, 0 <= position < 1. `rank / world` keeps clients
             apart that ask at the same moment. None: at random.
     """
 
-    def __init__(self, name: str, config: TeacherServiceConfig, place: float | None = None) -> None:
-        if place is not None and not 0 <= place < 1:
-            raise ValueError(f"place must be at least 0 and below 1, not {place}")
-        self.name, self.config, self.place = name, config, place
+    def __init__(self, name: str, config: TeacherServiceConfig, position: float | None = None) -> None:
+        if position is not None and not 0 <= position < 1:
+            raise ValueError(f"position must be at least 0 and below 1, not {position}")
+        self.name, self.config, self.position = name, config, position
         self._handle: Any = None
         self.load = LoadLog()  # of this process's requests
         self.asked = self.answered = self.repeated = 0  # requests, those with an answer, and attempts after the first
 
     def __reduce__(self) -> tuple[type[TeacherClient], tuple[str, TeacherServiceConfig, float | None]]:
-        return TeacherClient, (self.name, self.config, self.place)
+        return TeacherClient, (self.name, self.config, self.position)
 
     def submit(self, request: ScoreRequest) -> PendingScores:
         """Send a request and return at once. Raises TeacherError if the request itself is wrong."""

@@ -108,7 +108,7 @@ class PendingScores:
     def _send(self) -> None:
         """Begin an attempt."""
         method = getattr(self._client.handle(), self._method)
-        self._response = method.remote([self._payload], place=self._client.place)
+        self._response = method.remote([self._payload], place=self._client.position)
 
     def _wait(self) -> np.ndarray:
         """Wait for an answer, in as many attempts as it takes. Raises as `result` does."""

@@ -161,8 +161,8 @@ class TeacherReplica:
         self._raise_failure(errors, len(pending), failed)
         if self._broken is not None:
             raise ReplicaBroken(self._broken)
-        parts = [answer.result() for answer in answers]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        slices = [answer.result() for answer in answers]
+        return np.concatenate(slices) if len(slices) > 1 else slices[0]
 
     async def _recover(self) -> None:
         """Make all ranks ready for the next request, after one that they all refused."""

@@ -23,7 +23,7 @@ class LeastBusyRouter(FIFOMixin, RequestRouter):
     """Compares all replicas. The base classes handle lost and full replicas, and cancelled requests.
 
     Callers that ask at the same moment see the same queues. So each request may carry `place`, 0 <= place < 1: where it
-    begins to look among equally busy replicas. Trainers in lockstep with evenly spaced places choose different replicas.
+    begins to look among equally busy replicas. Trainers in lockstep with evenly spaced ones choose different replicas.
     Requests without a place begin at random.
     """
 
@@ -48,9 +48,9 @@ class LeastBusyRouter(FIFOMixin, RequestRouter):
                 await self._probe(candidate_replicas)
             if all(map(self._length, candidate_replicas)):  # all busy: one may be about to become free
                 await asyncio.sleep(SETTLE_S)
-        place = pending_request.kwargs.get("place") if pending_request else None
-        place = random.random() if place is None else place
-        first = int(len(candidate_replicas) * place + 1e-9)  # 3 · (1/3) may fall short of 1
+        position = pending_request.kwargs.get("place") if pending_request else None
+        position = random.random() if position is None else position
+        first = int(len(candidate_replicas) * position + 1e-9)  # 3 · (1/3) may fall short of 1
         replicas = sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)
         replicas = sorted(replicas[first:] + replicas[:first], key=self._length)
         silent = [replica for replica in replicas if replica.replica_id in self._silent]

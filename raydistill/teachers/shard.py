@@ -95,7 +95,7 @@ class TeacherRank:
         # Imported here because they import torch.
         import torch
 
-        from raydistill.device_memory import naming_out_of_memory, part
+        from raydistill.device_memory import doing, naming_out_of_memory
         from raydistill.spaces import load_space
 
         torch.set_num_threads(config.threads_per_rank)
@@ -104,7 +104,7 @@ class TeacherRank:
         self.space = load_space(model_folder)
         self._role = f"teacher rank {self.rank} of {self.world} on node {self.facts['node']}"
         self._remedies = remedies(config)
-        with naming_out_of_memory(self._role, self._remedies), part("loading the teacher"):
+        with naming_out_of_memory(self._role, self._remedies), doing("loading the teacher"):
             self.teacher = self._whole(config) if address is None else self._join(config, *address)
         self.facts |= self.teacher.facts() | {"load_s": time.monotonic() - started}
 

@@ -111,7 +111,7 @@ def quantised_layers(network: nn.Module) -> dict[str, nn.Linear]:
         name: module
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
-        and any(part.isdigit() for part in name.split("."))
+        and any(one.isdigit() for one in name.split("."))
         and module.in_features % MULTIPLE == 0
         and module.out_features % MULTIPLE == 0
     }

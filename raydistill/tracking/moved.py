@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from raydistill.storage.lease import held_by_others
+from raydistill.storage.lease import runs_of_others
 
 ARTIFACTS = "mlartifacts"  # folder beside the database
 PLACES = (  # (table, column) of the database that name places below an experiment's
@@ -26,9 +26,9 @@ PLACES = (  # (table, column) of the database that name places below an experime
 
 def local(place: str | None) -> Path | None:
     """The folder that a place names; None: it is none of this machine."""
-    parts = urlsplit(place or "")
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
+    uri = urlsplit(place or "")
+    if uri.scheme == "file":
+        return Path(url2pathname(uri.path))
     return Path(place) if place and place.startswith("/") else None
 
 
@@ -49,10 +49,10 @@ def follow(database: Path, new: Path) -> list[str]:
             old = local(place)
             if old is None or old.name != ARTIFACTS or same(old, new):
                 continue
-            if held := held_by_others(new.parent):
+            if others := runs_of_others(new.parent):
                 lines.append(
                     f"MLflow's artifacts go to {old}, where {new.parent} was begun: they follow it once no other job has "
-                    f"a run in it, as {held[0]} now"
+                    f"a run in it, as {others[0]} now"
                 )
                 continue
             store.execute(

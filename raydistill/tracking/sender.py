@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import mask
-from raydistill.tracking.store import REFUSALS, client_of, told
+from raydistill.errors import mask, reason
+from raydistill.tracking.store import REFUSALS, client_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,7 +125,7 @@ class Sender:
                 delay = min(60.0, max(1.0, 2 * delay))
                 if not self._away:
                     log.warning(
-                        "tracking: %s does not answer, will retry: %s", mask("uri", self.uri), told(self.uri, error)
+                        "tracking: %s does not answer, will retry: %s", mask("uri", self.uri), reason(error, self.uri)
                     )
                 self._away = True
 
@@ -168,7 +168,7 @@ class Sender:
                         if not self._closed:
                             queue.extendleft(reversed(some))
                     raise
-                log.warning("tracking: %s: %s", loss(some), told(self.uri, error))
+                log.warning("tracking: %s: %s", loss(some), reason(error, self.uri))
                 self._done(len(some), lost=True)
             else:
                 self._done(len(some))

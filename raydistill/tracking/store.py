@@ -47,11 +47,6 @@ class TrackingAway(TrackingError):
     """The store does not answer; it may come back."""
 
 
-def told(uri: str, error: BaseException) -> str:
-    """What the store at `uri`, or a library that asked it, raised: one line without secrets of the URI."""
-    return reason(error, uri)
-
-
 # -- where runs are kept ----------------------------------------------------------------------------------
 
 
@@ -104,7 +99,7 @@ def ui_lines(uri: str, run_id: str) -> list[str]:
     try:
         experiment = client_of(uri).get_run(run_id).info.experiment_id
     except MlflowException as error:
-        raise TrackingAway(f"{mask('uri', uri)}: {told(uri, error)}") from error
+        raise TrackingAway(f"{mask('uri', uri)}: {reason(error, uri)}") from error
     page = f"#/experiments/{experiment}/runs?workflowType=machine_learning"
     if uri.startswith(("http://", "https://")):
         return [f"{mask('uri', uri).rstrip('/')}/{page}"]
@@ -159,10 +154,10 @@ def prepare(uri: str) -> None:
         if _of_another_schema(error):
             raise TrackingError(
                 f"tracking store {mask('uri', uri)} was written by a newer MLflow than this one ({metadata.version('mlflow')}), or "
-                f"by an older one: install the newer, run `mlflow db upgrade` on the older, or use another ({told(uri, error)})"
+                f"by an older one: install the newer, run `mlflow db upgrade` on the older, or use another ({reason(error, uri)})"
             ) from error
         kind = TrackingAway if _may_pass(error) else TrackingError
-        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {told(uri, error)}") from error
+        raise kind(f"tracking store {mask('uri', uri)} cannot be used: {reason(error, uri)}") from error
 
 
 def _of_another_schema(error: BaseException | None) -> bool:
@@ -270,7 +265,7 @@ def open_run(
         describe(client, run.info.run_id, fresh, (tags if resume_run_id else {}) | changed)
     except MlflowException as error:
         kind = TrackingError if getattr(error, "error_code", None) in REFUSALS else TrackingAway
-        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {told(uri, error)}") from error
+        raise kind(f"{mask('uri', uri)}: cannot open run {resume_run_id or name}: {reason(error, uri)}") from error
     return run.info.run_id
 
 
@@ -337,8 +332,8 @@ def describe(client: MlflowClient, run_id: str, params: Mapping[str, str], tags:
 
     entries = [("params", Param(k, v)) for k, v in params.items()] + [("tags", RunTag(k, v)) for k, v in tags.items()]
     for start in range(0, len(entries), 100):  # MLflow's limit per request
-        part = entries[start : start + 100]
-        client.log_batch(run_id, **{kind: [e for k, e in part if k == kind] for kind in ("params", "tags")})
+        chunk = entries[start : start + 100]
+        client.log_batch(run_id, **{kind: [e for k, e in chunk if k == kind] for kind in ("params", "tags")})
 
 
 def newest_model(client: MlflowClient, experiment: str, run_id: str) -> LoggedModel | None:

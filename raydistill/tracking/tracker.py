@@ -15,12 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from raydistill.errors import mask
+from raydistill.errors import mask, reason
 from raydistill.storage.atomic import reading
 from raydistill.storage.place import Place
 from raydistill.storage.resolve import to_place
 from raydistill.tracking.sender import Sender, metric_name
-from raydistill.tracking.store import MAX_TAG, NOTE, client_of, describe, told
+from raydistill.tracking.store import MAX_TAG, NOTE, client_of, describe
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,8 +97,8 @@ class Tracker:
             from mlflow.entities import Dataset, DatasetInput, InputTag
 
             name, profile = PurePosixPath(source).name or source, json.dumps({} if rows is None else {"num_rows": rows})
-            told = Dataset(name, digest[:36], "local", json.dumps({"uri": mask("uri", source)}), profile=profile)
-            client.log_inputs(self.run_id, [DatasetInput(told, [InputTag("mlflow.data.context", context)])])
+            dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": mask("uri", source)}), profile=profile)
+            client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
 
         self._sender.add_job(f"data set {source}", send)
 
@@ -157,7 +157,7 @@ class SystemMetrics:
             logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)
             self._monitor.start()
         except Exception as error:  # noqa: BLE001 (psutil, drivers and the store all have their own)
-            log.warning("system metrics are not recorded: %s", told(self._arguments["tracking_uri"], error))
+            log.warning("system metrics are not recorded: %s", reason(error, self._arguments["tracking_uri"]))
             self._monitor = None
         return self
 

@@ -37,16 +37,16 @@ class Alarms:
             self.tracker.tags({"collapse_alarm": message})
         self.standing.collapse = None if reason is None else self.standing.collapse or f"step {step}: {reason}"
 
-    def fall(self, step: int, score: float, spread: float) -> None:
-        """The periodic evaluation is well below its best; `spread`: the score's standard deviation over single pictures."""
+    def fall(self, step: int, value: float, spread: float) -> None:
+        """The periodic evaluation is well below its best; `spread`: the metric's standard deviation over single pictures."""
         fall = FALL if self.config.evaluation.metric in OF_JUDGE else FALL_IN_SPREADS * spread
-        if score < self.standing.best - fall:
-            self.collapse(step, f"evaluation fell to {score:.3f} from {self.standing.best:.3f}")
+        if value < self.standing.best - fall:
+            self.collapse(step, f"evaluation fell to {value:.3f} from {self.standing.best:.3f}")
 
-    def plateau(self, step: int, scores: list[float | None]) -> None:
-        """Say that the score no longer rises, where that ends the stage."""
+    def plateau(self, step: int, values: list[float | None]) -> None:
+        """Say that the metric no longer rises, where that ends the stage."""
         standing, allowed = self.standing, self.config.distill.stop_on_plateau
-        noise = standing.observe(scores)
+        noise = standing.observe(values)
         if allowed is None or standing.flat < allowed:
             standing.plateau = None
             return

@@ -22,10 +22,10 @@ class BestStudent:
     def __init__(self, stage: Stage, config: Config, networks: Networks) -> None:
         self.stage, self.config, self.networks = stage, config, networks
 
-    def keep(self, step: int, score: float) -> None:
+    def keep(self, step: int, value: float) -> None:
         with writing(self.stage.path(BEST)) as folder:
             folder.mkdir(exist_ok=True)
-            save_state(folder, self.networks.best_state(), {"step": step, "score": score} | mark(self.stage.runs))
+            save_state(folder, self.networks.best_state(), {"step": step, "score": value} | mark(self.stage.runs))
 
     def restore(self, step: int) -> int:
         """Load it; returns the step that it is of. Where it is damaged, the student of `step` stays, and that is said."""

@@ -19,7 +19,7 @@ from raydistill.config.schema import Config
 from raydistill.data.pair_stream import stream_needs
 from raydistill.data.pairs import Pairs, open_pairs
 from raydistill.data.pictures import Pictures
-from raydistill.device_memory import naming_out_of_memory, part
+from raydistill.device_memory import doing, naming_out_of_memory
 from raydistill.errors import StageFailed
 from raydistill.export.licences import picture_sets
 from raydistill.precision import allow_tf32
@@ -199,7 +199,7 @@ def _train_with(config: Config, settings: dict[str, Any]) -> None:
                 started = time.monotonic()
             else:
                 waited += seconds
-            with part("a step"):
+            with doing("a step"):
                 losses = trainer.step(batch)
             step = trainer.step_count
             if step % LOG_EVERY == 0 or step == last:
@@ -248,7 +248,7 @@ def _checkpoint(
         ray.train.report({})
         return
     step = trainer.step_count
-    with part("its validation"):
+    with doing("its validation"):
         metrics, picture = trainer.validation()
     log.metrics(metrics, step)
     log.image(picture, "reconstruction", step)

@@ -19,7 +19,7 @@ import torch
 from raydistill.config.reading import CONTROLS, validate
 from raydistill.config.schema import Config
 from raydistill.data.stream import Early
-from raydistill.device_memory import naming_out_of_memory, part
+from raydistill.device_memory import doing, naming_out_of_memory
 from raydistill.distillation.compiled import as_it_is
 from raydistill.distillation.schedule import distillation_step
 from raydistill.distillation.updates import Distiller
@@ -30,10 +30,10 @@ from raydistill.tracking.progress import ProgressWatcher
 from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import SystemMetrics, Tracker
 from raydistill.workers.adoption import Found
+from raydistill.workers.assembly import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.checkpoint import require_room, save_state
-from raydistill.workers.more_parts import in_more_parts, noting_more_parts
+from raydistill.workers.more_micro_batches import in_more_micro_batches, noting_more_micro_batches
 from raydistill.workers.observer import Evaluated, Observer, evaluated_sets, evaluation_is_due
-from raydistill.workers.parts import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 from raydistill.workers.remedies import trainer_remedies
 from raydistill.workers.stage import Stage, Standing
@@ -46,23 +46,23 @@ CHECKPOINTS = "checkpoints"  # folder of a stage
 def launch(stage: Stage, needs: Sequence[Future[Any]] = ()) -> dict[str, Any]:
     """Run a stage to its end, or go on with it from its last checkpoint; returns its result.
 
-    Where an update finds a device full, the stage goes on once with batches in more parts (more_parts.py).
+    Where an update finds a device full, the stage goes on once with more micro-batches (more_micro_batches.py).
     `needs`, and what is raised: see `train`.
     """
     if stage.path("result.json").is_file():
         return stage.result()
     stage.path().mkdir(parents=True, exist_ok=True)  # before a signal may leave its file there
-    roomier = in_more_parts(stage)
+    roomier = in_more_micro_batches(stage)
     try:
         _train(roomier, needs)
     except StageFailed as error:
-        again = in_more_parts(stage)
+        again = in_more_micro_batches(stage)
         if again == roomier:
             raise
-        parts = again.config["distill"]["micro_batches"]
+        count = again.config["distill"]["micro_batches"]
         screen.say(f"{error}")
         screen.say(
-            f"{screen.numbered(stage.name)}: goes on with distill.micro_batches={parts}, the same update up to rounding"
+            f"{screen.numbered(stage.name)}: goes on with distill.micro_batches={count}, the same update up to rounding"
         )
         _train(again, needs)
     return stage.result()
@@ -99,7 +99,7 @@ def distil(stage: Stage) -> None:
     """One worker's part of the stage, from the newest checkpoint to the end, or to a stop."""
     config = validate(stage.config)
     naming = naming_out_of_memory("trainer", trainer_remedies(config))
-    with noting_more_parts(stage), naming, _opened(stage, config) as run:
+    with noting_more_micro_batches(stage), naming, _opened(stage, config) as run:
         run.begin()
         for step in run.remaining_steps():
             distillation_step(run.distiller, run.teachers, config.fake_score.updates, config.distill.overlap)
@@ -126,7 +126,7 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     batches = Early(batches_after(config, worker, first, reals))  # encoders start while networks load
     # rank 0's texts first: the device is still empty, and others would wait for a CPU in their first meeting
     evaluated = evaluated_sets(config, worker.device) if worker.rank == 0 else None
-    with part("loading its networks"):
+    with doing("loading its networks"):
         distiller, teachers = load_distiller(stage, config, worker, batches, reals)
     run = DistillationRun(stage, config, worker, distiller, teachers, found, evaluated=evaluated)
     del found  # a whole checkpoint in main memory, and this frame lives as long as the run
@@ -206,16 +206,16 @@ class DistillationRun:
         metrics = self.distiller.pop_metrics() | (self.teachers.client.metrics() if self.teachers else {})
         self._tell_left_out(step)
         if self.observer:
-            with part("an evaluation"):
+            with doing("an evaluation"):
                 self.observer.after_step(step, self.worker.world, metrics)
-        with part("pictures of the scores"):
+        with doing("pictures of the scores"):
             self._show_scores(step)
         self.log.add(step, self.worker.world, self.distiller.batches.pop_sample_ids(), metrics)
 
     def _tell_left_out(self, step: int) -> None:
         """Name the samples that this worker has left out of the update, on the screen and in the stage's run."""
-        told, self.distiller.left_out = self.distiller.left_out, []
-        lines = [f"step {step}, worker {self.worker.rank}: left out: {words}" for words, _ in told]
+        left_out, self.distiller.left_out = self.distiller.left_out, []
+        lines = [f"step {step}, worker {self.worker.rank}: left out: {words}" for words, _ in left_out]
         for line in lines:
             screen.say(line)
         if lines:
@@ -231,15 +231,15 @@ class DistillationRun:
         config, networks = self.config, self.distiller.networks
         if not (self.teachers and config.evaluation.scores_grid and evaluation_is_due(config, step)):
             return
-        parts = self.observer.score_pictures.make() if self.observer else []
+        made = self.observer.score_pictures.make() if self.observer else []
         if config.fake_score.shard:
-            parts = self.worker.from_rank_0(parts)
+            made = self.worker.from_rank_0(made)
         # the next update would be blamed for what is not finite here
         with networks.finite.aside(), as_it_is(networks.fake):
-            fake = [networks.x0_fake(part.x_t, part.t_B, part.teacher_conditioning) for _, part in parts]
+            fake = [networks.x0_fake(one.x_t, one.t_B, one.teacher_conditioning) for _, one in made]
         if self.observer:
-            real = [self.teachers(part).result(check_finite=False) for _, part in parts]  # a picture is black then
-            self.observer.show_scores(step, [torch.cat(one).cpu() for one in ([x for x, _ in parts], real, fake)])
+            real = [self.teachers(one).result(check_finite=False) for _, one in made]  # a picture is black then
+            self.observer.show_scores(step, [torch.cat(one).cpu() for one in ([x for x, _ in made], real, fake)])
 
     def agree(self, step: int) -> bool:
         """What rank 0 sees counts for all, so that all end after the same step.

@@ -7,6 +7,7 @@ left out by its id, until the controller ends.
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,19 +22,20 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from raydistill.teachers import placement
 
 LABEL = "ray.io/node-id"  # of every node, by Ray
-PLACED = "placed on "  # what a note of an error begins with
+ON_NODE = "on node "  # what a note of an error begins with
 FREED_WITHIN_S = 10.0  # the resources of workers that were ended
 
 
-def name_place(error: BaseException) -> None:
-    """Note on an error the id of its node. The note travels with it."""
-    error.add_note(f"{PLACED}{ray.get_runtime_context().get_node_id()}")
+def name_node(error: BaseException) -> None:
+    """Note on an error which node it arose on. The note travels with it to Ray Train's controller."""
+    node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
+    error.add_note(f"{ON_NODE}{node}: {host} ({ray.util.get_node_ip_address()})")
 
 
-def place_of(error: BaseException) -> str | None:
-    """Id of the node of an error that says so."""
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(PLACED)]
-    return notes[-1].removeprefix(PLACED) if notes else None
+def node_of(error: BaseException) -> tuple[str, str] | None:
+    """(id, name) of the node of an error that says so."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(ON_NODE)]
+    return tuple(notes[-1].removeprefix(ON_NODE).split(": ", 1)) if notes else None
 
 
 def follows_from_others(error: BaseException) -> bool:
@@ -68,7 +70,7 @@ class LeftOutNodes(ControllerCallback):
             errors: by rank.
             begins: whether an update was done since the failure before.
         """
-        nodes = {node for error in errors.values() if not follows_from_others(error) and (node := place_of(error))}
+        nodes = {node[0] for error in errors.values() if not follows_from_others(error) and (node := node_of(error))}
         if self.limit < 1 or len(nodes) != 1:
             self._last = ("", 0)
             return
@@ -84,14 +86,14 @@ class LeftOutNodes(ControllerCallback):
         """Ray Train calls this when no worker lives. Returns the labels of their nodes; None: as they are configured."""
         if not self.ids:
             return None
-        told = (
+        text = (
             f"failures in a row on node {', '.join(map(_named, self.ids))} alone "
             f"(distill.max_failures_of_node={self.limit})"
         )
         if not self._others_have_room(num_workers):
-            self.tell(f"{told}; no other has room for {num_workers} worker(s), so they go on there")
+            self.tell(f"{text}; no other has room for {num_workers} worker(s), so they go on there")
             return None
-        self.tell(f"{told}; workers go on without it")
+        self.tell(f"{text}; workers go on without it")
         return {**self.need.labels, LABEL: f"!in({','.join(self.ids)})"}
 
     def _others_have_room(self, count: int) -> bool:

@@ -7,7 +7,6 @@ at full price: a GPU that no kernel was built for, a driver that is too old, mem
 from __future__ import annotations
 
 import functools
-import socket
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,24 +18,12 @@ from raydistill.errors import RunLost
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.lease import Lease, check, holding
 from raydistill.storage.resolve import to_place
-from raydistill.workers.left_out_nodes import LeftOutNodes, name_place
+from raydistill.workers.left_out_nodes import LeftOutNodes, node_of
 
 FATAL_FILE = "fatal.txt"  # of a stage's folder: workers that find it end at once, and the driver reads the reason
 ELSEWHERE_FILE = "fatal-elsewhere.txt"  # the same, of workers that met what another one can name better
 NODES_FILE = "left-out-nodes.txt"  # the last that was said of nodes; workers that begin say it
-ON_NODE = "on node "  # what a note of an error begins with
 NODE_DIED = "node has died"  # what Ray says of an actor that was lost with its node
-
-
-def name_node(error: BaseException) -> None:
-    """Note on an error which node it arose on. The note travels with it to Ray Train's controller."""
-    error.add_note(f"{ON_NODE}{socket.gethostname()} ({ray.util.get_node_ip_address()})")
-    name_place(error)
-
-
-def node_of(error: BaseException) -> str | None:
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith(ON_NODE)]
-    return notes[-1].removeprefix(ON_NODE) if notes else None
 
 
 @dataclass
@@ -87,9 +74,10 @@ class NoProgress(ray.train.UserCallback):
             return max(0, self.furthest)
 
     def _end(self, error: Exception) -> None:
+        _, node = node_of(error) or ("", "unknown")
         text = (
             f"{self.failures} failures in a row and no update after {self.furthest} "
-            f"(distill.max_failures_without_progress={self.limit}); the last one on node {node_of(error) or 'unknown'}: "
+            f"(distill.max_failures_without_progress={self.limit}); the last one on node {node}: "
             f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         )
         self._write(FATAL_FILE, text)

@@ -98,10 +98,10 @@ class Observer:
         self._measured: dict[str, float] = {}  # the last value of evaluation.metric, named with its step
         evaluation, networks = config.evaluation, distiller.networks
         scope = next(iter(stage.runs), None) or ""
-        self.scores = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
+        self.scorers = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
 
         self.final, self.periodic = (
-            StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scores, table=table)
+            StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scorers, table=table)
             for fixed, table in evaluated or evaluated_sets(config, torch.device("cpu"))
         )
 
@@ -173,10 +173,10 @@ class Observer:
         )
 
     def _headline(self, metrics: dict[str, float]) -> dict[str, float]:
-        """The loss and the score again, in a section that MLflow, which sorts by name, shows first."""
+        """The loss and the metric again, in a section that MLflow, which sorts by name, shows first."""
         loss = next((metrics[name] for name in SHOWN_LOSSES if name in metrics), None)
-        score = metrics.get(f"eval/periodic_{self.config.evaluation.metric}")
-        return {f"{FIRST}/{name}": value for name, value in (("loss", loss), ("score", score)) if value is not None}
+        number = metrics.get(f"eval/periodic_{self.config.evaluation.metric}")
+        return {f"{FIRST}/{name}": value for name, value in (("loss", loss), ("score", number)) if value is not None}
 
     def _compare(self, step: int, measured: Measured, drifted: str | None) -> None:
         """Alarm where the evaluation falls well below its best, notice a plateau; keep the best student.
@@ -185,16 +185,16 @@ class Observer:
         the metric has failed at all evaluations so far; one that fails later leaves the best as it is.
         """
         standing, metric = self.standing, self.config.evaluation.metric
-        score = measured.table.get(metric)
-        if score is None and self.config.evaluation.measured:
+        value = measured.table.get(metric)
+        if value is None and self.config.evaluation.measured:
             if standing.best == float("-inf") and drifted is None:
                 self.best.keep(step, standing.score)
             return
-        standing.score = float(step) if score is None else score
-        if score is not None:
-            self.alarms.fall(step, score, measured.spread[metric])
+        standing.score = float(step) if value is None else value
+        if value is not None:
+            self.alarms.fall(step, value, measured.spread[metric])
             self.alarms.plateau(step, measured.each[metric])
-        if (score is not None or drifted is None) and standing.score > standing.best:
+        if (value is not None or drifted is None) and standing.score > standing.best:
             standing.best = standing.score
             self.best.keep(step, standing.score)
 
@@ -209,8 +209,8 @@ class Observer:
         count = self.config.evaluation.grid
         self.tracker.image(grid(pictures[:count], self.periodic.fixed.captions[:count]), "periodic", step)
         metric = self.config.evaluation.metric
-        score = measured.table.get(metric)
-        self._measured = {} if score is None else {f"{metric}@{step}": score}
+        value = measured.table.get(metric)
+        self._measured = {} if value is None else {f"{metric}@{step}": value}
         return measured
 
     def _consistency(self, step: int) -> dict[str, float]:
@@ -264,7 +264,7 @@ class Observer:
             self.tracker.tags({"worse_than_start": worse})
 
     def close(self) -> None:
-        self.scores.close()
+        self.scorers.close()
 
 
 def _named(measured: Measured) -> dict[str, float]:

@@ -29,8 +29,8 @@ from raydistill.teachers.request import TeacherError, TeacherGone, TeacherUnavai
 from raydistill.tracking.screen import screen
 from raydistill.workers.adoption import KEPT, Found, Runs, adopt, as_ray_train_names_it, delete_unlisted, load, newest
 from raydistill.workers.checkpoint import CheckpointError
-from raydistill.workers.left_out_nodes import LeftOutNodes
-from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NODES_FILE, NoProgress, name_node
+from raydistill.workers.left_out_nodes import LeftOutNodes, name_node
+from raydistill.workers.no_progress import ELSEWHERE_FILE, FATAL_FILE, NODES_FILE, NoProgress
 from raydistill.workers.waiting import meeting, watch
 
 log = logging.getLogger(__name__)

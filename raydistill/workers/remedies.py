@@ -5,17 +5,17 @@ from __future__ import annotations
 from raydistill.config.schema import Config
 
 
-def more_parts(batch: int, parts: int) -> int | None:
-    """The next number of equal parts of a batch; None: each part is one sample."""
-    return next((count for count in range(parts + 1, batch + 1) if batch % count == 0), None)
+def next_micro_batches(batch: int, count: int) -> int | None:
+    """The next number of equal micro-batches of a batch; None: each is one sample."""
+    return next((more for more in range(count + 1, batch + 1) if batch % more == 0), None)
 
 
 def trainer_remedies(config: Config) -> list[str]:
     """For a worker that distils."""
     distill = config.distill
     found = [] if distill.gradient_checkpointing else ["distill.gradient_checkpointing=true"]
-    if parts := more_parts(distill.batch_size, distill.micro_batches):
-        found.insert(0, f"distill.micro_batches={parts}")
+    if count := next_micro_batches(distill.batch_size, distill.micro_batches):
+        found.insert(0, f"distill.micro_batches={count}")
     if config.fake_score.kind == "lora" and distill.mixed_precision and config.fake_score.base_dtype == "float32":
         found.append("fake_score.base_dtype=bfloat16")
     if config.fake_score.kind == "lora" and not config.fake_score.shard and distill.workers > 1:
@@ -29,6 +29,6 @@ def bridge_remedies(config: Config) -> list[str]:
     """For a worker that trains the Bridge."""
     bridge = config.bridge
     found = [] if bridge.gradient_checkpointing else ["bridge.gradient_checkpointing=true"]
-    if parts := more_parts(bridge.batch_size // config.distill.fewest, bridge.micro_batches):
-        found.insert(0, f"bridge.micro_batches={parts}")
+    if count := next_micro_batches(bridge.batch_size // config.distill.fewest, bridge.micro_batches):
+        found.insert(0, f"bridge.micro_batches={count}")
     return [*found, "a smaller bridge.batch_size or bridge.attention.depth_fraction"]

@@ -131,7 +131,7 @@ class _Here:
         try:
             self._make_room()  # what training keeps in reserve
             self.scorer.to(self.device)
-            return self.scorer.score(files, captions, at_once)
+            return self.scorer.measure(files, captions, at_once)
         finally:
             self.scorer.to("cpu")
             self._make_room()
@@ -162,7 +162,7 @@ class _Actor:
         self.placed = self.actor.__ray_ready__.remote()
 
     def begin(self, files: Sequence[bytes], captions: Sequence[str], batch_size: int) -> Compute:
-        answer = self.actor.score.remote(files, list(captions), len(files) if self.at_once else batch_size)
+        answer = self.actor.measure.remote(files, list(captions), len(files) if self.at_once else batch_size)
 
         def compute(deadline: float) -> Columns:
             try:

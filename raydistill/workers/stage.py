@@ -33,14 +33,14 @@ class Stage:
     runs: Runs = ()  # ids of the run, its own first; its checkpoints bear one of them
     lease: Lease | None = None  # under which workers write
 
-    def path(self, *parts: str) -> Place:
-        return functools.reduce(operator.truediv, parts, to_place(self.folder))
+    def path(self, *names: str) -> Place:
+        return functools.reduce(operator.truediv, names, to_place(self.folder))
 
     def result(self) -> dict[str, Any]:
         return read_json(self.path("result.json"), "remove it, and the stage ends again from its last checkpoint")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Standing:
     """Where a stage stands; part of every checkpoint (`about.json`)."""
 
@@ -63,29 +63,29 @@ class Standing:
         later = {name: about[name] for name in ("final_s", "flat", "peak_scores") if name in about}
         return cls(step=about["step"], best=about["best"], score=about["score"], **lasting, **later)
 
-    def observe(self, scores: list[float | None]) -> float:
+    def observe(self, values: list[float | None]) -> float:
         """Count the evaluations since the mean score has last risen by more than the standard error of its rise.
 
         Every evaluation draws the same prompts from the same noise. So the rise is the mean of each picture's own rise,
         and its error has no part of what makes pictures differ from each other.
 
         Args:
-            scores: of the pictures of this evaluation; None: the metric has no number for it.
+            values: of the pictures of this evaluation; None: the metric has no number for it.
 
         Returns:
             The standard error; where the pictures of the peak are not known, that of the mean score.
         """
-        known = [score for score in scores if score is not None]
-        score = math.fsum(known) / len(known)
+        known = [mean for mean in values if mean is not None]
+        mean = math.fsum(known) / len(known)
         if self.peak is None:
-            self.peak, self.peak_scores, self.flat = score, scores, 0
+            self.peak, self.peak_scores, self.flat = mean, values, 0
             return 0.0
-        pairs = zip(scores, self.peak_scores or [], strict=False)
+        pairs = zip(values, self.peak_scores or [], strict=False)
         rises = [now - then for now, then in pairs if now is not None and then is not None]
-        rise, of = (math.fsum(rises) / len(rises), rises) if rises else (score - self.peak, known)
+        rise, of = (math.fsum(rises) / len(rises), rises) if rises else (mean - self.peak, known)
         noise = statistics.stdev(of) / math.sqrt(len(of)) if len(of) > 1 else 0.0
         if rise > noise:
-            self.peak, self.peak_scores, self.flat = score, scores, 0
+            self.peak, self.peak_scores, self.flat = mean, values, 0
         else:
             self.flat += 1
         return noise

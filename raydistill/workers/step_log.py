@@ -99,16 +99,16 @@ def open_log(folder: Place, rank: int) -> StepLog:
 def read_lines(file: Place) -> list[dict[str, Any]]:
     """Every whole line in the order of writing. A line that was cut or damaged is left out, and named on the screen."""
     lines = []
-    for part in file.iterdir() if isinstance(file, Remote) else [file] if file.is_file() else []:
+    for one in file.iterdir() if isinstance(file, Remote) else [file] if file.is_file() else []:
         damaged = []
-        for number, text in enumerate(part.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
+        for number, text in enumerate(one.read_bytes().removesuffix(b"\n").split(b"\n"), start=1):
             if (line := _line_of(text)) is not None:
                 lines.append(line)
             elif text.strip():
                 damaged.append(str(number))
         if damaged:
             more = ", …" if len(damaged) > LINES_NAMED else ""
-            print(f"{part}: damaged lines are left out ({', '.join(damaged[:LINES_NAMED])}{more})", flush=True)
+            print(f"{one}: damaged lines are left out ({', '.join(damaged[:LINES_NAMED])}{more})", flush=True)
     return lines
 
 
@@ -150,10 +150,10 @@ def consumed_by_all(folder: Place) -> np.ndarray:
 
 def consumed(lines: Iterable[dict[str, Any]]) -> np.ndarray:
     """Sample ids of one worker that the final weights rest on, in the order in which they were consumed, int64."""
-    parts = [
+    ids = [
         np.arange(first, last + 1)
         for line in steps_of(lines).values()
         for batch in line["samples"]
         for first, last in batch
     ]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    return np.concatenate(ids) if ids else np.empty(0, dtype=np.int64)

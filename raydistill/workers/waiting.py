@@ -46,8 +46,8 @@ def latecomers(world: int, number: int) -> list[str]:
     try:
         store, found = _get_default_store(), []
         for rank in range(world):
-            told = store.get(_key(rank)).decode() if store.check([_key(rank)]) else "0 unknown"
-            count, _, node = told.partition(" ")
+            value = store.get(_key(rank)).decode() if store.check([_key(rank)]) else "0 unknown"
+            count, _, node = value.partition(" ")
             if int(count) < number:
                 found.append(f"rank {rank} on node {node}")
         return found

@@ -23,7 +23,7 @@ def test_a_request_is_stored_once_and_its_answer_by_the_rank_and_the_coordinator
     embeds = {"prompt_embeds": torch.zeros(8, 125_000)}  # 4 MB
     with idle_service(config, "teacher-stored") as idle:
         idle.set(0.0, slices=True)
-        ray.get(rank.load.remote(str(idle.folder), config.dtype, config.slice, 1, ("", 0)))
+        ray.get(rank.load.remote(str(idle.folder), config, None))
         found = service._measure(
             ScoreRequest(x_t, torch.full((8,), 0.5), embeds, None, 1.0), idle.client(), bare, rank, repeats=1
         )

@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 import torch
+from answers import Answer
 from torch._dynamo.utils import counters
 
 from raydistill.bridge.model import Bridge
@@ -29,17 +30,6 @@ SMALL = (
     "discriminator.width=8", "student.lr=1e-3", "fake_score.lr=1e-3", "distill.batch_size=2",
 )  # fmt: skip
 CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
-
-
-class Answer:
-    def __init__(self, scores):
-        self.scores = scores
-
-    def result(self):
-        return self.scores
-
-    def ready(self):
-        return True
 
 
 @pytest.fixture

@@ -180,7 +180,7 @@ def test_what_a_run_draws_is_watched(damaged):
         evaluator.draw(student.load_network(), 999)
     assert found.value.count == 2
 
-    class Answer:
+    class Drawn:
         def __init__(self, noise, *_):
             self.noise = noise
 
@@ -188,7 +188,7 @@ def test_what_a_run_draws_is_watched(damaged):
             return self.noise
 
     with pytest.raises(NonFiniteError, match="teacher/vae: .*its weights are damaged"):
-        draw_teacher(Answer, teacher, fixed, config, 1.0)
+        draw_teacher(Drawn, teacher, fixed, config, 1.0)
 
 
 def test_latents_are_blamed_where_they_are_the_cause(sd_folder):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from answers import Answer
 from lanes import full_but
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -72,7 +73,7 @@ class Shipped:
         scores = self.teacher.predict_x0(
             self.network, made.x_t, made.t_B, made.teacher_conditioning, empty, guidance_scale=3.5
         )
-        return type("Scores", (), {"result": lambda _: scores})()
+        return Answer(scores)
 
     def step(self, *overrides):
         """One step's worker, and each optimizer's gradient before clipping."""

@@ -117,7 +117,7 @@ def batches(config, worker, first, reals=None):
         }
 
     def read():
-        own, size = parts.own_part(config, worker), config.distill.workers * config.distill.batch_size
+        own, size = parts.own_slot_rows(config, worker), config.distill.workers * config.distill.batch_size
         for slot in itertools.count(first * (1 + config.fake_score.updates)):
             ids = slot_positions(slot, own, size)
             yield {"sample_id": ids} | columns(ids)
@@ -427,7 +427,7 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
     workers = [ray_train.Worker(rank, 2, torch.device("cpu")) for rank in (0, 1)]
     clients = [parts.load_distiller(stage, config, worker, iter(()))[1].client for worker in workers]
     assert torch.get_float32_matmul_precision() == "high", "distill.tf32"
-    assert [(client.name, client.place) for client in clients] == [
+    assert [(client.name, client.position) for client in clients] == [
         ("teacher-of-another", 0.0),
         ("teacher-of-another", 0.5),
     ]

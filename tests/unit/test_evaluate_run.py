@@ -18,7 +18,7 @@ from raydistill.data.stage_error import StageError
 from raydistill.errors import InputError
 from raydistill.evaluation.command import parse_command, read_answer, run_command
 from raydistill.evaluation.folder import DRAW, BatchActor, EvaluationFolder
-from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_scores
+from raydistill.evaluation.results import ALL, mean_table, mlflow_names, write_columns
 from raydistill.pictures.files import save_png
 from raydistill.pictures.grids import to_pil
 from raydistill.shapes.captions import parse
@@ -111,7 +111,7 @@ def test_means_in_all_and_by_category(tmp_path):
     assert mlflow_names(table) == {
         "eval/x": 4.0, "eval/y": 4.0, "eval/Animals/x": 2.5, "eval/Abstract/x": 2.0, "eval/Abstract/y": 3.0,
     }  # fmt: skip
-    write_scores(tmp_path / "scores.parquet", items, columns)
+    write_columns(tmp_path / "scores.parquet", items, columns)
     stored = pq.read_table(tmp_path / "scores.parquet").to_pydict()
     assert stored["prompt"] == ["a", "b", "c", "d"]
     assert stored["category"] == ["Animals", "Abstract", "Animals", None]

@@ -79,7 +79,7 @@ def test_without_a_judge_a_teacher_draws_what_is_shown(judge, drawn):
     space, asked = load_space(WEIGHTS / "flux"), []
     network = space.load_network()
 
-    class Answer:
+    class Drawn:
         def __init__(self, *request):
             asked.append(len(request[0]))
             self.latents = space.sample(network, *request[:3], 1, 1.0)
@@ -88,7 +88,7 @@ def test_without_a_judge_a_teacher_draws_what_is_shown(judge, drawn):
             return self.latents
 
     fixed = FixedPrompts(read_prompts(WEIGHTS / "heldout.txt"), 20, 3)
-    pictures, table = draw_teacher(Answer, space, fixed, config, 1.0)
+    pictures, table = draw_teacher(Drawn, space, fixed, config, 1.0)
     assert sum(asked) == len(pictures) == drawn
     assert bool(table) == (judge is not None)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from answers import Answer
 
 from raydistill.bridge.model import Bridge
 from raydistill.config.reading import load
@@ -29,17 +30,6 @@ SETTINGS = (
     "discriminator.depths=[0.3,1]", "discriminator.standardize=true",
 )  # fmt: skip
 CAPTIONS = ["a small red circle at the left", "a large blue square at the top"]
-
-
-class Answer:
-    def __init__(self, scores):
-        self.scores = scores
-
-    def result(self):
-        return self.scores
-
-    def ready(self):
-        return True
 
 
 def train(rank: int, config, student, teacher) -> tuple[dict, list, int]:

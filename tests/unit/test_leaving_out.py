@@ -84,7 +84,7 @@ def test_a_teacher_sample_that_is_not_finite_is_left_out_of_its_half_alone(space
     for head in spoilt.networks.discriminator.heads:
         assert torch.isfinite(head.mean).all()
         assert torch.isfinite(head.spread).all()
-    assert {tuple(samples) for _, samples in spoilt.leaving_out.told} == {(4 + BAD,)}
+    assert {tuple(samples) for _, samples in spoilt.leaving_out.left_out} == {(4 + BAD,)}
     again = configuration(distill__non_finite_share=0, fake_score__updates=1, **changes)
     strict = make_distiller(again, spaces, tables)
     strict.real.latents[first] = float("inf")
@@ -110,7 +110,7 @@ def test_parts_of_one_sample_are_as_many_passes_and_the_curves_those_of_what_is_
         assert found[name] == pytest.approx(scale * expected[name], rel=1e-3), name
     found = gradients_of(distiller, distiller.fake_update)  # of two samples, of which one is left out
     assert all(torch.isfinite(one).all() and one.norm() > 0 for one in found.values())
-    assert [samples for _, samples in distiller.leaving_out.told] == [[5]]
+    assert [samples for _, samples in distiller.leaving_out.left_out] == [[5]]
     none = make_distiller(configuration(distill__micro_batches=4, distill__non_finite_share=1), spaces, tables)
     none.batches.source = spoilt_caption(tables, range(4))
     with pytest.raises(NonFiniteError, match="nothing is left of the batch"):

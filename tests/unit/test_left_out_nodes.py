@@ -8,7 +8,7 @@ import torch
 
 from raydistill.teachers.placement import Need
 from raydistill.workers import left_out_nodes
-from raydistill.workers.left_out_nodes import LABEL, PLACED, LeftOutNodes
+from raydistill.workers.left_out_nodes import LABEL, ON_NODE, LeftOutNodes
 from raydistill.workers.no_progress import NODES_FILE, NoProgress
 
 BAD, GOOD, THIRD = "a" * 56, "b" * 56, "c" * 56
@@ -48,7 +48,7 @@ def watch(cluster):
 def failed(node=BAD, text="ECC", kind=RuntimeError):
     error = kind(text)
     if node:
-        error.add_note(f"{PLACED}{node}")
+        error.add_note(f"{ON_NODE}{node}: host (address)")
     return error
 
 

@@ -147,7 +147,7 @@ def test_workers_with_more_and_fewer_parts_average_to_the_same_gradient(build, s
     of_rank = averaging()
     shares = ((slice(0, 2), 1), (slice(2, 8), 3))
     workers = [
-        build(rows=rows, average=of_rank(rank), parts=parts, mean_parts=2.0)
+        build(rows=rows, average=of_rank(rank), micro_batches=parts, mean_micro_batches=2.0)
         for rank, (rows, parts) in enumerate(shares)
     ]
     with ThreadPoolExecutor(2) as pool:
@@ -179,7 +179,9 @@ def test_an_update_of_the_fake_score_may_take_fewer_samples_than_the_students(bu
         assert (found[1][name] - found[0][name]).norm() <= 2e-4 * found[0][name].norm() > 0, name
     assert (whole["fake"] - found[0]["fake"]).norm() > 0.1 * whole["fake"].norm()
     # as of a worker that has these four samples alone
-    alone = gradients_of(build("fake_score.updates=1", rows=slice(0, 4), parts=1, mean_parts=1.0), submit)[0]
+    alone = gradients_of(
+        build("fake_score.updates=1", rows=slice(0, 4), micro_batches=1, mean_micro_batches=1.0), submit
+    )[0]
     assert (alone["fake"] - found[0]["fake"]).norm() <= 2e-4 * alone["fake"].norm()
 
 
@@ -194,10 +196,18 @@ def test_what_fewer_workers_take_of_it_averages_to_the_same_gradient(build, subm
             rows += [p.grad.flatten() for p in distiller.gradients.parameters(name) if p.grad is not None]
         return torch.cat(rows)
 
-    whole = fake_gradient(parts=4, mean_parts=4.0, fake_parts=[0, 2], fake_mean_parts=2.0)
+    whole = fake_gradient(
+        micro_batches=4, mean_micro_batches=4.0, fake_micro_batches=[0, 2], mean_fake_micro_batches=2.0
+    )
     shares = ((slice(0, 2), 1, [0]), (slice(2, 8), 3, [1]))
     mean = sum(
-        fake_gradient(rows=rows, parts=parts, mean_parts=2.0, fake_parts=chosen, fake_mean_parts=1.0)
+        fake_gradient(
+            rows=rows,
+            micro_batches=parts,
+            mean_micro_batches=2.0,
+            fake_micro_batches=chosen,
+            mean_fake_micro_batches=1.0,
+        )
         for rows, parts, chosen in shares
     )
     assert (mean / 2 - whole).norm() <= 2e-4 * whole.norm() > 0

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from raydistill.driver.native_lines import STDERR, native_lines
-from raydistill.driver.worker_lines import _told
+from raydistill.driver.worker_lines import _shown
 
 # As Ray 2.60 wrote them on the driver's descriptor, when it created an actor of a data stream.
 NARRATION = (
@@ -20,10 +20,10 @@ FATAL = b"[2026-11-28 07:08:01,832 C 30875 30875] core_worker.cc:9: Check failed
 PROCESS = """
 import faulthandler, logging, os, sys
 from raydistill.driver.native_lines import native_lines
-from raydistill.driver.worker_lines import _told
+from raydistill.driver.worker_lines import _shown
 logging.basicConfig()  # its handler keeps the object of before
 before = sys.stderr
-with native_lines(_told):
+with native_lines(_shown):
     os.write(2, b"[2026-11-28 07:08:01,832 E 3 3] core_worker.cc:2465: Actor with class name: x\\n")
     print("of Python", file=sys.stderr)
     logging.warning("of a logger")
@@ -37,7 +37,7 @@ raise SystemExit("the end")
 
 
 def test_narration_is_dropped_and_everything_else_is_passed_on(capfd):
-    with native_lines(_told):
+    with native_lines(_shown):
         os.write(STDERR, NARRATION + b"free(): invalid pointer\n\n" + FATAL + NARRATION[:40])
         os.write(STDERR, NARRATION[40:] + b"no end")
     os.write(STDERR, b", and on\n")

@@ -129,4 +129,9 @@ def test_the_planner_counts_8_bits_without_torchao():
     assert saved > 0.2 * optimizers.moments_bytes(parameters, "adamw"), (
         "half of these small parameters have no whole blocks"
     )
-    assert one.weights.optimizers - other.weights.optimizers == one.held - other.held == one.peak - other.peak == saved
+    assert (
+        one.weights.optimizers - other.weights.optimizers
+        == one.resident - other.resident
+        == one.peak - other.peak
+        == saved
+    )

@@ -21,7 +21,7 @@ from raydistill.errors import OutOfMemory
 from raydistill.teachers.replica import _is_the_requests_fault
 from raydistill.teachers.request import Memory, RankBroken, TeacherError
 from raydistill.teachers.shard import TeacherRank, remedies
-from raydistill.workers.more_parts import more_parts_of
+from raydistill.workers.more_micro_batches import more_micro_batches
 from raydistill.workers.ray_train import fatal_error, is_fatal, recording_fatal_errors
 from raydistill.workers.remedies import bridge_remedies, trainer_remedies
 
@@ -85,7 +85,7 @@ def test_what_is_set_already_is_no_remedy():
     ],
 )
 def test_more_parts_divide_all_that_an_update_takes(overrides, parts):
-    assert more_parts_of(load(overrides=overrides)) == parts
+    assert more_micro_batches(load(overrides=overrides)) == parts
 
 
 @pytest.fixture

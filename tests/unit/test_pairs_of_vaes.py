@@ -21,7 +21,7 @@ from raydistill.data.vae import PairEncoder
 from raydistill.driver.preflight import check_inputs
 from raydistill.errors import InputError, StageFailed
 from raydistill.spaces import load_space
-from raydistill.spaces.held import vae_fingerprint
+from raydistill.spaces.loaded import vae_fingerprint
 
 PROMPTS = PromptSet(["a red circle", "a blue square", "a green triangle"], ids=[3, 4, 9])
 

@@ -261,7 +261,7 @@ def test_a_teacher_s_row_that_fails_ends_no_distillation(run, monkeypatch, capsy
     record = SimpleNamespace(
         config=run[0].model_copy(update={"controls": []}),
         run=run[1],
-        scores=lambda _: SimpleNamespace(start=lambda: None, close=lambda: None),
+        scorers=lambda _: SimpleNamespace(start=lambda: None, close=lambda: None),
     )
     assert pipeline._with_teacher(record) == {"distill": {"steps": 1}, "teacher": {}}
     said = capsys.readouterr().out

@@ -259,14 +259,14 @@ def test_a_trainer_that_has_room_need_not_recompute_and_the_plan_says_what_that_
     small = dataclasses.replace(keeping, make=Cost(0, 0), fake=Cost(0, 20 * GIB), student=Cost(0, 0))
     counts = dataclasses.replace(large, keeping=keeping, small_keeping=small)
     chosen, gpus = settings(config, *RENTED, "distill.gradient_checkpointing=true", "teachers.replicas=8"), read_gpus()
-    assert memory_module.keeping_parts(counts, chosen, gpus) == 2
+    assert memory_module.keeping_micro_batches(counts, chosen, gpus) == 2
     change = "distill.gradient_checkpointing=false distill.micro_batches=2"
     other = settings(config, *RENTED, *change.split(), "teachers.replicas=8")
     cheaper = dataclasses.replace(counts, trainer=keeping)
     assert dict(map(reversed, savings(counts, chosen, gpus)))[change] == pytest.approx(
         price(phases(cheaper, other, gpus), other, gpus)
     )
-    assert memory_module.keeping_parts(large, chosen, gpus) is None, "it keeps them already"
+    assert memory_module.keeping_micro_batches(large, chosen, gpus) is None, "it keeps them already"
 
 
 def test_price_is_hours_times_gpus_times_rate(config, large):

@@ -63,7 +63,7 @@ def test_small_relatives_of_sd15_have_the_published_parameters(name, tmp_path):
     assert space.latent_shape == (4, 64, 64)
     unet = on_meta(space.network_config)
     assert numel(unet) == pytest.approx(RELATIVES[name], rel=0.025)
-    assert sum(map(numel, space.large_parts(unet))) > 0.98 * numel(unet)
+    assert sum(map(numel, space.large_blocks(unet))) > 0.98 * numel(unet)
 
 
 @pytest.mark.parametrize("name", STUDENTS)

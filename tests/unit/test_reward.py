@@ -348,7 +348,7 @@ def test_the_plan_counts_what_a_reward_needs():
     kept = load_reward(load(overrides=judged), load_space(WEIGHTS / "sd15"), JUDGE)
     assert plain.weights.reward == 0
     assert whole.weights.reward == sum(p.nbytes for p in kept.parameters()) > 1e6
-    held = whole.held - plain.held - whole.weights.reward
+    held = whole.resident - plain.resident - whole.weights.reward
     assert 0 <= held < 20_000  # matrices that resize
     assert whole.student.flops - plain.student.flops == 2 * (half.student.flops - plain.student.flops) > 0
     assert (whole.make.flops, whole.fake.flops) == (plain.make.flops, plain.fake.flops)

@@ -107,7 +107,7 @@ def test_trainers_at_equal_distances_begin_at_replicas_of_their_own(replicas):
     asyncio.run(choose())
 
 
-@pytest.mark.parametrize("place", [-0.1, 1.0])
-def test_a_place_outside_is_refused_where_it_is_given(place):
-    with pytest.raises(ValueError, match="place must be at least 0 and below 1"):
-        TeacherClient("teacher", TeacherServiceConfig(), place)
+@pytest.mark.parametrize("position", [-0.1, 1.0])
+def test_a_position_outside_is_refused_where_it_is_given(position):
+    with pytest.raises(ValueError, match="position must be at least 0 and below 1"):
+        TeacherClient("teacher", TeacherServiceConfig(), position)

@@ -17,11 +17,11 @@ def test_one_pass_of_the_fake_score_gives_the_scores_and_the_features_with_their
     networks, made = distiller.networks, next(distiller.make())
     x = networks.x(made.seen, made.student_conditioning).detach().requires_grad_()
     x_t, t_B = made.with_graph(distiller.path, x)
-    assert torch.equal(x_t, made.held[0])
+    assert torch.equal(x_t, made.on_device[0])
     x0, features = networks.x0_fake_and_features(x_t, t_B, made.fake_conditioning)
     assert torch.is_grad_enabled()
     assert not x0.requires_grad
-    assert torch.equal(x0, networks.x0_fake(*made.held, made.fake_conditioning))
+    assert torch.equal(x0, networks.x0_fake(*made.on_device, made.fake_conditioning))
     other = x.detach().clone().requires_grad_()
     noise = distiller.draws.normal(made.sample_ids, x.shape[1:], "score_noise")
     apart = networks.features(add_noise(distiller.path, other, noise, t_B), t_B, made.fake_conditioning)

@@ -26,7 +26,7 @@ from raydistill.spaces import load_space
 from raydistill.spaces.check import check_folder
 from raydistill.spaces.flow import as_map
 from raydistill.spaces.flux import pack, unpack
-from raydistill.spaces.held import vae_fingerprint
+from raydistill.spaces.loaded import vae_fingerprint
 from raydistill.spaces.meta import open_space
 
 PROMPTS = ["a small red circle at the left on a white background", "a large blue square"]

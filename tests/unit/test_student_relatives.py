@@ -58,7 +58,7 @@ def test_the_export_and_its_single_file_draw_the_students_latents(student, tmp_p
 
 def test_it_is_adapted_cut_and_read_as_a_teacher_of_the_shared_space(student):
     space, unet = student.space, student.space.load_network()
-    parts = space.large_parts(unet)
+    parts = space.large_blocks(unet)
     assert None not in parts
     t_B = torch.full((1,), 0.5)
     fake = FakeScore(space, space.load_network(), FakeScoreConfig(rank=2), [1.0])

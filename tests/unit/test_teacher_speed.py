@@ -129,7 +129,9 @@ def test_the_planner_counts_8_bit_weights_as_such(flux):
     from raydistill.config.reading import load
     from raydistill.planning.counts import Cost, Teacher
 
-    network = Teacher(1000, 10, 100, 4, Cost(1.0, 77), 2, large_linear=900)
+    network = Teacher(
+        parameters=1000, buffers=10, piece=100, samples=4, score=Cost(1.0, 77), evaluations=2, large_linear=900
+    )
     counts = SimpleNamespace(network=network)
     whole, small = (
         memory.whole_bytes(counts, load(overrides=["teachers.dtype=bfloat16", f"teachers.quantize={kind}"]))

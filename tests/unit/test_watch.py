@@ -13,7 +13,7 @@ X = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1))
 LOSSES = [torch.tensor([1.0, 2.0, 3.0, 6.0]), torch.tensor([2.0, 2.0, 4.0, 4.0])]  # of two fake updates in four parts
 
 
-def watched(parts, mean_parts, average=lambda tensors: None):
+def watched(parts, mean_micro_batches, average=lambda tensors: None):
     watch = Watch(CollapseAlarm(None, X))
     watch.lag.observe([2.0])
     watch.begin()
@@ -21,7 +21,7 @@ def watched(parts, mean_parts, average=lambda tensors: None):
         watch.made(Z[2 * part : 2 * part + 2], X[2 * part : 2 * part + 2])
     for losses in LOSSES:
         watch.faked([losses[part] for part in parts])
-    return watch.observe(*watch.of_update(mean_parts, average))
+    return watch.observe(*watch.of_update(mean_micro_batches, average))
 
 
 def test_figures_of_parts_are_those_of_the_batch():

@@ -24,7 +24,7 @@ OLD_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_o
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the narrowest that loses nothing is what a hash is made of
 
 
-def held_weights(space: Space, part: str) -> dict[str, torch.Tensor]:
+def loaded_weights(space: Space, part: str) -> dict[str, torch.Tensor]:
     """Name -> tensor of the VAE or a text encoder as it is loaded, real numbers in float32; by the module's own names.
 
     Raises:
@@ -34,9 +34,9 @@ def held_weights(space: Space, part: str) -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
-def exact_dtypes(held: Mapping[str, torch.Tensor]) -> list[torch.dtype]:
+def exact_dtypes(weights: Mapping[str, torch.Tensor]) -> list[torch.dtype]:
     """Those of DTYPES in which all real numbers of a module are what they are; float32 always is."""
-    real = [tensor for tensor in held.values() if tensor.is_floating_point()]
+    real = [tensor for tensor in weights.values() if tensor.is_floating_point()]
     narrow = [dtype for dtype in DTYPES[:-1] if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in real)]
     return [*narrow, DTYPES[-1]]
 
@@ -44,7 +44,7 @@ def exact_dtypes(held: Mapping[str, torch.Tensor]) -> list[torch.dtype]:
 def vae_fingerprint(space: Space) -> str:
     """sha256 of the tensors that the VAE holds (name, dtype, shape, bytes) and of its latent scaling.
 
-    How the files name, split, order or widen the tensors does not matter. Raises InputError as `held_weights`.
+    How the files name, split, order or widen the tensors does not matter. Raises InputError as `loaded_weights`.
     """
     return _of_space(space)[0]
 
@@ -53,23 +53,23 @@ def has_vae(space: Space, sha256: str) -> bool:
     """Whether this is the VAE that was hashed, by `vae_fingerprint` or by a version that hashed what files say."""
     folder = Path(space.folder, "vae")
     return any(
-        sha256 in _of_held(type(space), space.folder, scaling) for scaling in _scalings(space.vae_config)
+        sha256 in _of_loaded(type(space), space.folder, scaling) for scaling in _scalings(space.vae_config)
     ) or any(sha256 == _of_files(folder, scaling) for scaling in _scalings(read_settings(folder / "config.json")))
 
 
 def _of_space(space: Space) -> tuple[str, ...]:
-    return _of_held(type(space), space.folder, _scalings(space.vae_config)[0])
+    return _of_loaded(type(space), space.folder, _scalings(space.vae_config)[0])
 
 
 @cache
-def _of_held(family: type[Space], folder: str, scaling: str) -> tuple[str, ...]:
+def _of_loaded(family: type[Space], folder: str, scaling: str) -> tuple[str, ...]:
     """Hashes of what the VAE holds: the present one, then those of its files in other dtypes and with older names."""
-    held = family(folder).load_vae().state_dict()
-    older = {_old_name(name): tensor for name, tensor in held.items()}
+    weights = family(folder).load_vae().state_dict()
+    older = {_old_name(name): tensor for name, tensor in weights.items()}
     return tuple(
         _digest(scaling, {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()})
-        for tensors in (held, older)
-        for dtype in exact_dtypes(held)
+        for tensors in (weights, older)
+        for dtype in exact_dtypes(weights)
     )
 
 

@@ -22,7 +22,7 @@ from raydistill.export.source import Export
 from raydistill.export.tensors import first_difference
 from raydistill.export.upgrade import find_upgrade
 from raydistill.spaces import load_space
-from raydistill.spaces.held import has_vae, vae_fingerprint
+from raydistill.spaces.loaded import has_vae, vae_fingerprint
 
 CARD = ModelCard(teacher="shapes:flux", teacher_class="FluxPipeline", student="shapes:sd15", steps=1)
 TINY = BridgeConfig(projector="mlp", embed_dim=8)

@@ -36,18 +36,18 @@ from raydistill.workers.stage import Stage
 LOOK_EVERY_S = 0.2
 
 
-def own_part(config: Config, worker: Worker) -> range:
+def own_slot_rows(config: Config, worker: Worker) -> range:
     """Rows of every slot that a worker reads."""
     distill = config.distill
-    parts, part_size = distill.workers * distill.micro_batches, distill.batch_size // distill.micro_batches
-    return own_rows(worker.rank, worker.world, parts, part_size)
+    count, size = distill.workers * distill.micro_batches, distill.batch_size // distill.micro_batches
+    return own_rows(worker.rank, worker.world, count, size)
 
 
 def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | None:
     """The teacher samples that a worker streams; None: it needs none."""
     if not stage.real or not config.discriminator.weight:
         return None
-    rows, size = own_part(config, worker), config.distill.batch_size
+    rows, size = own_slot_rows(config, worker), config.distill.batch_size
     lanes = (rows.stop - 1) // size - rows.start // size + 1
     shape = load_space(resolve(config.teacher.model)).latent_shape
     samples = RealSet(input_place(stage.real), shape, config.discriminator.real_count, lanes)
@@ -56,9 +56,9 @@ def open_reals(stage: Stage, config: Config, worker: Worker) -> RealCaptions | N
 
 def batches_after(config: Config, worker: Worker, first: int, reals: RealCaptions | None = None) -> Any:
     """Conditioned batches of the updates after `first`; a generator."""
-    distill, prompts, own = config.distill, config.prompts, own_part(config, worker)
+    distill, prompts, own = config.distill, config.prompts, own_slot_rows(config, worker)
     places = reward_places(config)
-    per_step, parts = 1 + config.fake_score.updates, distill.micro_batches
+    per_step, count = 1 + config.fake_score.updates, distill.micro_batches
     return conditioned_batches(
         training_prompts(config),
         {"student": str(resolve(config.student.model)), "teacher": str(resolve(config.teacher.model))},
@@ -66,7 +66,7 @@ def batches_after(config: Config, worker: Worker, first: int, reals: RealCaption
         first=first * per_step,
         stop=distill.steps * per_step,
         rows=own,
-        fake=FakeRows.of(own, distill.batch_size // parts, parts, config.fake_parts, config.fake_score.updates),
+        fake=FakeRows.of(own, distill.batch_size // count, count, config.fake_micro_batches, config.fake_score.updates),
         slot_size=distill.workers * distill.batch_size,
         reals=reals,
         reward=RewardTexts(config.reward.metric, places) if places else None,
@@ -113,9 +113,9 @@ def load_distiller(
     anchor = None
     if config.bridge.trainable:
         anchor = build_objective(config, stage.pairs, device, rank=worker.rank, world_size=worker.world)
-    micro_batches, fake_parts = config.distill.micro_batches, config.fake_parts
-    parts = config.distill.workers * micro_batches  # of an update, however many workers there are
-    own = own_rows(worker.rank, worker.world, parts, 1)
+    micro_batches, fake_micro_batches = config.distill.micro_batches, config.fake_micro_batches
+    count = config.distill.workers * micro_batches  # of an update, however many workers there are
+    own = own_rows(worker.rank, worker.world, count, 1)
     distiller = build_distiller(
         config,
         student_space=student_space,
@@ -130,10 +130,10 @@ def load_distiller(
         device=device,
         mesh=worker.mesh() if config.fake_score.shard and worker.world > 1 else None,
         average=worker.average if worker.world > 1 else alone,
-        parts=len(own),
-        mean_parts=parts / worker.world,
-        fake_parts=[number for number, part in enumerate(own) if part % micro_batches < fake_parts],
-        fake_mean_parts=config.distill.workers * fake_parts / worker.world,
+        micro_batches=len(own),
+        mean_micro_batches=count / worker.world,
+        fake_micro_batches=[index for index, number in enumerate(own) if number % micro_batches < fake_micro_batches],
+        mean_fake_micro_batches=config.distill.workers * fake_micro_batches / worker.world,
     )
     if empty is None:
         return distiller, None
