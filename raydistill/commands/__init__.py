@@ -21,6 +21,7 @@ COMMANDS = {  # name -> purpose; the module is the name with underscores
     "evaluate": "draw the pictures of a prompt set and score them",
     "sample": "draw pictures with an exported student",
     "merge": "average students",
+    "assemble": "put a step-distilled network or LoRA into a base model's pipeline",
     "export": "write a student as one file, LoRA, ONNX or OpenVINO, or push it to the hub",
     "benchmark": "measure the system on this machine",
     "reproduce": "the paper's tables in miniature",

@@ -4,7 +4,7 @@
 
 The reader follows `PictureOrder`, order is kept, and a picture's numbers do not depend on its neighbours. So a worker
 that goes on at a position sees the pairs that it would have seen. Nothing is stored, and memory is bounded: a window of
-encoded pictures in the reader, IN_FLIGHT_BYTES in the object store.
+picture files in the reader (`picture_order`), IN_FLIGHT_BYTES in the object store.
 
 What goes through the stages is a `Chunk`, one a row: Ray Data hands on a block when it is full, and an endless reader of
 small pictures would fill one for a long time.
@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +49,7 @@ from raydistill.storage.resolve import resolve
 from raydistill.teachers import placement
 from raydistill.teachers.request import one_line
 
-CHUNK = 16  # pictures that go through the stages together, at most
+CHUNK, CHUNK_BYTES = 16, 64 << 20  # pictures that go through the stages together, at most; above so many bytes, fewer
 IN_FLIGHT_BYTES = 512 << 20  # object store memory within which the stages run ahead
 PREFETCHED = 2  # chunks, in the worker's process
 
@@ -103,13 +102,26 @@ def read(order: PictureOrder, start: Position, validation: int, size: int) -> It
     if validation:
         if start == Position():
             check_first(order.pictures, order.seed, order.filters)
-        held_out = order.validation(validation)
-        while rows := list(itertools.islice(held_out, size)):
+        for some in _some(((row, None) for row in order.validation(validation)), size):
+            rows = [row for row, _ in some]
             yield Chunk(rows=rows, after=None, failure=_failures(rows))
-    trained = order.rows(start)
-    while True:
-        rows, after = zip(*itertools.islice(trained, size), strict=True)
+    for some in _some(order.rows(start), size):
+        rows, after = zip(*some, strict=True)
         yield Chunk(rows=list(rows), after=list(after), failure=_failures(rows))
+
+
+def _some(rows: Iterable[tuple[PictureRow, Any]], size: int) -> Iterator[list[tuple[PictureRow, Any]]]:
+    """At most `size` rows at a time, and about CHUNK_BYTES of pictures."""
+    some: list[tuple[PictureRow, Any]] = []
+    held = 0
+    for one in rows:
+        some.append(one)
+        held += len(one[0].data)
+        if len(some) == size or held >= CHUNK_BYTES:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
 
 
 def _failures(rows: Any) -> np.ndarray:

@@ -12,30 +12,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
-import posixpath
-import tarfile
-import zlib
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raydistill.data.images import SUFFIXES
 from raydistill.data.picture_columns import (
-    IMAGE,
     NOT_UTF8,
     by_wider_rule,
     captions_in_words,
-    chosen,
     columns_of,
     flat,
-    named_captions,
 )
 from raydistill.data.text_files import decoded_text
 from raydistill.data.texts import Texts
@@ -43,19 +39,20 @@ from raydistill.errors import InputError
 from raydistill.storage.globs import Found
 from raydistill.storage.place import Place, Remote, as_os_errors, cause
 
-TEXT_FILES = ("txt", "text", "caption")  # of a tar, with a caption each
 MOST_BYTES = 256 << 20  # of a picture, or of one file in a tar
 LISTED = 256  # picture files of a listing that are one shard
-READERS, AT_ONCE = 8, 32  # threads that read them, and how many lie in memory
+READERS, AT_ONCE = 8, 32  # threads that read them, and how many are read ahead
+AHEAD_BYTES = 128 << 20  # of what is read ahead; above it no other picture is begun
 PARQUET_ROWS, PARQUET_BUFFER = 16, 4 << 20  # read at a time; bytes of one request to a store
 LONGEST_KEY = 1024  # bytes of an object's name in a bucket
+OF_STORE = re.compile(
+    r"AWS Error|google::cloud|HTTP status|curlCode|httpx"
+)  # in errors of Arrow's and the hub's stores
 NO_PATH = {
     errno.ENAMETOOLONG: "the path is too long",
     errno.ENOTDIR: "no such file",
     errno.ELOOP: "its links lead in a circle",
 }
-
-Files = Mapping[str, bytes | None]  # of a sample in a tar, by suffix; None: it is too large
 
 
 @dataclass(frozen=True)
@@ -90,24 +87,39 @@ class Shards(ABC):
 
     @abstractmethod
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
-        """Rows of a shard from number `start` on. A shard that breaks off ends with a row that says so.
+        """Rows of a shard from number `start` on.
 
         Raises:
-            OSError: the store does not answer; another call may go on at the row that did not come.
+            Torn: it breaks off.
+            OSError: the store does not answer, or a connection was cut. Another call may go on at the row that did not come.
         """
 
+    def where(self, shard: int) -> str:
+        """The shard with its whole path or URI."""
+        return self.name(shard)
 
-def _opened(place: Place) -> IO[bytes]:
-    return place.filesystem.open_input_stream(place.key) if isinstance(place, Remote) else place.open("rb")
+    is_remote = False  # whether a shard that breaks off may come whole when it is asked for again
 
 
-# -- tars -----------------------------------------------------------------------------------------------
+class Torn(OSError):
+    """A part of a shard cannot be read, or its end.
+
+    Attributes:
+        stop: number of the row behind the lost ones, where reading may go on; None: nothing is behind them.
+    """
+
+    def __init__(self, name: str, why: str, lost: range, *, about: str = "", ends: bool = True) -> None:
+        told = f"{why}; {about}{len(lost):,} row{'s are' if len(lost) > 1 else ' is'} lost"
+        super().__init__(f"{name}: {told}")
+        self._row, self._lost, self.stop = RawRow(name, failure=told), lost, None if ends else lost.stop
+
+    def rows(self, start: int) -> Iterator[RawRow]:
+        """One for each lost row from number `start` on."""
+        return (self._row for _ in range(max(start, self._lost.start), self._lost.stop))
 
 
-class TarShards(Shards):
-    """Tars of a WebDataset: files of one name, up to its first dot, stand next to each other and are one sample."""
-
-    kind = "tars"
+class FileShards(Shards):
+    """Shards that are files."""
 
     def __init__(self, files: Sequence[Found], image_column: str, captions: Sequence[str] | None) -> None:
         self.files, self.image_column, self.captions = files, image_column, captions
@@ -118,149 +130,27 @@ class TarShards(Shards):
     def name(self, shard: int) -> str:
         return self.files[shard].place.name
 
-    def look(self) -> RawRow | None:
-        """The first row, of whose sample `about` and `wider` then tell; None: the tar is empty. Raises OSError."""
-        for name, files, failure in self._samples(0, 0):
-            if not failure:
-                self.about, self.wider = self._about(files)
-            return self._row(name, files, failure)
-        return None
+    def where(self, shard: int) -> str:
+        return str(self.files[shard].place)
 
-    def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
-        for sample in self._samples(shard, start):
-            yield self._row(*sample)
+    @property
+    def is_remote(self) -> bool:
+        return isinstance(self.files[0].place, Remote)
 
-    def _samples(self, shard: int, start: int) -> Iterator[tuple[str, Files, str]]:
-        """(name, files by suffix, why they are no sample)."""
-        place, seen, last, number = self.files[shard].place, set[int](), "its beginning", 0
-        again = "the files of its sample are not next to each other; make the tar again with `tar --sort=name`"
-        try:
-            with _opened(place) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Header) as archive:
-                for key, members in itertools.groupby(_members(archive), lambda member: member[0]):
-                    # what is skipped is read too: a tar that breaks off does so at the same row for everybody
-                    files = {suffix: _extracted(archive, member) for _, suffix, member in members}
-                    if number >= start:
-                        yield f"{place.name}, {key}", files, again if hash(key) in seen else ""
-                    seen.add(hash(key))
-                    last, number = key, number + 1
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            if number >= start:
-                yield f"{place.name}, after {last}", {}, f"the tar breaks off ({' '.join(str(error).split())})"
-
-    def _row(self, name: str, files: Files, failure: str) -> RawRow:
-        if failure:
-            return RawRow(name, failure=failure)
-        try:
-            data = files[self._picture(files)]
-            if data is None:
-                return RawRow(name, failure=f"more than {MOST_BYTES >> 20} MiB")
-            return RawRow(name, data, self._captions(files))
-        except ValueError as error:
-            return RawRow(name, failure=str(error))
-
-    def _picture(self, files: Files) -> str:
-        """The suffix of the sample's picture. Raises ValueError: it has none."""
-        pictures = [suffix for suffix in files if _is_picture(suffix)]
-        if not pictures:
-            raise ValueError(f"no picture among its files ({', '.join(files)})")
-        if self.image_column == IMAGE:
-            return pictures[0]
-        wanted = self.image_column.lower()
-        for is_it in (
-            self.image_column.__eq__,
-            lambda one: one.lower() == wanted,
-            lambda one: _role(one) == _role(wanted),
-        ):
-            if (found := next(filter(is_it, pictures), None)) is not None:
-                return found
-        raise ValueError(f"no {self.image_column!r} (synthesis.image_column) among its files ({', '.join(files)})")
-
-    def _captions(self, files: Files) -> tuple[str, ...]:
-        """Of text files, else of the JSON file. Raises ValueError: why that cannot be read."""
-        found = flat(decoded_text(files[suffix] or b"") for suffix in self._text_files(files))
-        return found or named_captions(_record(files), self.captions)
-
-    def _text_files(self, files: Files) -> list[str]:
-        others = (suffix for suffix in files if not _is_picture(suffix) and suffix.lower() != "json")
-        return chosen(others, self.captions, TEXT_FILES, TEXT_FILES)
-
-    def _about(self, files: Files) -> tuple[str, list[str]]:
-        """(where the captions of a sample are, and what its pictures are; names that only the wider rule finds)."""
-        pictures = [f".{suffix}" for suffix in files if _is_picture(suffix)]
-        several = ""
-        if len(pictures) > 1 and self.image_column == IMAGE:
-            several = f"; of {', '.join(pictures)} the first is taken (synthesis.image_column names another)"
-        if texts := self._text_files(files):
-            return captions_in_words([f".{suffix}" for suffix in texts], ()) + several, by_wider_rule(
-                texts, self.captions, TEXT_FILES
-            )
-        try:
-            record = _record(files)
-        except ValueError:
-            record = {}
-        keys = chosen(record, self.captions)
-        about = (
-            captions_in_words(keys, record, "JSON file's keys")
-            if record
-            else captions_in_words((), (f".{one}" for one in files), "files")
-        )
-        return about + several, by_wider_rule(keys, self.captions)
+    def torn(self, shard: int, behind: str, why: str, lost: range, **more: Any) -> Torn:
+        """As `Torn`, of a shard that breaks off `behind` something."""
+        name = self.where(shard) if self.is_remote else self.name(shard)
+        return Torn(f"{name}, after {behind}", why, lost, **more)
 
 
-def _is_picture(suffix: str) -> bool:
-    return f".{suffix.rpartition('.')[2].lower()}" in SUFFIXES
-
-
-def _role(suffix: str) -> str:
-    """What a picture is among those of its sample, whatever its format: "depth" of depth.png, "" of jpg."""
-    return suffix.lower().rpartition(".")[0] if _is_picture(suffix) else suffix.lower()
-
-
-def _record(files: Files) -> Mapping[str, Any]:
-    """What a sample's JSON file holds; {}: it has none, or one of something else than keys. Raises ValueError."""
-    named = next((suffix for suffix in sorted(files, reverse=True) if suffix.lower() == "json" and files[suffix]), None)
-    try:
-        record = json.loads(files[named] or b"") if named else {}
-    except (ValueError, RecursionError):
-        raise ValueError("its JSON file is none") from None
-    return record if isinstance(record, dict) else {}
-
-
-class _Header(tarfile.TarInfo):
-    """A member's header. tarfile takes whatever is none for the end of the tar: a cut or damaged one would go unnoticed."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # its end
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(str(error) or "end of file") from None
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """(key, suffix, file) of each file, links and folders left out."""
-    for member in archive:
-        archive.members = []  # type: ignore[misc]  # it would remember all
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, suffix = base.partition(".")
-        if member.isreg() and dot and stem:
-            yield posixpath.join(folder, stem), suffix, member
-
-
-def _extracted(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    """None: it is too large."""
-    if member.size > MOST_BYTES:
-        return None
-    stream = archive.extractfile(member)
-    return stream.read() if stream else b""
+def opened(place: Place) -> IO[bytes]:
+    return place.filesystem.open_input_stream(place.key) if isinstance(place, Remote) else place.open("rb")
 
 
 # -- parquet --------------------------------------------------------------------------------------------
 
 
-class ParquetShards(Shards):
+class ParquetShards(FileShards):
     """Parquet files as the hub has them: pictures as bytes or as a struct {bytes, path}, captions in one column or several.
 
     Memory holds a few rows, and the pages that they lie in. Their writer decides how large these are: at most a row group,
@@ -272,7 +162,7 @@ class ParquetShards(Shards):
     kind = "parquet files"
 
     def __init__(self, files: Sequence[Found], image_column: str, captions: Sequence[str] | None) -> None:
-        self.files, self.image_column, self.captions = files, image_column, captions
+        super().__init__(files, image_column, captions)
         try:
             with as_os_errors(), self._parquet(0) as parquet:
                 schema = parquet.schema_arrow
@@ -283,12 +173,6 @@ class ParquetShards(Shards):
             why = cause(error, place.scheme) if isinstance(place, Remote) else " ".join(str(error).split())
             raise InputError(f"{place}: cannot be read: {why}") from None
 
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def name(self, shard: int) -> str:
-        return self.files[shard].place.name
-
     def _parquet(self, shard: int) -> pq.ParquetFile:
         place = self.files[shard].place
         where = {"filesystem": place.filesystem} if isinstance(place, Remote) else {}
@@ -296,16 +180,15 @@ class ParquetShards(Shards):
         return pq.ParquetFile(source, buffer_size=PARQUET_BUFFER, pre_buffer=False, **where)
 
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
-        file, number = self.name(shard), 0
+        file, number, end = self.name(shard), 0, None  # end: of the row group that is read
         try:
             with self._parquet(shard) as parquet:
                 place = self.files[shard].place
                 image, texts = columns_of(place, parquet.schema_arrow, self.image_column, self.captions)
                 for group in range(parquet.metadata.num_row_groups):
-                    rows = parquet.metadata.row_group(group).num_rows
-                    # Of a group that ends at `start` the last row is read again: a file that breaks off there must say so again.
-                    if number + rows < start:
-                        number += rows
+                    end = number + parquet.metadata.row_group(group).num_rows
+                    if end <= start:
+                        number = end
                         continue
                     for batch in parquet.iter_batches(PARQUET_ROWS, row_groups=[group], columns=[image, *texts]):
                         for row in range(batch.num_rows):
@@ -313,11 +196,11 @@ class ParquetShards(Shards):
                                 yield self._row(f"{file}, row {number + 1}", batch, row, image, texts)
                             number += 1
         except (pa.ArrowInvalid, OSError) as error:
-            if isinstance(error, OSError) and isinstance(self.files[shard].place, Remote):
-                raise  # perhaps the store was away
-            if number >= start:
-                why = f"the file breaks off ({' '.join(str(error).split())[:200]})"
-                yield RawRow(f"{file}, after row {number}", failure=why)
+            if isinstance(error, OSError) and not _is_of_file(error):
+                raise
+            why = f"the file breaks off ({' '.join(str(error).split())[:200]})"
+            lost = range(number, number + 1 if end is None else max(end, number + 1))
+            raise self.torn(shard, f"row {number}", why, lost, ends=end is None) from error
 
     def _row(self, name: str, batch: pa.RecordBatch, index: int, image: str, texts: list[str]) -> RawRow:
         value = batch.column(image)[index].as_py()
@@ -330,6 +213,11 @@ class ParquetShards(Shards):
             return RawRow(name, failure=NOT_UTF8)
 
 
+def _is_of_file(error: OSError) -> bool:
+    """Whether a file is damaged. Arrow says so by an OSError too, which no system, store or HTTP client has made."""
+    return type(error) is OSError and error.errno is None and not OF_STORE.search(str(error))
+
+
 def _plain(value: Any) -> Any:
     """Bytes, as which some programs write strings, as strings. Raises UnicodeDecodeError."""
     if isinstance(value, list):
@@ -338,6 +226,13 @@ def _plain(value: Any) -> Any:
 
 
 # -- listings -------------------------------------------------------------------------------------------
+
+
+def _enough(waiting: Sequence[Future[RawRow]]) -> bool:
+    """Whether no other picture is to be begun: so many are on their way, or so much of them is here and not yet taken."""
+    here = [one for one in waiting if one.done()]
+    size = sum(len(one.result().data) for one in here if one.exception() is None)
+    return len(waiting) >= AT_ONCE or len(waiting) - len(here) >= READERS or size > AHEAD_BYTES
 
 
 class ListedShards(Shards):
@@ -368,14 +263,22 @@ class ListedShards(Shards):
     def __len__(self) -> int:
         return -(-len(self._entries) // LISTED)
 
+    def where(self, shard: int) -> str:
+        return f"{self.base}, {self.name(shard)}"
+
     def name(self, shard: int) -> str:
         return f"pictures {shard * LISTED + 1} … {min((shard + 1) * LISTED, len(self._entries))}"
 
     def rows(self, shard: int, start: int = 0) -> Iterator[RawRow]:
         numbers = iter(range(shard * LISTED + start, min((shard + 1) * LISTED, len(self._entries))))
+        waiting: deque[Future[RawRow]] = deque()
         with ThreadPoolExecutor(READERS) as readers:
-            while some := list(itertools.islice(numbers, AT_ONCE)):
-                yield from readers.map(self._row, some)
+            for number in numbers:
+                waiting.append(readers.submit(self._row, number))
+                while _enough(waiting):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _row(self, number: int) -> RawRow:
         path, captions = json.loads(self._entries[number])
@@ -413,5 +316,8 @@ class ListedShards(Shards):
         return "the path has a null character" if b"\0" in encoded else NO_PATH[errno.ENAMETOOLONG] if too_long else ""
 
     def _read(self, path: str) -> bytes:
-        with _opened(self.base / path) as stream:
-            return stream.read(MOST_BYTES)
+        place, most = self.base / path, MOST_BYTES
+        with opened(place) as stream:
+            if isinstance(place, Path):  # Python sets aside as much memory as it is asked to read
+                most = min(most, os.fstat(stream.fileno()).st_size)
+            return stream.read(most)

@@ -30,12 +30,14 @@ from raydistill.config.stages import SynthesisConfig
 from raydistill.data.holdout import key_of
 from raydistill.data.images import SUFFIXES, BadImage, ImageSet, decoded, decoders_reason, open_images
 from raydistill.data.picture_columns import NOT_UTF8, choice, names_of
-from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, TarShards
+from raydistill.data.picture_shards import ListedShards, ParquetShards, RawRow, Shards, Torn
 from raydistill.data.picture_tables import TABLES, about_table, table_entries
+from raydistill.data.picture_tars import TarShards
 from raydistill.data.text_files import printable, undecodable
 from raydistill.diffusion.noise import uniform
 from raydistill.errors import InputError
 from raydistill.storage.globs import Found, expand, is_pattern
+from raydistill.storage.hub_sets import is_hub_set, pinned_set
 from raydistill.storage.place import DENIED, Place, Remote, as_os_errors, cause
 from raydistill.storage.resolve import to_place
 
@@ -215,7 +217,10 @@ class Pictures:
         )
 
     def _patient(self, shard: int, start: int) -> Iterator[RawRow]:
-        """Rows of a shard; a store that does not answer is asked again, at the row that did not come."""
+        """Rows of a shard; a store that does not answer is asked again, at the row that did not come.
+
+        Rows that are lost, since a shard breaks off whenever it is read, are told as failed ones.
+        """
         attempt = 0
         while True:
             rows = self.shards.rows(shard, start)
@@ -226,8 +231,14 @@ class Pictures:
                 return
             except OSError as error:
                 attempt += 1
+                if isinstance(error, Torn) and (attempt == ATTEMPTS or not self.shards.is_remote):
+                    yield from error.rows(start)
+                    if error.stop is None:
+                        return
+                    start, attempt = error.stop, 0
+                    continue
                 if attempt == ATTEMPTS or isinstance(error, FileNotFoundError):
-                    where = f"{self.source}, {self.shards.name(shard)}, row {start + 1}"
+                    where = f"{self.shards.where(shard)}, row {start + 1}"
                     raise OSError(f"{where}: {' '.join(str(error).split())[:300]}") from error
                 time.sleep(PAUSE_S * 2 ** (attempt - 1))
 
@@ -288,6 +299,8 @@ def _streams(folder: Place) -> bool:
 def open_pictures(path: str, image_column: str = "image", caption_column: str | None = None) -> Pictures:
     """List a set of pictures and look into its first file; no picture is read, and nothing is fetched.
 
+    A data set of the hub is opened at the commit that its revision is at now; `source` names it.
+
     Args:
         path: a file or folder, a pattern of files (`storage.globs`), by path, s3://, gs:// or hf://. Files are tars
             (WebDataset), parquet files, pictures, or one table (.csv, .tsv, .jsonl) that names pictures beside it. In a folder tars count
@@ -301,6 +314,7 @@ def open_pictures(path: str, image_column: str = "image", caption_column: str | 
         OSError: the store does not answer.
     """
     captions = names_of(caption_column)
+    path = pinned_set(path) if is_hub_set(path) else path  # which every node then reads
     base, found = _files(path)
     kinds: dict[str, list[Found]] = {}
     for one in found:
@@ -343,14 +357,14 @@ def _look(path: str, shards: TarShards) -> None:
     try:
         with as_os_errors():
             first = shards.look()
+    except Torn as error:
+        raise InputError(f"{path}: {error}") from None
     except OSError as error:
         place = shards.files[0].place
         why = cause(error, place.scheme) if isinstance(place, Remote) else error.strerror or str(error)
         raise InputError(f"{path}: {shards.name(0)}: cannot be read: {why}") from error
     if first is None:
         raise InputError(f"{path}: {shards.name(0)} has no files")
-    if "breaks off" in first.failure:
-        raise InputError(f"{path}: {first.name}: {first.failure}")
 
 
 def _files(path: str) -> tuple[Place, list[Found]]:

@@ -21,7 +21,7 @@ from raydistill.config.command_line import from_command_line
 from raydistill.config.reading import STAGES, changed, stages_of, streams_bridge
 from raydistill.config.schema import Config
 from raydistill.driver import finished
-from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder, pin_models
+from raydistill.driver.run_folder import RunFolder, asked_sets, create_run_folder, open_run_folder, pin_models
 from raydistill.driver.run_lock import RunLocked, lock_run
 from raydistill.errors import InputError, NonFiniteError, RunLost, StageFailed
 from raydistill.storage.lease import LEASE_FILE, owner_of
@@ -105,10 +105,10 @@ def prepare(job: Job, config: Config) -> Prepared:
     from raydistill.teachers import speed
 
     room.check_machine(config, job.roles)  # before `check_inputs`, which makes the tracking store
-    config = pin_models(config, folder)
+    config, named = pin_models(config, folder), config
     inputs = check_inputs(config, distils="distill" in job.stages)
     config = decided(config, folder, job.roles)
-    binding = bind(config, folder, inputs)
+    binding = bind(config, folder, inputs, asked_sets(named, config))
     if job.check is not None:
         _loaded(job.check)(config, folder, inputs)
     _loaded(job.run)
@@ -134,12 +134,15 @@ def carry_out(job: Job, prepared: Prepared, dashboard: bool = False) -> Any:
     from raydistill.driver import room
     from raydistill.driver.binding import keep
     from raydistill.driver.cluster import connected
+    from raydistill.driver.metric_weights import fetch_weights
 
     config, folder = prepared.config, prepared.folder
     fresh = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
     with _no_trace(folder.path, fresh), lock_run(folder.path), connected(dashboard), stop_on_signals():
         room.check_cluster(config, job.roles)  # before the folder says with which configuration it was begun
+        if "distill" in job.stages:
+            fetch_weights(config)
         if prepared.extended:
             finished.reopen(folder, config)
         create_run_folder(folder, config)

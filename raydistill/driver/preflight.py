@@ -37,7 +37,7 @@ from raydistill.shapes.captions import parse
 from raydistill.spaces import check_everywhere, load_space, load_student_space
 from raydistill.spaces.base import Space
 from raydistill.spaces.check import check_folder
-from raydistill.spaces.distilled import check_scores, drawing
+from raydistill.spaces.distilled import check_scores, check_shared_space, drawing, without_scores
 from raydistill.spaces.loaded import has_vae, vae_fingerprint
 from raydistill.spaces.meta import empty_part
 from raydistill.spaces.published_students import open_student
@@ -101,6 +101,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
         _check_disjoint("prompts.path", prompts.prompts, held_out)
     if distils:
         _check_metrics(config, prompts, held_out)
+        notes += without_scores(config, teacher)
     if config.discriminator.weight > 0 and config.discriminator.real_data is not None:
         pairs = _open_pairs(config, "discriminator.real_data", teacher)
         _check_disjoint("discriminator.real_data", pairs.prompts(), held_out)
@@ -189,8 +190,9 @@ def open_drawer(config: Config, teacher: Space) -> Space | None:
 
 
 def check_distillation(config: Config, run: RunFolder, inputs: Inputs) -> None:
-    """Raises InputError where the teacher cannot give scores, or the discriminator's real data are changed pictures."""
+    """Raises InputError where a teacher cannot give scores, or the discriminator's real data are changed pictures."""
     check_scores(config, inputs.teacher)
+    check_shared_space(config, inputs.student)
     check_real_data(config)
 
 

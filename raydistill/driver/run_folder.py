@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import secrets
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,14 @@ from raydistill.config.reading import changed, draws, get, mathematical, to_yaml
 from raydistill.config.schema import Config
 from raydistill.config.stages import decays
 from raydistill.errors import InputError, mask
-from raydistill.storage import hub
+from raydistill.storage import hub, hub_sets
 from raydistill.storage.atomic import replace_text
 from raydistill.storage.place import Place, Remote, cause
-from raydistill.storage.resolve import FILE_KEYS, HUB_KEYS, check_storage, local_path
-from raydistill.storage.run_files import CONFIGURATION, NOTES, config_of, notes_of
+from raydistill.storage.resolve import FILE_KEYS, HUB_KEYS, SET_KEYS, check_storage, local_path
+from raydistill.storage.run_files import CONFIGURATION, NOTES, asked_of, config_of, notes_of
+
+# What may be done where inputs.json is damaged.
+CURE = "restore it, or remove it: the run is then bound to the inputs and the checkpoints that are there now"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
     with as_storage_error(storage):
         run.recall()
     if (saved := saved_config(run)) is not None:
-        before, now_ = mathematical(with_backend(saved, saved)), mathematical(_as_begun(config, saved))
+        before, now_ = mathematical(with_backend(saved, saved)), mathematical(_as_begun(config, saved, run))
         others = [f"{key}: {before[key]!r} -> {now_[key]!r}" for key in now_ if before[key] != now_[key]]
         if others:
             finished = result is not None and (run.path / result).is_file()
@@ -69,16 +73,16 @@ def open_run_folder(config: Config, result: str | None = None) -> RunFolder:
 
 def pin_models(config: Config, run: RunFolder) -> Config:
     """The configuration with the commit of each hub model whose revision it leaves open: the run's own, or what is
-    fetched now.
+    fetched now. Of data sets of the hub the commit that any other revision is at, which are not fetched.
 
-    Otherwise a model that is published anew would change a run when it is resumed, or on a node that joins later.
+    Otherwise what is published anew would change a run when it is resumed, or on a node that joins later.
 
     Raises:
-        InputError: a model cannot be fetched; names the key.
+        InputError: a model cannot be fetched, or a data set's commit not be looked up; names the key.
     """
     if (saved := saved_config(run)) is not None:
-        config = _of_revisions(config, saved)
-    models = {}
+        config = _of_revisions(config, saved, run)
+    models = _pinned_sets(config)
     for key in (*HUB_KEYS, *FILE_KEYS):
         value = get(config, key)
         if key == "synthesis.teacher" and not draws(config):
@@ -92,9 +96,34 @@ def pin_models(config: Config, run: RunFolder) -> Config:
     return _with_models(config, models)
 
 
-def _as_begun(config: Config, saved: Config) -> Config:
+def _pinned_sets(config: Config) -> dict[str, str]:
+    """By key, data sets of the hub at their commit; one data set is looked up once. Raises InputError naming the key."""
+    pinned = functools.lru_cache(maxsize=None)(hub_sets.commit_of)
+    found = {}
+    for key in SET_KEYS:
+        value = get(config, key)
+        if value is None or not hub_sets.is_hub_set(value) or (key == "synthesis.teacher" and not draws(config)):
+            continue
+        try:
+            found[key] = hub_sets.pinned_set(value, pinned)
+        except (InputError, OSError) as error:
+            raise InputError(f"{key}: {error}") from None
+    return found
+
+
+def asked_sets(config: Config, pinned: Config) -> dict[str, str]:
+    """By key, how a configuration names the data sets of the hub that `pinned` names by their commit."""
+    both = {key: (get(config, key), get(pinned, key)) for key in SET_KEYS}
+    return {
+        key: asked
+        for key, (asked, now) in both.items()
+        if asked is not None and asked != now and hub_sets.is_hub_set(asked)
+    }
+
+
+def _as_begun(config: Config, saved: Config, run: RunFolder) -> Config:
     """What the configuration leaves to the driver, as the driver decided when the run began."""
-    return with_backend(_of_revisions(config, saved), saved)
+    return with_backend(_of_revisions(config, saved, run), saved)
 
 
 def with_backend(config: Config, saved: Config) -> Config:
@@ -104,11 +133,21 @@ def with_backend(config: Config, saved: Config) -> Config:
     return changed(config, {"teachers": {"backend": saved.teachers.decided_backend}})
 
 
-def _of_revisions(config: Config, saved: Config) -> Config:
-    """Hub models whose revision is left open, at the revision that the saved configuration names."""
-    models = {key: (get(config, key), get(saved, key)) for key in (*HUB_KEYS, *FILE_KEYS)}
-    models = {key: both for key, both in models.items() if None not in both}
-    same = {key: before for key, (now, before) in models.items() if hub.same_but_for_revision(now, before)}
+def _of_revisions(config: Config, saved: Config, run: RunFolder) -> Config:
+    """Hub models and data sets whose revision is left open, at the revision that the saved configuration names.
+
+    So too data sets that are named as when the run began, by whatever branch.
+    """
+    named = {key: (get(config, key), get(saved, key)) for key in SET_KEYS}
+    named = {key: both for key, both in named.items() if None not in both}
+    asked = asked_of(run.path, CURE) if any(hub_sets.is_hub_set(now) for now, _ in named.values()) else {}
+    same = {
+        key: before
+        for key, (now, before) in named.items()
+        if (key in (*HUB_KEYS, *FILE_KEYS) and hub.same_but_for_revision(now, before))
+        or hub_sets.same_but_for_commit(now, before)
+        or asked.get(key) == now
+    }
     return _with_models(config, same)
 
 

@@ -18,12 +18,11 @@ from raydistill.data.pairs import covered_rows
 from raydistill.data.pictures import Filters, Pictures
 from raydistill.data.synthesis import Recipe
 from raydistill.data.synthesis_stream import SynthesisLog, synthesise_on_ray
-from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.preflight import Inputs, open_drawer
 from raydistill.driver.run_record import RunRecord
 from raydistill.evaluation.evaluator import FixedPrompts, Scorers, draw_teacher
 from raydistill.pictures.files import save_pictures
-from raydistill.spaces.distilled import drawing
+from raydistill.spaces.distilled import drawing, teacher_sampling
 from raydistill.storage.atomic import read_json, replace_text
 from raydistill.storage.resolve import input_place, resolve
 from raydistill.teachers import registry
@@ -84,8 +83,8 @@ def draw_teacher_pictures(
         space = record.inputs.teacher
         fixed = FixedPrompts(record.inputs.held_out, config.evaluation.count, config.evaluation.seed)
         client = TeacherClient(service, config.teachers)
-        guidance = guidance_scale(config, space)
-        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scorers)
+        steps, guidance = teacher_sampling(config, space)
+        pictures, table = draw_teacher(client.generate, space, fixed, config, guidance, scorers, steps)
         save_pictures(folder / "teacher.safetensors", pictures[: config.evaluation.grid])
         replace_text(folder / "teacher.json", json.dumps(table))
     return table

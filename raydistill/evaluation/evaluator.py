@@ -155,12 +155,17 @@ def draw_teacher(
     config: Config,
     guidance_scale: float,
     scorers: Scorers | None = None,
+    steps: int | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
     Without a metric only those are drawn that the grid shows. A picture that is not finite is black, is said, and counts
     in no mean. Raises NonFiniteError where none is finite.
+
+    Args:
+        steps: of a picture; None: `teacher.sampling_steps`.
     """
+    steps = steps or config.teacher.sampling_steps
     if not config.evaluation.measured:
         fixed = fixed.first(config.evaluation.grid)
     table = PromptTable(space, ["", *fixed.captions], getattr(torch, config.prompts.encoder_dtype))
@@ -170,7 +175,7 @@ def draw_teacher(
     def ask(batch: tuple[int, int, list[str]]) -> Any:
         start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
-        return Unchecked(generate(noise, table(captions), empty, config.teacher.sampling_steps, guidance_scale))
+        return Unchecked(generate(noise, table(captions), empty, steps, guidance_scale))
 
     batches, images = list(fixed.batches(config.evaluation.batch_size)), []
     with screen.bar("teacher draws", "batch") as bar:

@@ -22,6 +22,10 @@ SHAPES_PREFIX = "shapes:"
 PATTERN_KEYS = ("prompts.path", "evaluation.prompts")  # may name several files
 FILE_KEYS = ("student.lora_start",)  # may name a file of the hub
 HUB_KEYS = ("student.model", "teacher.model", "synthesis.teacher")  # may name a model of the Hugging Face hub
+SET_KEYS = (  # may name files of a data set of the hub
+    *HUB_KEYS, "student.unet", *FILE_KEYS, "prompts.path", "evaluation.prompts", "synthesis.images", "bridge.pairs",
+    "bridge.checkpoint", "discriminator.real_data", "evaluation.judge",
+)  # fmt: skip
 
 
 # -- outputs ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""run.json and config.yaml, which a run keeps of itself: read by the run, and by whoever uses its student."""
+"""run.json, config.yaml and inputs.json, which a run keeps of itself: read by the run, and by whoever uses its student."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raydistill.errors import InputError
 from raydistill.storage.atomic import read_json
 from raydistill.storage.place import Place
 
-NOTES, CONFIGURATION = "run.json", "config.yaml"
+NOTES, CONFIGURATION, INPUTS = "run.json", "config.yaml", "inputs.json"
 
 
 def notes_of(run: Place, cure: str) -> dict[str, Any]:
@@ -30,6 +30,15 @@ def notes_of(run: Place, cure: str) -> dict[str, Any]:
         section = found.get(key, {})
         if not isinstance(section, dict) or any(type(value) not in kinds for value in section.values()):
             raise InputError(f"{file} is damaged ({key}: {str(section)[:40]}): {cure}")
+    return found
+
+
+def asked_of(run: Place, cure: str) -> dict[str, str]:
+    """By key, how the run's first configuration named data sets of the hub; {}: it named none. Raises InputError: damaged."""
+    file = run / INPUTS
+    found = read_json(file, cure).get("asked", {}) if file.is_file() else {}
+    if not isinstance(found, dict) or any(type(value) is not str for value in found.values()):
+        raise InputError(f"{file} is damaged (asked: {str(found)[:40]}): {cure}")
     return found
 
 

@@ -99,6 +99,7 @@ class Observer:
         evaluation, networks = config.evaluation, distiller.networks
         scope = next(iter(stage.runs), None) or ""
         self.scorers = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
+        self.scorers.fetch()
 
         self.final, self.periodic = (
             StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scorers, table=table)

@@ -77,6 +77,11 @@ class RunScorers:
                 columns |= self._try(metric, lambda c=compute: _checked(c(deadline), len(files))) or {}
         return columns
 
+    def fetch(self) -> None:
+        """Find or fetch on this node, now and not at the first evaluation, what it needs to compute the metrics."""
+        for metric in self._metrics if self._here is not None else ():
+            self._try(metric, lambda m=metric: metrics_of_run(self.evaluation, m))
+
     def start(self) -> None:
         """Begin the actors that others share, so that they last as long as this process."""
         for metric in self._metrics if self._scope is not None else ():

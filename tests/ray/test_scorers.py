@@ -9,7 +9,9 @@ import ray
 import torch
 from tiny_clip import write_clip
 
-from raydistill.config.reading import load
+from raydistill.config.reading import changed, load
+from raydistill.driver.metric_weights import fetch_weights
+from raydistill.errors import InputError
 from raydistill.shapes.captions import evaluation_captions
 from raydistill.workers.scorers import RunScorers
 
@@ -64,6 +66,26 @@ def test_actors_give_a_trainers_numbers_and_one_that_dies_costs_an_evaluation(tm
     assert failed == []
     for each in (driver, trainer):
         each.close()
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_weights_are_asked_for_on_each_node_that_may_need_them_before_anything_else(tmp_path):
+    place = tmp_path / "clip"
+    told = ("evaluation.metrics=[clipscore]", f"evaluation.weights.clipscore={place}")
+    for more in ("evaluation.gpus_per_scorer=null", "evaluation.gpus_per_scorer=0"):
+        config = load(overrides=[*told, "evaluation.metric=clipscore", "evaluation.judge=null", more])
+        with pytest.raises(
+            InputError, match=rf"^node .*: evaluation\.weights\.clipscore={place}: no such file or folder$"
+        ):
+            fetch_weights(config)
+    no_room = changed(config, {"evaluation": {"gpus_per_scorer": 64}})
+    fetch_weights(no_room)  # nobody could need them
+    asked, failed = scorers(torch.device("cpu"), told[1])
+    asked.fetch()
+    assert failed == [("clipscore", f"InputError: evaluation.weights.clipscore={place}: no such file or folder")]
+    place.mkdir()
+    write_clip(place)
+    fetch_weights(config)
 
 
 @pytest.mark.usefixtures("ray_cluster")

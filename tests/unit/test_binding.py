@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 from raydistill.config.reading import load
 from raydistill.data.prompts import held_out_prompts, training_prompts
-from raydistill.driver.binding import FILE, bind, keep, kept_binding
+from raydistill.driver.binding import bind, keep, kept_binding
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
+from raydistill.storage.run_files import INPUTS as FILE
 from raydistill.workers.checkpoint import save_state
 
 

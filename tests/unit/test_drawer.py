@@ -14,12 +14,20 @@ from raydistill.data import synthesis
 from raydistill.data.local_teacher import LocalTeacher
 from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import Recipe
+from raydistill.distillation.networks import guidance_scale
 from raydistill.driver.preflight import check_inputs, open_drawer
 from raydistill.errors import InputError
 from raydistill.export.licences import student_licences
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
-from raydistill.spaces.distilled import check_scores, drawing, step_distilled
+from raydistill.spaces.distilled import (
+    check_scores,
+    check_shared_space,
+    drawing,
+    step_distilled,
+    teacher_sampling,
+    without_scores,
+)
 from raydistill.spaces.meta import open_space
 from raydistill.storage.fingerprint import identify
 
@@ -109,7 +117,32 @@ def test_a_step_distilled_folder_opens_and_may_stand_where_no_score_is_asked(tmp
     space = load_space(folder)
     with pytest.raises(InputError, match="is_distilled=true in .*model_index.json"):
         check_scores(teacher(str(folder)), space)
-    check_scores(teacher(str(folder), "vsd.weight=0"), space)
+    unscored = teacher(str(folder), "vsd.weight=0", "teacher.guidance_scale=null")
+    check_scores(unscored, space)
+    [note] = without_scores(unscored, space)
+    assert note.endswith("the discriminator reads its features, and it draws in 4 steps without guidance")
+    assert without_scores(teacher(str(folder)), space) == ()
+    for asked, drawn in ((28, 4), (2, 2)):
+        assert teacher_sampling(changed(unscored, {"teacher": {"sampling_steps": asked}}), space) == (drawn, 0.0)
+    with pytest.raises(InputError, match=r"^teacher\.guidance_scale: .* takes no guidance \(0 to 1\), not 3.5"):
+        check_scores(changed(unscored, {"teacher": {"guidance_scale": 3.5}}), space)
+    shared = teacher("shapes:flux", "controls=[shared_space]")
+    check_shared_space(shared, open_space("shapes:sd15"))
+    with pytest.raises(InputError, match=r"^controls: shared_space learns from scores alone"):
+        check_shared_space(changed(shared, {"vsd": {"weight": 0.0}}), open_space("shapes:sd15"))
+    distilled = changed(shared, {"student": {"model": str(folder)}})
+    with pytest.raises(
+        InputError, match=r"^controls: the teacher of shared_space is .*, which is step-distilled \(is_dist"
+    ):
+        check_shared_space(distilled, space)
+
+
+def test_a_teacher_of_scores_draws_its_own_pictures_as_it_is_told():
+    space = open_space("shapes:flux")
+    assert teacher_sampling(teacher("shapes:flux", "teacher.sampling_steps=28"), space) == (
+        28,
+        guidance_scale(load(), space),
+    )
 
 
 # -- how they draw ------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ from __future__ import annotations
 import io
 import itertools
 import tarfile
+import tempfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from PIL import Image
 
 from raydistill.bridge.trainer import build_trainer
 from raydistill.config.reading import load
-from raydistill.data import synthesis
+from raydistill.data import pair_stream, picture_order, picture_shards, synthesis
 from raydistill.data.images import open_images
 from raydistill.data.pair_stream import Encoding, StreamedPairs, decode, encode, position_of, read
 from raydistill.data.picture_order import PictureOrder, Position
@@ -102,6 +104,46 @@ def test_going_on_at_any_position_gives_the_same_rows(pictures, share):
         again = list(itertools.islice(order.rows(rows[done][1]), count - done - 1))
         assert keys(again) == keys(rows[done + 1 :])
         assert [after for _, after in again] == [after for _, after in rows[done + 1 :]]
+
+
+def test_large_pictures_wait_on_the_disk_and_change_no_row(tmp_path, monkeypatch):
+    """10 MB of pictures in one window, in a stream that holds 1 MB of them."""
+    large, each = 40, 256 << 10
+    noise = np.random.default_rng(0).bytes(each + large)
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "0.tar", "w") as archive:
+        for number in range(large):
+            member = tarfile.TarInfo(f"{number:04}.jpg")
+            member.size = each
+            archive.addfile(member, io.BytesIO(noise[number : number + each]))
+    for number in range(large):
+        (tmp_path / f"{number:04}.jpg").write_bytes(noise[number : number + each])
+    del noise
+    for source in (tmp_path / "set", tmp_path):
+        shown = open_pictures(str(source) if source.name == "set" else f"{source}/*.jpg")
+        order = order_of(shown, window=1000)
+
+        def rows_of(order=order) -> list:
+            some = itertools.takewhile(lambda it: it[1].window.epoch == 0, order.rows())
+            held_out = [hash(row.data) for row in order.validation(1000)]
+            return [(row.key, hash(row.data), after) for row, after in some] + held_out
+
+        monkeypatch.undo()
+        expected = rows_of()
+        for module, name in ((picture_order, "WINDOW_BYTES"), (picture_shards, "AHEAD_BYTES")):
+            monkeypatch.setattr(module, name, 1 << 20)
+        monkeypatch.setattr(picture_shards, "READERS", 1)
+        tracemalloc.start()
+        assert rows_of() == expected
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 << 20
+    monkeypatch.setattr(pair_stream, "CHUNK_BYTES", 3 * each)
+    chunks = itertools.islice(read(order, Position(), 4, 16), 5)
+    assert [len(chunk.rows) for chunk in chunks] == [3, 1, 3, 3, 3]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OSError, match=r"none has no room for pictures .* name another folder in TMPDIR"):
+        next(order.rows())
 
 
 def test_pictures_of_held_out_prompts_are_passed_over(pictures):

@@ -21,7 +21,8 @@ from raydistill.data.ordered_shards import OrderedWriter
 from raydistill.data.pair_stream import read
 from raydistill.data.picture_order import PictureOrder, Position
 from raydistill.data.picture_probe import check_first
-from raydistill.data.picture_shards import ListedShards, TarShards
+from raydistill.data.picture_shards import ListedShards
+from raydistill.data.picture_tars import TarShards
 from raydistill.data.pictures import Cursor, Filters, PictureRow, Pictures, open_pictures, open_source
 from raydistill.data.prompts import read_prompts
 from raydistill.data.synthesis import check_beginning

@@ -23,6 +23,7 @@ from raydistill.data.images import BadImage, ImageSet
 from raydistill.data.picture_shards import LISTED
 from raydistill.data.pictures import Cursor, Filters, Pictures, open_pictures, open_source
 from raydistill.errors import InputError
+from raydistill.storage.place import remote
 
 
 def told(rows) -> list[tuple[str, str, str]]:
@@ -119,20 +120,37 @@ def test_captions_of_a_sample_come_from_text_files_then_from_its_json(tmp_path):
 def test_a_tar_that_breaks_off_or_is_out_of_order_loses_nothing_silently(tmp_path, tars):
     data = (tars / "00001.tar").read_bytes()
     header = data.rindex(b"000007.png")
-    for name, cut in (("in-a-picture", header + 1000), ("in-a-header", header + 100), ("between", header)):
-        (tmp_path / f"{name}.tar").write_bytes(data[:cut])
-    (tmp_path / "damaged.tar").write_bytes(data[:header] + b"\xff" * 512 + data[header + 512 :])
+    texts = {
+        "in-a-picture": data[: header + 1000],
+        "in-a-header": data[: header + 100],
+        "between": data[:header],
+        "damaged": data[:header] + b"\xff" * 512 + data[header + 512 :],
+        "only-zeros": data[:header] + bytes(2 << 20),
+        "one-behind-the-other": data + data,
+    }
+    for name, content in texts.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
     for file in sorted(tmp_path.iterdir()):
         pictures = open_pictures(str(file))
         rows = list(pictures.rows(0))
-        sure = ["cap 4", "cap 5", "cap 6"][
-            : 3 if file.stem == "in-a-picture" else 2
-        ]  # a sample's last file is known by the next one
-        assert [row.caption for row in rows] == [*sure, ""]
-        assert rows[-1].name == f"{file.name}, after {3 + len(sure):06d}"
-        assert rows[-1].failure.startswith("the tar breaks off (")
+        # a sample's last file is known by the next one
+        sure = {"in-a-picture": 3, "only-zeros": 3, "one-behind-the-other": 6}.get(file.stem, 2)
+        assert [row.caption for row in rows[:sure]] == [f"cap {4 + n}" for n in range(sure)]
+        lost = rows[sure:]
+        assert {row.name for row in lost} == {f"{file.name}, after {3 + sure:06d}"}
+        assert all(row.failure.startswith("the tar breaks off (") for row in lost)
+        assert all(row.failure.endswith(f"{len(lost)} row{'s are' if len(lost) > 1 else ' is'} lost") for row in lost)
+        if len(texts[file.stem]) <= header + 1000:  # all of it came, and nobody knows what there was
+            assert "at least 1 row is lost" in lost[0].failure
+        elif file.stem != "only-zeros":
+            assert abs(len(lost) - (6 - sure or 6)) <= 1
+        else:
+            assert len(lost) > 20
         for start in range(5):
             assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    padded = data + bytes(900_000)  # as of a writer with large records
+    (tmp_path / "padded.tar").write_bytes(padded)
+    assert [row.failure for row in open_pictures(str(tmp_path / "padded.tar")).rows(0)] == [""] * 6
     mixed = write_tar(tmp_path / "m.tar", [("1.png", png(1)), ("2.png", png(2)), ("1.txt", "one"), ("2.txt", "two")])
     failures = [row.failure for row in open_pictures(str(mixed)).rows(0)]
     assert failures[:2] == ["", ""]
@@ -167,8 +185,7 @@ def test_memory_does_not_grow_with_a_shard(tmp_path):
         assert traced + peak < 40 << 20, (name, traced, peak)
 
 
-def test_a_parquet_file_that_broke_off_at_the_end_of_a_row_group_does_so_again(tmp_path):
-    """Whoever goes on behind the row that said so must not read the groups behind it."""
+def test_a_damaged_row_group_costs_its_own_rows_wherever_reading_begins(tmp_path):
     pages = {"write_batch_size": 1, "data_page_size": 1, "use_dictionary": False, "compression": "none"}  # one a row
     file = write_hub_parquet(tmp_path / "x.parquet", range(40), row_group_size=17, **pages)
     data = bytearray(file.read_bytes())
@@ -177,9 +194,14 @@ def test_a_parquet_file_that_broke_off_at_the_end_of_a_row_group_does_so_again(t
     file.write_bytes(data)
     pictures = open_pictures(str(file))
     rows = list(pictures.rows(0))
-    assert [bool(row.failure) for row in rows] == [False] * 16 + [True]
-    assert list(pictures.rows(0, start=(0, rows[-1].after.row))) == []
-    assert [row.name for row in pictures.rows(0, start=(0, 16))] == [rows[-1].name]
+    assert [bool(row.failure) for row in rows] == [False] * 16 + [True] + [False] * 23
+    assert (rows[16].name, rows[17].name) == ("x.parquet, after row 16", "x.parquet, row 18")
+    assert rows[16].failure.endswith("; 1 row is lost")
+    for start in range(len(rows) + 1):
+        assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    file.write_bytes(data[:-100])  # without what says how many rows there are
+    [lost] = pictures.rows(0)
+    assert (lost.name, lost.failure[:19]) == ("x.parquet, after row 0", "the file breaks off")
 
 
 def test_parquet_as_the_hub_has_it(tmp_path):
@@ -201,7 +223,7 @@ def test_parquet_as_the_hub_has_it(tmp_path):
     ]
 
 
-def test_a_parquet_file_that_breaks_off_ends_with_a_row_that_says_so(tmp_path):
+def test_a_parquet_file_that_breaks_off_ends_with_rows_that_say_so(tmp_path, bucket, monkeypatch):
     file = write_hub_parquet(tmp_path / "x.parquet", range(40), row_group_size=20)
     data = bytearray(file.read_bytes())
     middle = pq.read_metadata(file).row_group(1).column(0).dictionary_page_offset
@@ -209,10 +231,20 @@ def test_a_parquet_file_that_breaks_off_ends_with_a_row_that_says_so(tmp_path):
     file.write_bytes(data)
     pictures = open_pictures(str(file))
     rows = list(pictures.rows(0))
-    assert rows[-1].failure.startswith("the file breaks off (")
+    assert all(row.failure.startswith("the file breaks off (") for row in rows[20:])
+    assert rows[-1].failure.endswith("; 20 rows are lost")
+    assert [row.usable for row in rows] == [True] * 20 + [False] * 20
     assert rows[-1].name == "x.parquet, after row 20"
     for start in range(len(rows) + 1):
         assert told(pictures.rows(0, start=(0, start))) == told(rows[start:])
+    pauses: list[float] = []
+    monkeypatch.setattr(pictures_module.time, "sleep", pauses.append)
+    folder = remote(f"{bucket}/set")
+    folder.upload(tmp_path)
+    there = list(open_pictures(f"{folder}/*.parquet").rows(0))
+    assert [(row.data, row.failure) for row in there] == [(row.data, row.failure) for row in rows]
+    assert there[-1].name == f"{folder}/x.parquet, after row 20"
+    assert pauses == [2.0, 4.0, 8.0]
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -306,7 +338,7 @@ def test_a_store_that_goes_away_is_asked_again_at_the_row_that_did_not_come(tars
     assert told(pictures.rows(0)) == expected
     assert pauses == [2.0, 4.0, 2.0]
     lost.update(range(10_000))
-    with pytest.raises(OSError, match=r"tars.*, 0000\d\.tar, row 1: connection reset"):
+    with pytest.raises(OSError, match=r"tars.*/0000\d\.tar, row 1: connection reset"):
         list(pictures.rows(0))
 
 
