@@ -19,6 +19,7 @@ from torch import nn
 from raydistill.bridge.attention import AttentionProbe, sample_rows
 from raydistill.bridge.losses import bridge_loss
 from raydistill.config.networks import BridgeConfig
+from raydistill.config.reading import trains_bridge
 from raydistill.config.schema import Config
 from raydistill.data.encode import PromptTable, TextEncoder
 from raydistill.data.pairs import Pairs, PairSet, open_pairs
@@ -27,10 +28,13 @@ from raydistill.errors import InputError
 from raydistill.precision import autocast
 from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning, Space
-from raydistill.storage.resolve import resolve
+from raydistill.storage.place import Place, Remote
+from raydistill.storage.resolve import input_place, resolve
+from raydistill.storage.staging import fetch, has_room
 from raydistill.transfer import upload
 
 TABLE_BYTES = 2 << 30  # of conditioning that each worker keeps in main memory
+FEW_EPOCHS = 2.0  # for so many a set in a bucket is read there
 
 
 Captions = Callable[[Sequence[str]], Conditioning]  # the teacher's conditioning of a batch of prompts
@@ -181,7 +185,7 @@ def build_objective(
         InputError: the pairs are not of these spaces.
     """
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
-    pairs = open_pairs(resolve(str(pairs_folder)), teacher, student)
+    pairs = open_pairs(_nearest(config, pairs_folder), teacher, student)
     probe = captions = None
     if config.bridge.attention.weight > 0:
         probe = _probe(config, teacher, device)
@@ -189,6 +193,21 @@ def build_objective(
         captions = PromptTable(teacher, sorted(set(pairs.prompts())), dtype, device, max_bytes=TABLE_BYTES)
     settings, seed = config.bridge, config.run.seed
     return Objective(pairs, settings, seed=seed, device=device, probe=probe, captions=captions, **share)
+
+
+def _nearest(config: Config, folder: str | Path) -> Place:
+    """Where a worker reads its pairs: of a bucket the set as it lies there, or a copy that its node fetches once.
+
+    A worker reads the shards of every epoch. A set that is read through several times is worth a copy, where it has room.
+    """
+    place = input_place(str(folder))
+    if not isinstance(place, Remote):
+        return place
+    pairs = PairSet(place)
+    steps = max(config.bridge.steps * trains_bridge(config), config.distill.steps * config.bridge.trainable)
+    epochs = steps * config.bridge.batch_size / len(pairs)
+    in_memory = len(pairs.files) <= pairs.cached_shards  # each shard is read once
+    return fetch(str(place)) if not in_memory and epochs > FEW_EPOCHS and has_room(place) else place
 
 
 def build_streamed(config: Config, device: torch.device | str = "cpu", **share: int) -> StreamedObjective:

@@ -132,8 +132,8 @@ class DistillConfig(Section):
     )
     network_interface: str | None = free(
         None,
-        description="network interface by which workers meet, such as eth0 (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); null: "
-        "NCCL's and gloo's choice",
+        description="network interface by which workers, and the ranks of a teacher, meet, such as eth0 (NCCL_SOCKET_IFNAME, "
+        "GLOO_SOCKET_IFNAME); null: NCCL's and gloo's choice",
     )
     gradient_checkpointing: bool = free(
         False, description="recompute activations of student, Bridge and fake score: slower, less memory"

@@ -49,6 +49,7 @@ class PromptTable:
         device: where the text encoders run.
         batch_size: prompts per forward; the last forward may have fewer.
         max_bytes: a larger table is not made; each batch is then encoded when it is asked for.
+        text: the space's text encoders, of this dtype and on this device; None: they are loaded.
 
     Attributes:
         row: row of each distinct prompt.
@@ -64,11 +65,12 @@ class PromptTable:
         *,
         batch_size: int = TABLE_BATCH,
         max_bytes: int | None = None,
+        text: Any = None,
     ) -> None:
         distinct = list(dict.fromkeys(prompts))
         self.row = {prompt: row for row, prompt in enumerate(distinct)}
         self.columns: Conditioning | None = None
-        self._space, self._text = space, space.load_text(dtype).to(device)
+        self._space, self._text = space, space.load_text(dtype).to(device) if text is None else text
         chunk = self._encode(distinct[:batch_size])
         row_bytes = sum(value[0].nbytes for value in chunk.values())
         if max_bytes is not None and len(distinct) * row_bytes > max_bytes:

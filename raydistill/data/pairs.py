@@ -41,7 +41,8 @@ from raydistill.storage.resolve import to_place
 
 SHARD_NAME = re.compile(r"pairs-(\d{5,})\.parquet")
 LATENT_COLUMNS = ("z_T", "z_S")
-READERS, END_BYTES = 32, 1 << 16  # of `fingerprint`: threads, and bytes at the end of a shard
+READERS = 32  # threads that read a little of each shard
+END_BYTES = 1 << 16  # of `fingerprint`: at the end of a shard
 ROW_GROUP = 64  # rows of a shard that are read together: random access within a window costs few bytes
 ABOUT = b"raydistill"  # key of the parquet metadata under which a shard describes itself
 VAES = b"raydistill.vaes"  # and under which it says whose latents it holds: JSON, role -> sha256 of the VAE
@@ -270,6 +271,11 @@ def _open(file: Place) -> pq.ParquetFile:
         raise InputError(f"{file}: not a readable parquet file: {error}") from None
 
 
+def _footer(file: Place) -> tuple[Place, pa.Schema, pq.FileMetaData]:
+    with _open(file) as parquet:
+        return file, parquet.schema_arrow, parquet.metadata
+
+
 def read_latents(file: Place, group: int) -> torch.Tensor:
     """Teacher latents [N, C, H, W] of a row group, as they are stored.
 
@@ -320,16 +326,17 @@ class PairSet:
         self.vaes: dict[str, dict[str, Place]] = {}
         self.silent = 0
         self._numbers: set[pa.DataType] = set()
-        self.groups = [self._check(file, expected) for file in self.files]
+        with ThreadPoolExecutor(READERS) as readers:  # a bucket answers each request after a while
+            self.groups = [self._check(*footer, expected) for footer in readers.map(_footer, self.files)]
         self.shapes = expected
         self.cached_shards = cached_shards
         self._starts = np.concatenate([[0], np.cumsum([sum(sizes) for sizes in self.groups])])
         self._shard = lru_cache(maxsize=cached_shards)(self._read)
 
-    def _check(self, file: Place, expected: dict[str, tuple[int, ...] | None]) -> list[int]:
+    def _check(
+        self, file: Place, schema: pa.Schema, metadata: pq.FileMetaData, expected: dict[str, tuple[int, ...] | None]
+    ) -> list[int]:
         """Rows of each row group of a shard whose columns are as they should be."""
-        parquet = _open(file)
-        schema = parquet.schema_arrow
         missing = [c for c in ("prompt", "prompt_id", "seed", *LATENT_COLUMNS) if c not in schema.names]
         if missing:
             raise InputError(f"{file}: column {missing[0]} is missing (it has {', '.join(schema.names)})")
@@ -347,11 +354,11 @@ class PairSet:
                 expected[column] = shape
             elif shape != tuple(expected[column]):
                 raise InputError(f"{file}: column {column} has shape {shape}, but {tuple(expected[column])} is needed")
-        vaes = json.loads((parquet.metadata.metadata or {}).get(VAES, "{}"))
+        vaes = json.loads((metadata.metadata or {}).get(VAES, "{}"))
         self.silent += not vaes
         for role, sha256 in vaes.items():
             self.vaes.setdefault(role, {}).setdefault(sha256, file)
-        return [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -361,9 +368,12 @@ class PairSet:
 
     def _column(self, name: str) -> list:
         """One small column of all rows."""
-        return [
-            value for file in self.files for value in pq.read_table(**_where(file), columns=[name])[name].to_pylist()
-        ]
+
+        def read(file: Place) -> list:
+            return pq.read_table(**_where(file), columns=[name])[name].to_pylist()
+
+        with ThreadPoolExecutor(READERS) as readers:
+            return [value for values in readers.map(read, self.files) for value in values]
 
     def prompts(self) -> list[str]:
         """The prompts of all rows."""

@@ -16,7 +16,7 @@ from raydistill.config.reading import draws, get
 from raydistill.config.schema import Config
 from raydistill.data import pairs
 from raydistill.data.synthesis import fingerprint_of
-from raydistill.driver.preflight import Inputs
+from raydistill.driver.preflight import PAIRS, Inputs
 from raydistill.driver.run_folder import CURE, RunFolder
 from raydistill.errors import InputError
 from raydistill.evaluation.metrics import metrics_of_run, reward_places
@@ -37,8 +37,6 @@ MODELS = (*PIPELINES, "student.unet", *FILE_KEYS, "bridge.checkpoint", "evaluati
 FINGERPRINTS = 2  # which kind: of models and pairs another kind says nothing
 WEIGHTS = "evaluation.weights."  # begins the keys of weights of metrics
 REWARD_WEIGHTS = "reward.weights."  # and of the student's reward
-PAIRS = ("bridge.pairs", "discriminator.real_data")
-READ_IN_PARTS = ("discriminator.real_data",)  # staged nowhere
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _fingerprints(config: Config, inputs: Inputs) -> dict[str, str]:
     if inputs.images is not None:
         found["synthesis.images"] = inputs.images.fingerprint
     named = {key: get(config, key) for key in (*MODELS, *PAIRS) if key != "synthesis.teacher" or draws(config)}
-    read = dict.fromkeys(READ_IN_PARTS, input_place) | dict.fromkeys(FILE_KEYS, resolve_file)
+    read = dict.fromkeys(PAIRS, input_place) | dict.fromkeys(FILE_KEYS, resolve_file)
     places = {key: read.get(key, resolve)(value) for key, value in named.items() if value}
     for metric in metrics_of_run(config.evaluation) if inputs.distils else ():
         places |= {f"{WEIGHTS}{option}": Path(place) for option, place in metric.weights.items()}

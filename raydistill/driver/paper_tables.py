@@ -160,7 +160,7 @@ def _run_cell(cell: Cell, record: RunRecord, planned: Sequence[Cell]) -> dict[st
     _same_length(cell.name, about["steps"], cell.config)
     return {
         "student": cell.student, "row": cell.row, "seed": cell.seed, "before": about["student_before"],
-        "after": about["student_after"], "teacher": about["teacher"], "mlflow_run_id": about["mlflow_run_id"],
+        "after": about["student_after"], "teacher": about.get("teacher", {}), "mlflow_run_id": about["mlflow_run_id"],
     }  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             found.append(_row(student, row, [cell["after"] for cell in cells_]))
     seen = {}
     for result in results:
-        if "teacher" in result and result["row"] not in (ONE_STEP, RAW):
+        if result.get("teacher") and result["row"] not in (ONE_STEP, RAW):
             who = f"{result['student']} multi-step" if result["row"] == SHARED else result["row"]
             seen.setdefault(who, result["teacher"])
     return found + [_row("teacher", who, [values]) for who, values in seen.items()]

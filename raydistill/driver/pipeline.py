@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from concurrent.futures import Future
 from typing import Any
 
 from raydistill.background import in_background
@@ -20,8 +21,11 @@ from raydistill.driver.stages import (
     train_bridge_on,
 )
 from raydistill.driver.summary import summarise
+from raydistill.evaluation.evaluator import Scorers
 from raydistill.storage.resolve import resolve
 from raydistill.teachers.client import TeacherClient
+from raydistill.teachers.request import one_line
+from raydistill.tracking.screen import screen
 
 
 def distil(config: Config, run: RunFolder, inputs: Inputs, parent: str | None = None) -> dict[str, Any]:
@@ -53,19 +57,29 @@ def _with_teacher(record: RunRecord) -> dict[str, Any]:
     # teachers start while the trainers do
     with contextlib.closing(scorers), teacher_service(record, config, service) as ready:
         scorers.start()
-        pictures = in_background(lambda: draw_teacher_pictures(record, service, ready, scorers))
+        pictures = in_background(lambda: _teacher_row(record, service, ready, scorers))
         if sets is None:
             ready.result()
             sets = make_sets(record, TeacherClient(service, config.teachers))
         pairs, real = sets
         inputs = {"bridge": str(resolve(bridge)) if bridge else None, "real": real, "pairs": pairs}
         scoring = service if config.vsd.weight > 0 else None
-        results["distill"] = distillation(record, "distill", config, **inputs, service=scoring, needs=[ready, pictures])
+        results["distill"] = distillation(record, "distill", config, **inputs, service=scoring, needs=[ready])
         if "no_vsd" in config.controls:
             control = changed(config, {"vsd": {"weight": 0.0}})
             results["no_vsd"] = distillation(record, "no_vsd", control, **inputs)
         results["teacher"] = pictures.result()
     return results
+
+
+def _teacher_row(record: RunRecord, service: str, ready: Future[None], scorers: Scorers) -> dict[str, float]:
+    """The teacher's row of the table. What fails there is said, and costs no more than the row: the student learns."""
+    try:
+        return draw_teacher_pictures(record, service, ready, scorers)
+    except Exception as error:  # noqa: BLE001 (whatever it is, weeks of training are worth more)
+        if not (ready.done() and ready.exception()):  # which ends the run by itself
+            screen.say(f"teacher   its row of the table failed, and the run goes on without it: {one_line(error)}")
+        return {}
 
 
 def _in_shared_space(record: RunRecord) -> dict[str, Any]:

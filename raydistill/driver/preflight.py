@@ -46,6 +46,8 @@ from raydistill.storage.place import Place, Remote, is_uri
 from raydistill.storage.resolve import check_paths, check_storage, input_place, resolve
 from raydistill.tracking.store import TrackingAway, TrackingError, artifact_root, prepare, tracking_uri
 
+PAIRS = ("bridge.pairs", "discriminator.real_data")  # read part by part; nothing of a bucket's is staged
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -77,8 +79,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
             "teacher.model",
             *(["synthesis.teacher"] if draws(config) else []),
             "bridge.checkpoint",
-            "bridge.pairs",
-            *([] if is_uri(config.discriminator.real_data or "") else ["discriminator.real_data"]),  # nothing is staged
+            *(key for key in PAIRS if not is_uri(get(config, key) or "")),
             "prompts.path",
             "evaluation.prompts",
             "evaluation.judge",
@@ -94,6 +95,7 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
     _check_bridge(config, student, teacher)
     _check_micro_batches(config)
     _check_fake_score(config, student, teacher)
+    notes += _waits(config) if distils else ()
     prompts, held_out = training_prompts(config), held_out_prompts(config)
     if config.evaluation.holdout is None:
         _check_disjoint("prompts.path", prompts.prompts, held_out)
@@ -123,11 +125,11 @@ def check_inputs(config: Config, distils: bool = True) -> Inputs:
 
 def _open_pairs(config: Config, key: str, teacher: Space, student: Space | None = None) -> PairSet:
     try:
-        named = get(config, key)
-        place = input_place(named) if key == "discriminator.real_data" else resolve(named)
-        return open_pairs(place, teacher, student)
+        return open_pairs(input_place(get(config, key)), teacher, student)
     except InputError as error:
         raise InputError(f"{key}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{key}: {get(config, key)} cannot be read: {reason(error)}") from error
 
 
 def _silent(config: Config, key: str, pairs: PairSet) -> tuple[str, ...]:
@@ -263,6 +265,20 @@ def _check_steps(student: StudentConfig, space: Space) -> list[str]:
         f"note: student.steps={student.steps}: its first evaluation sees plain noise at t = {len(scheduler.betas) - 1}, which no "
         "scheduler of diffusers scales there; a start that was trained on scaled noise first learns the difference"
     ]
+
+
+def _waits(config: Config) -> tuple[str, ...]:
+    """A note where a teacher that is away for as long as it may be would end the workers that wait for one another.
+
+    No refusal: the run has its checkpoints, and older ones have been begun so.
+    """
+    patience, limit = config.teachers.retry_for_s, config.distill.collective_timeout_s
+    if config.vsd.weight == 0 or config.distill.workers == 1 or patience < limit:
+        return ()
+    return (
+        f"note: teachers.retry_for_s={patience:g} cannot be waited for: workers give each other up after "
+        f"distill.collective_timeout_s={limit:g}; set this above it",
+    )
 
 
 def _check_bucket(storage: Place) -> None:

@@ -24,7 +24,7 @@ from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder
 from raydistill.errors import InputError, RunLost, StageFailed, mask
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import input_place, resolve
+from raydistill.storage.resolve import input_place
 from raydistill.teachers.request import TeacherError
 from raydistill.tracking.screen import screen
 from raydistill.tracking.store import FAILURE, TrackingAway, TrackingError, open_run, run_tags, tracking_uri, ui_lines
@@ -116,8 +116,7 @@ class RunRecord:
         sets["evaluation.prompts"] = ("evaluation", inputs.held_out.report.source, len(inputs.held_out))
         for key in ("bridge.pairs", "discriminator.real_data"):
             if (folder := get(config, key)) is not None:
-                place = input_place(folder) if key == "discriminator.real_data" else resolve(folder)
-                sets[key] = (key, str(folder), count_rows(place))
+                sets[key] = (key, str(folder), count_rows(input_place(folder)))
         if inputs.images is not None:
             rows = None if isinstance(inputs.images, Pictures) else len(inputs.images)
             sets["synthesis.images"] = ("synthesis.images", inputs.images.source, rows)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from raydistill.background import in_background
@@ -31,6 +32,7 @@ from raydistill.tracking.screen import screen
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.bridge import train_bridge
 from raydistill.workers.distill import launch
+from raydistill.workers.ray_train import network_variables
 from raydistill.workers.stage import Stage
 
 PAIRS_FOLDER = "pairs"  # of a run
@@ -49,7 +51,9 @@ def teacher_service(record: RunRecord, config: Config, name: str) -> Iterator[Fu
     given_up, begun = threading.Event(), threading.Event()
 
     def start() -> None:
-        how = registry.attach if name == config.teachers.service else registry.start
+        how = registry.attach
+        if name != config.teachers.service:
+            how = partial(registry.start, network=network_variables(config))
         with record.timed("start " + name.replace(f"teacher-{record.run.name}", "teacher"), given_up.is_set):
             # leaves nothing behind if it fails
             how(str(resolve(config.teacher.model)), config.teachers, name, given_up)
@@ -108,7 +112,7 @@ def make_pairs_alone(record: RunRecord) -> str:
     """Pairs for stages that need no teachers themselves; real images, and pairs that are there, need none either."""
     config = record.config
     if config.bridge.pairs is not None:
-        return str(resolve(config.bridge.pairs))
+        return str(input_place(config.bridge.pairs))
     return _made(record, "synthesis", PAIRS_FOLDER, recipe_of(config, record.inputs))
 
 
@@ -122,7 +126,7 @@ def make_sets(record: RunRecord, client: TeacherClient | None = None) -> tuple[s
     if needs_pairs(config):
         recipe = recipe_of(config, record.inputs)
         named = config.bridge.pairs
-        pairs = str(resolve(named)) if named else _made(record, "synthesis", PAIRS_FOLDER, recipe, client)
+        pairs = str(input_place(named)) if named else _made(record, "synthesis", PAIRS_FOLDER, recipe, client)
     if real is not None:
         return pairs, str(input_place(real))
     if draws_samples(config):

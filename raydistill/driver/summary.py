@@ -66,7 +66,8 @@ def kept_pictures(folder: Place, controls: Sequence[str] = ()) -> dict[str, torc
     """
     files = {"before": folder / "distill" / "before.safetensors", "after": folder / "distill" / "after.safetensors"}
     files |= {NAMES[name].removeprefix("control: "): folder / name / "after.safetensors" for name in controls}
-    files["teacher"] = folder / "teacher.safetensors"
+    if (teacher := folder / "teacher.safetensors").is_file():  # its row may have failed
+        files["teacher"] = teacher
     rows = {label: load_pictures(file) for label, file in files.items()}
     count = min(map(len, rows.values()))
     return {label: row[:count] for label, row in rows.items()}

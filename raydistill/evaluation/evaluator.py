@@ -23,6 +23,7 @@ from raydistill.data.prompts import PromptSet
 from raydistill.data.synthesis import in_order
 from raydistill.diffusion.noise import normal
 from raydistill.distillation.compiled import as_it_is
+from raydistill.distillation.schedule import Unchecked
 from raydistill.evaluation.png_scorer import Columns
 from raydistill.shapes.judge import Judge, columns_of, table_of
 from raydistill.spaces.base import Space
@@ -110,11 +111,17 @@ class StudentEvaluator:
         config: EvaluationConfig,
         device: torch.device | str,
         scorers: Scorers | None = None,
+        *,
+        table: PromptTable | None = None,
     ) -> None:
-        """`scorers`: of the metrics beside the judge; None: they are left out."""
+        """
+        Args:
+            scorers: of the metrics beside the judge; None: they are left out.
+            table: the student's conditioning of the set; None: it is made here, on the CPU.
+        """
         self.scorers = scorers
         self.space, self.fixed, self.config, self.device = space, fixed, config, torch.device(device)
-        self.table = PromptTable(space, fixed.captions)
+        self.table = PromptTable(space, fixed.captions) if table is None else table
         self.vae = space.load_vae().to(device)
         self.judge = judge_of(config)
 
@@ -152,7 +159,11 @@ def draw_teacher(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """(pictures [N, 3, S, S], table of means), by `TeacherClient.generate`. Two requests are under way at any time.
 
-    Without a metric only those are drawn that the grid shows. `steps`: of a picture; None: `teacher.sampling_steps`.
+    Without a metric only those are drawn that the grid shows. A picture that is not finite is black, is said, and counts
+    in no mean. Raises NonFiniteError where none is finite.
+
+    Args:
+        steps: of a picture; None: `teacher.sampling_steps`.
     """
     steps = steps or config.teacher.sampling_steps
     if not config.evaluation.measured:
@@ -164,12 +175,19 @@ def draw_teacher(
     def ask(batch: tuple[int, int, list[str]]) -> Any:
         start, stop, captions = batch
         noise = fixed.noise(space, start, stop)
-        return generate(noise, table(captions), empty, steps, guidance_scale)
+        return Unchecked(generate(noise, table(captions), empty, steps, guidance_scale))
 
     batches, images = list(fixed.batches(config.evaluation.batch_size)), []
     with screen.bar("teacher draws", "batch") as bar:
         for latents in in_order(batches, ask, ahead=1):
-            images.append(space.decode(vae, latents))
+            images.append(space.decode_each(vae, latents))
             bar.update(len(images), len(batches))
     images = torch.cat(images)
-    return images, measure(images, fixed.captions, judge_of(config.evaluation), scorers).table
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.any():
+        space.decode(vae, latents)  # says which part it was
+    if bad := (~finite).nonzero().flatten().tolist():
+        screen.say(f"teacher   {len(bad)} of {len(images)} pictures are not finite, and left out of its row: {bad}")
+    captions = [caption for caption, good in zip(fixed.captions, finite.tolist(), strict=True) if good]
+    measured = measure(images[finite], captions, judge_of(config.evaluation), scorers)
+    return images.nan_to_num(-1.0), measured.table

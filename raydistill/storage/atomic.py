@@ -5,6 +5,7 @@ It needs no other library and is quick to import: the smallest processes use it 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from raydistill.storage import lease
 from raydistill.storage.place import Place, Remote, is_link
 
 ABANDONED_S = 3600.0  # no write of one file takes that long
+COPY = "raydistill-copy"  # begins the names of temporary folders that a process holds
 
 
 # -- writing ----------------------------------------------------------------------------------------------
@@ -137,9 +139,9 @@ def writing(target: Place) -> Iterator[Path]:
     if isinstance(target, Path):
         yield target
         return
-    with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
-        yield Path(folder, target.name)
-        target.upload(Path(folder, target.name))
+    with _temporary() as folder:
+        yield folder / target.name
+        target.upload(folder / target.name)
 
 
 @contextmanager
@@ -148,9 +150,39 @@ def reading(source: Place) -> Iterator[Path]:
     if isinstance(source, Path):
         yield source
         return
-    with tempfile.TemporaryDirectory(prefix="raydistill-") as folder:
-        source.download(Path(folder, source.name))
-        yield Path(folder, source.name)
+    with _temporary() as folder:
+        source.download(folder / source.name)
+        yield folder / source.name
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A temporary folder of this process. The next one that is made here removes those of killed processes.
+
+    A living process holds a lock of its folder, and gives the folder its name once it has it.
+    """
+    around = Path(tempfile.gettempdir())
+    for abandoned in around.glob(f"{COPY}-{os.getuid()}-*"):
+        with suppress(OSError), _locked(abandoned):
+            shutil.rmtree(abandoned, ignore_errors=True)
+    fresh = Path(tempfile.mkdtemp(prefix="raydistill-"))
+    with _locked(fresh):
+        folder = fresh.rename(around / f"{COPY}-{os.getuid()}-{uuid.uuid4().hex[:16]}")
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises OSError where the folder is gone, or another process has the lock; the kernel drops a dead one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def move_folder(source: Place, target: Place) -> None:

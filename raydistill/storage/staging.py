@@ -44,6 +44,16 @@ def fetch(uri: str) -> Path:
     return _staged(source, _digest(source, entries), entries)
 
 
+def has_room(source: Remote) -> bool:
+    """Whether a copy is here already, or would take no more than half of what is free. Raises as `fetch`."""
+    entries = _entries(source)
+    cache = cache_folder()
+    if (cache / "staged" / _digest(source, entries)).exists():
+        return True
+    cache.mkdir(parents=True, exist_ok=True)
+    return 2 * sum(size for _, size, _ in entries) <= shutil.disk_usage(cache).free
+
+
 def on_this_machine(path: str | Path) -> Path:
     """A path as another node gave it. What that node fetched, from a bucket or the hub, this one fetches too, unchanged.
 

@@ -14,7 +14,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,8 +58,14 @@ SETTINGS_OF_CLIENTS = {"service", "linger_s", "start_timeout_s", "retry_for_s"}
 # -- what drivers and their workers call ------------------------------------------------------------------
 
 
-def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: threading.Event | None = None) -> None:
-    """As `service.start`, for this driver. An equal service that already runs is taken over.
+def start(
+    model_folder: str,
+    config: TeacherServiceConfig,
+    name: str,
+    given_up: threading.Event | None = None,
+    network: Mapping[str, str] | None = None,
+) -> None:
+    """As `service.start`, for this driver. An equal service that already runs is taken over, whatever its network.
 
     Args:
         given_up: the caller sets it when it no longer needs the service; the start then fails.
@@ -81,7 +87,7 @@ def start(model_folder: str, config: TeacherServiceConfig, name: str, given_up: 
                     f"within {config.start_timeout_s:g} s (teachers.start_timeout_s). Stop it, or choose another run.name"
                 )
         if role == LAUNCH:
-            service.launch(model_folder, config, name)
+            service.launch(model_folder, config, name, network=network)
         else:
             log.info("teacher %s: found running, taken over", name)
         service.wait_until_ready(config, name, given_up)

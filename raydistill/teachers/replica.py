@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,10 @@ class TeacherReplica:
 
     rank_actor = actor(TeacherRank)
 
-    async def __init__(self, model_folder: str, config: dict[str, Any]) -> None:
+    async def __init__(
+        self, model_folder: str, config: dict[str, Any], network: Mapping[str, str] | None = None
+    ) -> None:
+        """`network`: variables of its ranks' environment by which they find each other."""
         self._config = config = TeacherServiceConfig.model_validate(config)
         self._broken: str | None = None
         self._queue = FairQueue()
@@ -70,6 +74,7 @@ class TeacherReplica:
             "DS_ACCELERATOR": "cuda" if config.gpus_per_rank else "cpu",
             "OMP_NUM_THREADS": str(config.threads_per_rank),
             "MKL_NUM_THREADS": str(config.threads_per_rank),
+            **(network or {}),
         }
         self._ranks = [
             self.rank_actor.options(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,38 @@ PLACEMENT_PATIENCE_S = 60.0  # how long replicas may wait for resources where no
 GROUPS_END_S = 20.0  # how long placement groups may take to go after their service
 
 
-def start(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
+def start(
+    model_folder: str,
+    config: TeacherServiceConfig,
+    name: str,
+    replica: type | None = None,
+    network: Mapping[str, str] | None = None,
+) -> None:
     """Start the service `name` and wait until every replica is ready. A running service of that name is replaced.
 
     Args:
         replica: another class of replica; None: TeacherReplica.
+        network: variables of the ranks' environment by which they find each other (NCCL_SOCKET_IFNAME).
 
     Raises:
         TeacherStartError: it cannot be placed (requested against available resources), a replica failed to load, or
             `start_timeout_s` passed. Nothing is left running.
     """
     try:
-        launch(model_folder, config, name, replica)
+        launch(model_folder, config, name, replica, network)
         wait_until_ready(config, name)
     except BaseException:
         stop(name)
         raise
 
 
-def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: type | None = None) -> None:
+def launch(
+    model_folder: str,
+    config: TeacherServiceConfig,
+    name: str,
+    replica: type | None = None,
+    network: Mapping[str, str] | None = None,
+) -> None:
     """Check that the service can be placed, and begin to start it. If this fails, the caller calls `stop`.
 
     Raises TeacherStartError: see `start`.
@@ -62,7 +76,7 @@ def launch(model_folder: str, config: TeacherServiceConfig, name: str, replica: 
         placement_group_bundles=placement.bundles(config),
         placement_group_strategy=placement.strategy(config),
         **({"placement_group_bundle_label_selector": selectors} if selectors else {}),
-    ).bind(str(Path(model_folder).resolve()), config.model_dump())
+    ).bind(str(Path(model_folder).resolve()), config.model_dump(), dict(network or {}))
     applications()  # forgets a dead controller
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     target = serve.RunTarget(application, name=name, route_prefix=None)

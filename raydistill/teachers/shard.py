@@ -12,6 +12,7 @@ torch, diffusers and deepspeed are imported inside functions: in the rank's own 
 from __future__ import annotations
 
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
     from raydistill.teachers.plain import Whole
     from raydistill.teachers.zero3 import Partitioned
 
+# What a library on the device says when it fails at work; what it refuses (a shape, a type) is the request's matter.
+DEVICE_FAILURE = re.compile(
+    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(?!NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM)"
+    r"|CUDA (driver )?error: (?!CU[A-Z]+_STATUS_)|NCCL (error|Error)|Triton Error \[CUDA\]"
+)
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
 
@@ -155,12 +161,12 @@ class TeacherRank:
                     rows = np.minimum(np.arange(start, start + size), batch - 1)
                     wanted = answer[start - first : start - first + size]
                     wanted.copy_(forward(payload, rows)[: len(wanted)])
-        except torch.AcceleratorError as error:  # its context is lost: every later call would fail as well
-            raise RankBroken(f"{self.facts['node']}: {type(error).__name__}: {error}") from None
         except torch.OutOfMemoryError as error:
             at = f"a request of {batch} samples in slices of {size}"
             raise TeacherError(out_of_memory(error, self._role, self._remedies, at)) from None
         except Exception as error:
+            if device_failed(error):
+                raise RankBroken(f"{self.facts['node']}: {type(error).__name__}: {error}") from None
             text = str(error) if isinstance(error, TeacherError) else f"{type(error).__name__}: {error}"
             raise TeacherError(text) from None
         return answer.numpy()
@@ -199,6 +205,18 @@ class TeacherRank:
     def _load(self, name: str, wire: Wire, rows: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Rows of one array, on the device. On the CPU, the next slice overwrites this memory."""
         return rows_from_wire(wire, rows, dtype, self.memory, name).to(self.device)
+
+
+def device_failed(error: Exception) -> bool:
+    """Whether a device, or the way to another rank's, has failed: every later call of this process would fail as well.
+
+    torch has classes for CUDA's own errors and for NCCL's. Those of the libraries on top are plain RuntimeErrors.
+    """
+    import torch
+
+    if isinstance(error, torch.AcceleratorError | torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and DEVICE_FAILURE.search(str(error)) is not None
 
 
 def remedies(config: TeacherServiceConfig) -> list[str]:

@@ -27,7 +27,7 @@ from raydistill.spaces import load_space
 from raydistill.storage import lease
 from raydistill.storage.atomic import replacing, scratch
 from raydistill.storage.place import Place
-from raydistill.storage.resolve import resolve, to_place
+from raydistill.storage.resolve import input_place, resolve, to_place
 from raydistill.tracking.progress import ProgressWatcher, write_progress
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.adoption import Runs, mark
@@ -108,7 +108,7 @@ def _check(config: Config, pairs_folder: str | Path | None) -> None:
     student, teacher = load_space(resolve(config.student.model)), load_space(resolve(config.teacher.model))
     reach(student, teacher, config.bridge.prior)
     if pairs_folder is not None:
-        open_pairs(resolve(str(pairs_folder)), teacher, student)
+        open_pairs(input_place(str(pairs_folder)), teacher, student)
     if config.bridge.projector == "identity":
         raise StageFailed("bridge.projector identity has nothing to train")
 
@@ -185,6 +185,7 @@ def _train_with(config: Config, settings: dict[str, Any]) -> None:
     if (found := newest_state("bridge", worker, progress.parent / CHECKPOINTS, runs)) is not None:
         trainer.load_state_dict(found.state)
         curves, cursors = found.state.get(CURVES, curves), found.state.get(CURSORS)
+    del found  # a whole checkpoint in main memory
     tracking = (settings["tracking_uri"], settings["tracking_run"]) if worker.rank == 0 else (None, None)
     log = MetricLog(progress.parent, *tracking, curves)
     last = config.bridge.steps

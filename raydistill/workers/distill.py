@@ -33,7 +33,7 @@ from raydistill.workers.adoption import Found
 from raydistill.workers.assembly import Teachers, batches_after, load_distiller, open_reals
 from raydistill.workers.checkpoint import require_room, save_state
 from raydistill.workers.more_micro_batches import in_more_micro_batches, noting_more_micro_batches
-from raydistill.workers.observer import Observer, evaluation_is_due
+from raydistill.workers.observer import Evaluated, Observer, evaluated_sets, evaluation_is_due
 from raydistill.workers.ray_train import Worker, newest_state, run_body, train
 from raydistill.workers.remedies import trainer_remedies
 from raydistill.workers.stage import Stage, Standing
@@ -125,9 +125,12 @@ def _opened(stage: Stage, config: Config) -> Iterator[DistillationRun]:
     first = found.about["step"] if found else 0
     reals = open_reals(stage, config, worker)
     batches = Early(batches_after(config, worker, first, reals))  # encoders start while networks load
+    # rank 0's texts first: the device is still empty, and others would wait for a CPU in their first meeting
+    evaluated = evaluated_sets(config, worker.device) if worker.rank == 0 else None
     with doing("loading its networks"):
         distiller, teachers = load_distiller(stage, config, worker, batches, reals)
-    run = DistillationRun(stage, config, worker, distiller, teachers, found)
+    run = DistillationRun(stage, config, worker, distiller, teachers, found, evaluated=evaluated)
+    del found  # a whole checkpoint in main memory, and this frame lives as long as the run
     system = SystemMetrics(stage.mlflow_uri, stage.mlflow_run).start() if worker.rank == 0 else None
     try:
         yield run
@@ -161,6 +164,8 @@ class DistillationRun:
         distiller: Distiller,
         teachers: Teachers | None,
         found: Found | None,
+        *,
+        evaluated: Sequence[Evaluated] | None = None,
     ) -> None:
         self.stage, self.config, self.worker = stage, config, worker
         self.distiller, self.teachers = distiller, teachers
@@ -171,9 +176,11 @@ class DistillationRun:
         self._leaves = False
         self.tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if worker.rank == 0 else None
         shown = teachers.shown if teachers else None
-        self.observer = (
-            Observer(stage, config, distiller, self.tracker, self.standing, shown=shown) if self.tracker else None
-        )
+        self.observer = None
+        if self.tracker:
+            self.observer = Observer(
+                stage, config, distiller, self.tracker, self.standing, evaluated=evaluated, shown=shown
+            )
         self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:

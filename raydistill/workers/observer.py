@@ -10,15 +10,18 @@ from typing import Any
 import torch
 
 from raydistill.config.schema import Config
-from raydistill.data.prompts import PromptSet, held_out_prompts, training_prompts
+from raydistill.data.encode import PromptTable
+from raydistill.data.prompts import held_out_prompts, training_prompts
 from raydistill.distillation.updates import Distiller
 from raydistill.evaluation.consistency import Consistency, TeacherDecoder
 from raydistill.evaluation.evaluator import FixedPrompts, Measured, StudentEvaluator
 from raydistill.evaluation.score_pictures import ScorePictures
 from raydistill.pictures.files import save_pictures
 from raydistill.pictures.grids import grid
+from raydistill.spaces import load_space
 from raydistill.spaces.base import Conditioning
 from raydistill.storage.atomic import read_json, replace_text
+from raydistill.storage.resolve import resolve
 from raydistill.tracking.progress import write_progress
 from raydistill.tracking.tracker import Tracker
 from raydistill.workers.alarms import Alarms
@@ -37,6 +40,38 @@ def evaluation_is_due(config: Config, step: int) -> bool:
     return step % config.distill.evaluate_every == 0 or step == config.distill.steps
 
 
+Evaluated = tuple[FixedPrompts, PromptTable]
+
+
+def evaluated_sets(config: Config, device: torch.device) -> tuple[Evaluated, Evaluated]:
+    """(held-out prompts of start and end, training prompts of the periodic evaluation), with the student's conditioning.
+
+    Checkpoints are chosen on training prompts, so that the held-out ones stay unseen. The text encoders run in float32,
+    as for the student's training prompts. They are loaded once and dropped, so call it while the device is empty.
+
+    Args:
+        device: of the text encoders; where they find no room there, the CPU does their work, and it is said.
+    """
+    evaluation, space = config.evaluation, load_space(resolve(config.student.model))
+    held_out = FixedPrompts(held_out_prompts(config), evaluation.count, evaluation.seed)
+    periodic = FixedPrompts(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
+
+    def encoded(device: torch.device) -> tuple[Evaluated, Evaluated]:
+        text = space.load_text(torch.float32).to(device)
+        held_out_table, periodic_table = (
+            PromptTable(space, fixed.captions, device=device, text=text) for fixed in (held_out, periodic)
+        )
+        return (held_out, held_out_table), (periodic, periodic_table)
+
+    try:
+        return encoded(device)
+    except torch.OutOfMemoryError:
+        print(
+            "evaluation: the student's text encoders have no room on the GPU; the CPU encodes its prompts", flush=True
+        )
+    return encoded(torch.device("cpu"))
+
+
 class Observer:
     """Evaluates, keeps the best student, and logs; changes no number of the training."""
 
@@ -48,10 +83,12 @@ class Observer:
         tracker: Tracker,
         standing: Standing,
         *,
+        evaluated: Sequence[Evaluated] | None = None,
         shown: tuple[FixedPrompts, Conditioning] | None = None,
     ) -> None:
         """
         Args:
+            evaluated: as `evaluated_sets` gives them; None: they are made here, on the CPU.
             shown: prompts of the periodic evaluation and the teacher's conditioning of them, for `ScorePictures`.
         """
         self.stage, self.config, self.distiller = stage, config, distiller
@@ -64,13 +101,10 @@ class Observer:
         self.scorers = RunScorers(evaluation, networks.device, self._tell_of_failure, scope=scope)
         self.scorers.fetch()
 
-        def evaluator(prompts: PromptSet, count: int, seed: int) -> StudentEvaluator:
-            fixed = FixedPrompts(prompts, count, seed)
-            return StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scorers)
-
-        self.final = evaluator(held_out_prompts(config), evaluation.count, evaluation.seed)
-        # Checkpoints are chosen on training prompts, so that the held-out ones stay unseen.
-        self.periodic = evaluator(training_prompts(config), evaluation.periodic_count, evaluation.seed + 1)
+        self.final, self.periodic = (
+            StudentEvaluator(networks.student_space, fixed, evaluation, networks.device, self.scorers, table=table)
+            for fixed, table in evaluated or evaluated_sets(config, torch.device("cpu"))
+        )
 
         decoder = TeacherDecoder(networks.teacher_space, networks.device)
         self.consistency = Consistency(

@@ -130,11 +130,16 @@ def train(
     return result
 
 
-def network_environment(config: Config) -> dict[str, Any]:
-    """What workers are started with, so that NCCL and gloo take the interface that is asked for."""
+def network_variables(config: Config) -> dict[str, str]:
+    """Of the environment of all that meet, so that NCCL and gloo take the interface that is asked for."""
     interface = config.distill.network_interface
-    names = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if interface else ()
-    return {"env_vars": dict.fromkeys(names, interface)} if names else {}
+    return dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), interface) if interface else {}
+
+
+def network_environment(config: Config) -> dict[str, Any]:
+    """What workers are started with."""
+    variables = network_variables(config)
+    return {"env_vars": variables} if variables else {}
 
 
 def resume(stage: str, folder: Place, runs: Runs, steps: int) -> None:

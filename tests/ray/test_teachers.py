@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ def placement_groups(name: str) -> list[dict]:
 def flux(request, ray_cluster, flux_folder):
     """(client, space, dense network) of a running FLUX service."""
     config = CONFIG.model_copy(update={"backend": request.param})
-    service.start(str(flux_folder), config, "teacher-flux")
+    service.start(str(flux_folder), config, "teacher-flux", network={"GLOO_SOCKET_IFNAME": "lo"})
     space = load_space(flux_folder)
     yield TeacherClient("teacher-flux", config), space, space.load_network()
     service.stop("teacher-flux")
@@ -93,6 +94,13 @@ def test_scores_equal_the_dense_network(flux, batch, guidance_scale):
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores, dense_scores(space, network, request), atol=1e-5, rtol=1e-5)
     assert torch.equal(scores, client.submit(request).result())
+
+
+def test_ranks_meet_on_the_interface_that_they_are_told(flux):
+    client, *_ = flux
+    for rank in client.describe():
+        environment = Path(f"/proc/{rank['pid']}/environ").read_bytes().split(b"\0")
+        assert b"GLOO_SOCKET_IFNAME=lo" in environment
 
 
 def test_bits_of_a_sample_do_not_depend_on_its_batch(flux):

@@ -184,7 +184,7 @@ def test_what_a_run_draws_is_watched(damaged):
         def __init__(self, noise, *_):
             self.noise = noise
 
-        def result(self):
+        def result(self, check_finite):
             return self.noise
 
     with pytest.raises(NonFiniteError, match="teacher/vae: .*its weights are damaged"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -83,13 +84,42 @@ def test_without_a_judge_a_teacher_draws_what_is_shown(judge, drawn):
             asked.append(len(request[0]))
             self.latents = space.sample(network, *request[:3], 1, 1.0)
 
-        def result(self):
+        def result(self, check_finite):
             return self.latents
 
     fixed = FixedPrompts(read_prompts(WEIGHTS / "heldout.txt"), 20, 3)
     pictures, table = draw_teacher(Drawn, space, fixed, config, 1.0)
     assert sum(asked) == len(pictures) == drawn
     assert bool(table) == (judge is not None)
+
+
+def test_pictures_of_the_teacher_that_are_not_finite_cost_no_more_than_themselves(capsys):
+    config = load(CONFIGS / "shapes.yaml", ["evaluation.batch_size=2"])
+    space = load_space(WEIGHTS / "flux")
+    fixed = FixedPrompts(read_prompts(WEIGHTS / "heldout.txt"), 4, 3)
+
+    class Answer:
+        def __init__(self, noise, *_):
+            self.latents = noise.clone()
+            self.latents[1, 0, 0, 0] = torch.nan
+
+        def result(self, check_finite):
+            assert not check_finite
+            return self.latents
+
+    asked = []
+
+    def scores(pictures, captions):
+        asked.append((len(pictures), captions))
+        return {"own": [float(picture.mean().isfinite()) for picture in pictures]}
+
+    pictures, table = draw_teacher(Answer, space, fixed, config, 1.0, scores)
+    assert asked == [(2, fixed.captions[::2])]
+    assert table["own"] == 1.0
+    assert all(math.isfinite(value) for value in table.values())
+    assert (pictures[1::2] == -1).all()
+    assert not (pictures[::2] == -1).all()
+    assert "2 of 4 pictures are not finite, and left out of its row: [1, 3]" in capsys.readouterr().out
 
 
 def test_texts_are_encoded_in_the_dtype_that_is_asked_for():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from raydistill.config.reading import load
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
-from raydistill.storage.atomic import read_json, replace_text, replacing, scratch
+from raydistill.storage.atomic import _temporary, read_json, replace_text, replacing, scratch
 from raydistill.storage.fingerprint import content_hash
 from raydistill.workers.stage import Stage
 
@@ -164,6 +165,23 @@ def test_what_a_killed_process_left_in_its_scratch_goes_with_the_next_one(tmp_pa
         assert list(folder.iterdir()) == []
         with scratch(Path("/runs/two")) as other:
             assert other != folder
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_copy_of_a_killed_process_goes_with_the_next_one_and_that_of_a_living_one_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    code = (
+        "import os; from raydistill.storage.atomic import _temporary\n"
+        "with _temporary() as folder: (folder / 'state.pt').write_text('10 GB'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert (left / "state.pt").exists()
+    with _temporary() as own:
+        assert list(tmp_path.iterdir()) == [own]
+        with _temporary() as other:
+            assert {own, other} == set(tmp_path.iterdir())
     assert list(tmp_path.iterdir()) == []
 
 

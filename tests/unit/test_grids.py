@@ -180,3 +180,10 @@ def test_a_run_whose_grid_changed_shows_what_all_its_parts_kept(tmp_path):
     rows = kept_pictures(tmp_path)
     assert {label: len(row) for label, row in rows.items()} == {"before": 2, "after": 2, "teacher": 2}
     assert before_after(rows, ["a", "b"]).width > 0
+
+
+def test_a_run_whose_teacher_s_row_failed_shows_the_others(tmp_path):
+    (tmp_path / "distill").mkdir()
+    for name in ("before", "after"):
+        save_pictures(tmp_path / "distill" / f"{name}.safetensors", flat(RED))
+    assert list(kept_pictures(tmp_path)) == ["before", "after"]

@@ -107,12 +107,24 @@ def test_a_teacher_rank_names_its_node_and_request(rank):
     )
 
 
-def test_a_rank_whose_device_failed_says_that_it_was_not_the_request(rank):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(handle, opa, opb)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        torch.distributed.DistBackendError("NCCL error in: ncclRemoteError, remote process exited"),
+    ],
+    ids=["CUDA", "cuBLAS", "cuDNN", "Triton", "NCCL"],
+)
+def test_a_rank_whose_device_failed_says_that_it_was_not_the_request(rank, failure):
     def broken(*_):
-        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+        raise failure
 
-    with pytest.raises(RankBroken, match=r"10\.0\.0\.7: AcceleratorError: CUDA error: uncorrectable ECC") as raised:
+    with pytest.raises(RankBroken) as raised:
         rank._slices({"latents": np.zeros((3, 4, 8, 8), np.float32)}, broken)
+    assert str(raised.value) == f"10.0.0.7: {type(failure).__name__}: {failure}"
 
     def arrived(error):
         """As the coordinator gets it from Ray."""
@@ -120,3 +132,19 @@ def test_a_rank_whose_device_failed_says_that_it_was_not_the_request(rank):
 
     assert not _is_the_requests_fault([arrived(raised.value)])
     assert _is_the_requests_fault([arrived(TeacherError("of the request"))])
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul(ltHandle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+    ],
+)
+def test_what_a_library_refuses_is_the_request_s_fault(rank, refusal):
+    def refused(*_):
+        raise RuntimeError(refusal)
+
+    with pytest.raises(TeacherError, match="^RuntimeError: "):
+        rank._slices({"latents": np.zeros((3, 4, 8, 8), np.float32)}, refused)

@@ -6,7 +6,10 @@ import json
 import re
 import socket
 import time
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -14,14 +17,15 @@ from pair_sets import write_upscaled
 from PIL import Image
 from ray.exceptions import ActorUnavailableError
 
-from raydistill.config.reading import load
+from raydistill.config.reading import changed, load
 from raydistill.data.images import open_images
 from raydistill.data.pairs import fingerprint
 from raydistill.data.prompts import PromptSet
+from raydistill.driver import pipeline, stages
 from raydistill.driver.preflight import Inputs
 from raydistill.driver.run_folder import RunFolder, create_run_folder
 from raydistill.driver.run_record import open_record
-from raydistill.errors import InputError, StageFailed
+from raydistill.errors import InputError, NonFiniteError, StageFailed
 from raydistill.teachers.request import TeacherStartError, TeacherUnavailable
 from raydistill.workers import stop_signal
 
@@ -230,3 +234,50 @@ def test_a_run_names_the_images_and_pairs_that_it_is_made_of(run, client, tmp_pa
     assert sets["synthesis.images"][1] == 2
     assert sets["pairs"][1] == 24
     assert sets["pairs"][0].digest == fingerprint(tmp_path / "pairs")
+
+
+def test_a_teacher_s_row_that_fails_ends_no_distillation(run, monkeypatch, capsys):
+    """It is said at once, and the summary goes without; what the teachers themselves fail of is theirs to say."""
+    started = Future()
+    started.set_result(None)
+
+    def fails(*_):
+        raise NonFiniteError("all pictures are not finite")
+
+    def distillation(record, name, config, *, needs, **_):
+        wait(needs)
+        assert [need.exception() for need in needs] == [None]
+        return {"steps": 1}
+
+    @contextmanager
+    def service(*_):
+        yield started
+
+    for name, stand_in in (
+        ("draw_teacher_pictures", fails), ("distillation", distillation), ("teacher_service", service),
+        ("make_sets", lambda *_: (None, None)), ("TeacherClient", lambda *_: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(pipeline, name, stand_in)
+    record = SimpleNamespace(
+        config=run[0].model_copy(update={"controls": []}),
+        run=run[1],
+        scorers=lambda _: SimpleNamespace(start=lambda: None, close=lambda: None),
+    )
+    assert pipeline._with_teacher(record) == {"distill": {"steps": 1}, "teacher": {}}
+    said = capsys.readouterr().out
+    assert "its row of the table failed, and the run goes on without it: NonFiniteError: all pictures" in said
+    started = Future()
+    started.set_exception(TeacherStartError("no room"))
+    assert pipeline._teacher_row(record, "teacher", started, None) == {}
+    assert capsys.readouterr().out == ""
+
+
+def test_the_ranks_of_a_teacher_meet_on_the_interface_that_is_named(run, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(stages.registry, "start", lambda *_, **given: asked.update(given))
+    monkeypatch.setattr(stages.registry, "release", lambda _: None)
+    config = changed(run[0], {"distill": {"network_interface": "eth0"}})
+    record = SimpleNamespace(run=run[1], timed=lambda *_: nullcontext())
+    with stages.teacher_service(record, config, "teacher") as ready:
+        ready.result()
+    assert asked == {"network": {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}}

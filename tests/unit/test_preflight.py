@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from raydistill.config.reading import load
+from raydistill.config.reading import CONFIGS, load
 from raydistill.data.pairs import write_pairs
-from raydistill.driver.preflight import check_inputs, check_real_data
+from raydistill.driver.preflight import _waits, check_inputs, check_real_data
 from raydistill.driver.run_folder import create_run_folder, open_run_folder
 from raydistill.errors import InputError
 from raydistill.shapes.captions import single_scenes
@@ -45,6 +45,19 @@ def test_the_default_configuration_passes(configure, tmp_path):
     assert len(inputs.prompts) > len(inputs.held_out) > 0
     assert inputs.teacher.latent_shape != inputs.student.latent_shape
     assert (tmp_path / "storage" / "mlflow.db").is_file()
+
+
+def test_workers_that_would_give_each_other_up_before_the_teacher_are_told_of():
+    asked = ["distill.workers=2", "teachers.retry_for_s=3600"]
+    (note,) = _waits(load(overrides=asked))
+    assert note == (
+        "note: teachers.retry_for_s=3600 cannot be waited for: workers give each other up after "
+        "distill.collective_timeout_s=1800; set this above it"
+    )
+    assert _waits(load(overrides=["teachers.retry_for_s=3600"])) == ()
+    for settled in ("distill.collective_timeout_s=3700", "vsd.weight=0"):
+        assert _waits(load(overrides=[*asked, settled])) == ()
+    assert _waits(load(CONFIGS / "sd35_medium_sd15.yaml")) == ()
 
 
 @pytest.mark.parametrize("key", ["prompts.path", "evaluation.prompts"])

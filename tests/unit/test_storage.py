@@ -7,15 +7,23 @@ import shutil
 import subprocess
 import sys
 import uuid
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from pair_sets import write_upscaled
 
+from raydistill.bridge import objective
+from raydistill.bridge.objective import build_objective
 from raydistill.config.reading import load, to_yaml
 from raydistill.config.schema import Config
 from raydistill.data.images import open_images
-from raydistill.data.pairs import PairSet
+from raydistill.data.pairs import PairSet, fingerprint, write_pairs
 from raydistill.data.prompts import read_prompts
+from raydistill.driver import binding, preflight
+from raydistill.driver.stages import make_pairs_alone
 from raydistill.errors import InputError
 from raydistill.shapes import WEIGHTS
 from raydistill.spaces import load_space
@@ -26,6 +34,7 @@ from raydistill.storage.atomic import reading, replace_text, writing
 from raydistill.storage.place import Remote, remote
 from raydistill.storage.resolve import check_paths, local_path, resolve, to_place
 from raydistill.storage.staging import on_this_machine
+from raydistill.workers import bridge
 
 
 @pytest.fixture
@@ -57,6 +66,43 @@ def test_prompts_pairs_weights_and_models_are_read_by_uri(folder):
         assert all((staged / file).read_bytes() == (WEIGHTS / name / file).read_bytes() for file in files)
     space = load_space(resolve(f"{folder}/sd15"), "StableDiffusionPipeline")
     check_folder(space)
+
+
+def test_the_pairs_of_a_bridge_are_read_where_they_lie(folder, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_check_tracking", lambda _: None)  # making a store takes seconds
+    (folder / "pairs").upload(write_upscaled(tmp_path / "pairs"))
+    config = load(overrides=[f"storage={tmp_path}", "bridge.checkpoint=null", f"bridge.pairs={folder}/pairs"])
+    inputs = preflight.check_inputs(config)
+    assert binding._fingerprints(config, inputs)["bridge.pairs"] == fingerprint(tmp_path / "pairs")
+    named = make_pairs_alone(SimpleNamespace(config=config))
+    bridge._check(config, named)
+    here, there = (build_objective(config, place).batch(3) for place in (tmp_path / "pairs", named))
+    assert here.prompts == there.prompts
+    assert torch.equal(here.z_teacher, there.z_teacher)
+    assert not (cache / "staged").exists(), "a node has copied the whole set"
+    with pytest.raises(InputError, match=r"^bridge\.pairs: s3://.*/nowhere: no pairs-"):
+        preflight._open_pairs(load(overrides=[f"bridge.pairs={folder}/nowhere"]), "bridge.pairs", inputs.teacher)
+
+
+@pytest.mark.full
+def test_a_set_that_is_read_many_times_is_copied_where_there_is_room(folder, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(objective, "PairSet", partial(PairSet, cached_shards=1))
+    for shard in range(2):
+        latents = {"z_teacher": torch.zeros(2, 8, 16, 16), "z_student": torch.zeros(2, 4, 8, 8)}
+        columns = {"prompts": [f"{shard} a", f"{shard} b"], "prompt_ids": [2 * shard, 2 * shard + 1], "seeds": [0, 0]}
+        write_pairs(tmp_path / "pairs", shard, **columns, **latents)
+    (folder / "pairs").upload(tmp_path / "pairs")
+
+    def read_from(steps):
+        config = load(overrides=["bridge.checkpoint=null", "bridge.batch_size=2", f"bridge.steps={steps}"])
+        return build_objective(config, f"{folder}/pairs").pairs.folder
+
+    assert read_from(4) == folder / "pairs"
+    assert not (cache / "staged").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(staging.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert read_from(5) == folder / "pairs"
+    assert (cache / "staged") in read_from(5).parents
 
 
 def test_several_processes_fetch_once(folder, cache, tmp_path):
