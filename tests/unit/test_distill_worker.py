@@ -434,7 +434,7 @@ def test_each_worker_computes_as_configured_and_asks_a_replica_of_its_own_first(
 
 
 def test_text_encoders_are_asked_for_as_the_configuration_says(monkeypatch):
-    monkeypatch.setattr(parts, "conditioned_batches", lambda *args, **settings: settings)
+    monkeypatch.setattr(assembly, "conditioned_batches", lambda *args, **settings: settings)
     prompts = ["prompts.node_labels={role: teacher}", "prompts.encoders=3", "prompts.gpus_per_encoder=0.25"]
     prompts += ["prompts.encoder_dtype=bfloat16"]
     asked = assembly.batches_after(load(overrides=prompts), ray_train.Worker(0, 1, torch.device("cpu")), 0)
