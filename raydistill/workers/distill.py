@@ -169,18 +169,14 @@ class DistillationRun:
     ) -> None:
         self.stage, self.config, self.worker = stage, config, worker
         self.distiller, self.teachers = distiller, teachers
-        self.standing = Standing()
+        self.standing, self._leaves = Standing(), False
         if found is not None:
             distiller.load_state_dict(found.state)
             self.standing = Standing.of(found.about)
-        self._leaves = False
         self.tracker = Tracker(stage.mlflow_uri, stage.mlflow_run) if worker.rank == 0 else None
         shown = teachers.shown if teachers else None
-        self.observer = None
-        if self.tracker:
-            self.observer = Observer(
-                stage, config, distiller, self.tracker, self.standing, evaluated=evaluated, shown=shown
-            )
+        seen = (stage, config, distiller, self.tracker, self.standing)
+        self.observer = Observer(*seen, evaluated=evaluated, shown=shown) if self.tracker else None
         self.log = open_log(stage.path(), worker.rank)
 
     def remaining_steps(self) -> range:
@@ -270,8 +266,7 @@ class DistillationRun:
         if not self.worker.rank or self.distiller.networks.shared:
             state = self.distiller.state_dict()
         if self.worker.rank:
-            ray.train.report({})
-            return
+            return ray.train.report({})
         with scratch(self.stage.path()) as folder:
             about = self.standing.about(self.stage.mlflow_run, self.stage.runs)
             save_state(folder, state, about)

@@ -114,7 +114,7 @@ DECISIVE = {
     "student": "autocast ema ema_decay ema_half_life ema_sigma_rel kind lora_start lr max_grad_norm model optimizer rank start_timestep "
     "steps targets unet",
     "teacher": "guidance_scale model sampling_steps",
-    "teachers": "attention backend compile dtype quantize shards slice threads_per_rank",
+    "teachers": "attention backend channels_last compile dtype quantize shards slice threads_per_rank",
     "bridge": "anchor_weight attention.depth_fraction attention.layers attention.normalize attention.rows "
     "attention.temperature attention.weight batch_size checkpoint depths embed_dim heads lr lr_decay micro_batches "
     "mixed_precision pairs prior projector shuffle source steps trainable trainable_lr validation_share window",
@@ -125,7 +125,7 @@ DECISIVE = {
     "standardize step_together weight width",
     "vsd": "guidance_rescale shift t_max t_min weight",
     "reward": "metric ramp_steps share weight",
-    "distill": "batch_size compile evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads "
+    "distill": "batch_size channels_last compile evaluate_every micro_batches min_workers mixed_precision schedule steps tf32 threads "
     "warmup_steps workers",
     "prompts": "column encoder_dtype gpus_per_encoder max_characters on_bad_row path threads_per_encoder",
     "evaluation": "batch_size count holdout judge metric metrics periodic_count prompts seed",
