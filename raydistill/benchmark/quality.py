@@ -65,6 +65,7 @@ class Variant:
 
 
 SHOWN = 48  # pictures in a cell's grid
+FALLING = ("distill.schedule=cosine", "distill.steps=160")
 DEFAULT, DMD2 = "default: lora, k = 2, GAN", "DMD2's: full, k = 5, separate passes"
 VARIANTS = (
     Variant(DEFAULT),
@@ -84,6 +85,10 @@ VARIANTS = (
     Variant("raw start", more=("student.unet=null",)),
     Variant("raw start, two steps", more=("student.unet=null", "student.steps=2")),
     Variant("raw start, four steps", more=("student.unet=null", "student.steps=4")),
+    *(
+        Variant(f"falling rates, k = 1, t to {t_max}", k=1, more=(*FALLING, f"vsd.t_max={t_max}"))
+        for t_max in (0.98, 0.8, 0.6)
+    ),
     Variant(DMD2, kind="full", k=5, separate=True),
 )
 
