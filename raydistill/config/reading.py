@@ -210,7 +210,7 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = []
-        problems = error.errors()
+        problems = _of_keys(error.errors())
         for problem in problems[:MOST_MISTAKES]:
             loc = [str(segment) for segment in problem["loc"]]
             of_a_name = loc[-1:] == [_OF_A_NAME]
@@ -234,6 +234,19 @@ def validate(tree: dict, origins: Mapping[str, str] | None = None) -> Config:
         if len(problems) > MOST_MISTAKES:
             lines.append(f"and {len(problems) - MOST_MISTAKES} more mistakes")
         raise InputError("\n".join(lines)) from None
+
+
+def _of_keys(problems: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """One problem a key: a number or a word is refused once as each."""
+    found: list[Mapping[str, Any]] = []
+    for problem in problems:
+        *key, kind = problem["loc"] or ("",)
+        if found and str(kind).startswith("literal[") and [*found[-1]["loc"][:-1]] == key:
+            word = problem["msg"].removeprefix("Input should be ")
+            found[-1] = {**found[-1], "msg": f"{found[-1]['msg']}, or {word}"}
+        else:
+            found.append(problem)
+    return found
 
 
 def load(file: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:

@@ -393,8 +393,8 @@ def test_the_planner_counts_the_parameters_bytes_and_flops_of_what_is_left(count
 
 def test_where_nothing_is_frozen_sharding_the_base_is_no_remedy(counted):
     for kind, labels in (
-        ("lora", ["distill.gradient_checkpointing", "fake_score.shard", "optimizers on the host"]),
-        ("truncated", ["distill.gradient_checkpointing", "optimizers on the host"]),
+        ("lora", ["distill.gradient_checkpointing", "fake_score.shard", "student.shard", "optimizers on the host"]),
+        ("truncated", ["distill.gradient_checkpointing", "student.shard", "optimizers on the host"]),
     ):
         trainer = counted[kind]
         counts = SimpleNamespace(trainer=trainer, recomputing=trainer)

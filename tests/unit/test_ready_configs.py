@@ -333,6 +333,7 @@ def test_parts_of_one_kind_decide_the_same_keys():
     more["sdxl_hyper"] = of_sdxl["students"] | {"student.lora_start"}
     more |= dict.fromkeys(("ssd_1b", "segmind_vega"), keeps | share | {"distill.steps"})
     more["flux1_dev"] = {"teachers.slice", "bridge.micro_batches"}  # for its size
+    more["pixart_sigma"] = {"vsd.t_max"}  # its schedule
     more["chroma"] = {"bridge.micro_batches"}
     more["flux1_krea"] = more["flux1_dev"]
     more["qwen_image"] = more["flux1_dev"] | share | {"fake_score.shard"}
