@@ -45,7 +45,7 @@ class IdleRank(TeacherRank):
         return "", 0
 
     def load(self, model_folder: str, config: TeacherServiceConfig, address: tuple[str, int] | None) -> None:
-        self.file, self.dtype_name, self.slice_size = Path(model_folder, SETTINGS), config.dtype, config.slice
+        self.file, self.dtype_name, self.slice_size = Path(model_folder, SETTINGS), config.dtype, config.counted_slice
 
     def recover(self) -> None:
         """Nothing is gathered, and ranks never meet."""

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with idle_service(config) as idle:
             idle.set(0.0, slices=True)
             client, rank = idle.client(), actor(IdleRank).options(num_cpus=0.1).remote(0, 1)
-            ray.get(rank.load.remote(str(idle.folder), config.dtype, config.slice, config.threads_per_rank, ("", 0)))
+            ray.get(rank.load.remote(str(idle.folder), config, None))
             for name, make in requests.items():
                 print(f"{name} …", flush=True)
                 rows.append({"request": name} | _measure(make(), client, bare, rank, arguments.repeats))

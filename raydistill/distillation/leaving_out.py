@@ -7,7 +7,7 @@ batch. All workers do it again together, for the mean of their gradients was spo
 One sample may always be left out, and `distill.non_finite_share` of a worker's batch for the student. More is an error,
 and so is a batch of which nothing is left. So are weights, gradients and means that are not finite although every sample
 is. Where nothing is left of a micro-batch, a sample of another one stands in and counts as zero: workers that share the
-fake score (`fake_score.shard`) must all run equally many passes.
+fake score or the student (`fake_score.shard`, `student.shard`) must all run equally many passes.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ def decided(config: Config, run: RunFolder, roles: Sequence[str] | None = None) 
         return with_backend(config, config)
     from raydistill.planning import memory, slices  # they build networks to count them
 
+    config = slices.with_slice(config)
     if config.teachers.backend == "auto":
         config = changed(config, {"teachers": {"backend": memory.decided_backend(config)}})
-    return slices.with_slice(config)
+    return config

@@ -89,14 +89,22 @@ def trainer_bytes(counts: Counts, batch: int, config: Config | None = None) -> f
     small, large = counts.small_trainer, counts.trainer
     step = (batch - counts.small_batch) / (counts.batch - counts.small_batch)
     pairs = {name: (getattr(small, name).peak, getattr(large, name).peak) for name in ("make", "fake", "student")}
-    return max(a + (b - a) * step - saved_by_sharing(large, config, name) for name, (a, b) in pairs.items())
+    found = max(a + (b - a) * step - saved_by_sharing(large, config, name) for name, (a, b) in pairs.items())
+    return max(found, _gathered_bytes(large, config))
 
 
 def trainer_needs(trainer: Trainer, config: Config) -> float:
     """Most bytes of tensors on a trainer, without what the other workers hold of the networks that they share."""
-    return max(
-        getattr(trainer, name).peak - saved_by_sharing(trainer, config, name) for name in ("make", "fake", "student")
-    )
+    phases = ("make", "fake", "student")
+    found = max(getattr(trainer, name).peak - saved_by_sharing(trainer, config, name) for name in phases)
+    return max(found, _gathered_bytes(trainer, config))
+
+
+def _gathered_bytes(trainer: Trainer, config: Config | None) -> float:
+    """What rank 0 has while it evaluates a student that lies on all workers: student and average whole beside its own share."""
+    if config is None or not config.student.shard:
+        return 0
+    return trainer.resident - saved_by_sharing(trainer, config, "make") + trainer.weights.student
 
 
 def saved_by_sharing(trainer: Trainer, config: Config | None, phase: str) -> float:
@@ -307,12 +315,14 @@ def _fit_trainer(counts: Any, config: Config, gpu: str, has: float) -> Fit:
     would = [f"distill.micro_batches={more[0]}"] if more else []
     would += [f"distill.batch_size={fitting[-1]}"] if fitting else []
     would += ["distill.gradient_checkpointing=true"] if trainer_needs(counts.recomputing, config) <= has else []
+    shares = config.distill.workers > 1 and not config.distill.channels_last
+    shares = shares and config.distill.fewest == config.distill.workers
     for section, able in (
         ("fake_score", config.fake_score.kind == "lora"),
         ("student", config.student.kind == "full" and config.student.optimizer == "adamw"),
     ):
         others = with_shared(config, section)
-        able = able and config.distill.workers > 1 and not getattr(config, section).shard
+        able = able and shares and not getattr(config, section).shard
         would += [f"{section}.shard=true"] if able and trainer_needs(counts.trainer, others) <= has else []
     if would:
         return Fit("trainer", gpu, needs, has, f"{' or '.join(would)} would")
@@ -409,7 +419,7 @@ def check_launch(config: Config, roles: Sequence[str] | None = None) -> list[str
     for role in used:
         key, kind = ROLES[role].key, ROLES[role].kind(config)
         has = room_of(config, role, gpus[kind])
-        if role == "trainer" and counts.trainer.peak > has:  # the advice needs more than the verdict
+        if role == "trainer" and trainer_needs(counts.trainer, config) > has:  # the advice needs more than the verdict
             counts.__dict__.update({"recomputing": counts.trainer} | find_counts(config, [*GROWTH, "models"]))
         fit = _fit(role, counts, config, kind, gpus[kind])
         text = (

@@ -33,7 +33,7 @@ class Whole:
             lay_out(space, self.network)
         if config.compile:
             speed.compile_blocks(space, self.network)
-            batch = speed.FixedBatch(space, config.slice, dtype, device)
+            batch = speed.FixedBatch(space, config.counted_slice, dtype, device)
             batch.scores(
                 self.network, space.default_guidance_scale
             )  # compiled now, and not in the first request's time

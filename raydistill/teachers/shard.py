@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 # What a library on the device says when it fails at work; what it refuses (a shape, a type) is the request's matter.
 DEVICE_FAILURE = re.compile(
-    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(?!NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM)"
-    r"|CUDA (driver )?error: (?!CU[A-Z]+_STATUS_)|NCCL (error|Error)|Triton Error \[CUDA\]"
+    r"(CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_(?!NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|ALLOC_FAILED|ARCH_MISMATCH)"
+    r"|CUDA (driver )?error: (?!CU[A-Z]+_STATUS_)|NCCL (error|Error)|Triton Error \[CUDA\](?!: out of memory)"
 )
 Forward = Callable[[Payload, np.ndarray], "torch.Tensor"]  # (payload, rows) -> latents of these rows
 
@@ -100,7 +100,7 @@ class TeacherRank:
 
         torch.set_num_threads(config.threads_per_rank)
         self.device = torch.device("cuda:0" if os.environ["DS_ACCELERATOR"] == "cuda" else "cpu")
-        self.dtype, self.slice_size = getattr(torch, config.dtype), config.slice
+        self.dtype, self.slice_size = getattr(torch, config.dtype), config.counted_slice
         self.space = load_space(model_folder)
         self._role = f"teacher rank {self.rank} of {self.world} on node {self.facts['node']}"
         self._remedies = remedies(config)
@@ -221,7 +221,7 @@ def device_failed(error: Exception) -> bool:
 
 def remedies(config: TeacherServiceConfig) -> list[str]:
     """Settings with which a rank needs less memory."""
-    found = [f"teachers.slice={max(1, config.slice // 2)}"] if config.slice > 1 else []
+    found = [f"teachers.slice={config.counted_slice // 2}"] if config.counted_slice > 1 else []
     if config.dtype == "float32":
         found.append("teachers.dtype=bfloat16")
     if config.plain and not any(config.of_whole.values()):

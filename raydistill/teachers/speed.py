@@ -182,7 +182,7 @@ def measured_quantise(space: Space, network: nn.Module, config: TeacherServiceCo
     Raises:
         InputError: it is below teachers.quantize_cosine; see also `quantise`.
     """
-    batch = FixedBatch(space, config.slice, getattr(torch, config.dtype), device)
+    batch = FixedBatch(space, config.counted_slice, getattr(torch, config.dtype), device)
     with contextlib.nullcontext() if device.type == "cpu" else passing(network, device):
         unguided, guided = batch.scores(network, 1.0), batch.scores(network, space.default_guidance_scale)
     quantise(network, config.quantize, device)

@@ -18,10 +18,11 @@ def trainer_remedies(config: Config) -> list[str]:
         found.insert(0, f"distill.micro_batches={count}")
     if config.fake_score.kind == "lora" and distill.mixed_precision and config.fake_score.base_dtype == "float32":
         found.append("fake_score.base_dtype=bfloat16")
-    if config.fake_score.kind == "lora" and not config.fake_score.shard and distill.workers > 1:
+    shares = distill.workers > 1 and not distill.channels_last and distill.fewest == distill.workers
+    if shares and config.fake_score.kind == "lora" and not config.fake_score.shard:
         found.append("fake_score.shard=true")
     whole = config.student.kind == "full" and config.student.optimizer == "adamw" and not config.student.shard
-    if whole and distill.workers > 1:
+    if shares and whole:
         found.append("student.shard=true")
     if distill.batch_size > 1:
         found.append("a smaller distill.batch_size")

@@ -140,6 +140,7 @@ def test_a_rank_whose_device_failed_says_that_it_was_not_the_request(rank, failu
         "mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)",
         "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul(ltHandle)`",
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
 def test_what_a_library_refuses_is_the_request_s_fault(rank, refusal):

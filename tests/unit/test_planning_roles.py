@@ -19,9 +19,9 @@ from raydistill.data.pairs import write_pairs
 from raydistill.errors import InputError
 from raydistill.planning import report
 from raydistill.planning.counting import count_bridge, count_run, count_trainer, count_vae
-from raydistill.planning.counts import changed
+from raydistill.planning.counts import Cost, changed
 from raydistill.planning.gpus import GIB, read_gpus
-from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes, saved_by_sharing
+from raydistill.planning.memory import ROLES, check_launch, encoder_bytes, host_bytes, saved_by_sharing, trainer_needs
 from raydistill.planning.meter import Meter
 from raydistill.planning.schedule import phases, replicas, schedule
 from raydistill.spaces import load_space, meta
@@ -316,6 +316,10 @@ def test_a_shared_student_is_gathered_for_each_pass_and_its_other_parts_lie_else
         assert saved == pytest.approx(copies * blocks * 7 / 8 - gathered * block)
         assert saved_by_sharing(counts.trainer, whole, phase) == 0
     assert "student.shard: a trainer receives" in report._requests(counts, own, gpus)
+    # rank 0 evaluates with student and average whole, beside its share of all
+    idle = dataclasses.replace(counts.trainer, make=(none := Cost(0, 0)), fake=none, student=none)
+    beside = counts.trainer.resident - saved_by_sharing(counts.trainer, own, "make")
+    assert trainer_needs(idle, own) == beside + weights.student
 
 
 def test_a_request_that_is_filled_up_with_repeats_is_said(counts):

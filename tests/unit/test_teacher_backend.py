@@ -9,7 +9,9 @@ from raydistill.driver import job as job_module
 from raydistill.driver.backend import decided
 from raydistill.driver.run_folder import RunFolder, create_run_folder, open_run_folder
 from raydistill.errors import InputError
+from raydistill.planning import memory
 from raydistill.planning.memory import check_launch
+from raydistill.planning.slices import with_slice
 
 GPU = "{memory_gib: GIB, bf16_tflops: 1, fp32_tflops: 1, link_gbytes: 1, per_node: 1, price: 1, spot_price: 1}\n"
 ON_GPUS = ["teachers.gpus_per_rank=1", "teachers.slice=2", "plan.teacher_gpu=mine", "plan.reserve=0"]
@@ -77,6 +79,16 @@ def test_a_slice_is_as_large_as_fits_and_as_a_request_fills(config, tmp_path):
         ).teachers.slice
         == 8
     )
+
+
+def test_backend_and_slice_are_decided_together_as_the_plan_does(config):
+    """A GPU that has room for the whole teacher at a smaller slice alone."""
+    auto = ("teachers.slice=auto", "teachers.backend=auto", "distill.batch_size=32")
+    for gib in (0.03, 0.02, 0.016, 0.014, 0.012, 0.01):
+        found = decided(config(gib, *auto), open_run_folder(config(gib, *auto)))
+        planned = with_slice(config(gib, *auto))
+        assert found.teachers.slice == planned.teachers.slice
+        assert found.teachers.backend == memory.decided_backend(planned)
 
 
 def test_a_run_of_a_version_without_the_key_shares_its_teachers(config, tmp_path):
