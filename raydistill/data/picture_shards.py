@@ -109,9 +109,9 @@ class Torn(OSError):
     """
 
     def __init__(self, name: str, why: str, lost: range, *, about: str = "", ends: bool = True) -> None:
-        told = f"{why}; {about}{len(lost):,} row{'s are' if len(lost) > 1 else ' is'} lost"
-        super().__init__(f"{name}: {told}")
-        self._row, self._lost, self.stop = RawRow(name, failure=told), lost, None if ends else lost.stop
+        failure = f"{why}; {about}{len(lost):,} row{'s are' if len(lost) > 1 else ' is'} lost"
+        super().__init__(f"{name}: {failure}")
+        self._row, self._lost, self.stop = RawRow(name, failure=failure), lost, None if ends else lost.stop
 
     def rows(self, start: int) -> Iterator[RawRow]:
         """One for each lost row from number `start` on."""

@@ -79,16 +79,16 @@ class Shared:
         network.to(device)
         self._units = space.large_blocks(network)
         parameters = list(trained(network).values())
-        self._cut = {place: p for place, p in enumerate(parameters) if isinstance(p, DTensor)}
+        self._cut = {index: p for index, p in enumerate(parameters) if isinstance(p, DTensor)}
         self.own = [
-            nn.Parameter(local(p), p.requires_grad) if place in self._cut else p for place, p in enumerate(parameters)
+            nn.Parameter(local(p), p.requires_grad) if index in self._cut else p for index, p in enumerate(parameters)
         ]
         self._leaves: list[torch.Tensor] | None = None
 
     @property
     def uncut(self) -> list[nn.Parameter]:
         """Of `own`, what is whole on every worker."""
-        return [p for place, p in enumerate(self.own) if place not in self._cut]
+        return [p for index, p in enumerate(self.own) if index not in self._cut]
 
     # -- gradients ---------------------------------------------------------------------------------
     def leaves(self) -> list[torch.Tensor]:
@@ -103,10 +103,10 @@ class Shared:
 
     def collect(self) -> None:
         """After a backward pass: add what FSDP2 has left of the blocks' mean gradients to those of `own`."""
-        for place, parameter in self._cut.items():
+        for index, parameter in self._cut.items():
             if parameter.grad is None:
                 continue
-            own, gradient = self.own[place], local(parameter.grad)
+            own, gradient = self.own[index], local(parameter.grad)
             parameter.grad = None
             if own.grad is None:
                 own.grad = gradient
@@ -115,8 +115,8 @@ class Shared:
 
     def norm(self, tensors: list[torch.Tensor], average: Average) -> torch.Tensor:
         """The 2-norm of what all workers have together of tensors like `own`: parts of all, and once what is whole."""
-        cut = [tensor for place, tensor in enumerate(tensors) if place in self._cut]
-        uncut = [tensor for place, tensor in enumerate(tensors) if place not in self._cut]
+        cut = [tensor for index, tensor in enumerate(tensors) if index in self._cut]
+        uncut = [tensor for index, tensor in enumerate(tensors) if index not in self._cut]
         squares = nn.utils.get_total_norm(cut).square()[None]
         average([squares])
         return (self.mesh.size() * squares[0] + nn.utils.get_total_norm(uncut).square()).sqrt()
@@ -145,11 +145,11 @@ class Shared:
         """This worker's part of an optimizer's state, of whole parameters."""
         return state | {"state": {n: self._of_cut(n, of, _part_of) for n, of in state["state"].items()}}
 
-    def _of_cut(self, place: int, state: dict[str, Any], change: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    def _of_cut(self, index: int, state: dict[str, Any], change: Callable[..., torch.Tensor]) -> dict[str, Any]:
         """One parameter's state, with its moments changed; the number of steps is no moment."""
-        if place not in self._cut:
+        if index not in self._cut:
             return state
-        return {name: value if name == "step" else change(self._cut[place], value) for name, value in state.items()}
+        return {name: value if name == "step" else change(self._cut[index], value) for name, value in state.items()}
 
     def _whole_moment(self, like: DTensor, part: torch.Tensor) -> torch.Tensor:
         cut = like.device_mesh, like.placements

@@ -74,14 +74,14 @@ def _at(node: str) -> NodeAffinitySchedulingStrategy:
 
 
 @ray.remote(num_cpus=0)
-def _found(config: dict) -> str | None:
+def _found(settings: dict) -> str | None:
     """Why this node has no weights, or None."""
-    told = validate(config)
+    config = validate(settings)
     try:
-        for text in (text for text in told.evaluation.measured if text in WEIGHTS):
-            metrics_of_run(told.evaluation, text)
-        if _trainers(told):
-            reward_places(told)
+        for text in (text for text in config.evaluation.measured if text in WEIGHTS):
+            metrics_of_run(config.evaluation, text)
+        if _trainers(config):
+            reward_places(config)
     except (InputError, OSError) as error:
         return str(error)
     return None
